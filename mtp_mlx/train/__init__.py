@@ -1,0 +1,1 @@
+"""Training: data, distillation, objectives, the trainer."""

@@ -1,0 +1,382 @@
+"""Training data: JSONL rows -> token ids exactly as decoding would produce them.
+
+Contract
+    An `Example` holds prompt ids as the chat template gives them (its system prompt included), then the
+    response ids, then the end-of-turn token unless the answer was cut. `loss_start` is the index of the first
+    response token; 0 for plain text, where every position counts.
+Rows (the field names are mlx-lm's, except `response`)
+    {"messages": [..., {"role": "assistant", "content": ...}]}      chat; the last message is the response
+    {"prompt": ..., "completion": ...} or {"prompt": ..., "response": ...}
+    {"text": ...}
+    Optional: "tools"; "finished": false (the answer was cut, no end-of-turn token follows); "response_tokens"
+    (the ids the model generated, used in place of re-encoding the response text).
+The order in which a run sees the examples is `mtp_mlx/train/order.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.train.order import EpochOrder, held_out_indices
+
+__all__ = [
+    "DataReport",
+    "Encoder",
+    "EpochOrder",
+    "Example",
+    "Splits",
+    "chat_prompt_ids",
+    "end_of_turn_id",
+    "fingerprint",
+    "load_examples",
+    "load_splits",
+    "prompt_ids",
+    "read_jsonl",
+    "split_held_out",
+]
+
+# What a chat template raises for a chat it does not take: jinja's errors, or a renderer's own.
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError)
+
+ROW_FORMATS = '"messages", "prompt" with "completion" or "response", or "text"'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence.
+
+    tokens      token ids, prompt first, then response
+    loss_start  index in `tokens` of the first response token; 0 means every position counts
+    """
+
+    tokens: list[int]
+    loss_start: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class DataReport:
+    """What was read, for the line printed before training. Counts are rows or tokens."""
+
+    rows: int = 0
+    truncated: int = 0  # rows cut to max_length, still used
+    dropped: int = 0  # rows whose prompt alone fills max_length
+    tokens: int = 0
+    response_tokens: int = 0
+    files: list[str] = field(default_factory=list)
+
+    def __add__(self, other: DataReport) -> DataReport:
+        return DataReport(
+            rows=self.rows + other.rows,
+            truncated=self.truncated + other.truncated,
+            dropped=self.dropped + other.dropped,
+            tokens=self.tokens + other.tokens,
+            response_tokens=self.response_tokens + other.response_tokens,
+            files=self.files + other.files,
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.rows:,} rows, {self.response_tokens:,} response tokens of {self.tokens:,}"
+        if self.truncated:
+            text += f"; {self.truncated:,} rows truncated"
+        if self.dropped:
+            text += f"; {self.dropped:,} rows dropped, their prompt alone is too long"
+        return text
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and held-out examples with the report on both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    report: DataReport
+
+
+# --- reading rows -------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, row) of a JSONL file; blank lines are skipped.
+
+    Raises MTPError with file and line number for a missing file, text that is not UTF-8, invalid or truncated
+    JSON, and a row that is not an object.
+    """
+    path = Path(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise MTPError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            row = _parse_line(line, path, number)
+            if row is not None:
+                yield number, row
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any] | None:
+    where = f"{path}, line {number}"
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise MTPError(f"{where}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from error
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.endswith("\n"):
+            raise MTPError(
+                f"{where}: truncated, the last line ends in the middle of its JSON. "
+                "Delete this line or write the file again."
+            ) from error
+        raise MTPError(
+            f"{where}: invalid JSON at column {error.colno} ({error.msg}). Each line must be one JSON object."
+        ) from error
+    if not isinstance(row, dict):
+        raise MTPError(
+            f"{where}: a JSON object is needed, this is a {_type_name(row)}. Write one {{...}} per line."
+        )
+    return row
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """`row[key]`, checked to be a `kind`. Raises MTPError naming `where`."""
+    value = row[key]
+    if not isinstance(value, kind):
+        raise MTPError(
+            f'{where}: "{key}" must be a {_type_name(kind())}, this is a {_type_name(value)}. Mend this row.'
+        )
+    return value
+
+
+def _check_messages(messages: list[Any], where: str) -> None:
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise MTPError(f'{where}: "messages"[{index}] must be an object with a "role". Mend this row.')
+        if "content" not in message and "tool_calls" not in message:
+            raise MTPError(f'{where}: "messages"[{index}] has no "content". Mend this row.')
+
+
+# --- tokens -------------------------------------------------------------------------------------------------
+
+
+def chat_prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
+    """Prompt ids of a chat, generation prompt included, as mlx-lm's generate makes them.
+
+    Takes a plain list or a BatchEncoding from `apply_chat_template` (transformers 5 may return either).
+    """
+    extra = {} if tools is None else {"tools": tools}
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **extra)
+    if not isinstance(ids, (list, tuple)):
+        ids = ids["input_ids"]
+    if ids and not isinstance(ids[0], int):
+        ids = ids[0]
+    return [int(token) for token in ids]
+
+
+def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None) -> list[int]:
+    """Ids of one user prompt: through the chat template where there is one, plain encoding otherwise."""
+    if getattr(tokenizer, "has_chat_template", False):
+        return chat_prompt_ids(tokenizer, [{"role": "user", "content": prompt}], tools)
+    return list(tokenizer.encode(prompt))
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The id with which an answer ends: what the chat template puts after one, else the tokenizer's eos.
+
+    They differ in some families (gemma ends a turn with <end_of_turn>, its eos is <eos>).
+    """
+    eos_ids = set(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
+    if getattr(tokenizer, "has_chat_template", False):
+        user = {"role": "user", "content": "a"}
+        try:
+            text = tokenizer.apply_chat_template(
+                [user, {"role": "assistant", "content": "MARKED ANSWER"}], tokenize=False
+            )
+        except TEMPLATE_ERRORS:  # the template refuses this chat; the eos stands in
+            text = ""
+        tail = text.rpartition("MARKED ANSWER")[2]
+        for token in tokenizer.encode(tail, add_special_tokens=False) if tail else []:
+            if token in eos_ids:
+                return int(token)
+    if tokenizer.eos_token_id is None:
+        raise MTPError("the tokenizer has no eos token. Set eos_token in its tokenizer_config.json.")
+    return int(tokenizer.eos_token_id)
+
+
+class Encoder:
+    """Rows -> `Example`s of one tokenizer. The end-of-turn id is looked up once.
+
+    cut_at_tokens  a response of at least this many tokens counts as cut when its row has no "finished"
+                   (for files written by tools that do not record it); None: such rows count as finished
+    """
+
+    def __init__(self, tokenizer: Any, *, cut_at_tokens: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.cut_at_tokens = cut_at_tokens
+        self.end_of_turn = end_of_turn_id(tokenizer)
+
+    def encode(self, row: dict[str, Any], where: str) -> Example:
+        """The example of one row. Raises MTPError naming `where` for a row that does not fit a format."""
+        finished = _typed(row, "finished", bool, where) if "finished" in row else None
+        if "text" in row and "prompt" not in row and "messages" not in row:
+            text = _typed(row, "text", str, where)
+            if not text.strip():
+                raise MTPError(f'{where}: "text" is empty. Delete this row.')
+            return Example(self._ended(list(self.tokenizer.encode(text)), finished), 0)
+        prompt, response = self._prompt_and_text(row, where)
+        return Example(prompt + self._response_ids(row, response, finished, where), len(prompt))
+
+    def _prompt_and_text(self, row: dict[str, Any], where: str) -> tuple[list[int], str]:
+        if "messages" in row:
+            return self._chat(row, where)
+        reply = next((key for key in ("completion", "response") if key in row), None)
+        if "prompt" not in row or reply is None:
+            raise MTPError(
+                f"{where}: no known format, the row has {sorted(row) or 'no fields'}. It needs {ROW_FORMATS}."
+            )
+        prompt = _typed(row, "prompt", str, where)
+        return prompt_ids(self.tokenizer, prompt, row.get("tools")), _typed(row, reply, str, where)
+
+    def _chat(self, row: dict[str, Any], where: str) -> tuple[list[int], str]:
+        messages = _typed(row, "messages", list, where)
+        _check_messages(messages, where)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise MTPError(
+                f"{where}: the last of \"messages\" must be the assistant's, after a user's. Mend this row."
+            )
+        if not getattr(self.tokenizer, "has_chat_template", False):
+            raise MTPError(
+                f'{where}: this model has no chat template, so "messages" cannot be used. Write rows with '
+                '"prompt" and "completion", or "text".'
+            )
+        try:
+            prompt = chat_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"))
+        except TEMPLATE_ERRORS as error:
+            raise MTPError(
+                f"{where}: the chat template refuses these messages ({error}). Mend this row."
+            ) from error
+        return prompt, _typed(messages[-1], "content", str, where)
+
+    def _response_ids(
+        self, row: dict[str, Any], response: str, finished: bool | None, where: str
+    ) -> list[int]:
+        if "response_tokens" in row:
+            ids = _typed(row, "response_tokens", list, where)
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise MTPError(f'{where}: "response_tokens" must be a list of token ids. Mend this row.')
+        else:
+            ids = list(self.tokenizer.encode(response, add_special_tokens=False)) if response.strip() else []
+        if not ids:
+            raise MTPError(f"{where}: the response is empty, nothing to learn. Delete this row.")
+        if finished is None and self.cut_at_tokens is not None:
+            finished = len(ids) < self.cut_at_tokens
+        return self._ended(ids, finished)
+
+    def _ended(self, ids: list[int], finished: bool | None) -> list[int]:
+        return ids if finished is False or ids[-1] == self.end_of_turn else [*ids, self.end_of_turn]
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def load_examples(
+    path: str | Path, tokenizer: Any, max_length: int, *, cut_at_tokens: int | None = None
+) -> tuple[list[Example], DataReport]:
+    """Examples of a JSONL file (or of `train.jsonl` in a folder) and the report on them.
+
+    max_length     longest sequence in tokens; longer rows lose their end and are counted as truncated, rows
+                   whose prompt leaves no room for a response token are dropped and counted
+    cut_at_tokens  see `Encoder`
+
+    Raises MTPError with file name and line number for anything that cannot be used, and for a file that
+    yields no example at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "train.jsonl"
+    encoder = Encoder(tokenizer, cut_at_tokens=cut_at_tokens)
+    examples, report = [], DataReport(files=[str(path)])
+    for number, row in read_jsonl(path):
+        example = encoder.encode(row, f"{path}, line {number}")
+        report.rows += 1
+        if len(example) > max_length:
+            if example.loss_start >= max_length:
+                report.dropped += 1
+                continue
+            example = Example(example.tokens[:max_length], example.loss_start)
+            report.truncated += 1
+        report.tokens += len(example)
+        report.response_tokens += len(example) - example.loss_start
+        examples.append(example)
+    if report.rows == 0:
+        raise MTPError(f"{path}: the file is empty. Write one JSON object per line: {ROW_FORMATS}.")
+    if not examples:
+        raise MTPError(
+            f"{path}: every prompt fills the {max_length} tokens of a sequence. Raise the maximal length."
+        )
+    return examples, report
+
+
+def load_splits(
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    held_out: int,
+    seed: int,
+    cut_at_tokens: int | None = None,
+) -> Splits:
+    """Training and held-out examples of a file or an mlx-lm data folder.
+
+    A folder with `valid.jsonl` gives its first `held_out` rows as held-out examples; otherwise `held_out`
+    examples are taken out of the training rows (see `split_held_out`). Errors as `load_examples`.
+    """
+    path = Path(path)
+    train, report = load_examples(path, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
+    valid_file = path / "valid.jsonl"
+    if path.is_dir() and valid_file.exists():
+        valid, valid_report = load_examples(valid_file, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
+        return Splits(train, valid[:held_out], report + valid_report)
+    train, valid = split_held_out(train, held_out, seed)
+    return Splits(train, valid, report)
+
+
+def split_held_out(examples: Sequence[Example], n: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training examples, n held-out examples), both in the order of `examples`.
+
+    Which ones are held out depends on the number of examples and the seed only.
+    Raises MTPError if fewer than one training example would be left.
+    """
+    if not 0 <= n < len(examples):
+        raise MTPError(
+            f"{n} held-out rows were asked for, the data has {len(examples)}. Hold out fewer or add rows."
+        )
+    held_out = held_out_indices(len(examples), n, seed)
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """16 hex digits that change with any token or loss_start, so that resuming can check its data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.asarray([len(example), example.loss_start, *example.tokens], dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]

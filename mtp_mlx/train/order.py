@@ -1,0 +1,89 @@
+"""The order of training examples: a function of (number of examples, seed, step), with no state to save.
+
+Resuming a run needs the step alone. The permutation comes from an integer hash, so it is the same on every
+machine and with every numpy version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtp_mlx.errors import MTPError
+
+HELD_OUT_STREAM = 2**62  # no epoch number comes near it
+BATCH_STREAM = 2**61
+
+
+def _splitmix64(state: np.ndarray) -> np.ndarray:
+    """The SplitMix64 mixing function on uint64: same order on every machine and numpy version."""
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _shuffled(n: int, seed: int, stream: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64 [n], a function of (n, seed, stream)."""
+    key = np.asarray([seed % 2**64], dtype=np.uint64)
+    key = _splitmix64(_splitmix64(key) + np.uint64(stream))
+    return np.argsort(_splitmix64(key + np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def held_out_indices(n_examples: int, n: int, seed: int) -> set[int]:
+    """`n` of the indices 0..n_examples-1, a function of the three arguments."""
+    return set(_shuffled(n_examples, seed, HELD_OUT_STREAM)[:n].tolist())
+
+
+class EpochOrder:
+    """Which examples are in the batch of a global step: each once per epoch, in a new order every epoch.
+
+    n_examples    number of examples
+    seed          any integer
+    batch_size    examples per step; the epoch's last batch may be smaller
+    lengths       tokens per example, [n_examples]; if given, batches hold examples of similar length (sorted
+                  within pools of `pool_batches` batches), and the batches themselves are shuffled
+    pool_batches  larger pools waste less padding and mix less
+
+    `batch(step)` has no state besides its arguments, so a resumed run sees the same batches.
+    Raises MTPError if there are no examples, ValueError for lengths of another number.
+    """
+
+    def __init__(
+        self,
+        n_examples: int,
+        seed: int,
+        *,
+        batch_size: int = 1,
+        lengths: Sequence[int] | None = None,
+        pool_batches: int = 16,
+    ) -> None:
+        if n_examples < 1:
+            raise MTPError("there are no training examples. Add rows or hold out fewer.")
+        if lengths is not None and len(lengths) != n_examples:
+            raise ValueError(f"{len(lengths)} lengths for {n_examples} examples")
+        self.n_examples, self.seed, self.batch_size = n_examples, seed, batch_size
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.pool = batch_size * pool_batches
+        self.steps_per_epoch = -(-n_examples // batch_size)
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of global step `step` (from 0)."""
+        epoch, offset = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._epoch_batches(epoch)
+        return list(self._batches[offset])
+
+    def _epoch_batches(self, epoch: int) -> list[list[int]]:
+        order = _shuffled(self.n_examples, self.seed, epoch)
+        if self.lengths is not None:
+            pools = (order[start : start + self.pool] for start in range(0, self.n_examples, self.pool))
+            order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
+        starts = range(0, self.n_examples, self.batch_size)
+        batches = [order[start : start + self.batch_size].tolist() for start in starts]
+        if self.lengths is None:
+            return batches
+        return [batches[index] for index in _shuffled(len(batches), self.seed, BATCH_STREAM + epoch)]
