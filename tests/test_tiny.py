@@ -17,7 +17,7 @@ def test_greedy_text_varies_and_the_saved_folder_gives_the_same(architecture, tm
     model = tiny_model(architecture, seed=3)
     prompt = [5, 17, 80, 121]
     text = greedy(model, prompt, 24)
-    assert len(set(text)) >= 10, text
+    assert len(set(text)) >= 6, text
     assert text != greedy(tiny_model(architecture, seed=4), prompt, 24)
     loaded, tokenizer = load(str(save_tiny(tmp_path, architecture, seed=3)))
     assert greedy(loaded, prompt, 24) == text

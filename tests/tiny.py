@@ -17,7 +17,7 @@ import json
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +54,7 @@ SPECIFIC: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "olmo2": {},
     "phi3": {},
-    "gemma2": {"query_pre_attn_scalar": 16.0},
+    "gemma2": {"query_pre_attn_scalar": 16},
     "smollm3": {"num_hidden_layers": 3, "no_rope_layer_interval": 2},
     "granite": {
         "logits_scaling": 0.5,
@@ -116,26 +116,32 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) 
     module = _module(architecture)
     config = tiny_config(architecture, **overrides)
     model = module.Model(module.ModelArgs.from_dict(config))
-    _randomize(model, seed, embedding_std=0.3)
+    _randomize(model, seed)
     model.eval()
     mx.eval(model.parameters())
     return model
 
 
-def _randomize(model: nn.Module, seed: int, embedding_std: float) -> None:
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
+
+
+def _randomize(model: nn.Module, seed: int) -> None:
     """Random weights for every parameter: matrices by fan-in, norms and biases near their initial value."""
     gains = {"q_proj": 3.0, "k_proj": 3.0, "o_proj": 3.0, "down_proj": 0.7, "qkv_proj": 2.0}
     weights = []
-    for path, value in tree_flatten(model.parameters()):
+    for path, value in _parameters(model).items():
         key = mx.random.key(zlib.crc32(path.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
         noise = mx.random.normal(value.shape, key=key)
         if "embed_tokens" in path:
-            value = embedding_std * noise
+            value = 0.3 * noise
         elif "lm_head" in path:
             value = 0.5 * noise
         elif value.ndim >= 2:
             gain = next((gain for name, gain in gains.items() if name in path), 1.5)
             value = gain * noise / value.shape[-1] ** 0.5
+        elif path.endswith("bias"):
+            value = 0.2 * noise  # not added to the initial value, which nn.Linear draws from global state
         elif "q_norm" in path:
             value = 3.0 * value + 0.1 * noise
         elif "post_attention_layernorm" in path and model.model_type == "gemma2":
@@ -219,8 +225,6 @@ def save_tiny(folder: str | Path, architecture: str = "llama", *, seed: int = 0,
     config["eos_token_id"] = config["pad_token_id"] = tokenizer.eos_token_id
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     model = tiny_model(architecture, seed=seed, **overrides)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), _parameters(model), metadata={"format": "mlx"})
     tokenizer.save_pretrained(folder)
     return folder
