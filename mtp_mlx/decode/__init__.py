@@ -1,0 +1,1 @@
+"""Decoding: what a step is. Picking tokens, planning layouts, drafting, verifying."""
