@@ -1,0 +1,103 @@
+"""The command line: one click group whose verbs live in `mtp_mlx/cli/<verb>.py`, each as `command`.
+
+A verb's module is imported only when it runs or shows its own help, and mlx only by the verbs, so that `--help` is
+instant. What a person can mend becomes one sentence on stderr and exit code 2; MTP_MLX_RAISE=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import click
+
+from mtp_mlx.blas import HOW_TO_MEND, prefer_openblas
+from mtp_mlx.errors import MTPError
+
+# Verb -> its line in `mtp-mlx --help`; written here so that the list needs no verb's module.
+VERBS = {
+    "generate": "Write text, several tokens per forward pass",
+    "train": "Train an adapter on your own data",
+    "distill": "Write the base model's own answers to prompts",
+    "convert": "Convert a checkpoint to an mlx-lm model folder",
+    "info": "Show what a model, an adapter and this machine are",
+    "bench": "Compare the speed and text with plain mlx-lm",
+}
+_MENDABLE_OS_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module when the verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs whose modules are there."""
+        return [verb for verb in VERBS if importlib.util.find_spec(f"{__name__}.{verb}")]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command, or None for an unknown verb."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return importlib.import_module(f"{__name__}.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, without importing any of them."""
+        rows = [(verb, VERBS[verb]) for verb in self.list_commands(ctx)]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; turn what a person can mend into one sentence and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except (MTPError, OSError) as error:
+            message = explain(error)
+            if message is None or os.environ.get("MTP_MLX_RAISE") == "1":
+                raise
+            click.echo(f"Error: {message}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            if os.environ.get("MTP_MLX_RAISE") == "1":
+                raise
+            click.echo("Stopped.", err=True)
+            ctx.exit(130)
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for an error a person can mend, None for any other."""
+    if isinstance(error, MTPError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; free some space and run the command again."
+    if isinstance(error, _MENDABLE_OS_ERRORS):
+        return f"{where}{(error.strerror or str(error)).lower()}."
+    return None
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mtp-mlx")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="mtp-mlx")
+def main() -> None:
+    """Make dense mlx-lm models write several tokens per forward pass."""
+    if prefer_openblas() == "missing":
+        print(HOW_TO_MEND, file=sys.stderr)
