@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: two top-level folders are sub-packages of mtp_mlx, beside the discovered ones."""
+"""What pyproject.toml cannot say: two top-level folders are sub-packages of mtp_mlx, beside the discovered
+ones."""
 
 from setuptools import find_packages, setup
 

@@ -1,7 +1,7 @@
 """A GGUF file of a llama- or qwen2-type model -> a normal mlx-lm model folder.
 
-The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is written
-under a temporary name beside its destination and renamed at the end: it is whole, or it is not there.
+The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is
+written under a temporary name beside its destination and renamed at the end: it is whole, or it is not there.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def convert_gguf(
 ) -> Path:
     """Convert the GGUF file `source` into the mlx-lm model folder `out` and return its path.
 
-    dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 where Metal is available.
-    quantize: 4 or 8 bits, by mlx-lm's own quantiser with `group_size` 32 or 64; layers whose width `group_size` does
-    not divide stay in `dtype`. force: replace an existing `out`. progress: told of each stage in a few words.
+    dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 where Metal is
+    available. quantize: 4 or 8 bits, by mlx-lm's own quantiser with `group_size` 32 or 64; layers whose width
+    `group_size` does not divide stay in `dtype`. force: replace an existing `out`. progress: told of each
+    stage in a few words.
 
-    Raises FileNotFoundError where `source` is missing, MTPError where `out` exists, ConversionError for a file that
-    cannot be converted, OSError where writing fails (disk full).
+    Raises FileNotFoundError where `source` is missing, MTPError where `out` exists, ConversionError for a
+    file that cannot be converted, OSError where writing fails (disk full).
     """
     source, out, tell = Path(source), Path(out), progress or (lambda _: None)
     _check_options(out, dtype=dtype, quantize=quantize, group_size=group_size, force=force)
@@ -75,7 +76,8 @@ def convert_gguf(
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which takes the name `out` when the block ends well and vanishes otherwise."""
+    """A new folder to write into, which takes the name `out` when the block ends well and vanishes
+    otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -114,7 +116,7 @@ def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.a
     else:
         from mlx_lm.models import qwen2 as arch  # type: ignore[no-redef]
     model = arch.Model(arch.ModelArgs.from_dict(config))
-    wanted = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    wanted = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     for name in wanted.keys() - weights.keys():
         if name.endswith(
             ".o_proj.bias"

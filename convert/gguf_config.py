@@ -19,7 +19,8 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 def build_config(gguf: GGUFFile) -> dict[str, Any]:
-    """config.json of the model in `gguf`; raises ConversionError for what mlx-lm's llama or qwen2 cannot express."""
+    """config.json of the model in `gguf`; raises ConversionError for what mlx-lm's llama or qwen2 cannot
+    express."""
     arch = gguf.require("general.architecture")
     if arch not in ARCHITECTURES:
         raise ConversionError(
@@ -88,12 +89,13 @@ def _check_heads(gguf: GGUFFile, arch: str, hidden_size: int, n_heads: int, head
     rope_dim = gguf.metadata.get(f"{arch}.rope.dimension_count", head_dim)
     if value_dim != head_dim or rope_dim != head_dim:
         raise ConversionError(
-            f"{gguf.path}: key size {head_dim}, value size {value_dim} and rope size {rope_dim} of a head differ, which "
-            f"mlx-lm's {arch} cannot express."
+            f"{gguf.path}: key size {head_dim}, value size {value_dim} and rope size {rope_dim} of a head "
+            f"differ, which mlx-lm's {arch} cannot express."
         )
     if arch == "qwen2" and head_dim * n_heads != hidden_size:
         raise ConversionError(
-            f"{gguf.path}: {n_heads} heads of {head_dim} do not make the hidden size {hidden_size}, as qwen2 needs."
+            f"{gguf.path}: {n_heads} heads of {head_dim} do not make the hidden size {hidden_size}, "
+            "as qwen2 needs."
         )
 
 
@@ -129,7 +131,8 @@ def rope_scaling(gguf: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str,
 
 
 def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp stores llama3's scaling as one divisor per frequency: (hd / 2,). Find the constants it came from."""
+    """llama.cpp stores llama3's scaling as one divisor per frequency: (hd / 2,). Find the constants it came
+    from."""
     if gguf.tensors[ROPE_FACTORS].type_name != "F32":
         raise ConversionError(f"{gguf.path}: {ROPE_FACTORS} should be F32.")
     info = gguf.tensors[ROPE_FACTORS]

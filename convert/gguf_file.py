@@ -1,8 +1,7 @@
 """The header of a GGUF file: its metadata and the list of its tensors, read without touching the weights.
 
-Reading the header ourselves, rather than through `mx.load`, buys three things: a truncated file is refused
-before anything maps memory past its end, an unsupported quantisation is named, and metadata are plain
-Python values. The weights themselves are read by `gguf_weights`.
+A truncated file and an unsupported quantisation are thus refused by name before a byte of the weights is
+read. The weights themselves are read by `gguf_weights`.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ class GGUFFile:
         """The metadata value of `key`; raises ConversionError where the file lacks it."""
         if key not in self.metadata:
             raise ConversionError(
-                f"{self.path}: the metadata key {key!r} is missing; convert the checkpoint to GGUF again with a "
-                "current llama.cpp."
+                f"{self.path}: the metadata key {key!r} is missing; convert the checkpoint to GGUF again "
+                "with a current llama.cpp."
             )
         return self.metadata[key]
 
@@ -158,8 +157,9 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
         info = TensorInfo(name, shape, type_name, data_start + offset, n_bytes)
         if info.offset + (n_bytes or 0) > reader.n_bytes:
             raise ConversionError(
-                f"{path}: the file is truncated: tensor {name!r} ends at byte {info.offset + (n_bytes or 0):,} but the "
-                f"file has {reader.n_bytes:,}. Download or copy it again."
+                f"{path}: the file is truncated: tensor {name!r} ends at byte "
+                f"{info.offset + (n_bytes or 0):,} but the file has {reader.n_bytes:,}. "
+                "Download or copy it again."
             )
         gguf.tensors[name] = info
     return gguf

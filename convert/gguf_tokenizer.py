@@ -1,7 +1,7 @@
 """GGUF metadata -> `tokenizer.json` and `tokenizer_config.json`.
 
-Two kinds of vocabulary: `gpt2` (byte-level BPE; how text is cut before BPE depends on `tokenizer.ggml.pre`) and
-`llama` (SentencePiece BPE with byte fallback; merges follow from the scores). Others are refused.
+Two kinds of vocabulary: `gpt2` (byte-level BPE; how text is cut before BPE depends on `tokenizer.ggml.pre`)
+and `llama` (SentencePiece BPE with byte fallback; merges follow from the scores). Others are refused.
 """
 
 from __future__ import annotations

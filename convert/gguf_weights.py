@@ -1,7 +1,7 @@
 """The weights of a GGUF file, dequantised and under mlx-lm's (that is, Hugging Face's) names.
 
-llama.cpp stores the rows of q and k of llama-type models interleaved for its rope; mlx-lm wants each head's two halves
-one after the other, so those rows are put back. Legend: H heads, hd head size, D hidden size.
+llama.cpp stores the rows of q and k of llama-type models interleaved for its rope; mlx-lm wants each head's
+two halves one after the other, so those rows are put back. Legend: H heads, hd head size, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ import numpy as np
 
 from mtp_mlx.errors import ConversionError
 
-from .gguf_file import GGUFFile, TensorInfo
+from .gguf_blocks import DEQUANTISERS
+from .gguf_file import TENSOR_TYPES, GGUFFile, TensorInfo
 
-# Types `mx.load` reads rightly: the affine ones stay quantised (group size 32), the K-quants arrive as float16.
-_AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-_AS_FLOAT = {"F32", "F16", "Q2_K", "Q4_K", "Q6_K"}
-_GROUP_SIZE = 32
-SUPPORTED_TYPES = sorted({*_AFFINE_BITS, *_AS_FLOAT, "BF16"})
+SUPPORTED_TYPES = tuple(DEQUANTISERS)
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -75,9 +72,10 @@ def check_tensors(gguf: GGUFFile) -> None:
         )
     unknown = [name for name in gguf.tensors if name != ROPE_FACTORS and mlx_name(name) is None]
     if unknown:
+        arch = gguf.metadata.get("general.architecture")
         raise ConversionError(
-            f"{gguf.path}: {len(unknown)} tensors have no place in a dense {gguf.metadata.get('general.architecture')} "
-            f"model: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}."
+            f"{gguf.path}: {len(unknown)} tensors have no place in a dense {arch} model: "
+            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}."
         )
 
 
@@ -87,15 +85,13 @@ def load_weights(gguf: GGUFFile, config: dict[str, Any], dtype: mx.Dtype) -> dic
     Raises ConversionError for a tensor of unsupported type or with an unknown name.
     """
     check_tensors(gguf)
-    loaded = mx.load(str(gguf.path), format="gguf")
-    assert isinstance(loaded, dict)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for name, info in gguf.tensors.items():
         target = mlx_name(name)
         if target is None:
             continue
-        value = dequantise(gguf, info, loaded)
+        value = dequantise(gguf, info)
         match = _LAYER.fullmatch(name)
         if config["model_type"] == "llama" and match is not None and match[2] in heads:
             value = unpermute(value, heads[match[2]])
@@ -104,17 +100,9 @@ def load_weights(gguf: GGUFFile, config: dict[str, Any], dtype: mx.Dtype) -> dic
     return weights
 
 
-def dequantise(gguf: GGUFFile, info: TensorInfo, loaded: dict[str, mx.array]) -> mx.array:
-    """The tensor as floats of `info.shape`; `loaded` is `mx.load`'s dict, from which its arrays are taken."""
-    if info.type_name == "BF16":  # mx.load would squeeze it into float16 and lose range
-        loaded.pop(info.name, None)
-        bits = np.fromfile(gguf.path, dtype="<u2", count=int(np.prod(info.shape)), offset=info.offset)
-        return mx.array((bits.astype(np.uint32) << 16).view(np.float32).reshape(info.shape))
-    value = loaded.pop(info.name)
-    if info.type_name not in _AFFINE_BITS:
-        return value
-    stem = info.name.removesuffix("weight")
-    # In float32: with float16 scales the product itself would be rounded to float16.
-    scales = loaded.pop(f"{stem}scales").astype(mx.float32)
-    biases = loaded.pop(f"{stem}biases").astype(mx.float32)
-    return mx.dequantize(value, scales, biases, group_size=_GROUP_SIZE, bits=_AFFINE_BITS[info.type_name])
+def dequantise(gguf: GGUFFile, info: TensorInfo) -> mx.array:
+    """The tensor `info` of the file as float32, of shape `info.shape`; its type must be in
+    SUPPORTED_TYPES."""
+    block_bytes = next(n_bytes for name, _, n_bytes in TENSOR_TYPES.values() if name == info.type_name)
+    raw = np.fromfile(gguf.path, dtype=np.uint8, count=info.n_bytes or 0, offset=info.offset)
+    return mx.array(DEQUANTISERS[info.type_name](raw.reshape(-1, block_bytes)).reshape(info.shape))

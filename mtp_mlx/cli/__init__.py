@@ -1,7 +1,8 @@
 """The command line: one click group whose verbs live in `mtp_mlx/cli/<verb>.py`, each as `command`.
 
-A verb's module is imported only when it runs or shows its own help, and mlx only by the verbs, so that `--help` is
-instant. What a person can mend becomes one sentence on stderr and exit code 2; MTP_MLX_RAISE=1 shows the traceback.
+A verb's module is imported only when it runs or shows its own help, and mlx only by the verbs, so that
+`--help` is instant. What a person can mend becomes one sentence on stderr and exit code 2; MTP_MLX_RAISE=1
+shows the traceback.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class LazyGroup(click.Group):
         """Run the verb; turn what a person can mend into one sentence and exit code 2."""
         try:
             return super().invoke(ctx)
-        except (MTPError, OSError) as error:
+        except (MTPError, OSError, RuntimeError) as error:
             message = explain(error)
             if message is None or os.environ.get("MTP_MLX_RAISE") == "1":
                 raise
@@ -78,6 +79,8 @@ def explain(error: Exception) -> str | None:
     """One sentence for an error a person can mend, None for any other."""
     if isinstance(error, MTPError):
         return str(error)
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # mlx saving tensors
+        return "the weights could not be written, most likely because the disk is full."
     if not isinstance(error, OSError):
         return None
     where = f"{error.filename}: " if error.filename else ""
