@@ -70,7 +70,7 @@ class Layout:
 
         9 / 25 / 81 rows for k = 2 / 4 / 8. Apple's quadratic decoding (arXiv 2507.11851 section 2.4) has k^2
         slots, one group behind each draft and none behind the pending token (7 / 21 / 73 rows), so that its
-        commonest rejection, at the first draft, leaves no drafts. The group for acceptance length zero is this
-        project's correction: k fresh drafts after every outcome.
+        commonest rejection, at the first draft, leaves no drafts. The group for acceptance length zero is
+        this project's correction: k fresh drafts after every outcome.
         """
         return cls(drafts, (k,) * (drafts + 1))

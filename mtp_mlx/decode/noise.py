@@ -6,16 +6,16 @@ Non-goal: cryptography.
 
 The generator, in unsigned 32-bit arithmetic modulo 2^32, so that a Metal kernel can reproduce it bit for bit:
 
-1. Row keys. (key_0, key_1) = Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as
-   1, 2, 3", SC 2011), key = (seed mod 2^32, seed div 2^32), counter = (position, 0).
+1. Row keys. (key_0, key_1) = Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy
+   as 1, 2, 3", SC 2011), key = (seed mod 2^32, seed div 2^32), counter = (position, 0).
 2. Bits of a token id, a finaliser of two multiplications (constants: Wellons' "lowbias32"):
        x = id ^ key_0
        x = (x ^ (x >> 16)) * 0x7feb352d
        x = x ^ key_1
        x = (x ^ (x >> 15)) * 0x846ca68b
        x = x ^ (x >> 16)
-3. Uniform, in float32: w = min((float(x) + 0.5) * 2^-32, 1 - 2^-24), inside (0, 1). float(x) rounds to nearest,
-   which alone would give w = 1 for the 128 largest x.
+3. Uniform, in float32: w = min((float(x) + 0.5) * 2^-32, 1 - 2^-24), inside (0, 1). float(x) rounds to
+   nearest, which alone would give w = 1 for the 128 largest x.
 4. Gumbel, in float32: g = -log(-log1p(-w)). Large g come from small w, where float32 is finest, so the tail
    that decides an argmax keeps its precision: g lies in [-2.82, 22.88].
 

@@ -1,0 +1,222 @@
+"""The one acceptance rule's `pick`: the token at an absolute position, as a function of logits and position.
+
+Contract: `Picker.pick` is deterministic, lazy (no host read) and row-independent: a row's token depends on its
+own logits, position and history, never on the other rows or on their number. A draft is accepted while it equals
+the target's pick; the text is then the same with any drafter and any layout.
+Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
+Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
+temperature, draw. The draw is Gumbel-max, whose marginal is exactly the warped softmax.
+Non-goals: XTC and logit bias.
+
+Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from mtp_mlx.decode.noise import gumbel
+from mtp_mlx.errors import MTPError
+
+SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the temperature lose their order
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is picked. Names, defaults and meanings are mlx-lm's; 0 switches a penalty or a warp off.
+
+    temperature               0 picks the most likely token and ignores noise and warps
+    top_k                     keep the k most likely tokens; 0, or no less than the vocabulary, keeps all
+    top_p                     keep the smallest set with this probability; 0 or 1 keeps all
+    min_p                     keep tokens with at least this fraction of the top probability
+    min_tokens_to_keep        tokens that min-p never removes
+    repetition_penalty        divides positive, multiplies negative logits of repeated tokens; 1 and 0: off
+    presence_penalty          subtracted from the logits of repeated tokens
+    frequency_penalty         subtracted once per repetition
+    repetition_context_size, presence_context_size, frequency_context_size
+                              how many of the last tokens count, prompt included
+    seed                      0 <= seed < 2^64
+
+    Raises MTPError that lists every value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens_to_keep: int = 1
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    presence_context_size: int = 20
+    frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)!r} but must be {must_be}"
+            for name, must_be, holds in self._rules()
+            if not holds
+        ]
+        if problems:
+            raise MTPError("Sampling: " + "; ".join(problems) + ".")
+
+    def _rules(self) -> list[tuple[str, str, bool]]:
+        """(field, what it must be, whether it is)."""
+        temperature = self.temperature
+        temperature_holds = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
+        rules = [
+            ("temperature", f"0 or a finite number from {SMALLEST_TEMPERATURE}", temperature_holds),
+            ("top_k", "a whole number from 0", isinstance(self.top_k, int) and self.top_k >= 0),
+            ("top_p", "from 0 to 1", 0 <= self.top_p <= 1),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "finite and not negative", 0 <= self.repetition_penalty < math.inf),
+            ("presence_penalty", "finite", math.isfinite(self.presence_penalty)),
+            ("frequency_penalty", "finite", math.isfinite(self.frequency_penalty)),
+            ("seed", "a whole number below 2^64", isinstance(self.seed, int) and 0 <= self.seed < 2**64),
+        ]
+        for name in (
+            "min_tokens_to_keep",
+            "repetition_context_size",
+            "presence_context_size",
+            "frequency_context_size",
+        ):
+            value = getattr(self, name)
+            rules.append((name, "a whole number from 1", isinstance(value, int) and value >= 1))
+        return rules
+
+    @property
+    def penalises_repetition(self) -> bool:
+        return self.repetition_penalty not in (0.0, 1.0)
+
+    @property
+    def history_size(self) -> int:
+        """Tokens before a pick that its penalties look at; 0 without penalties."""
+        sizes = (
+            self.repetition_context_size if self.penalises_repetition else 0,
+            self.presence_context_size if self.presence_penalty else 0,
+            self.frequency_context_size if self.frequency_penalty else 0,
+        )
+        return max(sizes)
+
+
+class Picker:
+    """Picks tokens by a `SamplingConfig`. Holds no state besides it."""
+
+    def __init__(self, config: SamplingConfig | None = None) -> None:
+        self.config = config or SamplingConfig()
+
+    @property
+    def history_size(self) -> int:
+        """C, the columns of `history` that `pick` needs; 0 when it needs none."""
+        return self.config.history_size
+
+    def pick(
+        self,
+        logits: mx.array,
+        positions: mx.array,
+        history: mx.array | None = None,
+        token_ids: mx.array | None = None,
+    ) -> mx.array:
+        """The token of each row, int32 [R], lazily.
+
+        logits     [R, V] of any float type; computed in float32
+        positions  [R] int32, the absolute position of the token being picked
+        history    [R, >= C] int32, the tokens before each row's pick, the latest last, padded on the left
+                   with -1. Needed with penalties only.
+        token_ids  [V] int32, the real id of each column of a reduced vocabulary; None when column = id. Noise
+                   and penalties go by the real id, and real ids are returned.
+
+        Raises ValueError when penalties are on and history is missing.
+        """
+        scores = self._scores(logits, history, token_ids)
+        return _real_ids(self._columns(scores, positions, token_ids), token_ids)
+
+    def pick_with_confidence(
+        self,
+        logits: mx.array,
+        positions: mx.array,
+        history: mx.array | None = None,
+        token_ids: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """As `pick`, and the probability of each picked token, float32 [R].
+
+        The probability is under the warped, temperature-scaled distribution that was drawn from; for greedy
+        picking, under the plain softmax of the penalised logits.
+        """
+        scores = self._scores(logits, history, token_ids)
+        columns = self._columns(scores, positions, token_ids)
+        picked = mx.take_along_axis(scores, columns[:, None], axis=-1).squeeze(-1)
+        confidence = mx.exp(picked - mx.logsumexp(scores, axis=-1))
+        return _real_ids(columns, token_ids), confidence
+
+    def _scores(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
+        """[R, V] float32 whose softmax is the distribution to pick from."""
+        logits = self._penalised(logits.astype(mx.float32), history, token_ids)
+        if self.config.temperature == 0:
+            return logits
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self._warped(logprobs) * (1.0 / self.config.temperature)
+
+    def _columns(self, scores: mx.array, positions: mx.array, token_ids: mx.array | None) -> mx.array:
+        """[R] the column with the largest score plus noise."""
+        if self.config.temperature == 0:
+            return mx.argmax(scores, axis=-1)
+        real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
+        return mx.argmax(scores + gumbel(self.config.seed, positions, real_ids), axis=-1)
+
+    def _warped(self, logprobs: mx.array) -> mx.array:
+        """[R, V] with -inf for the tokens that mlx-lm's `make_sampler` would drop, by its own functions."""
+        config, n_columns = self.config, logprobs.shape[-1]
+        if 0 < config.top_p < 1:
+            logprobs = apply_top_p(logprobs, config.top_p)
+        if config.min_p > 0 and config.min_tokens_to_keep < n_columns:
+            logprobs = apply_min_p(logprobs, config.min_p, config.min_tokens_to_keep)
+        if 0 < config.top_k < n_columns:
+            logprobs = apply_top_k(logprobs, config.top_k)
+        return logprobs
+
+    def _penalised(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
+        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, one history per row."""
+        config = self.config
+        if config.history_size == 0:
+            return logits
+        if history is None:
+            raise ValueError(f"penalties need the last {config.history_size} tokens of each row as history")
+
+        def counts(context_size: int) -> mx.array:
+            return _counts(history[:, -context_size:], logits.shape[-1], token_ids)
+
+        if config.penalises_repetition:
+            penalty = config.repetition_penalty
+            punished = mx.where(logits < 0, logits * penalty, logits / penalty)
+            logits = mx.where(counts(config.repetition_context_size) > 0, punished, logits)
+        if config.presence_penalty:
+            seen = counts(config.presence_context_size) > 0
+            logits = mx.where(seen, logits - config.presence_penalty, logits)
+        if config.frequency_penalty:
+            logits = logits - config.frequency_penalty * counts(config.frequency_context_size)
+        return logits
+
+
+def _real_ids(columns: mx.array, token_ids: mx.array | None) -> mx.array:
+    """[R] int32 vocabulary ids of columns."""
+    return (columns if token_ids is None else token_ids[columns]).astype(mx.int32)
+
+
+def _counts(history: mx.array, n_columns: int, token_ids: mx.array | None) -> mx.array:
+    """How often each column's token stands in each row's history, float32 [R, n_columns].
+
+    history is int32 [R, C]; -1 and ids without a column count nowhere.
+    """
+    if token_ids is not None:
+        matches = history[:, :, None] == token_ids[None, None, :]  # [R, C, V]; the draft vocabulary is small
+        return matches.sum(axis=1).astype(mx.float32)
+    dump = mx.where(history < 0, n_columns, history)  # padding counts in a column that is cut off
+    rows = mx.broadcast_to(mx.arange(history.shape[0])[:, None], history.shape)
+    return mx.zeros((history.shape[0], n_columns + 1)).at[rows, dump].add(1.0)[:, :n_columns]
