@@ -79,7 +79,7 @@ def resolve_model(name_or_path: str | Path) -> str | Path:
     if name in EMBEDDED:
         return embedded_model(name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").exists():
             raise ModelNotFound(f"{path} is not a model folder: it has no config.json.")
         return path
