@@ -1,5 +1,4 @@
-"""Proves that every verb has help, that --help loads no mlx, and that each mendable error is a sentence and
-code 2."""
+"""Proves that each verb has help, --help loads no mlx, and a mendable error is one sentence and code 2."""
 
 from __future__ import annotations
 

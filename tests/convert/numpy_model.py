@@ -1,5 +1,4 @@
-"""A llama / qwen2 forward pass in plain numpy, in GGUF's own row order and names: an oracle that shares no
-code.
+"""A llama / qwen2 forward pass in plain numpy, in GGUF's own row order and names: an independent oracle.
 
 For llama the rows of q and k are in llama.cpp's order, where rope turns *neighbouring* pairs (2i, 2i+1); so
 nothing here un-permutes anything.

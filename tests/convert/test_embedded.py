@@ -1,5 +1,4 @@
-"""Proves that the embedded model comes only from the pinned wheel, is converted once, and names resolve as
-promised."""
+"""Proves that the embedded model comes only from the pinned wheel, once, and that names resolve rightly."""
 
 from __future__ import annotations
 
@@ -122,8 +121,7 @@ def test_names_resolve(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_real_model_speaks_english(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy, with the chat template's own system prompt; the answer's start is the one llama-family float32
-    gives."""
+    """Greedy in float32, with the chat template's own system prompt."""
     monkeypatch.setenv("MTP_MLX_CACHE", str(REAL_CACHE))
     if os.environ.get("MTP_MLX_OFFLINE"):
         pytest.skip("MTP_MLX_OFFLINE is set, and the real model is a 93 MB download")
