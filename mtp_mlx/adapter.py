@@ -1,0 +1,192 @@
+"""The adapter folder: `mtp_config.json`, `mtp.safetensors` and a generated `README.md`.
+
+The config names the base by a fingerprint, the adapter's shape, how it was trained and what acceptance was
+measured. A fingerprint that differs from the base at hand is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import new_folder
+from mtp_mlx.model.attach import embedding_shape, new_adapter
+from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
+from mtp_mlx.model.seams import find_seams
+
+CONFIG_NAME = "mtp_config.json"
+WEIGHTS_NAME = "mtp.safetensors"
+FORMAT_VERSION = 1
+METHOD = "mask-tokens"
+
+
+@dataclass
+class AdapterInfo:
+    """What an adapter folder says about itself, apart from weights.
+
+    Attributes:
+        base_name: the base model as the user named it.
+        base_fingerprint: see `base_fingerprint`.
+        shape: the adapter's shape.
+        training: provenance: objective, data, steps, rows, settings.
+        acceptance: measured acceptance per depth on held-out text.
+        measurements: named reports (tokens per step by category, ...), free-form.
+    """
+
+    base_name: str
+    base_fingerprint: str
+    shape: MaskAdapterConfig
+    training: dict[str, Any] = field(default_factory=dict)
+    acceptance: list[float] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `mtp_config.json`."""
+        return {
+            "format": FORMAT_VERSION,
+            "method": METHOD,
+            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
+            "adapter": dataclasses.asdict(self.shape),
+            "training": self.training,
+            "acceptance": self.acceptance,
+            "measurements": self.measurements,
+        }
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that name a base model whatever its precision.
+
+    Made of the model type, the vocabulary and hidden size, and every normalisation weight rounded to
+    bfloat16: quantising or casting a model leaves these alone, fine-tuning it does not.
+    """
+    trunk = find_seams(model).trunk
+    digest = hashlib.sha256()
+    digest.update(f"{getattr(model, 'model_type', '?')} {embedding_shape(_base_embedding(trunk))}".encode())
+    for name, module in sorted(trunk.named_modules(), key=lambda item: item[0]):
+        if "norm" in name.rsplit(".", 1)[-1] and "weight" in module:
+            rounded = module["weight"].astype(mx.bfloat16).astype(mx.float32)
+            digest.update(name.encode())
+            digest.update(np.array(rounded).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_embedding(trunk: nn.Module) -> nn.Module:
+    embed = trunk.embed_tokens
+    return getattr(embed, "base", embed)
+
+
+def save_adapter(
+    folder: Path, adapter: MaskAdapter, info: AdapterInfo, dtype: mx.Dtype = mx.bfloat16
+) -> None:
+    """Writes the folder whole or not at all; weights in `dtype`.
+
+    Raises:
+        MTPError: it cannot be written.
+    """
+    tensors = {
+        name: value if value.dtype == mx.int32 else value.astype(dtype)
+        for name, value in adapter.tensors().items()
+    }
+    with new_folder(Path(folder)) as temporary:
+        mx.save_safetensors(str(temporary / WEIGHTS_NAME), tensors, metadata={"format": "mlx"})
+        (temporary / CONFIG_NAME).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(info, adapter), encoding="utf-8")
+
+
+def read_info(folder: Path) -> AdapterInfo:
+    """Reads `mtp_config.json`.
+
+    Raises:
+        MTPError: no adapter there, or its config is damaged or of another method or version.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise MTPError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MTPError(f"{path} cannot be read: {error}") from error
+    if raw.get("format") != FORMAT_VERSION or raw.get("method") != METHOD:
+        raise MTPError(
+            f"{path}: format {raw.get('format')!r}, method {raw.get('method')!r}; this version reads format "
+            f"{FORMAT_VERSION}, method '{METHOD}'"
+        )
+    try:
+        shape = dict(raw["adapter"])
+        shape["target_modules"] = tuple(shape.get("target_modules", ()))
+        return AdapterInfo(
+            base_name=raw["base"]["name"],
+            base_fingerprint=raw["base"]["fingerprint"],
+            shape=MaskAdapterConfig(**shape),
+            training=raw.get("training", {}),
+            acceptance=list(raw.get("acceptance", [])),
+            measurements=raw.get("measurements", {}),
+        )
+    except (KeyError, TypeError) as error:
+        raise MTPError(f"{path} is damaged: {error}") from error
+
+
+def load_adapter(folder: Path, model: nn.Module) -> tuple[MaskAdapter, AdapterInfo]:
+    """Reads an adapter for `model` (not yet attached).
+
+    Raises:
+        MTPError: not an adapter, trained for another base (both fingerprints shown), or damaged weights.
+    """
+    info = read_info(folder)
+    found = base_fingerprint(model)
+    if found != info.base_fingerprint:
+        raise MTPError(
+            f"the adapter {folder} was trained for base '{info.base_name}' (fingerprint {info.base_fingerprint}), "
+            f"this model's fingerprint is {found}; use it with its own base or train one for this model"
+        )
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        tensors = mx.load(str(path))
+        mx.eval(tensors)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MTPError(f"{path} is missing or damaged: {error}") from error
+    adapter = new_adapter(model, info.shape, tensors.get("draft_ids"))
+    adapter.load_tensors(tensors)
+    return adapter, info
+
+
+def model_card(info: AdapterInfo, adapter: MaskAdapter) -> str:
+    """The folder's README: base, method, data, measured acceptance, how to use it."""
+    count = sum(value.size for name, value in adapter.tensors().items() if name != "draft_ids")
+    depth = " / ".join(f"{value:.2f}" for value in info.acceptance) or "not measured"
+    lines = [
+        f"# Mask-token adapter for {info.base_name}",
+        "",
+        "Gated-LoRA mask tokens (arXiv 2507.11851), trained and run by mtp-mlx. The base model's own output is",
+        "unchanged: drafts are verified, and the adapter acts on slot rows only.",
+        "",
+        f"- base: {info.base_name}, fingerprint `{info.base_fingerprint}`",
+        f"- slots {info.shape.slots}, rank {info.shape.rank}, alpha {info.shape.alpha:g}, "
+        f"draft vocabulary {info.shape.draft_vocab_size or 'whole'}; {count / 1e6:.2f} M weights",
+        f"- acceptance per depth on held-out text: {depth}",
+        "",
+        "## Training",
+        "",
+        *[f"- {key}: {value}" for key, value in info.training.items()],
+        "",
+    ]
+    for name, report in info.measurements.items():
+        lines += [f"## {name}", "", "```json", json.dumps(report, indent=2), "```", ""]
+    lines += [
+        "## Use",
+        "",
+        "```",
+        f"mtp-mlx generate --model {info.base_name} --adapter . --prompt ...",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Files are written to a temporary name and renamed, so nobody ever reads half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtp_mlx.errors import MTPError
+
+
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turns an operating-system error about `path` into a sentence.
+
+    Raises:
+        MTPError: disk full, no permission, or any other OSError, with the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MTPError(
+                f"the disk is full: {path} could not be written; free some space and run it again"
+            ) from error
+        raise MTPError(f"{path} could not be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # mlx reports a failed write this way
+        if "write" in str(error).lower() or "open" in str(error).lower():
+            raise MTPError(
+                f"{path} could not be written ({error}); is the disk full or the folder read-only?"
+            ) from error
+        raise
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` and renames to `path`. The temporary file keeps the suffix of `path`.
+
+    Raises:
+        MTPError: the file cannot be written.
+    """
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    write_file(path, lambda temporary: _write_and_sync(temporary, text))
+
+
+def _write_and_sync(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` (replacing it) when the block ends well.
+
+    Raises:
+        MTPError: it cannot be written.
+    """
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

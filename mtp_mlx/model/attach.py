@@ -1,0 +1,148 @@
+"""attach(model, adapter): puts the wrappers on an mlx-lm model; detach restores it exactly.
+
+With wrappers on, the model's own `model(ids, cache)` is unchanged: outside `AttachedModel.forward` every
+wrapper is the module it wraps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.block import Block
+from mtp_mlx.model.cache import BlockCache
+from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
+from mtp_mlx.model.head import HeadView
+from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
+from mtp_mlx.model.positions import PositionedRoPE
+from mtp_mlx.model.rows import RowContext
+from mtp_mlx.model.seams import Seams, check_caches, find_seams, replace_module
+from mtp_mlx.model.slots import SlotAwareEmbedding
+
+
+class AttachedModel:
+    """A model with (or without) a mask-token adapter: forward passes over blocks, and the heads.
+
+    Not safe for two forward passes at once from different threads; one generation at a time per model.
+
+    Attributes:
+        model: the mlx-lm model.
+        adapter: the adapter attached, or None (then blocks have no slots).
+        vocab_size: V, rows of the embedding table; ids from here on are slots.
+        hidden_size: D.
+    """
+
+    def __init__(self, model: nn.Module, adapter: MaskAdapter | None, seams: Seams) -> None:
+        self.model = model
+        self.adapter = adapter
+        self._seams = seams
+        self._rows = RowContext()
+        self._embed = seams.trunk.embed_tokens
+        self.vocab_size, self.hidden_size = embedding_shape(self._embed)
+        self.head = HeadView(model, self._embed)
+        self._draft_head: HeadView | None = None
+        if adapter is not None:
+            self._wrap(adapter)
+
+    def _wrap(self, adapter: MaskAdapter) -> None:
+        for path, low_rank in adapter.low_rank.items():
+            replace_module(
+                self._seams.trunk, path, GatedLinear(self._seams.linears[path], low_rank, self._rows)
+            )
+        for path, rope in self._seams.ropes.items():
+            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
+        self._seams.trunk.embed_tokens = SlotAwareEmbedding(
+            self._embed, adapter.slot_embeddings, self.vocab_size
+        )
+
+    def detach(self) -> None:
+        """Restores the model exactly; this object must not be used afterwards."""
+        trunk = self._seams.trunk
+        if self.adapter is not None:
+            for path in self.adapter.low_rank:
+                replace_module(trunk, path, self._seams.linears[path])
+            for path, rope in self._seams.ropes.items():
+                replace_module(trunk, path, rope)
+            trunk.embed_tokens = self._embed
+        self.adapter = None
+
+    def make_cache(self) -> list[Any]:
+        """mlx-lm's own prompt cache for this model.
+
+        Raises:
+            MTPError: a layer's cache cannot give rows back.
+        """
+        caches = make_prompt_cache(self.model)
+        check_caches(caches, getattr(self.model, "model_type", type(self.model).__name__))
+        return caches
+
+    def forward(self, block: Block, cache: list[Any]) -> mx.array:
+        """Hidden states after the final norm, [B, R, D]. Appends R rows to every layer's cache."""
+        with self._rows.running(block):
+            view = [BlockCache(layer_cache, self._rows) for layer_cache in cache]
+            return self._seams.trunk(block.ids, cache=view)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """The base model's own embedding, [...] -> [..., D]; no slots."""
+        return self._embed(ids)
+
+    @property
+    def draft_head(self) -> HeadView:
+        """The head drafts are picked with: the draft vocabulary's columns, or all."""
+        if self._draft_head is None:
+            ids = None if self.adapter is None else self.adapter.draft_ids
+            self._draft_head = self.head if ids is None else HeadView(self.model, self._embed, ids)
+        return self._draft_head
+
+
+def embedding_shape(embed_tokens: nn.Module) -> tuple[int, int]:
+    """(V, D) of an embedding layer, quantised or not."""
+    if isinstance(embed_tokens, nn.QuantizedEmbedding):
+        return int(embed_tokens.num_embeddings), int(embed_tokens.dims)
+    rows, size = embed_tokens.weight.shape
+    return int(rows), int(size)
+
+
+def new_adapter(
+    model: nn.Module, config: MaskAdapterConfig, draft_ids: mx.array | None = None
+) -> MaskAdapter:
+    """An untrained adapter of `config`'s shape for `model`: slot drafts start from the mean embedding.
+
+    Raises:
+        MTPError: the model lacks a seam, or `target_modules` names no layer of it.
+    """
+    seams = find_seams(model)
+    linears = seams.linears
+    if config.target_modules:
+        known = {path.rsplit(".", 1)[-1] for path in linears}
+        unknown = [name for name in config.target_modules if name not in known]
+        if unknown:
+            raise MTPError(
+                f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
+            )
+        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in config.target_modules}
+    sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
+    vocab_size, hidden_size = embedding_shape(seams.trunk.embed_tokens)
+    sample = seams.trunk.embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
+    initial = mx.mean(sample.astype(mx.float32), axis=0)  # [D]
+    return MaskAdapter(config, sizes, hidden_size, draft_ids, initial)
+
+
+def attach(model: nn.Module, adapter: MaskAdapter | None = None) -> AttachedModel:
+    """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
+
+    Raises:
+        MTPError: the model lacks a seam, or is already attached.
+    """
+    seams = find_seams(model)
+    if any(isinstance(rope, PositionedRoPE) for rope in seams.ropes.values()):
+        raise MTPError("this model already has an adapter attached; detach it first")
+    if adapter is not None:
+        missing = sorted(adapter.low_rank.keys() - seams.linears.keys())
+        if missing:
+            raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
+    return AttachedModel(model, adapter, seams)

@@ -1,0 +1,121 @@
+"""Layout arithmetic of one forward pass: which rows it has, where they stand and whom they see.
+
+A block is real rows first (the pending token, then the drafts under verification), slot rows after
+(design 2.2). Order in memory is free because positions and visibility are explicit; real rows first
+makes the KV of accepted tokens a prefix, so roll-back is one trim.
+
+Legend: R rows of the block, d drafts, k slots of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The part of a block that depends only on its layout, computed once per layout.
+
+    Attributes:
+        n_real: number of real rows, the pending token included.
+        offsets: [R] int32, position of each row relative to the pending token.
+        visibility: [R, R] bool, `visibility[i, j]` if row i sees row j (itself included).
+        slot_index: [R - n_real] int32, which slot embedding (0-based) each slot row uses.
+        group_start: for every acceptance length a, the row at which its slot group starts.
+        contiguous: positions count up by one and visibility is causal, so a scalar offset and
+            "causal" say the same and MLX's fast paths apply.
+    """
+
+    n_real: int
+    offsets: np.ndarray
+    visibility: np.ndarray
+    slot_index: np.ndarray
+    group_start: tuple[int, ...]
+    contiguous: bool
+
+    @property
+    def rows(self) -> int:
+        """Number of rows R."""
+        return len(self.offsets)
+
+
+@lru_cache(maxsize=512)
+def block_shape(drafts: int, slots: tuple[int, ...]) -> BlockShape:
+    """Rows of a block with `drafts` drafts and `slots[a]` mask slots behind acceptance length a.
+
+    Slot j (1-based) of group a predicts the token at offset a + j + 1 and stands at offset a + j
+    (arXiv 2507.11851, Fig. 4: mask j after token i has position i + j). It sees the real rows
+    0..a and slots 1..j of its own group.
+
+    Raises:
+        ValueError: `slots` does not have one entry per acceptance length 0..drafts.
+    """
+    if len(slots) != drafts + 1:
+        raise ValueError(f"{drafts} drafts need {drafts + 1} slot groups, got {len(slots)}")
+    n_real = drafts + 1
+    rows = n_real + sum(slots)
+    offsets = np.zeros(rows, dtype=np.int32)
+    offsets[:n_real] = np.arange(n_real)
+    visibility = np.zeros((rows, rows), dtype=bool)
+    visibility[:n_real, :n_real] = np.tril(np.ones((n_real, n_real), dtype=bool))
+    slot_index = np.zeros(rows - n_real, dtype=np.int32)
+    group_start = []
+    row = n_real
+    for accepted, count in enumerate(slots):
+        group_start.append(row)
+        group = slice(row, row + count)
+        offsets[group] = accepted + 1 + np.arange(count)
+        visibility[group, : accepted + 1] = True
+        visibility[group, group] = np.tril(np.ones((count, count), dtype=bool))
+        slot_index[row - n_real : row - n_real + count] = np.arange(count)
+        row += count
+    causal = np.array_equal(visibility, np.tril(np.ones((rows, rows), dtype=bool)))
+    contiguous = causal and np.array_equal(offsets, np.arange(rows))
+    return BlockShape(n_real, offsets, visibility, slot_index, tuple(group_start), contiguous)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One forward pass over rows of a single sequence or of a batch of equal layouts.
+
+    Attributes:
+        ids: [B, R] int32; ids >= the vocabulary size are slots (`vocab_size + slot_index`).
+        n_real: real rows come first; rows from here on are slots, where gated LoRA acts.
+        positions: [R] or [B, R] int32 absolute positions, or None when contiguous with the cache.
+        visibility: [R, R] bool among the block's rows, or None when causal.
+    """
+
+    ids: mx.array
+    n_real: int
+    positions: mx.array | None = None
+    visibility: mx.array | None = None
+
+    @staticmethod
+    def real(ids: mx.array) -> Block:
+        """An ordinary forward pass: only real rows, contiguous and causal. ids: [B, R]."""
+        return Block(ids=ids, n_real=ids.shape[1])
+
+    @staticmethod
+    def decode(tokens: mx.array, shape: BlockShape, start: int, vocab_size: int) -> Block:
+        """A decoding step.
+
+        Args:
+            tokens: [n_real] int32, the pending token and the drafts submitted.
+            shape: the layout's rows.
+            start: absolute position of the pending token (= number of cached tokens).
+            vocab_size: first slot id.
+        """
+        slot_ids = mx.array(shape.slot_index + vocab_size)
+        ids = mx.concatenate([tokens.astype(mx.int32), slot_ids])[None]  # [1, R]
+        if shape.contiguous:
+            return Block(ids=ids, n_real=shape.n_real)
+        return Block(
+            ids=ids,
+            n_real=shape.n_real,
+            positions=mx.array(shape.offsets + start),
+            visibility=mx.array(shape.visibility),
+        )

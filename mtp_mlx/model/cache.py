@@ -1,0 +1,91 @@
+"""KV caches as a forward pass sees them: mlx-lm's own caches, with the block's visibility.
+
+`BlockCache` is a view used for decoding; `PrefixCache` holds the base model's KV during two-pass training
+(design 2.4). Neither re-implements storage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.rows import RowContext
+
+
+class BlockCache:
+    """A view of an mlx-lm cache whose `make_mask` returns the visibility of the pass in progress.
+
+    Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own. Rows beyond the
+    accepted ones leave through the inner cache's `trim`.
+    """
+
+    def __init__(self, inner: Any, rows: RowContext) -> None:
+        self.inner = inner
+        self._rows = rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """Mask of N query rows over (cached prefix + N rows): [N, offset + N] bool, or mlx-lm's own value."""
+        visibility = self._rows.visibility
+        if visibility is None:
+            return self.inner.make_mask(N, return_array=return_array, window_size=window_size)
+        cached = int(self.inner.offset)
+        mask = mx.concatenate([mx.ones((N, cached), dtype=mx.bool_), visibility], axis=1)
+        if window_size is None:
+            return mask
+        positions = self._rows.positions
+        assert positions is not None, "explicit visibility comes with explicit positions"
+        key_positions = mx.concatenate([mx.arange(cached, dtype=positions.dtype), positions])
+        return mask & (positions[:, None] < key_positions[None] + window_size)
+
+
+class PrefixCache:
+    """The base model's keys and values of whole sequences, read by slot rows that are never stored.
+
+    Attributes:
+        keys, values: [B, H_kv, T, D] of pass 1, or None before it.
+        mask: [R, T + R] or [B, 1, R, T + R] bool, what the slot rows of pass 2 see.
+    """
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.mask: mx.array | None = None
+        self.repeats = 1
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Pass 1 stores and returns its own rows; pass 2 returns the stored prefix followed by its rows."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        return self._behind_prefix(self.keys, keys), self._behind_prefix(self.values, values)
+
+    def _behind_prefix(self, prefix: mx.array, own: mx.array) -> mx.array:
+        """[S, H, T, D] and [S * repeats, H, R, D] -> [S * repeats, H, T + R, D]."""
+        prefix = mx.stop_gradient(prefix)
+        if self.repeats > 1:
+            prefix = mx.repeat(prefix, self.repeats, axis=0)
+        return mx.concatenate([prefix, own], axis=2)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """ "causal" in pass 1, the slot rows' visibility in pass 2.
+
+        Raises:
+            MTPError: the sequence is longer than the layer's sliding window, which the masks do not cover.
+        """
+        length = N if self.keys is None else self.keys.shape[2]
+        if window_size is not None and length > window_size:
+            raise MTPError(
+                f"the sequence has {length} tokens, more than this model's sliding window of {window_size}; "
+                f"train with a maximum length of at most {window_size}"
+            )
+        if self.mask is not None:
+            return self.mask
+        if return_array:
+            return mx.tril(mx.ones((N, N), dtype=mx.bool_))
+        return "causal"

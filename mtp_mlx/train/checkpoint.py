@@ -1,0 +1,137 @@
+"""Training state on disk: one safetensors file, written whole or not at all, enough for an exact resume.
+
+Holds the adapter in float32, the optimizer's state, the step and the settings it belongs to. Data order and
+block positions are functions of (seed, step), so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import write_file
+from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.train.settings import TrainSettings
+
+# Settings that may change between a checkpoint and its continuation without changing the loss curve so far.
+FREE_SETTINGS = frozenset({"out", "data", "measure_every", "save_every", "grad_checkpoint", "model"})
+
+
+@dataclass
+class Checkpoint:
+    """A training state: `step` steps are done."""
+
+    step: int
+    tensors: dict[str, mx.array]
+    settings: dict[str, Any]
+    data_fingerprint: str
+
+
+def comparable(settings: TrainSettings) -> dict[str, Any]:
+    """Settings that a resumed run must share with the run that wrote the checkpoint."""
+    values = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return {name: value for name, value in values.items() if name not in FREE_SETTINGS}
+
+
+def save_checkpoint(
+    path: Path,
+    adapter: MaskAdapter,
+    optimizer: optim.Optimizer,
+    step: int,
+    settings: TrainSettings,
+    data_fingerprint: str,
+) -> None:
+    """Writes the state after `step` steps.
+
+    Raises:
+        MTPError: the file cannot be written; the previous checkpoint is then still there.
+    """
+    tensors = {f"adapter/{name}": value for name, value in adapter.tensors().items()}
+    tensors |= {f"optimizer/{name}": value for name, value in flat_state(optimizer).items()}
+    metadata = {
+        "step": str(step),
+        "settings": json.dumps(comparable(settings)),
+        "data": data_fingerprint,
+    }
+    write_file(path, lambda temporary: mx.save_safetensors(str(temporary), tensors, metadata=metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a state.
+
+    Raises:
+        MTPError: the file is damaged.
+    """
+    try:
+        tensors, metadata = mx.load(str(path), return_metadata=True)
+        mx.eval(tensors)
+        return Checkpoint(
+            step=int(metadata["step"]),
+            tensors=tensors,
+            settings=json.loads(metadata["settings"]),
+            data_fingerprint=metadata["data"],
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise MTPError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
+
+
+def check_resumable(
+    checkpoint: Checkpoint, path: Path, settings: TrainSettings, data_fingerprint: str
+) -> None:
+    """Refuses to continue a run with other settings or data.
+
+    Raises:
+        MTPError: names every setting that differs.
+    """
+    now = comparable(settings)
+    keys = now.keys() | checkpoint.settings.keys()
+    changed = [
+        f"{key} was {checkpoint.settings.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(keys)
+        if now.get(key) != checkpoint.settings.get(key)
+    ]
+    if data_fingerprint != checkpoint.data_fingerprint:
+        changed.append("the training data changed")
+    if changed:
+        raise MTPError(
+            f"{path} belongs to another run: {'; '.join(changed)}. Use the old settings, another --out, or "
+            "delete the checkpoint"
+        )
+
+
+def restore(checkpoint: Checkpoint, adapter: MaskAdapter, optimizer: optim.Optimizer) -> None:
+    """Puts a checkpoint's weights and optimizer state in place (the optimizer must be initialised)."""
+    weights = {
+        name.removeprefix("adapter/"): value
+        for name, value in checkpoint.tensors.items()
+        if name.startswith("adapter/")
+    }
+    adapter.load_tensors(weights)
+    for name, holder, key in _leaves(optimizer.state):
+        holder[key] = checkpoint.tensors[f"optimizer/{name}"]
+
+
+def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """The optimizer's state by dotted name."""
+    return dict(tree_flatten(optimizer.state))
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, container, key) of every leaf, named as `tree_flatten` names it."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found: list[tuple[str, Any, Any]] = []
+    for key, value in list(items):
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict | list):
+            found += _leaves(value, name)
+        else:
+            found.append((name, tree, key))
+    return found

@@ -1,0 +1,1 @@
+"""What a loss is: one file per objective, all with the call `objective(attached, batch) -> LossParts`."""

@@ -1,0 +1,112 @@
+"""Which slot rows a training batch has, where they stand and what they must predict.
+
+Every position of a response is a candidate *block*: k slots behind the real token at that position, the
+*anchor* (arXiv 2507.11851, Fig. 4). Real rows and slot rows run in separate passes (design 2.4), so a
+layout is index arithmetic in numpy and owns no tensors of the model.
+
+Legend: S sequences, T padded length, N blocks per sequence, k slots, G blocks per chunk, M supervised rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Index arrays of one batch.
+
+    Attributes:
+        tokens: [S, T] int32, right-padded with zeros.
+        anchors: [S, N] int32 position of the real token each block follows; N is a multiple of G.
+        slots: k.
+        chunk_blocks: G blocks share one row of the slot pass's batch and one copy of the prefix.
+        rows: [M] index into the S * N * k slot rows, those that have a target.
+        depth: [M] 1-based slot j of each supervised row.
+        target: [M] index into the S * T real rows: the row (anchor + j) whose prediction is the target.
+        previous: [M] int32 token at anchor + j, the label before this one (never the previous input, a mask).
+        label: [M] int32 token at anchor + j + 1.
+    """
+
+    tokens: np.ndarray
+    anchors: np.ndarray
+    slots: int
+    chunk_blocks: int
+    rows: np.ndarray
+    depth: np.ndarray
+    target: np.ndarray
+    previous: np.ndarray
+    label: np.ndarray
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per sequence, N / G."""
+        return self.anchors.shape[1] // self.chunk_blocks
+
+    def positions(self) -> np.ndarray:
+        """[S * chunks, G * k] absolute positions: slot j after anchor i stands at i + j."""
+        positions = self.anchors[:, :, None] + np.arange(1, self.slots + 1, dtype=np.int32)
+        return positions.reshape(-1, self.chunk_blocks * self.slots).astype(np.int32)
+
+    def visibility(self) -> np.ndarray:
+        """[S * chunks, G * k, T + G * k] bool: the prefix up to the anchor, then own slots up to itself."""
+        length = self.tokens.shape[1]
+        anchors = self.anchors.reshape(-1, self.chunk_blocks)
+        prefix = np.arange(length)[None, None] <= anchors[:, :, None]  # [S * chunks, G, T]
+        prefix = np.repeat(prefix, self.slots, axis=1)
+        causal = np.tril(np.ones((self.slots, self.slots), dtype=bool))
+        own = np.kron(np.eye(self.chunk_blocks, dtype=bool), causal)  # [G * k, G * k]
+        return np.concatenate([prefix, np.broadcast_to(own, (len(anchors), *own.shape))], axis=2)
+
+
+def candidate_anchors(length: int, loss_start: int) -> np.ndarray:
+    """Positions that may carry a block: from the last prompt token to the last one with a token to predict."""
+    return np.arange(max(loss_start - 1, 0), length - 2, dtype=np.int32)
+
+
+def build_layout(
+    sequences: Sequence[Sequence[int]], anchors: Sequence[np.ndarray], slots: int, chunk_blocks: int
+) -> SlotLayout:
+    """Lays a batch out.
+
+    Args:
+        sequences: S token lists.
+        anchors: per sequence, the anchor positions of its blocks (sorted, at least one in the batch).
+        slots: k.
+        chunk_blocks: G.
+
+    Raises:
+        ValueError: no sequence has a block.
+    """
+    most = max((len(row) for row in anchors), default=0)
+    if most == 0:
+        raise ValueError("no block in this batch: every response is shorter than two tokens")
+    count = -(-most // chunk_blocks) * chunk_blocks
+    length = max(len(sequence) for sequence in sequences)
+    tokens = np.zeros((len(sequences), length), dtype=np.int32)
+    padded = np.zeros((len(sequences), count), dtype=np.int32)
+    real = np.zeros((len(sequences), count), dtype=bool)
+    for index, (sequence, own) in enumerate(zip(sequences, anchors, strict=True)):
+        tokens[index, : len(sequence)] = sequence
+        padded[index, : len(own)] = own
+        real[index, : len(own)] = True
+    lengths = np.array([len(sequence) for sequence in sequences])
+    slot = np.arange(1, slots + 1)
+    target_position = padded[:, :, None] + slot  # [S, N, k], the real row that predicts the same token
+    supervised = real[:, :, None] & (target_position + 1 < lengths[:, None, None])
+    sequence_index, _, depth = np.nonzero(supervised)
+    position = target_position[supervised]
+    return SlotLayout(
+        tokens=tokens,
+        anchors=padded,
+        slots=slots,
+        chunk_blocks=chunk_blocks,
+        rows=np.flatnonzero(supervised.reshape(-1)).astype(np.int32),
+        depth=(depth + 1).astype(np.int32),
+        target=(sequence_index * length + position).astype(np.int32),
+        previous=tokens[sequence_index, position],
+        label=tokens[sequence_index, position + 1],
+    )
