@@ -20,7 +20,9 @@ Examples:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Quantise the weights to this many bits")
-@click.option("--group-size", type=click.Choice(["32", "64"]), default="64", show_default=True)
+@click.option(
+    "--group-size", type=click.Choice(["32", "64"]), default="64", help="Weights that share a scale"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -69,9 +69,10 @@ def write_model(
     """A tiny random model with all matrices of type `kind`. `metadata` overrides keys, None removes one."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
-    add_metadata(writer, default_metadata(arch) | (metadata or {}))
+    metadata = default_metadata(arch) | (metadata or {})
+    add_metadata(writer, metadata)
     written = Written(path)
-    for name, shape in shapes(arch, len(TOKENS), tied, bias).items():
+    for name, shape in shapes(arch, len(metadata["tokenizer.ggml.tokens"] or TOKENS), tied, bias).items():
         value = rng.standard_normal(shape).astype(np.float32) * 0.3 + ("norm" in name)
         if name in leave_out:
             continue

@@ -146,3 +146,26 @@ def test_sentencepiece_ids_are_sentencepieces(
     ids = tokenizer.encode(text).ids
     assert ids == [processor.bos_id(), *processor.encode(text)]
     assert tokenizer.decode(ids) == text
+
+
+def test_mlx_lm_loads_a_sentencepiece_vocabulary(
+    sentencepiece_pair: tuple[sentencepiece.SentencePieceProcessor, Tokenizer], tmp_path: Path
+) -> None:
+    processor, _ = sentencepiece_pair
+    n = processor.get_piece_size()
+    metadata = {
+        "model": "llama",
+        "tokens": [processor.id_to_piece(i) for i in range(n)],
+        "scores": [float(processor.get_score(i)) for i in range(n)],
+        "token_type": [token_type(processor, i) for i in range(n)],
+        "bos_token_id": processor.bos_id(),
+        "eos_token_id": processor.eos_id(),
+        **dict.fromkeys(("pre", "merges", "eot_token_id", "add_bos_token")),
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    written = write_model(tmp_path / "m.gguf", metadata=metadata)
+    tokenizer = load_tokenizer(convert_gguf(written.path, tmp_path / "out"))
+    for text in ("the cat sat", " the  cat é日", "1234", "a\nb"):
+        ids = processor.encode(text)
+        assert tokenizer.encode(text) == [processor.bos_id(), *ids]
+        assert tokenizer.decode(ids) == text
