@@ -37,6 +37,7 @@ __all__ = [
     "chat_prompt_ids",
     "end_of_turn_id",
     "fingerprint",
+    "messages_prompt_ids",
     "load_examples",
     "load_splits",
     "prompt_ids",
@@ -198,6 +199,22 @@ def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None) -> list[int]:
     return list(tokenizer.encode(prompt))
 
 
+def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: str) -> list[int]:
+    """`chat_prompt_ids` of messages read from a file: MTPError naming `where` if they cannot be used."""
+    _check_messages(messages, where)
+    if not getattr(tokenizer, "has_chat_template", False):
+        raise MTPError(
+            f'{where}: this model has no chat template, so "messages" cannot be used. Write rows with '
+            '"prompt" and "completion", or "text".'
+        )
+    try:
+        return chat_prompt_ids(tokenizer, messages, tools)
+    except TEMPLATE_ERRORS as error:
+        raise MTPError(
+            f"{where}: the chat template refuses these messages ({error}). Mend this row."
+        ) from error
+
+
 def end_of_turn_id(tokenizer: Any) -> int:
     """The id with which an answer ends: what the chat template puts after one, else the tokenizer's eos.
 
@@ -262,17 +279,7 @@ class Encoder:
             raise MTPError(
                 f"{where}: the last of \"messages\" must be the assistant's, after a user's. Mend this row."
             )
-        if not getattr(self.tokenizer, "has_chat_template", False):
-            raise MTPError(
-                f'{where}: this model has no chat template, so "messages" cannot be used. Write rows with '
-                '"prompt" and "completion", or "text".'
-            )
-        try:
-            prompt = chat_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"))
-        except TEMPLATE_ERRORS as error:
-            raise MTPError(
-                f"{where}: the chat template refuses these messages ({error}). Mend this row."
-            ) from error
+        prompt = messages_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"), where)
         return prompt, _typed(messages[-1], "content", str, where)
 
     def _response_ids(
@@ -282,6 +289,8 @@ class Encoder:
             ids = _typed(row, "response_tokens", list, where)
             if not all(type(token) is int and token >= 0 for token in ids):
                 raise MTPError(f'{where}: "response_tokens" must be a list of token ids. Mend this row.')
+            if not ids and finished:  # the model's own answer was to say nothing
+                return [self.end_of_turn]
         else:
             ids = list(self.tokenizer.encode(response, add_special_tokens=False)) if response.strip() else []
         if not ids:

@@ -1,0 +1,333 @@
+"""Self-distillation data: the base model's own answers to prompts, batched and resumable.
+
+Contract
+    OUT is a JSONL file that only grows, one answer per line in the order in which answers end. A row
+    holds the prompt as it was read (`prompt` or `messages`), `response`, `response_tokens` (the ids
+    generated, without the eos), `finished` (the model ended the answer; false: cut at max_tokens),
+    `temperature`, and `id`, `category`, `source`, `licence` where the prompt has them.
+    `mtp_mlx.train.data` reads these rows as they are.
+Invariant
+    A prompt that has its row in OUT is not answered again, so a stopped run goes on where it was. Noise
+    is drawn for (seed, prompt, position): a resumed run writes the answers that an uninterrupted one
+    writes.
+Batching pads prompts on the left, which changes sums in the last bits: where two candidates are nearly tied,
+an answer may differ from the one generated alone. Either is the model's own answer.
+mlx is imported where it is used, so that the command line's help does not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.config import setting
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import clear_errors
+from mtp_mlx.train.data import messages_prompt_ids, prompt_ids, read_jsonl
+
+COPIED_FIELDS = ("id", "category", "source", "licence", "license")
+PREFILL_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """Settings of `mtp-mlx distill`."""
+
+    model: str = setting("smollm2-135m", help="Answer with this model: a name, folder or hub id", flag="-m")
+    prompts: Path = setting(help="Read prompts from this JSONL file", flag="-p")
+    out: Path = setting(help="Append answers to this JSONL file", flag="-o")
+    max_tokens: int = setting(256, help="Cut answers at this many tokens", minimum=1)
+    temp: float = setting(0.0, help="Sample at this temperature, 0 is greedy", minimum=0)
+    batch_size: int = setting(8, help="Answer this many prompts at once", minimum=1)
+    limit: int | None = setting(None, help="Use only this many prompts of the file", minimum=1)
+    seed: int = setting(0, help="Seed of the sampling noise", minimum=0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt row. `key` names it in OUT; `digest` changes with its text."""
+
+    row: dict[str, Any]
+    where: str
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote: ids without the eos, and whether it ended by itself."""
+
+    prompt: Prompt
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass
+class DistillSummary:
+    """What a run did. `tokens` counts generated ids, `seconds` generation alone."""
+
+    out: str
+    written: int = 0
+    finished: int = 0
+    skipped: int = 0  # prompts that have a row in OUT already
+    duplicates: int = 0  # prompts that stand twice in the file
+    tokens: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    note: str = ""  # what was mended in OUT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, tokens per second included."""
+        return {**asdict(self), "tok_per_s": self.tokens / self.seconds if self.seconds else 0.0}
+
+
+# --- prompts and earlier answers ----------------------------------------------------------------------------
+
+
+def read_prompts(path: Path, limit: int | None = None) -> Iterator[Prompt]:
+    """The prompts of a JSONL file whose rows have `prompt`, `messages` or `turns`.
+
+    Of `turns` the first is the prompt. Assistant messages at the end of `messages` are left off: the model
+    gives its own. Raises MTPError with file name and line number for rows that hold no prompt.
+    """
+    for number, row in islice(read_jsonl(path), limit):
+        where = f"{path}, line {number}"
+        asked = _asked(row, where)
+        digest = _digest(asked)
+        key = str(row["id"]) if row.get("id") is not None else digest
+        copied = {name: row[name] for name in COPIED_FIELDS if row.get(name) is not None}
+        yield Prompt({**copied, **asked}, where, key, digest)
+
+
+def _asked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """{"prompt": text} or {"messages": [...]} (with "tools" if given) of a prompt row."""
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list):
+            raise MTPError(f'{where}: "messages" must be a list. Mend this row.')
+        while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise MTPError(f'{where}: "messages" has nothing to answer. Mend this row.')
+        return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
+    text = row.get("prompt")
+    if text is None and isinstance(row.get("turns"), list) and row["turns"]:
+        text = row["turns"][0]
+    if not isinstance(text, str) or not text.strip():
+        raise MTPError(f'{where}: no prompt. The row needs "prompt" (text), "messages" or "turns".')
+    return {"prompt": text}
+
+
+def _digest(asked: dict[str, Any]) -> str:
+    """16 hex digits of what is asked."""
+    text = json.dumps(asked, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def mend_last_line(path: Path) -> str:
+    """Make OUT end with a whole line: drop a line that was cut while it was written.
+
+    Returns what was done, in words, or "" if nothing had to be.
+    """
+    if not path.exists():
+        return ""
+    with clear_errors(path), path.open("r+b") as file:
+        content = file.read()
+        if not content or content.endswith(b"\n"):
+            return ""
+        start = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[start:])
+        except ValueError:
+            file.truncate(start)
+            return f"{path}: dropped the last line, which was cut while it was written"
+        file.write(b"\n")
+    return ""
+
+
+def read_answered(path: Path) -> dict[str, str]:
+    """key -> digest of every prompt answered in OUT. Raises MTPError for a file of another kind."""
+    answered: dict[str, str] = {}
+    if not path.exists():
+        return answered
+    for number, row in read_jsonl(path):
+        where = f"{path}, line {number}"
+        if "response" not in row and "messages" not in row:
+            raise MTPError(f'{where}: not a file of answers (no "response"). Choose another --out.')
+        digest = _digest(_asked(row, where))
+        answered[str(row["id"]) if row.get("id") is not None else digest] = digest
+    return answered
+
+
+def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: DistillSummary) -> list[Prompt]:
+    """The prompts that have no answer yet; the others are counted in `summary`."""
+    pending: dict[str, Prompt] = {}
+    for prompt in prompts:
+        known = answered.get(prompt.key)
+        if known is not None and known != prompt.digest:
+            raise MTPError(
+                f"{prompt.where}: {summary.out} answers another prompt under the id {prompt.key!r}. "
+                "Choose another --out or give this prompt another id."
+            )
+        twin = pending.get(prompt.key)
+        if twin is not None and twin.digest != prompt.digest:
+            raise MTPError(
+                f"{prompt.where}: the id {prompt.key!r} stands at {twin.where} too. Make ids unique."
+            )
+        if known is not None:
+            summary.skipped += 1
+        elif twin is not None:
+            summary.duplicates += 1
+        else:
+            pending[prompt.key] = prompt
+    return list(pending.values())
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Prompt ids through the chat template, as generation makes them. MTPError with the line of a bad row."""
+    if "messages" in prompt.row:
+        return messages_prompt_ids(tokenizer, prompt.row["messages"], prompt.row.get("tools"), prompt.where)
+    return prompt_ids(tokenizer, prompt.row["prompt"])
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Iterable[Prompt],
+    settings: DistillSettings,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Iterator[Answer]:
+    """Answers in the order in which they end, through mlx-lm's continuous batching.
+
+    on_tokens  is called with the number of ids generated by every forward pass
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    batch = BatchGenerator(
+        model,
+        max_tokens=settings.max_tokens,
+        stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
+        completion_batch_size=settings.batch_size,
+        prefill_batch_size=min(settings.batch_size, PREFILL_BATCH_SIZE),
+    )
+    waiting = deque(prompts)
+    active: dict[int, tuple[Prompt, list[int]]] = {}
+    try:
+        while waiting or active:
+            while waiting and len(active) < 2 * settings.batch_size:  # the rest need no cache yet
+                prompt = waiting.popleft()
+                sampler = _sampler(settings, prompt)
+                (uid,) = batch.insert(
+                    [encode_prompt(prompt, tokenizer)], samplers=None if sampler is None else [sampler]
+                )
+                active[uid] = (prompt, [])
+            responses = batch.next_generated()
+            on_tokens(len(responses))
+            for response in responses:
+                prompt, tokens = active[response.uid]
+                if response.finish_reason != "stop":
+                    tokens.append(int(response.token))
+                if response.finish_reason is not None:
+                    del active[response.uid]
+                    yield Answer(prompt, tokens, response.finish_reason == "stop")
+    finally:
+        batch.close()
+
+
+def _sampler(settings: DistillSettings, prompt: Prompt) -> Callable[[Any], Any] | None:
+    """Draws id n of this prompt with noise of (seed, prompt, n) from logits [1, V]; None for greedy."""
+    if settings.temp == 0:
+        return None
+    import mlx.core as mx
+
+    named = hashlib.sha256(f"{settings.seed} {prompt.digest}".encode()).digest()
+    base, position = int.from_bytes(named[:7], "little"), -1
+
+    def sample(logprobs: Any) -> Any:
+        nonlocal position
+        position += 1
+        return mx.random.categorical(logprobs / settings.temp, key=mx.random.key(base + position))
+
+    return sample
+
+
+def answer_row(answer: Answer, tokenizer: Any, temperature: float) -> dict[str, Any]:
+    """The row of OUT for an answer."""
+    response = tokenizer.decode(answer.tokens) if answer.tokens else ""
+    row = dict(answer.prompt.row)
+    if "messages" in row:
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": response}]
+    else:
+        row["response"] = response
+    return {
+        **row,
+        "response_tokens": answer.tokens,
+        "finished": answer.finished,
+        "temperature": temperature,
+    }
+
+
+def distill(
+    model: Any,
+    tokenizer: Any,
+    settings: DistillSettings,
+    *,
+    on_start: Callable[[int, DistillSummary], None] = lambda pending, summary: None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> DistillSummary:
+    """Answer the prompts that have no answer in `settings.out` yet, appending each as it ends.
+
+    on_start   is called once with the number of prompts to answer and the summary so far
+    on_tokens  is called with the number of ids of every forward pass, on_answer with every answer written
+
+    Ctrl-C keeps the answers that are written and returns with `interrupted` set.
+    Raises MTPError for prompts or an OUT that cannot be used, and for a full disk.
+    """
+    summary = DistillSummary(out=str(settings.out), note=mend_last_line(settings.out))
+    prompts = list(read_prompts(settings.prompts, settings.limit))
+    if not prompts:
+        raise MTPError(
+            f'{settings.prompts}: the file is empty. Write one JSON object with "prompt" per line.'
+        )
+    pending = _pending(prompts, read_answered(settings.out), summary)
+    on_start(len(pending), summary)
+    started = time.perf_counter()
+
+    def counted(count: int) -> None:
+        summary.tokens += count
+        on_tokens(count)
+
+    try:
+        with clear_errors(settings.out):
+            settings.out.parent.mkdir(parents=True, exist_ok=True)
+            file = settings.out.open("ab")
+        with file:
+            for answer in generate_answers(model, tokenizer, pending, settings, counted):
+                _append(file.fileno(), settings, answer_row(answer, tokenizer, settings.temp))
+                summary.written += 1
+                summary.finished += answer.finished
+                on_answer(answer)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def _append(descriptor: int, settings: DistillSettings, row: dict[str, Any]) -> None:
+    """One line, in one write, so that a stop between answers leaves whole lines."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    with clear_errors(settings.out):
+        while line:
+            line = line[os.write(descriptor, line) :]
