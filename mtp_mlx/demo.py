@@ -70,14 +70,28 @@ def embedded_model(
     return folder
 
 
-def resolve_model(name_or_path: str | Path) -> str | Path:
+def bundled_adapter(name: str | Path) -> Path | None:
+    """The adapter folder that ships with the package for the embedded model `name`, or None."""
+    folder = Path(__file__).parent / "adapters" / str(name)
+    return folder if str(name) in EMBEDDED and folder.is_dir() else None
+
+
+def resolve_model(
+    name_or_path: str | Path, quantize: int | None = None, progress: Callable[[str], None] | None = None
+) -> str | Path:
     """What `mlx_lm.load` should be given: the embedded model's folder, a local folder, or a hub id unchanged.
 
-    Raises ModelNotFound for a path that does not exist or is no mlx-lm model folder.
+    quantize: 4 or 8 bits, of the embedded model only.
+    Raises ModelNotFound for a path that does not exist or is no mlx-lm model folder, MTPError for quantising
+    a model that is not embedded.
     """
     name = str(name_or_path)
     if name in EMBEDDED:
-        return embedded_model(name)
+        return embedded_model(name, quantize=quantize, progress=progress)
+    if quantize:
+        raise MTPError(
+            f"only the embedded model is quantised on the way in: quantise {name} with mlx_lm.convert first."
+        )
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").exists():

@@ -34,11 +34,15 @@ class AttachedModel:
         adapter: the adapter attached, or None (then blocks have no slots).
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
+        info: what the adapter's folder says about it (`mtp_mlx.adapter.AdapterInfo`), or None.
+        name: how the user named the model.
     """
 
     def __init__(self, model: nn.Module, adapter: MaskAdapter | None, seams: Seams) -> None:
         self.model = model
         self.adapter = adapter
+        self.info: Any = None
+        self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
         self._rows = RowContext()
         self._embed = seams.trunk.embed_tokens

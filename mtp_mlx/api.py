@@ -1,0 +1,242 @@
+"""load, generate, stream_generate: mlx-lm's calls, several tokens per forward pass, the same text.
+
+    from mtp_mlx import load, generate
+    model, tokenizer = load("smollm2-135m")
+    print(generate(model, tokenizer, prompt="Why is the sky blue?", max_tokens=100))
+
+Works from any thread; one generation at a time per model. Closing the generator stops it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.adapter import AdapterInfo, load_adapter
+from mtp_mlx.decode.auto import build_policy
+from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.policy import LayoutName
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.demo import bundled_adapter, resolve_model
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import Block
+from mtp_mlx.text import StopStrings
+
+
+@dataclass
+class GenerationResponse:
+    """One committed token, as mlx-lm's response of the same name, plus where it came from.
+
+    Attributes:
+        text: text that became final with this token (may be empty).
+        token, logits: id, and the target's raw logits [V] (lazy).
+        from_draft, depth: accepted draft of this depth (from 1), or the target's own pick (0).
+        prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as mlx-lm (GB).
+        lossless: the text is that of the base model alone.
+        stats: counts so far (shared by all responses of one generation).
+        finish_reason: "stop", "length", or None before the end.
+    """
+
+    text: str
+    token: int
+    logits: mx.array
+    from_draft: bool
+    depth: int
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    stats: DecodeStats
+    finish_reason: str | None = None
+    lossless: bool = True
+
+
+@dataclass
+class _Clock:
+    """Prompt and generation speed of one generation."""
+
+    prompt_tokens: int
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+
+    def prompt_tps(self) -> float:
+        return self.prompt_tokens / max(self.first - self.started, 1e-9)
+
+    def generation_tps(self, tokens: int) -> float:
+        """Tokens per second after the prompt, counted as mlx-lm counts: from the first token's arrival."""
+        return tokens / max(time.perf_counter() - self.first, 1e-9)
+
+
+def load(
+    model: str = "smollm2-135m",
+    adapter: str | Path | None = "auto",
+    *,
+    quantize: int | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+) -> tuple[AttachedModel, TokenizerWrapper]:
+    """A model with its adapter attached, and its tokenizer.
+
+    Args:
+        model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
+        adapter: adapter folder; "auto" uses the bundled one if there is one for this model; None for none.
+        quantize: 4 or 8 bits, embedded model only.
+
+    Raises:
+        MTPError: no such model or adapter, a missing seam, an adapter for another base.
+    """
+    path = resolve_model(model, quantize=quantize)
+    try:
+        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise MTPError(f"the model {model} could not be loaded: {error}") from error
+    folder = bundled_adapter(model) if adapter == "auto" else adapter
+    info: AdapterInfo | None = None
+    weights = None
+    if folder is not None:
+        weights, info = load_adapter(Path(folder), base)
+    attached = attach(base, weights)
+    attached.info = info
+    attached.name = str(model)
+    _evaluate(attached)
+    return attached, tokenizer
+
+
+def _evaluate(attached: AttachedModel) -> None:
+    """Evaluates weights and constants: a lazy array belongs to the thread that made it."""
+    if attached.adapter is not None:
+        mx.eval(attached.adapter.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
+    mx.eval(
+        attached.head(attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), attached.make_cache()))
+    )
+
+
+def stream_generate(
+    model: AttachedModel,
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    *,
+    sampling: SamplingConfig | None = None,
+    layout: LayoutName = "auto",
+    slots: int | None = None,
+    lookup: bool | None = None,
+    stop: Sequence[str] = (),
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Yields a response per token.
+
+    Args:
+        prompt: text (special tokens are added unless the text starts with them, as mlx-lm does) or ids.
+        max_tokens: exactly so many at most; -1 for no limit.
+        sampling: temperature, top-k, ..., seed; greedy by default.
+        layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
+        slots: most slots k behind one position; all the adapter has by default.
+        lookup: also draft from the text itself; by default with layout "auto" only.
+        stop: strings that end the text; they are not part of it.
+        kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
+            quantized_kv_start, prompt_progress_callback.
+
+    Raises:
+        MTPError: a bad option, an empty prompt, a cache that cannot give rows back.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    ids = encode_prompt(tokenizer, prompt)
+    stats = DecodeStats()
+    policy = build_policy(model, layout, slots, stats)
+    use_lookup = layout == "auto" if lookup is None else lookup
+    detokenizer = tokenizer.detokenizer
+    stops = StopStrings(stop)
+    clock = _Clock(len(ids))
+    steps = mtp_generate_step(
+        ids,
+        model,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        policy=policy,
+        lookup=LookupDrafter() if use_lookup and policy.max_drafts else None,
+        stats=stats,
+        **kwargs,
+    )
+    with closing(steps):
+        for count, item in enumerate(steps, start=1):
+            if count == 1:
+                clock.first = time.perf_counter()
+                mx.reset_peak_memory()
+            reason = _finish_reason(item.token, count, max_tokens, tokenizer)
+            if reason != "stop":
+                detokenizer.add_token(item.token)
+            if reason is not None:
+                detokenizer.finalize()
+            text = stops.feed(detokenizer.last_segment)
+            if stops.stopped:
+                reason = "stop"
+            elif reason is not None:
+                text += stops.finish()
+            yield GenerationResponse(
+                text=text,
+                token=item.token,
+                logits=item.logits,
+                from_draft=item.from_draft,
+                depth=item.depth,
+                prompt_tokens=clock.prompt_tokens,
+                prompt_tps=clock.prompt_tps(),
+                generation_tokens=count,
+                generation_tps=clock.generation_tps(count),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                stats=stats,
+                finish_reason=reason,
+            )
+            if reason is not None:
+                return
+
+
+def _finish_reason(token: int, count: int, max_tokens: int, tokenizer: TokenizerWrapper) -> str | None:
+    if token in tokenizer.eos_token_ids:
+        return "stop"
+    return "length" if count == max_tokens else None
+
+
+def generate(
+    model: AttachedModel,
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    **kwargs: Any,
+) -> str:
+    """The text that follows `prompt`. Arguments as `stream_generate`."""
+    return "".join(
+        response.text for response in stream_generate(model, tokenizer, prompt, max_tokens, **kwargs)
+    )
+
+
+def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> list[int]:
+    """Token ids of a prompt, with the rule for special tokens that mlx-lm has."""
+    if isinstance(prompt, mx.array):
+        return [int(token) for token in prompt.tolist()]
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    bos = tokenizer.bos_token
+    return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
+
+
+def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = None) -> list[int]:
+    """Ids of a user's message in the tokenizer's chat template (plain text if it has none)."""
+    if not tokenizer.has_chat_template:
+        return encode_prompt(tokenizer, prompt)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

@@ -1,0 +1,51 @@
+"""Drafts from the text itself: what followed the last occurrence of the newest n-gram.
+
+Costs no forward pass and no weights. Pays where text repeats itself (summaries, code, quotations, loops).
+"""
+
+from __future__ import annotations
+
+
+class LookupDrafter:
+    """Finds the longest suffix of the text, of `longest` down to `shortest` tokens, that occurred before.
+
+    The index maps every n-gram to the position after its last occurrence and is extended as tokens come.
+
+    Args:
+        longest, shortest: sizes of n-grams tried, longest first.
+    """
+
+    def __init__(self, longest: int = 6, shortest: int = 3) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(
+                f"n-gram sizes must satisfy 1 <= shortest <= longest, got {shortest} and {longest}"
+            )
+        self.longest = longest
+        self._sizes = range(longest, shortest - 1, -1)
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def extend(self, tokens: list[int]) -> None:
+        """Appends committed tokens to the text."""
+        for token in tokens:
+            end = len(self._tokens)
+            for size in self._sizes:
+                if end >= size:
+                    self._after[tuple(self._tokens[end - size : end])] = end
+            self._tokens.append(token)
+
+    def propose(self, most: int) -> tuple[list[int], int]:
+        """(at most `most` drafts for the next positions, size of the n-gram that matched or 0).
+
+        A draft that runs past the end of the text continues with itself, so a loop is drafted whole.
+        """
+        text = self._tokens
+        for size in self._sizes:
+            if len(text) < size:
+                continue
+            start = self._after.get(tuple(text[-size:]))
+            if start is None:
+                continue
+            period = len(text) - start
+            return [text[start + offset % period] for offset in range(most)], size
+        return [], 0

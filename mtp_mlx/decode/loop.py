@@ -1,0 +1,170 @@
+"""The decode loop: block -> forward -> verify -> commit -> draft, one host read per step.
+
+`mtp_generate_step` yields tokens one by one with where they came from. Contract: for one seed the tokens are
+those of plain decoding, whatever the policy and the drafters do. Non-goals: text, stop strings, timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
+from mtp_mlx.decode.session import CacheSettings, Session
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.model.attach import AttachedModel
+
+
+class Token(NamedTuple):
+    """One committed token.
+
+    Attributes:
+        token: its id.
+        logits: [V] the target's raw logits at this position; lazy, computed by the pass anyway.
+        from_draft: it was drafted and accepted (the text is the same either way).
+        depth: which draft of its step it was, from 1; 0 for the target's own pick.
+    """
+
+    token: int
+    logits: mx.array
+    from_draft: bool
+    depth: int
+
+
+def mtp_generate_step(
+    prompt: mx.array | list[int],
+    model: AttachedModel,
+    *,
+    max_tokens: int = 256,
+    sampling: SamplingConfig | None = None,
+    policy: Policy | None = None,
+    lookup: LookupDrafter | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    stats: DecodeStats | None = None,
+) -> Generator[Token, None, None]:
+    """Yields the tokens that follow `prompt`.
+
+    The call form is mlx-lm's `generate_step`; samplers are a `SamplingConfig` instead of a callable, because
+    a pick must be a function of position.
+
+    Args:
+        prompt: [T] int token ids not yet in `prompt_cache`.
+        model: from `mtp_mlx.load` or `attach`.
+        max_tokens: exactly so many at most; -1 for no limit.
+        sampling: how tokens are picked; greedy by default.
+        policy: which layout each step uses; plain decoding by default.
+        lookup: also draft from the text itself.
+        prompt_cache: mlx-lm cache of an earlier prefix; when the generator ends or is closed it holds that
+            prefix, the prompt and every token yielded.
+        stats: filled while decoding.
+
+    Raises:
+        MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back.
+    """
+    settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
+    picker = Picker(sampling or SamplingConfig())
+    policy = policy or FixedPolicy("plain", 0)
+    drafter = MaskSlotDrafter(model, picker) if model.adapter is not None else None
+    keep = prompt_cache is not None
+    cache = prompt_cache if prompt_cache is not None else model.make_cache()
+    ids = prompt.tolist() if isinstance(prompt, mx.array) else [int(token) for token in prompt]
+    session = Session(model, picker, drafter, ids, cache, settings)
+    loop = _Loop(session, policy, lookup, stats or DecodeStats(), max_tokens)
+    try:
+        session.prefill(prompt_progress_callback)
+        yield from loop.tokens()
+    finally:
+        if keep:
+            session.settle(len(ids) + loop.n_yielded)
+
+
+class _Loop:
+    """The state of one generation between steps."""
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        lookup: LookupDrafter | None,
+        stats: DecodeStats,
+        max_tokens: int,
+    ) -> None:
+        self._session, self._policy, self._lookup, self._stats = session, policy, lookup, stats
+        self._max_tokens = max_tokens
+        self.n_yielded = 0
+        self._from_slots = Proposal("slots", [], [])
+        if lookup is not None:
+            lookup.extend(session.tokens)
+
+    def tokens(self) -> Generator[Token, None, None]:
+        """Steps until max_tokens; the consumer closes the generator to stop earlier."""
+        while self._left() > 0:
+            proposal, layout = self._plan()
+            if layout == Layout.plain():
+                yield from self._plain_stretch()
+            else:
+                yield from self._step(proposal, layout)
+
+    def _left(self) -> int:
+        return self._max_tokens - self.n_yielded if self._max_tokens >= 0 else 1 << 30
+
+    def _plan(self) -> tuple[Proposal, Layout]:
+        """Which drafts to verify and in which layout."""
+        proposals = [self._from_slots]
+        if self._lookup is not None:
+            drafts, match = self._lookup.propose(self._policy.max_drafts)
+            if drafts:
+                proposals.append(Proposal("lookup", drafts, [match / self._lookup.longest] * len(drafts)))
+        limit = self._session.draft_limit()
+        most = self._left() - 1 if limit is None else min(limit, self._left() - 1)
+        return self._policy.choose([proposal.cut(most) for proposal in proposals])
+
+    def _step(self, proposal: Proposal, layout: Layout) -> Generator[Token, None, None]:
+        drafts = proposal.drafts[: layout.drafts]
+        result = self._session.step(layout, drafts)
+        self._policy.observe(proposal, layout, result.n_accepted)
+        self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source)
+        self._from_slots = Proposal("slots", result.drafts, result.confidences)
+        if self._lookup is not None:
+            self._lookup.extend(result.tokens)
+        for index, token in enumerate(result.tokens):
+            depth = index + 1 if index < result.n_accepted else 0
+            self.n_yielded += 1
+            yield Token(token, result.logits[index], depth > 0, depth)
+
+    def _plain_stretch(self) -> Generator[Token, None, None]:
+        """Plain steps, each started before the token of the last is read, until the policy wants drafts."""
+        session = self._session
+        ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
+        mx.async_eval(ahead[0])
+        self._from_slots = Proposal("slots", [], [])
+        last = False
+        while not last:
+            pick, logits = ahead
+            last = self._left() <= 1 or self._policy.interrupts_plain() or self._lookup_wanted()
+            if not last:
+                ahead = session.plain_pass(pick, 1)
+                mx.async_eval(ahead[0])
+            token = int(pick.item())
+            session.tokens.append(token)
+            self._stats.record(0, (0,), 0, "plain")
+            self._policy.observe(self._from_slots, Layout.plain(), 0)
+            if self._lookup is not None:
+                self._lookup.extend([token])
+            self.n_yielded += 1
+            yield Token(token, logits[0], False, 0)
+
+    def _lookup_wanted(self) -> bool:
+        """Whether the text drafts something worth a speculative step."""
+        return self._lookup is not None and self._plan()[1] != Layout.plain()

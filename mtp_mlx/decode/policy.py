@@ -1,0 +1,78 @@
+"""Which drafts a step verifies and in which layout: the seam between the decode loop and a planner.
+
+The loop offers one `Proposal` per drafter and is told which to verify, and how many slots to add. The loop
+knows nothing of costs; a policy knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mtp_mlx.decode.layout import Layout
+
+LayoutName = Literal["auto", "linear", "quadratic", "plain"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Drafts of one drafter for the next positions.
+
+    Attributes:
+        source: "slots" or "lookup".
+        drafts: token ids, nearest position first.
+        confidences: one per draft, in [0, 1]; what they mean is the drafter's business.
+    """
+
+    source: str
+    drafts: list[int]
+    confidences: list[float]
+
+    def cut(self, most: int) -> Proposal:
+        """At most `most` drafts."""
+        return Proposal(self.source, self.drafts[: max(most, 0)], self.confidences[: max(most, 0)])
+
+
+class Policy(Protocol):
+    """Decides steps. `max_drafts` bounds what drafters are asked for."""
+
+    max_drafts: int
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """The proposal to verify and the layout; proposals[0] is the slots' (possibly empty)."""
+        ...
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int) -> None:
+        """Told after every step what came of it."""
+        ...
+
+    def interrupts_plain(self) -> bool:
+        """Whether a stretch of plain steps should end so that `choose` is asked again."""
+        ...
+
+
+class FixedPolicy:
+    """Always the same layout: plain, or k slots behind every step in linear or quadratic form.
+
+    The longest proposal is verified; on a tie the first (the slots').
+    """
+
+    def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
+        self.name, self.slots = name, slots
+        self.max_drafts = 0 if name == "plain" else slots
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """See `Policy`."""
+        best = max(proposals, key=lambda proposal: len(proposal.drafts)).cut(self.max_drafts)
+        if self.name == "plain":
+            return best, Layout.plain()
+        build = Layout.linear if self.name == "linear" else Layout.quadratic
+        return best, build(len(best.drafts), self.slots)
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int) -> None:
+        """Nothing to learn."""
+
+    def interrupts_plain(self) -> bool:
+        """Never: plain means plain."""
+        return False

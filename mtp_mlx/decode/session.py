@@ -1,0 +1,217 @@
+"""One sequence being decoded: its tokens, its KV cache, and the forward passes that move both.
+
+Invariant between steps: the cache holds every committed token but the last, the *pending* token; its key and
+value are written by the next pass. Rejected rows and slot rows leave by one trim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import maybe_quantize_kv_cache
+
+from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.verify import leading_run
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.block import Block, block_shape
+from mtp_mlx.model.seams import check_caches
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """KV-cache options, named and meant as in mlx-lm. kv_bits None keeps the cache unquantised."""
+
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    prefill_step_size: int = 2048
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, read on the host.
+
+    Attributes:
+        tokens: accepted drafts, then the target's own pick.
+        n_accepted: number of accepted drafts.
+        drafts, confidences: fresh drafts for the next positions.
+        logits: [1 + d, V], row i predicts tokens[i]; lazy.
+    """
+
+    tokens: list[int]
+    n_accepted: int
+    drafts: list[int]
+    confidences: list[float]
+    logits: mx.array
+
+
+class Session:
+    """Forward passes over one sequence.
+
+    Args:
+        attached: the model.
+        picker: the target's picker.
+        drafter: turns slot latents into drafts; None when no slots will be asked for.
+        prompt: token ids not yet in the cache, at least one.
+        cache: mlx-lm prompt cache, possibly holding an earlier prefix; updated in place.
+        settings: cache options.
+
+    Raises:
+        MTPError: the prompt is empty, has ids outside the vocabulary, or the cache cannot give rows back.
+    """
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        picker: Picker,
+        drafter: MaskSlotDrafter | None,
+        prompt: list[int],
+        cache: list[Any],
+        settings: CacheSettings,
+    ) -> None:
+        if not prompt:
+            raise MTPError("the prompt is empty: give at least one token")
+        if max(prompt) >= attached.vocab_size or min(prompt) < 0:
+            raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size}")
+        check_caches(cache, getattr(attached.model, "model_type", "?"))
+        self.attached, self.picker, self.drafter = attached, picker, drafter
+        self.cache, self._settings = cache, settings
+        self.start = self.cached  # tokens of an earlier prefix
+        self.tokens = list(prompt)  # committed since then, the pending one last
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache."""
+        return int(self.cache[0].offset)
+
+    def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Runs all of the prompt but its last token, in chunks."""
+        total = len(self.tokens)
+        done = 0
+        while done < total - 1:
+            chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
+            self.attached.forward(Block.real(mx.array([chunk])), self.cache)
+            self._quantize()
+            mx.eval([layer.state for layer in self.cache])
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+            mx.clear_cache()
+        if progress is not None:
+            progress(total, total)
+
+    def _quantize(self) -> None:
+        settings = self._settings
+        maybe_quantize_kv_cache(
+            self.cache, settings.quantized_kv_start, settings.kv_group_size, settings.kv_bits
+        )
+
+    def draft_limit(self) -> int | None:
+        """Most drafts the next block may verify, or None for any number.
+
+        mlx-lm quantises the cache once it has grown to `quantized_kv_start`; a block must not straddle that
+        point, or its later rows would see a prefix that plain decoding sees quantised.
+        """
+        settings = self._settings
+        if settings.kv_bits is None or self.cached >= settings.quantized_kv_start:
+            return None
+        return settings.quantized_kv_start - self.cached - 1
+
+    # --- plain decoding, one step ahead of the host ---------------------------------------------------------
+
+    def plain_pass(self, pending: mx.array, n_ahead: int) -> tuple[mx.array, mx.array]:
+        """One ordinary pass over the pending token, lazily.
+
+        Args:
+            pending: [1] int32, not necessarily read by the host yet.
+            n_ahead: committed tokens the host has not been told of yet (0 or 1).
+
+        Returns:
+            pick [1] int32 and logits [1, V].
+        """
+        position = self.cached + 1
+        hidden = self.attached.forward(Block.real(pending[None]), self.cache)
+        logits = self.attached.head(hidden)[0]  # [1, V]
+        history = None
+        if self.picker.history_size:
+            known = self._recent(self.tokens, self.picker.history_size - n_ahead)
+            unread = [pending] if n_ahead else []
+            history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
+        pick = self.picker.pick(logits, mx.array([position]), history)
+        self._quantize()
+        return pick, logits
+
+    # --- a speculative step ---------------------------------------------------------------------------------
+
+    def step(self, layout: Layout, drafts: list[int]) -> StepResult:
+        """Verifies `drafts` (layout.drafts of them), commits what is accepted and drafts again."""
+        shape = block_shape(layout.drafts, layout.slots)
+        start = self.cached
+        draft_ids = mx.array(drafts, dtype=mx.int32)
+        rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
+        block = Block.decode(rows, shape, start, self.attached.vocab_size)
+        hidden = self.attached.forward(block, self.cache)[0]  # [R, D]
+        logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
+        positions = mx.arange(start + 1, start + 1 + shape.n_real)
+        history = self._histories(drafts)
+        picks = self.picker.pick(logits, positions, history)
+        accepted = leading_run(picks, draft_ids)
+        fresh, confidences = mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
+        if layout.slot_rows:
+            assert self.drafter is not None, "slots need a drafter"
+            own = None if history is None else history[accepted]
+            fresh, confidences = self.drafter.propose(
+                hidden, shape, accepted, picks[accepted], positions[accepted], own
+            )
+        integers = mx.concatenate([accepted.reshape(1), picks, fresh])
+        mx.eval(integers, confidences)  # the step's one host read
+        n_accepted, *values = integers.tolist()
+        count = layout.slots[n_accepted]
+        tokens = values[: n_accepted + 1]
+        self.trim(shape.rows - 1 - n_accepted)
+        self.tokens += tokens
+        self._quantize()
+        return StepResult(
+            tokens=tokens,
+            n_accepted=n_accepted,
+            drafts=values[shape.n_real : shape.n_real + count],
+            confidences=confidences.tolist()[:count],
+            logits=logits,
+        )
+
+    def trim(self, rows: int) -> None:
+        """Takes the newest rows back from every layer's cache."""
+        for layer in self.cache:
+            layer.trim(rows)
+
+    def settle(self, n_committed: int) -> None:
+        """Ends the session so that the cache holds exactly the first `n_committed` tokens of `self.tokens`."""
+        surplus = self.cached - (self.start + n_committed)
+        if surplus > 0:
+            self.trim(surplus)
+        elif surplus < 0:
+            missing = self.tokens[n_committed + surplus : n_committed]
+            self.attached.forward(Block.real(mx.array([missing])), self.cache)
+            self._quantize()
+            mx.eval([layer.state for layer in self.cache])
+
+    def _histories(self, drafts: list[int]) -> mx.array | None:
+        """[1 + d, C] tokens before each real row's pick, or None without penalties."""
+        size = self.picker.history_size
+        if not size:
+            return None
+        rows = [self._recent(self.tokens + drafts[:count], size) for count in range(len(drafts) + 1)]
+        return mx.array(np.array(rows, dtype=np.int32))
+
+    @staticmethod
+    def _recent(tokens: list[int], size: int) -> list[int]:
+        """The last `size` tokens, padded on the left with -1."""
+        recent = tokens[-size:] if size else []
+        return [-1] * (size - len(recent)) + recent

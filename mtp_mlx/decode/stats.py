@@ -1,0 +1,95 @@
+"""What happened while decoding, in counts. Nothing here is estimated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class DecodeStats:
+    """Counts of one generation.
+
+    Attributes:
+        tokens: tokens committed by decoding steps (a consumer may have stopped inside the last block).
+        steps: forward passes after prefill.
+        rows: rows of those passes.
+        submitted, accepted: per depth (index 0 = first draft): drafts that were reached by verification, and
+            drafts accepted.
+        histogram: {tokens of a step: how many steps}.
+        layouts: {"drafts/slots": how many steps}.
+        drafted_by: {drafter: drafts accepted}.
+        fallbacks: {reason: how often}: everything that did not run as asked for.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    rows: int = 0
+    submitted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    histogram: Counter[int] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    drafted_by: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def record(self, drafts: int, slots: tuple[int, ...], n_accepted: int, drafter: str) -> None:
+        """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`."""
+        self.steps += 1
+        self.rows += 1 + drafts + sum(slots)
+        self.tokens += 1 + n_accepted
+        self.histogram[1 + n_accepted] += 1
+        self.layouts[f"{drafts}/{'+'.join(map(str, slots))}"] += 1
+        if n_accepted:
+            self.drafted_by[drafter] += n_accepted
+        reached = min(n_accepted + 1, drafts)
+        for counts, upto in ((self.submitted, reached), (self.accepted, n_accepted)):
+            counts.extend([0] * (drafts - len(counts)))
+            for depth in range(upto):
+                counts[depth] += 1
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens per forward pass; 0 before the first."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def rows_per_step(self) -> float:
+        """Rows per forward pass."""
+        return self.rows / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """Per depth: P(accepted | reached); None where no draft got that far."""
+        return [a / s if s else None for a, s in zip(self.accepted, self.submitted, strict=True)]
+
+    def add(self, other: DecodeStats) -> None:
+        """Adds another generation's counts."""
+        self.tokens += other.tokens
+        self.steps += other.steps
+        self.rows += other.rows
+        for own, more in ((self.submitted, other.submitted), (self.accepted, other.accepted)):
+            own.extend([0] * (len(more) - len(own)))
+            for depth, count in enumerate(more):
+                own[depth] += count
+        for mine, theirs in (
+            (self.histogram, other.histogram),
+            (self.layouts, other.layouts),
+            (self.drafted_by, other.drafted_by),
+            (self.fallbacks, other.fallbacks),
+        ):
+            mine.update(theirs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "rows_per_step": round(self.rows_per_step, 3),
+            "acceptance": [None if value is None else round(value, 4) for value in self.acceptance],
+            "histogram": {str(size): count for size, count in sorted(self.histogram.items())},
+            "layouts": dict(self.layouts.most_common()),
+            "drafted_by": dict(self.drafted_by),
+            "fallbacks": dict(self.fallbacks),
+        }
