@@ -36,7 +36,7 @@ class TrainSettings:
     lcm_weight: float = setting(1.0, help="weight of latent matching (objective apple)", minimum=0.0)
     cut_at_tokens: int = setting(0, help="answers of this length were cut, not ended; 0 = none", minimum=0)
 
-    learning_rate: float = setting(2e-3, help="peak learning rate", minimum=0.0)
+    learning_rate: float = setting(1e-3, help="peak learning rate", minimum=0.0)
     warmup: int = setting(50, help="steps of linear warm-up", minimum=0)
     schedule: Literal["constant", "cosine", "linear"] = setting("cosine", help="after the warm-up")
     final_rate: float = setting(

@@ -116,7 +116,12 @@ class Trainer:
         draft_ids = draft_vocabulary(train, settings.draft_vocab, vocab_size)
         self.adapter = new_adapter(model, settings.adapter_shape(), draft_ids)
         self.attached: AttachedModel = attach(model, self.adapter)
-        self._optimizer = optim.AdamW(learning_rate=0.0, weight_decay=settings.weight_decay)
+        self._optimizer = optim.AdamW(
+            learning_rate=0.0,
+            betas=[0.9, 0.99],
+            weight_decay=settings.weight_decay,
+            bias_correction=True,  # without it the first hundreds of steps are up to 4 times too large
+        )
         self._optimizer.init(self.adapter.trainable_parameters())
         self._data_fingerprint = fingerprint(train)
         self._order = EpochOrder(
