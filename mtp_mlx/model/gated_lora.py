@@ -32,10 +32,19 @@ class LowRank(nn.Module):
         self.up = mx.zeros((rank, output_size))  # [r, D_out]; zero, so an untrained adapter is the identity
         self._scale = alpha / rank
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[..., D_in] -> [..., D_out], in the dtype of x."""
-        hidden = x @ self.down.astype(x.dtype)
-        return self._scale * (hidden @ self.up.astype(x.dtype))
+    def add_to(self, y: mx.array, x: mx.array, n_real: int) -> mx.array:
+        """y with the update of rows n_real.. added; rows before get an exact zero.
+
+        Args:
+            y: [B, R, D_out] the base layer's output.
+            x: [B, R, D_in] its input.
+            n_real: first slot row.
+        """
+        hidden = x[..., n_real:, :] @ self.down.astype(x.dtype)  # [B, R - n_real, r]
+        if n_real:
+            hidden = mx.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(n_real, 0), (0, 0)])
+        # One fused call: slicing y apart and joining it again costs more than the update itself.
+        return mx.addmm(y, hidden, self.up.astype(x.dtype), alpha=self._scale)
 
 
 class GatedLinear(nn.Module):
@@ -53,10 +62,7 @@ class GatedLinear(nn.Module):
         n_real = self._rows.n_real
         if n_real is None or n_real >= x.shape[-2]:
             return y
-        if n_real == 0:
-            return y + self.low_rank(x)
-        update = self.low_rank(x[..., n_real:, :])
-        return mx.concatenate([y[..., :n_real, :], y[..., n_real:, :] + update], axis=-2)
+        return self.low_rank.add_to(y, x, n_real)
 
     @property
     def weight(self) -> mx.array:
