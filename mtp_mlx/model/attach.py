@@ -6,6 +6,8 @@ wrapper is the module it wraps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -63,16 +65,30 @@ class AttachedModel:
             self._embed, adapter.slot_embeddings, self.vocab_size
         )
 
+    def _unwrap(self, adapter: MaskAdapter) -> None:
+        trunk = self._seams.trunk
+        for path in adapter.low_rank:
+            replace_module(trunk, path, self._seams.linears[path])
+        for path, rope in self._seams.ropes.items():
+            replace_module(trunk, path, rope)
+        trunk.embed_tokens = self._embed
+
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
-        trunk = self._seams.trunk
         if self.adapter is not None:
-            for path in self.adapter.low_rank:
-                replace_module(trunk, path, self._seams.linears[path])
-            for path, rope in self._seams.ropes.items():
-                replace_module(trunk, path, rope)
-            trunk.embed_tokens = self._embed
+            self._unwrap(self.adapter)
         self.adapter = None
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[nn.Module]:
+        """The bare model for a while, as if nothing had been attached: for measuring against it."""
+        if self.adapter is not None:
+            self._unwrap(self.adapter)
+        try:
+            yield self.model
+        finally:
+            if self.adapter is not None:
+                self._wrap(self.adapter)
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.

@@ -25,11 +25,11 @@ class MaskAdapterConfig:
     rank: int = 16
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ()  # last part of the layer's name; empty = every linear of a layer
-    sampler_residual: bool = True
+    sampler_width: int = 1024  # hidden size of the sampler head
     draft_vocab_size: int = 0  # 0 = drafts come from the whole vocabulary
 
     def __post_init__(self) -> None:
-        for name in ("slots", "rank"):
+        for name in ("slots", "rank", "sampler_width"):
             if getattr(self, name) < 1:
                 raise MTPError(f"adapter config: {name} must be at least 1, got {getattr(self, name)}")
 
@@ -59,7 +59,7 @@ class MaskAdapter(nn.Module):
             for path, sizes in linear_sizes.items()
         }
         self.slot_embeddings = SlotEmbeddings(config.slots, hidden_size, initial_slot)
-        self.sampler = SamplerHead(hidden_size, residual=config.sampler_residual)
+        self.sampler = SamplerHead(hidden_size, config.sampler_width)
         self._config = config
         self._draft_ids = draft_ids
 

@@ -1,0 +1,66 @@
+"""Prompts to measure on: a JSONL file of the user's, or a few that ship with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.train.data import read_jsonl
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """A user message and the category it is reported under."""
+
+    text: str
+    category: str
+
+
+BUILT_IN = (
+    BenchPrompt("Explain why the sky is blue.", "explain"),
+    BenchPrompt("What is the difference between weather and climate?", "explain"),
+    BenchPrompt("Write a Python function that reverses a linked list, with comments.", "code"),
+    BenchPrompt("Write a shell command that counts the lines of every .txt file in a folder.", "code"),
+    BenchPrompt(
+        "A train travels 60 km in 45 minutes. What is its speed in km per hour? Show the steps.", "math"
+    ),
+    BenchPrompt("If 3 pencils cost 1.20 euros, how much do 10 pencils cost? Show the steps.", "math"),
+    BenchPrompt(
+        "Summarise in one sentence: The lighthouse was built in 1861 on a rock two miles from the coast. Its lamp "
+        "was turned by hand until 1923, when an electric motor was fitted, and since 1982 it has run unattended.",
+        "summary",
+    ),
+    BenchPrompt("Repeat the following list three times: apples, pears, plums, cherries, grapes.", "copy"),
+)
+
+
+def read_prompts(path: Path | None, limit: int | None, per_category: int | None) -> list[BenchPrompt]:
+    """Prompts of a JSONL file (`prompt` or the first of `turns`; optional `category`), or the built-in ones.
+
+    Raises:
+        MTPError: no such file, a bad line (numbered), or no prompt left.
+    """
+    found = list(BUILT_IN if path is None else _from_file(path))
+    if per_category is not None:
+        seen: dict[str, int] = {}
+        kept = []
+        for prompt in found:
+            seen[prompt.category] = seen.get(prompt.category, 0) + 1
+            if seen[prompt.category] <= per_category:
+                kept.append(prompt)
+        found = kept
+    found = found[:limit]
+    if not found:
+        raise MTPError(f"{path}: no prompt to measure. Write one JSON object with a `prompt` per line.")
+    return found
+
+
+def _from_file(path: Path) -> Iterator[BenchPrompt]:
+    for number, row in read_jsonl(path):
+        turns = row.get("turns")
+        text = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+        if not isinstance(text, str) or not text.strip():
+            raise MTPError(f"{path}, line {number}: needs `prompt` (a text) or `turns` (a list of texts)")
+        yield BenchPrompt(text, str(row.get("category", "all")))

@@ -1,0 +1,112 @@
+"""`mtp-mlx bench`: mlx-lm plain and mtp-mlx on the same weights and prompts, alternating in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+if TYPE_CHECKING:
+    from mtp_mlx.bench.runner import Measurement
+
+EPILOG = """\b
+Examples:
+  mtp-mlx bench
+  mtp-mlx bench --prompts prompts.jsonl --layout auto --layout quadratic --max-tokens 128
+  mtp-mlx bench --layout plain --json
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Compare the speed and text with plain mlx-lm")
+@click.option(
+    "--model", "-m", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id"
+)
+@click.option("--adapter", default="auto", show_default=True, help="Adapter folder, 'auto' or 'none'")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with prompt (or turns) and category")
+@click.option("--limit", type=click.IntRange(1), help="At most this many prompts")
+@click.option("--per-category", type=click.IntRange(1), help="At most this many prompts per category")
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    type=click.Choice(["auto", "linear", "quadratic", "plain"]),
+    help="Layout to measure, may be repeated (default: auto)",
+)
+@click.option("--slots", type=click.IntRange(1), help="Mask slots k of fixed layouts")
+@click.option(
+    "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt"
+)
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits, embedded model only")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
+def command(
+    model: str,
+    adapter: str,
+    prompts: Path | None,
+    limit: int | None,
+    per_category: int | None,
+    layouts: tuple[str, ...],
+    slots: int | None,
+    lookup: bool | None,
+    max_tokens: int,
+    quantize: str | None,
+    as_json: bool,
+) -> None:
+    """Measure tokens per second, tokens per step and identical text, by category."""
+    from mtp_mlx.api import load
+    from mtp_mlx.bench.prompts import read_prompts
+    from mtp_mlx.bench.report import summarise, table
+    from mtp_mlx.bench.runner import Bench, Lane
+
+    chosen = read_prompts(prompts, limit, per_category)
+    console = Console(stderr=True)
+    attached, tokenizer = load(
+        model, None if adapter == "none" else adapter, quantize=int(quantize) if quantize else None
+    )
+    lanes = [Lane(name, name, slots if name != "plain" else None, lookup) for name in layouts or ("auto",)]  # type: ignore[arg-type]
+    bench = Bench(attached, tokenizer, lanes, max_tokens)
+    with Progress(console=console) as progress:
+        task = progress.add_task("warming up", total=len(chosen))
+        bench.warm_up()
+        progress.update(task, description="measuring")
+        done: list[Measurement] = []
+
+        def on_prompt(_: int, rows: list[Measurement]) -> None:
+            done.extend(rows)
+            progress.advance(task)
+
+        try:
+            bench.run(chosen, on_prompt)
+        except KeyboardInterrupt:
+            console.print(f"stopped after {len(done) // len(lanes)} of {len(chosen)} prompts")
+        if not done:
+            raise KeyboardInterrupt
+    rows = summarise(done)
+    if as_json:
+        mismatches = [_mismatch(m) for m in done if not m.comparison.identical]
+        report = {"model": model, "max_tokens": max_tokens, "rows": [row.to_json() for row in rows]}
+        click.echo(json.dumps({**report, "mismatches": mismatches}))
+    else:
+        Console().print(table(rows))
+        for measurement in done:
+            if not measurement.comparison.identical:
+                click.echo(" ".join(f"{key}={value}" for key, value in _mismatch(measurement).items()))
+
+
+def _mismatch(measurement: Measurement) -> dict[str, Any]:
+    """Where a text parted from mlx-lm's, and whether a near-tie explains it."""
+    comparison = measurement.comparison
+    return {
+        "verdict": "near-tie" if comparison.certified else "DIFFERENT",
+        "layout": measurement.lane.name,
+        "position": comparison.position,
+        "gap": comparison.gap,
+        "bound": comparison.bound,
+        "prompt": measurement.prompt.text[:60],
+    }
