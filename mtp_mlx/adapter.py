@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -135,6 +135,21 @@ def read_info(folder: Path) -> AdapterInfo:
         raise MTPError(f"{path} is damaged: {error}") from error
 
 
+def read_tensors(folder: Path) -> dict[str, mx.array]:
+    """Every tensor of an adapter folder, by name.
+
+    Raises:
+        MTPError: the file is missing or damaged.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        tensors = cast(dict[str, mx.array], mx.load(str(path)))
+        mx.eval(tensors)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MTPError(f"{path} is missing or damaged: {error}") from error
+    return tensors
+
+
 def load_adapter(folder: Path, model: nn.Module) -> tuple[MaskAdapter, AdapterInfo]:
     """Reads an adapter for `model` (not yet attached).
 
@@ -148,12 +163,7 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[MaskAdapter, AdapterIn
             f"the adapter {folder} was trained for base '{info.base_name}' (fingerprint {info.base_fingerprint}), "
             f"this model's fingerprint is {found}; use it with its own base or train one for this model"
         )
-    path = Path(folder) / WEIGHTS_NAME
-    try:
-        tensors = mx.load(str(path))
-        mx.eval(tensors)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise MTPError(f"{path} is missing or damaged: {error}") from error
+    tensors = read_tensors(folder)
     adapter = new_adapter(model, info.shape, tensors.get("draft_ids"))
     adapter.load_tensors(tensors)
     return adapter, info

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mtp_mlx.decode.budget import BudgetPolicy
+from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.policy import FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
@@ -28,5 +30,6 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     if layout == "plain":
         return FixedPolicy("plain", 0)
     if layout == "auto":
-        return FixedPolicy("quadratic", slots or most) if most else FixedPolicy("plain", 0)
+        prior = list(model.info.acceptance) if model.info is not None else []
+        return BudgetPolicy(step_cost(model), slots or most, prior)
     return FixedPolicy(layout, slots or most)

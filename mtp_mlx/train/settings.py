@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mtp_mlx.config import setting
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    from mtp_mlx.model.mask_adapter import MaskAdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class TrainSettings:
     rank: int = setting(12, help="rank of the gated LoRA", minimum=1)
     alpha: float = setting(24.0, help="LoRA scale: the update is multiplied by alpha / rank")
     target_modules: tuple[str, ...] = setting((), help="layer names that get LoRA; none = every linear")
+    sampler_width: int = setting(1024, help="hidden size of the sampler head", minimum=1)
     draft_vocab: int = setting(8192, help="ids that may be drafted, by count; 0 = all", minimum=0)
 
     steps: int = setting(1000, help="optimizer steps", minimum=1)
@@ -37,6 +41,8 @@ class TrainSettings:
     cut_at_tokens: int = setting(0, help="answers of this length were cut, not ended; 0 = none", minimum=0)
 
     learning_rate: float = setting(1e-3, help="peak learning rate", minimum=0.0)
+    sampler_rate: float = setting(0.3, help="sampler head's rate as a share of the rate", minimum=0.0)
+    start_from: Path | None = setting(None, help="adapter folder whose weights to start from")
     warmup: int = setting(50, help="steps of linear warm-up", minimum=0)
     schedule: Literal["constant", "cosine", "linear"] = setting("cosine", help="after the warm-up")
     final_rate: float = setting(
@@ -50,14 +56,33 @@ class TrainSettings:
     held_out: int = setting(32, help="held-out rows that acceptance is measured on", minimum=0)
     measure_every: int = setting(100, help="steps between measurements, 0 = only at the end", minimum=0)
     save_every: int = setting(50, help="steps between checkpoints", minimum=1)
-    seed: int = setting(0, help="seed of initial weights, data order and block positions")
+    seed: int = setting(0, help="seed of initial weights, data order, blocks", minimum=0)
+
+    def __post_init__(self) -> None:
+        """Refuses settings that contradict each other; all of them in one sentence."""
+        problems = []
+        if self.warmup > self.steps:
+            problems.append(f"warmup ({self.warmup}) is longer than the run (steps {self.steps})")
+        if self.block_share == 0:
+            problems.append("block_share 0 leaves no block to train on")
+        if self.learning_rate == 0:
+            problems.append("learning_rate 0 learns nothing")
+        if self.max_length < self.slots + 2:
+            problems.append(
+                f"max_length {self.max_length} holds no block of {self.slots} slots; {self.slots + 2} does"
+            )
+        if problems:
+            raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
 
     def adapter_shape(self) -> MaskAdapterConfig:
         """Shape of the adapter these settings train."""
+        from mtp_mlx.model.mask_adapter import MaskAdapterConfig  # needs mlx, which --help does not load
+
         return MaskAdapterConfig(
             slots=self.slots,
             rank=self.rank,
             alpha=self.alpha,
             target_modules=self.target_modules,
+            sampler_width=self.sampler_width,
             draft_vocab_size=self.draft_vocab,
         )

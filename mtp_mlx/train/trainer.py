@@ -11,20 +11,29 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.adapter import (
+    CONFIG_NAME,
+    AdapterInfo,
+    base_fingerprint,
+    read_info,
+    read_tensors,
+    save_adapter,
+)
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
+from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement, measure_agreement
 from mtp_mlx.train.data import Example, fingerprint
@@ -33,6 +42,7 @@ from mtp_mlx.train.objectives.base import Objective
 from mtp_mlx.train.objectives.self_distil import SelfDistil
 from mtp_mlx.train.order import EpochOrder
 from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.slot_layout import candidate_anchors
 from mtp_mlx.train.step import BlockChoice, StepRunner
 
 
@@ -77,6 +87,28 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return float(settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * share))
 
 
+def build_optimizer(settings: TrainSettings) -> optim.AdamW:
+    """AdamW; the rate is set before every step."""
+    return optim.AdamW(
+        learning_rate=0.0,
+        betas=[0.9, 0.99],
+        weight_decay=settings.weight_decay,
+        bias_correction=True,  # without it the first hundreds of steps are up to 4 times too large
+    )
+
+
+def apply_update(optimizer: optim.AdamW, adapter: MaskAdapter, gradients: dict, sampler_rate: float) -> None:
+    """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
+
+    They need a smaller rate than low-rank factors that start at zero, and with Adam a share of the step is a
+    share of the rate.
+    """
+    before = adapter.sampler.parameters()
+    optimizer.update(adapter, gradients)
+    after = adapter.sampler.parameters()
+    adapter.sampler.update(tree_map(lambda old, new: old + sampler_rate * (new - old), before, after))
+
+
 def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> mx.array | None:
     """[size] int32 sorted ids most used in the responses (design 2.6); None for the whole vocabulary."""
     if size == 0 or size >= vocab_size:
@@ -89,6 +121,27 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
     return mx.array(sorted(order), dtype=mx.int32)
 
 
+def number(scalar: mx.array) -> float:
+    """A scalar array as a Python number."""
+    return float(cast("float", scalar.item()))
+
+
+def check_out(out: Path) -> None:
+    """Refuses to write an adapter where something else is.
+
+    Raises:
+        MTPError: `out` is a file, or a folder that is neither empty nor an adapter's.
+    """
+    if not out.exists() or (out / CONFIG_NAME).is_file():
+        return
+    if not out.is_dir():
+        raise MTPError(f"{out} is a file; give --out a folder that does not exist yet, or an adapter's")
+    if any(out.iterdir()):
+        raise MTPError(
+            f"{out} is a folder with other files and would be replaced by the adapter; give another --out"
+        )
+
+
 class Trainer:
     """Trains a mask-token adapter for `model` (its weights stay untouched).
 
@@ -97,6 +150,10 @@ class Trainer:
         train, held_out: examples.
         settings: see `TrainSettings`.
         listener: told about steps, measurements and messages.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is something
+            else's, or no example has a token for a slot to predict.
     """
 
     def __init__(
@@ -108,27 +165,27 @@ class Trainer:
         listener: Listener,
     ) -> None:
         self.settings, self.listener = settings, listener
-        self._train, self._held_out = train, held_out
+        check_out(settings.out)
+        self._train, self._held_out = self._with_blocks(train), held_out
         mx.random.seed(settings.seed)
         model.freeze()
         self._fingerprint = base_fingerprint(model)
-        vocab_size = attach(model).vocab_size
+        bare = attach(model)
+        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        vocab_size = bare.vocab_size
         draft_ids = draft_vocabulary(train, settings.draft_vocab, vocab_size)
         self.adapter = new_adapter(model, settings.adapter_shape(), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from)
         self.attached: AttachedModel = attach(model, self.adapter)
-        self._optimizer = optim.AdamW(
-            learning_rate=0.0,
-            betas=[0.9, 0.99],
-            weight_decay=settings.weight_decay,
-            bias_correction=True,  # without it the first hundreds of steps are up to 4 times too large
-        )
+        self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.adapter.trainable_parameters())
         self._data_fingerprint = fingerprint(train)
         self._order = EpochOrder(
-            len(train),
+            len(self._train),
             settings.seed,
             batch_size=settings.batch_size,
-            lengths=[len(example) for example in train],
+            lengths=[len(example) for example in self._train],
         )
         choice = BlockChoice(
             slots=settings.slots,
@@ -138,13 +195,50 @@ class Trainer:
             depth_decay=settings.depth_decay,
         )
         self._runner = StepRunner(
-            self.attached, build_objective(settings), choice, settings.seed, workers=self._workers()
+            self.attached,
+            build_objective(settings),
+            choice,
+            settings.seed,
+            workers=self.workers,
+            grad_checkpoint=settings.grad_checkpoint,
         )
         self.step = 0
+        self.loss: float | None = None
         self.agreement: Agreement | None = None
+        self._measured_step = -1
         self._stop = False
 
-    def _workers(self) -> int:
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights of another adapter of the same shape and base.
+
+        Raises:
+            MTPError: no adapter there, another base, another shape or another draft vocabulary.
+        """
+        info, tensors = read_info(folder), read_tensors(folder)
+        if info.base_fingerprint != self._fingerprint:
+            raise MTPError(
+                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
+                f"{self._fingerprint}"
+            )
+        own = self.adapter.tensors().get("draft_ids")
+        theirs = tensors.get("draft_ids")
+        if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
+            raise MTPError(f"--start-from {folder}: its draft vocabulary differs; use the same data and size")
+        self.adapter.load_tensors(tensors)
+
+    def _with_blocks(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with a token for a slot to predict; a response of one token has none."""
+        usable = [e for e in examples if len(candidate_anchors(len(e), e.loss_start))]
+        if not usable:
+            raise MTPError("no training row is long enough: slots need responses of two tokens or more")
+        if len(usable) < len(examples):
+            self.listener.on_message(
+                f"{len(examples) - len(usable)} rows left out: their responses have one token, slots need two"
+            )
+        return usable
+
+    @property
+    def workers(self) -> int:
         """Micro-batches computed side by side: up to two on a CPU, one on a GPU."""
         return min(2, self.settings.micro_batches) if mx.default_device() == mx.Device(mx.cpu) else 1
 
@@ -153,43 +247,55 @@ class Trainer:
     @property
     def checkpoint_path(self) -> Path:
         """OUT.checkpoint.safetensors, beside the adapter folder."""
-        return self.settings.out.with_name(self.settings.out.name + ".checkpoint.safetensors")
+        return self._beside(".checkpoint.safetensors")
 
     @property
     def metrics_path(self) -> Path:
         """OUT.metrics.jsonl, one line per step or measurement."""
-        return self.settings.out.with_name(self.settings.out.name + ".metrics.jsonl")
+        return self._beside(".metrics.jsonl")
+
+    def _beside(self, ending: str) -> Path:
+        out = self.settings.out.resolve()
+        return out.with_name(out.name + ending)
 
     def resume(self) -> bool:
         """Continues from the checkpoint, if there is one; metrics behind it are dropped.
 
         Raises:
-            MTPError: the checkpoint is damaged or belongs to other settings or data.
+            MTPError: the checkpoint is damaged or belongs to other settings, data or base model.
         """
+        checkpoints.remove_leftovers(self.checkpoint_path)
         if not self.checkpoint_path.exists():
             if self.metrics_path.exists():
                 write_text(self.metrics_path, "")
             return False
         state = checkpoints.load_checkpoint(self.checkpoint_path)
-        checkpoints.check_resumable(state, self.checkpoint_path, self.settings, self._data_fingerprint)
+        checkpoints.check_resumable(
+            state, self.checkpoint_path, self.settings, self._data_fingerprint, self._fingerprint
+        )
         checkpoints.restore(state, self.adapter, self._optimizer)
         self.step = state.step
-        self._drop_metrics_behind(state.step)
+        for row in self._drop_metrics_behind(state.step):
+            self.loss = row.get("loss", self.loss)
+            if "acceptance" in row:
+                self.agreement = Agreement(row["acceptance"], row.get("blocks", 0))
+                self._measured_step = row["step"]
         return True
 
-    def _drop_metrics_behind(self, step: int) -> None:
-        """Removes lines of steps that the checkpoint does not contain: they will be run again."""
+    def _drop_metrics_behind(self, step: int) -> list[dict[str, Any]]:
+        """The metrics so far, without steps that the checkpoint does not contain: they will be run again."""
         if not self.metrics_path.exists():
-            return
+            return []
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # the line being written when the run was killed
-            if row["step"] <= step:
-                kept.append(line)
-        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+            if isinstance(row, dict) and row.get("step", step + 1) <= step:
+                kept.append(row)
+        write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
         with clear_errors(self.metrics_path):
@@ -206,6 +312,7 @@ class Trainer:
             self.step,
             self.settings,
             self._data_fingerprint,
+            self._fingerprint,
         )
 
     def info(self, training: dict[str, Any] | None = None) -> AdapterInfo:
@@ -231,6 +338,7 @@ class Trainer:
 
     def export(self) -> None:
         """Writes the adapter folder."""
+        check_out(self.settings.out)
         save_adapter(self.settings.out, self.adapter, self.info())
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -249,15 +357,13 @@ class Trainer:
                     self.measure()
                 if self.step % self.settings.save_every == 0:
                     self.save()
-        if self._stop:
             self.save()
+            if not self._stop and self._measured_step != self.step:
+                self.measure()
             self.export()
+        if self._stop:
             self.listener.on_message(f"stopped after step {self.step}; the same command continues from there")
-            return False
-        self.measure()
-        self.save()
-        self.export()
-        return True
+        return not self._stop
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -268,24 +374,21 @@ class Trainer:
             for offset in range(settings.micro_batches)
         ]
         loss, gradients, rows = self._runner(examples, self.step)
-        norm = mx.zeros(())
-        if settings.clip:
-            gradients, norm = optim.clip_grad_norm(gradients, settings.clip)
+        gradients, norm = optim.clip_grad_norm(gradients, settings.clip or float("inf"))
         rate = learning_rate(settings, self.step)
         self._optimizer.learning_rate = rate
-        self._optimizer.update(self.adapter, gradients)
+        apply_update(self._optimizer, self.adapter, gradients, settings.sampler_rate)
         mx.eval(self.adapter.parameters(), self._optimizer.state, loss.total, norm)
-        value = loss.total.item()
-        if not np.isfinite(value):
+        value, length = number(loss.total), number(norm)
+        if not (np.isfinite(value) and np.isfinite(length)):
             raise MTPError(
-                f"the loss is {value} in step {self.step + 1}: lower --learning-rate (now {settings.learning_rate}); "
-                f"the last checkpoint is {self.checkpoint_path}"
+                f"in step {self.step + 1} the loss is {value} and the gradient norm {length}: lower "
+                f"--learning-rate (now {settings.learning_rate}); nothing of this step was saved"
             )
         self.step += 1
-        parts = {name: float(part.item()) for name, part in loss.parts.items()}
-        report = StepReport(
-            self.step, float(value), parts, rate, float(norm.item()), rows, time.perf_counter() - started
-        )
+        self.loss = value
+        parts = {name: number(part) for name, part in loss.parts.items()}
+        report = StepReport(self.step, value, parts, rate, length, rows, time.perf_counter() - started)
         self._append_metrics(vars(report))
         self.listener.on_step(report, settings.steps)
 
@@ -295,26 +398,41 @@ class Trainer:
             return
         size = self.settings.batch_size
         batches = [self._held_out[start : start + size] for start in range(0, len(self._held_out), size)]
-        self.agreement = measure_agreement(self.attached, batches, self.settings.slots)
+        agreement = measure_agreement(self.attached, batches, self.settings.slots)
+        self._measured_step = self.step
+        if not agreement.blocks:
+            self.listener.on_message(
+                f"acceptance not measured: no held-out response has {self.settings.slots + 1} tokens"
+            )
+            return
+        self.agreement = agreement
         self._append_metrics(
             {
                 "step": self.step,
-                "acceptance": self.agreement.acceptance,
-                "tokens_per_step": self.agreement.tokens_per_step,
+                "acceptance": agreement.acceptance,
+                "tokens_per_step": agreement.tokens_per_step,
+                "blocks": agreement.blocks,
             }
         )
         self.listener.on_measurement(self.step, self.agreement)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and a polite kill end the loop after the step in progress (main thread only)."""
+        """Ctrl-C and a polite kill end the loop after the step in progress, the second at once.
+
+        In the main thread only; in another one signals are the caller's business.
+        """
 
         def stop(*_: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
             self._stop = True
+            with suppress(RuntimeError):  # the signal may have come in the middle of another message
+                self.listener.on_message("stopping after this step; once more stops at once")
 
         try:
             previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: the caller's business
+        except ValueError:  # not the main thread
             yield
             return
         try:

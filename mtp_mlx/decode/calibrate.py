@@ -1,0 +1,155 @@
+"""Measures `StepCost` on this machine for this model, once, and keeps it in the user's cache.
+
+Keyed by device, mlx version, BLAS threads, model, dtype and adapter shape: a change of any measures again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import mlx.core as mx
+
+from mtp_mlx.adapter import base_fingerprint
+from mtp_mlx.decode.cost import StepCost, read_cost, save_cost
+from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.session import CacheSettings, Session
+from mtp_mlx.demo import cache_dir
+from mtp_mlx.model.attach import AttachedModel
+
+REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+SLOT_ROWS = (1, 2, 4, 8, 12, 20)
+SHORT_CONTEXT, LONG_CONTEXT = 64, 768
+REPEATS = 3
+
+
+def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -> StepCost:
+    """The cached measurement for this model on this machine, or a new one (a few seconds)."""
+    key = cost_key(model)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "costs" / f"{digest}.json"
+    cost = read_cost(path, key)
+    if cost is None:
+        if tell is not None:
+            tell("measuring what a step costs on this machine (once per model)")
+        cost = measure(model)
+        save_cost(path, cost, key)
+    return cost
+
+
+def cost_key(model: AttachedModel) -> dict[str, str]:
+    """Everything a measurement depends on."""
+    device = mx.default_device()
+    name = platform.processor() or platform.machine()
+    if device == mx.Device(mx.gpu):
+        name = str(mx.device_info().get("device_name", name))
+    weight = next(iter(model.model.layers[0].parameters().values()), None)
+    shape = "none" if model.adapter is None else str(model.adapter.config)
+    embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
+    return {
+        "version": "1",
+        "device": f"{device} {name} {os.cpu_count()}",
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "mlx": mx.__version__,
+        "model": base_fingerprint(model.model),
+        "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'} {weight is not None}",
+        "adapter": shape,
+    }
+
+
+def _is_quantised(model: AttachedModel) -> bool:
+    return any("scales" in module for _, module in model.model.named_modules())
+
+
+def measure(model: AttachedModel) -> StepCost:
+    """Times steps of every size in the table; medians of a few runs."""
+    picker = Picker()
+    drafter = None if model.adapter is None else MaskSlotDrafter(model, picker)
+    prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
+    session = Session(model, picker, drafter, prompt, model.make_cache(), CacheSettings())
+    session.prefill()
+    real: dict[int, list[float]] = {}
+    plain = {}
+    for context in (LONG_CONTEXT, SHORT_CONTEXT):
+        session.trim(session.cached - context)
+        real[context] = [_seconds(session, Layout(rows - 1, (0,) * rows)) for rows in REAL_ROWS]
+        plain[context] = _plain_seconds(session)
+    surcharge: list[float] = []
+    draft = 0.0
+    if drafter is not None:
+        one, four = (_propose_seconds(model, drafter, count) for count in (1, 1 + drafter.max_drafts))
+        draft = max(0.0, (four - one) / drafter.max_drafts)
+        most = drafter.max_drafts
+        for count in SLOT_ROWS:
+            groups = tuple(min(most, max(0, count - most * group)) for group in range(-(-count // most)))
+            layout = Layout(len(groups) - 1, groups)
+            as_real = _interpolated(real[SHORT_CONTEXT], layout.rows)
+            surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
+    return StepCost(
+        rows=REAL_ROWS,
+        contexts=(SHORT_CONTEXT, LONG_CONTEXT),
+        short=tuple(real[SHORT_CONTEXT]),
+        long=tuple(real[LONG_CONTEXT]),
+        slot_rows=SLOT_ROWS if surcharge else (1,),
+        surcharge=tuple(surcharge) or (0.0,),
+        draft=draft,
+        plain=(plain[SHORT_CONTEXT], plain[LONG_CONTEXT]),
+    )
+
+
+def _interpolated(seconds: list[float], rows: int) -> float:
+    from mtp_mlx.decode.cost import interpolate
+
+    return interpolate(REAL_ROWS, seconds, rows)
+
+
+def _seconds(session: Session, layout: Layout) -> float:
+    """Median seconds of a step; the session is left as it was."""
+    length, cached = len(session.tokens), session.cached
+    times = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        session.step(layout, [1] * layout.drafts)
+        times.append(time.perf_counter() - started)
+        session.trim(session.cached - cached)
+        del session.tokens[length:]
+    return median(times[1:])
+
+
+def _plain_seconds(session: Session, steps: int = 6) -> float:
+    """Seconds of a plain step when each is started before the one before it is read."""
+    cached = session.cached
+    ahead = session.plain_pass(mx.array([1], dtype=mx.int32), 0)[0]
+    mx.async_eval(ahead)
+    times = []
+    for _ in range(steps):
+        following = session.plain_pass(ahead, 1)[0]
+        mx.async_eval(following)
+        mx.eval(ahead)
+        times.append(time.perf_counter())
+        ahead = following
+    mx.eval(ahead)
+    session.trim(session.cached - cached)
+    return median([after - before for before, after in zip(times, times[1:], strict=False)])
+
+
+def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter, count: int) -> float:
+    """Seconds of drafting `count` tokens from given latents."""
+    from mtp_mlx.model.block import block_shape
+
+    shape = block_shape(0, (count,))
+    hidden = mx.zeros((shape.rows, model.hidden_size))
+    zero = mx.array(0, dtype=mx.int32)
+    times = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        mx.eval(drafter.propose(hidden, shape, zero, zero, zero, None))
+        times.append(time.perf_counter() - started)
+    return median(times[1:])

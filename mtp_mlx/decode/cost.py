@@ -1,0 +1,92 @@
+"""c(R): seconds of one step as a function of its rows, on this machine, for this model.
+
+Pure arithmetic over a table of measurements; `calibrate.py` makes the table. Rows of a verification step
+are not free and not linear: matmuls step with the number of rows, attention grows with rows times context,
+slots add their low-rank work. So the table has rows at a short and at a long context, and a surcharge for
+slots; in between it is interpolated linearly, beyond it extended with the last slope.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.files import write_text
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Measured seconds.
+
+    Attributes:
+        rows: numbers of real rows measured, increasing, from 1.
+        contexts: the short and the long context, in cached tokens.
+        short, long: seconds of a step with that many real rows and no slots, per entry of `rows`.
+        slot_rows: numbers of slot rows measured, increasing.
+        surcharge: seconds that many slot rows cost beyond as many real rows.
+        draft: seconds of drafting one token.
+        plain: seconds of a plain step that overlaps with the host, at the two contexts.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, int]
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    slot_rows: tuple[int, ...]
+    surcharge: tuple[float, ...]
+    draft: float
+    plain: tuple[float, float]
+
+    def seconds(self, layout: Layout, context: int) -> float:
+        """Of one step in `layout` behind `context` cached tokens."""
+        if layout == Layout.plain():
+            return self._at(context, *self.plain)
+        rows = layout.rows
+        body = self._at(
+            context, interpolate(self.rows, self.short, rows), interpolate(self.rows, self.long, rows)
+        )
+        extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), layout.slot_rows))
+        return body + extra + self.draft * max(layout.slots)
+
+    def _at(self, context: int, short: float, long: float) -> float:
+        low, high = self.contexts
+        return max(short + (long - short) * (context - low) / max(1, high - low), 0.5 * short)
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through (xs, ys); beyond the ends the first value, or the last slope (never falling).
+
+    Raises:
+        ValueError: xs is empty.
+    """
+    if not xs:
+        raise ValueError("nothing to interpolate")
+    if x <= xs[0]:
+        return ys[0]
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), zip(xs[1:], ys[1:], strict=True), strict=False):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    if len(xs) == 1:
+        return ys[0]
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    return ys[-1] + slope * (x - xs[-1])
+
+
+def save_cost(path: Path, cost: StepCost, key: dict[str, str]) -> None:
+    """Writes a measurement and what it belongs to."""
+    write_text(path, json.dumps({"key": key, "cost": asdict(cost)}, indent=2) + "\n")
+
+
+def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
+    """Reads a measurement; None if there is none, it belongs to something else, or is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["key"] != key:
+            return None
+        values = {name: tuple(v) if isinstance(v, list) else float(v) for name, v in stored["cost"].items()}
+        return StepCost(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
