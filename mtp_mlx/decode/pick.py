@@ -1,8 +1,8 @@
 """The one acceptance rule's `pick`: the token at an absolute position, as a function of logits and position.
 
-Contract: `Picker.pick` is deterministic, lazy (no host read) and row-independent: a row's token depends on its
-own logits, position and history, never on the other rows or on their number. A draft is accepted while it equals
-the target's pick; the text is then the same with any drafter and any layout.
+Contract: `Picker.pick` is deterministic, lazy (no host read) and row-independent: a row's token depends on
+its own logits, position and history, never on the other rows or on their number. A draft is accepted while it
+equals the target's pick; the text is then the same with any drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
 temperature, draw. The draw is Gumbel-max, whose marginal is exactly the warped softmax.
@@ -182,7 +182,7 @@ class Picker:
         return logprobs
 
     def _penalised(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
-        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, one history per row."""
+        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, a history per row."""
         config = self.config
         if config.history_size == 0:
             return logits

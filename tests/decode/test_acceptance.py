@@ -1,0 +1,101 @@
+"""`AcceptanceEstimate`: what counts, convergence, shrinkage, forgetting."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_mlx.decode.acceptance import DEFAULT_PRIOR, FLOOR, AcceptanceEstimate
+
+
+def test_without_observations_the_prior_speaks() -> None:
+    assert AcceptanceEstimate(3).summary() == pytest.approx([DEFAULT_PRIOR] * 3)
+    assert AcceptanceEstimate(4, [0.7, 0.5]).summary() == pytest.approx([0.7, 0.5, 0.5, 0.5])
+    assert AcceptanceEstimate(2, [0.7]).probability(1, 0.99) == pytest.approx(0.7)
+
+
+def test_only_drafts_up_to_the_first_rejection_count() -> None:
+    estimate = AcceptanceEstimate(4)
+    estimate.update(4, 1, [0.9, 0.9, 0.9, 0.9])
+    assert estimate.observations() == [1, 1, 0, 0]
+    estimate.update(3, 3, [0.9, 0.9, 0.9])
+    np.testing.assert_allclose(estimate.observations(), [2, 2, 1, 0], atol=0.02)
+    estimate.update(0, 0, [])
+    np.testing.assert_allclose(estimate.observations(), [2, 2, 1, 0], atol=0.02)
+
+
+def test_it_converges_to_conditional_acceptance_per_depth() -> None:
+    generator = np.random.default_rng(0)
+    truth = [0.8, 0.5, 0.9]
+    estimate = AcceptanceEstimate(3, [0.1, 0.1, 0.1], memory=2000)
+    for _ in range(6000):
+        n_accepted = 0
+        while n_accepted < 3 and generator.random() < truth[n_accepted]:
+            n_accepted += 1
+        estimate.update(3, n_accepted)
+    np.testing.assert_allclose(estimate.summary(), truth, atol=0.04)
+
+
+def test_confidence_refines_a_depth() -> None:
+    generator = np.random.default_rng(1)
+    estimate = AcceptanceEstimate(1, memory=2000)
+    for _ in range(4000):
+        confidence = generator.random()
+        estimate.update(1, int(generator.random() < confidence), [confidence])
+    for confidence, expected in [(0.1, 0.1), (0.5, 0.5), (0.99, 0.975)]:
+        assert estimate.probability(1, confidence) == pytest.approx(expected, abs=0.05)
+    assert estimate.probability(1) == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_thin_bin_stays_near_its_depth_and_a_thin_depth_near_its_prior() -> None:
+    estimate = AcceptanceEstimate(2, [0.5, 0.5])
+    for _ in range(100):
+        estimate.update(1, 1, [0.9])
+    depth = estimate.probability(1)
+    assert depth > 0.9
+    assert estimate.probability(1, 0.1) == pytest.approx(depth)
+    estimate.update(1, 0, [0.1])
+    assert depth - 0.1 < estimate.probability(1, 0.1) < depth
+    assert estimate.probability(2) == pytest.approx(0.5)
+
+
+def test_old_observations_are_forgotten() -> None:
+    estimate = AcceptanceEstimate(1, memory=50)
+    for _ in range(1000):
+        estimate.update(1, 1)
+    for _ in range(200):
+        estimate.update(1, 0)
+    assert estimate.probability(1) < 0.15
+    estimate.fade(0.0)
+    assert estimate.probability(1) == pytest.approx(DEFAULT_PRIOR)
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.floats(0, 1)), max_size=40),
+    depth=st.integers(1, 7),
+    confidence=st.none() | st.floats(0, 1),
+)
+def test_probabilities_stay_inside_and_one_more_acceptance_never_lowers_one(
+    steps: list[tuple[int, int, float]], depth: int, confidence: float | None
+) -> None:
+    estimate = AcceptanceEstimate(4)
+    for n_submitted, n_accepted, value in steps:
+        estimate.update(n_submitted, min(n_accepted, n_submitted), [value] * n_submitted)
+    before = estimate.probability(depth, confidence)
+    assert FLOOR <= before <= 1 - FLOOR
+    n_drafts = min(depth, 4)
+    estimate.update(n_drafts, n_drafts, [0.5 if confidence is None else confidence] * n_drafts)
+    assert estimate.probability(depth, confidence) >= before - 1e-12
+
+
+@pytest.mark.parametrize("arguments", [(0,), (2, [1.2]), (2, [-0.1])])
+def test_bad_arguments_are_refused(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match=r"draft|acceptance"):
+        AcceptanceEstimate(*arguments)
+    estimate = AcceptanceEstimate(2)
+    with pytest.raises(ValueError, match="accepted"):
+        estimate.update(1, 2)
+    with pytest.raises(ValueError, match="confidences"):
+        estimate.update(2, 1, [0.5])
+    with pytest.raises(ValueError, match="from 1"):
+        estimate.probability(0)
