@@ -7,7 +7,10 @@ libraries first. Loading OpenBLAS with RTLD_GLOBAL *before* mlx puts it in front
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LIBRARY = "libopenblas.so.0"
 HOW_TO_MEND = (
@@ -31,3 +34,33 @@ def prefer_openblas() -> str | None:
     except OSError:
         return "missing"
     return "loaded"
+
+
+@contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """OpenBLAS works with `count` threads inside the block, and with as many as before after it.
+
+    For callers that run several threads themselves: each of them waiting for OpenBLAS's own threads is slower
+    than one thread each. A setting of the whole process; nothing happens where OpenBLAS is not loaded.
+    """
+    library = _loaded_openblas()
+    if library is None:
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(count)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
+
+
+def _loaded_openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS this process has loaded already, or None; never loads it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        library = ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return None
+    return library if hasattr(library, "openblas_set_num_threads") else None

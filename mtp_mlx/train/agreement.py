@@ -21,7 +21,7 @@ from mtp_mlx.train.two_pass import prefix_pass, slot_pass
 
 @dataclass(frozen=True)
 class Agreement:
-    """acceptance[j - 1] = P(draft j right | drafts before it right); tokens_per_step = 1 + sum of products."""
+    """acceptance[j - 1] = P(draft j right | drafts before it right), over `blocks` blocks."""
 
     acceptance: list[float]
     blocks: int

@@ -7,10 +7,12 @@ block positions are functions of (seed, step), so nothing else is needed.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -33,6 +35,7 @@ class Checkpoint:
     tensors: dict[str, mx.array]
     settings: dict[str, Any]
     data_fingerprint: str
+    base_fingerprint: str = ""
 
 
 def comparable(settings: TrainSettings) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def save_checkpoint(
     step: int,
     settings: TrainSettings,
     data_fingerprint: str,
+    base_fingerprint: str = "",
 ) -> None:
     """Writes the state after `step` steps.
 
@@ -60,8 +64,33 @@ def save_checkpoint(
         "step": str(step),
         "settings": json.dumps(comparable(settings)),
         "data": data_fingerprint,
+        "base": base_fingerprint,
     }
-    write_file(path, lambda temporary: mx.save_safetensors(str(temporary), tensors, metadata=metadata))
+
+    def write(temporary: Path) -> None:
+        mx.save_safetensors(str(temporary), tensors, metadata=metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # renamed only once its content is on the disk
+
+    write_file(path, write)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes killed while writing `path` left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+        owner = leftover.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix)
+        if owner.isdigit() and not _is_running(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -71,22 +100,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
         MTPError: the file is damaged.
     """
     try:
-        tensors, metadata = mx.load(str(path), return_metadata=True)
+        tensors, metadata = cast("tuple[dict, dict]", mx.load(str(path), return_metadata=True))
         mx.eval(tensors)
         return Checkpoint(
             step=int(metadata["step"]),
             tensors=tensors,
             settings=json.loads(metadata["settings"]),
             data_fingerprint=metadata["data"],
+            base_fingerprint=metadata.get("base", ""),
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise MTPError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
 
 
 def check_resumable(
-    checkpoint: Checkpoint, path: Path, settings: TrainSettings, data_fingerprint: str
+    checkpoint: Checkpoint,
+    path: Path,
+    settings: TrainSettings,
+    data_fingerprint: str,
+    base_fingerprint: str = "",
 ) -> None:
-    """Refuses to continue a run with other settings or data.
+    """Refuses to continue a run with other settings, data or base model (if both know it).
 
     Raises:
         MTPError: names every setting that differs.
@@ -100,6 +134,9 @@ def check_resumable(
     ]
     if data_fingerprint != checkpoint.data_fingerprint:
         changed.append("the training data changed")
+    if "" not in (base_fingerprint, checkpoint.base_fingerprint):
+        if base_fingerprint != checkpoint.base_fingerprint:
+            changed.append(f"the base model was {checkpoint.base_fingerprint}, now {base_fingerprint}")
     if changed:
         raise MTPError(
             f"{path} belongs to another run: {'; '.join(changed)}. Use the old settings, another --out, or "
@@ -108,7 +145,11 @@ def check_resumable(
 
 
 def restore(checkpoint: Checkpoint, adapter: MaskAdapter, optimizer: optim.Optimizer) -> None:
-    """Puts a checkpoint's weights and optimizer state in place (the optimizer must be initialised)."""
+    """Puts a checkpoint's weights and optimizer state in place (the optimizer must be initialised).
+
+    Raises:
+        MTPError: tensors are missing or do not fit.
+    """
     weights = {
         name.removeprefix("adapter/"): value
         for name, value in checkpoint.tensors.items()
@@ -116,6 +157,8 @@ def restore(checkpoint: Checkpoint, adapter: MaskAdapter, optimizer: optim.Optim
     }
     adapter.load_tensors(weights)
     for name, holder, key in _leaves(optimizer.state):
+        if f"optimizer/{name}" not in checkpoint.tensors:
+            raise MTPError(f"the checkpoint is damaged (no optimizer/{name}); delete it to start again")
         holder[key] = checkpoint.tensors[f"optimizer/{name}"]
 
 

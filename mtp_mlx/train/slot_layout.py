@@ -63,7 +63,7 @@ class SlotLayout:
 
 
 def candidate_anchors(length: int, loss_start: int) -> np.ndarray:
-    """Positions that may carry a block: from the last prompt token to the last one with a token to predict."""
+    """Positions that may carry a block: the last prompt token to the last one with a token to predict."""
     return np.arange(max(loss_start - 1, 0), length - 2, dtype=np.int32)
 
 
@@ -76,7 +76,7 @@ def build_layout(
         sequences: S token lists.
         anchors: per sequence, the anchor positions of its blocks (sorted, at least one in the batch).
         slots: k.
-        chunk_blocks: G.
+        chunk_blocks: G at most; a batch with fewer blocks per sequence has smaller chunks.
 
     Raises:
         ValueError: no sequence has a block.
@@ -84,6 +84,7 @@ def build_layout(
     most = max((len(row) for row in anchors), default=0)
     if most == 0:
         raise ValueError("no block in this batch: every response is shorter than two tokens")
+    chunk_blocks = min(chunk_blocks, most)
     count = -(-most // chunk_blocks) * chunk_blocks
     length = max(len(sequence) for sequence in sequences)
     tokens = np.zeros((len(sequences), length), dtype=np.int32)

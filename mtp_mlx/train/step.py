@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,8 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from mtp_mlx.blas import blas_threads
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.objectives.base import LossParts, Objective, SlotBatch
 from mtp_mlx.train.slot_layout import SlotLayout, build_layout, candidate_anchors
 from mtp_mlx.train.two_pass import Prefix, prefix_pass, slot_pass
@@ -116,22 +118,35 @@ def slot_batch(
     )
 
 
+# Supervised rows, loss and gradients of a micro-batch.
+Totals = tuple[int, LossParts, dict]
+
+
 class StepRunner:
     """Computes loss and gradients of steps; micro-batches run side by side on `workers` threads.
 
     On a CPU, where MLX's element-wise operations use one core, two workers take little more time than one.
     Building a graph touches the shared adapter and is done under a lock; evaluating it is not. A GPU wants
     one worker: one micro-batch after another, with the memory of one.
+    With several workers OpenBLAS gets one thread for each of them (measured: with its own threads on top, two
+    workers are slower than one).
     """
 
     def __init__(
-        self, attached: AttachedModel, objective: Objective, choice: BlockChoice, seed: int, workers: int = 1
+        self,
+        attached: AttachedModel,
+        objective: Objective,
+        choice: BlockChoice,
+        seed: int,
+        workers: int = 1,
+        grad_checkpoint: bool = False,
     ) -> None:
         self._attached, self._objective, self._choice, self._seed = attached, objective, choice, seed
+        self._grad_checkpoint = grad_checkpoint
         self._columns = draft_columns(attached)
         self._building = threading.Lock()
-        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
-        if self._pool is not None:
+        self._workers = workers
+        if workers > 1:
             self._evaluate_constants()
 
     def _evaluate_constants(self) -> None:
@@ -149,10 +164,38 @@ class StepRunner:
     def __call__(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """Mean loss, mean gradients and number of supervised rows over the step's micro-batches."""
         numbers = [step * len(examples) + index for index in range(len(examples))]
-        run = map if self._pool is None else self._pool.map
-        return _mean(list(run(self._micro_batch, examples, numbers)))
+        jobs = list(zip(examples, numbers, strict=True))
+        if self._workers == 1:
+            return _mean([self._micro_batch(*job) for job in jobs])
+        with blas_threads(1):
+            return _mean(self._side_by_side(jobs))
 
-    def _micro_batch(self, examples: Sequence[Example], number: int) -> tuple[int, LossParts, dict]:
+    def _side_by_side(self, jobs: Sequence[tuple[Sequence[Example], int]]) -> list[Totals]:
+        """The jobs' results in order. The threads live for one step and leave no MLX stream behind: a stream
+        whose thread is gone can abort the process when it ends."""
+        results: dict[int, Totals] = {}
+        errors: list[BaseException] = []
+
+        def work(first: int) -> None:
+            try:
+                for index in range(first, len(jobs), self._workers):
+                    results[index] = self._micro_batch(*jobs[index])
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                mx.synchronize()
+                mx.clear_streams()
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(self._workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[index] for index in range(len(jobs))]
+
+    def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """(supervised rows, loss, gradients of the adapter's parameters), evaluated."""
         attached, choice = self._attached, self._choice
         layout = choice.layout(examples, self._seed, number)
@@ -164,7 +207,8 @@ class StepRunner:
         names: list[str] = []
 
         def loss() -> tuple[mx.array, ...]:
-            hidden = slot_pass(attached, layout, prefix)
+            with checkpointed_layers(attached) if self._grad_checkpoint else nullcontext():
+                hidden = slot_pass(attached, layout, prefix)
             batch = slot_batch(hidden, layout, targets, self._columns, choice.depth_decay)
             result = self._objective(attached, batch)
             names[:] = list(result.parts)
@@ -180,7 +224,7 @@ class StepRunner:
         return len(layout.rows), LossParts(values[0], dict(zip(names, values[1:], strict=True))), gradients
 
 
-def _mean(totals: list[tuple[int, LossParts, dict]]) -> tuple[LossParts, dict, int]:
+def _mean(totals: list[Totals]) -> tuple[LossParts, dict, int]:
     """Mean over micro-batches, each weighted by its supervised rows."""
     rows = sum(count for count, _, _ in totals)
     shares = [count / rows for count, _, _ in totals]

@@ -418,7 +418,7 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and a polite kill end the loop after the step in progress, the second at once.
+        """Ctrl-C and a polite kill end the loop after the step in progress, the second without saving it.
 
         In the main thread only; in another one signals are the caller's business.
         """
@@ -428,7 +428,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self._stop = True
             with suppress(RuntimeError):  # the signal may have come in the middle of another message
-                self.listener.on_message("stopping after this step; once more stops at once")
+                self.listener.on_message("stopping after this step; a second time stops without saving it")
 
         try:
             previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}

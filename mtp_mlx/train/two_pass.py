@@ -16,6 +16,9 @@ from mtp_mlx.model.block import Block
 from mtp_mlx.model.cache import PrefixCache
 from mtp_mlx.train.slot_layout import SlotLayout
 
+# Their attention works with an axis of repeated heads that a mask per sequence does not broadcast against.
+ONE_MASK_MODELS = frozenset({"gemma2", "phi3small"})
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -36,7 +39,7 @@ class Prefix:
 
 
 def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
-    """Pass 1 over the S sequences of the batch; lazy. Evaluate `Prefix.arrays` before pass 2 to free its graph."""
+    """Pass 1 over the S sequences of the batch; lazy. Evaluating `Prefix.arrays` frees its graph."""
     caches = [PrefixCache() for _ in range(len(attached.model.layers))]
     hidden = attached.forward(Block.real(mx.array(layout.tokens)), caches)  # [S, T, D]
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -46,13 +49,49 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
 def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
     """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter."""
     positions = layout.positions()
-    visibility = mx.array(layout.visibility())
-    # One chunk in all: a plain [R, T + R] mask, which every attention of mlx-lm takes (soft-capped ones too).
-    mask = visibility[0] if len(positions) == 1 else visibility[:, None]
-    for cache in prefix.caches:
-        cache.mask, cache.repeats = mask, layout.chunks
+    visibility = layout.visibility()
+    if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
+        pieces = []
+        for row in range(len(positions)):
+            caches = _prefix_of(prefix, row, layout)
+            mask = mx.array(visibility[row])  # [G * k, T + G * k]
+            pieces.append(_chunks_pass(attached, layout, positions[[row]], mask, caches))
+        hidden = mx.concatenate(pieces)
+    else:
+        mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
+        caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
+        hidden = _chunks_pass(attached, layout, positions, mask, caches, repeats=layout.chunks)
+    return hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.rows)]
+
+
+def _chunks_pass(
+    attached: AttachedModel,
+    layout: SlotLayout,
+    positions: np.ndarray,
+    mask: mx.array,
+    caches: list[PrefixCache],
+    repeats: int = 1,
+) -> mx.array:
+    """Hidden states [B, G * k, D] of chunks whose rows stand at `positions` [B, G * k]."""
+    for cache in caches:
+        cache.mask, cache.repeats = mask, repeats
     slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
     ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), positions.shape)
-    block = Block(ids=ids, n_real=0, positions=mx.array(positions))
-    hidden = attached.forward(block, prefix.caches)  # [S * chunks, G * k, D]
-    return hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.rows)]
+    return attached.forward(Block(ids=ids, n_real=0, positions=mx.array(positions)), caches)
+
+
+def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:
+    """Views of the prefix that chunk `row` stands behind."""
+    own = slice(row // layout.chunks, row // layout.chunks + 1)
+    return [
+        _behind(cache.keys[own], cache.values[own])
+        for cache in prefix.caches
+        if cache.keys is not None and cache.values is not None
+    ]
+
+
+def _behind(keys: mx.array | None, values: mx.array | None) -> PrefixCache:
+    """A cache of its own that starts from stored keys and values."""
+    cache = PrefixCache()
+    cache.keys, cache.values = keys, values
+    return cache
