@@ -1,0 +1,140 @@
+"""The planner of `--layout auto`: no policy found by brute force beats it, and it knows when to stay plain."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp_mlx.decode.budget import FIRST_PROBE, MARGIN, BudgetPolicy
+from mtp_mlx.decode.cost import StepCost
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.policy import Proposal
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+
+
+def cost_of(per_row: float, per_slot: float = 0.0, draft: float = 0.0, steps_at: int | None = None) -> StepCost:
+    """A step of R rows costs 1 + per_row * (R - 1); twice that from `steps_at` rows."""
+    seconds = tuple((1 + per_row * (r - 1)) * (2 if steps_at and r >= steps_at else 1) for r in ROWS)
+    slots = (1, 2, 4, 8, 12, 20)
+    surcharge = tuple(per_slot * count for count in slots)
+    return StepCost(ROWS, (0, 1000), seconds, seconds, slots, surcharge, draft, (1.0, 1.0))
+
+
+def slot_proposal(count: int) -> Proposal:
+    return Proposal("slots", [7] * count, [0.5] * count)
+
+
+def rate_of(policy: dict[int, Layout], acceptance: Sequence[float], cost: StepCost) -> float:
+    """Exact long-run tokens per second of a stationary policy {drafts at hand: layout}."""
+    states = len(policy)
+    transition = np.zeros((states, states))
+    tokens, seconds = np.zeros(states), np.zeros(states)
+    for state, layout in policy.items():
+        seconds[state] = cost.seconds(layout, 0)
+        reach = np.cumprod([1.0, *acceptance[: layout.drafts]])
+        exact = np.append(reach[:-1] - reach[1:], reach[-1])
+        tokens[state] = 1 + np.sum(reach[1:])
+        for accepted, probability in enumerate(exact):
+            transition[state, layout.slots[accepted]] += probability
+    distribution = np.zeros(states)
+    distribution[0] = 1.0
+    average = np.zeros(states)
+    for _ in range(400):
+        distribution = distribution @ transition
+        average += distribution
+    return float(average @ tokens / (average @ seconds))
+
+
+def best_rate(slots: int, acceptance: Sequence[float], cost: StepCost) -> float:
+    """Over every stationary policy."""
+    actions = []
+    for held in range(slots + 1):
+        own = []
+        for drafts in range(held + 1):
+            own += [Layout(drafts, s) for s in itertools.product(range(slots + 1), repeat=drafts + 1)]
+        actions.append(own)
+    return max(rate_of(dict(enumerate(choice)), acceptance, cost) for choice in itertools.product(*actions))
+
+
+@pytest.mark.parametrize("per_row", [0.02, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("acceptance", [(0.9, 0.8), (0.5, 0.4), (0.2, 0.1)])
+def test_no_stationary_policy_is_much_better(per_row: float, acceptance: tuple[float, float]) -> None:
+    cost = cost_of(per_row, draft=0.02)
+    planner = BudgetPolicy(cost, 2, acceptance)
+    planner.interrupts_plain = lambda: False  # type: ignore[method-assign]
+    chosen = {held: planner.choose([slot_proposal(held)])[1] for held in range(3)}
+    assert rate_of(chosen, acceptance, cost) >= best_rate(2, acceptance, cost) / (MARGIN + 0.01)
+
+
+def test_free_rows_and_sure_drafts_take_every_slot() -> None:
+    planner = BudgetPolicy(cost_of(0.0), 4, [0.99] * 4)
+    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (4,))
+    proposal, layout = planner.choose([slot_proposal(4)])
+    assert layout.drafts == 4 and layout.slots[4] == 4 and proposal.source == "slots"
+    assert planner.rate > 3
+
+
+def test_worthless_drafts_mean_plain_decoding() -> None:
+    planner = BudgetPolicy(cost_of(0.1), 4, [0.01] * 4)
+    assert planner.choose([slot_proposal(4)])[1] == Layout.plain()
+    assert "plain" in planner.verdict
+
+
+def test_it_stays_below_a_step_in_the_cost() -> None:
+    cheap = BudgetPolicy(cost_of(0.01, steps_at=8), 4, [0.7] * 4)
+    layout = cheap.choose([slot_proposal(4)])[1]
+    assert 4 <= layout.rows <= 7  # interpolation starts to climb after 6 rows
+    assert BudgetPolicy(cost_of(0.01), 4, [0.7] * 4).choose([slot_proposal(4)])[1].rows > 8
+
+
+def test_lookup_is_verified_when_slots_do_not_pay() -> None:
+    planner = BudgetPolicy(cost_of(0.1, per_slot=1.0), 4, [0.3] * 4)
+    lookup = Proposal("lookup", [3] * 20, [1.0] * 20)
+    proposal, layout = planner.choose([slot_proposal(0), lookup])
+    assert proposal.source == "lookup" and layout.drafts > 4
+
+
+def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
+    planner = BudgetPolicy(cost_of(0.3), 0, [])
+    lookup = Proposal("lookup", [3] * 20, [0.5] * 20)
+    assert planner.choose([slot_proposal(0), lookup])[1].drafts > 0
+    for _ in range(60):
+        planner.observe(lookup, Layout(8, (0,) * 9), 0)
+    assert planner.choose([slot_proposal(0), lookup])[1] == Layout.plain()
+
+
+def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
+    planner = BudgetPolicy(cost_of(0.05), 2, [0.01, 0.01])
+    probes = []
+    for step in range(40 * FIRST_PROBE):
+        if planner.interrupts_plain():
+            layout = planner.choose([slot_proposal(0)])[1]
+            assert layout == Layout(0, (2,))
+            probes.append(step)
+            planner.observe(slot_proposal(2), Layout(2, (0, 0, 0)), 0)
+        else:
+            planner.observe(slot_proposal(0), Layout.plain(), 0)
+    gaps = np.diff(probes)
+    assert len(probes) >= 3 and gaps[-1] >= 4 * gaps[0]  # asks ever more rarely
+    for _ in range(60):
+        planner.observe(slot_proposal(2), Layout(2, (2, 2, 2)), 2)
+    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (2,))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    per_row=st.floats(0, 1),
+    acceptance=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    confidences=st.lists(st.floats(0, 1), max_size=3),
+)
+def test_every_choice_is_a_legal_layout(
+    per_row: float, acceptance: list[float], confidences: list[float]
+) -> None:
+    planner = BudgetPolicy(cost_of(per_row), 3, acceptance)
+    offered = Proposal("slots", [1] * len(confidences), confidences)
+    proposal, layout = planner.choose([offered])
+    assert layout.drafts <= len(proposal.drafts) and max(layout.slots) <= 3
