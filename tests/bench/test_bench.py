@@ -1,0 +1,90 @@
+"""Bench: both sides are measured on the same ids, refusals count, summaries add up, and the CLI reports it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.api import load
+from mtp_mlx.bench.certificate import Comparison
+from mtp_mlx.bench.prompts import BUILT_IN, BenchPrompt, read_prompts
+from mtp_mlx.bench.report import summarise
+from mtp_mlx.bench.runner import Bench, Lane, Measurement, Timed
+from mtp_mlx.cli import main
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import new_adapter
+from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model folder and an untrained adapter for it."""
+    import mlx_lm
+
+    root = tmp_path_factory.mktemp("bench")
+    save_tiny(root / "model", "llama", seed=3)
+    model, _ = mlx_lm.load(str(root / "model"))
+    shape = MaskAdapterConfig(slots=2, rank=2, sampler_width=16)
+    save_adapter(root / "adapter", new_adapter(model, shape), AdapterInfo("tiny", base_fingerprint(model), shape))
+    return root / "model", root / "adapter"
+
+
+def test_every_lane_gets_the_same_text_as_mlx_lm(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
+    model, tokenizer = load(str(folders[0]), folders[1])
+    lanes = [Lane("plain", "plain"), Lane("quadratic", "quadratic"), Lane("linear", "linear", 1)]
+    bench = Bench(model, tokenizer, lanes, max_tokens=12)
+    bench.warm_up()
+    results = bench.run([BenchPrompt("one two", "a"), BenchPrompt("three", "b")])
+    assert [m.lane.name for m in results] == ["plain", "quadratic", "linear"] * 2
+    assert all(m.comparison.identical or m.comparison.certified for m in results)
+    rows = summarise(results)
+    assert [(row.lane, row.category) for row in rows[:3]] == [("plain", "a"), ("plain", "b"), ("plain", "all")]
+    plain = rows[2]
+    assert plain.tokens_per_step == 1 and plain.rows_per_step == 1 and plain.prompts == 2
+    assert all(m.timed.stats.steps > 0 for m in results)
+
+
+def measurement(speed: float, comparison: Comparison, category: str = "a") -> Measurement:
+    timed = Timed([1] * 11, 10, 10 / speed)
+    timed.stats.record(2, (0, 0, 0), 1, "slots")
+    return Measurement(BenchPrompt("x", category), Lane("auto", "auto"), timed, Timed([1] * 11, 10, 1.0), comparison)
+
+
+def test_a_differing_text_has_no_speedup_and_is_counted() -> None:
+    same, tie = Comparison(True), Comparison(False, 3, 1, 2, 1e-5, 1e-3)
+    different = Comparison(False, 3, 1, 2, 0.5, 1e-3)
+    assert measurement(20.0, different).speedup is None
+    row = summarise([measurement(20.0, same), measurement(40.0, tie), measurement(900.0, different)])[0]
+    assert row.speedup == pytest.approx((2 + 4) / 2)
+    assert (row.identical, row.certified, row.refused) == (1, 1, 1)
+    assert row.acceptance == [1.0, 0.0] and row.tokens_per_step == 2
+
+
+def test_prompts_are_read_and_limited(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "category": "x"}\n{"turns": ["b", "c"]}\n{"prompt": "d", "category": "x"}\n')
+    assert read_prompts(path, None, None) == [BenchPrompt("a", "x"), BenchPrompt("b", "all"), BenchPrompt("d", "x")]
+    assert read_prompts(path, None, 1) == [BenchPrompt("a", "x"), BenchPrompt("b", "all")]
+    assert len(read_prompts(None, 2, None)) == 2 and len(BUILT_IN) >= 6
+    path.write_text('{"prompt": "a"}\n{"question": 1}\n')
+    with pytest.raises(MTPError, match="line 2"):
+        read_prompts(path, None, None)
+
+
+def test_the_command_prints_one_json_object(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
+    arguments = ["bench", "-m", str(folders[0]), "--adapter", str(folders[1]), "--limit", "2", "--max-tokens", "8"]
+    result = CliRunner().invoke(main, [*arguments, "--layout", "quadratic", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    assert report["rows"][-1]["prompts"] == 2 and report["mismatches"] == []
+    refused = CliRunner().invoke(main, [*arguments, "--prompts", str(tmp_path / "none.jsonl")])
+    assert refused.exit_code == 2 and "none.jsonl" in refused.stderr
