@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtp_mlx.decode.budget import BudgetPolicy
+from mtp_mlx.decode.budget import BudgetPolicy, fresh_estimates
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.policy import FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
@@ -31,5 +31,7 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
         return FixedPolicy("plain", 0)
     if layout == "auto":
         prior = list(model.info.acceptance) if model.info is not None else []
-        return BudgetPolicy(step_cost(model), slots or most, prior)
+        if model.estimates is None:
+            model.estimates = fresh_estimates(most, prior)
+        return BudgetPolicy(step_cost(model), slots or most, prior, acceptance=model.estimates)
     return FixedPolicy(layout, slots or most)

@@ -24,9 +24,17 @@ from mtp_mlx.decode.policy import Proposal
 SOLVE_EVERY = 24  # steps between value iterations
 FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: first, and at most
 LOOKUP_DRAFTS = 23
-LOOKUP_PRIOR = (0.6, 0.8, 0.85, 0.9)
+LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
 PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
 MARGIN = 1.03  # a speculative layout must promise this much more than plain, or estimates' noise decides
+
+
+def fresh_estimates(slots: int, prior: Sequence[float]) -> dict[str, AcceptanceEstimate]:
+    """Acceptance by drafter before anything was seen. Shared by a model's generations, it keeps learning."""
+    return {
+        "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
+        "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
+    }
 
 
 class BudgetPolicy:
@@ -37,15 +45,20 @@ class BudgetPolicy:
         slots: most slots behind one position; 0 without an adapter.
         prior: the adapter's recorded acceptance per depth.
         context: tokens cached when decoding starts.
+        acceptance: estimates of an earlier generation to go on from, by drafter; see `fresh_estimates`.
     """
 
-    def __init__(self, cost: StepCost, slots: int, prior: Sequence[float], context: int = 0) -> None:
+    def __init__(
+        self,
+        cost: StepCost,
+        slots: int,
+        prior: Sequence[float],
+        context: int = 0,
+        acceptance: dict[str, AcceptanceEstimate] | None = None,
+    ) -> None:
         self._cost, self._slots, self._context = cost, slots, context
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
-        self._acceptance = {
-            "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
-            "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=40.0),
-        }
+        self._acceptance = acceptance or fresh_estimates(slots, prior)
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE

@@ -38,12 +38,14 @@ class AttachedModel:
         hidden_size: D.
         info: what the adapter's folder says about it (`mtp_mlx.adapter.AdapterInfo`), or None.
         name: how the user named the model.
+        estimates: acceptance learnt by earlier generations (see `mtp_mlx.decode.budget`), or None.
     """
 
     def __init__(self, model: nn.Module, adapter: MaskAdapter | None, seams: Seams) -> None:
         self.model = model
         self.adapter = adapter
         self.info: Any = None
+        self.estimates: Any = None
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
         self._rows = RowContext()
