@@ -18,12 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
+from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
-from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
@@ -32,6 +34,8 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.text import StopStrings
+
+Prompt = str | mx.array | np.ndarray | Sequence[int]
 
 
 @dataclass
@@ -42,7 +46,8 @@ class GenerationResponse:
         text: text that became final with this token (may be empty).
         token, logits: id, and the target's raw logits [V] (lazy).
         from_draft, depth: accepted draft of this depth (from 1), or the target's own pick (0).
-        prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as mlx-lm (GB).
+        prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as mlx-lm (GB). Like there,
+            generation_tps divides all tokens so far by the time since the first one.
         lossless: the text is that of the base model alone.
         stats: counts so far (shared by all responses of one generation).
         finish_reason: "stop", "length", or None before the end.
@@ -61,6 +66,11 @@ class GenerationResponse:
     stats: DecodeStats
     finish_reason: str | None = None
     lossless: bool = True
+
+    @property
+    def logprobs(self) -> mx.array:
+        """[V] log-probabilities under the target, as in mlx-lm's response; lazy."""
+        return self.logits - mx.logsumexp(self.logits, keepdims=True)
 
 
 @dataclass
@@ -98,7 +108,7 @@ def load(
     """
     path = resolve_model(model, quantize=quantize)
     try:
-        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)
+        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)[:2]
     except (FileNotFoundError, ValueError, OSError) as error:
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     folder = bundled_adapter(model) if adapter == "auto" else adapter
@@ -125,7 +135,7 @@ def _evaluate(attached: AttachedModel) -> None:
 def stream_generate(
     model: AttachedModel,
     tokenizer: TokenizerWrapper,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     max_tokens: int = 256,
     *,
     sampling: SamplingConfig | None = None,
@@ -133,30 +143,37 @@ def stream_generate(
     slots: int | None = None,
     lookup: bool | None = None,
     stop: Sequence[str] = (),
+    stats: DecodeStats | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Yields a response per token.
 
     Args:
-        prompt: text (special tokens are added unless the text starts with them, as mlx-lm does) or ids.
+        prompt: text (special tokens are added unless the text starts with them, as mlx-lm does), or ids as a
+            list, an mlx or a numpy array.
         max_tokens: exactly so many at most; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
         layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
         slots: most slots k behind one position; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
         stop: strings that end the text; they are not part of it.
+        stats: filled while decoding; every response carries it.
         kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
             quantized_kv_start, prompt_progress_callback.
 
     Raises:
         MTPError: a bad option, an empty prompt, a cache that cannot give rows back.
     """
+    if max_tokens == 0 or max_tokens < -1:
+        raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
-    stats = DecodeStats()
+    stats = DecodeStats() if stats is None else stats
     policy = build_policy(model, layout, slots, stats)
     use_lookup = layout == "auto" if lookup is None else lookup
+    if lookup and not policy.max_drafts:
+        stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     detokenizer = tokenizer.detokenizer
     stops = StopStrings(stop)
     clock = _Clock(len(ids))
@@ -170,11 +187,10 @@ def stream_generate(
         stats=stats,
         **kwargs,
     )
-    with closing(steps):
+    with wired_limit(model.model), closing(steps):
         for count, item in enumerate(steps, start=1):
             if count == 1:
                 clock.first = time.perf_counter()
-                mx.reset_peak_memory()
             reason = _finish_reason(item.token, count, max_tokens, tokenizer)
             if reason != "stop":
                 detokenizer.add_token(item.token)
@@ -212,7 +228,7 @@ def _finish_reason(token: int, count: int, max_tokens: int, tokenizer: Tokenizer
 def generate(
     model: AttachedModel,
     tokenizer: TokenizerWrapper,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     max_tokens: int = 256,
     **kwargs: Any,
 ) -> str:
@@ -222,12 +238,10 @@ def generate(
     )
 
 
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> list[int]:
+def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, with the rule for special tokens that mlx-lm has."""
-    if isinstance(prompt, mx.array):
-        return [int(token) for token in prompt.tolist()]
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return token_ids(prompt)
     bos = tokenizer.bos_token
     return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
 

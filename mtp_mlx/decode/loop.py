@@ -6,10 +6,12 @@ those of plain decoding, whatever the policy and the drafters do. Non-goals: tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
@@ -18,7 +20,10 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+
+CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
 
 class Token(NamedTuple):
@@ -38,7 +43,7 @@ class Token(NamedTuple):
 
 
 def mtp_generate_step(
-    prompt: mx.array | list[int],
+    prompt: mx.array | np.ndarray | Sequence[int],
     model: AttachedModel,
     *,
     max_tokens: int = 256,
@@ -59,14 +64,15 @@ def mtp_generate_step(
     a pick must be a function of position.
 
     Args:
-        prompt: [T] int token ids not yet in `prompt_cache`.
+        prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
         model: from `mtp_mlx.load` or `attach`.
         max_tokens: exactly so many at most; -1 for no limit.
         sampling: how tokens are picked; greedy by default.
         policy: which layout each step uses; plain decoding by default.
         lookup: also draft from the text itself.
         prompt_cache: mlx-lm cache of an earlier prefix; when the generator ends or is closed it holds that
-            prefix, the prompt and every token yielded.
+            prefix, the prompt and every token yielded. After an error or Ctrl-C inside a step it holds a
+            beginning of them, as many as its offset says.
         stats: filled while decoding.
 
     Raises:
@@ -78,15 +84,34 @@ def mtp_generate_step(
     drafter = MaskSlotDrafter(model, picker) if model.adapter is not None else None
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
-    ids = prompt.tolist() if isinstance(prompt, mx.array) else [int(token) for token in prompt]
+    ids = token_ids(prompt)
     session = Session(model, picker, drafter, ids, cache, settings)
     loop = _Loop(session, policy, lookup, stats or DecodeStats(), max_tokens)
     try:
         session.prefill(prompt_progress_callback)
         yield from loop.tokens()
-    finally:
+    except GeneratorExit:
         if keep:
             session.settle(len(ids) + loop.n_yielded)
+        raise
+    except BaseException:  # Ctrl-C too
+        session.rewind(len(ids) + loop.n_yielded)
+        raise
+    if keep:
+        session.settle(len(ids) + loop.n_yielded)
+
+
+def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
+    """Plain token ids of one sequence.
+
+    Raises:
+        MTPError: not one-dimensional, or not whole numbers.
+    """
+    values = cast("list[int]", prompt.tolist()) if isinstance(prompt, mx.array | np.ndarray) else prompt
+    try:
+        return [operator.index(token) for token in values]
+    except TypeError:
+        raise MTPError("the prompt must be one sequence of whole token ids") from None
 
 
 class _Loop:
@@ -116,6 +141,11 @@ class _Loop:
             else:
                 yield from self._step(proposal, layout)
 
+    def _count_yield(self) -> None:
+        self.n_yielded += 1
+        if self.n_yielded % CLEAR_EVERY == 0:
+            mx.clear_cache()
+
     def _left(self) -> int:
         return self._max_tokens - self.n_yielded if self._max_tokens >= 0 else 1 << 30
 
@@ -140,7 +170,7 @@ class _Loop:
             self._lookup.extend(result.tokens)
         for index, token in enumerate(result.tokens):
             depth = index + 1 if index < result.n_accepted else 0
-            self.n_yielded += 1
+            self._count_yield()
             yield Token(token, result.logits[index], depth > 0, depth)
 
     def _plain_stretch(self) -> Generator[Token, None, None]:
@@ -156,13 +186,13 @@ class _Loop:
             if not last:
                 ahead = session.plain_pass(pick, 1)
                 mx.async_eval(ahead[0])
-            token = int(pick.item())
+            token = int(cast(int, pick.item()))
             session.tokens.append(token)
             self._stats.record(0, (0,), 0, "plain")
             self._policy.observe(self._from_slots, Layout.plain(), 0)
             if self._lookup is not None:
                 self._lookup.extend([token])
-            self.n_yielded += 1
+            self._count_yield()
             yield Token(token, logits[0], False, 0)
 
     def _lookup_wanted(self) -> bool:

@@ -2,13 +2,16 @@
 
 Invariant between steps: the cache holds every committed token but the last, the *pending* token; its key and
 value are written by the next pass. Rejected rows and slot rows leave by one trim.
+
+mlx-lm quantises its cache after the pass with which it reached `quantized_kv_start`. Here that happens right
+before the next pass, which is the same unless rows are taken back in between: then it must not have happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -84,6 +87,8 @@ class Session:
         self.attached, self.picker, self.drafter = attached, picker, drafter
         self.cache, self._settings = cache, settings
         self.start = self.cached  # tokens of an earlier prefix
+        self._has_run = False
+        self._before_pass = self.start  # tokens in the cache before the newest pass
         self.tokens = list(prompt)  # committed since then, the pending one last
 
     @property
@@ -97,15 +102,26 @@ class Session:
         done = 0
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
-            self.attached.forward(Block.real(mx.array([chunk])), self.cache)
-            self._quantize()
-            mx.eval([layer.state for layer in self.cache])
+            self._forward(Block.real(mx.array([chunk])))
+            self._evaluate_cache()
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
             mx.clear_cache()
         if progress is not None:
             progress(total, total)
+
+    def _forward(self, block: Block) -> mx.array:
+        """[B, R, D] latents of a pass that appends the block's rows to the cache."""
+        if self._has_run:  # mlx-lm never quantises before the first pass
+            self._quantize()
+        self._has_run = True
+        self._before_pass = self.cached
+        return self.attached.forward(block, self.cache)
+
+    def _evaluate_cache(self) -> None:
+        """A lazy array belongs to the thread that made it; the cache may go on to another."""
+        mx.eval([layer.state for layer in self.cache])
 
     def _quantize(self) -> None:
         settings = self._settings
@@ -120,8 +136,11 @@ class Session:
         point, or its later rows would see a prefix that plain decoding sees quantised.
         """
         settings = self._settings
-        if settings.kv_bits is None or self.cached >= settings.quantized_kv_start:
+        if settings.kv_bits is None:
             return None
+        if self.cached >= settings.quantized_kv_start:
+            quantised_by_then = self._has_run or not hasattr(self.cache[0], "to_quantized")
+            return None if quantised_by_then else 0
         return settings.quantized_kv_start - self.cached - 1
 
     # --- plain decoding, one step ahead of the host ---------------------------------------------------------
@@ -137,16 +156,14 @@ class Session:
             pick [1] int32 and logits [1, V].
         """
         position = self.cached + 1
-        hidden = self.attached.forward(Block.real(pending[None]), self.cache)
+        hidden = self._forward(Block.real(pending[None]))
         logits = self.attached.head(hidden)[0]  # [1, V]
         history = None
         if self.picker.history_size:
             known = self._recent(self.tokens, self.picker.history_size - n_ahead)
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
-        pick = self.picker.pick(logits, mx.array([position]), history)
-        self._quantize()
-        return pick, logits
+        return self.picker.pick(logits, mx.array([position]), history), logits
 
     # --- a speculative step ---------------------------------------------------------------------------------
 
@@ -157,7 +174,7 @@ class Session:
         draft_ids = mx.array(drafts, dtype=mx.int32)
         rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
         block = Block.decode(rows, shape, start, self.attached.vocab_size)
-        hidden = self.attached.forward(block, self.cache)[0]  # [R, D]
+        hidden = self._forward(block)[0]  # [R, D]
         logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
         positions = mx.arange(start + 1, start + 1 + shape.n_real)
         history = self._histories(drafts)
@@ -172,17 +189,16 @@ class Session:
             )
         integers = mx.concatenate([accepted.reshape(1), picks, fresh])
         mx.eval(integers, confidences)  # the step's one host read
-        n_accepted, *values = integers.tolist()
+        n_accepted, *values = cast("list[int]", integers.tolist())
         count = layout.slots[n_accepted]
         tokens = values[: n_accepted + 1]
         self.trim(shape.rows - 1 - n_accepted)
         self.tokens += tokens
-        self._quantize()
         return StepResult(
             tokens=tokens,
             n_accepted=n_accepted,
             drafts=values[shape.n_real : shape.n_real + count],
-            confidences=confidences.tolist()[:count],
+            confidences=cast("list[float]", confidences.tolist())[:count],
             logits=logits,
         )
 
@@ -192,15 +208,28 @@ class Session:
             layer.trim(rows)
 
     def settle(self, n_committed: int) -> None:
-        """Ends the session so that the cache holds exactly the first `n_committed` tokens of `self.tokens`."""
+        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`."""
         surplus = self.cached - (self.start + n_committed)
-        if surplus > 0:
-            self.trim(surplus)
-        elif surplus < 0:
-            missing = self.tokens[n_committed + surplus : n_committed]
-            self.attached.forward(Block.real(mx.array([missing])), self.cache)
-            self._quantize()
-            mx.eval([layer.state for layer in self.cache])
+        try:
+            if surplus > 0:
+                self.trim(surplus)
+            elif surplus < 0:
+                self._forward(Block.real(mx.array([self.tokens[n_committed + surplus : n_committed]])))
+            if self._has_run:
+                self._quantize()
+            self._evaluate_cache()
+        except BaseException:
+            self.rewind(n_committed)
+            raise
+
+    def rewind(self, n_committed: int) -> None:
+        """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.
+
+        The cache then holds what it held before that pass, and at most `n_committed` of `self.tokens`.
+        """
+        kept = min(self.start + n_committed, self._before_pass)
+        for layer in self.cache:
+            layer.trim(max(int(layer.offset) - kept, 0))
 
     def _histories(self, drafts: list[int]) -> mx.array | None:
         """[1 + d, C] tokens before each real row's pick, or None without penalties."""

@@ -72,13 +72,10 @@ class DecodeStats:
             own.extend([0] * (len(more) - len(own)))
             for depth, count in enumerate(more):
                 own[depth] += count
-        for mine, theirs in (
-            (self.histogram, other.histogram),
-            (self.layouts, other.layouts),
-            (self.drafted_by, other.drafted_by),
-            (self.fallbacks, other.fallbacks),
-        ):
-            mine.update(theirs)
+        self.histogram.update(other.histogram)
+        self.layouts.update(other.layouts)
+        self.drafted_by.update(other.drafted_by)
+        self.fallbacks.update(other.fallbacks)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""

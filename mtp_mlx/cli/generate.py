@@ -1,0 +1,206 @@
+"""`mtp-mlx generate`: text on stdout, one line of statistics on stderr.
+
+Nothing but text (or, with --json, one object) goes to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
+from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    from mtp_mlx.api import GenerationResponse
+    from mtp_mlx.model.attach import AttachedModel
+
+EPILOG = """\b
+Examples:
+  mtp-mlx generate --prompt "Why is the sky blue?"
+  mtp-mlx generate -m ./model --adapter ./adapter --prompt-file question.txt --temp 0.7
+  cat notes.txt | mtp-mlx generate --raw --max-tokens 50 --color --histogram
+"""
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
+
+    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
+    prompt: str | None = setting(None, help="Prompt, or - for stdin", flag="-p")
+    prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
+    system: str | None = setting(None, help="System message of the chat")
+    max_tokens: int = setting(256, help="At most this many tokens, -1 for no limit", minimum=-1, flag="-n")
+    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
+    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
+    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
+    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
+    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
+    repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
+    seed: int = setting(0, help="Seed of the noise", minimum=0)
+    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
+    slots: int | None = setting(None, help="Mask slots k, at most the adapter's", minimum=1)
+    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
+    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
+    kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
+    quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
+    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+
+
+@click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")
+@options_for(GenerateSettings)
+@click.option("--raw", is_flag=True, help="Use the prompt as it is, without the chat template")
+@click.option("--color", is_flag=True, help="Tint accepted drafts by depth")
+@click.option("--histogram", is_flag=True, help="Show tokens per step and acceptance as bars")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text")
+@click.pass_context
+def command(
+    context: click.Context, raw: bool, color: bool, histogram: bool, as_json: bool, **options: Any
+) -> None:
+    """Write the text that follows a prompt, the same as mlx-lm alone would write.
+
+    The prompt comes from --prompt, --prompt-file or stdin.
+    """
+    settings = from_yaml(GenerateSettings, None, options)
+    prompt = read_prompt(settings, raw)
+    run = generate(settings, prompt, raw, _Printer(streaming=not as_json, color=color))
+    if as_json:
+        click.echo(json.dumps(report(settings, run)))
+    if color and not as_json and run.adapter_slots:
+        click.echo(legend(run.adapter_slots), err=True, color=True)
+    if histogram:
+        click.echo(histograms(run.stats), err=True)
+    for reason, count in run.stats.fallbacks.items():
+        click.echo(f"note: {reason}" + (f" ({count} times)" if count > 1 else ""), err=True)
+    click.echo(statistics_line(settings, run), err=True)
+    if run.interrupted:
+        context.exit(130)
+
+
+def read_prompt(settings: GenerateSettings, raw: bool) -> str:
+    """The prompt's text from the option, the file or stdin.
+
+    Raises:
+        MTPError: none given, two given, or an empty one.
+    """
+    if settings.prompt is not None and settings.prompt_file is not None:
+        raise MTPError("both --prompt and --prompt-file were given: give one of them")
+    if raw and settings.system:
+        raise MTPError("--system is a message of the chat template, which --raw leaves out: drop one of them")
+    if settings.prompt_file is not None:
+        try:
+            text = settings.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise MTPError(f"{settings.prompt_file} is not UTF-8 at byte {error.start}") from error
+    elif settings.prompt is not None and settings.prompt != "-":
+        text = settings.prompt
+    elif settings.prompt == "-" or not sys.stdin.isatty():
+        text = sys.stdin.read()
+    else:
+        raise MTPError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe one in")
+    if not raw:
+        text = text.rstrip("\n")
+    if not (text if raw else text.strip()):
+        raise MTPError("the prompt is empty: give some text")
+    return text
+
+
+# --- one run ------------------------------------------------------------------------------------------------
+
+
+class _Printer:
+    """Writes text to stdout as it comes, tinted or not."""
+
+    def __init__(self, streaming: bool, color: bool) -> None:
+        self._streaming, self._color = streaming, color
+
+    def token(self, response: GenerationResponse) -> None:
+        """The text that became final with this token."""
+        if not self._streaming or not response.text:
+            return
+        text = response.text
+        if self._color and response.from_draft:
+            text = click.style(text, fg=tint(response.depth))
+        click.echo(text, nl=False, color=self._color or None)
+
+    def end(self) -> None:
+        """A newline after the text."""
+        if self._streaming:
+            click.echo()
+
+
+def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer) -> Run:
+    """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
+    from mtp_mlx import plain_speed
+    from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
+    from mtp_mlx.decode.pick import SamplingConfig
+    from mtp_mlx.decode.stats import DecodeStats
+    from mtp_mlx.demo import resolve_model
+
+    sampling = SamplingConfig(
+        temperature=settings.temp,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        repetition_context_size=settings.repetition_context_size,
+        seed=settings.seed,
+    )
+    resolve_model(settings.model, settings.quantize, lambda stage: click.echo(f"{stage} ...", err=True))
+    adapter = None if settings.adapter == "none" else settings.adapter
+    model, tokenizer = load(settings.model, adapter, quantize=settings.quantize)
+    ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
+    known = plain_speed.recall(settings.model, quantize=settings.quantize)
+    run = Run(DecodeStats(), _slots(model), known)
+    if not raw and not tokenizer.has_chat_template:
+        run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
+    responses = stream_generate(
+        model,
+        tokenizer,
+        ids,
+        settings.max_tokens,
+        sampling=sampling,
+        layout=settings.layout,
+        slots=settings.slots,
+        lookup=settings.lookup,
+        stop=settings.stop,
+        stats=run.stats,
+        kv_bits=settings.kv_bits,
+        kv_group_size=settings.kv_group_size,
+        quantized_kv_start=settings.quantized_kv_start,
+    )
+    _consume(responses, run, printer)
+    if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
+        plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
+    return run
+
+
+def _consume(responses: Any, run: Run, printer: _Printer) -> None:
+    started = time.perf_counter()
+    try:
+        with closing(responses):
+            for response in responses:
+                if run.last is None:
+                    run.prompt_s = time.perf_counter() - started
+                run.last = response
+                run.tokens.append(response.token)
+                run.text += response.text
+                printer.token(response)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    printer.end()
+
+
+def _slots(model: AttachedModel) -> int:
+    return 0 if model.adapter is None else model.adapter.config.slots

@@ -1,0 +1,154 @@
+"""What `mtp-mlx generate` shows of a generation: a line of statistics, a JSON object, bars, tints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mtp_mlx.api import GenerationResponse
+    from mtp_mlx.cli.generate import GenerateSettings
+    from mtp_mlx.decode.stats import DecodeStats
+
+# 256-colour codes of depths 1, 2, ...; the last stands for all deeper ones
+TINTS = (76, 39, 213, 208, 196, 226, 51, 141)
+BAR_WIDTH = 30
+
+
+@dataclass
+class Run:
+    """What came of one generation.
+
+    Attributes:
+        stats: counts of the decode loop.
+        adapter_slots: slots of the adapter in use, 0 without one.
+        tokens: ids, the end-of-text id included if it came.
+        last: the last response, or None before the first token.
+        plain_tok_per_s: remembered speed of plain decoding, or None.
+    """
+
+    stats: DecodeStats
+    adapter_slots: int
+    plain_tok_per_s: float | None
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    last: GenerationResponse | None = None
+    prompt_s: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def tok_per_s(self) -> float | None:
+        """As mlx-lm counts; None for fewer than two tokens."""
+        return self.last.generation_tps if self.last and len(self.tokens) > 1 else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        return len(self.tokens) / self.stats.steps if self.stats.steps else 0.0
+
+    @property
+    def speed_up(self) -> float | None:
+        """Over the remembered plain speed, or None if either is unknown."""
+        own, plain = self.tok_per_s, self.plain_tok_per_s
+        return own / plain if own and plain else None
+
+
+def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
+    """The object that --json prints."""
+    last = run.last
+    return {
+        "text": run.text,
+        "tokens": run.tokens,
+        "prompt_tokens": last.prompt_tokens if last else None,
+        "generation_tokens": len(run.tokens),
+        "steps": run.stats.steps,
+        "tokens_per_step": round(run.tokens_per_step, 4),
+        "acceptance": run.stats.to_json()["acceptance"],
+        "tok_per_s": _rounded(run.tok_per_s),
+        "prompt_tok_per_s": _rounded(last.prompt_tps if last else None),
+        "plain_tok_per_s": _rounded(run.plain_tok_per_s),
+        "speed_up": None if settings.layout == "plain" else _rounded(run.speed_up),
+        "layout": settings.layout,
+        "slots": _slots_in_use(settings, run),
+        "seed": settings.seed,
+        "temperature": settings.temp,
+        "lossless": last.lossless if last else True,
+        "finish_reason": "interrupted" if run.interrupted else last and last.finish_reason,
+        "peak_memory_gb": _rounded(last.peak_memory if last else None),
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "settings": _sampling_and_cache(settings),
+        "stats": run.stats.to_json(),
+    }
+
+
+def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
+    """Every option that can change text or speed, apart from the prompt and what `report` names itself."""
+    named = ("prompt", "prompt_file", "model", "adapter", "layout", "slots", "seed", "temp")
+    return {key: value for key, value in asdict(settings).items() if key not in named}
+
+
+def statistics_line(settings: GenerateSettings, run: Run) -> str:
+    """The one line on stderr."""
+    if run.last is None:
+        return "Stopped before the first token."
+    parts = [f"{len(run.tokens)} tok"]
+    if run.tok_per_s:
+        speed = f"{run.tok_per_s:.1f} tok/s"
+        if run.speed_up and settings.layout != "plain":
+            speed += f" ({run.speed_up:.2f}x plain {run.plain_tok_per_s:.1f})"
+        parts.append(speed)
+    parts.append(f"{run.tokens_per_step:.2f} tok/step")
+    acceptance = [value for value in run.stats.acceptance if value is not None]
+    if acceptance:
+        parts.append("accept " + "/".join(f"{value:.2f}" for value in acceptance))
+    slots = _slots_in_use(settings, run)
+    parts.append(f"{settings.layout} {slots}" if slots else settings.layout)
+    parts.append(f"prompt {run.last.prompt_tokens} tok {run.prompt_s:.1f} s")
+    parts.append(f"peak {run.last.peak_memory:.1f} GB")
+    return " · ".join(parts) + (" · stopped" if run.interrupted else "")
+
+
+def _slots_in_use(settings: GenerateSettings, run: Run) -> int:
+    return 0 if settings.layout == "plain" else settings.slots or run.adapter_slots
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def histograms(stats: DecodeStats) -> str:
+    """Bars of tokens per step and of acceptance per depth."""
+    lines = ["tokens per step"]
+    lines += bars(
+        (str(size), count / stats.steps, f"{count}") for size, count in sorted(stats.histogram.items())
+    )
+    reached = [(depth, n) for depth, n in enumerate(stats.submitted, start=1) if n]
+    if reached:
+        lines.append("acceptance by depth")
+        for depth, n in reached:
+            accepted = stats.accepted[depth - 1]
+            lines += bars([(str(depth), accepted / n, f"{accepted} of {n}")])
+    return "\n".join(lines)
+
+
+def bars(rows: Iterable[tuple[str, float, str]]) -> list[str]:
+    """Lines of (label, share in [0, 1], remark), to an eighth of a character."""
+    lines = []
+    for label, share, remark in rows:
+        eighths = round(share * BAR_WIDTH * 8)
+        bar = "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8].strip())
+        lines.append(f"{label:>3} {bar:<{BAR_WIDTH}} {share:4.0%}  {remark}")
+    return lines
+
+
+def legend(slots: int) -> str:
+    """Which tint is which depth."""
+    tints = [click.style(f"draft {depth}", fg=tint(depth)) for depth in range(1, slots + 1)]
+    return "model's own pick · " + " · ".join(tints)
+
+
+def tint(depth: int) -> int:
+    return TINTS[min(depth, len(TINTS)) - 1]
