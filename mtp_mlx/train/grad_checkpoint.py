@@ -10,12 +10,13 @@ recomputation happens after the pass has ended, when wrappers no longer know its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.rows import RowContext
@@ -43,14 +44,35 @@ def _checkpointed(kind: type[nn.Module], rows: RowContext) -> type[nn.Module]:
         # Other arguments are masks and caches: constants of the pass.
         of_pass = dataclasses.replace(rows)
 
-        def recomputed(parameters: dict, hidden: mx.array) -> mx.array:
-            layer.update(parameters)
+        flat = cast("list[tuple[str, mx.array]]", tree_flatten(layer.trainable_parameters()))
+        names = [name for name, _ in flat]
+
+        def pure(hidden: mx.array, *values: mx.array) -> mx.array:
+            layer.update(tree_unflatten(list(zip(names, values, strict=True))))
             with _given(rows, of_pass):
                 return compute(layer, hidden, *args, **kwargs)
 
-        return mx.checkpoint(recomputed)(layer.trainable_parameters(), hidden)
+        return recomputed(pure)(hidden, *(value for _, value in flat))
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`pure`, arrays -> one array, that keeps its inputs alone and computes again for the backward pass.
+
+    Unlike with `mx.checkpoint`, that waits for the gradient of its output, and the gradient of its first
+    input waits for the others: MLX evaluates in no particular order, and layers recomputed early, or whose
+    weights' gradients come late, would all be in memory at once.
+    """
+    function = mx.custom_function(pure)
+
+    @function.vjp
+    def backward(primals: tuple, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        waiting = mx.depends(list(primals), [cotangent])
+        first, *others = mx.vjp(pure, waiting, [cotangent])[1]
+        return (*mx.depends([first], others), *others) if others else (first,)
+
+    return cast("Callable[..., mx.array]", function)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def sum_over_chunks(
     """Sum of `rows_loss(*chunk)` over chunks of rows, so that logits of one chunk at a time exist.
 
     Args:
-        rows_loss: maps row-wise arrays [m, ...] to a scalar sum.
+        rows_loss: maps row-wise arrays [m, ...] to a scalar sum; only the first may carry gradients.
         chunk_rows: rows per chunk; with more rows than this each chunk's logits are recomputed in the
             backward pass instead of kept.
         arrays: [M, ...] each.
@@ -72,12 +72,16 @@ def sum_over_chunks(
     rows = arrays[0].shape[0]
     if rows <= chunk_rows:
         return rows_loss(*arrays)
-    recomputed = mx.checkpoint(rows_loss) if trained is None else checkpoint(trained, rows_loss)
-    pieces = [
-        recomputed(*(array[start : start + chunk_rows] for array in arrays))
-        for start in range(0, rows, chunk_rows)
-    ]
-    return mx.sum(mx.stack(pieces))
+
+    def chunk(start: int) -> mx.array:
+        hidden, *constants = (array[start : start + chunk_rows] for array in arrays)
+
+        def loss(hidden: mx.array) -> mx.array:  # indices are no inputs: they have no gradient
+            return rows_loss(hidden, *constants)
+
+        return (mx.checkpoint(loss) if trained is None else checkpoint(trained, loss))(hidden)
+
+    return mx.sum(mx.stack([chunk(start) for start in range(0, rows, chunk_rows)]))
 
 
 def soft_cross_entropy(logits: mx.array, probs: mx.array) -> mx.array:
