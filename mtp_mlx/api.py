@@ -117,6 +117,8 @@ def load(
     if folder is not None:
         weights, info = load_adapter(Path(folder), base)
     attached = attach(base, weights)
+    if weights is not None:  # once here, instead of a cast of every factor in every pass
+        weights.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
     _evaluate(attached)
