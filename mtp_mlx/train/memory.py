@@ -83,7 +83,7 @@ def model_sizes(attached: AttachedModel) -> ModelSizes:
         if isinstance(_base(module), nn.Linear | nn.QuantizedLinear) and not name.endswith(".base")
     ]
     attention = getattr(layers[-1], "self_attn", layers[-1])
-    heads = int(getattr(attention, "n_heads", None) or getattr(attention, "num_heads", 0))
+    heads = int(getattr(attention, "n_heads", 0) or getattr(attention, "num_heads", 0))
     kv = sum(size for name, _, size in widths if name in ("k_proj", "v_proj")) or 2 * attached.hidden_size
     # Every linear keeps its input and output; norms, residuals and rotations about six hidden vectors more.
     per_row = sum(inputs + 2 * outputs for _, inputs, outputs in widths) + 6 * attached.hidden_size
