@@ -64,12 +64,18 @@ def main(model: str, adapter: str, prompts: Path | None, limit: int, max_tokens:
             kind = "same" if comparison.identical else "near-tie" if comparison.certified else "DIFFERENT"
             counts[f"temperature 0, {layout}: {kind}"] += 1
             if not comparison.identical:
-                print(json.dumps({"prompt": prompt.text[:60], "layout": layout, **vars(comparison)}), flush=True)
+                print(
+                    json.dumps({"prompt": prompt.text[:60], "layout": layout, **vars(comparison)}), flush=True
+                )
             if layout != "plain":
                 same = ours(ids, layout, sampled) == sampled_reference
                 counts[f"temperature 0.8, {layout}: {'same' if same else 'DIFFERENT'}"] += 1
         print(f"{index + 1}/{len(chosen)}", flush=True)
-    print(json.dumps({"prompts": len(chosen), "max_tokens": max_tokens, **dict(sorted(counts.items()))}, indent=2))
+    print(
+        json.dumps(
+            {"prompts": len(chosen), "max_tokens": max_tokens, **dict(sorted(counts.items()))}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

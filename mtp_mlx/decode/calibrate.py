@@ -6,6 +6,7 @@ Keyed by device, mlx version, BLAS threads, model, dtype and adapter shape: a ch
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -57,7 +58,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "version": "1",
         "device": f"{device} {name} {os.cpu_count()}",
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
-        "mlx": mx.__version__,
+        "mlx": importlib.metadata.version("mlx"),
         "model": base_fingerprint(model.model),
         "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'} {weight is not None}",
         "adapter": shape,

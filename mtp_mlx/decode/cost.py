@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.files import write_text
@@ -86,7 +87,10 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] != key:
             return None
-        values = {name: tuple(v) if isinstance(v, list) else float(v) for name, v in stored["cost"].items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else float(value)
+            for name, value in stored["cost"].items()
+        }
         return StepCost(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -39,6 +39,7 @@ def select_rows(layer: nn.Module, ids: mx.array) -> nn.Module:
 
     The rows are copied, once; the result maps [..., D] to [..., N].
     """
+    rows: nn.Module
     if hasattr(layer, "scales"):
         size = layer.weight.shape[1] * 32 // layer.bits
         mode = getattr(layer, "mode", "affine")

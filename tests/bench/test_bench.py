@@ -28,7 +28,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tiny(root / "model", "llama", seed=3)
     model, _ = mlx_lm.load(str(root / "model"))
     shape = MaskAdapterConfig(slots=2, rank=2, sampler_width=16)
-    save_adapter(root / "adapter", new_adapter(model, shape), AdapterInfo("tiny", base_fingerprint(model), shape))
+    save_adapter(
+        root / "adapter", new_adapter(model, shape), AdapterInfo("tiny", base_fingerprint(model), shape)
+    )
     return root / "model", root / "adapter"
 
 
@@ -44,7 +46,11 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
     assert [m.lane.name for m in results] == ["plain", "quadratic", "linear"] * 2
     assert all(m.comparison.identical or m.comparison.certified for m in results)
     rows = summarise(results)
-    assert [(row.lane, row.category) for row in rows[:3]] == [("plain", "a"), ("plain", "b"), ("plain", "all")]
+    assert [(row.lane, row.category) for row in rows[:3]] == [
+        ("plain", "a"),
+        ("plain", "b"),
+        ("plain", "all"),
+    ]
     plain = rows[2]
     assert plain.tokens_per_step == 1 and plain.rows_per_step == 1 and plain.prompts == 2
     assert all(m.timed.stats.steps > 0 for m in results)
@@ -53,7 +59,9 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
 def measurement(speed: float, comparison: Comparison, category: str = "a") -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
     timed.stats.record(2, (0, 0, 0), 1, "slots")
-    return Measurement(BenchPrompt("x", category), Lane("auto", "auto"), timed, Timed([1] * 11, 10, 1.0), comparison)
+    return Measurement(
+        BenchPrompt("x", category), Lane("auto", "auto"), timed, Timed([1] * 11, 10, 1.0), comparison
+    )
 
 
 def test_a_differing_text_has_no_speedup_and_is_counted() -> None:
@@ -68,8 +76,14 @@ def test_a_differing_text_has_no_speedup_and_is_counted() -> None:
 
 def test_prompts_are_read_and_limited(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a", "category": "x"}\n{"turns": ["b", "c"]}\n{"prompt": "d", "category": "x"}\n')
-    assert read_prompts(path, None, None) == [BenchPrompt("a", "x"), BenchPrompt("b", "all"), BenchPrompt("d", "x")]
+    path.write_text(
+        '{"prompt": "a", "category": "x"}\n{"turns": ["b", "c"]}\n{"prompt": "d", "category": "x"}\n'
+    )
+    assert read_prompts(path, None, None) == [
+        BenchPrompt("a", "x"),
+        BenchPrompt("b", "all"),
+        BenchPrompt("d", "x"),
+    ]
     assert read_prompts(path, None, 1) == [BenchPrompt("a", "x"), BenchPrompt("b", "all")]
     assert len(read_prompts(None, 2, None)) == 2 and len(BUILT_IN) >= 6
     path.write_text('{"prompt": "a"}\n{"question": 1}\n')
@@ -81,7 +95,17 @@ def test_the_command_prints_one_json_object(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
-    arguments = ["bench", "-m", str(folders[0]), "--adapter", str(folders[1]), "--limit", "2", "--max-tokens", "8"]
+    arguments = [
+        "bench",
+        "-m",
+        str(folders[0]),
+        "--adapter",
+        str(folders[1]),
+        "--limit",
+        "2",
+        "--max-tokens",
+        "8",
+    ]
     result = CliRunner().invoke(main, [*arguments, "--layout", "quadratic", "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.strip().splitlines()[-1])

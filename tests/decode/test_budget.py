@@ -16,7 +16,9 @@ from mtp_mlx.decode.policy import Proposal
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
-def cost_of(per_row: float, per_slot: float = 0.0, draft: float = 0.0, steps_at: int | None = None) -> StepCost:
+def cost_of(
+    per_row: float, per_slot: float = 0.0, draft: float = 0.0, steps_at: int | None = None
+) -> StepCost:
     """A step of R rows costs 1 + per_row * (R - 1); twice that from `steps_at` rows."""
     seconds = tuple((1 + per_row * (r - 1)) * (2 if steps_at and r >= steps_at else 1) for r in ROWS)
     slots = (1, 2, 4, 8, 12, 20)

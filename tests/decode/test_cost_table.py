@@ -11,7 +11,14 @@ COST = StepCost((1, 2, 4), (100, 300), (1.0, 1.5, 2.0), (2.0, 3.0, 5.0), (1, 4),
 
 
 def test_interpolation_is_exact_at_the_points_and_linear_between() -> None:
-    assert [interpolate((1, 2, 4), (1.0, 1.5, 2.0), x) for x in (0, 1, 2, 3, 4, 6)] == [1, 1, 1.5, 1.75, 2, 2.5]
+    assert [interpolate((1, 2, 4), (1.0, 1.5, 2.0), x) for x in (0, 1, 2, 3, 4, 6)] == [
+        1,
+        1,
+        1.5,
+        1.75,
+        2,
+        2.5,
+    ]
     assert interpolate((1, 2), (3.0, 2.0), 9) == 2.0  # noise never makes more rows cheaper than measured
     with pytest.raises(ValueError):
         interpolate((), (), 1)
