@@ -109,7 +109,13 @@ def load(
     path = resolve_model(model, quantize=quantize)
     try:
         base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)[:2]
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     folder = bundled_adapter(model) if adapter == "auto" else adapter
     info: AdapterInfo | None = None
