@@ -1,0 +1,236 @@
+"""`mtp-mlx info`: what this machine, a model folder or an adapter folder is. Reads; loads no weights whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mtp_mlx.errors import MTPError
+
+EPILOG = """\b
+Examples:
+  mtp-mlx info
+  mtp-mlx info ./model
+  mtp-mlx info ./adapter --json
+"""
+PACKAGES = ("mtp-mlx", "mlx", "mlx-lm", "numpy", "transformers")
+
+
+@click.command(epilog=EPILOG, short_help="Show what a model, an adapter and this machine are")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
+def command(path: Path | None, as_json: bool) -> None:
+    """Show what the model or adapter folder PATH is; without PATH, what this machine has."""
+    facts = machine() if path is None else folder(path.expanduser())
+    click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
+
+
+# --- this machine -------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Versions, device, BLAS, caches and the embedded model."""
+    import mlx.core as mx
+
+    from mtp_mlx.demo import EMBEDDED, bundled_adapter, cache_dir
+    from mtp_mlx.plain_speed import device_name
+
+    models = cache_dir() / "models"
+    return {
+        "kind": "machine",
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device_name(),
+        "metal": mx.metal.is_available(),
+        "blas": _blas(),
+        "cache": {"folder": str(cache_dir()), "size": _size(cache_dir())},
+        "embedded models": {
+            name: {
+                "converted": sorted(
+                    found.name for found in models.glob(f"{name}-*") if (found / "config.json").is_file()
+                )
+                or "not yet: converted on first use",
+                "adapter": _bundled(bundled_adapter(name)),
+            }
+            for name in EMBEDDED
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _blas() -> str:
+    if sys.platform == "darwin":
+        return "Accelerate"
+    try:
+        loaded = "openblas" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown"
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", f"{os.cpu_count()}")
+    return f"OpenBLAS, {threads} threads" if loaded else "the one in MLX's wheel, which is slow"
+
+
+def _bundled(adapter: Path | None) -> str:
+    return "none in this package" if adapter is None else str(adapter)
+
+
+# --- a folder -----------------------------------------------------------------------------------------------
+
+
+def folder(path: Path) -> dict[str, Any]:
+    """An adapter folder, or a model folder.
+
+    Raises:
+        MTPError: neither of them.
+    """
+    from mtp_mlx.adapter import CONFIG_NAME
+    from mtp_mlx.demo import EMBEDDED, embedded_model
+
+    if str(path) in EMBEDDED and not path.exists():
+        return model_folder(embedded_model(str(path)))
+    if not path.exists():
+        raise MTPError(f"{path} does not exist")
+    if (path / CONFIG_NAME).is_file():
+        return adapter_folder(path)
+    if (path / "config.json").is_file():
+        return model_folder(path)
+    raise MTPError(f"{path} is neither a model folder (config.json) nor an adapter folder ({CONFIG_NAME})")
+
+
+def adapter_folder(path: Path) -> dict[str, Any]:
+    """What an adapter says about itself; its base is not needed."""
+    import mlx.core as mx
+
+    from mtp_mlx.adapter import METHOD, WEIGHTS_NAME, read_info
+
+    info = read_info(path)
+    try:
+        tensors = mx.load(str(path / WEIGHTS_NAME))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MTPError(f"{path / WEIGHTS_NAME} is missing or damaged: {error}") from error
+    assert isinstance(tensors, dict)
+    config = info.to_json()
+    return {
+        "kind": "adapter",
+        "method": METHOD,
+        "size": _size(path),
+        "weights": sum(tensor.size for name, tensor in tensors.items() if name != "draft_ids"),
+        "base": config["base"],
+        "shape": config["adapter"],
+        "acceptance": info.acceptance or "not measured",
+        "training": info.training or "not recorded",
+        "measurements": info.measurements or "none",
+    }
+
+
+def model_folder(path: Path) -> dict[str, Any]:
+    """A model's shape, whether it has the seams, and the fingerprint that adapters name."""
+    config = _config(path)
+    facts: dict[str, Any] = {
+        "kind": "model",
+        "path": str(path),
+        "type": config.get("model_type", "?"),
+        "size": _size(path),
+        "layers": config.get("num_hidden_layers"),
+        "hidden size": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "dtype": config.get("torch_dtype") or config.get("dtype"),
+        "quantisation": config.get("quantization") or "none",
+    }
+    return {key: value for key, value in facts.items() if value is not None} | _seams(path)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MTPError(f"{path / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MTPError(f"{path / 'config.json'} does not hold a model's config")
+    return config
+
+
+def _seams(path: Path) -> dict[str, Any]:
+    """Weights stay on disk: only those the fingerprint is made of are read."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    from mtp_mlx.adapter import base_fingerprint
+    from mtp_mlx.model.seams import check_caches, find_seams
+
+    try:
+        model, _ = load_model(path, lazy=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        return {"usable": f"no: mlx-lm cannot load it ({type(error).__name__}: {error})"}
+    weights = dict(tree_flatten(model.parameters()))
+    facts: dict[str, Any] = {"tensors": len(weights)}
+    try:
+        seams = find_seams(model)
+        check_caches(make_prompt_cache(model), str(getattr(model, "model_type", "?")))
+    except MTPError as error:
+        return {**facts, "usable": f"no: {error}"}
+    return {
+        **facts,
+        "usable": "yes",
+        "seams": {
+            "embed_tokens": 1,
+            "linear": len(seams.linears),
+            "rope": len(seams.ropes),
+            "cache": "KVCache",
+        },
+        "fingerprint": base_fingerprint(model),
+    }
+
+
+# --- showing ------------------------------------------------------------------------------------------------
+
+
+def _size(path: Path) -> int:
+    """Bytes of a folder's files."""
+    if not path.is_dir():
+        return 0
+    return sum(found.stat().st_size for found in path.rglob("*") if found.is_file())
+
+
+def lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """`key: value` lines, nested mappings indented."""
+    shown = []
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            shown += [f"{indent}{key}:", *lines(value, indent + "  ")]
+        else:
+            shown.append(f"{indent}{key}: {_readable(key, value)}")
+    return shown
+
+
+def _readable(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "size" and isinstance(value, int):
+        return _bytes(value)
+    if key == "acceptance" and isinstance(value, list):
+        return " / ".join(f"{item:.2f}" for item in value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if key == "target_modules" and not value:
+        return "every linear layer"
+    return f"{value:,}" if isinstance(value, int) and key == "weights" else str(value)
+
+
+def _bytes(count: int) -> str:
+    power = min(int(math.log(max(count, 1), 1000)), 4)
+    return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

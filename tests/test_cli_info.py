@@ -1,0 +1,102 @@
+"""`mtp-mlx info` on this machine, tiny models and adapters; nothing needs the adapter's base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import mtp_mlx.cli as cli
+from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from tests.decode.fakes import random_adapter
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(cli.main, ["info", *map(str, args)])
+
+
+def facts(*args: Any) -> dict[str, Any]:
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_machine(tmp_path: Path) -> None:
+    found = facts()
+    assert found["kind"] == "machine" and {"mtp-mlx", "mlx", "mlx-lm", "python"} <= found["versions"].keys()
+    assert found["cache"] == {"folder": str(tmp_path / "cache"), "size": 0}
+    assert "not yet" in found["embedded models"]["smollm2-135m"]["converted"]
+    model = tmp_path / "cache" / "models" / "smollm2-135m-float32-v1"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert facts()["embedded models"]["smollm2-135m"]["converted"] == [model.name]
+    text = run().stdout
+    assert "versions:\n  mtp-mlx: " in text and "size: 2 B" in text
+
+
+def test_model(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model", "qwen3", seed=3)
+    found = facts(path)
+    assert found["kind"] == "model" and found["type"] == "qwen3" and found["usable"] == "yes"
+    assert found["seams"] == {"embed_tokens": 1, "linear": 14, "rope": 2, "cache": "KVCache"}
+    assert found["fingerprint"] == base_fingerprint(tiny_model("qwen3", seed=3))
+    assert found["size"] == sum(file.stat().st_size for file in path.iterdir())
+    assert "usable: yes" in run(path).stdout
+
+
+def test_model_without_a_seam(tmp_path: Path) -> None:
+    path = save_tiny(
+        tmp_path / "model", "llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8
+    )
+    assert "no seam 'cache' in layer 1: its RotatingKVCache" in facts(path)["usable"]
+
+
+def test_model_that_mlx_lm_cannot_load(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "unheard_of" in facts(path)["usable"]
+    (path / "config.json").write_text(config)
+    (path / "model.safetensors").write_bytes(b"broken")
+    assert facts(path)["usable"].startswith("no: mlx-lm cannot load it")
+
+
+def test_adapter(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=3)
+    adapter = random_adapter(model)
+    info = AdapterInfo(
+        "tiny", base_fingerprint(model), adapter.config, {"steps": 7}, [0.5, 0.25], {"dev": {"n": 1}}
+    )
+    save_adapter(tmp_path / "adapter", adapter, info)
+    found = facts(tmp_path / "adapter")
+    assert found["kind"] == "adapter" and found["base"]["fingerprint"] == base_fingerprint(model)
+    assert (
+        found["shape"]["slots"] == 4
+        and found["acceptance"] == [0.5, 0.25]
+        and found["training"] == {"steps": 7}
+    )
+    assert found["weights"] == sum(tensor.size for tensor in adapter.tensors().values())
+    assert "acceptance: 0.50 / 0.25" in run(tmp_path / "adapter").stdout
+    (tmp_path / "adapter" / "mtp.safetensors").write_bytes(b"x")
+    assert "missing or damaged" in run(tmp_path / "adapter").stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "config"])
+def test_errors(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind != "missing":
+        path.mkdir()
+    if kind == "config":
+        (path / "config.json").write_text("[")
+    result = run(path)
+    message = {"missing": "does not exist", "empty": "neither a model folder", "config": "is not JSON"}[kind]
+    assert result.exit_code == 2 and message in result.stderr
