@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
+from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.slot_layout import candidate_anchors
@@ -121,9 +122,9 @@ def estimate_memory(
     drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)
     in_loss = min(settings.loss_rows, rows) * (1 if rows > settings.loss_rows else 2)  # two heads at once
     logits = LOGITS_COPIES * in_loss * drafted + count * blocks * drafted + 2 * 512 * vocabulary
-    trained = trained_in(adapter)
+    trained = sum(value.size for _, value in _leaves(adapter.trainable_parameters()))
     return MemoryEstimate(
-        weights=_nbytes(attached.model) - FLOAT * trained_in(attached.model),
+        weights=_nbytes(attached.model) - _nbytes_inside(adapter),
         adapter=FLOAT * trained * (ADAPTER_COPIES + workers - 1),
         prefix=workers * sizes.layers * count * length * sizes.kv * sizes.float_bytes,
         activations=workers * layers * sizes.float_bytes,
@@ -139,9 +140,10 @@ def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
-def trained_in(module: nn.Module) -> int:
-    """Number of trained parameters in an adapter, or in a model that one is attached to."""
-    return sum(value.size for _, value in _leaves(module.trainable_parameters()))
+def _nbytes_inside(adapter: MaskAdapter) -> int:
+    """Bytes of the adapter's tensors that an attached model shows as its own."""
+    inside = [*adapter.low_rank.values(), adapter.slot_embeddings]
+    return sum(_nbytes(module) for module in inside)
 
 
 def too_much(estimate: MemoryEstimate, machine_bytes: int | None = None) -> str | None:

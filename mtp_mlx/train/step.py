@@ -167,6 +167,8 @@ class StepRunner:
         jobs = list(zip(examples, numbers, strict=True))
         if self._workers == 1:
             return _mean([self._micro_batch(*job) for job in jobs])
+        assert self._attached.adapter is not None
+        mx.eval(self._attached.adapter.parameters())  # a lazy array belongs to the thread that made it
         with blas_threads(1):
             return _mean(self._side_by_side(jobs))
 

@@ -319,13 +319,12 @@ class Trainer:
         """What the adapter folder will say."""
         settings = self.settings
         provenance: dict[str, Any] = {
-            "objective": settings.objective,
+            **checkpoints.comparable(settings),
             "steps": self.step,
-            "learning_rate": settings.learning_rate,
+            "planned_steps": settings.steps,
+            "start_from": settings.start_from and settings.start_from.name,  # a name, no machine's path
             "examples": len(self._train),
             "data_fingerprint": self._data_fingerprint,
-            "seed": settings.seed,
-            **checkpoints.comparable(settings),
             **(training or {}),
         }
         return AdapterInfo(
