@@ -2,12 +2,13 @@
 
 Decoding is a Markov decision process whose state is the drafts at hand. A step costs c(rows) seconds and
 earns 1 + accepted tokens; slots behind acceptance length a are the drafts of the next step if exactly a are
-accepted. The rate lambda (tokens per second) and the worth h(n) of holding n slot drafts are found by value
-iteration; a step then takes the layout with the largest
+accepted. The rate lambda (tokens per second) and the worth h(n) of holding n slot drafts are found by policy
+iteration (Howard 1960), since value iteration swings on chains that alternate, as linear layouts do; a step
+then takes the layout with the largest
 
     1 + E[accepted] - lambda * c(layout) + sum_a P(accept exactly a) * h(slots[a]),
 
-slots being given one by one to the group where the next one is worth most. Plain decoding is one of the
+slots being given to the group where the next ones are worth most each. Plain decoding is one of the
 layouts: when no slots pay, `auto` decodes plainly and asks the adapter again only now and then, at growing
 distances, because acceptance changes with the text.
 """
@@ -16,12 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mtp_mlx.decode.acceptance import AcceptanceEstimate
 from mtp_mlx.decode.cost import StepCost
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 
-SOLVE_EVERY = 24  # steps between value iterations
+SOLVE_EVERY = 24  # steps between policy iterations
+MOST_ITERATIONS = 20
+RESTART = 1e-6  # chance of losing the drafts at hand; gives every policy one recurrent class
 FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: first, and at most
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
@@ -65,7 +70,7 @@ class BudgetPolicy:
         self._probing = False
         self._worth = [0.0] * (slots + 1)
         self.rate = 0.0
-        self._solve(rounds=40)
+        self._solve()
 
     @property
     def verdict(self) -> str:
@@ -104,7 +109,7 @@ class BudgetPolicy:
                 paid = 1 + n_accepted > self.rate * self._seconds(layout)
                 self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
         if self._steps % SOLVE_EVERY == 0:
-            self._solve(rounds=6)
+            self._solve()
 
     def interrupts_plain(self) -> bool:
         """True when slots were not tried for a while; see `Policy`."""
@@ -130,50 +135,81 @@ class BudgetPolicy:
         for drafts in _draft_counts(len(chances)):
             exact = [reach[a] - reach[a + 1] for a in range(drafts)] + [reach[drafts]]
             value, layout = self._with_slots(sum(reach[1 : drafts + 1]), exact)
-            if layout != Layout.plain() and value > best[0]:
+            if value > best[0]:
                 best = (value, layout)
             if drafts and reach[drafts] < 0.02:
                 break
-        return best[0] / MARGIN if best[0] > 0 else best[0] * MARGIN, best[1]
+        return best
 
     def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
         """Gives slots one by one to the group where the next is worth most, and keeps the best number."""
         drafts = len(exact) - 1
         slots = [0] * (drafts + 1)
-        worth = self._worth
-        held = 0.0
+        worth, runs = self._worth, self._runs
+        held_worth = 0.0
         best = (1.0 + accepted - self.rate * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
         idle = 0
         while idle < PATIENCE:
-            gains = [
-                exact[a] * (worth[slots[a] + 1] - worth[slots[a]]) if slots[a] < self._slots else -1.0
-                for a in range(drafts + 1)
-            ]
-            group = max(range(drafts + 1), key=gains.__getitem__)
-            if gains[group] <= 1e-4:
+            group = max(range(drafts + 1), key=lambda a: exact[a] * runs[slots[a]][0])
+            start, (gain, last) = slots[group], runs[slots[group]]
+            if exact[group] * gain <= 1e-4:
                 break
-            slots[group] += 1
-            held += gains[group]
-            value = 1.0 + accepted + held - self.rate * self._seconds(Layout(drafts, tuple(slots)))
-            idle += 1
-            if value > best[0]:
-                best, idle = (value, tuple(slots)), 0
+            while slots[group] < last:
+                slots[group] += 1
+                held = held_worth + exact[group] * (worth[slots[group]] - worth[start])
+                value = 1.0 + accepted + held - self.rate * self._seconds(Layout(drafts, tuple(slots)))
+                idle += 1
+                if value > best[0]:
+                    best, idle = (value, tuple(slots)), 0
+            held_worth = held
         return best[0], Layout(drafts, best[1])
 
-    def _solve(self, rounds: int) -> None:
-        """Value iteration for `rate` and `_worth`, from where the last one ended."""
+    def _solve(self) -> None:
+        """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
         known = self._acceptance["slots"]
+        chances = [known.probability(depth + 1) for depth in range(self._slots)]
         plain = 1.0 / self._seconds(Layout.plain())
-        self.rate = max(self.rate, plain)
-        for _ in range(rounds):
-            values = [self._plain_value()]
-            for held in range(self._slots + 1):
-                chances = [known.probability(depth + 1) for depth in range(held)]
-                values.append(self._best_layout(chances)[0])
-            # values[0]: plain; values[1 + n]: best with n drafts at hand. Everything is relative to state 0.
-            start = max(values[0], values[1])
-            self._worth = [max(values[0], value) - start for value in values[1:]] or [0.0]
-            self.rate = max(plain, self.rate + 0.5 * start / self._seconds(Layout.plain()))
+        policy = [Layout.linear(held, self._slots) for held in range(self._slots + 1)]
+        best, last = (plain, [0.0] * (self._slots + 1)), 0.0
+        for _ in range(MOST_ITERATIONS):
+            self.rate, self._worth = self._valued(policy, chances)
+            self._runs = _best_runs(self._worth)
+            if self.rate > best[0] * MARGIN or best[0] > plain and self.rate > best[0]:
+                best = (self.rate, self._worth)
+            if self.rate <= last * (1 + 1e-9):
+                break
+            last = self.rate
+            policy = [self._best_layout(chances[:held])[1] for held in range(self._slots + 1)]
+        self.rate, self._worth = best
+        self._runs = _best_runs(self._worth)
+
+    def _valued(self, policy: Sequence[Layout], chances: Sequence[float]) -> tuple[float, list[float]]:
+        """(rate, worth [slots + 1]) of always decoding by `policy`: one linear system, worth[0] = 0."""
+        states = len(policy)
+        left, tokens = np.zeros((states + 1, states + 1)), np.zeros(states + 1)
+        left[states, 0] = 1.0
+        for held, layout in enumerate(policy):
+            reach = np.cumprod([1.0, *chances[: layout.drafts]])
+            tokens[held] = reach.sum()
+            left[held, held] += 1.0
+            left[held, states] = self._seconds(layout)
+            left[held, 0] -= RESTART
+            for count, chance in zip(layout.slots, np.append(reach[:-1] - reach[1:], reach[-1]), strict=True):
+                left[held, count] -= (1 - RESTART) * chance
+        solution = np.linalg.solve(left, tokens)
+        return float(solution[states]), solution[:states].tolist()
+
+
+def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
+    """For every number of slots: (gain per slot, last slot) of the most profitable run of further slots.
+
+    A run and not one slot, because a pair may pay where its first alone does not.
+    """
+    runs = []
+    for held, base in enumerate(worth):
+        ends = range(held + 1, len(worth))
+        runs.append(max([((worth[end] - base) / (end - held), end) for end in ends] or [(-1.0, held)]))
+    return runs
 
 
 def _draft_counts(most: int) -> list[int]:

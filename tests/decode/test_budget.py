@@ -62,10 +62,13 @@ def best_rate(slots: int, acceptance: Sequence[float], cost: StepCost) -> float:
     return max(rate_of(dict(enumerate(choice)), acceptance, cost) for choice in itertools.product(*actions))
 
 
+@pytest.mark.parametrize("steps_at", [None, 3, 6])
 @pytest.mark.parametrize("per_row", [0.02, 0.1, 0.3, 1.0])
 @pytest.mark.parametrize("acceptance", [(0.9, 0.8), (0.5, 0.4), (0.2, 0.1)])
-def test_no_stationary_policy_is_much_better(per_row: float, acceptance: tuple[float, float]) -> None:
-    cost = cost_of(per_row, draft=0.02)
+def test_no_stationary_policy_is_much_better(
+    per_row: float, acceptance: tuple[float, float], steps_at: int | None
+) -> None:
+    cost = cost_of(per_row, draft=0.02, steps_at=steps_at)
     planner = BudgetPolicy(cost, 2, acceptance)
     planner.interrupts_plain = lambda: False  # type: ignore[method-assign]
     chosen = {held: planner.choose([slot_proposal(held)])[1] for held in range(3)}
