@@ -218,7 +218,7 @@ def test_ctrl_c_keeps_the_text(folder: Path, expected: list[Any], monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mtp_mlx.api, "stream_generate", interrupted)
-    result = run(folder)
+    result = run(folder, "--layout", "quadratic")
     assert result.exit_code == 130
     assert result.stdout == "".join(r.text for r in expected[:5]) + "\n"
     assert result.stderr.startswith("5 tok · ") and result.stderr.endswith(" · stopped\n")

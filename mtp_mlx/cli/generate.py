@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +143,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
     from mtp_mlx import plain_speed
     from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
+    from mtp_mlx.decode.calibrate import step_cost
     from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.demo import resolve_model
@@ -157,7 +157,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         repetition_context_size=settings.repetition_context_size,
         seed=settings.seed,
     )
-    resolve_model(settings.model, settings.quantize, lambda stage: click.echo(f"{stage} ...", err=True))
+    resolve_model(settings.model, settings.quantize, tell)
     adapter = None if settings.adapter == "none" else settings.adapter
     model, tokenizer = load(settings.model, adapter, quantize=settings.quantize)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
@@ -165,6 +165,8 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     run = Run(DecodeStats(), _slots(model), known)
     if not raw and not tokenizer.has_chat_template:
         run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
+    if settings.layout == "auto":
+        step_cost(model, tell)
     responses = stream_generate(
         model,
         tokenizer,
@@ -186,13 +188,15 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     return run
 
 
+def tell(stage: str) -> None:
+    """What takes long, on stderr."""
+    click.echo(f"{stage} ...", err=True)
+
+
 def _consume(responses: Any, run: Run, printer: _Printer) -> None:
-    started = time.perf_counter()
     try:
         with closing(responses):
             for response in responses:
-                if run.last is None:
-                    run.prompt_s = time.perf_counter() - started
                 run.last = response
                 run.tokens.append(response.token)
                 run.text += response.text

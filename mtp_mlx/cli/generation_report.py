@@ -36,13 +36,25 @@ class Run:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     last: GenerationResponse | None = None
-    prompt_s: float = 0.0
     interrupted: bool = False
 
     @property
     def tok_per_s(self) -> float | None:
         """As mlx-lm counts; None for fewer than two tokens."""
         return self.last.generation_tps if self.last and len(self.tokens) > 1 else None
+
+    @property
+    def prompt_s(self) -> float:
+        """Seconds until the first token."""
+        return self.last.prompt_tokens / self.last.prompt_tps if self.last else 0.0
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """Per depth, down to the deepest draft that was reached."""
+        known = list(self.stats.acceptance)
+        while known and known[-1] is None:
+            known.pop()
+        return known
 
     @property
     def tokens_per_step(self) -> float:
@@ -65,7 +77,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "generation_tokens": len(run.tokens),
         "steps": run.stats.steps,
         "tokens_per_step": round(run.tokens_per_step, 4),
-        "acceptance": run.stats.to_json()["acceptance"],
+        "acceptance": [_rounded(value) for value in run.acceptance],
         "tok_per_s": _rounded(run.tok_per_s),
         "prompt_tok_per_s": _rounded(last.prompt_tps if last else None),
         "plain_tok_per_s": _rounded(run.plain_tok_per_s),
@@ -101,9 +113,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
             speed += f" ({run.speed_up:.2f}x plain {run.plain_tok_per_s:.1f})"
         parts.append(speed)
     parts.append(f"{run.tokens_per_step:.2f} tok/step")
-    acceptance = [value for value in run.stats.acceptance if value is not None]
-    if acceptance:
-        parts.append("accept " + "/".join(f"{value:.2f}" for value in acceptance))
+    if run.acceptance:
+        parts.append("accept " + "/".join("-" if v is None else f"{v:.2f}" for v in run.acceptance))
     slots = _slots_in_use(settings, run)
     parts.append(f"{settings.layout} {slots}" if slots else settings.layout)
     parts.append(f"prompt {run.last.prompt_tokens} tok {run.prompt_s:.1f} s")

@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step, token_ids
-from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
@@ -171,11 +171,19 @@ def run(case: Case, truth: list[int], cache: list[Any], stats: DecodeStats) -> l
         )
 
 
-def certified(case: Case, expected: list[mx.array], found: list[Token], position: int) -> bool:
-    """Whether the runs part at `position` by rounding only."""
+def certified(case: Case, expected: list[mx.array], found: list[Token], parted: int) -> bool:
+    """Whether the runs part there by rounding only.
+
+    Both runs saw the same logits up to rounding, and from its own logits the loop under test picked the token that
+    a picker gives which knows nothing of blocks: by the text before it and the absolute position.
+    """
     bound = QUANTISED_NEAR_TIE if case.kv_bits else NEAR_TIE
-    difference = np.abs(np.array(expected[position] - found[position].logits)).max()
-    return bool(difference < bound)
+    item, picker = found[parted], Picker(case.sampling)
+    text = [*case.prompt, *(earlier.token for earlier in found[:parted])]
+    padded = [-1] * picker.history_size + text
+    history = mx.array([padded[len(padded) - picker.history_size :]], dtype=mx.int32)
+    pick = picker.pick(item.logits[None], mx.array([len(text)]), history)
+    return bool(np.abs(np.array(expected[parted] - item.logits)).max() < bound and pick.item() == item.token)
 
 
 def check_stats(case: Case, stats: DecodeStats, n_tokens: int) -> None:
