@@ -209,6 +209,8 @@ def stream_generate(
                 reason = "stop"
             elif reason is not None:
                 text += stops.finish()
+            if reason is not None:
+                stats.verdict = policy.verdict
             yield GenerationResponse(
                 text=text,
                 token=item.token,

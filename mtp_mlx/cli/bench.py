@@ -59,6 +59,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure tokens per second, tokens per step and identical text, by category."""
+    from mtp_mlx import plain_speed
     from mtp_mlx.api import load
     from mtp_mlx.bench.prompts import read_prompts
     from mtp_mlx.bench.report import summarise, table
@@ -88,6 +89,13 @@ def command(
         if not done:
             raise KeyboardInterrupt
     rows = summarise(done)
+    plain = [measurement.reference for measurement in done]
+    plain_speed.remember(
+        model,
+        rows[-1].plain_tokens_per_second,
+        sum(timed.timed_tokens for timed in plain),
+        quantize=int(quantize) if quantize else None,
+    )
     if as_json:
         mismatches = [_mismatch(m) for m in done if not m.comparison.identical]
         report = {"model": model, "max_tokens": max_tokens, "rows": [row.to_json() for row in rows]}

@@ -77,8 +77,8 @@ class BudgetPolicy:
         """What the planner currently thinks, for people."""
         plain = 1.0 / self._seconds(Layout.plain())
         if self.rate <= plain * MARGIN:
-            return "plain decoding: slots do not pay on this machine with this text"
-        return f"slots pay: about {self.rate / plain:.2f}x plain expected"
+            return "slots do not pay here, plain unless sure"
+        return f"slots expected to give {self.rate / plain:.2f}x plain"
 
     # --- Policy -------------------------------------------------------------------------------------------
 

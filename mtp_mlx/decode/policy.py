@@ -39,6 +39,11 @@ class Policy(Protocol):
 
     max_drafts: int
 
+    @property
+    def verdict(self) -> str:
+        """What it found out, for people; empty if there is nothing to find out."""
+        ...
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """The proposal to verify and the layout; proposals[0] is the slots' (possibly empty)."""
         ...
@@ -61,6 +66,7 @@ class FixedPolicy:
     def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
         self.name, self.slots = name, slots
         self.max_drafts = 0 if name == "plain" else slots
+        self.verdict = ""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""

@@ -21,6 +21,7 @@ class DecodeStats:
         layouts: {"drafts/slots": how many steps}.
         drafted_by: {drafter: drafts accepted}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
+        verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
     """
 
     tokens: int = 0
@@ -32,6 +33,7 @@ class DecodeStats:
     layouts: Counter[str] = field(default_factory=Counter)
     drafted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    verdict: str = ""
 
     def record(self, drafts: int, slots: tuple[int, ...], n_accepted: int, drafter: str) -> None:
         """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`."""
@@ -89,4 +91,5 @@ class DecodeStats:
             "layouts": dict(self.layouts.most_common()),
             "drafted_by": dict(self.drafted_by),
             "fallbacks": dict(self.fallbacks),
+            "verdict": self.verdict,
         }

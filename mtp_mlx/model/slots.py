@@ -30,6 +30,7 @@ class SlotAwareEmbedding(nn.Module):
 
     def __call__(self, ids: mx.array) -> mx.array:
         """[B, R] int ids -> [B, R, D]."""
+        ids = ids.astype(mx.int32)  # argmax gives uint32, whose differences wrap around
         real = self.base(mx.minimum(ids, self._vocab_size - 1))
         slot_ids = mx.maximum(ids - self._vocab_size, 0)
         slot = self.slots.weight[slot_ids].astype(real.dtype)

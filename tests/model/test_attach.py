@@ -279,3 +279,11 @@ def test_unknown_target_modules_are_named() -> None:
         new_adapter(tiny_model("llama"), config)
     adapter = new_adapter(tiny_model("llama"), MaskAdapterConfig(target_modules=("q_proj", "o_proj")))
     assert {path.rsplit(".", 1)[1] for path in adapter.low_rank} == {"q_proj", "o_proj"}
+
+
+def test_unsigned_ids_do_not_wrap_around_into_slots() -> None:
+    model = tiny_model("llama", seed=3)
+    ids = mx.array([[5, 9, 14]])
+    expected = model(ids)
+    attach(model, new_adapter(model, MaskAdapterConfig(slots=2, rank=2, sampler_width=16)))
+    assert mx.array_equal(model(ids.astype(mx.uint32)), expected)
