@@ -169,7 +169,7 @@ def test_two_workers_give_the_gradients_of_one() -> None:
     other, side_by_side = one_step(workers=2)
     assert other.total.item() == loss.total.item()
     for name, gradient in gradients.items():
-        np.testing.assert_array_equal(np.array(side_by_side[name]), np.array(gradient))
+        np.testing.assert_allclose(np.array(side_by_side[name]), np.array(gradient), rtol=1e-3, atol=2e-5)
 
 
 def test_workers_leave_no_stream_and_share_blas(monkeypatch: pytest.MonkeyPatch) -> None:
