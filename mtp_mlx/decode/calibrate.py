@@ -17,13 +17,14 @@ from statistics import median
 import mlx.core as mx
 
 from mtp_mlx.adapter import base_fingerprint
-from mtp_mlx.decode.cost import StepCost, read_cost, save_cost
+from mtp_mlx.decode.cost import StepCost, interpolate, read_cost, save_cost
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.demo import cache_dir
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.block import block_shape
 
 REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SLOT_ROWS = (1, 2, 4, 8, 12, 20)
@@ -51,7 +52,6 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     if device == mx.Device(mx.gpu):
         name = str(mx.device_info().get("device_name", name))
-    weight = next(iter(model.model.layers[0].parameters().values()), None)
     shape = "none" if model.adapter is None else str(model.adapter.config)
     embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
     return {
@@ -60,7 +60,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
         "mlx": importlib.metadata.version("mlx"),
         "model": base_fingerprint(model.model),
-        "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'} {weight is not None}",
+        "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'}",
         "adapter": shape,
     }
 
@@ -106,8 +106,6 @@ def measure(model: AttachedModel) -> StepCost:
 
 
 def _interpolated(seconds: list[float], rows: int) -> float:
-    from mtp_mlx.decode.cost import interpolate
-
     return interpolate(REAL_ROWS, seconds, rows)
 
 
@@ -143,8 +141,6 @@ def _plain_seconds(session: Session, steps: int = 6) -> float:
 
 def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter, count: int) -> float:
     """Seconds of drafting `count` tokens from given latents."""
-    from mtp_mlx.model.block import block_shape
-
     shape = block_shape(0, (count,))
     hidden = mx.zeros((shape.rows, model.hidden_size))
     zero = mx.array(0, dtype=mx.int32)
