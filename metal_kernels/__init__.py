@@ -1,2 +1,4 @@
-"""Metal kernels, each with its wrapper and array-op reference. They come with the kernel work; the runtime is
-pure MLX."""
+"""Metal kernels for verification: one `.metal` file, one wrapper with a pure-MLX reference, one test each.
+
+Which of them run is the dispatcher's business; importing this package needs no GPU.
+"""

@@ -27,6 +27,7 @@ VERBS = {
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
+    "doctor": "Show versions, device and kernels, for bug reports",
     "bench": "Compare the speed and text with plain mlx-lm",
 }
 _MENDABLE_OS_ERRORS = (

@@ -1,0 +1,94 @@
+"""`mtp-mlx doctor`: versions, device, and which lane every kernel is in and why; for bug reports."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mtp_mlx.metal_kernels.dispatch import Dispatcher, Verdict
+
+EPILOG = """\b
+Examples:
+  mtp-mlx doctor
+  mtp-mlx doctor --kernels --json
+  MTP_MLX_KERNELS=off mtp-mlx doctor
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Show versions, device and kernels, for bug reports")
+@click.option("--kernels", "check", is_flag=True, help="Run every kernel's self-check and race now")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
+def command(check: bool, as_json: bool) -> None:
+    """Show versions, device and which lane every Metal kernel is in, and why."""
+    report = examine(check)
+    click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+def examine(check: bool) -> dict[str, Any]:
+    """The report; with `check`, self-checks (and, in mode auto, races) run now on the kernels' own samples.
+
+    Raises:
+        MTPError: MTP_MLX_KERNELS is wrong, or asks for what this machine cannot do.
+    """
+    from mtp_mlx.cli.info import machine
+    from mtp_mlx.demo import cache_dir
+    from mtp_mlx.metal_kernels.dispatch import KERNELS, default_dispatcher
+
+    dispatcher = default_dispatcher(cache_dir)
+    return {
+        "machine": machine(),
+        "kernel_mode": dispatcher.mode,
+        "kernel_factory": dispatcher.factory_name,
+        "kernels": {name: _kernel(dispatcher, name, check) for name in KERNELS},
+    }
+
+
+def _kernel(dispatcher: Dispatcher, name: str, check: bool) -> dict[str, Any]:
+    """Lane and reason of one kernel, and its verdicts by shape: stored ones, or those judged now."""
+    if not dispatcher.active:
+        return {"lane": "reference", "reason": dispatcher.factory_name, "shapes": {}}
+    if check:
+        verdicts = dispatcher.judge_samples(name, raced=dispatcher.mode == "auto")
+    else:
+        start = f"{name} "
+        verdicts = {
+            key.removeprefix(start): verdict
+            for key, verdict in dispatcher.verdicts.items()
+            if key.startswith(start)
+        }
+    return {**_lane(verdicts), "shapes": {shape: _verdict(verdict) for shape, verdict in verdicts.items()}}
+
+
+def _lane(verdicts: dict[str, Verdict]) -> dict[str, str]:
+    if not verdicts:
+        return {"lane": "undecided", "reason": "no shape judged yet: generate once, or use --kernels"}
+    used = sum(verdict.uses_kernel for verdict in verdicts.values())
+    reasons = sorted({verdict.reason for verdict in verdicts.values()})
+    lane = "kernel" if used == len(verdicts) else "reference" if not used else "kernel for some shapes"
+    return {"lane": lane, "reason": "; ".join(reasons)}
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    shown: dict[str, Any] = {"kernel": verdict.uses_kernel, "reason": verdict.reason}
+    if verdict.time_ratio is not None:
+        shown["time_over_reference"] = verdict.time_ratio
+    return shown
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    from mtp_mlx.cli.info import lines as info_lines
+
+    shown = info_lines(report["machine"])
+    shown += ["", f"kernels ({report['kernel_factory']}, MTP_MLX_KERNELS={report['kernel_mode']})"]
+    for name, kernel in report["kernels"].items():
+        shown.append(f"  {name:<16} {kernel['lane']}: {kernel['reason']}")
+        for shape, verdict in kernel["shapes"].items():
+            ratio = verdict.get("time_over_reference")
+            timed = "" if ratio is None else f", {ratio:.2f} of stock MLX's time"
+            lane = "kernel" if verdict["kernel"] else "reference"
+            shown.append(f"    {shape:<34} {lane}: {verdict['reason']}{timed}")
+    return shown
