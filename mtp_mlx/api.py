@@ -29,8 +29,9 @@ from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.demo import bundled_adapter, resolve_model
+from mtp_mlx.demo import bundled_adapter, cache_dir, resolve_model
 from mtp_mlx.errors import MTPError
+from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.text import StopStrings
@@ -94,6 +95,7 @@ def load(
     adapter: str | Path | None = "auto",
     *,
     quantize: int | None = None,
+    exact: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
     """A model with its adapter attached, and its tokenizer.
@@ -102,6 +104,8 @@ def load(
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
         adapter: adapter folder; "auto" uses the bundled one if there is one for this model; None for none.
         quantize: 4 or 8 bits, embedded model only.
+        exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
+            kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
 
     Raises:
         MTPError: no such model or adapter, a missing seam, an adapter for another base.
@@ -122,7 +126,7 @@ def load(
     weights = None
     if folder is not None:
         weights, info = load_adapter(Path(folder), base)
-    attached = attach(base, weights)
+    attached = attach(base, weights, default_dispatcher(cache_dir), exact)
     if weights is not None:  # once here, instead of a cast of every factor in every pass
         weights.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info

@@ -44,6 +44,7 @@ Examples:
     "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt"
 )
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits, embedded model only")
+@click.option("--exact", is_flag=True, help="Same bits as plain decoding, also in near ties; slower")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
 def command(
     model: str,
@@ -56,6 +57,7 @@ def command(
     lookup: bool | None,
     max_tokens: int,
     quantize: str | None,
+    exact: bool,
     as_json: bool,
 ) -> None:
     """Measure tokens per second, tokens per step and identical text, by category."""
@@ -68,7 +70,10 @@ def command(
     chosen = read_prompts(prompts, limit, per_category)
     console = Console(stderr=True)
     attached, tokenizer = load(
-        model, None if adapter == "none" else adapter, quantize=int(quantize) if quantize else None
+        model,
+        None if adapter == "none" else adapter,
+        quantize=int(quantize) if quantize else None,
+        exact=exact,
     )
     lanes = [Lane(name, name, slots if name != "plain" else None, lookup) for name in layouts or ("auto",)]  # type: ignore[arg-type]
     bench = Bench(attached, tokenizer, lanes, max_tokens)

@@ -55,6 +55,7 @@ class GenerateSettings:
     kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
     quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
     quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
 
 
 @click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")
@@ -159,7 +160,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     )
     resolve_model(settings.model, settings.quantize, tell)
     adapter = None if settings.adapter == "none" else settings.adapter
-    model, tokenizer = load(settings.model, adapter, quantize=settings.quantize)
+    model, tokenizer = load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
     run = Run(DecodeStats(), _slots(model), known)

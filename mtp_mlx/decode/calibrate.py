@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
@@ -31,6 +32,8 @@ SLOT_ROWS = (1, 2, 4, 8, 12, 20)
 SHORT_CONTEXT, LONG_CONTEXT = 64, 768
 REPEATS = 3
 
+log = logging.getLogger("mtp_mlx")
+
 
 def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -> StepCost:
     """The cached measurement for this model on this machine, or a new one (a few seconds)."""
@@ -39,8 +42,7 @@ def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -
     path = cache_dir() / "costs" / f"{digest}.json"
     cost = read_cost(path, key)
     if cost is None:
-        if tell is not None:
-            tell("measuring what a step costs on this machine (once per model)")
+        (tell or log.warning)("measuring what a step costs on this machine (once per model)")
         cost = measure(model)
         save_cost(path, cost, key)
     return cost
@@ -55,13 +57,15 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     shape = "none" if model.adapter is None else str(model.adapter.config)
     embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
     return {
-        "version": "1",
+        "version": "2",
         "device": f"{device} {name} {os.cpu_count()}",
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
         "mlx": importlib.metadata.version("mlx"),
         "model": base_fingerprint(model.model),
         "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'}",
         "adapter": shape,
+        "kernels": "none" if model.kernels is None else f"{model.kernels.factory_name} {model.kernels.mode}",
+        "exact": str(model.exact),
     }
 
 

@@ -9,6 +9,7 @@ slots; in between it is interpolated linearly, beyond it extended with the last 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.files import write_text
+
+log = logging.getLogger("mtp_mlx")
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,15 @@ def save_cost(path: Path, cost: StepCost, key: dict[str, str]) -> None:
 
 
 def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
-    """Reads a measurement; None if there is none, it belongs to something else, or is damaged."""
+    """Reads a measurement; None if there is none, it belongs to something else, or (said once) is damaged."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): step costs are measured again", path, error)
+        return None
+    try:
         if stored["key"] != key:
             return None
         values: dict[str, Any] = {
@@ -92,5 +101,6 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
             for name, value in stored["cost"].items()
         }
         return StepCost(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
+        log.warning("%s is damaged: step costs are measured again", path)
         return None

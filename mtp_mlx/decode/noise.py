@@ -16,8 +16,16 @@ The generator, in unsigned 32-bit arithmetic modulo 2^32, so that a Metal kernel
        x = x ^ (x >> 16)
 3. Uniform, in float32: w = min((float(x) + 0.5) * 2^-32, 1 - 2^-24), inside (0, 1). float(x) rounds to
    nearest, which alone would give w = 1 for the 128 largest x.
-4. Gumbel, in float32: g = -log(-log1p(-w)). Large g come from small w, where float32 is finest, so the tail
-   that decides an argmax keeps its precision: g lies in [-2.82, 22.88].
+4. Gumbel, in float32: g = -log(e) with e = -log1p(-w), which libraries round differently and is therefore
+   written out (Kahan's form; -, *, / are IEEE operations, each rounded once):
+       u = 1 - w
+       e = w                             where u = 1
+       e = (-log(u)) * (w / (1 - u))     elsewhere
+   Large g come from small w, where float32 is finest, so the tail that decides an argmax keeps its precision:
+   g lies in [-2.82, 22.88]. No product feeds an addition, so contraction to fused operations changes nothing.
+
+On one machine every program that follows the four steps gets the same bits. Between machines steps 1 to 3 are
+identical and step 4 is as good as their `log`: a library's last bit may differ, on a CPU as on a GPU.
 
 Legend: R rows, N token ids.
 """
@@ -90,11 +98,15 @@ def gumbel_of_bits(bits: mx.array) -> mx.array:
     """Standard Gumbel noise, float32, of uniform bits, uint32, of any shape."""
     uniform = (bits.astype(mx.float32) + 0.5) * 2.0**-32
     uniform = mx.minimum(uniform, LARGEST_UNIFORM)
-    return -mx.log(-mx.log1p(-uniform))
+    rest = 1.0 - uniform
+    # 1 - rest is what of the uniform survived the subtraction; the ratio puts back what was rounded away.
+    exponential = (-mx.log(rest)) * (uniform / (1.0 - rest))
+    return -mx.log(mx.where(rest == 1.0, uniform, exponential))
 
 
 @mx.compile
-def _gumbel(keys: mx.array, token_ids: mx.array) -> mx.array:
+def gumbel_of_keys(keys: mx.array, token_ids: mx.array) -> mx.array:
+    """Standard Gumbel noise of row keys and token ids, float32 [R, N]; arguments as `uniform_bits`."""
     return gumbel_of_bits(uniform_bits(keys, token_ids))
 
 
@@ -105,4 +117,4 @@ def gumbel(seed: int, positions: mx.array, token_ids: mx.array) -> mx.array:
     positions  [R] integers >= 0
     token_ids  [N] integers >= 0
     """
-    return _gumbel(row_keys(seed, positions), token_ids)
+    return gumbel_of_keys(row_keys(seed, positions), token_ids)

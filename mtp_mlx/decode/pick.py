@@ -5,7 +5,9 @@ its own logits, position and history, never on the other rows or on their number
 equals the target's pick; the text is then the same with any drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
-temperature, draw. The draw is Gumbel-max, whose marginal is exactly the warped softmax.
+temperature, draw. The draw is Gumbel-max, whose marginal is exactly the warped softmax. Without top-p, min-p
+and top-k nothing needs log-probabilities, and the draw is argmax(logits * (1 / temperature) + gumbel), each
+operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
 Non-goals: XTC and logit bias.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
@@ -94,6 +96,14 @@ class SamplingConfig:
     def penalises_repetition(self) -> bool:
         return self.repetition_penalty not in (0.0, 1.0)
 
+    def warps(self, n_columns: int) -> bool:
+        """Whether top-p, min-p or top-k can drop any of `n_columns` tokens."""
+        return (
+            0 < self.top_p < 1
+            or (self.min_p > 0 and self.min_tokens_to_keep < n_columns)
+            or 0 < self.top_k < n_columns
+        )
+
     @property
     def history_size(self) -> int:
         """Tokens before a pick that its penalties look at; 0 without penalties."""
@@ -160,8 +170,9 @@ class Picker:
         logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.temperature == 0:
             return logits
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return self._warped(logprobs) * (1.0 / self.config.temperature)
+        if self.config.warps(logits.shape[-1]):
+            logits = self._warped(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return logits * (1.0 / self.config.temperature)
 
     def _columns(self, scores: mx.array, positions: mx.array, token_ids: mx.array | None) -> mx.array:
         """[R] the column with the largest score plus noise."""

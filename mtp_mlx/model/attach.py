@@ -6,7 +6,8 @@ wrapper is the module it wraps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.metal_kernels.dispatch import Dispatcher
+from mtp_mlx.model import block_attention
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.block_linear import BlockLinear, is_quantised
 from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.head import HeadView
@@ -39,58 +43,82 @@ class AttachedModel:
         info: what the adapter's folder says about it (`mtp_mlx.adapter.AdapterInfo`), or None.
         name: how the user named the model.
         estimates: acceptance learnt by earlier generations (see `mtp_mlx.decode.budget`), or None.
+        kernels: what may run in place of stock MLX, or None.
+        exact: rows of decoding steps are computed as plain decoding computes them, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, adapter: MaskAdapter | None, seams: Seams) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: MaskAdapter | None,
+        seams: Seams,
+        kernels: Dispatcher | None = None,
+        exact: bool = False,
+    ) -> None:
         self.model = model
         self.adapter = adapter
         self.info: Any = None
         self.estimates: Any = None
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
-        self._rows = RowContext()
+        self.kernels = kernels if kernels is not None and kernels.active else None
+        self.exact = exact
+        self._rows = RowContext(kernels=self.kernels, exact=exact)
+        self._hook: Callable[[], Any] | None = None
         self._embed = seams.trunk.embed_tokens
         self.vocab_size, self.hidden_size = embedding_shape(self._embed)
-        self.head = HeadView(model, self._embed)
+        self.head = HeadView(model, self._embed, kernels=self.kernels, exact=exact)
         self._draft_head: HeadView | None = None
-        if adapter is not None:
-            self._wrap(adapter)
+        self._wrap()
 
-    def _wrap(self, adapter: MaskAdapter) -> None:
+    def _wrap(self) -> None:
+        if self.kernels is not None or self.exact:
+            names = block_attention.install(self._seams.trunk)
+            self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
+            for path, linear in self._seams.linears.items():
+                replace_module(self._seams.trunk, path, self._for_blocks(linear))
+        if self.adapter is not None:
+            self._wrap_slots(self.adapter)
+
+    def _for_blocks(self, linear: nn.Module) -> nn.Module:
+        """The layer, wrapped if some of its rows may be computed in another way than by its own call."""
+        if self.exact or (self.kernels is not None and is_quantised(linear)):
+            return BlockLinear(linear, self._rows)
+        return linear
+
+    def _wrap_slots(self, adapter: MaskAdapter) -> None:
         for path, low_rank in adapter.low_rank.items():
-            replace_module(
-                self._seams.trunk, path, GatedLinear(self._seams.linears[path], low_rank, self._rows)
-            )
+            base = self._for_blocks(self._seams.linears[path])
+            replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
         for path, rope in self._seams.ropes.items():
             replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         self._seams.trunk.embed_tokens = SlotAwareEmbedding(
             self._embed, adapter.slot_embeddings, self.vocab_size
         )
 
-    def _unwrap(self, adapter: MaskAdapter) -> None:
+    def _unwrap(self) -> None:
         trunk = self._seams.trunk
-        for path in adapter.low_rank:
-            replace_module(trunk, path, self._seams.linears[path])
+        if self._hook is not None:
+            self._hook()
+        for path, linear in self._seams.linears.items():
+            replace_module(trunk, path, linear)
         for path, rope in self._seams.ropes.items():
             replace_module(trunk, path, rope)
         trunk.embed_tokens = self._embed
 
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
-        if self.adapter is not None:
-            self._unwrap(self.adapter)
-        self.adapter = None
+        self._unwrap()
+        self.adapter = self.kernels = None
 
     @contextmanager
     def unwrapped(self) -> Iterator[nn.Module]:
         """The bare model for a while, as if nothing had been attached: for measuring against it."""
-        if self.adapter is not None:
-            self._unwrap(self.adapter)
+        self._unwrap()
         try:
             yield self.model
         finally:
-            if self.adapter is not None:
-                self._wrap(self.adapter)
+            self._wrap()
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
@@ -117,7 +145,11 @@ class AttachedModel:
         """The head drafts are picked with: the draft vocabulary's columns, or all."""
         if self._draft_head is None:
             ids = None if self.adapter is None else self.adapter.draft_ids
-            self._draft_head = self.head if ids is None else HeadView(self.model, self._embed, ids)
+            self._draft_head = (
+                self.head
+                if ids is None and not self.exact
+                else HeadView(self.model, self._embed, ids, self.kernels)
+            )
         return self._draft_head
 
 
@@ -154,17 +186,40 @@ def new_adapter(
     return MaskAdapter(config, sizes, hidden_size, draft_ids, initial)
 
 
-def attach(model: nn.Module, adapter: MaskAdapter | None = None) -> AttachedModel:
+def attach(
+    model: nn.Module,
+    adapter: MaskAdapter | None = None,
+    kernels: Dispatcher | None = None,
+    exact: bool = False,
+) -> AttachedModel:
     """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
 
+    Args:
+        kernels: may run in place of stock MLX. They have no gradients: training attaches without them.
+        exact: see `AttachedModel`.
+
     Raises:
-        MTPError: the model lacks a seam, or is already attached.
+        MTPError: the model lacks a seam, is already attached, or cannot be exact.
     """
     seams = find_seams(model)
-    if any(isinstance(rope, PositionedRoPE) for rope in seams.ropes.values()):
-        raise MTPError("this model already has an adapter attached; detach it first")
+    wrapped = (PositionedRoPE, BlockLinear)
+    if any(isinstance(module, wrapped) for _, module in seams.trunk.named_modules()):
+        raise MTPError("this model is already attached; detach it first")
     if adapter is not None:
         missing = sorted(adapter.low_rank.keys() - seams.linears.keys())
         if missing:
             raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
-    return AttachedModel(model, adapter, seams)
+    if exact:
+        _check_exact(seams)
+    return AttachedModel(model, adapter, seams, kernels, exact)
+
+
+def _check_exact(seams: Seams) -> None:
+    """Raises MTPError for layers whose rows are not computed one by one."""
+    experts = [
+        path for path, module in seams.trunk.named_modules() if "SwitchLinear" in type(module).__name__
+    ]
+    if experts:
+        raise MTPError(
+            f"exact decoding does not cover mixture-of-experts layers ({experts[0]}): leave it out for this model"
+        )

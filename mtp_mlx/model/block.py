@@ -87,12 +87,14 @@ class Block:
         n_real: real rows come first; rows from here on are slots, where gated LoRA acts.
         positions: [R] or [B, R] int32 absolute positions, or None when contiguous with the cache.
         visibility: [R, R] bool among the block's rows, or None when causal.
+        is_step: a decoding step, whose real rows plain decoding would compute one by one.
     """
 
     ids: mx.array
     n_real: int
     positions: mx.array | None = None
     visibility: mx.array | None = None
+    is_step: bool = False
 
     @staticmethod
     def real(ids: mx.array) -> Block:
@@ -112,10 +114,11 @@ class Block:
         slot_ids = mx.array(shape.slot_index + vocab_size)
         ids = mx.concatenate([tokens.astype(mx.int32), slot_ids])[None]  # [1, R]
         if shape.contiguous:
-            return Block(ids=ids, n_real=shape.n_real)
+            return Block(ids=ids, n_real=shape.n_real, is_step=True)
         return Block(
             ids=ids,
             n_real=shape.n_real,
             positions=mx.array(shape.offsets + start),
             visibility=mx.array(shape.visibility),
+            is_step=True,
         )

@@ -18,26 +18,27 @@ class BlockCache:
     """A view of an mlx-lm cache whose `make_mask` returns the visibility of the pass in progress.
 
     Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own. Rows beyond the
-    accepted ones leave through the inner cache's `trim`.
+    accepted ones leave through the inner cache's `trim`. `rows` is the pass in progress.
     """
 
     def __init__(self, inner: Any, rows: RowContext) -> None:
         self.inner = inner
-        self._rows = rows
+        self.rows = rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Mask of N query rows over (cached prefix + N rows): [N, offset + N] bool, or mlx-lm's own value."""
-        visibility = self._rows.visibility
+        self.rows.windowed |= window_size is not None
+        visibility = self.rows.visibility
         if visibility is None:
             return self.inner.make_mask(N, return_array=return_array, window_size=window_size)
         cached = int(self.inner.offset)
         mask = mx.concatenate([mx.ones((N, cached), dtype=mx.bool_), visibility], axis=1)
         if window_size is None:
             return mask
-        positions = self._rows.positions
+        positions = self.rows.positions
         assert positions is not None, "explicit visibility comes with explicit positions"
         key_positions = mx.concatenate([mx.arange(cached, dtype=positions.dtype), positions])
         return mask & (positions[:, None] < key_positions[None] + window_size)

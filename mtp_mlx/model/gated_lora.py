@@ -8,6 +8,7 @@ bit. The update can never be merged into W; that is the point.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,6 +47,10 @@ class LowRank(nn.Module):
         # One fused call: slicing y apart and joining it again costs more than the update itself.
         return mx.addmm(y, hidden, self.up.astype(x.dtype), alpha=self._scale)
 
+    def kernel_arguments(self, y: mx.array, x: mx.array, n_real: int) -> tuple[Any, ...]:
+        """What the kernel `gated_lora` needs for y [R, D_out] and x [R, D_in]."""
+        return y, x, self.down.astype(x.dtype), self.up.astype(x.dtype), n_real, self._scale
+
 
 class GatedLinear(nn.Module):
     """A base `nn.Linear` or `nn.QuantizedLinear` with a low-rank update on slot rows."""
@@ -62,6 +67,11 @@ class GatedLinear(nn.Module):
         n_real = self._rows.n_real
         if n_real is None or n_real >= x.shape[-2]:
             return y
+        kernels = self._rows.kernels
+        if kernels is not None and kernels.active and x.shape[0] == 1:
+            slots = kernels.attempt("gated_lora", *self.low_rank.kernel_arguments(y[0], x[0], n_real))
+            if slots is not None:
+                return mx.concatenate([y[:, :n_real], slots[None]], axis=1)
         return self.low_rank.add_to(y, x, n_real)
 
     @property

@@ -8,10 +8,14 @@ applied here too (granite, gemma2). The user's model is not touched.
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mtp_mlx.metal_kernels.dispatch import Dispatcher
+from mtp_mlx.model.block_linear import BlockHead, is_quantised
 
 
 class _PassThroughTrunk:
@@ -66,19 +70,47 @@ class HeadView:
         model: an mlx-lm model, `model.model` its trunk.
         embed_tokens: the trunk's untouched embedding layer.
         ids: [N] int32 draft vocabulary, or None for the whole one.
+        kernels: what may run in place of stock MLX, or None.
+        exact: every row's logits are what a call with that row alone gives, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, embed_tokens: nn.Module, ids: mx.array | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embed_tokens: nn.Module,
+        ids: mx.array | None = None,
+        kernels: Dispatcher | None = None,
+        exact: bool = False,
+    ) -> None:
         view = copy.copy(model)
+        layer = model.lm_head if "lm_head" in view else embed_tokens
+        self._layer: nn.Module = layer if ids is None else select_rows(layer, ids)
+        head = self._layer
+        if exact or (kernels is not None and is_quantised(head)):
+            head = BlockHead(head, kernels, exact)
         tied: Any = embed_tokens
         if "lm_head" in view:
-            if ids is not None:
-                view["lm_head"] = select_rows(model.lm_head, ids)
-        elif ids is not None:
-            tied = _RowsOfEmbedding(select_rows(embed_tokens, ids))
+            view["lm_head"] = head
+        else:
+            tied = head if hasattr(head, "as_linear") else _RowsOfEmbedding(head)
         view.pop("model")
         object.__setattr__(view, "model", _PassThroughTrunk(tied))
         self._view = view
 
     def __call__(self, hidden: mx.array) -> mx.array:
         return self._view(hidden)
+
+    @cached_property
+    def matrix(self) -> nn.Module | None:
+        """The layer whose matrix alone makes the logits; None if the model scales, caps or adds to them.
+
+        Found by trying: the head of a probe must be the layer's product with it, bit for bit.
+        """
+        layer = self._layer
+        if layer.get("bias") is not None:
+            return None
+        size = layer.weight.shape[1] * 32 // layer.bits if hasattr(layer, "scales") else layer.weight.shape[1]
+        dtype = layer.scales.dtype if hasattr(layer, "scales") else layer.weight.dtype
+        probe = mx.sin(mx.arange(size) * 0.7).astype(dtype)[None, None] * 8.0  # [1, 1, D]
+        product = layer.as_linear(probe) if hasattr(layer, "as_linear") else layer(probe)
+        return layer if mx.array_equal(self._view(probe), product).item() else None

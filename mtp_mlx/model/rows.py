@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mtp_mlx.metal_kernels.block_attention import MAX_ROWS, visibility_words
+from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model.block import Block
 
 
@@ -24,17 +26,42 @@ class RowContext:
         n_real: rows before this index are real; None outside a pass (then every row is real).
         positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
         visibility: [R, R] bool, or None for causal.
+        windowed: some layer of this pass sees a sliding window only.
+        n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
+        kernels: what may run in place of stock MLX, or None. This and `exact` outlive the pass.
+        exact: the real rows of decoding steps are exact.
     """
 
     n_real: int | None = None
     positions: mx.array | None = None
     visibility: mx.array | None = None
+    windowed: bool = False
+    n_exact: int = 0
+    kernels: Dispatcher | None = None
+    exact: bool = False
+    _words: mx.array | None = None
+
+    def visibility_words(self, n_rows: int) -> mx.array | None:
+        """Whom each of the pass's rows sees, uint32 [R], as `block_attention` wants it; made once per pass.
+
+        None outside a pass, and for one row or more rows than the kernel takes.
+        """
+        if self.n_real is None or not 2 <= n_rows <= MAX_ROWS:
+            return None
+        if self._words is None:
+            visibility = self.visibility
+            if visibility is None:
+                visibility = mx.tril(mx.ones((n_rows, n_rows), dtype=mx.bool_))
+            self._words = visibility_words(visibility)
+        return self._words
 
     @contextmanager
     def running(self, block: Block) -> Iterator[None]:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
+        self.n_exact = block.n_real if self.exact and block.is_step else 0
         try:
             yield
         finally:
             self.n_real = self.positions = self.visibility = None
+            self.windowed, self.n_exact, self._words = False, 0, None

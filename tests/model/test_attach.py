@@ -261,7 +261,7 @@ def test_attaching_twice_is_refused() -> None:
     model = tiny_model("llama")
     attached = attach(model, random_adapter(model))
     for adapter in (None, attached.adapter):
-        with pytest.raises(MTPError, match="already has an adapter attached; detach it first"):
+        with pytest.raises(MTPError, match="already attached; detach it first"):
             attach(model, adapter)
     attached.detach()
     attach(model, attached.adapter)

@@ -1,0 +1,64 @@
+"""Which rows and keys of a block's attention go to which threadgroup: arithmetic on shapes, no arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+MAX_ROWS = 32  # one bit each in a row's visibility
+MAX_CHUNKS = 128  # what the merge pass holds
+TILE = 32  # keys at a time
+FILL = 128  # threadgroups that keep a large GPU busy
+MIN_CHUNK = 256  # keys per chunk, at least: below, starting a chunk costs more than its keys
+THREADGROUP_BYTES = 32768
+
+# (simdgroups, packed rows of each): few, because each is a compilation.
+_LAYOUTS = ((4, 1), (4, 2), (4, 4), (4, 8), (8, 8))
+
+
+class Tiling(NamedTuple):
+    """How the packed rows of a key head are cut: `parts` threadgroups of `groups` simdgroups of `rows` rows."""
+
+    groups: int
+    rows: int
+    parts: int
+
+
+def _threadgroup_bytes(groups: int, rows: int, head_size: int, itemsize: int) -> int:
+    """Threadgroup memory of the first pass: queries, the slab of keys or values, weights."""
+    columns = head_size if head_size <= 96 else 64
+    return itemsize * (groups * rows * head_size + TILE * (columns + 4)) + 4 * groups * rows * TILE
+
+
+def packed_limit(head_size: int, dtype: mx.Dtype) -> int:
+    """Most rows (query heads per key head, times R) for which keys and values are read once.
+
+    64 for 16-bit types up to head size 128; 32 for head size 256 and for float32; 16 for float32 with 256.
+    """
+    fits = [
+        groups * rows
+        for groups, rows in _LAYOUTS
+        if _threadgroup_bytes(groups, rows, head_size, dtype.size) <= THREADGROUP_BYTES
+    ]
+    return max(fits)
+
+
+def tiling(packed: int, head_size: int, dtype: mx.Dtype) -> Tiling:
+    """As few parts as the limit allows, in the smallest layout that holds their rows."""
+    parts = -(-packed // packed_limit(head_size, dtype))
+    share = -(-packed // parts)
+    groups, rows = next(layout for layout in _LAYOUTS if layout[0] * layout[1] >= share)
+    return Tiling(groups, rows, parts)
+
+
+def chunk_keys(length: int, key_heads: int, packed: int, parts: int) -> int:
+    """Keys per chunk, a multiple of 32; `length` or more for a single chunk.
+
+    As many chunks as keep the GPU busy, but none so short that its partial results (8 bytes per row and column,
+    written and read again) exceed an eighth of its 16-bit keys and values: at least 16 keys per packed row.
+    """
+    wanted = max(1, FILL // (key_heads * parts))
+    chunk = max(-(-length // wanted), MIN_CHUNK, 16 * packed)
+    return -(-chunk // TILE) * TILE

@@ -1,0 +1,226 @@
+"""Verification tail: the picks of a block's real rows and how many drafts they accept, in one launch.
+
+Contract: `run` returns what `Picker.pick` and `leading_run` return, token for token: greedy and Gumbel picks come
+from the same float32 operations in the same order. Inverse-CDF picks (Parallel Token Prediction) are the first
+column whose cumulative probability exceeds the uniform. Those sums are float32 and within CDF_ERROR of the exact
+ones, so `run` and `reference` may pick neighbours when the uniform falls that close to a border.
+Equal scores: the lowest column. A row with nothing above -inf: column 0. NaN: greedy and Gumbel pick the first,
+as `mx.argmax` does; it has no mass under the inverse CDF.
+Non-goals: top-p, min-p, top-k and penalties; `Picker` does those.
+
+Arguments of every function here, after the factory
+    logits   [R, V] float32, float16 or bfloat16; column = token id
+    tokens   [R] int32, the block's real tokens: the pending one, then the R - 1 drafts
+    config   `SamplingConfig`; its seed is not looked at
+    noise    None when greedy (temperature 0); uint32 [R, 2] from `row_keys` for Gumbel; float32 [R] in [0, 1) for the
+             inverse CDF. Ignored at temperature 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.decode.noise import gumbel_of_keys, row_keys
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.verify import leading_run
+from mtp_mlx.metal_kernels.launch import Factory, Launch, Support, read_kernel
+
+GREEDY, GUMBEL, INVERSE_CDF = 0, 1, 2
+MODE_NAMES = ("greedy", "gumbel", "inverse cdf")
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+SMALLEST_VOCABULARY = 8
+MOST_ELEMENTS = 2**31  # columns of all rows are counted in 32 bits
+SIMD_WIDTH, MOST_THREADS, COLUMNS_PER_THREAD = 32, 1024, 4
+BLOCK = 256  # columns summed in one go by the reference
+CDF_ERROR = (
+    2e-6  # of a cumulative probability; seen under emulation, up to 262,144 columns: 1e-7, reference 4e-7
+)
+
+NOISE_HEADER = read_kernel("position_noise", (), ()).header
+_own = read_kernel(
+    "verify_tail",
+    inputs=("logits", "tokens", "noise", "inverse_temperature"),
+    outputs=("result",),
+    atomic_outputs=True,
+)
+TEXT = dataclasses.replace(_own, header=NOISE_HEADER + _own.header)
+
+Arguments = tuple[mx.array, mx.array, SamplingConfig, mx.array | None]
+
+
+def _mode(config: SamplingConfig, noise: mx.array | None) -> int:
+    """Which pick is asked for.
+
+    Raises:
+        ValueError: a temperature without noise, or noise of another type.
+    """
+    if config.temperature == 0:
+        return GREEDY
+    if noise is None:
+        raise ValueError(f"temperature {config.temperature} needs noise: row keys or uniforms")
+    if noise.dtype == mx.uint32:
+        return GUMBEL
+    if noise.dtype == mx.float32:
+        return INVERSE_CDF
+    raise ValueError(f"noise is {noise.dtype} but must be uint32 (row keys) or float32 (uniforms)")
+
+
+def supported(
+    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+) -> Support:
+    """Whether the kernel can do this call."""
+    if logits.dtype not in FLOATS:
+        return Support(False, f"logits of type {logits.dtype}")
+    if config.history_size:
+        return Support(False, "repetition penalties are on")
+    if config.temperature > 0 and config.warps(logits.shape[-1]):
+        return Support(False, "top-p, min-p or top-k is on")
+    if logits.shape[-1] < SMALLEST_VOCABULARY:
+        return Support(False, f"fewer than {SMALLEST_VOCABULARY} columns")
+    if logits.size >= MOST_ELEMENTS:
+        return Support(False, "more logits than 32 bits can count")
+    return Support(True)
+
+
+def _checked(logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None) -> int:
+    """The mode, once every shape has been looked at."""
+    if logits.ndim != 2 or logits.shape[0] < 1:
+        raise ValueError(f"logits have shape {logits.shape} but must be [rows >= 1, vocabulary]")
+    support = supported(logits, tokens, config, noise)
+    if not support:
+        raise ValueError(f"verify_tail cannot do this call: {support.reason}")
+    n_rows = logits.shape[0]
+    if tokens.shape != (n_rows,) or tokens.dtype != mx.int32:
+        raise ValueError(f"tokens are {tokens.dtype} {tokens.shape} but must be int32 ({n_rows},)")
+    mode = _mode(config, noise)
+    if mode != GREEDY:
+        assert noise is not None
+        expected = (n_rows, 2) if mode == GUMBEL else (n_rows,)
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {noise.shape} but must be {expected}")
+    return mode
+
+
+def launch(
+    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+) -> Launch:
+    """The one launch; its output holds the picks and then the accepted count, int32 [R + 1].
+
+    Raises:
+        ValueError: a shape or type does not fit, or the call is not `supported`.
+    """
+    mode = _checked(logits, tokens, config, noise)
+    n_rows, n_columns = logits.shape
+    simdgroups = -(-n_columns // (SIMD_WIDTH * COLUMNS_PER_THREAD))
+    threads = min(MOST_THREADS, SIMD_WIDTH * simdgroups)
+    if mode == GREEDY:
+        noise = mx.array([0], dtype=mx.uint32)
+    assert noise is not None
+    inverse = mx.array([1.0 if mode == GREEDY else 1.0 / config.temperature], dtype=mx.float32)
+    return Launch(
+        text=TEXT,
+        inputs=(logits, tokens, noise, inverse),
+        template=(("MODE", mode),),
+        grid=(threads, n_rows, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=((n_rows + 1,),),
+        output_dtypes=(mx.int32,),
+        init_value=n_rows - 1,
+    )
+
+
+def run(
+    factory: Factory,
+    logits: mx.array,
+    tokens: mx.array,
+    config: SamplingConfig,
+    noise: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Picks, int32 [R], and the number of accepted drafts, int32 [1]."""
+    (result,) = launch(logits, tokens, config, noise).run(factory)
+    n_rows = logits.shape[0]
+    return result[:n_rows], result[n_rows:]
+
+
+def reference(
+    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """As `run`, in pure MLX."""
+    mode = _checked(logits, tokens, config, noise)
+    scores = logits.astype(mx.float32)
+    if mode != GREEDY:
+        assert noise is not None
+        scores = scores * (1.0 / config.temperature)
+        if mode == GUMBEL:
+            scores = scores + gumbel_of_keys(noise, mx.arange(logits.shape[-1]))
+        else:
+            return _with_accepted(_inverse_cdf(scores, noise), tokens)
+    return _with_accepted(mx.argmax(scores, axis=-1), tokens)
+
+
+def _with_accepted(picks: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    picks = picks.astype(mx.int32)
+    return picks, leading_run(picks, tokens[1:]).reshape(1)
+
+
+def _inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
+    """[R] the first column with mass whose cumulative mass exceeds the uniform times the total, else the last."""
+    n_columns = scores.shape[-1]
+    scores = mx.where(mx.isnan(scores), -mx.inf, scores)
+    top = mx.max(scores, axis=-1, keepdims=True)
+    mass = mx.where(scores == top, 1.0, mx.exp(scores - top))
+    mass = mx.where(scores > -mx.inf, mass, 0.0)
+    through = _running_sum(mass)
+    columns = mx.arange(n_columns)
+    crosses = (mass > 0) & (through > uniforms[:, None] * through[:, -1:])
+    first = mx.min(mx.where(crosses, columns, n_columns), axis=-1)
+    last = mx.max(mx.where(mass > 0, columns, 0), axis=-1)
+    return mx.where(first < n_columns, first, last)
+
+
+def _running_sum(mass: mx.array) -> mx.array:
+    """Running sums along the rows of [R, V], block by block: one long float32 sum would lose 1e-5 of its total."""
+    n_rows, n_columns = mass.shape
+    blocks = mx.pad(mass, [(0, 0), (0, -n_columns % BLOCK)]).reshape(n_rows, -1, BLOCK)
+    within = mx.cumsum(blocks, axis=-1)
+    before = mx.cumsum(within[:, :, -1], axis=-1, inclusive=False)
+    return (within + before[:, :, None]).reshape(n_rows, -1)[:, :n_columns]
+
+
+def samples() -> list[Arguments]:
+    """Small calls for a self-check: every mode and type, short and ragged rows, 1 to 9 rows.
+
+    Uniforms lie in the middle of a likely token's interval, so that the order of summation cannot matter.
+    """
+    generator = np.random.default_rng(0)
+    calls: list[Arguments] = []
+    for n_rows, n_columns, dtype in ((1, 37, mx.float32), (4, 1009, mx.float16), (9, 5003, mx.bfloat16)):
+        logits = mx.array(generator.normal(size=(n_rows, n_columns)).astype(np.float32) * 2).astype(dtype)
+        keys = row_keys(7, mx.arange(n_rows))
+        wide = np.array(mx.softmax(logits.astype(mx.float32) * (1 / 0.7), axis=-1)).astype(np.float64)
+        middles = (np.cumsum(wide, axis=-1) - wide / 2)[np.arange(n_rows), wide.argmax(-1)]
+        for temperature, noise in ((0.0, None), (0.7, keys), (0.7, mx.array(middles.astype(np.float32)))):
+            config = SamplingConfig(temperature=temperature)
+            block = mx.zeros((n_rows,), dtype=mx.int32)
+            picks, _ = reference(logits, block, config, noise)
+            drafts = np.concatenate([[0], np.array(picks)[:-1]])
+            drafts[n_rows // 2 + 1 :] = n_columns - 1  # a few drafts are right, the rest probably wrong
+            calls.append((logits, mx.array(drafts.astype(np.int32)), config, noise))
+    return calls
+
+
+def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -> bool:
+    """Whether picks and accepted counts are the same integers."""
+    return all(bool(mx.array_equal(one, other)) for one, other in zip(ours, theirs, strict=True))
+
+
+def shape_key(
+    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+) -> str:
+    """The class of calls that cost the same, e.g. "gumbel bfloat16 4x151936"."""
+    n_rows, n_columns = logits.shape
+    dtype = str(logits.dtype).removeprefix("mlx.core.")
+    return f"{MODE_NAMES[_mode(config, noise)]} {dtype} {n_rows}x{n_columns}"

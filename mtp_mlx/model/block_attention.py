@@ -1,0 +1,114 @@
+"""Attention of a block over the cached prefix: by a kernel where it pays, or every exact row as if alone.
+
+mlx-lm's attention modules call `scaled_dot_product_attention`, a name in their own module. While an attached
+model that needs it lives, that name is a function which looks at the cache it is given: only a `BlockCache` is
+treated, every other call goes to mlx-lm's function unchanged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache
+
+from mtp_mlx.model.cache import BlockCache
+from mtp_mlx.model.rows import RowContext
+
+NAME = "scaled_dot_product_attention"
+_users: Counter[str] = Counter()  # attached models per module name
+
+
+def scaled_dot_product_attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """As `mlx_lm.models.base.scaled_dot_product_attention`; queries [B, H_q, R, D] -> [B, H_q, R, D]."""
+    if isinstance(cache, BlockCache):
+        if cache.rows.n_exact and queries.shape[2] > 1:
+            return _rows_alone(queries, keys, values, cache, scale, mask, sinks)
+        out = None if sinks is not None else _by_kernel(queries, cache.inner, cache.rows, scale)
+        if out is not None:
+            return out
+    return base.scaled_dot_product_attention(
+        queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
+    )
+
+
+def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:
+    """By `block_attention`, or None. The keys and values of `queries` have just been stored in `cache`."""
+    if rows.kernels is None or rows.windowed or type(cache) is not KVCache or queries.shape[0] != 1:
+        return None
+    words = rows.visibility_words(queries.shape[2])
+    if words is None or cache.keys is None or cache.values is None:
+        return None
+    out = rows.kernels.attempt(
+        "block_attention", queries[0], cache.keys[0], cache.values[0], words, int(cache.offset), scale
+    )
+    return None if out is None else out[None]
+
+
+def _rows_alone(
+    queries: mx.array, keys: Any, values: Any, cache: BlockCache, scale: float, mask: Any, sinks: Any
+) -> mx.array:
+    """The exact rows one at a time over the keys up to their own, as plain decoding would; then the others.
+
+    Exact rows come first and see all that lies before them, so row i of n sees all but the last R - 1 - i keys.
+    """
+    n_rows, n_exact = queries.shape[2], cache.rows.n_exact
+    cached = int(cache.offset) - n_rows
+    outputs = []
+    for row in range(n_exact):
+        seen = cached + row + 1
+        outputs.append(
+            base.scaled_dot_product_attention(
+                queries[:, :, row : row + 1],
+                tree_map(lambda array: array[..., :seen, :], keys),  # noqa: B023, called at once
+                tree_map(lambda array: array[..., :seen, :], values),  # noqa: B023
+                cache=cache,
+                scale=scale,
+                mask=None,
+                sinks=sinks,
+            )
+        )
+    if n_exact < n_rows:
+        rest = mask if isinstance(mask, str) else mask[..., n_exact:, :]  # "causal" counts from the last row
+        outputs.append(
+            base.scaled_dot_product_attention(
+                queries[:, :, n_exact:], keys, values, cache=cache, scale=scale, mask=rest, sinks=sinks
+            )
+        )
+    return mx.concatenate(outputs, axis=2)
+
+
+# --- putting it in place ------------------------------------------------------------------------------------
+
+
+def install(trunk: nn.Module) -> set[str]:
+    """Puts our function where the model's code looks for mlx-lm's; returns what `remove` needs."""
+    modules = {type(module).__module__ for _, module in trunk.named_modules()}
+    theirs = (base.scaled_dot_product_attention, scaled_dot_product_attention)
+    names = {name for name in modules if getattr(sys.modules.get(name), NAME, None) in theirs}
+    for name in names:
+        _users[name] += 1
+        setattr(sys.modules[name], NAME, scaled_dot_product_attention)
+    return names
+
+
+def remove(names: set[str]) -> None:
+    """Takes one model's claim back; the last one restores mlx-lm's function."""
+    for name in names:
+        _users[name] -= 1
+        if _users[name] <= 0:
+            del _users[name]
+            setattr(sys.modules[name], NAME, base.scaled_dot_product_attention)
