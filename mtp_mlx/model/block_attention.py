@@ -82,7 +82,9 @@ def _rows_alone(
             )
         )
     if n_exact < n_rows:
-        rest = mask if isinstance(mask, str) else mask[..., n_exact:, :]  # "causal" counts from the last row
+        rest: Any = (
+            mask if isinstance(mask, str) else mask[..., n_exact:, :]
+        )  # "causal" counts from the last row
         outputs.append(
             base.scaled_dot_product_attention(
                 queries[:, :, n_exact:], keys, values, cache=cache, scale=scale, mask=rest, sinks=sinks

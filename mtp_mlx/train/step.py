@@ -22,6 +22,7 @@ from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.objectives.base import LossParts, Objective, SlotBatch
 from mtp_mlx.train.slot_layout import SlotLayout, build_layout, candidate_anchors
 from mtp_mlx.train.two_pass import Prefix, prefix_pass, slot_pass
+from mtp_mlx.train.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class StepRunner:
         self._grad_checkpoint = grad_checkpoint
         self._columns = draft_columns(attached)
         self._building = threading.Lock()
-        self._workers = workers
+        self._workers = Workers(workers)
         if workers > 1:
             self._evaluate_constants()
 
@@ -165,37 +166,16 @@ class StepRunner:
         """Mean loss, mean gradients and number of supervised rows over the step's micro-batches."""
         numbers = [step * len(examples) + index for index in range(len(examples))]
         jobs = list(zip(examples, numbers, strict=True))
-        if self._workers == 1:
+        if self._workers.count == 1:
             return _mean([self._micro_batch(*job) for job in jobs])
         assert self._attached.adapter is not None
         mx.eval(self._attached.adapter.parameters())  # a lazy array belongs to the thread that made it
         with blas_threads(1):
-            return _mean(self._side_by_side(jobs))
+            return _mean(self._workers.map(lambda job: self._micro_batch(*job), jobs))
 
-    def _side_by_side(self, jobs: Sequence[tuple[Sequence[Example], int]]) -> list[Totals]:
-        """The jobs' results in order. The threads live for one step and leave no MLX stream behind: a stream
-        whose thread is gone can abort the process when it ends."""
-        results: dict[int, Totals] = {}
-        errors: list[BaseException] = []
-
-        def work(first: int) -> None:
-            try:
-                for index in range(first, len(jobs), self._workers):
-                    results[index] = self._micro_batch(*jobs[index])
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                mx.synchronize()
-                mx.clear_streams()
-
-        threads = [threading.Thread(target=work, args=(first,)) for first in range(self._workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return [results[index] for index in range(len(jobs))]
+    def close(self) -> None:
+        """Ends the worker threads; another step starts them again."""
+        self._workers.close()
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """(supervised rows, loss, gradients of the adapter's parameters), evaluated."""

@@ -11,7 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -348,7 +348,7 @@ class Trainer:
         Raises:
             MTPError: the loss is no longer finite, or a file cannot be written.
         """
-        with self._interruptible():
+        with self._interruptible(), closing(self._runner):
             while self.step < self.settings.steps and not self._stop:
                 self._one_step()
                 due = self.settings.measure_every and self.step % self.settings.measure_every == 0
