@@ -14,14 +14,14 @@ EXTRAS := test
 WITH_BLAS =
 endif
 
-.PHONY: demo test pytest lint format env openblas clean
+.PHONY: demo test pytest lint format env openblas clang clean
 
 demo: env ## Write text with the embedded model, several tokens per forward pass
 	$(WITH_BLAS) $(BIN)/mtp-mlx generate --model smollm2-135m --prompt "Explain why the sky is blue." --max-tokens 120 --color
 
 test: pytest lint ## Run every check
 
-pytest: env
+pytest: env clang
 	$(WITH_BLAS) $(BIN)/python -m pytest
 
 lint: env ## Check style and types
@@ -50,6 +50,21 @@ ifeq ($(shell uname -s),Linux)
 	      || echo "OpenBLAS could not be installed; MLX will be slow on this CPU." >&2; \
 	  else \
 	    echo "OpenBLAS was not found, so MLX will be slow on this CPU: install libopenblas0-pthread (or openblas)." >&2; \
+	  fi; \
+	fi
+endif
+
+# The tests execute the Metal kernels with an emulator, which needs clang 17 or later (a Mac has Metal instead).
+CLANG = $$(for version in 22 21 20 19 18 17; do command -v clang++-$$version && break; done)
+
+clang: env
+ifeq ($(shell uname -s),Linux)
+	@if [ -z "$(CLANG)" ] && ! $(BIN)/python -c 'import ziglang' 2>/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq clang-19 >/dev/null; then :; \
+	  else \
+	    echo "No clang 17 or later was found: taking the one that comes with the package ziglang." >&2; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check ziglang; \
 	  fi; \
 	fi
 endif

@@ -38,8 +38,7 @@ def main(model: str, adapter: str, prompts: Path | None, limit: int, max_tokens:
     from mtp_mlx.bench.certificate import compare
     from mtp_mlx.bench.prompts import read_prompts
 
-    found = read_prompts(prompts, None, None)
-    chosen = found[:: max(1, len(found) // limit)][:limit]
+    chosen = read_prompts(prompts, limit, None)
     attached, tokenizer = load(model, adapter)
 
     def ours(ids: list[int], layout: str, sampling: SamplingConfig) -> list[int]:

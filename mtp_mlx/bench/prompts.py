@@ -39,6 +39,11 @@ BUILT_IN = (
 def read_prompts(path: Path | None, limit: int | None, per_category: int | None) -> list[BenchPrompt]:
     """Prompts of a JSONL file (`prompt` or the first of `turns`; optional `category`), or the built-in ones.
 
+    Args:
+        path: the file, or None for the built-in prompts.
+        limit: at most this many, spread evenly over the file, so that its mix of categories is kept.
+        per_category: at most this many of each category, the first ones.
+
     Raises:
         MTPError: no such file, a bad line (numbered), or no prompt left.
     """
@@ -51,7 +56,8 @@ def read_prompts(path: Path | None, limit: int | None, per_category: int | None)
             if seen[prompt.category] <= per_category:
                 kept.append(prompt)
         found = kept
-    found = found[:limit]
+    if limit is not None and limit < len(found):
+        found = [found[index * len(found) // limit] for index in range(limit)]
     if not found:
         raise MTPError(f"{path}: no prompt to measure. Write one JSON object with a `prompt` per line.")
     return found

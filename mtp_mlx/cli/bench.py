@@ -27,7 +27,7 @@ Examples:
 )
 @click.option("--adapter", default="auto", show_default=True, help="Adapter folder, 'auto' or 'none'")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with prompt (or turns) and category")
-@click.option("--limit", type=click.IntRange(1), help="At most this many prompts")
+@click.option("--limit", type=click.IntRange(1), help="At most this many prompts, spread over the file")
 @click.option("--per-category", type=click.IntRange(1), help="At most this many prompts per category")
 @click.option(
     "--layout",

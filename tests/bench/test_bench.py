@@ -85,7 +85,9 @@ def test_prompts_are_read_and_limited(tmp_path: Path) -> None:
         BenchPrompt("d", "x"),
     ]
     assert read_prompts(path, None, 1) == [BenchPrompt("a", "x"), BenchPrompt("b", "all")]
-    assert len(read_prompts(None, 2, None)) == 2 and len(BUILT_IN) >= 6
+    assert len(BUILT_IN) >= 6
+    assert read_prompts(None, 2, None) == [BUILT_IN[0], BUILT_IN[len(BUILT_IN) // 2]], "spread over the file"
+    assert read_prompts(None, 100, None) == list(BUILT_IN)
     path.write_text('{"prompt": "a"}\n{"question": 1}\n')
     with pytest.raises(MTPError, match="line 2"):
         read_prompts(path, None, None)

@@ -1,0 +1,78 @@
+"""Proves that a built wheel carries the Metal sources and that every kernel can be launched from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LAUNCH_ALL = """
+import sys
+from pathlib import Path
+import mtp_mlx
+from mtp_mlx.metal_kernels import dispatch
+assert Path(mtp_mlx.__file__).is_relative_to(sys.argv[1]), mtp_mlx.__file__
+texts = []
+def factory(**text):
+    def call(**arguments):
+        texts.append(text["name"])
+        assert text["source"].strip()
+        import mlx.core as mx
+        return [mx.zeros(s, d) for s, d in zip(arguments["output_shapes"], arguments["output_dtypes"])]
+    return call
+for name in dispatch.KERNELS:
+    module = dispatch.kernel_module(name)
+    for arguments in module.samples():
+        module.run(factory, *arguments)
+print(" ".join(sorted(set(texts))))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = folder / "source"  # building leaves files in the source tree
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+    )
+    for name in ignored.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, source], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+def test_every_metal_source_is_in_the_wheel(installed: Path) -> None:
+    shipped = {path.name for path in (installed / "mtp_mlx" / "metal_kernels").glob("*.metal")}
+    assert shipped == {path.name for path in (ROOT / "metal_kernels").glob("*.metal")} != set()
+
+
+def test_kernels_launch_from_the_wheel(installed: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCH_ALL, str(installed)],
+        env=environment,
+        cwd=installed,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "small_m_qmm" in result.stdout and "verify_tail" in result.stdout
+
+
+def test_the_emulator_is_not_in_the_wheel(installed: Path) -> None:
+    assert {path.name for path in installed.iterdir()} <= {"mtp_mlx", "bin"} | {
+        path.name for path in installed.glob("*.dist-info")
+    }
