@@ -20,11 +20,11 @@
 // pass through one small slab of threadgroup memory, keys a few columns at a time, values a few rows at a time.
 // Rows past `packed` are computed from zeros and never stored, so that nothing diverges.
 //@header
-static constant constexpr const int TILE = 32;           // keys per tile, one per lane
-static constant constexpr const float LOWEST = -3.0e38f;  // finite: differences with it stay ordinary numbers
+constant constexpr int TILE = 32;           // keys per tile, one per lane
+constant constexpr float LOWEST = -3.0e38f;  // finite: differences with it stay ordinary numbers
 
 // Columns of keys that fit the slab: all up to 96, else 64.
-constexpr int slab_columns(int D) {
+inline constexpr int slab_columns(int D) {
   return D <= 96 ? D : 64;
 }
 
@@ -57,7 +57,7 @@ template <typename T, int D>
 struct PlainRows {
   enum { STEP = 1 };
   const device T* start;
-  void load(int row, int at, thread vec<T, 4>* v) const {
+  inline void load(int row, int at, thread vec<T, 4>* v) const {
     v[0] = *(const device vec<T, 4>*)(start + size_t(row) * D + 4 * at);
   }
 };

@@ -169,7 +169,8 @@ def launch_partial(
     packed = query_heads // key_heads * rows
     groups, packed_rows, parts = tiling(packed, head_size, queries.dtype)
     if chunk is None:
-        chunk = chunk_keys(length, key_heads, packed, parts)
+        itemsize = queries.dtype.size if len(buffers) == 1 else 1
+        chunk = chunk_keys(length, key_heads, packed, parts, itemsize)
     if chunk < TILE or chunk % TILE:
         raise ValueError(f"a chunk of {chunk} keys is no multiple of {TILE}")
     chunks = -(-length // chunk)

@@ -20,7 +20,7 @@ struct PackedRows {
   const device uint* words;
   const device T* scales;
   const device T* biases;
-  void load(int row, int at, thread vec<T, 4>* v) const {
+  inline void load(int row, int at, thread vec<T, 4>* v) const {
     const uint4 word = *(const device uint4*)(words + size_t(row) * (D / 4) + at);
     const size_t group = size_t(row) * (D / G) + 4 * at / G;
     const float scale = float(scales[group]);

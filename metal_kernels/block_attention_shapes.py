@@ -53,12 +53,13 @@ def tiling(packed: int, head_size: int, dtype: mx.Dtype) -> Tiling:
     return Tiling(groups, rows, parts)
 
 
-def chunk_keys(length: int, key_heads: int, packed: int, parts: int) -> int:
+def chunk_keys(length: int, key_heads: int, packed: int, parts: int, itemsize: int) -> int:
     """Keys per chunk, a multiple of 32; `length` or more for a single chunk.
 
     As many chunks as keep the GPU busy, but none so short that its partial results (8 bytes per row and column,
-    written and read again) exceed an eighth of its 16-bit keys and values: at least 16 keys per packed row.
+    written and read again) exceed an eighth of its keys and values (`itemsize` bytes per element): with 16 bits at
+    least 16 keys per packed row, with 8 bits 32.
     """
     wanted = max(1, FILL // (key_heads * parts))
-    chunk = max(-(-length // wanted), MIN_CHUNK, 16 * packed)
+    chunk = max(-(-length // wanted), MIN_CHUNK, 32 * packed // itemsize)
     return -(-chunk // TILE) * TILE

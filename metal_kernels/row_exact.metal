@@ -16,7 +16,7 @@
 //
 // MLX's order: a lane's turns go up through K in steps of LANES * VALUES; a turn adds
 // scale * (sum of x * value) + (sum of x) * bias; the lanes' sums meet in simd_sum or quad_sum. With 4 bits the
-// values stay where they lie in their 16-bit quarter of a word (value j counts 16^j times, x is divided by 16^j),
+// values stay where they lie in their 16-bit half of a word (value j of four counts 16^j times, x is divided by it),
 // and products and x are added by fours. Sums are written as MLX writes them, without fma, so that a compiler
 // which contracts does so alike; that it does can only be seen on a Mac, where the self-check compares bits.
 //
@@ -24,7 +24,7 @@
 // times. A simdgroup reads 32 * VALUES * BITS / 8 consecutive bytes of a weight row per turn. ROWS = 16 keeps 64
 // sums and at most 32 + 16 registers of values and x per thread. x comes from the cache; no threadgroup memory.
 //@header
-// The values of a lane's words as MLX multiplies them: 8-bit as they are, 4-bit value j of a quarter times 16^j.
+// The values of a lane's words as MLX multiplies them: 8-bit as they are, 4-bit value j of four times 16^j.
 template <int BITS>
 inline void unpack(uint word, thread half* values) {
   if (BITS == 4) {
@@ -40,7 +40,7 @@ inline void unpack(uint word, thread half* values) {
 
 // Loads VALUES of x, divided to match `unpack`; returns their sum in MLX's order.
 template <typename T, int BITS, int VALUES>
-inline float load(const device T* x, thread float* xs) {
+inline float load_row(const device T* x, thread float* xs) {
   float sum = 0.0f;
   for (int i = 0; i < VALUES; i += 4) {
     const vec<T, 4> four = *(const device vec<T, 4>*)(x + i);
@@ -129,7 +129,7 @@ inline float turn(const thread float* xs, const thread half* values, float scale
       #pragma unroll
       for (int m = 0; m < ROWS; m++) {
         float xs[VALUES];
-        const float x_sum = load<T, BITS, VALUES>(x + size_t(m) * size_t(K) + size_t(k), xs);
+        const float x_sum = load_row<T, BITS, VALUES>(x + size_t(m) * size_t(K) + size_t(k), xs);
         for (int c = 0; c < COLUMNS; c++) {
           sums[c][m] += turn<BITS, VALUES>(xs, values[c], scale[c], bias[c], x_sum);
         }

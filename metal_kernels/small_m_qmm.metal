@@ -13,9 +13,9 @@
 // a weight once and uses it ROWS times, and uses an x it has loaded 4 times. The 8 lanes along K read 64 (4-bit)
 // or 128 (8-bit) consecutive bytes of a weight row; the 4 lanes along N read the same x, which the memory system
 // serves once. The simdgroups share out K, 128 values in turn: every x is needed by one of them only, hence
-// no copy of x in threadgroup memory and no barrier in the loop. ROWS = 16 keeps 64 sums and about 40 other
-// registers per thread (the longer loops over them are unrolled by order: an array with a
-// run-time index leaves the registers). Lanes that share a scale get it by a shuffle, so that it too is read once.
+// no copy of x in threadgroup memory and no barrier in the loop. Lanes that share a scale get it by a shuffle, so
+// that it too is read once. ROWS = 16 keeps 64 sums and about 40 other registers per thread; the longer loops over
+// them are unrolled by order, because an array with a run-time index leaves the registers.
 //
 // The order of a sum depends on K alone: 16 values at a time per lane, then the 8 lanes as a butterfly, then the
 // simdgroups from 0 to 3. ROWS and N do not enter, and every product is an explicit fma that no compiler can

@@ -25,6 +25,15 @@ inline float mass_of(float x, float top, float inverse_temperature) {
   return x == top ? 1.0f : exp((x - top) * inverse_temperature);
 }
 //@body
+  // one slot per simdgroup
+  threadgroup uint group_lead[32];
+  threadgroup uint group_column[32];
+  threadgroup float range_top[32];
+  threadgroup float range_mass[32];
+  threadgroup float group_mass[32];
+  threadgroup uint group_first[32];
+  threadgroup uint group_last[32];
+
   const uint rows = uint(logits_shape[0]);
   const uint columns = uint(logits_shape[1]);
   const uint row = threadgroup_position_in_grid.y;
@@ -38,8 +47,6 @@ inline float mass_of(float x, float top, float inverse_temperature) {
   uint writer = 0;      // the thread that knows the pick
 
   if (MODE != 2) {
-    threadgroup uint group_lead[32];
-    threadgroup uint group_column[32];
     const uint key_0 = MODE == 1 ? uint(noise[2 * row]) : 0u;
     const uint key_1 = MODE == 1 ? uint(noise[2 * row + 1]) : 0u;
     const float scale = MODE == 1 ? inverse_temperature[0] : 1.0f;
@@ -85,11 +92,6 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     top = simd_max(lead);
     pick = simd_min(lead == top ? first : columns);
   } else {
-    threadgroup float range_top[32];
-    threadgroup float range_mass[32];
-    threadgroup float group_mass[32];
-    threadgroup uint group_first[32];
-    threadgroup uint group_last[32];
     const float scale = inverse_temperature[0];
 
     // 1. Mass of each simdgroup's range under its own largest logit.
@@ -97,13 +99,18 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     const uint range_end = min((group + 1) * range, columns);
     float top = -INFINITY;
     float mass = 0.0f;
-    for (uint column = group * range + lane; column < range_end; column += 32) {
-      const float x = float(logits[base + column]);
-      if (x > top) {
-        mass = mass * mass_of(top, x, scale) + 1.0f;
-        top = x;
-      } else if (x > -INFINITY) {
-        mass += mass_of(x, top, scale);
+    for (uint start = group * range + lane; start < range_end; start += 4 * 32) {
+      float x[4];  // four loads on their way at once
+      float new_top = top;
+      for (uint k = 0; k < 4; k++) {
+        const uint column = start + k * 32;
+        x[k] = column < range_end ? float(logits[base + column]) : -INFINITY;
+        new_top = x[k] > new_top ? x[k] : new_top;
+      }
+      mass *= mass_of(top, new_top, scale);
+      top = new_top;
+      for (uint k = 0; k < 4; k++) {
+        mass += x[k] > -INFINITY ? mass_of(x[k], top, scale) : 0.0f;
       }
     }
     const float simd_top = simd_max(top);

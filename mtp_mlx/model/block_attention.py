@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.rows import RowContext
@@ -47,14 +47,16 @@ def scaled_dot_product_attention(
 
 def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:
     """By `block_attention`, or None. The keys and values of `queries` have just been stored in `cache`."""
-    if rows.kernels is None or rows.windowed or type(cache) is not KVCache or queries.shape[0] != 1:
+    known = type(cache) is KVCache or (type(cache) is QuantizedKVCache and cache.bits == 8)
+    if rows.kernels is None or rows.windowed or not known or queries.shape[0] != 1:
         return None
     words = rows.visibility_words(queries.shape[2])
-    if words is None or cache.keys is None or cache.values is None:
+    if words is None:
         return None
-    out = rows.kernels.attempt(
-        "block_attention", queries[0], cache.keys[0], cache.values[0], words, int(cache.offset), scale
-    )
+    keys, values = tree_map(
+        lambda buffer: buffer[0], (cache.keys, cache.values)
+    )  # the whole buffers, not slices
+    out = rows.kernels.attempt("block_attention", queries[0], keys, values, words, int(cache.offset), scale)
     return None if out is None else out[None]
 
 

@@ -47,9 +47,9 @@ class LowRank(nn.Module):
         # One fused call: slicing y apart and joining it again costs more than the update itself.
         return mx.addmm(y, hidden, self.up.astype(x.dtype), alpha=self._scale)
 
-    def kernel_arguments(self, y: mx.array, x: mx.array, n_real: int) -> tuple[Any, ...]:
-        """What the kernel `gated_lora` needs for y [R, D_out] and x [R, D_in]."""
-        return y, x, self.down.astype(x.dtype), self.up.astype(x.dtype), n_real, self._scale
+    def kernel_arguments(self, x: mx.array, y: mx.array, n_real: int) -> tuple[Any, ...]:
+        """What the kernel `gated_lora` needs for x [R, D_in] and y [R, D_out]."""
+        return x, y, self.down.astype(x.dtype), self.up.astype(x.dtype), n_real, self._scale
 
 
 class GatedLinear(nn.Module):
@@ -69,7 +69,7 @@ class GatedLinear(nn.Module):
             return y
         kernels = self._rows.kernels
         if kernels is not None and kernels.active and x.shape[0] == 1:
-            slots = kernels.attempt("gated_lora", *self.low_rank.kernel_arguments(y[0], x[0], n_real))
+            slots = kernels.attempt("gated_lora", *self.low_rank.kernel_arguments(x[0], y[0], n_real))
             if slots is not None:
                 return mx.concatenate([y[:, :n_real], slots[None]], axis=1)
         return self.low_rank.add_to(y, x, n_real)

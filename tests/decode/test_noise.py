@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.noise import gumbel, gumbel_of_bits, row_keys, uniform_bits
+from mtp_mlx.decode.noise import gumbel, gumbel_of_bits, gumbel_of_keys, row_keys, uniform_bits
 
 MASK = 0xFFFFFFFF
 
@@ -97,6 +97,33 @@ def test_the_extreme_bits_stay_finite() -> None:
     assert np.isfinite(values).all()
     assert values[0, 0] == pytest.approx(33 * np.log(2), rel=1e-6)
     assert values[0, -1] == pytest.approx(-np.log(24 * np.log(2)), rel=1e-5)
+
+
+def test_the_written_out_logarithm_keeps_the_precision_of_small_uniforms() -> None:
+    """Around the powers of two, where 1 - w rounds to another value, against float64 log1p."""
+    edges = sorted({2**power + offset for power in range(32) for offset in (-1, 0, 1)} - {0})
+    edges = [edge for edge in edges if edge <= 2**31]
+    exact = -np.log(-np.log1p(-(np.array(edges) + 0.5) / 2**32))
+    np.testing.assert_allclose(np.array(gumbel_of_bits(mx.array(edges, dtype=mx.uint32))), exact, rtol=1e-6)
+
+
+def test_compiled_noise_has_the_bits_of_the_steps_one_by_one() -> None:
+    """What kernels reproduce: every operation rounded once, nothing fused or reordered by the compiler."""
+    keys, ids = row_keys(5, mx.arange(40)), mx.arange(10_007)
+    bits = uniform_bits(keys, ids)
+    mx.eval(bits)
+    shifted = bits.astype(mx.float32) + 0.5
+    mx.eval(shifted)
+    uniform = mx.minimum(shifted * 2.0**-32, 1 - 2.0**-24)
+    mx.eval(uniform)
+    rest = 1.0 - uniform
+    mx.eval(rest)
+    ratio, logarithm = uniform / (1.0 - rest), -mx.log(rest)
+    mx.eval(ratio, logarithm)
+    exponential = mx.where(rest == 1.0, uniform, logarithm * ratio)
+    mx.eval(exponential)
+    expected = np.array(-mx.log(exponential)).view(np.uint32)
+    np.testing.assert_array_equal(np.array(gumbel_of_keys(keys, ids)).view(np.uint32), expected)
 
 
 def test_noise_does_not_depend_on_the_block_or_the_vocabulary() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mtp_mlx.decode.noise import gumbel
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.errors import MTPError
 
@@ -205,6 +206,43 @@ def test_confidence_is_the_probability_under_the_warped_distribution(warp: str) 
     ids, confidence = Picker(config).pick_with_confidence(mx.array(logits), mx.arange(50))
     for row, (token, probability) in enumerate(zip(ids.tolist(), confidence.tolist(), strict=True)):
         assert probability == pytest.approx(warped_softmax(logits[row], config)[token], rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.6, 1.0, 1.9])
+def test_without_warps_the_pick_is_one_expression_of_the_logits(temperature: float) -> None:
+    """What the Metal kernels compute: no log-probabilities, each float32 operation rounded once."""
+    logits, positions = logits_of(11, rows=300, columns=501), mx.arange(300)
+    noise = np.array(gumbel(13, positions, mx.arange(501)))
+    expected = (logits * np.float32(1.0 / temperature) + noise).argmax(axis=-1)
+    picks = Picker(SamplingConfig(temperature=temperature, seed=13)).pick(mx.array(logits), positions)
+    np.testing.assert_array_equal(np.array(picks), expected)
+
+
+@pytest.mark.parametrize("warp", ["plain", "hot", "all"])
+def test_a_common_shift_of_the_logits_changes_neither_pick_nor_confidence(warp: str) -> None:
+    logits = np.round(logits_of(12, rows=100) * 1024) / 1024  # so that the shifted logits are exact
+    picker = Picker(SamplingConfig(seed=3, **WARPS[warp]))
+    ids, confidence = picker.pick_with_confidence(mx.array(logits), mx.arange(100))
+    shifted = picker.pick_with_confidence(mx.array(logits + 512), mx.arange(100))
+    assert shifted[0].tolist() == ids.tolist()
+    np.testing.assert_allclose(np.array(shifted[1]), np.array(confidence), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warps"),
+    [
+        ({}, False),
+        ({"top_p": 0.0}, False),
+        ({"top_p": 0.99}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1, "min_tokens_to_keep": VOCABULARY - 1}, True),
+        ({"min_p": 0.1, "min_tokens_to_keep": VOCABULARY}, False),
+        ({"top_k": VOCABULARY - 1}, True),
+        ({"top_k": VOCABULARY}, False),
+    ],
+)
+def test_whether_a_warp_can_drop_a_token(settings: dict[str, float], warps: bool) -> None:
+    assert SamplingConfig(temperature=1.0, **settings).warps(VOCABULARY) is warps  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -104,7 +104,7 @@ def cancelling_product(
     orders of summation that differ anywhere give different bits.
     """
     rng = np.random.default_rng((seed, rows, columns, size, bits))
-    half = rng.normal(size=(rows, size // 2)) * 64
+    half = rng.normal(size=(rows, size // 2)) * 64 * 2.0 ** rng.integers(-6, 7, (rows, size // 2))
     values = rng.integers(0, 2**bits, (columns, size // 2), dtype=np.uint32)
     places = rng.permutation(size)
     values = np.concatenate([values, values], axis=1)[:, places]

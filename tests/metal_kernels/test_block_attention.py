@@ -154,12 +154,14 @@ def test_chunks_cost_at_most_an_eighth_of_the_keys() -> None:
     ):
         queries = mx.zeros((key_heads * group, rows, 64), F16)
         cache = mx.zeros((key_heads, length, 64), F16)
-        launch = attention.launch_partial(queries, cache, cache, mx.zeros((rows,), mx.uint32), length, 1.0)
-        chunks = launch.output_shapes[0][0]
-        chunk = int(launch.inputs[5][4].item())
-        partial = 2 * 4 * group * rows * 64  # bytes written and read again, per chunk and key head
-        assert 1 < chunks <= MAX_CHUNKS and chunk % 32 == 0
-        assert partial <= 2 * chunk * 64 * 2 / 8
+        scales = mx.zeros((key_heads, length, 1), F16)
+        packed_cache = (mx.zeros((key_heads, length, 16), mx.uint32), scales, scales)
+        for keys, itemsize in ((cache, 2), (packed_cache, 1)):
+            launch = attention.launch_partial(queries, keys, keys, mx.zeros((rows,), mx.uint32), length, 1.0)
+            chunks, chunk = launch.output_shapes[0][0], int(launch.inputs[-1][4].item())
+            partial = 2 * 4 * group * rows * 64  # bytes written and read again, per chunk and key head
+            assert 1 < chunks <= MAX_CHUNKS and chunk % 32 == 0
+            assert partial <= 2 * chunk * 64 * itemsize / 8
 
 
 def test_short_prefixes_take_one_launch() -> None:
