@@ -1,4 +1,4 @@
-"""`mtp-mlx convert`: a checkpoint of another format -> an mlx-lm model folder."""
+"""`mtp-mlx convert`: a checkpoint of another format -> an mlx-lm model folder, or its MTP heads -> an adapter."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from mtp_mlx.errors import ConversionError
+from mtp_mlx.errors import ConversionError, MTPError
 
 EPILOG = """\b
 Examples:
   mtp-mlx convert model.Q8_0.gguf ./model
   mtp-mlx convert model.Q8_0.gguf ./model-4bit --quantize 4
+  mtp-mlx convert ./Qwen3.5-0.8B --dry-run
+  mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
 """
 
 
 @click.command(epilog=EPILOG, short_help="Convert a checkpoint to an mlx-lm model folder")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Quantise the weights to this many bits")
 @click.option(
     "--group-size", type=click.Choice(["32", "64"]), default="64", help="Weights that share a scale"
@@ -28,13 +30,50 @@ Examples:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the weights (default: float32 on CPU, bfloat16 on Metal)",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it is a model folder already")
+@click.option("--heads-only", is_flag=True, help="Write only the MTP heads, as an adapter folder")
+@click.option("--dry-run", is_flag=True, help="Show what would be done; OUT is not needed")
+@click.option(
+    "--head-norms",
+    type=click.Choice(["auto", "plain", "zero-centred"]),
+    default="auto",
+    show_default=True,
+    help="How the file stores the heads' norms",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind already")
 def command(
-    source: Path, out: Path, quantize: str | None, group_size: str, dtype: str | None, force: bool
+    source: Path,
+    out: Path | None,
+    quantize: str | None,
+    group_size: str,
+    dtype: str | None,
+    heads_only: bool,
+    dry_run: bool,
+    head_norms: str,
+    force: bool,
 ) -> None:
-    """Convert SOURCE, a .gguf file of a llama- or qwen2-type model, into the mlx-lm model folder OUT."""
-    if source.exists() and (source.is_dir() or source.suffix.lower() != ".gguf"):
-        raise ConversionError(f"{source}: only .gguf files can be converted.")
+    """Convert SOURCE into the folder OUT.
+
+    A .gguf file of a llama- or qwen2-type model becomes an mlx-lm model folder. Of a checkpoint (a folder, or a
+    .safetensors, .bin, .pt, .pth or .ckpt file) the MTP heads become an adapter folder with --heads-only. PyTorch
+    files are read without running the code in them.
+    """
+    gguf = source.suffix.lower() == ".gguf" and not source.is_dir()
+    if dry_run:
+        click.echo("\n".join(_gguf_lines(source) if gguf else _heads_lines(source, head_norms, heads_only)))
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
+    if heads_only:
+        click.echo(_convert_heads(source, out, head_norms, force))
+        return
+    if not gguf:
+        from mtp_mlx.convert.checkpoint import open_checkpoint
+
+        open_checkpoint(source)  # what is no checkpoint at all is refused as that
+        raise ConversionError(
+            f"{source}: only .gguf files can be converted whole so far; take this checkpoint's MTP heads with "
+            "--heads-only, and its trunk with 'mlx_lm.convert'"
+        )
     from mtp_mlx.convert.gguf import convert_gguf
 
     with Console(stderr=True).status(f"converting {source.name}") as status:
@@ -48,3 +87,45 @@ def command(
             progress=lambda stage: status.update(f"{source.name}: {stage}"),
         )
     click.echo(folder)
+
+
+def _convert_heads(source: Path, out: Path, norms: str, force: bool) -> Path:
+    if source.suffix.lower() == ".gguf" and source.is_file():
+        raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.heads_plan import plan_heads
+    from mtp_mlx.convert.heads_write import write_heads
+
+    with Console(stderr=True).status(f"reading {source.name}") as status:
+        checkpoint = open_checkpoint(source)
+        plan = plan_heads(checkpoint, norms)
+        return write_heads(checkpoint, plan, out, force=force, progress=status.update)
+
+
+def _heads_lines(source: Path, norms: str, heads_only: bool) -> list[str]:
+    """The plan of a checkpoint's heads; without heads, what the checkpoint is."""
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.heads_plan import find_heads, plan_heads
+    from mtp_mlx.convert.heads_report import plan_lines, types
+
+    checkpoint = open_checkpoint(source)
+    if heads_only or find_heads(checkpoint) is not None:
+        return plan_lines(checkpoint, plan_heads(checkpoint, norms))
+    return [
+        f"source: {source} ({checkpoint.container}, {len(checkpoint.files)} file(s), {len(checkpoint.tensors)} "
+        f"tensors: {types(checkpoint)})",
+        f"model type: {checkpoint.text_config.get('model_type', '?')}",
+        "heads: none",
+    ]
+
+
+def _gguf_lines(source: Path) -> list[str]:
+    from mtp_mlx.convert.gguf_file import read_gguf
+
+    header = read_gguf(source)
+    kinds = sorted({info.type_name for info in header.tensors.values()})
+    return [
+        f"source: {source} (gguf, {len(header.tensors)} tensors: {', '.join(kinds)})",
+        f"architecture: {header.metadata.get('general.architecture', '?')}",
+        "heads: none are read from a .gguf file",
+    ]

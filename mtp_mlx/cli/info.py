@@ -91,10 +91,10 @@ def _bundled(adapter: Path | None) -> str:
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """An adapter folder, or a model folder.
+    """An adapter folder, a model folder, or a checkpoint (a file, or a folder of another layout).
 
     Raises:
-        MTPError: neither of them.
+        MTPError: none of them.
     """
     from mtp_mlx.adapter import CONFIG_NAME
     from mtp_mlx.demo import EMBEDDED, embedded_model
@@ -103,11 +103,69 @@ def folder(path: Path) -> dict[str, Any]:
         return model_folder(embedded_model(str(path)))
     if not path.exists():
         raise MTPError(f"{path} does not exist")
+    if path.is_file():
+        return checkpoint(path)
     if (path / CONFIG_NAME).is_file():
-        return adapter_folder(path)
+        return heads_folder(path) if _is_heads(path / CONFIG_NAME) else adapter_folder(path)
     if (path / "config.json").is_file():
-        return model_folder(path)
-    raise MTPError(f"{path} is neither a model folder (config.json) nor an adapter folder ({CONFIG_NAME})")
+        return model_folder(path) | checkpoint_heads(path)
+    found = checkpoint_or_none(path)
+    if found is None:
+        raise MTPError(
+            f"{path} is neither a model folder (config.json) nor an adapter folder ({CONFIG_NAME})"
+        )
+    return found
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, its MTP heads included; no weights are read.
+
+    Raises:
+        MTPError: no checkpoint, or a damaged one.
+    """
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.heads_report import describe
+
+    return describe(open_checkpoint(path))
+
+
+def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint in a folder without config.json holds, or None where the folder has no weights."""
+    from mtp_mlx.convert.checkpoint import SUFFIXES
+
+    has_weights = any(file.suffix in SUFFIXES for file in path.iterdir()) if path.is_dir() else False
+    return checkpoint(path) if has_weights else None
+
+
+def checkpoint_heads(path: Path) -> dict[str, Any]:
+    """The MTP heads among a model folder's tensors; nothing where it has none."""
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.heads_report import describe_heads
+
+    try:
+        heads = describe_heads(open_checkpoint(path))
+    except MTPError as error:
+        heads = f"not known: {error}"
+    return {} if heads == "none" else {"mtp heads": heads}
+
+
+def heads_folder(path: Path) -> dict[str, Any]:
+    """What an adapter folder of converted MTP heads says about itself."""
+    from mtp_mlx.convert.heads_report import describe_folder
+
+    return describe_folder(path)
+
+
+def _is_heads(config: Path) -> bool:
+    """Whether an adapter's config is one of MTP heads; a damaged one is left to the reader of adapters."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("method") == "mtp-heads"
 
 
 def adapter_folder(path: Path) -> dict[str, Any]:

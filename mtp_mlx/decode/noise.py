@@ -24,8 +24,8 @@ The generator, in unsigned 32-bit arithmetic modulo 2^32, so that a Metal kernel
    Large g come from small w, where float32 is finest, so the tail that decides an argmax keeps its precision:
    g lies in [-2.82, 22.88]. No product feeds an addition, so contraction to fused operations changes nothing.
 
-On one machine every program that follows the four steps gets the same bits. Between machines steps 1 to 3 are
-identical and step 4 is as good as their `log`: a library's last bit may differ, on a CPU as on a GPU.
+On one device every program that follows the four steps with its float32 `log` gets the same bits (the Metal
+kernels do). Between devices steps 1 to 3 are identical, and the last bits of step 4 are those of their `log`.
 
 Legend: R rows, N token ids.
 """

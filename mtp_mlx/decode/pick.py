@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
-from mtp_mlx.decode.noise import gumbel
+from mtp_mlx.decode.noise import gumbel, row_keys
 from mtp_mlx.errors import MTPError
 
 SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the temperature lose their order
@@ -120,6 +120,15 @@ class Picker:
 
     def __init__(self, config: SamplingConfig | None = None) -> None:
         self.config = config or SamplingConfig()
+
+    def draws_plainly(self, n_columns: int) -> bool:
+        """Whether a pick is argmax(logits / temperature + noise) and no more: no penalties, no warps."""
+        warps = self.config.temperature > 0 and self.config.warps(n_columns)
+        return not warps and self.config.history_size == 0
+
+    def noise_keys(self, positions: mx.array) -> mx.array | None:
+        """Row keys of positions [R], uint32 [R, 2]; None when greedy. See `position_noise`."""
+        return None if self.config.temperature == 0 else row_keys(self.config.seed, positions)
 
     @property
     def history_size(self) -> int:

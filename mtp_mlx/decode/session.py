@@ -171,15 +171,13 @@ class Session:
         """Verifies `drafts` (layout.drafts of them), commits what is accepted and drafts again."""
         shape = block_shape(layout.drafts, layout.slots)
         start = self.cached
-        draft_ids = mx.array(drafts, dtype=mx.int32)
         rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
         block = Block.decode(rows, shape, start, self.attached.vocab_size)
         hidden = self._forward(block)[0]  # [R, D]
         logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
         positions = mx.arange(start + 1, start + 1 + shape.n_real)
         history = self._histories(drafts)
-        picks = self.picker.pick(logits, positions, history)
-        accepted = leading_run(picks, draft_ids)
+        picks, accepted = self._verify(logits, positions, history, rows)
         fresh, confidences = mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
         if layout.slot_rows:
             assert self.drafter is not None, "slots need a drafter"
@@ -201,6 +199,27 @@ class Session:
             confidences=cast("list[float]", confidences.tolist())[:count],
             logits=logits,
         )
+
+    def _verify(
+        self, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The target's picks [1 + d] and how many drafts they accept (a scalar), lazily.
+
+        Args:
+            logits: [1 + d, V] of the real rows.
+            positions: [1 + d] int32 of the tokens picked.
+            history: [1 + d, C] for penalties, or None.
+            tokens: [1 + d] int32, the pending token and the drafts.
+        """
+        kernels, picker = self.attached.kernels, self.picker
+        if kernels is not None and picker.draws_plainly(logits.shape[-1]):
+            found = kernels.attempt(
+                "verify_tail", logits, tokens, picker.config.temperature, picker.noise_keys(positions)
+            )
+            if found is not None:
+                return found[0], found[1].reshape(())
+        picks = picker.pick(logits, positions, history)
+        return picks, leading_run(picks, tokens[1:])
 
     def trim(self, rows: int) -> None:
         """Takes the newest rows back from every layer's cache."""

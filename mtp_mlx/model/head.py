@@ -100,6 +100,19 @@ class HeadView:
     def __call__(self, hidden: mx.array) -> mx.array:
         return self._view(hidden)
 
+    @property
+    def columns(self) -> int:
+        """V, or N with a draft vocabulary."""
+        return int(self._layer.weight.shape[0])
+
+    @property
+    def matrix_arguments(self) -> tuple[Any, ...]:
+        """(weight, scales, biases, group size, bits) as the kernel `lm_head_pick` takes a layer."""
+        layer = self._layer
+        if not is_quantised(layer):
+            return layer.weight, None, None, 0, 0
+        return layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits
+
     @cached_property
     def matrix(self) -> nn.Module | None:
         """The layer whose matrix alone makes the logits; None if the model scales, caps or adds to them.

@@ -87,7 +87,12 @@ def small_kernel(
     count = threads or data.size
     return Launch(
         text=KernelText(
-            name, ("a",), ("o",), header, "uint i = thread_position_in_grid.x;\n" + body, atomic_outputs=atomic
+            name,
+            ("a",),
+            ("o",),
+            header,
+            "uint i = thread_position_in_grid.x;\n" + body,
+            atomic_outputs=atomic,
         ),
         inputs=(data,),
         template=template,

@@ -39,7 +39,8 @@ LAUNCHES = {
         (("T", mx.bfloat16), ("N", 4), ("B", True)),
     ),
     "no template": launch(
-        "o[simdgroup_index_in_threadgroup + threads_per_threadgroup.x] = a[0];", {"a": mx.zeros((8,), mx.uint8)}
+        "o[simdgroup_index_in_threadgroup + threads_per_threadgroup.x] = a[0];",
+        {"a": mx.zeros((8,), mx.uint8)},
     ),
     "a negative template argument, a header, an attribute's name inside another": launch(
         "uint grid_size_x = threadgroups_per_grid.x; o[grid_size_x] = x[0];",

@@ -1,0 +1,235 @@
+"""Proves that each family's heads become the canonical tensors exactly, in the shapes of mlx-lm's own layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mtp_mlx.convert.checkpoint import open_checkpoint
+from mtp_mlx.convert.heads import HeadPlan
+from mtp_mlx.convert.heads_plan import plan_heads
+from mtp_mlx.errors import ConversionError
+
+from .checkpoints import bf16, write_safetensors
+from .head_checkpoints import CASES, D, V, make, model_config, numbers
+
+
+def converted(folder: Path, norms: str = "auto") -> tuple[HeadPlan, dict[str, np.ndarray]]:
+    """The plan of a folder and its canonical tensors in float32."""
+    checkpoint = open_checkpoint(folder)
+    plan = plan_heads(checkpoint, norms)
+    tensors = checkpoint.tensors
+    return plan, {target.name: target.build(tensors) for target in plan.targets}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_family_becomes_canonical(tmp_path: Path, name: str) -> None:
+    made = make(name)
+    plan, found = converted(made.write(tmp_path / "model"))
+    assert found.keys() == made.canonical.keys()
+    for key, value in made.canonical.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    case = CASES[name]
+    convention = plan.convention
+    assert plan.count == case.heads and convention.family == case.family
+    assert convention.stored_order == case.order and convention.zero_centred_norms == case.zero_centred
+    for key, value in case.expected.items():
+        assert getattr(convention, key) == value, key
+    assert {stored for stored, _ in plan.dropped} == {key.format(n=4) for key in case.copies}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_written_block_builds_in_mlx_lm(tmp_path: Path, name: str) -> None:
+    """What mtp_config.json says is enough to build the layer, whose parameters are exactly the tensors."""
+    made = make(name)
+    plan, found = converted(made.write(tmp_path / "model"))
+    config = json.loads(json.dumps(plan.model_config))
+    for i, block in enumerate(json.loads(json.dumps([block.to_json() for block in plan.blocks]))):
+        module = importlib.import_module(block["module"])
+        args = getattr(module, block["args_class"]).from_dict({**config, **block["overrides"]})
+        wanted = {}
+        for j, arguments in enumerate(block["layers"]):
+            layer = getattr(module, block["class"])(args, **arguments)
+            prefix = f"heads.{i}.block.{j}." if len(block["layers"]) > 1 else f"heads.{i}.block."
+            wanted |= {prefix + key: value.shape for key, value in tree_flatten(layer.parameters())}
+        here = {key: value.shape for key, value in found.items() if key.startswith(f"heads.{i}.block.")}
+        assert here == wanted
+
+
+def test_wrong_conventions_give_other_tensors(tmp_path: Path) -> None:
+    """The comparison above fails for a wrong order of concatenation and for norms of the other kind."""
+    made = make("mimo-7b")
+    folder = made.write(tmp_path / "order")
+    stored = made.stored["model.mtp_layers.0.input_proj.weight"]
+    assert not np.array_equal(stored, made.canonical["heads.0.fuse.weight"])
+    np.testing.assert_array_equal(converted(folder)[1]["heads.0.fuse.weight"][:, :D], stored[:, D:])
+    made = make("qwen3-next experts")
+    folder = made.write(tmp_path / "norms")
+    for norms, shift in (("plain", 0), ("zero-centred", 1)):
+        plan, found = converted(folder, norms)
+        assert plan.convention.zero_centred_norms == bool(shift)
+        for key in (
+            "heads.0.norm_hidden.weight",
+            "heads.0.norm_out.weight",
+            "heads.0.block.self_attn.q_norm.weight",
+        ):
+            np.testing.assert_array_equal(found[key], made.canonical[key] - 1 + shift)
+        gate = "heads.0.block.mlp.shared_expert_gate.weight"
+        np.testing.assert_array_equal(found[gate], made.canonical[gate])
+    plan, found = converted(make("glm-4.5").write(tmp_path / "glm"), "zero-centred")
+    key = "heads.0.norm_embedding.weight"
+    np.testing.assert_array_equal(found[key], make("glm-4.5").canonical[key] + 1)
+
+
+def test_norms_of_a_file_that_mlx_lm_converted(tmp_path: Path) -> None:
+    """With a converted trunk the heads' norms may have either form; the trunk's q and k norms tell which."""
+    made = make("qwen3-next experts")
+    made.stored["model.layers.0.linear_attn.conv1d.weight"] = np.ones((8, 4, 1), np.float32)
+    gain = numbers("gain", (16,)) / 4 + 1.5  # what real gains look like
+    made.stored["model.layers.3.self_attn.q_norm.weight"] = gain
+    for shift in (0, 1):  # copied unchanged from the original, or shifted together with the trunk
+        for part in ("q", "k"):
+            made.stored[f"mtp.layers.0.self_attn.{part}_norm.weight"] = gain - 1 + shift
+        plan, found = converted(made.write(tmp_path / f"m{shift}"))
+        np.testing.assert_array_equal(found["heads.0.block.self_attn.q_norm.weight"], gain)
+        assert plan.convention.zero_centred_norms == (shift == 0) and "the trunk is mlx-lm's" in plan.notes[0]
+    del made.stored["model.layers.3.self_attn.q_norm.weight"]
+    with pytest.raises(ConversionError, match="say so with --head-norms"):
+        converted(made.write(tmp_path / "unknown"))
+
+
+def test_bfloat16_heads_stay_bfloat16(tmp_path: Path) -> None:
+    made = make("qwen3.5 dense")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    stored = {name: bf16(value) for name, value in made.stored.items()}
+    write_safetensors(folder / "model.safetensors", stored, dict.fromkeys(stored, "BF16"))
+    (folder / "config.json").write_text(json.dumps(made.config))
+    _, found = converted(folder)
+    for key, value in made.canonical.items():
+        np.testing.assert_array_equal(found[key], bf16(value), err_msg=key)
+
+
+def test_fp8_weights_of_a_head_are_dequantised(tmp_path: Path) -> None:
+    made = make("deepseek-v3")
+    key = "model.layers.4.self_attn.q_a_proj.weight"
+    codes = np.full(made.stored[key].shape, 0x38, np.uint8)  # 1.0
+    stored = {**made.stored, key: codes, f"{key}_scale_inv": np.full((1, 1), 0.25, np.float32)}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", stored, {key: "F8_E4M3"})
+    (folder / "config.json").write_text(json.dumps(made.config))
+    _, found = converted(folder)
+    np.testing.assert_array_equal(
+        found["heads.0.block.self_attn.q_a_proj.weight"], bf16(np.full(codes.shape, 0.25))
+    )
+
+
+def test_a_copy_is_dropped_only_if_every_byte_is_the_same(tmp_path: Path) -> None:
+    made = make("deepseek-v3")
+    for changed, field, part in (
+        ("model.layers.4.embed_tokens.weight", "embedding", "embed_tokens"),
+        ("model.layers.4.shared_head.head.weight", "lm_head", "lm_head"),
+    ):
+        stored = dict(made.stored)
+        stored[changed] = stored[changed].copy()
+        stored[changed][-1, -1] += 2.0**-20
+        plan, found = converted(dataclasses.replace(made, stored=stored).write(tmp_path / part))
+        assert getattr(plan.convention, field) == "own" and len(plan.dropped) == 1
+        np.testing.assert_array_equal(found[f"heads.0.{part}.weight"], stored[changed])
+    # Without a trunk nothing can be compared, so both are kept.
+    stored = {name: value for name, value in made.stored.items() if name.startswith("model.layers.4.")}
+    plan, found = converted(dataclasses.replace(made, stored=stored).write(tmp_path / "alone"))
+    assert (plan.convention.embedding, plan.convention.lm_head, plan.dropped) == ("own", "own", [])
+    # A tied model has no LM head of its own: the copy is that of the embedding.
+    stored = dict(made.stored)
+    del stored["lm_head.weight"]
+    stored["model.layers.4.shared_head.head.weight"] = stored["model.embed_tokens.weight"]
+    plan, _ = converted(
+        dataclasses.replace(made, stored=stored).write(tmp_path / "tied", tie_word_embeddings=True)
+    )
+    assert ("model.layers.4.shared_head.head.weight", "model.embed_tokens.weight") in plan.dropped
+
+
+def test_an_own_embedding_that_is_the_trunks_is_shared(tmp_path: Path) -> None:
+    made = make("longcat-flash")
+    made.stored["model.mtp.embed_tokens.weight"] = made.stored["model.embed_tokens.weight"]
+    plan, found = converted(made.write(tmp_path / "model"))
+    assert plan.convention.embedding == "shared" and "heads.0.embed_tokens.weight" not in found
+
+
+def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
+    made = make("glm-4.5")
+    head = "model.layers.4."
+    del made.stored[f"{head}enorm.weight"]
+    made.stored[f"{head}mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+    made.stored[f"{head}self_attn.k_proj.bias"] = np.zeros(31, np.float32)
+    made.stored[f"{head}mlp.experts.1.up_proj.weight"] = np.zeros((24, D), np.int32)
+    made.stored[f"{head}shared_head.norm.weight"] = np.zeros(D, np.float16)
+    with pytest.raises(ConversionError) as caught:
+        converted(made.write(tmp_path / "model"))
+    message = str(caught.value)
+    assert "4 tensors of the MTP heads do not fit GLM-4.5" in message
+    assert f"missing {head}enorm.weight [48]" in message
+    assert f"unexpected {head}mlp.up_proj.weight [2, 2]" in message
+    assert f"{head}self_attn.k_proj.bias is [31], [32] expected" in message
+    assert f"{head}mlp.experts.1.up_proj.weight is of type I32, a float type expected" in message
+
+
+def test_announced_heads_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    made = make("qwen3-next experts")
+    made.stored = {name: value for name, value in made.stored.items() if not name.startswith("mtp.")}
+    with pytest.raises(ConversionError, match=r"announces 1 MTP head\(s\), but no tensor of one is there"):
+        converted(made.write(tmp_path / "model"))
+    with pytest.raises(ConversionError, match="holds no MTP heads of a known kind"):
+        converted(made.write(tmp_path / "none", num_nextn_predict_layers=0))
+
+
+def test_known_layouts_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
+    made = make("glm-4.5")
+    with pytest.raises(
+        ConversionError, match="named as in Step-3.5.* model_type 'glm9'; known .*deepseek_v3, glm4_moe"
+    ):
+        converted(made.write(tmp_path / "a", model_type="glm9"))
+    for name, title in (
+        ("mtp.0.e_proj.weight", "DeepSeek-V4"),
+        ("midlayer.hidden_norm.weight", "EAGLE-3"),
+        ("hydra_mlp.0.0.linear.weight", "Hydra"),
+    ):
+        folder = tmp_path / title
+        folder.mkdir()
+        write_safetensors(folder / "model.safetensors", {name: np.ones(1, np.float32)})
+        with pytest.raises(ConversionError, match=f"the heads are {title}.* not supported"):
+            converted(folder)
+
+
+def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="the configuration lacks 'kv_lora_rank'"):
+        converted(make("deepseek-v3").write(tmp_path / "a", kv_lora_rank=None))
+    with pytest.raises(ConversionError, match="mtp_hybrid_override_pattern is 'M'"):
+        converted(make("nemotron-h").write(tmp_path / "b", mtp_hybrid_override_pattern="M"))
+    with pytest.raises(ConversionError, match="layer_types has 4 entries, none for the MTP head at layer 4"):
+        converted(make("step-3.5").write(tmp_path / "c", layer_types=["full_attention"] * 4))
+
+
+def test_another_number_of_heads_is_noted(tmp_path: Path) -> None:
+    plan, _ = converted(make("mimo-v2").write(tmp_path / "model", num_nextn_predict_layers=1))
+    assert plan.count == 3 and "announces 1 head(s), the file holds 3" in plan.notes[0]
+
+
+def test_multi_modal_names(tmp_path: Path) -> None:
+    """Nemotron-H's multi-modal files put language_model. before everything."""
+    made = make("nemotron-h")
+    made.stored = {f"language_model.{name}": value for name, value in made.stored.items()}
+    _, found = converted(made.write(tmp_path / "model"))
+    assert found.keys() == made.canonical.keys()
+
+
+def test_model_config_of_the_cases() -> None:
+    assert all(model_config(case)["vocab_size"] == V for case in CASES.values())

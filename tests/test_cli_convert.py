@@ -1,0 +1,199 @@
+"""`mtp-mlx convert` and `info` on checkpoints: plans, adapter folders, and files that are hostile or damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import mtp_mlx.cli as cli
+from tests.convert.checkpoints import write_safetensors, write_shards
+from tests.convert.gguf_files import write_model
+from tests.convert.head_checkpoints import make
+from tests.convert.test_torch_pickle import hostile
+from tests.convert.torch_files import write_torch, write_zip
+from tests.tiny import save_tiny
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(cli.main, list(map(str, args)))
+
+
+def refused(*args: Any) -> str:
+    """The one sentence on stderr of a command that ends with exit code 2 and prints nothing else."""
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith(cli.HOW_TO_MEND[:20])]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    return lines[0]
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    source = make("deepseek-v3").write(tmp_path / "model")
+    result = run("convert", source, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for line in (
+        "family: DeepSeek-V3 / R1",
+        "heads: 1",
+        "  first hidden: post-norm",
+        "block: mlx_lm.models.deepseek_v3.DeepseekV3DecoderLayer",
+        "  heads.0.fuse.weight [48, 96] F32 <- model.layers.4.eh_proj.weight",
+        "model.layers.4.mlp.experts.0.up_proj.weight .. model.layers.4.mlp.experts.2.up_proj.weight (3), stacked",
+        "  model.layers.4.shared_head.head.weight = lm_head.weight",
+    ):
+        assert line in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    mimo = run("convert", make("mimo-7b").write(tmp_path / "mimo"), "--dry-run").stdout
+    assert "model.mtp_layers.0.input_proj.weight, columns swapped to [embedding ; hidden]" in mimo
+
+
+def test_the_plan_needs_no_mlx(tmp_path: Path) -> None:
+    source = make("qwen3-next experts").write(tmp_path / "model")
+    code = (
+        "import sys; from click.testing import CliRunner; import mtp_mlx.cli as cli\n"
+        f"assert CliRunner().invoke(cli.main, ['convert', {str(source)!r}, '--dry-run']).exit_code == 0\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'transformers', 'torch')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_plan_of_what_has_no_heads(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    assert "heads: none" in run("convert", model, "--dry-run").stdout
+    assert "holds no MTP heads of a known kind" in refused("convert", model, "--dry-run", "--heads-only")
+    gguf = write_model(tmp_path / "m.gguf").path
+    plan = run("convert", gguf, tmp_path / "out", "--dry-run")
+    assert plan.exit_code == 0 and "architecture: llama" in plan.stdout and not (tmp_path / "out").exists()
+    assert "not read from .gguf" in refused("convert", gguf, tmp_path / "out", "--heads-only")
+
+
+def test_heads_become_an_adapter_folder(tmp_path: Path) -> None:
+    source = make("qwen3-next experts").write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "heads", "--heads-only")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "heads")
+    config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
+    assert config["heads"]["convention"]["zero_centred_norms"] is True
+    assert "exists already" in refused("convert", source, tmp_path / "heads", "--heads-only")
+    result = run("convert", source, tmp_path / "heads", "--heads-only", "--force", "--head-norms", "plain")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
+    assert config["heads"]["convention"]["zero_centred_norms"] is False
+
+
+def test_whole_checkpoints_are_not_converted_yet(tmp_path: Path) -> None:
+    source = make("mimo-7b").write(tmp_path / "model")
+    message = refused("convert", source, tmp_path / "out")
+    assert "only .gguf files can be converted whole" in message and "--heads-only" in message
+    assert run("convert", source).exit_code == 2 and "Missing argument 'OUT'" in run("convert", source).stderr
+
+
+# --- info ---------------------------------------------------------------------------------------------------
+
+
+def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
+    source = make("mimo-7b").write(tmp_path / "model")
+    facts = json.loads(run("info", source, "--json").stdout)
+    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B / FastMTP"
+    facts = json.loads(run("info", source / "model.safetensors", "--json").stdout)
+    assert facts["kind"] == "checkpoint" and facts["mtp heads"]["count"] == 1
+    run("convert", source, tmp_path / "heads", "--heads-only")
+    facts = json.loads(run("info", tmp_path / "heads", "--json").stdout)
+    assert (facts["kind"], facts["method"], facts["heads"]) == ("adapter", "mtp-heads", 1)
+    assert facts["convention"]["stored order"] == "hidden"
+    text = run("info", tmp_path / "heads").stdout
+    assert "method: mtp-heads" in text and "  first hidden: post-norm" in text
+    (tmp_path / "heads" / "mtp_config.json").write_text('{"method": "mtp-heads"}')
+    assert "mtp_config.json is damaged" in refused("info", tmp_path / "heads")
+
+
+def test_info_of_pytorch_files(tmp_path: Path) -> None:
+    path = write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa(tmp_path / "medusa"))
+    for where in (path, path.parent):
+        facts = json.loads(run("info", where, "--json").stdout)
+        assert (facts["container"], facts["mtp heads"]["family"]) == ("pytorch", "Medusa")
+
+
+def medusa(folder: Path) -> dict[str, np.ndarray]:
+    """Medusa's tensors, and the folder for them."""
+    folder.mkdir()
+    shapes = {"0.0.linear.weight": (8, 8), "0.0.linear.bias": (8,), "0.1.weight": (9, 8)}
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+
+
+# --- hostile and damaged ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "shard"])
+@pytest.mark.parametrize(
+    "case", ["os.system", "in a state_dict", "reduce, protocol 4", "stack global through memo"]
+)
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path, case: str, where: str) -> None:
+    marker, source = tmp_path / "ran", tmp_path / "model"
+    pickle_bytes, name = hostile(f"touch {marker}")[case]
+    source.mkdir()
+    path = write_zip(source / "pytorch_model.bin", pickle_bytes, {})
+    if where == "shard":
+        index = {"weight_map": {"w": "pytorch_model.bin"}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    target = path if where == "file" else source
+    for args in (
+        ("convert", target, tmp_path / "out", "--heads-only"),
+        ("convert", target, tmp_path / "out"),
+        ("convert", target, "--dry-run"),
+        ("info", target),
+    ):
+        message = refused(*args)
+        assert f"its pickle names {name}, which is no tensor record" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no marker, no output, nothing temporary
+
+
+def damaged(folder: Path, kind: str) -> str:
+    """A sharded checkpoint damaged in one way; returns what the message must say."""
+    made = make("glm-4.5")
+    made.write(folder)
+    names = sorted(made.stored)
+    halves = [{name: made.stored[name] for name in part} for part in (names[::2], names[1::2])]
+    (folder / "model.safetensors").unlink()
+    key = "model.layers.4.eh_proj.weight"
+    home = next(half for half in halves if key in half)
+    if kind == "wrong type":
+        home[key] = home[key].astype(np.int32)
+    if kind == "wrong shape":
+        home[key] = home[key][:, :-1]
+    write_shards(folder, {"a.safetensors": halves[0], "b.safetensors": halves[1]})
+    if kind == "truncated shard":
+        raw = (folder / "b.safetensors").read_bytes()
+        (folder / "b.safetensors").write_bytes(raw[:-100])
+    if kind == "missing shard":
+        (folder / "b.safetensors").unlink()
+    return {
+        "wrong type": f"{key} is of type I32, a float type expected",
+        "wrong shape": f"{key} is [48, 95], [48, 96] expected",
+        "truncated shard": "b.safetensors: the file is truncated",
+        "missing shard": "1 of which are missing: b.safetensors",
+        "unknown type": "has the type F4",
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["wrong type", "wrong shape", "truncated shard", "missing shard"])
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, kind: str) -> None:
+    expected = damaged(tmp_path / "model", kind)
+    for args in (
+        ("convert", tmp_path / "model", tmp_path / "out", "--heads-only"),
+        ("convert", tmp_path / "model", "--dry-run"),
+    ):
+        assert expected in refused(*args)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_type_that_no_one_knows(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"w": np.ones(8, np.uint8)}, {"w": "F4"})
+    assert "tensor 'w' has the type F4" in refused("convert", tmp_path / "m.safetensors", "--dry-run")
