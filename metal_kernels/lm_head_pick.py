@@ -2,8 +2,8 @@
 
 Contract: `run` picks by float32 logits that were never rounded to the model's type or written to memory; the stock
 path (`reference`) rounds them to it, so the two may differ where the best scores are that close, and only there.
-The noise has the bits of `mtp_mlx.decode.noise` and goes by real token ids. A row's result does not depend on the
-other rows or on their number. Equal scores: the lowest column. The weights are read once for all rows.
+The noise has the bits of `position_noise` and goes by real token ids. A row's result does not depend on the other
+rows or on their number. Equal scores: the lowest column. The weights are read once for all rows.
 Non-goals: heads that scale, cap or add to their logits (granite, gemma2), top-p, min-p, top-k, penalties.
 
 Arguments of every function here, after the factory
@@ -11,7 +11,7 @@ Arguments of every function here, after the factory
     weight       [V, D] of hidden's type, or uint32 [V, D * bits / 32] as `mx.quantize` packs it (affine)
     scales, biases  [V, D / group_size] of hidden's type; None with a dense weight
     group_size, bits  32, 64 or 128, and 4 or 8; 0 and 0 with a dense weight
-    config       `SamplingConfig`; its seed is not looked at
+    temperature  0 is greedy
     keys         uint32 [R, 2] from `row_keys`; None when greedy (temperature 0)
     token_ids    [V] int32, the real id of each column of a reduced vocabulary; None when column = id
 """
@@ -23,9 +23,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mtp_mlx.decode.noise import gumbel_of_keys, row_keys
-from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.metal_kernels.launch import Factory, Launch, Support, read_kernel
+from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
@@ -51,9 +50,7 @@ _merge = read_kernel(
 MERGE_TEXT = dataclasses.replace(_merge, header=PARTS_TEXT.header)
 
 MaybeArray = mx.array | None
-Arguments = tuple[
-    mx.array, mx.array, MaybeArray, MaybeArray, int, int, SamplingConfig, MaybeArray, MaybeArray
-]
+Arguments = tuple[mx.array, mx.array, MaybeArray, MaybeArray, int, int, float, MaybeArray, MaybeArray]
 
 
 def _why_not(
@@ -63,7 +60,7 @@ def _why_not(
     biases: MaybeArray,
     group_size: int,
     bits: int,
-    config: SamplingConfig,
+    temperature: float,
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> str:
@@ -79,11 +76,7 @@ def _why_not(
         return f"rows of {size} values, not a multiple of 32"
     if n_columns < SMALLEST_VOCABULARY:
         return f"{n_columns} columns, fewer than {SMALLEST_VOCABULARY}"
-    if config.history_size:
-        return "repetition penalties are on"
-    if config.temperature > 0 and config.warps(n_columns):
-        return "top-p, min-p or top-k is on"
-    if config.temperature > 0 and (keys is None or keys.dtype != mx.uint32 or keys.shape != (n_rows, 2)):
+    if temperature > 0 and (keys is None or keys.dtype != mx.uint32 or keys.shape != (n_rows, 2)):
         found = "missing" if keys is None else f"{keys.dtype} {keys.shape}"
         return f"keys are {found}, not uint32 {(n_rows, 2)}"
     if token_ids is not None and (token_ids.dtype != mx.int32 or token_ids.shape != (n_columns,)):
@@ -131,7 +124,7 @@ def launch_parts(
     biases: MaybeArray,
     group_size: int,
     bits: int,
-    config: SamplingConfig,
+    temperature: float,
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> Launch:
@@ -140,21 +133,21 @@ def launch_parts(
     Raises:
         ValueError: the call is not `supported`.
     """
-    reason = _why_not(hidden, weight, scales, biases, group_size, bits, config, keys, token_ids)
+    reason = _why_not(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     if reason:
         raise ValueError(f"lm_head_pick: {reason}")
     n_rows, n_columns = hidden.shape[0], weight.shape[0]
     n_tiles = -(-n_columns // TILE)
     tiles_per_part = min(MOST_TILES, max(1, n_tiles // ENOUGH_PARTS))
     parts = -(-n_tiles // tiles_per_part)
-    noisy = config.temperature > 0
+    noisy = temperature > 0
     if not noisy or keys is None:
         keys = mx.array([0], dtype=mx.uint32)
     if scales is None or biases is None:
         scales = biases = hidden
         group_size = bits = 0
     plan = mx.array([tiles_per_part, int(noisy), int(token_ids is not None)], dtype=mx.int32)
-    inverse = mx.array([1.0 / config.temperature if noisy else 1.0], dtype=mx.float32)
+    inverse = mx.array([1.0 / temperature if noisy else 1.0], dtype=mx.float32)
     ids = _no_ids() if token_ids is None else token_ids
     n_compiled = next(count for count in ROW_COUNTS if count >= n_rows)
     return Launch(
@@ -209,7 +202,7 @@ def run(
     biases: MaybeArray,
     group_size: int,
     bits: int,
-    config: SamplingConfig,
+    temperature: float,
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> tuple[mx.array, mx.array]:
@@ -218,7 +211,7 @@ def run(
     Raises:
         ValueError: the call is not `supported`.
     """
-    parts = launch_parts(hidden, weight, scales, biases, group_size, bits, config, keys, token_ids)
+    parts = launch_parts(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     values, columns = parts.run(factory)
     picks, confidence = launch_merge(values, columns, weight.shape[0], token_ids).run(factory)
     return picks, confidence
@@ -231,12 +224,12 @@ def reference(
     biases: MaybeArray,
     group_size: int,
     bits: int,
-    config: SamplingConfig,
+    temperature: float,
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> tuple[mx.array, mx.array]:
     """As `run`, by the stock head and picking from its logits."""
-    reason = _why_not(hidden, weight, scales, biases, group_size, bits, config, keys, token_ids)
+    reason = _why_not(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     if reason:
         raise ValueError(f"lm_head_pick: {reason}")
     if scales is None:
@@ -246,10 +239,10 @@ def reference(
             hidden, weight, scales, biases, transpose=True, group_size=group_size, bits=bits
         ).astype(mx.float32)
     noisy = scores
-    if config.temperature > 0:
+    if temperature > 0:
         assert keys is not None
         ids = mx.arange(weight.shape[0]) if token_ids is None else token_ids
-        scores = scores * (1.0 / config.temperature)
+        scores = scores * (1.0 / temperature)
         noisy = scores + gumbel_of_keys(keys, ids)
     columns = mx.argmax(noisy, axis=-1)
     picked = mx.take_along_axis(scores, columns[:, None], axis=-1).squeeze(-1)
@@ -280,13 +273,12 @@ def sample(
         hidden * (8.0 * max(temperature, 1.0)) / mx.sum(hidden * hidden, axis=-1, keepdims=True)
     )
     hidden, weight = hidden.astype(dtype), weight.astype(dtype)
-    config = SamplingConfig(temperature=temperature)
     keys = row_keys(seed, mx.arange(n_rows)) if temperature else None
     ids = None if seed % 2 else (mx.arange(n_columns) * 3 + 1).astype(mx.int32)
     if not bits:
-        return hidden, weight, None, None, 0, 0, config, keys, ids
+        return hidden, weight, None, None, 0, 0, temperature, keys, ids
     packed, scales, biases = mx.quantize(weight, group_size=group_size, bits=bits)
-    return hidden, packed, scales, biases, group_size, bits, config, keys, ids
+    return hidden, packed, scales, biases, group_size, bits, temperature, keys, ids
 
 
 def samples() -> list[Arguments]:
@@ -307,8 +299,8 @@ def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -
 
 def shape_key(*arguments: Any) -> str:
     """The class of calls that cost the same, e.g. "gumbel q4 g64 bfloat16 3x49152x576"."""
-    hidden, weight, scales, _, group_size, bits, config, *_ = arguments
+    hidden, weight, scales, _, group_size, bits, temperature, *_ = arguments
     dtype = str(hidden.dtype).removeprefix("mlx.core.")
     kind = "dense" if scales is None else f"q{bits} g{group_size}"
-    mode = "gumbel" if config.temperature > 0 else "greedy"
+    mode = "gumbel" if temperature > 0 else "greedy"
     return f"{mode} {kind} {dtype} {hidden.shape[0]}x{weight.shape[0]}x{hidden.shape[1]}"

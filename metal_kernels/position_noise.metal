@@ -1,4 +1,4 @@
-// The noise of mtp_mlx/decode/noise.py, bit for bit, and the order in which scores win: shared by the kernels
+// The noise of metal_kernels/position_noise.py, bit for bit, and the order in which scores win: shared by the kernels
 // that pick tokens, which paste this header before their own. Never launched: it has no body.
 //@header
 // A product must not be fused with the sum it feeds: MLX computes and rounds them apart.

@@ -11,7 +11,7 @@ Non-goals: top-p, min-p, top-k and penalties; `Picker` does those.
 Arguments of every function here, after the factory
     logits   [R, V] float32, float16 or bfloat16; column = token id
     tokens   [R] int32, the block's real tokens: the pending one, then the R - 1 drafts
-    config   `SamplingConfig`; its seed is not looked at
+    temperature  0 is greedy
     noise    None when greedy (temperature 0); uint32 [R, 2] from `row_keys` for Gumbel; float32 [R] in [0, 1) for the
              inverse CDF. Ignored at temperature 0.
 """
@@ -23,10 +23,8 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.decode.noise import gumbel_of_keys, row_keys
-from mtp_mlx.decode.pick import SamplingConfig
-from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.metal_kernels.launch import Factory, Launch, Support, read_kernel
+from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys
 
 GREEDY, GUMBEL, INVERSE_CDF = 0, 1, 2
 MODE_NAMES = ("greedy", "gumbel", "inverse cdf")
@@ -48,19 +46,19 @@ _own = read_kernel(
 )
 TEXT = dataclasses.replace(_own, header=NOISE_HEADER + _own.header)
 
-Arguments = tuple[mx.array, mx.array, SamplingConfig, mx.array | None]
+Arguments = tuple[mx.array, mx.array, float, mx.array | None]
 
 
-def _mode(config: SamplingConfig, noise: mx.array | None) -> int:
+def _mode(temperature: float, noise: mx.array | None) -> int:
     """Which pick is asked for.
 
     Raises:
         ValueError: a temperature without noise, or noise of another type.
     """
-    if config.temperature == 0:
+    if temperature == 0:
         return GREEDY
     if noise is None:
-        raise ValueError(f"temperature {config.temperature} needs noise: row keys or uniforms")
+        raise ValueError(f"temperature {temperature} needs noise: row keys or uniforms")
     if noise.dtype == mx.uint32:
         return GUMBEL
     if noise.dtype == mx.float32:
@@ -69,15 +67,11 @@ def _mode(config: SamplingConfig, noise: mx.array | None) -> int:
 
 
 def supported(
-    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+    logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
 ) -> Support:
     """Whether the kernel can do this call."""
     if logits.dtype not in FLOATS:
         return Support(False, f"logits of type {logits.dtype}")
-    if config.history_size:
-        return Support(False, "repetition penalties are on")
-    if config.temperature > 0 and config.warps(logits.shape[-1]):
-        return Support(False, "top-p, min-p or top-k is on")
     if logits.shape[-1] < SMALLEST_VOCABULARY:
         return Support(False, f"fewer than {SMALLEST_VOCABULARY} columns")
     if logits.size >= MOST_ELEMENTS:
@@ -85,17 +79,17 @@ def supported(
     return Support(True)
 
 
-def _checked(logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None) -> int:
+def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None) -> int:
     """The mode, once every shape has been looked at."""
     if logits.ndim != 2 or logits.shape[0] < 1:
         raise ValueError(f"logits have shape {logits.shape} but must be [rows >= 1, vocabulary]")
-    support = supported(logits, tokens, config, noise)
+    support = supported(logits, tokens, temperature, noise)
     if not support:
         raise ValueError(f"verify_tail cannot do this call: {support.reason}")
     n_rows = logits.shape[0]
     if tokens.shape != (n_rows,) or tokens.dtype != mx.int32:
         raise ValueError(f"tokens are {tokens.dtype} {tokens.shape} but must be int32 ({n_rows},)")
-    mode = _mode(config, noise)
+    mode = _mode(temperature, noise)
     if mode != GREEDY:
         assert noise is not None
         expected = (n_rows, 2) if mode == GUMBEL else (n_rows,)
@@ -104,22 +98,20 @@ def _checked(logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: 
     return mode
 
 
-def launch(
-    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
-) -> Launch:
+def launch(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None) -> Launch:
     """The one launch; its output holds the picks and then the accepted count, int32 [R + 1].
 
     Raises:
         ValueError: a shape or type does not fit, or the call is not `supported`.
     """
-    mode = _checked(logits, tokens, config, noise)
+    mode = _checked(logits, tokens, temperature, noise)
     n_rows, n_columns = logits.shape
     simdgroups = -(-n_columns // (SIMD_WIDTH * COLUMNS_PER_THREAD))
     threads = min(MOST_THREADS, SIMD_WIDTH * simdgroups)
     if mode == GREEDY:
         noise = mx.array([0], dtype=mx.uint32)
     assert noise is not None
-    inverse = mx.array([1.0 if mode == GREEDY else 1.0 / config.temperature], dtype=mx.float32)
+    inverse = mx.array([1.0 if mode == GREEDY else 1.0 / temperature], dtype=mx.float32)
     return Launch(
         text=TEXT,
         inputs=(logits, tokens, noise, inverse),
@@ -136,24 +128,24 @@ def run(
     factory: Factory,
     logits: mx.array,
     tokens: mx.array,
-    config: SamplingConfig,
+    temperature: float,
     noise: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Picks, int32 [R], and the number of accepted drafts, int32 [1]."""
-    (result,) = launch(logits, tokens, config, noise).run(factory)
+    (result,) = launch(logits, tokens, temperature, noise).run(factory)
     n_rows = logits.shape[0]
     return result[:n_rows], result[n_rows:]
 
 
 def reference(
-    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
+    logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """As `run`, in pure MLX."""
-    mode = _checked(logits, tokens, config, noise)
+    mode = _checked(logits, tokens, temperature, noise)
     scores = logits.astype(mx.float32)
     if mode != GREEDY:
         assert noise is not None
-        scores = scores * (1.0 / config.temperature)
+        scores = scores * (1.0 / temperature)
         if mode == GUMBEL:
             scores = scores + gumbel_of_keys(noise, mx.arange(logits.shape[-1]))
         else:
@@ -163,7 +155,13 @@ def reference(
 
 def _with_accepted(picks: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
     picks = picks.astype(mx.int32)
-    return picks, leading_run(picks, tokens[1:]).reshape(1)
+    return picks, _leading_run(picks, tokens)
+
+
+def _leading_run(picks: mx.array, tokens: mx.array) -> mx.array:
+    """[1] int32: how many drafts, the tokens after the first, equal the pick of the row before them."""
+    equal = (picks[:-1] == tokens[1:]).astype(mx.int32)
+    return mx.sum(mx.cumprod(equal)).astype(mx.int32).reshape(1)
 
 
 def _inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
@@ -203,12 +201,11 @@ def samples() -> list[Arguments]:
         wide = np.array(mx.softmax(logits.astype(mx.float32) * (1 / 0.7), axis=-1)).astype(np.float64)
         middles = (np.cumsum(wide, axis=-1) - wide / 2)[np.arange(n_rows), wide.argmax(-1)]
         for temperature, noise in ((0.0, None), (0.7, keys), (0.7, mx.array(middles.astype(np.float32)))):
-            config = SamplingConfig(temperature=temperature)
             block = mx.zeros((n_rows,), dtype=mx.int32)
-            picks, _ = reference(logits, block, config, noise)
+            picks, _ = reference(logits, block, temperature, noise)
             drafts = np.concatenate([[0], np.array(picks)[:-1]])
             drafts[n_rows // 2 + 1 :] = n_columns - 1  # a few drafts are right, the rest probably wrong
-            calls.append((logits, mx.array(drafts.astype(np.int32)), config, noise))
+            calls.append((logits, mx.array(drafts.astype(np.int32)), temperature, noise))
     return calls
 
 
@@ -217,10 +214,8 @@ def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -
     return all(bool(mx.array_equal(one, other)) for one, other in zip(ours, theirs, strict=True))
 
 
-def shape_key(
-    logits: mx.array, tokens: mx.array, config: SamplingConfig, noise: mx.array | None = None
-) -> str:
+def shape_key(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None) -> str:
     """The class of calls that cost the same, e.g. "gumbel bfloat16 4x151936"."""
     n_rows, n_columns = logits.shape
     dtype = str(logits.dtype).removeprefix("mlx.core.")
-    return f"{MODE_NAMES[_mode(config, noise)]} {dtype} {n_rows}x{n_columns}"
+    return f"{MODE_NAMES[_mode(temperature, noise)]} {dtype} {n_rows}x{n_columns}"

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
-from mtp_mlx.decode.noise import gumbel, row_keys
 from mtp_mlx.errors import MTPError
+from mtp_mlx.metal_kernels.position_noise import gumbel, row_keys
 
 SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the temperature lose their order
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -219,13 +221,73 @@ def test_a_pickle_that_changes_or_misuses_records_is_damaged(tmp_path: Path, pic
         read_torch(path)
 
 
-def test_methods_hidden_on_a_dictionary_are_not_called(tmp_path: Path) -> None:
+def test_attributes_of_a_dictionary_are_ignored(tmp_path: Path) -> None:
     shadow = write_only({"items": Global("torch", "Size"), "get": Global("torch", "Size")})
     body = write_only(OrderedDict(w=Tensor(np.ones(4, np.float32)))) + shadow + b"b."
     file = read_torch(
         write_zip(tmp_path / "m.pt", b"\x80\x02" + body, {"0": np.ones(4, np.float32).tobytes()})
     )
-    assert file.tensors.keys() == {"w"}
+    assert file.tensors.keys() == {"w"} and type(file.values) is dict
+
+
+LONG_LIST = write_only(list(range(1000)))
+BOMBS = {
+    "a memo of two thousand million entries": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "a text longer than the file": b"\x80\x04\x8d\xff\xff\xff\xff\x00\x00\x00\x00x.",
+    "one list copied into many sets": b"\x80\x02"
+    + LONG_LIST
+    + b"q\x00]("
+    + b"cbuiltins\nset\nh\x00\x85R" * 1100
+    + b"e.",
+    "one list copied into many sizes": b"\x80\x02"
+    + LONG_LIST
+    + b"q\x00]("
+    + b"ctorch\nSize\nh\x00\x85R" * 9
+    + b"e.",
+    "a key nested two hundred thousand deep": b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.",
+    "a value nested two hundred thousand deep": b"\x80\x02}X\x01\x00\x00\x00a)" + b"\x85" * 200_000 + b"s.",
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited this way on Linux only")
+@pytest.mark.parametrize("name", list(BOMBS))
+def test_a_small_file_cannot_take_all_memory(tmp_path: Path, name: str) -> None:
+    path = write_zip(tmp_path / "m.pt", BOMBS[name], {})
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "from mtp_mlx.convert.torch_pickle import read_torch\n"
+        "from mtp_mlx.errors import ConversionError\n"
+        "try: read_torch(sys.argv[1])\n"
+        "except ConversionError as error: print('refused:', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused:")
+    assert "data.pkl is damaged" in done.stdout or "holds no tensors" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pickletools, for odd escapes in texts
+def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
+    """Thousands of random changes: never another error than ConversionError."""
+    content = OrderedDict(a=Tensor(np.ones(12, np.float32), (3, 4)), b=Tensor(np.zeros(4), parameter=True))
+    path = write_torch(
+        tmp_path / "m.pt", {"state_dict": content, "hyper_parameters": {"x": [1, 2.5, ("y",)]}}
+    )
+    whole, random = path.read_bytes(), np.random.default_rng(4)
+    start = whole.index(b"\x80\x02")
+    outcomes = {True: 0, False: 0}
+    for number in range(3000):
+        changed = bytearray(whole)
+        first, last = (start, start + 700) if number % 2 else (0, len(whole))  # the pickle, or anything
+        for position in random.integers(first, last, 1 + number % 3):
+            changed[position] = random.integers(256)
+        path.write_bytes(changed)
+        try:
+            tensors = read_torch(path).tensors.values()
+            [tensor.load() for tensor in tensors if np.prod(tensor.shape) < 1e6]
+            outcomes[True] += 1
+        except ConversionError:
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 50
 
 
 def test_dictionaries_without_end(tmp_path: Path) -> None:

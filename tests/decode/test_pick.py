@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mtp_mlx.decode.noise import gumbel
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.errors import MTPError
+from mtp_mlx.metal_kernels.position_noise import gumbel
 
 VOCABULARY = 23
 WARPS = {
@@ -290,3 +290,24 @@ def test_bad_values_are_named(values: dict[str, float]) -> None:
 def test_every_bad_value_is_listed_at_once() -> None:
     with pytest.raises(MTPError, match=r"top_p.*min_p.*seed"):
         SamplingConfig(top_p=2.0, min_p=2.0, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plainly"),
+    [
+        ({}, True),
+        ({"temperature": 0.5}, True),
+        ({"temperature": 0.5, "top_p": 0.9}, False),
+        ({"temperature": 0.0, "top_p": 0.9}, True),
+        ({"temperature": 0.5, "min_p": 0.1}, False),
+        ({"temperature": 0.5, "top_k": 3}, False),
+        ({"temperature": 0.5, "top_k": 40, "min_p": 0.5, "min_tokens_to_keep": 40}, True),
+        ({"repetition_penalty": 1.1}, False),
+        ({"temperature": 0.5, "frequency_penalty": 0.2}, False),
+    ],
+)
+def test_what_a_kernel_may_pick(settings: dict[str, float], plainly: bool) -> None:
+    """Kernels know neither warps nor penalties; a warp that drops nothing is none."""
+    picker = Picker(SamplingConfig(**settings))  # type: ignore[arg-type]
+    assert picker.draws_plainly(40) is plainly
+    assert (picker.noise_keys(mx.arange(3)) is None) == (picker.config.temperature == 0)

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.decode.noise import row_keys, uniform_bits
-from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.metal_kernels import lm_head_pick
 from mtp_mlx.metal_kernels.launch import Launch
+from mtp_mlx.metal_kernels.position_noise import row_keys, uniform_bits
 from tests.metal_kernels import emulated
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -49,12 +48,11 @@ def case(
     hidden = mx.array(generator.normal(size=(n_rows, size)).astype(np.float32)).astype(dtype)
     spread = 3 * size**-0.5
     weight = mx.array((generator.normal(size=(n_columns, size)) * spread).astype(np.float32)).astype(dtype)
-    config = SamplingConfig(temperature=temperature, seed=seed)
     keys = row_keys(seed, mx.arange(n_rows) + 9) if temperature else None
     ids = mx.array(generator.permutation(4 * n_columns)[:n_columns].astype(np.int32)) if reduced else None
     if not kind[1]:
-        return hidden, weight, None, None, 0, 0, config, keys, ids
-    return hidden, *mx.quantize(weight, *kind), *kind, config, keys, ids
+        return hidden, weight, None, None, 0, 0, temperature, keys, ids
+    return hidden, *mx.quantize(weight, *kind), *kind, temperature, keys, ids
 
 
 def two_launches(
@@ -84,9 +82,9 @@ def outputs(
 
 def assert_right(arguments: lm_head_pick.Arguments, picks: np.ndarray, confidence: np.ndarray) -> None:
     """Every pick has the largest float64 score to within the stated bound; likewise its probability."""
-    hidden, _, _, _, _, _, config, keys, token_ids = arguments
+    hidden, _, _, _, _, _, temperature, keys, token_ids = arguments
     weight = dense_weight(arguments)
-    inverse = 1 / config.temperature if config.temperature else 1.0
+    inverse = 1 / temperature if temperature else 1.0
     scores = double(hidden) @ weight.T * inverse
     bound = DOT_ERROR * (np.abs(double(hidden)) @ np.abs(weight).T).max(-1) * inverse
     noisy = scores

@@ -84,7 +84,12 @@ def test_accepted_drafts_by_kernels(forced: Dispatcher) -> None:
 
 
 def test_an_8_bit_cache_by_kernels(forced: Dispatcher) -> None:
-    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0, "policy": FixedPolicy("quadratic", 2)}
+    options = {
+        "kv_bits": 8,
+        "kv_group_size": 32,
+        "quantized_kv_start": 0,
+        "policy": FixedPolicy("quadratic", 2),
+    }
     assert tokens(attached(forced, mx.float32), **options) == tokens(attached(None, mx.float32), **options)
     assert any("8" in key for key in forced.verdicts if key.startswith("block_attention"))
 

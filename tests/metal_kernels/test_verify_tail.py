@@ -7,10 +7,10 @@ import mslemu
 import numpy as np
 import pytest
 
-from mtp_mlx.decode.noise import gumbel_of_keys, row_keys, uniform_bits
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.metal_kernels import verify_tail
 from mtp_mlx.metal_kernels.launch import KernelText, Launch
+from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys, uniform_bits
 from tests.metal_kernels import emulated
 from tests.metal_kernels.verify_calls import (
     DTYPES,
@@ -133,7 +133,7 @@ def test_noise_that_just_wins_is_not_skipped() -> None:
     """The kernel leaves out noise that cannot win; here nearly all of it does, by less than 1e-3."""
     keys = row_keys(4, mx.arange(5))
     logits = mx.array(neck_and_neck(keys, 5003))
-    arguments = (logits, mx.zeros((5,), dtype=mx.int32), SamplingConfig(temperature=1.0), keys)
+    arguments = (logits, mx.zeros((5,), dtype=mx.int32), 1.0, keys)
     picks, _ = picks_and_accepted(arguments)
     assert picks.min() > 4990
     np.testing.assert_array_equal(picks, np.array(verify_tail.reference(*arguments)[0]))
@@ -156,9 +156,9 @@ def test_picks_equal_the_pickers(temperature: float, dtype: mx.Dtype) -> None:
     tokens = mx.array(np.concatenate([[0], expected[:-1]]).astype(np.int32))
     keys = row_keys(config.seed, positions)
     if mx.metal.is_available():
-        picks, accepted = verify_tail.run(mx.fast.metal_kernel, logits, tokens, config, keys)
+        picks, accepted = verify_tail.run(mx.fast.metal_kernel, logits, tokens, temperature, keys)
     else:
-        picks, accepted = verify_tail.run(mslemu.metal_kernel, logits, tokens, config, keys)
+        picks, accepted = verify_tail.run(mslemu.metal_kernel, logits, tokens, temperature, keys)
     np.testing.assert_array_equal(np.array(picks), expected)
     assert accepted.tolist() == [len(rows) - 1]
 
@@ -181,7 +181,7 @@ def test_special_rows_greedy(name: str) -> None:
     row, expected = SPECIAL_ROWS[name]
     logits = mx.array(np.array([row, row[::-1]], dtype=np.float32)).astype(mx.float16)
     tokens = mx.array([1, expected], dtype=mx.int32)
-    picks, accepted = picks_and_accepted((logits, tokens, SamplingConfig(), None))
+    picks, accepted = picks_and_accepted((logits, tokens, 0.0, None))
     assert picks[0] == expected and accepted == 1
     assert picks.tolist() == np.argmax(np.array(logits.astype(mx.float32)), axis=-1).tolist()
 
@@ -192,8 +192,8 @@ def test_the_first_nan_is_picked_as_by_argmax(mode: str, at: int) -> None:
     rows = np.random.default_rng(at).normal(size=(2, 400)).astype(np.float32)
     rows[0, at:] = np.where(np.arange(at, 400) % 7 == at % 7, np.nan, rows[0, at:])
     logits, tokens = mx.array(rows), mx.array([0, at], dtype=mx.int32)
-    config = SamplingConfig(temperature=0.0 if mode == "greedy" else 1.0)
-    picks, accepted = picks_and_accepted((logits, tokens, config, row_keys(1, mx.arange(2))))
+    temperature = 0.0 if mode == "greedy" else 1.0
+    picks, accepted = picks_and_accepted((logits, tokens, temperature, row_keys(1, mx.arange(2))))
     assert picks[0] == at == np.argmax(rows[0]) and accepted == 1
 
 
@@ -218,7 +218,7 @@ def test_special_rows_inverse_cdf(row: list[float], uniform: float, expected: in
     logits = mx.array(np.array([row, [0.0] * 400], dtype=np.float32))
     tokens = mx.array([0, expected], dtype=mx.int32)
     noise = mx.array([uniform, 0.9], dtype=mx.float32)
-    arguments = (logits, tokens, SamplingConfig(temperature=1.0), noise)
+    arguments = (logits, tokens, 1.0, noise)
     picks, accepted = picks_and_accepted(arguments)
     assert picks.tolist() == [expected, 360] and accepted == 1
     assert np.array(verify_tail.reference(*arguments)[0]).tolist() == [expected, 360]
@@ -230,8 +230,7 @@ def test_inverse_cdf_has_the_softmax_as_its_marginal() -> None:
     n_rows = 64
     logits = mx.array(np.broadcast_to(row, (n_rows, 300)).astype(np.float32))
     noise = mx.array(((np.arange(n_rows) + 0.5) / n_rows).astype(np.float32))
-    config = SamplingConfig(temperature=1.3)
-    picks, _ = picks_and_accepted((logits, mx.zeros((n_rows,), dtype=mx.int32), config, noise))
+    picks, _ = picks_and_accepted((logits, mx.zeros((n_rows,), dtype=mx.int32), 1.3, noise))
     probabilities = np.exp(row / 1.3) / np.exp(row / 1.3).sum()
     assert np.abs(np.bincount(picks, minlength=300) - probabilities * n_rows).max() <= 1.01
     assert (np.diff(picks) >= 0).all()
@@ -287,42 +286,17 @@ def test_the_reference_agrees_on_the_samples(index: int) -> None:
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"temperature": 0.5, "top_p": 0.9}, "top-p"),
-        ({"temperature": 0.5, "min_p": 0.1}, "min-p"),
-        ({"temperature": 0.5, "top_k": 3}, "top-k"),
-        ({"repetition_penalty": 1.1}, "penalties"),
-        ({"temperature": 0.5, "frequency_penalty": 0.2}, "penalties"),
-    ],
-)
-def test_what_the_picker_must_do_is_refused(settings: dict[str, float], reason: str) -> None:
-    logits, tokens = mx.zeros((2, 40)), mx.zeros((2,), dtype=mx.int32)
-    config = SamplingConfig(**settings)  # type: ignore[arg-type]
-    support = verify_tail.supported(logits, tokens, config, row_keys(0, mx.arange(2)))
-    assert not support and reason in support.reason
-    with pytest.raises(ValueError, match=reason):
-        verify_tail.launch(logits, tokens, config, row_keys(0, mx.arange(2)))
-
-
-def test_warps_that_drop_nothing_are_no_reason_to_refuse() -> None:
-    config = SamplingConfig(temperature=0.5, top_k=40, min_p=0.5, min_tokens_to_keep=40)
-    assert verify_tail.supported(mx.zeros((2, 40)), mx.zeros((2,), dtype=mx.int32), config)
-    assert verify_tail.supported(mx.zeros((2, 40)), mx.zeros((2,)), SamplingConfig(top_p=0.5))
-
-
-WARM = SamplingConfig(temperature=1.0)
+WARM = 1.0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((mx.zeros((2, 3, 40)), mx.zeros((2,), dtype=mx.int32), WARM), r"\(2, 3, 40\)"),
-        ((mx.zeros((2, 7)), mx.zeros((2,), dtype=mx.int32), SamplingConfig()), "8 columns"),
-        ((mx.zeros((2, 40), dtype=mx.int32), mx.zeros((2,), dtype=mx.int32), SamplingConfig()), "int32"),
-        ((mx.zeros((2, 40)), mx.zeros((3,), dtype=mx.int32), SamplingConfig()), r"\(3,\).*\(2,\)"),
-        ((mx.zeros((2, 40)), mx.zeros((2,)), SamplingConfig()), "float32"),
+        ((mx.zeros((2, 7)), mx.zeros((2,), dtype=mx.int32), 0.0), "8 columns"),
+        ((mx.zeros((2, 40), dtype=mx.int32), mx.zeros((2,), dtype=mx.int32), 0.0), "int32"),
+        ((mx.zeros((2, 40)), mx.zeros((3,), dtype=mx.int32), 0.0), r"\(3,\).*\(2,\)"),
+        ((mx.zeros((2, 40)), mx.zeros((2,)), 0.0), "float32"),
         ((mx.zeros((2, 40)), mx.zeros((2,), dtype=mx.int32), WARM), "needs noise"),
         ((mx.zeros((2, 40)), mx.zeros((2,), dtype=mx.int32), WARM, mx.zeros((2,), dtype=mx.int32)), "int32"),
         ((mx.zeros((2, 40)), mx.zeros((2,), dtype=mx.int32), WARM, mx.zeros((3,))), r"\(3,\).*\(2,\)"),

@@ -96,7 +96,7 @@ FAULT_COLUMNS = (2503, 40_009)  # some simdgroups idle; several stretches of sev
 
 def fault_case(mode: str, n_columns: int) -> verify_tail.Arguments:
     """Six rows with ties and negative scores; the drafts of rows 1 and 3 are wrong."""
-    logits, _, config, noise = case(mode, 6, n_columns, mx.float32, seed=5)
+    logits, _, temperature, noise = case(mode, 6, n_columns, mx.float32, seed=5)
     rows = np.array(logits)
     if mode == "greedy":
         rows = np.round(rows * 4)
@@ -108,10 +108,10 @@ def fault_case(mode: str, n_columns: int) -> verify_tail.Arguments:
     else:
         rows *= np.linspace(0.2, 1.2, n_columns)  # the running maximum rises and the ranges differ
     logits = mx.array(rows.astype(np.float32))
-    picks, _ = verify_tail.reference(logits, mx.zeros((6,), dtype=mx.int32), config, noise)
+    picks, _ = verify_tail.reference(logits, mx.zeros((6,), dtype=mx.int32), temperature, noise)
     tokens = np.concatenate([[3], np.array(picks)[:-1]]).astype(np.int32)
     tokens[[2, 4]] += 1
-    return logits, mx.array(tokens), config, noise
+    return logits, mx.array(tokens), temperature, noise
 
 
 def outcome(launch: Launch) -> list[tuple[list[int], int]]:

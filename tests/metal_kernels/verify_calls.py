@@ -5,10 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.decode.noise import gumbel_of_keys, row_keys, uniform_bits
-from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.metal_kernels import verify_tail
 from mtp_mlx.metal_kernels.launch import Launch
+from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys, uniform_bits
 from mtp_mlx.metal_kernels.verify_tail import CDF_ERROR
 from tests.metal_kernels import emulated
 
@@ -54,22 +53,22 @@ def case(
     """Random logits; the first `n_right` drafts are the reference's own picks."""
     generator = np.random.default_rng(seed)
     logits = mx.array(generator.normal(size=(n_rows, n_columns)).astype(np.float32) * 3).astype(dtype)
-    config, noise = SamplingConfig(), None
+    temperature, noise = 0.0, None
     if mode != "greedy":
-        config = SamplingConfig(temperature=TEMPERATURE)
+        temperature = TEMPERATURE
         noise = mx.array(generator.uniform(size=n_rows).astype(np.float32) * LARGEST_UNIFORM)
     if mode == "gumbel":
         noise = row_keys(seed, mx.arange(n_rows) + 100)
-    picks, _ = verify_tail.reference(logits, mx.zeros((n_rows,), dtype=mx.int32), config, noise)
+    picks, _ = verify_tail.reference(logits, mx.zeros((n_rows,), dtype=mx.int32), temperature, noise)
     tokens = np.concatenate([[5], np.array(picks)[:-1]]).astype(np.int32)
     tokens[1 + n_right :] = (tokens[1 + n_right :] + 1) % n_columns
-    return logits, mx.array(tokens), config, noise
+    return logits, mx.array(tokens), temperature, noise
 
 
 def assert_picks_are_right(arguments: verify_tail.Arguments, picks: np.ndarray) -> None:
     """Every pick is the float64 pick, or within the stated bound of being it."""
-    logits, _, config, noise = arguments
-    scores = double(logits) / (config.temperature or 1.0)
+    logits, _, temperature, noise = arguments
+    scores = double(logits) / (temperature or 1.0)
     rows = np.arange(len(picks))
     if noise is not None and noise.dtype == mx.float32:
         mass = np.exp(scores - scores.max(-1, keepdims=True))

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.noise import gumbel, gumbel_of_bits, gumbel_of_keys, row_keys, uniform_bits
+from mtp_mlx.metal_kernels.position_noise import (
+    gumbel,
+    gumbel_of_bits,
+    gumbel_of_keys,
+    row_keys,
+    uniform_bits,
+)
 
 MASK = 0xFFFFFFFF
 

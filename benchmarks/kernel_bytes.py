@@ -1,0 +1,150 @@
+"""Bytes every kernel moves over the least it could, counted under emulation: the table of docs/kernels.md.
+
+"Least" is every input that matters read once and every output written once. What the emulator counts is what the
+threads ask for: a second read that a GPU's cache would serve still counts.
+
+    PYTHONPATH=tools python benchmarks/kernel_bytes.py
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mslemu
+from mlx.utils import tree_flatten
+
+from mtp_mlx.metal_kernels import (
+    block_attention,
+    gated_lora,
+    lm_head_pick,
+    row_exact,
+    small_m_qmm,
+    verify_tail,
+)
+from mtp_mlx.metal_kernels.position_noise import row_keys
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the kernel's module, what it is, its arguments, and bytes of its inputs that need not be read."""
+
+    module: Any
+    what: str
+    arguments: tuple[Any, ...]
+    unneeded: int = 0
+
+
+class Counting:
+    """A kernel factory that adds up what launches move."""
+
+    def __init__(self) -> None:
+        self.read: Counter[str] = Counter()
+        self.written = self.launches = 0
+
+    def __call__(self, **text: Any) -> Callable[..., Any]:
+        kernel = mslemu.metal_kernel(**text)
+
+        def call(**arguments: Any) -> Any:
+            outputs = kernel(**arguments)
+            self.read.update(kernel.last["read"])
+            self.written += sum(kernel.last["written"].values())
+            self.launches += 1
+            return outputs
+
+        return call
+
+
+def measure(case: Case) -> tuple[int, int, int]:
+    """(bytes moved, least bytes, launches)."""
+    counting = Counting()
+    outputs = case.module.run(counting, *case.arguments)
+    inputs = sum(
+        array.nbytes for _, array in tree_flatten(list(case.arguments)) if isinstance(array, mx.array)
+    )
+    results = sum(array.nbytes for _, array in tree_flatten(outputs))
+    return sum(counting.read.values()) + counting.written, inputs + results - case.unneeded, counting.launches
+
+
+def quantised(rows: int, columns: int, size: int, bits: int) -> tuple[Any, ...]:
+    """Arguments of a quantised product in bfloat16, groups of 64."""
+    weight = mx.random.normal((columns, size)).astype(mx.bfloat16)
+    packed = mx.quantize(weight, group_size=64, bits=bits)
+    return (mx.random.normal((rows, size)).astype(mx.bfloat16), *packed, 64, bits)
+
+
+def attention(heads: int, key_heads: int, size: int, rows: int, length: int, bits: int | None = None) -> Case:
+    """A block behind a long prefix, float16; a quarter of the cache's buffer is not in use."""
+    capacity = length + length // 4 // 32 * 32
+    queries = mx.random.normal((heads, rows, size)).astype(mx.float16)
+    caches: list[Any] = [mx.random.normal((key_heads, capacity, size)).astype(mx.float16) for _ in range(2)]
+    if bits:
+        caches = [mx.quantize(cache, group_size=64, bits=bits) for cache in caches]
+    words = block_attention.visibility_words(mx.tril(mx.ones((rows, rows), dtype=mx.bool_)))
+    held = sum(array.nbytes for _, array in tree_flatten(caches))
+    what = f"{heads}/{key_heads} heads of {size}, {rows} rows, {length} keys" + (", 8-bit" if bits else "")
+    arguments = (queries, *caches, words, length, size**-0.5)
+    return Case(block_attention, what, arguments, held - held * length // capacity)
+
+
+def lora(inputs: int, outputs: int, rank: int, real: int, slots: int) -> Case:
+    """Slot rows behind real rows, float16."""
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(mx.float16)
+
+    x, y = normal(real + slots, inputs), normal(real + slots, outputs)
+    arguments = (x, y, normal(inputs, rank), normal(rank, outputs), real, 2.0)
+    what = f"{inputs} x {outputs}, rank {rank}, {slots} slot rows behind {real} real ones"
+    return Case(gated_lora, what, arguments, real * (inputs + outputs) * 2)
+
+
+def tail(rows: int, columns: int, temperature: float) -> Case:
+    """The pick of a block's real rows, bfloat16 logits."""
+    logits = mx.random.normal((rows, columns)).astype(mx.bfloat16)
+    noise = row_keys(1, mx.arange(rows)) if temperature else None
+    what = f"{rows} x {columns}, {'Gumbel' if temperature else 'greedy'}"
+    return Case(verify_tail, what, (logits, mx.zeros((rows,), dtype=mx.int32), temperature, noise))
+
+
+def head(rows: int, columns: int, size: int, bits: int) -> Case:
+    """Head and pick of draft rows, bfloat16."""
+    x, *packed = quantised(rows, columns, size, bits)
+    arguments = (x, *packed, 0.0, None, mx.arange(columns, dtype=mx.int32))
+    return Case(lm_head_pick, f"{rows} x {columns} x {size}, {bits}-bit, reduced vocabulary", arguments)
+
+
+def cases() -> list[Case]:
+    """Shapes of SmolLM2-135M and of models of 1 to 8 billion weights."""
+    products = list(itertools.product((2, 8, 16), (576, 2048), (1536, 2048), (4, 8)))[::3]
+    found = [tail(5, 49152, 0.0), tail(5, 49152, 0.8), tail(5, 151936, 0.0)]
+    for module, chosen in ((small_m_qmm, products), (row_exact, products[::2])):
+        for rows, columns, size, bits in chosen:
+            what = f"{rows} x {columns} x {size}, {bits}-bit"
+            found.append(Case(module, what, quantised(rows, columns, size, bits)))
+    found += [
+        attention(9, 3, 64, 8, 1024),
+        attention(32, 8, 128, 8, 2048),
+        attention(32, 8, 128, 8, 2048, bits=8),
+    ]
+    found += [lora(576, 1536, 16, 5, 8), lora(2048, 2048, 16, 5, 8), lora(2048, 2048, 64, 5, 8)]
+    found += [head(1, 8192, 576, 4), head(4, 8192, 2048, 4), head(8, 8192, 2048, 8)]
+    return found
+
+
+def main() -> None:
+    """Prints the table as Markdown."""
+    print("| kernel | call | launches | bytes moved | least | ratio |")
+    print("|---|---|---|---|---|---|")
+    for case in cases():
+        moved, least, launches = measure(case)
+        name = case.module.__name__.rsplit(".", 1)[-1]
+        print(f"| `{name}` | {case.what} | {launches} | {moved:,} | {least:,} | {moved / least:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
