@@ -16,7 +16,7 @@ import mtp_mlx.cli as cli
 from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.gguf_files import write_model
 from tests.convert.head_checkpoints import make
-from tests.convert.test_torch_pickle import hostile
+from tests.convert.hostile_pickles import hostile
 from tests.convert.torch_files import write_torch, write_zip
 from tests.tiny import save_tiny
 

@@ -167,5 +167,7 @@ def test_a_peft_adapter(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[f"low_rank.{path}.up"], stored[f"{name}B.weight"].T)
     del stored["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
     write_safetensors(tmp_path / "adapter_model.safetensors", stored)
-    with pytest.raises(ConversionError, match=r"missing model\.layers\.1\.mlp\.down_proj\.lora_B\.weight"):
+    with pytest.raises(
+        ConversionError, match=r"missing base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_B\.weight"
+    ):
         built(tmp_path)

@@ -98,13 +98,10 @@ def answer(
 
 
 def executions() -> list[Callable[[Launch], list[mx.array]]]:
-    """Ways to execute a launch: emulated under three schedules, and on the GPU where there is one."""
-    ways: list[Callable[[Launch], list[mx.array]]] = [
+    """Ways to execute a launch: emulated under three schedules, or on the GPU where there is one."""
+    return [
         lambda launch, schedule=schedule: emulated.run(launch, schedule) for schedule in emulated.SCHEDULES
     ]
-    if mx.metal.is_available():
-        ways.append(lambda launch: launch.run(mx.fast.metal_kernel))
-    return ways
 
 
 def attend(

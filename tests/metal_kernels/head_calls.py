@@ -67,7 +67,7 @@ def two_launches(
 def outputs(
     arguments: lm_head_pick.Arguments, schedules: tuple[tuple[str, int], ...] = emulated.SCHEDULES
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picks and confidence, the same under every schedule, and checked on the GPU where there is one."""
+    """Picks and confidence, the same under every schedule."""
     first, *others = [
         two_launches(arguments, lambda launch: emulated.run(launch, schedule))  # noqa: B023
         for schedule in schedules
@@ -75,8 +75,6 @@ def outputs(
     for other in others:
         np.testing.assert_array_equal(first[0], other[0])
         np.testing.assert_array_equal(first[1], other[1])
-    if mx.metal.is_available():
-        assert_right(arguments, *two_launches(arguments, lambda launch: launch.run(mx.fast.metal_kernel)))
     return first
 
 

@@ -69,10 +69,7 @@ def twice(arguments: tuple[Any, ...], execute: Execute = emulated.run) -> mx.arr
 
 
 def executions() -> list[Execute]:
-    """Ways to execute a launch: emulated under three schedules, and on the GPU where there is one."""
-    ways: list[Execute] = [
+    """Ways to execute a launch: emulated under three schedules, or on the GPU where there is one."""
+    return [
         lambda launch, schedule=schedule: emulated.run(launch, schedule) for schedule in emulated.SCHEDULES
     ]
-    if mx.metal.is_available():
-        ways.append(lambda launch: launch.run(mx.fast.metal_kernel))
-    return ways

@@ -1,4 +1,4 @@
-"""MLX's own one-row quantised products: the text of its installed headers, executed by the emulator."""
+"""MLX's own one-row quantised products: the text of its installed headers under emulation, itself on Metal."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def mlx_one_row(product: Product) -> mx.array:
         [M, N] of x's dtype.
     """
     (rows, size), columns = product.x.shape, product.w.shape[0]
+    if mx.metal.is_available():  # the kernel itself
+        weights = {"scales": product.scales, "biases": product.biases}
+        grid = {"group_size": product.group_size, "bits": product.bits}
+        each = [
+            mx.quantized_matmul(product.x[row : row + 1], product.w, **weights, **grid) for row in range(rows)
+        ]
+        return mx.concatenate(each)
     name, rest = kernel_name(columns, size, product.bits)
     template = f"T, {product.group_size}, {product.bits}, {rest}"
     simdgroups, tile = (1, 64) if name == "affine_qmv_quad" else (2, 8)

@@ -19,7 +19,6 @@ from .mlx_one_row import kernel_name, mlx_one_row
 from .quantised import Product, assert_close, cancelling_product, random_product, same_bits
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-METAL = [mx.fast.metal_kernel] if mx.metal.is_available() else []
 
 # Row count, N, K, group size, bits, dtype: all row counts 2..16, all of MLX's kernels; N below, on and beyond the 4
 # columns of a simdgroup and the 8 of a threadgroup (64 for 4 lanes), K within, on and beyond a turn.
@@ -59,14 +58,12 @@ def test_every_row_count_has_mlx_bits_reads_weights_once_and_keeps_the_rules(cas
     for product in (random_product(*case), cancelling_product(*case)):
         launch = row_exact.launch(*product)
         outputs = [emulated.run(launch, schedule)[0] for schedule in emulated.SCHEDULES]
-        assert actual_reads(launch) == expected_reads(product)
-        assert emulated.traffic(launch)["written"]["y"] == outputs[0].nbytes
+        emulated.assert_text_is_mlx(launch)
         assert_close(outputs[0], product)
         theirs = mlx_one_row(product)
         assert all(same_bits(y, theirs) for y in outputs)
-        for metal in METAL:
-            assert row_exact.agrees(row_exact.run(metal, *product), row_exact.reference(*product))
-    emulated.assert_text_is_mlx(launch)
+        assert actual_reads(launch) == expected_reads(product)
+        assert emulated.traffic(launch)["written"]["y"] == outputs[0].nbytes
 
 
 SHAPES = 24  # per width, group size and dtype: 216 per width
@@ -116,10 +113,9 @@ def test_the_comparison_tells_orders_apart(bits: int, values: int) -> None:
 @pytest.mark.parametrize("arguments", row_exact.samples(), ids=lambda a: row_exact.shape_key(*a))
 def test_the_self_check_agrees_with_stock_mlx(arguments: tuple) -> None:
     theirs = row_exact.reference(*arguments)
-    for factory in [mslemu.metal_kernel, *METAL]:
-        ours = row_exact.run(factory, *arguments)
-        assert row_exact.agrees(ours, theirs)
-        assert not row_exact.agrees(ours * 1.25, theirs) and not row_exact.agrees(ours[:1], theirs)
+    ours = row_exact.run(emulated.FACTORY, *arguments)
+    assert row_exact.agrees(ours, theirs)
+    assert not row_exact.agrees(ours * 1.25, theirs) and not row_exact.agrees(ours[:1], theirs)
 
 
 def test_the_self_check_covers_every_order_width_and_dtype() -> None:

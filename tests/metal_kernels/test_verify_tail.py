@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import mslemu
 import numpy as np
 import pytest
 
@@ -51,10 +50,7 @@ def test_the_noise_has_the_runtimes_bits(seed: int) -> None:
     first = int(np.random.default_rng(seed).integers(0, 120_000))
     ids = (mx.arange(32_000) + first).astype(mx.uint32)
     launch = noise_probe(keys, ids)
-    if mx.metal.is_available():
-        assert_same_bits(launch.run(mx.fast.metal_kernel)[0], gumbel_of_keys(keys, ids))
-    else:
-        assert_same_bits(emulated.run(launch)[0], gumbel_of_keys(keys, ids))
+    assert_same_bits(emulated.run(launch)[0], gumbel_of_keys(keys, ids))
 
 
 def id_with_bits(target: int) -> int:
@@ -75,7 +71,7 @@ def test_the_noise_has_the_runtimes_bits_at_its_edges() -> None:
     keys = mx.zeros((4, 2), dtype=mx.uint32)
     assert np.array(uniform_bits(keys, ids))[0].tolist() == targets
     launch = noise_probe(keys, ids)
-    factory = mx.fast.metal_kernel if mx.metal.is_available() else mslemu.metal_kernel
+    factory = emulated.FACTORY
     noise = launch.run(factory)[0]
     assert_same_bits(noise, gumbel_of_keys(keys, ids))
     exact = -np.log(-np.log1p(-(np.array(targets) + 0.5) / 2**32))
@@ -94,7 +90,7 @@ def test_skipped_noise_is_bounded_from_above() -> None:
     random = np.random.default_rng(0).integers(0, 2**32, size=16_384 - len(edges))
     bits = mx.array(np.concatenate([edges, random]).astype(np.uint32))
     launch = Launch(text, (bits,), (), (bits.size, 1, 1), (256, 1, 1), (bits.shape,), (mx.float32,))
-    factory = mx.fast.metal_kernel if mx.metal.is_available() else mslemu.metal_kernel
+    factory = emulated.FACTORY
     slack = np.array(launch.run(factory)[0])
     assert slack.min() > 5e-4
 
@@ -155,10 +151,7 @@ def test_picks_equal_the_pickers(temperature: float, dtype: mx.Dtype) -> None:
     expected = np.array(Picker(config).pick(logits, positions))
     tokens = mx.array(np.concatenate([[0], expected[:-1]]).astype(np.int32))
     keys = row_keys(config.seed, positions)
-    if mx.metal.is_available():
-        picks, accepted = verify_tail.run(mx.fast.metal_kernel, logits, tokens, temperature, keys)
-    else:
-        picks, accepted = verify_tail.run(mslemu.metal_kernel, logits, tokens, temperature, keys)
+    picks, accepted = verify_tail.run(emulated.FACTORY, logits, tokens, temperature, keys)
     np.testing.assert_array_equal(np.array(picks), expected)
     assert accepted.tolist() == [len(rows) - 1]
 
@@ -274,7 +267,7 @@ def test_inverse_cdf_reads_one_range_twice(dtype: mx.Dtype, n_columns: int) -> N
 def test_the_reference_agrees_on_the_samples(index: int) -> None:
     arguments = verify_tail.samples()[index]
     assert verify_tail.supported(*arguments)
-    ours = verify_tail.run(mslemu.metal_kernel, *arguments)
+    ours = verify_tail.run(emulated.FACTORY, *arguments)
     theirs = verify_tail.reference(*arguments)
     assert verify_tail.agrees(ours, theirs)
     assert not verify_tail.agrees((ours[0] + 1, ours[1]), theirs)
