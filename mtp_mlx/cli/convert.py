@@ -31,6 +31,13 @@ Examples:
     help="Type of the weights (default: float32 on CPU, bfloat16 on Metal)",
 )
 @click.option("--heads-only", is_flag=True, help="Write only the MTP heads, as an adapter folder")
+@click.option(
+    "--heads-as",
+    type=click.Choice(["adapter", "speculators"]),
+    default="adapter",
+    show_default=True,
+    help="Layout of the folder that --heads-only writes",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; OUT is not needed")
 @click.option(
     "--head-norms",
@@ -47,6 +54,7 @@ def command(
     group_size: str,
     dtype: str | None,
     heads_only: bool,
+    heads_as: str,
     dry_run: bool,
     head_norms: str,
     force: bool,
@@ -64,7 +72,7 @@ def command(
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
     if heads_only:
-        click.echo(_convert_heads(source, out, head_norms, force))
+        click.echo(_convert_heads(source, out, heads_as, head_norms, force))
         return
     if not gguf:
         from mtp_mlx.convert.checkpoint import open_checkpoint
@@ -89,15 +97,18 @@ def command(
     click.echo(folder)
 
 
-def _convert_heads(source: Path, out: Path, norms: str, force: bool) -> Path:
+def _convert_heads(source: Path, out: Path, layout: str, norms: str, force: bool) -> Path:
     if source.suffix.lower() == ".gguf" and source.is_file():
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import plan_heads
+    from mtp_mlx.convert.heads_speculators import write_speculators
     from mtp_mlx.convert.heads_write import write_heads
 
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)
+        if layout == "speculators":
+            return write_speculators(checkpoint, out, force=force)
         plan = plan_heads(checkpoint, norms)
         return write_heads(checkpoint, plan, out, force=force, progress=status.update)
 

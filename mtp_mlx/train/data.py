@@ -8,8 +8,9 @@ Rows (the field names are mlx-lm's, except `response`)
     {"messages": [..., {"role": "assistant", "content": ...}]}      chat; the last message is the response
     {"prompt": ..., "completion": ...} or {"prompt": ..., "response": ...}
     {"text": ...}
-    Optional: "tools"; "finished": false (the answer was cut, no end-of-turn token follows); "response_tokens"
-    (the ids the model generated, used in place of re-encoding the response text).
+    Optional: "weight" (a positive number: rows of weight 2 are seen twice as often); "tools"; "finished": false (the
+    answer was cut, no end-of-turn token follows); "response_tokens" (the ids the model generated, used in place of
+    re-encoding the response text).
 The order in which a run sees the examples is `mtp_mlx/train/order.py`.
 """
 
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,12 @@ class Example:
 
     tokens      token ids, prompt first, then response
     loss_start  index in `tokens` of the first response token; 0 means every position counts
+    weight      how often it is seen, compared with others
     """
 
     tokens: list[int]
     loss_start: int
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -167,6 +171,13 @@ def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
+def _weight(row: dict[str, Any], where: str) -> float:
+    value = row["weight"]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise MTPError(f'{where}: "weight" must be a positive number, this is {value!r}. Mend this row.')
+    return float(value)
+
+
 def _check_messages(messages: list[Any], where: str) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -252,6 +263,10 @@ class Encoder:
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The example of one row. Raises MTPError naming `where` for a row that does not fit a format."""
+        example = self._example(row, where)
+        return replace(example, weight=_weight(row, where)) if "weight" in row else example
+
+    def _example(self, row: dict[str, Any], where: str) -> Example:
         finished = _typed(row, "finished", bool, where) if "finished" in row else None
         if "text" in row and "prompt" not in row and "messages" not in row:
             text = _typed(row, "text", str, where)
@@ -330,7 +345,7 @@ def load_examples(
             if example.loss_start >= max_length:
                 report.dropped += 1
                 continue
-            example = Example(example.tokens[:max_length], example.loss_start)
+            example = replace(example, tokens=example.tokens[:max_length])
             report.truncated += 1
         report.tokens += len(example)
         report.response_tokens += len(example) - example.loss_start
@@ -384,8 +399,10 @@ def split_held_out(examples: Sequence[Example], n: int, seed: int) -> tuple[list
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """16 hex digits that change with any token or loss_start, so that resuming can check its data."""
+    """16 hex digits that change with any token, loss_start or weight, so that resuming can check its data."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.asarray([len(example), example.loss_start, *example.tokens], dtype="<i8").tobytes())
+        if example.weight != 1:
+            digest.update(np.asarray([example.weight], dtype="<f8").tobytes())
     return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from mtp_mlx.errors import MTPError
 
 HELD_OUT_STREAM = 2**62  # no epoch number comes near it
 BATCH_STREAM = 2**61
+WEIGHT_STREAM = 2**60
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
@@ -45,6 +46,8 @@ class EpochOrder:
     lengths       tokens per example, [n_examples]; if given, batches hold examples of similar length (sorted
                   within pools of `pool_batches` batches), and the batches themselves are shuffled
     pool_batches  larger pools waste less padding and mix less
+    weights       how often each example is seen, [n_examples] positive; if given, an epoch still has n_examples
+                  places, and each example gets its share of them, rounded up or down. None: each once
 
     `batch(step)` has no state besides its arguments, so a resumed run sees the same batches.
     Raises MTPError if there are no examples, ValueError for lengths of another number.
@@ -58,11 +61,15 @@ class EpochOrder:
         batch_size: int = 1,
         lengths: Sequence[int] | None = None,
         pool_batches: int = 16,
+        weights: Sequence[float] | None = None,
     ) -> None:
         if n_examples < 1:
             raise MTPError("there are no training examples. Add rows or hold out fewer.")
         if lengths is not None and len(lengths) != n_examples:
             raise ValueError(f"{len(lengths)} lengths for {n_examples} examples")
+        if weights is not None and (len(weights) != n_examples or min(weights) <= 0):
+            raise ValueError(f"{len(weights)} weights for {n_examples} examples; all must be positive")
+        self.weights = None if weights is None else np.cumsum(np.asarray(weights, dtype=np.float64))
         self.n_examples, self.seed, self.batch_size = n_examples, seed, batch_size
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.pool = batch_size * pool_batches
@@ -79,6 +86,8 @@ class EpochOrder:
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         order = _shuffled(self.n_examples, self.seed, epoch)
+        if self.weights is not None:
+            order = self._by_weight(epoch)[order]
         if self.lengths is not None:
             pools = (order[start : start + self.pool] for start in range(0, self.n_examples, self.pool))
             order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
@@ -87,3 +96,11 @@ class EpochOrder:
         if self.lengths is None:
             return batches
         return [batches[index] for index in _shuffled(len(batches), self.seed, BATCH_STREAM + epoch)]
+
+    def _by_weight(self, epoch: int) -> np.ndarray:
+        """[n_examples] indices, rising: evenly spaced points on the line of all weights, shifted by the epoch."""
+        assert self.weights is not None
+        key = _splitmix64(np.asarray([self.seed % 2**64], dtype=np.uint64)) + np.uint64(WEIGHT_STREAM + epoch)
+        shift = float(_splitmix64(key)[0] >> np.uint64(32)) / 2.0**32  # [0, 1)
+        points = (np.arange(self.n_examples) + shift) / self.n_examples * self.weights[-1]
+        return np.minimum(np.searchsorted(self.weights, points, side="right"), self.n_examples - 1)

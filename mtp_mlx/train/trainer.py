@@ -181,11 +181,13 @@ class Trainer:
         self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.adapter.trainable_parameters())
         self._data_fingerprint = fingerprint(train)
+        weights = {example.weight for example in self._train}
         self._order = EpochOrder(
             len(self._train),
             settings.seed,
             batch_size=settings.batch_size,
             lengths=[len(example) for example in self._train],
+            weights=None if len(weights) == 1 else [example.weight for example in self._train],
         )
         choice = BlockChoice(
             slots=settings.slots,

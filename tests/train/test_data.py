@@ -80,6 +80,20 @@ def test_text_counts_every_position_and_ends_with_eos(tmp_path):
     assert only(tmp_path, {"text": "The quick fox", "finished": False}).tokens == example.tokens[:-1]
 
 
+def test_a_row_may_weigh_more(tmp_path):
+    row = {"prompt": "Hi", "completion": "the quick brown fox"}
+    plain, heavy = only(tmp_path, row), only(tmp_path, {**row, "weight": 2})
+    assert plain.weight == 1 and heavy.weight == 2 and heavy.tokens == plain.tokens
+    assert fingerprint([plain]) != fingerprint([heavy])
+    cut, report = load_examples(
+        write(tmp_path / "cut.jsonl", {**row, "weight": 2}), TOKENIZER, len(plain) - 1
+    )
+    assert cut[0].weight == 2 and report.truncated == 1
+    for wrong in (0, -1, "2", True, None, float("inf")):
+        with pytest.raises(MTPError, match='line 1: "weight" must be a positive number'):
+            only(tmp_path, {**row, "weight": wrong})
+
+
 def test_response_tokens_are_used_as_they_are(tmp_path):
     letters = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "the"]
     assert letters != ids("the")
@@ -295,8 +309,37 @@ def test_buckets_hold_similar_lengths_in_shuffled_order():
     assert first != sorted(first)
 
 
+@given(
+    weights=st.lists(st.floats(0.1, 9), min_size=1, max_size=30),
+    seed=st.integers(0, 2**64),
+    epochs=st.integers(1, 4),
+)
+def test_weights_are_how_often_an_example_is_seen(weights, seed, epochs):
+    """In every epoch each example gets its share of the places, rounded up or down; no state besides the step."""
+    order = EpochOrder(len(weights), seed, batch_size=4, weights=weights)
+    for epoch in range(epochs):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        seen = [index for step in steps for index in order.batch(step)]
+        assert len(seen) == len(weights)
+        for index, weight in enumerate(weights):
+            share = weight / sum(weights) * len(weights)
+            assert share - 1.001 < seen.count(index) < share + 1.001
+    again = EpochOrder(len(weights), seed, batch_size=4, weights=weights)
+    assert again.batch(0) == order.batch(0)
+
+
+def test_shares_even_out_over_epochs_and_equal_weights_change_nothing():
+    order = EpochOrder(3, 5, batch_size=3, weights=[1.0, 1.5, 0.5])
+    seen = [index for step in range(400) for index in order.batch(step)]
+    assert [round(seen.count(index) / 400, 1) for index in range(3)] == [1.0, 1.5, 0.5]
+    equal = EpochOrder(10, 7, batch_size=10, weights=[2.0] * 10)
+    assert sorted(equal.batch(0)) == list(range(10))
+
+
 def test_an_order_over_nothing_is_refused():
     with pytest.raises(MTPError, match="no training examples"):
         EpochOrder(0, 1)
     with pytest.raises(ValueError, match="lengths"):
         EpochOrder(3, 1, lengths=[1])
+    with pytest.raises(ValueError, match="weights"):
+        EpochOrder(2, 1, weights=[1.0, 0.0])
