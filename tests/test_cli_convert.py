@@ -88,6 +88,13 @@ def test_heads_become_an_adapter_folder(tmp_path: Path) -> None:
     assert config["heads"]["convention"]["zero_centred_norms"] is False
 
 
+def test_heads_in_the_speculators_layout(tmp_path: Path) -> None:
+    source = make("qwen3-next experts").write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "out", "--heads-only", "--heads-as", "speculators")
+    assert result.exit_code == 0, result.output
+    assert "family: speculators mtp" in run("convert", tmp_path / "out", "--dry-run").stdout
+
+
 def test_whole_checkpoints_are_not_converted_yet(tmp_path: Path) -> None:
     source = make("mimo-7b").write(tmp_path / "model")
     message = refused("convert", source, tmp_path / "out")

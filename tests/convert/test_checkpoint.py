@@ -26,6 +26,7 @@ def test_every_container_gives_the_same_mapping(tmp_path: Path) -> None:
     write_safetensors(folders["single"] / "model.safetensors", {"a": A, "b": B})
     write_torch(folders["bin"] / "pytorch_model.bin", {"a": A, "b": B})
     write_torch(folders["bin"] / "training_args.bin", {"lr": np.ones(1)})
+    write_torch(folders["bin"] / "rng_state_0.pth", {"cpu": np.ones(1)})
     write_torch(folders["shards"] / "pytorch_model-1.bin", {"a": A})
     write_torch(folders["shards"] / "pytorch_model-2.bin", {"b": B})
     weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}

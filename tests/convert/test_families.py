@@ -203,15 +203,19 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     made.stored[f"{head}mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
     made.stored[f"{head}self_attn.k_proj.bias"] = np.zeros(31, np.float32)
     made.stored[f"{head}mlp.experts.1.up_proj.weight"] = np.zeros((24, D), np.int32)
-    made.stored[f"{head}shared_head.norm.weight"] = np.zeros(D, np.float16)
+    made.stored[f"{head}shared_head.norm.weight"] = np.zeros(
+        D, np.float16
+    )  # another float type is no problem
+    made.stored[f"{head}odd.weight"] = np.zeros(3, np.float32)
     with pytest.raises(ConversionError) as caught:
         converted(made.write(tmp_path / "model"))
     message = str(caught.value)
-    assert "4 tensors of the MTP heads do not fit GLM-4.5" in message
+    assert "tensors of the heads do not fit GLM-4.5" in message and "(5): " in message
     assert f"missing {head}enorm.weight [48]" in message
     assert f"unexpected {head}mlp.up_proj.weight [2, 2]" in message
     assert f"{head}self_attn.k_proj.bias is [31], [32] expected" in message
     assert f"{head}mlp.experts.1.up_proj.weight is of type I32, a float type expected" in message
+    assert f"unexpected {head}odd.weight [3]" in message and "shared_head.norm" not in message
 
 
 def test_announced_heads_that_are_not_there_are_an_error(tmp_path: Path) -> None:

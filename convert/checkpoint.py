@@ -1,0 +1,142 @@
+"""A checkpoint, whatever it is stored in: one mapping of lazily read tensors and its configuration.
+
+SOURCE may be a folder (safetensors, sharded or not; PyTorch files, sharded or not; Medusa's head file; Meta's
+consolidated.pth with params.json; a PEFT adapter) or one file of these kinds. Nothing here needs mlx or torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.errors import ConversionError
+
+from .lazy_tensor import LazyTensor
+from .safetensors_folder import SUFFIX, check_index, dequantised, merge, read_safetensors, shard_files
+from .torch_pickle import read_torch
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
+# What files of a training folder that hold no weights begin with.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_CONFIGS = ("config.json", "params.json", "adapter_config.json")
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        path: the folder or file.
+        container: "safetensors" or "pytorch".
+        tensors: by name; fp8 weights with block scales appear as bfloat16.
+        config: the content of config.json (or params.json, adapter_config.json); empty where there is none.
+        config_name: which of these it was, "" where there is none.
+        values: plain values beside the tensors of a PyTorch file (Lightning's hyper_parameters).
+        files: the names of the files the tensors come from.
+    """
+
+    path: Path
+    container: str
+    tensors: dict[str, LazyTensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    config_name: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the configuration (multi-modal models nest it)."""
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the checkpoint at `path`; reads headers and configuration, no weights.
+
+    Raises FileNotFoundError, or ConversionError: no checkpoint there, or one that is damaged or incomplete.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config, config_name = _config(folder)
+    if path.is_dir():
+        container, parts, values = _folder(path)
+    elif path.suffix.lower() in SUFFIXES:
+        container, parts, values = _files([path])
+    else:
+        path.stat()
+        raise ConversionError(
+            f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
+        )
+    tensors = dequantised(merge(parts), path, _block(config))
+    if not tensors:
+        raise ConversionError(f"{path}: holds no tensors; is the download complete?")
+    return Checkpoint(path, container, tensors, config, config_name, values, [file.name for file in parts])
+
+
+_Parts = tuple[str, dict[Path, dict[str, LazyTensor]], dict[str, Any]]
+
+
+def _folder(path: Path) -> _Parts:
+    """The files of a folder that hold weights: those of an index where there is one, otherwise all of a kind.
+    Safetensors come before PyTorch files, which are often the same weights a second time."""
+    for suffixes, pattern in (((SUFFIX,), "*.safetensors.index.json"), (TORCH_SUFFIXES, "*.bin.index.json")):
+        # "model..." first: Meta's own copy of some models lies beside it, as "consolidated...".
+        for index in sorted(path.glob(pattern), key=lambda file: (not file.name.startswith("model"), file)):
+            files = shard_files(index)
+            found = _files(path / name for name in sorted(files))
+            check_index(index, files, merge(found[1]))
+            return found
+        weights = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix in suffixes and not file.name.startswith(_NO_WEIGHTS)
+        )
+        weights = [file for file in weights if not file.name.startswith("consolidated")] or weights
+        if weights:
+            return _files(weights)
+    raise ConversionError(
+        f"{path}: no checkpoint: the folder has no {', '.join(SUFFIXES)} file; is the download complete?"
+    )
+
+
+def _files(paths: Iterable[Path]) -> _Parts:
+    parts: dict[Path, dict[str, LazyTensor]] = {}
+    values: dict[str, Any] = {}
+    container = "safetensors"
+    for path in paths:
+        if path.suffix.lower() == SUFFIX:
+            parts[path] = read_safetensors(path)
+            continue
+        container = "pytorch"
+        found = read_torch(path)
+        parts[path] = found.tensors
+        values |= found.values
+    return container, parts, values
+
+
+def _config(folder: Path) -> tuple[dict[str, Any], str]:
+    for name in _CONFIGS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConversionError(f"{path} is not JSON: {error}; get the file again") from error
+        if not isinstance(config, dict):
+            raise ConversionError(f"{path} does not hold a model's configuration; get the file again")
+        return config, name
+    return {}, ""
+
+
+def _block(config: dict[str, Any]) -> tuple[int, int]:
+    """Size of the blocks that share an fp8 scale."""
+    quantisation = config.get("quantization_config")
+    size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    return 128, 128

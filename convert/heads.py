@@ -1,0 +1,174 @@
+"""MTP heads as data: what a family's convention is, which stored tensors make up each canonical one, and how.
+
+Canonical names, for head i (D = hidden size, V = vocabulary):
+
+    heads.{i}.fuse.weight [D, 2D]        columns 0..D-1 act on the embedding, D..2D-1 on the hidden state
+    heads.{i}.norm_embedding.weight, heads.{i}.norm_hidden.weight [D]
+    heads.{i}.block.<name in mlx-lm's decoder layer>    .block.{j}.<name> where a head has several layers
+    heads.{i}.norm_out.weight [D]        absent: the identity, or the trunk's own (`output_norm` says which)
+    heads.{i}.embed_tokens.weight, heads.{i}.lm_head.weight [V, D]    absent: shared with the trunk
+
+Medusa's heads have `heads.{i}.residual.{j}.weight|bias` and `heads.{i}.lm_head.weight` instead. Norms are plain
+gains: where a family stores them around zero, 1 has been added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .lazy_tensor import LazyTensor, from_float32, to_float32
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeadConvention:
+    """Everything in which families of heads differ, as data.
+
+    Attributes:
+        family: short name of the family.
+        kind: "cascade" (fuse, block, norm: DeepSeek's form), "medusa" (residual layers and an LM head on the last
+            hidden state) or "parallel" (Meta: a block each, all on the same hidden state).
+        stored_order: which input the first columns of the stored fuse weight act on: "embedding" or "hidden".
+            The canonical weight is embedding-first; columns were swapped where this says "hidden".
+        first_hidden: the trunk's state that goes in first: "post-norm", "pre-norm" (after or before the trunk's
+            last norm) or "before-last-layer".
+        recycled_hidden: what the next draft step takes: "normed" (after norm_out), "raw" (the block's output), or
+            "none" (nothing is recycled).
+        zero_centred_norms: the norms were stored around zero; the canonical ones have 1 added.
+        mask_first_position: the embedding of position 0 is replaced by zeros.
+        output_norm: "own", "identity" or "trunk".
+        embedding, lm_head: "shared" with the trunk, or the head's "own".
+        rope_position: a row's position is that of its "hidden" state (the embedding is the next token's).
+        unsettled: fields above on which published runtimes disagree; worth measuring.
+    """
+
+    family: str
+    kind: str = "cascade"
+    stored_order: str = "embedding"
+    first_hidden: str = "post-norm"
+    recycled_hidden: str = "normed"
+    zero_centred_norms: bool = False
+    mask_first_position: bool = False
+    output_norm: str = "own"
+    embedding: str = "shared"
+    lm_head: str = "shared"
+    rope_position: str = "hidden"
+    unsettled: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """For mtp_config.json."""
+        return dataclasses.asdict(self) | {"unsettled": list(self.unsettled)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What turns stored tensors into a canonical one; `text` says it in words.
+
+    bits: on the arrays as stored, exact in any type. values: on the values of the only one, in float32.
+    """
+
+    text: str
+    bits: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
+    values: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+AS_IT_IS = Step("", bits=lambda arrays: arrays[0])
+SWAP = Step(
+    "columns swapped to [embedding ; hidden]",
+    bits=lambda arrays: np.concatenate(np.split(arrays[0], 2, axis=1)[::-1], axis=1),
+)
+ADD_ONE = Step("1 added", values=lambda norm: norm + np.float32(1))
+STACK = Step("stacked", bits=np.stack)
+TRANSPOSED = Step("transposed", bits=lambda arrays: arrays[0].T)
+
+
+def half(which: int) -> Step:
+    """The first (0) or second (1) half of the rows of each [..., 2N, D] matrix."""
+    name = ("first", "second")[which]
+    return Step(f"{name} half of the rows", bits=lambda arrays: np.split(arrays[0], 2, axis=-2)[which])
+
+
+def scaled(factor: float) -> Step:
+    """Multiplied by a number."""
+    return Step(f"times {factor:.6g}", values=lambda values: values * np.float32(factor))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A canonical tensor: its name and shape, the stored tensors it is made of with their shapes, and how."""
+
+    name: str
+    shape: Shape
+    sources: tuple[tuple[str, Shape], ...]
+    step: Step = AS_IT_IS
+
+    def dtype(self, tensors: Mapping[str, LazyTensor]) -> str:
+        """Its type, that of its sources."""
+        return tensors[self.sources[0][0]].dtype
+
+    def build(self, tensors: Mapping[str, LazyTensor]) -> np.ndarray:
+        """The array as stored (bits where numpy has no such type), of `shape`."""
+        arrays = [tensors[name].load() for name, _ in self.sources]
+        if self.step.values is not None:
+            dtype = self.dtype(tensors)
+            return from_float32(self.step.values(to_float32(arrays[0], dtype)), dtype)
+        assert self.step.bits is not None
+        return np.ascontiguousarray(self.step.bits(arrays)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A head's decoder layer(s): which classes of mlx-lm, made how, from which tensors.
+
+    It is built as `class_name(args_class.from_dict({**model config, **overrides}), **layers[j])`.
+
+    Attributes:
+        module: a module of mlx_lm.models.
+        layers: for each layer the arguments after the model's; one layer except for Nemotron-H.
+        targets: their tensors; target names are below the block, source names whole.
+    """
+
+    module: str
+    class_name: str
+    args_class: str
+    layers: tuple[dict[str, Any], ...]
+    overrides: dict[str, Any]
+    targets: tuple[Target, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For mtp_config.json."""
+        return {
+            "module": f"mlx_lm.models.{self.module}",
+            "class": self.class_name,
+            "args_class": self.args_class,
+            "overrides": self.overrides,
+            "layers": list(self.layers),
+        }
+
+
+@dataclass
+class HeadPlan:
+    """What a checkpoint's heads become. Made by `heads_plan.plan_heads`, carried out by `heads_write`.
+
+    Attributes:
+        title: the family in words.
+        blocks: one for each head; empty for Medusa.
+        dropped: (stored tensor, the trunk's tensor it equals byte for byte).
+        notes: what else was decided, and why.
+        model_config: the language model's configuration, as far as a block needs it.
+    """
+
+    title: str
+    convention: HeadConvention
+    count: int
+    targets: list[Target]
+    blocks: list[Block] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    model_config: dict[str, Any] = field(default_factory=dict)

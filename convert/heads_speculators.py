@@ -1,0 +1,119 @@
+"""Heads of a checkpoint -> a folder in the "speculators mtp" layout, which other runtimes read.
+
+    mtp_layers.{i}.{input_proj, token_layernorm, hidden_layernorm, final_layernorm, <layer>}    model.safetensors
+    transformer_layer_config (the language model's configuration), speculators_config           config.json
+
+The layout is embedding-first; norms stay as the model stores them (around zero for Qwen3-Next); experts are fused
+to [E, 2F, D] and [E, D, F]; embedding and LM head are the base model's. So nothing but order and names changes.
+The rest of a convention (which state is recycled, whether position 0 is masked) has no place in this layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.errors import ConversionError
+from mtp_mlx.files import new_folder
+
+from .checkpoint import Checkpoint
+from .heads import AS_IT_IS, HeadPlan, Step, Target
+from .heads_plan import plan_heads
+from .heads_write import check_out, save_targets
+
+# Modules of mlx-lm whose layer has the names of the original model, apart from its experts.
+_SAME_NAMES = ("llama", "qwen2", "qwen3", "mimo", "qwen3_next", "qwen3_5")
+_NAMES = {
+    "fuse": "input_proj",
+    "norm_embedding": "token_layernorm",
+    "norm_hidden": "hidden_layernorm",
+    "norm_out": "final_layernorm",
+}
+
+
+def write_speculators(
+    checkpoint: Checkpoint, out: str | Path, *, base: str = "", force: bool = False
+) -> Path:
+    """Write the heads of `checkpoint` into the folder `out`. base: name of the base model, for config.json.
+
+    Raises MTPError: `out` exists, no heads, or heads that the layout cannot hold.
+    """
+    out = Path(out)
+    check_out(out, force=force, mark="config.json", kind="a model folder")
+    plan = plan_heads(checkpoint, "plain")  # that is: nothing is added to norms
+    targets = speculators_targets(checkpoint, plan)
+    with new_folder(out) as folder:
+        save_targets(folder / "model.safetensors", targets, checkpoint.tensors)
+        text = json.dumps(_config(checkpoint, plan, base or checkpoint.path.resolve().name), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    return out
+
+
+def speculators_targets(checkpoint: Checkpoint, plan: HeadPlan) -> list[Target]:
+    """The tensors of the layout, made of those of the checkpoint; `plan` must leave norms as they are stored.
+
+    Raises ConversionError: heads of another form, or with an embedding or LM head of their own.
+    """
+    convention = plan.convention
+    modules = {block.module for block in plan.blocks}
+    if convention.kind != "cascade" or not modules <= set(_SAME_NAMES) or convention.output_norm != "own":
+        raise ConversionError(
+            f"{checkpoint.path}: the speculators layout holds heads of the form of Qwen, Llama and MiMo-7B, not "
+            f"those of {plan.title}"
+        )
+    if "own" in (convention.embedding, convention.lm_head):
+        raise ConversionError(
+            f"{checkpoint.path}: these heads have an embedding or LM head of their own, for which the speculators "
+            "layout has no place"
+        )
+    by_name = {target.name: target for target in plan.targets}
+    targets = []
+    for name, target in by_name.items():
+        _, i, part, rest = name.split(".", 3)
+        if part in _NAMES:
+            targets.append(_named(target, f"mtp_layers.{i}.{_NAMES[part]}.{rest}"))
+        elif ".switch_mlp." not in name:
+            targets.append(_named(target, f"mtp_layers.{i}.{rest}"))
+        elif rest == "mlp.switch_mlp.gate_proj.weight":
+            up = by_name[name.replace("gate_proj", "up_proj")]
+            targets.append(_fused(target, up, f"mtp_layers.{i}.mlp.experts.gate_up_proj"))
+        elif rest == "mlp.switch_mlp.down_proj.weight":
+            targets.append(_named(target, f"mtp_layers.{i}.mlp.experts.down_proj"))
+    return targets
+
+
+def _named(target: Target, name: str) -> Target:
+    return Target(name, target.shape, target.sources, target.step)
+
+
+def _fused(gate: Target, up: Target, name: str) -> Target:
+    """Gate and up projections of all experts in one tensor [E, 2F, D]."""
+    count, width, hidden = gate.shape
+    shape = (count, 2 * width, hidden)
+    if gate.sources == up.sources:  # stored so already
+        return Target(name, shape, gate.sources, AS_IT_IS)
+    stacked = len(gate.sources)
+
+    def both(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        parts = [np.stack(arrays[:stacked]), np.stack(arrays[stacked:])]
+        return np.concatenate([part.reshape(gate.shape) for part in parts], axis=1)
+
+    return Target(name, shape, gate.sources + up.sources, Step("gate and up of all experts fused", bits=both))
+
+
+def _config(checkpoint: Checkpoint, plan: HeadPlan, base: str) -> dict[str, Any]:
+    return {
+        "architectures": ["MTPDraftModel"],
+        "speculators_model_type": "mtp",
+        "speculators_config": {
+            "algorithm": "mtp",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": max(plan.count, 3)}],
+            "verifier": {"name_or_path": base, "architectures": checkpoint.config.get("architectures", [])},
+        },
+        "transformer_layer_config": plan.model_config,
+    }

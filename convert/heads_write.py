@@ -1,0 +1,207 @@
+"""A planned set of heads -> the sidecar adapter folder: mtp_config.json, mtp.safetensors and a README.md.
+
+mtp_config.json (format 1, method "mtp-heads"):
+
+    base.name, base.fingerprint     the trunk; the fingerprint (see `mtp_mlx.adapter`) is null where the checkpoint
+                                    has no trunk that mlx-lm can load, and then cannot be compared
+    heads.count                     number of heads; head i predicts i + 2 tokens after the hidden state's own
+    heads.convention                every field of `heads.HeadConvention`
+    heads.blocks                    for each head the mlx-lm class of its decoder layer(s), built as
+                                    class(args_class.from_dict({**model_config, **overrides}), **layers[j])
+    heads.model_config              the language model's configuration that the blocks are built from
+    source                          family in words, files, what was dropped as a copy, notes
+    training, acceptance, measurements    as in every adapter; empty here
+
+mtp.safetensors holds the canonical tensors that `heads` names, in the checkpoint's own types: every norm is a plain
+gain and every fuse weight embedding-first, whatever `convention` says of how they were stored. The tensors are
+written one at a time, so heads of many gigabytes need no more memory than their largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.errors import ConversionError, MTPError
+from mtp_mlx.files import new_folder
+
+from .checkpoint import Checkpoint
+from .heads import HeadPlan, Target
+from .lazy_tensor import STORED_AS, LazyTensor
+
+CONFIG_NAME = "mtp_config.json"
+WEIGHTS_NAME = "mtp.safetensors"
+FORMAT_VERSION = 1
+METHOD = "mtp-heads"
+
+
+def write_heads(
+    checkpoint: Checkpoint,
+    plan: HeadPlan,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the adapter folder `out`, whole or not at all, and return its path. progress: told of each tensor.
+
+    Raises MTPError: `out` exists (and is no adapter folder, with `force`), heads that cannot be an adapter of this
+    kind, or a disk that is full.
+    """
+    out = Path(out)
+    if plan.convention.kind == "lora":
+        raise ConversionError(
+            f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
+            "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
+        )
+    if out.exists() and not force:
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+    if out.exists() and not (out / CONFIG_NAME).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MTPError(
+            f"{out} is not an adapter folder, so --force will not replace it: choose another folder."
+        )
+    fingerprint, reason = trunk_fingerprint(checkpoint)
+    if reason:
+        plan.notes.append(f"the base's fingerprint is not known: {reason}")
+    config = heads_config(checkpoint, plan, fingerprint)
+    with new_folder(out) as folder:
+        save_targets(folder / WEIGHTS_NAME, plan.targets, checkpoint.tensors, progress)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(heads_card(config, plan), encoding="utf-8")
+    return out
+
+
+def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
+    """Raise MTPError where `out` exists and may not be replaced: without `force`, or not holding the file `mark`."""
+    if out.exists() and not force:
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+    if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
+
+
+def heads_config(checkpoint: Checkpoint, plan: HeadPlan, fingerprint: str | None) -> dict[str, Any]:
+    """The content of mtp_config.json."""
+    return {
+        "format": FORMAT_VERSION,
+        "method": METHOD,
+        "base": {"name": _base_name(checkpoint), "fingerprint": fingerprint},
+        "heads": {
+            "count": plan.count,
+            "convention": plan.convention.to_json(),
+            "blocks": [block.to_json() for block in plan.blocks],
+            "model_config": plan.model_config,
+        },
+        "source": {
+            "family": plan.title,
+            "files": checkpoint.files,
+            "dropped": [{"tensor": name, "same_as": trunk} for name, trunk in plan.dropped],
+            "notes": plan.notes,
+        },
+        "training": {},
+        "acceptance": [],
+        "measurements": {},
+    }
+
+
+def _base_name(checkpoint: Checkpoint) -> str:
+    """The model's name: what Medusa's config says it was made for, else the folder's own name."""
+    named = checkpoint.config.get("base_model_name_or_path")
+    if isinstance(named, str) and named:
+        return named
+    path = checkpoint.path.resolve()
+    return path.name if path.is_dir() else path.parent.name
+
+
+def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    """The fingerprint of the trunk beside the heads; or None, and why it has none.
+
+    The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
+    the same: whoever attaches them is told what they were made from.
+    """
+    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
+        return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
+    try:
+        from mlx_lm.utils import load_model
+
+        from mtp_mlx.adapter import base_fingerprint
+
+        model, _ = load_model(checkpoint.path, lazy=True)
+        return base_fingerprint(model), ""
+    except MTPError as error:
+        return None, str(error)
+    except (ImportError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        return None, f"mlx-lm cannot load the trunk ({type(error).__name__})"
+
+
+def save_targets(
+    path: Path,
+    targets: list[Target],
+    tensors: Mapping[str, LazyTensor],
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Write a safetensors file of `targets`, building one tensor after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for target in targets:
+        dtype = target.dtype(tensors)
+        end = position + math.prod(target.shape) * np.dtype(STORED_AS[dtype]).itemsize
+        header[target.name] = {"dtype": dtype, "shape": list(target.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for target in targets:
+            if progress is not None:
+                progress(target.name)
+            file.write(target.build(tensors).tobytes())
+
+
+def heads_card(config: Mapping[str, Any], plan: HeadPlan) -> str:
+    """The folder's README: what the heads are, where they come from, how to use them."""
+    base, convention = config["base"], config["heads"]["convention"]
+    files = ", ".join(config["source"]["files"])
+    lines = [
+        f"# MTP heads of {base['name']}",
+        "",
+        f"{plan.count} head(s) of the kind {plan.title}, converted by mtp-mlx from {files}.",
+        "The base model's own output is unchanged: what the heads draft is verified.",
+        "",
+        f"- base: {base['name']}, fingerprint "
+        + (f"`{base['fingerprint']}`" if base["fingerprint"] else "not known"),
+        f"- {len(plan.targets)} tensors; acceptance not measured",
+        "",
+        "## Convention",
+        "",
+        *[f"- {name.replace('_', ' ')}: {_words(value)}" for name, value in convention.items()],
+        "",
+    ]
+    if plan.dropped:
+        lines += ["## Left out, equal to the trunk's byte for byte", ""]
+        lines += [f"- {name} = {trunk}" for name, trunk in plan.dropped] + [""]
+    if plan.notes:
+        lines += ["## Notes", "", *[f"- {note}" for note in plan.notes], ""]
+    lines += [
+        "## Use",
+        "",
+        "```",
+        f"mtp-mlx generate --model {base['name']} --adapter . --prompt ...",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (
+        ", ".join(name.replace("_", " ") for name in value) or "nothing"
+        if isinstance(value, list)
+        else str(value)
+    )

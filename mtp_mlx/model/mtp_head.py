@@ -1,0 +1,188 @@
+"""MTP heads: one decoder block each, in a cascade behind the trunk (DeepSeek-V3's form; MTP-D, arXiv 2603.23911).
+
+Head k (from 1) at position i sees the embedding of token i + k and the hidden state that head k - 1 (head 0: the
+trunk) made at position i, and predicts token i + k + 1:
+
+    x = fuse([norm_embedding(E[t[i+k]]) ; norm_hidden(h[k-1][i])])
+    y = block(x)                          its own attention over the head's earlier positions, its own KV cache
+    z = norm_out(y)                       what the LM head reads
+    h[k][i] = z or y                      `Convention.recycled`
+
+The block is of the base model's own layer class. Whatever differs between families of heads is in `Convention`.
+
+Legend: B batch, T tokens, D hidden size, K heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from mtp_mlx.errors import MTPError
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a family of heads is run.
+
+    Attributes:
+        recycled: what the next head takes: "normed" (after norm_out) or "raw" (the block's output).
+        own_output_norm: whether a head has a norm_out; without, z is y.
+        mask_first_position: the embedding is zero in the row of position 0.
+    """
+
+    recycled: Literal["normed", "raw"] = "normed"
+    own_output_norm: bool = True
+    mask_first_position: bool = False
+
+
+class MTPHead(nn.Module):
+    """One head.
+
+    Args:
+        block: a decoder layer, called as mlx-lm calls its own.
+        hidden_size: D.
+        eps: of the norms.
+        convention: how it is run.
+    """
+
+    def __init__(self, block: nn.Module, hidden_size: int, eps: float, convention: Convention) -> None:
+        super().__init__()
+        self.fuse = nn.Linear(2 * hidden_size, hidden_size, bias=False)  # [D, 2D]: embedding, then hidden
+        self.norm_embedding = nn.RMSNorm(hidden_size, eps)
+        self.norm_hidden = nn.RMSNorm(hidden_size, eps)
+        self.block = block
+        if convention.own_output_norm:
+            self.norm_out = nn.RMSNorm(hidden_size, eps)
+        self._recycled = convention.recycled
+
+    def __call__(
+        self, embedding: mx.array, hidden: mx.array, mask: Any, cache: Any = None
+    ) -> tuple[mx.array, mx.array]:
+        """(z, h): what the LM head reads and what the next head takes, both [B, T, D].
+
+        Args:
+            embedding: [B, T, D] of the tokens one position further than the last head's.
+            hidden: [B, T, D] from the head before, or the trunk.
+            mask: as for a decoder layer.
+            cache: the head's own KV cache, or None.
+        """
+        x = mx.concatenate([self.norm_embedding(embedding), self.norm_hidden(hidden)], axis=-1)  # [B, T, 2D]
+        y = self.block(self.fuse(x), mask, cache)
+        z = self.norm_out(y) if "norm_out" in self else y
+        return z, z if self._recycled == "normed" else y
+
+
+class MTPHeads(nn.Module):
+    """A cascade of heads.
+
+    Args:
+        heads: K heads, in order.
+        convention: how they are run.
+        draft_ids: [N] int32 ids that may be drafted, or None for all.
+    """
+
+    def __init__(
+        self, heads: list[MTPHead], convention: Convention, draft_ids: mx.array | None = None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self._convention, self._draft_ids = convention, draft_ids
+
+    @property
+    def convention(self) -> Convention:
+        """How the heads are run."""
+        return self._convention
+
+    @property
+    def draft_ids(self) -> mx.array | None:
+        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
+        return self._draft_ids
+
+    def cascade(self, embeddings: mx.array, hidden: mx.array) -> list[mx.array]:
+        """All heads over known text.
+
+        Args:
+            embeddings: [B, T, D] of the tokens.
+            hidden: [B, T, D] of the trunk, after its final norm.
+
+        Returns:
+            z of every head: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Heads for which no
+            row is left are absent.
+        """
+        found = []
+        for depth, head in enumerate(self.heads, start=1):
+            rows = embeddings.shape[1] - depth
+            if rows < 1:
+                break
+            shifted = self.first_masked(embeddings[:, depth:], 0)
+            mask = mx.tril(mx.ones((rows, rows), dtype=mx.bool_))  # an array: not every model takes "causal"
+            z, hidden = head(shifted, hidden[:, :rows], mask)
+            found.append(z)
+        return found
+
+    def first_masked(self, embeddings: mx.array, first_position: int) -> mx.array:
+        """[B, T, D] as a head takes them: zero at position 0, if the convention says so."""
+        if not self._convention.mask_first_position or first_position > 0:
+            return embeddings
+        return mx.concatenate([mx.zeros_like(embeddings[:, :1]), embeddings[:, 1:]], axis=1)
+
+
+def block_like(trunk: nn.Module) -> nn.Module:
+    """A copy of the trunk's last decoder layer, quantised weights dequantised: what a new head starts from.
+
+    Raises:
+        MTPError: the layer is wrapped (the model is attached).
+    """
+    layer = trunk.layers[-1]
+    if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
+        raise MTPError("heads are made from a bare model: detach it first")
+    block = copy.deepcopy(layer)
+    dense = tree_map_with_path(
+        lambda _, module: _dense(module), block.leaf_modules(), is_leaf=nn.Module.is_module
+    )
+    block.update_modules(dense)
+    block.unfreeze()
+    return block
+
+
+def _dense(module: Any) -> Any:
+    """An `nn.Linear` with a quantised layer's values; any other module as it is."""
+    if not isinstance(module, nn.QuantizedLinear):
+        return module
+    weight = mx.dequantize(
+        module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
+    )
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
+    linear.weight = weight
+    if "bias" in module:
+        linear.bias = module.bias
+    return linear
+
+
+def new_heads(
+    model: nn.Module, count: int, convention: Convention, draft_ids: mx.array | None = None
+) -> MTPHeads:
+    """`count` heads for a bare mlx-lm model: blocks start as its last layer, and `fuse` passes the hidden state on.
+
+    Raises:
+        MTPError: the model is attached, or count is below 1.
+    """
+    if count < 1:
+        raise MTPError(f"at least one head is needed, got {count}")
+    trunk = model.model
+    norm = trunk.norm if hasattr(trunk, "norm") else None
+    eps = float(getattr(norm, "eps", 1e-5))
+    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    heads = []
+    for _ in range(count):
+        head = MTPHead(block_like(trunk), size, eps, convention)
+        # The embedding's half starts small, the hidden half as the identity: an untrained head repeats the trunk.
+        head.fuse.weight = mx.concatenate([0.1 * mx.eye(size), mx.eye(size)], axis=1)
+        heads.append(head)
+    return MTPHeads(heads, convention, draft_ids)

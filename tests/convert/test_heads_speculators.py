@@ -1,0 +1,89 @@
+"""Proves that heads survive the way into the speculators layout and back, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mtp_mlx.convert.checkpoint import open_checkpoint
+from mtp_mlx.convert.heads_plan import plan_heads
+from mtp_mlx.convert.heads_speculators import write_speculators
+from mtp_mlx.errors import MTPError
+
+from .head_checkpoints import make
+
+HOLDS = [
+    "qwen3-next experts",
+    "qwen3-next dense",
+    "qwen3.5 dense",
+    "qwen3.5 experts, fused",
+    "llama with own heads",
+    "mimo-7b",
+    "speculators, qwen3-next",
+    "speculators, qwen3",
+]
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_there_and_back(tmp_path: Path, name: str) -> None:
+    made = make(name)
+    out = write_speculators(open_checkpoint(made.write(tmp_path / "model")), tmp_path / "out")
+    checkpoint = open_checkpoint(out)
+    plan = plan_heads(checkpoint)
+    assert plan.convention.family == "speculators"
+    found = {target.name: target.build(checkpoint.tensors) for target in plan.targets}
+    assert found.keys() == made.canonical.keys()
+    for key, value in made.canonical.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_names_order_and_norms_of_the_layout(tmp_path: Path) -> None:
+    made = make("qwen3-next experts")
+    out = write_speculators(
+        open_checkpoint(made.write(tmp_path / "model")), tmp_path / "out", base="org/base"
+    )
+    stored = mx.load(str(out / "model.safetensors"))
+    for name, key in (
+        ("input_proj", "mtp.fc"),
+        ("token_layernorm", "mtp.pre_fc_norm_embedding"),
+        ("hidden_layernorm", "mtp.pre_fc_norm_hidden"),
+        ("final_layernorm", "mtp.norm"),
+        ("self_attn.q_norm", "mtp.layers.0.self_attn.q_norm"),
+        ("mlp.shared_expert_gate", "mtp.layers.0.mlp.shared_expert_gate"),
+    ):
+        np.testing.assert_array_equal(
+            np.array(stored[f"mtp_layers.0.{name}.weight"]), made.stored[f"{key}.weight"]
+        )
+    fused = np.array(stored["mtp_layers.0.mlp.experts.gate_up_proj"])
+    for e in range(3):
+        expert = f"mtp.layers.0.mlp.experts.{e}."
+        np.testing.assert_array_equal(fused[e, :24], made.stored[f"{expert}gate_proj.weight"])
+        np.testing.assert_array_equal(fused[e, 24:], made.stored[f"{expert}up_proj.weight"])
+    assert not [name for name in stored if "embed" in name or "lm_head" in name]
+    config = json.loads((out / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/base"
+    assert config["transformer_layer_config"]["model_type"] == "qwen3_next"
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "ernie-4.5", "nemotron-h", "step-3.5"])
+def test_other_forms_are_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(make(name).write(tmp_path / "model"))
+    with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
+        write_speculators(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_stays_unless_forced(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make("mimo-7b").write(tmp_path / "model"))
+    write_speculators(checkpoint, tmp_path / "out")
+    with pytest.raises(MTPError, match="exists already"):
+        write_speculators(checkpoint, tmp_path / "out")
+    write_speculators(checkpoint, tmp_path / "out", force=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("x")
+    with pytest.raises(MTPError, match="not a model folder"):
+        write_speculators(checkpoint, tmp_path / "photos", force=True)
