@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from mtp_mlx.metal_kernels.block_attention_shapes import (
     HEAD_SIZES,
@@ -272,6 +273,29 @@ def reference(
     )
     k, v = (_rows_in_use(cache, head_size, length)[None] for cache in (keys, values))
     return mx.fast.scaled_dot_product_attention(queries[None], k, v, scale=scale, mask=mask)[0]
+
+
+def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What a model runs with the kernel and without it: mlx-lm's attention with the pass's mask, made beforehand."""
+    _, keys, _, visible, length, scale = arguments
+    rows = visible.shape[0]
+    mask: Any = mx.concatenate(
+        [mx.ones((rows, length - rows), dtype=mx.bool_), visibility_matrix(visible)], axis=1
+    )
+    if mx.array_equal(visibility_matrix(visible), mx.tril(mx.ones((rows, rows), dtype=mx.bool_))).item():
+        mask = "causal"
+
+    def without(queries: mx.array, keys: Cache, values: Cache, *_: Any) -> mx.array:
+        used: list[Any] = [tuple(a[None, :, :length] for a in _arrays(cache)) for cache in (keys, values)]
+        if len(used[0]) > 1:
+            group_size = queries.shape[-1] // used[0][1].shape[-1]
+            return quantized_scaled_dot_product_attention(
+                queries[None], used[0], used[1], scale=scale, mask=mask, group_size=group_size, bits=8
+            )[0]
+        (k,), (v,) = used
+        return mx.fast.scaled_dot_product_attention(queries[None], k, v, scale=scale, mask=mask)[0]
+
+    return lambda *a: run(factory, *a), without
 
 
 def samples() -> list[tuple[Any, ...]]:

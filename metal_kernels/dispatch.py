@@ -3,7 +3,7 @@
 Contract: `Dispatcher.attempt(name, *arguments)` returns the kernel's outputs, or None when the caller must take
 its own pure-MLX path. A kernel is used only if it supports the call, agreed with the reference on this machine, and
 (mode `auto`) was faster there. Whatever stands against it is remembered with its reason and shown by `doctor`.
-A kernel that cannot be compiled or launched is demoted once and never tried again in this process.
+A kernel that cannot be compiled or launched, or is wrong, is demoted once and never tried again in this process.
 
 Modes (environment variable MTP_MLX_KERNELS)
     auto    as above; on a machine without Metal, never
@@ -11,33 +11,31 @@ Modes (environment variable MTP_MLX_KERNELS)
     force   every supported call runs the kernel, checked but not raced; without Metal through the emulator in the
             repository's tools/ folder, which must then be importable
 
-Verdicts are written to the cache folder and belong to one device, system, MLX version and kernel text.
+Verdicts (`verdicts.py`) are kept in the cache folder and belong to one device, system, MLX version and kernel text.
+With Metal, kernels run only while the GPU is MLX's default device, as their launches always go there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
-import json
 import logging
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import write_text
 from mtp_mlx.metal_kernels.launch import Factory, Support
 from mtp_mlx.metal_kernels.race import race
+from mtp_mlx.metal_kernels.verdicts import Verdict, Verdicts, machine_key
 
 KERNELS = ("verify_tail", "small_m_qmm", "row_exact", "block_attention", "gated_lora", "lm_head_pick")
 MODE_VARIABLE = "MTP_MLX_KERNELS"
+FAILED = "failed: "
 MUST_WIN_BY = 0.98  # a kernel is used when its time is at most this share of the reference's
 Mode = Literal["auto", "off", "force"]
 
@@ -45,7 +43,11 @@ log = logging.getLogger("mtp_mlx")
 
 
 class KernelModule(Protocol):
-    """What a kernel's module offers; all take the same arguments."""
+    """What a kernel's module offers; all take the same arguments.
+
+    Where the model's own code does more with the result than `run`, or other operations than `reference`, a module
+    also has `in_place(factory, arguments)`: the two calls that are raced, each of the same arguments.
+    """
 
     def supported(self, *arguments: Any) -> Support: ...
     def run(self, factory: Factory, *arguments: Any) -> Any: ...
@@ -53,21 +55,6 @@ class KernelModule(Protocol):
     def agrees(self, ours: Any, theirs: Any) -> bool: ...
     def shape_key(self, *arguments: Any) -> str: ...
     def samples(self) -> list[tuple[Any, ...]]: ...
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was decided for one kernel and shape.
-
-    Attributes:
-        uses_kernel: whether calls of this shape run the kernel.
-        reason: why, in a few words.
-        time_ratio: kernel time over reference time; None when not raced.
-    """
-
-    uses_kernel: bool
-    reason: str
-    time_ratio: float | None = None
 
 
 def kernel_module(name: str) -> KernelModule:
@@ -120,6 +107,7 @@ class Dispatcher:
 
     Attributes:
         verdicts: by "kernel shape".
+        demoted: why a kernel failed here, by its name; it is not tried again in this process.
         counts: calls by (kernel, "kernel" or the reason why not).
     """
 
@@ -127,23 +115,39 @@ class Dispatcher:
         self, mode: Mode, factory: Factory | None, factory_name: str, cache_file: Path | None = None
     ) -> None:
         self.mode, self.factory, self.factory_name = mode, factory, factory_name
+        self.verdicts = Verdicts(cache_file)
+        self.demoted: dict[str, str] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._cache_file = cache_file
-        self.verdicts: dict[str, Verdict] = {} if cache_file is None else _read_verdicts(cache_file)
+        self._needs_gpu = factory is mx.fast.metal_kernel
 
     @property
     def active(self) -> bool:
         """Whether any kernel can run here at all; if not, callers need not ask."""
         return self.factory is not None
 
+    @property
+    def description(self) -> str:
+        """What a measurement made with this dispatcher depends on."""
+        return f"{self.factory_name} {self.mode} {dict(machine_key())['kernels']}"
+
     def attempt(self, name: str, *arguments: Any) -> Any | None:
-        """The kernel's outputs, or None: not supported, failed its check, or slower than stock MLX."""
-        if self.factory is None:
+        """The kernel's outputs, or None: not supported, failed here, or slower than stock MLX."""
+        if self.factory is None or name in self.demoted:
+            return None
+        if self._needs_gpu and mx.default_device().type != mx.DeviceType.gpu:
             return None
         module = kernel_module(name)
         verdict = self._verdict(name, module, arguments)
         self.counts[name, "kernel" if verdict.uses_kernel else verdict.reason] += 1
-        return module.run(self.factory, *arguments) if verdict.uses_kernel else None
+        if not verdict.uses_kernel:
+            return None
+        try:
+            return module.run(self.factory, *arguments)
+        except (
+            Exception
+        ) as error:  # what is wrong before anything runs; the GPU's own errors come with `judge`
+            self._demote(name, _sentence(error))
+            return None
 
     def _verdict(self, name: str, module: KernelModule, arguments: tuple[Any, ...]) -> Verdict:
         support = module.supported(*arguments)
@@ -151,16 +155,17 @@ class Dispatcher:
             return Verdict(False, support.reason)
         key = f"{name} {module.shape_key(*arguments)}"
         if key not in self.verdicts:
-            self._decide(key, module, arguments)
+            verdict = judge(module, arguments, cast("Factory", self.factory), raced=self.mode == "auto")
+            if verdict.reason.startswith(FAILED):
+                self._demote(name, verdict.reason)
+                return verdict
+            self.verdicts.add(key, verdict)
+            log.info("kernel %s: %s", key, verdict.reason)
         return self.verdicts[key]
 
-    def _decide(self, key: str, module: KernelModule, arguments: tuple[Any, ...]) -> None:
-        verdict = judge(module, arguments, cast("Factory", self.factory), raced=self.mode == "auto")
-        self.verdicts[key] = verdict
-        if not verdict.uses_kernel:
-            log.warning("kernel %s is not used: %s", key, verdict.reason)
-        if self._cache_file is not None and self.mode == "auto":
-            _write_verdicts(self._cache_file, self.verdicts)
+    def _demote(self, name: str, reason: str) -> None:
+        self.demoted[name] = reason
+        log.warning("the kernel %s is not used any more, stock MLX takes its place: %s", name, reason)
 
     def judge_samples(self, name: str, raced: bool) -> dict[str, Verdict]:
         """{shape: verdict} of the kernel's own sample arguments, judged now."""
@@ -179,64 +184,35 @@ class Dispatcher:
 
 
 def judge(module: KernelModule, arguments: tuple[Any, ...], factory: Factory, raced: bool) -> Verdict:
-    """Self-check, then the race. Never raises: a kernel that fails is a kernel that is not used."""
+    """Self-check, then the race. A kernel that raises anything is a kernel that is not used; what its arguments are
+    made of is evaluated before, and raises as ever."""
+    mx.eval(tree_map(lambda value: value if isinstance(value, mx.array) else None, list(arguments)))
     try:
         ours, theirs = module.run(factory, *arguments), module.reference(*arguments)
         mx.eval(ours, theirs)
+        if not module.agrees(ours, theirs):
+            return Verdict(False, f"{FAILED}its result differs from stock MLX")
+        if not raced:
+            return Verdict(True, "forced; self-check passed")
+        ratio = race(*_lanes(module, factory, arguments), arguments)
     except Exception as error:  # compile errors and thread limits of the GPU at hand arrive as any type
-        sentence = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        return Verdict(False, f"failed: {sentence}")
-    if not module.agrees(ours, theirs):
-        return Verdict(False, "self-check: its result differs from stock MLX")
-    if not raced:
-        return Verdict(True, "forced; self-check passed")
-    ratio = race(lambda *a: module.run(factory, *a), lambda *a: module.reference(*a), arguments)
-    if ratio <= MUST_WIN_BY:
-        return Verdict(True, "self-check passed, won its race", round(ratio, 3))
-    return Verdict(False, "self-check passed, lost its race", round(ratio, 3))
+        return Verdict(False, FAILED + _sentence(error))
+    won = ratio <= MUST_WIN_BY
+    return Verdict(won, f"self-check passed, {'won' if won else 'lost'} its race", round(ratio, 3))
 
 
-# --- verdicts on disk ---------------------------------------------------------------------------------------
+def _lanes(module: KernelModule, factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The two calls to race, with the kernel and without."""
+    in_place = getattr(module, "in_place", None)
+    if in_place is not None:
+        return cast("tuple[Any, Any]", in_place(factory, arguments))
+    return lambda *a: module.run(factory, *a), module.reference
 
 
-def machine_key() -> dict[str, str]:
-    """What verdicts belong to: device, system, MLX and the kernels' own text."""
-    device = mx.device_info() if hasattr(mx, "device_info") else {}
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*")):
-        if path.suffix in (".metal", ".py"):
-            digest.update(path.read_bytes())
-    return {
-        "device": str(device.get("device_name", platform.machine())),
-        "system": platform.platform(),
-        "mlx": importlib.metadata.version("mlx"),
-        "kernels": digest.hexdigest()[:16],
-    }
-
-
-def _read_verdicts(path: Path) -> dict[str, Verdict]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s); the kernels are judged again", path, error)
-        return {}
-    try:
-        if stored["machine"] != machine_key():
-            return {}
-        return {key: Verdict(**value) for key, value in stored["verdicts"].items()}
-    except (KeyError, TypeError, AttributeError):
-        log.warning("%s is damaged; the kernels are judged again", path)
-        return {}
-
-
-def _write_verdicts(path: Path, verdicts: dict[str, Verdict]) -> None:
-    stored = {"machine": machine_key(), "verdicts": {key: asdict(value) for key, value in verdicts.items()}}
-    try:
-        write_text(path, json.dumps(stored, indent=2) + "\n")
-    except MTPError as error:  # a full disk must not stop generation; the verdict is kept in memory
-        log.warning("verdicts on kernels are not kept: %s", error)
+def _sentence(error: Exception) -> str:
+    """The first line of an error."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 _process_wide: Dispatcher | None = None

@@ -215,6 +215,20 @@ def reference(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: in
     return mx.addmm(y[n_real:], x[n_real:] @ down, up, alpha=scale)
 
 
+def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What a layer runs with the kernel (rows joined again) and without it (one fused product over all rows)."""
+    n_real, scale = arguments[4:]
+
+    def with_kernel(x: mx.array, y: mx.array, down: mx.array, up: mx.array, *_: Any) -> mx.array:
+        return mx.concatenate([y[:n_real], run(factory, x, y, down, up, n_real, scale)])
+
+    def without(x: mx.array, y: mx.array, down: mx.array, up: mx.array, *_: Any) -> mx.array:
+        hidden = mx.pad(x[n_real:] @ down, [(n_real, 0), (0, 0)])
+        return mx.addmm(y, hidden, up, alpha=scale)
+
+    return with_kernel, without
+
+
 def samples() -> list[tuple[Any, ...]]:
     """Arguments for a self-check: every type, one and two launches, ranks and rows off the tiles' edges."""
     cases = (

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from mtp_mlx.cli import main
 from mtp_mlx.cli.doctor import _lane
 from mtp_mlx.metal_kernels import dispatch
-from mtp_mlx.metal_kernels.dispatch import KERNELS, Dispatcher, Verdict
+from mtp_mlx.metal_kernels.dispatch import KERNELS, Dispatcher
+from mtp_mlx.metal_kernels.verdicts import Verdict
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="says what a machine without Metal is told")
@@ -21,7 +22,12 @@ def test_without_metal_every_kernel_is_its_reference() -> None:
     report = json.loads(result.stdout)
     assert set(report["kernels"]) == set(KERNELS)
     for kernel in report["kernels"].values():
-        assert kernel == {"lane": "reference", "reason": "no Metal on this machine", "shapes": {}}
+        assert kernel == {
+            "lane": "reference",
+            "reason": "no Metal on this machine",
+            "shapes": {},
+            "samples": {},
+        }
     assert report["machine"]["versions"]["mlx"]
 
 
@@ -45,21 +51,23 @@ def test_a_wrong_mode_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stored_verdicts_are_shown_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = Dispatcher("auto", lambda **_: None, "Metal")
-    stored.verdicts = {
-        "gated_lora a": Verdict(True, "won", 0.5),
-        "gated_lora b": Verdict(False, "lost", 1.5),
-        "row_exact c": Verdict(False, "failed: too many threads"),
-    }
+    stored.verdicts.add("gated_lora a", Verdict(True, "won", 0.5))
+    stored.verdicts.add("gated_lora b", Verdict(False, "lost", 1.5))
+    stored.verdicts.add("row_exact c", Verdict(False, "lost", 2.0))
     monkeypatch.setattr(dispatch, "default_dispatcher", lambda *_: stored)
     text = CliRunner().invoke(main, ["doctor"]).stdout
     assert "gated_lora       kernel for some shapes: lost; won" in text
     assert "0.50 of stock MLX's time" in text and "1.50 of stock MLX's time" in text
-    assert "row_exact        reference: failed: too many threads" in text
+    assert "row_exact        reference: lost" in text
     assert "verify_tail      undecided" in text
+    forgotten = json.loads(CliRunner().invoke(main, ["doctor", "--forget", "--json"]).stdout)
+    assert all(kernel["lane"] == "undecided" for kernel in forgotten["kernels"].values())
 
 
 def test_lanes() -> None:
-    won, lost = Verdict(True, "won"), Verdict(False, "lost")
-    assert _lane({"a": won})["lane"] == "kernel"
-    assert _lane({"a": lost})["lane"] == "reference"
-    assert _lane({"a": won, "b": lost})["lane"] == "kernel for some shapes"
+    won, lost, failed = Verdict(True, "won", 0.5), Verdict(False, "lost", 2.0), Verdict(False, "failed: x")
+    assert _lane({"a": won}, {})["lane"] == "kernel"
+    assert _lane({"a": lost}, {})["lane"] == "reference"
+    assert _lane({"a": won, "b": lost}, {"s": lost})["lane"] == "kernel for some shapes"
+    assert _lane({"a": won}, {"s": failed}) == {"lane": "reference", "reason": "failed: x"}
+    assert "samples pass" in _lane({}, {"s": won})["reason"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mtp_mlx.metal_kernels.dispatch import Dispatcher, Verdict
+    from mtp_mlx.metal_kernels.dispatch import Dispatcher
+    from mtp_mlx.metal_kernels.verdicts import Verdict
 
 EPILOG = """\b
 Examples:
@@ -20,15 +21,16 @@ Examples:
 
 @click.command(epilog=EPILOG, short_help="Show versions, device and kernels, for bug reports")
 @click.option("--kernels", "check", is_flag=True, help="Run every kernel's self-check and race now")
+@click.option("--forget", is_flag=True, help="Drop what races decided: every shape is raced again")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
-def command(check: bool, as_json: bool) -> None:
+def command(check: bool, forget: bool, as_json: bool) -> None:
     """Show versions, device and which lane every Metal kernel is in, and why."""
-    report = examine(check)
+    report = examine(check, forget)
     click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
 
-def examine(check: bool) -> dict[str, Any]:
-    """The report; with `check`, self-checks (and, in mode auto, races) run now on the kernels' own samples.
+def examine(check: bool, forget: bool = False) -> dict[str, Any]:
+    """The report: verdicts on shapes met so far, and with `check` self-checks (in mode auto, races too) on samples.
 
     Raises:
         MTPError: MTP_MLX_KERNELS is wrong, or asks for what this machine cannot do.
@@ -38,6 +40,8 @@ def examine(check: bool) -> dict[str, Any]:
     from mtp_mlx.metal_kernels.dispatch import KERNELS, default_dispatcher
 
     dispatcher = default_dispatcher(cache_dir)
+    if forget:
+        dispatcher.verdicts.forget()
     return {
         "machine": machine(),
         "kernel_mode": dispatcher.mode,
@@ -47,24 +51,33 @@ def examine(check: bool) -> dict[str, Any]:
 
 
 def _kernel(dispatcher: Dispatcher, name: str, check: bool) -> dict[str, Any]:
-    """Lane and reason of one kernel, and its verdicts by shape: stored ones, or those judged now."""
+    """Lane and reason of one kernel, its verdicts by shape, and with `check` those on its samples, judged now."""
     if not dispatcher.active:
-        return {"lane": "reference", "reason": dispatcher.factory_name, "shapes": {}}
-    if check:
-        verdicts = dispatcher.judge_samples(name, raced=dispatcher.mode == "auto")
-    else:
-        start = f"{name} "
-        verdicts = {
-            key.removeprefix(start): verdict
-            for key, verdict in dispatcher.verdicts.items()
-            if key.startswith(start)
-        }
-    return {**_lane(verdicts), "shapes": {shape: _verdict(verdict) for shape, verdict in verdicts.items()}}
+        return {"lane": "reference", "reason": dispatcher.factory_name, "shapes": {}, "samples": {}}
+    start = f"{name} "
+    met = {
+        key.removeprefix(start): verdict
+        for key, verdict in dispatcher.verdicts.items()
+        if key.startswith(start)
+    }
+    samples = dispatcher.judge_samples(name, raced=dispatcher.mode == "auto") if check else {}
+    shown = {"shapes": met, "samples": samples}
+    return {
+        **_lane(met, samples),
+        **{what: {key: _verdict(verdict) for key, verdict in found.items()} for what, found in shown.items()},
+    }
 
 
-def _lane(verdicts: dict[str, Verdict]) -> dict[str, str]:
+def _lane(verdicts: dict[str, Verdict], samples: dict[str, Verdict]) -> dict[str, str]:
+    """Of the shapes that generations met; a sample that failed says more than they do."""
+    failed = [
+        verdict.reason for verdict in samples.values() if not verdict.uses_kernel and not verdict.time_ratio
+    ]
+    if failed:
+        return {"lane": "reference", "reason": failed[0]}
     if not verdicts:
-        return {"lane": "undecided", "reason": "no shape judged yet: generate once, or use --kernels"}
+        checked = "its samples pass" if samples else "--kernels checks its samples"
+        return {"lane": "undecided", "reason": f"no generation has met it yet; {checked}"}
     used = sum(verdict.uses_kernel for verdict in verdicts.values())
     reasons = sorted({verdict.reason for verdict in verdicts.values()})
     lane = "kernel" if used == len(verdicts) else "reference" if not used else "kernel for some shapes"
@@ -86,9 +99,10 @@ def lines(report: dict[str, Any]) -> list[str]:
     shown += ["", f"kernels ({report['kernel_factory']}, MTP_MLX_KERNELS={report['kernel_mode']})"]
     for name, kernel in report["kernels"].items():
         shown.append(f"  {name:<16} {kernel['lane']}: {kernel['reason']}")
-        for shape, verdict in kernel["shapes"].items():
-            ratio = verdict.get("time_over_reference")
-            timed = "" if ratio is None else f", {ratio:.2f} of stock MLX's time"
-            lane = "kernel" if verdict["kernel"] else "reference"
-            shown.append(f"    {shape:<34} {lane}: {verdict['reason']}{timed}")
+        for what in ("shapes", "samples"):
+            for shape, verdict in kernel[what].items():
+                ratio = verdict.get("time_over_reference")
+                timed = "" if ratio is None else f", {ratio:.2f} of stock MLX's time"
+                lane = "kernel" if verdict["kernel"] else "reference"
+                shown.append(f"    {what[:-1]} {shape:<34} {lane}: {verdict['reason']}{timed}")
     return shown

@@ -64,7 +64,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "model": base_fingerprint(model.model),
         "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'}",
         "adapter": shape,
-        "kernels": "none" if model.kernels is None else f"{model.kernels.factory_name} {model.kernels.mode}",
+        "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }
 
@@ -146,8 +146,8 @@ def _plain_seconds(session: Session, steps: int = 6) -> float:
 def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter, count: int) -> float:
     """Seconds of drafting `count` tokens from given latents."""
     shape = block_shape(0, (count,))
-    hidden = mx.zeros((shape.rows, model.hidden_size))
     zero = mx.array(0, dtype=mx.int32)
+    hidden = mx.zeros((shape.rows, model.hidden_size), dtype=model.embed(zero).dtype)
     times = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()

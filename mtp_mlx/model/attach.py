@@ -77,6 +77,9 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
+        if self.exact or self.adapter is not None:
+            for path, rope in self._seams.ropes.items():
+                replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         if self.adapter is not None:
             self._wrap_slots(self.adapter)
 
@@ -90,8 +93,6 @@ class AttachedModel:
         for path, low_rank in adapter.low_rank.items():
             base = self._for_blocks(self._seams.linears[path])
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
-        for path, rope in self._seams.ropes.items():
-            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         self._seams.trunk.embed_tokens = SlotAwareEmbedding(
             self._embed, adapter.slot_embeddings, self.vocab_size
         )
@@ -215,11 +216,19 @@ def attach(
 
 
 def _check_exact(seams: Seams) -> None:
-    """Raises MTPError for layers whose rows are not computed one by one."""
-    experts = [
-        path for path, module in seams.trunk.named_modules() if "SwitchLinear" in type(module).__name__
-    ]
-    if experts:
-        raise MTPError(
-            f"exact decoding does not cover mixture-of-experts layers ({experts[0]}): leave it out for this model"
-        )
+    """Raises MTPError for layers whose rows cannot be computed one by one from outside."""
+    hookable = block_attention.hookable(seams.trunk)
+    modules = dict(seams.trunk.named_modules())
+    reasons = {
+        "mixture-of-experts layers": [p for p, m in modules.items() if "SwitchLinear" in type(m).__name__],
+        "latent attention": [p for p, m in modules.items() if type(m).__name__ == "MultiLinear"],
+        "block-sparse attention": [p for p, m in modules.items() if "phi3small" in type(m).__module__],
+        "attention that this model computes by itself": [
+            path.rsplit(".", 1)[0]
+            for path in seams.ropes
+            if type(modules[path.rsplit(".", 1)[0]]).__module__ not in hookable
+        ],
+    }
+    for what, paths in reasons.items():
+        if paths:
+            raise MTPError(f"exact decoding does not cover {what} ({paths[0]}): leave it out for this model")

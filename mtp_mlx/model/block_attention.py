@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
 def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:
     """By `block_attention`, or None. The keys and values of `queries` have just been stored in `cache`."""
     known = type(cache) is KVCache or (type(cache) is QuantizedKVCache and cache.bits == 8)
-    if rows.kernels is None or rows.windowed or not known or queries.shape[0] != 1:
+    if rows.step_kernels is None or rows.windowed or not known or queries.shape[0] != 1:
         return None
     words = rows.visibility_words(queries.shape[2])
     if words is None:
@@ -56,7 +56,9 @@ def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) ->
     keys, values = tree_map(
         lambda buffer: buffer[0], (cache.keys, cache.values)
     )  # the whole buffers, not slices
-    out = rows.kernels.attempt("block_attention", queries[0], keys, values, words, int(cache.offset), scale)
+    out = rows.step_kernels.attempt(
+        "block_attention", queries[0], keys, values, words, int(cache.offset), scale
+    )
     return None if out is None else out[None]
 
 
@@ -65,11 +67,13 @@ def _rows_alone(
 ) -> mx.array:
     """The exact rows one at a time over the keys up to their own, as plain decoding would; then the others.
 
-    Exact rows come first and see all that lies before them, so row i of n sees all but the last R - 1 - i keys.
+    Exact rows come first and see all that lies before them, so row i of n sees all but the last R - 1 - i keys:
+    no mask, as in plain decoding, unless a sliding window hides some of them.
     """
     n_rows, n_exact = queries.shape[2], cache.rows.n_exact
     cached = int(cache.offset) - n_rows
     outputs = []
+    hides = cache.rows.windowed and isinstance(mask, mx.array)
     for row in range(n_exact):
         seen = cached + row + 1
         outputs.append(
@@ -79,7 +83,7 @@ def _rows_alone(
                 tree_map(lambda array: array[..., :seen, :], values),  # noqa: B023
                 cache=cache,
                 scale=scale,
-                mask=None,
+                mask=mask[..., row : row + 1, :seen] if hides else None,
                 sinks=sinks,
             )
         )
@@ -98,11 +102,16 @@ def _rows_alone(
 # --- putting it in place ------------------------------------------------------------------------------------
 
 
-def install(trunk: nn.Module) -> set[str]:
-    """Puts our function where the model's code looks for mlx-lm's; returns what `remove` needs."""
+def hookable(trunk: nn.Module) -> set[str]:
+    """Names of the Python modules of `trunk`'s classes that look for mlx-lm's attention function."""
     modules = {type(module).__module__ for _, module in trunk.named_modules()}
     theirs = (base.scaled_dot_product_attention, scaled_dot_product_attention)
-    names = {name for name in modules if getattr(sys.modules.get(name), NAME, None) in theirs}
+    return {name for name in modules if getattr(sys.modules.get(name), NAME, None) in theirs}
+
+
+def install(trunk: nn.Module) -> set[str]:
+    """Puts our function where the model's code looks for mlx-lm's; returns what `remove` needs."""
+    names = hookable(trunk)
     for name in names:
         _users[name] += 1
         setattr(sys.modules[name], NAME, scaled_dot_product_attention)

@@ -72,7 +72,7 @@ class BlockLinear(nn.Module):
         """[B, R, D_in] -> [B, R, D_out]."""
         if self._rows.n_real is None:
             return self.base(x)
-        return block_product(self.base, self.base, x, self._rows.n_exact, self._rows.kernels)
+        return block_product(self.base, self.base, x, self._rows.n_exact, self._rows.step_kernels)
 
     @property
     def weight(self) -> mx.array:

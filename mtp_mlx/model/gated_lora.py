@@ -67,7 +67,7 @@ class GatedLinear(nn.Module):
         n_real = self._rows.n_real
         if n_real is None or n_real >= x.shape[-2]:
             return y
-        kernels = self._rows.kernels
+        kernels = self._rows.step_kernels
         if kernels is not None and kernels.active and x.shape[0] == 1:
             slots = kernels.attempt("gated_lora", *self.low_rank.kernel_arguments(x[0], y[0], n_real))
             if slots is not None:

@@ -24,9 +24,21 @@ class PositionedRoPE(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
         """x: [B, H, R, D] -> [B, H, R, D]; `offset` is what the model passes (cache.offset)."""
-        positions = self._rows.positions
-        if positions is None:
-            return self.base(x, offset=offset, **kwargs)
+        n_exact, n_rows = self._rows.n_exact, x.shape[2]
+        if n_exact and n_rows > 1:  # as in passes over one row, which count up from the cache's end
+            alone = [
+                self.base(x[:, :, row : row + 1], offset=offset + row, **kwargs)
+                for row in range(min(n_exact, n_rows))
+            ]
+            rest = [self._turned(x[:, :, n_exact:], offset, n_exact, **kwargs)] if n_exact < n_rows else []
+            return mx.concatenate(alone + rest, axis=2)
+        return self._turned(x, offset, 0, **kwargs)
+
+    def _turned(self, x: mx.array, offset: int | mx.array, first: int, **kwargs: Any) -> mx.array:
+        """x: [B, H, R, D], the pass's rows from `first` on."""
+        if self._rows.positions is None:
+            return self.base(x, offset=offset + first, **kwargs)
+        positions = self._rows.positions[..., first:]
         batch, heads, rows, size = x.shape
         by_row = x.transpose(0, 2, 1, 3).reshape(batch * rows, heads, 1, size)
         flat = mx.broadcast_to(positions, (batch, rows)).reshape(-1)

@@ -28,7 +28,9 @@ class RowContext:
         visibility: [R, R] bool, or None for causal.
         windowed: some layer of this pass sees a sliding window only.
         n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
-        kernels: what may run in place of stock MLX, or None. This and `exact` outlive the pass.
+        step_kernels: what may run in place of stock MLX in this pass: `kernels` in a decoding step, else None, so
+            that prompts are read as mlx-lm reads them.
+        kernels: what may run in decoding steps, or None. This and `exact` outlive the pass.
         exact: the real rows of decoding steps are exact.
     """
 
@@ -37,6 +39,7 @@ class RowContext:
     visibility: mx.array | None = None
     windowed: bool = False
     n_exact: int = 0
+    step_kernels: Dispatcher | None = None
     kernels: Dispatcher | None = None
     exact: bool = False
     _words: mx.array | None = None
@@ -60,8 +63,9 @@ class RowContext:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
         self.n_exact = block.n_real if self.exact and block.is_step else 0
+        self.step_kernels = self.kernels if block.is_step else None
         try:
             yield
         finally:
             self.n_real = self.positions = self.visibility = None
-            self.windowed, self.n_exact, self._words = False, 0, None
+            self.windowed, self.n_exact, self.step_kernels, self._words = False, 0, None, None

@@ -1,0 +1,106 @@
+"""What was decided about kernels on this machine, in memory and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import write_text
+
+log = logging.getLogger("mtp_mlx")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided for one kernel and shape.
+
+    Attributes:
+        uses_kernel: whether calls of this shape run the kernel.
+        reason: why, in a few words.
+        time_ratio: kernel time over stock time; None when not raced.
+    """
+
+    uses_kernel: bool
+    reason: str
+    time_ratio: float | None = None
+
+
+@cache
+def machine_key() -> tuple[tuple[str, str], ...]:
+    """What verdicts belong to: device, system, MLX and the kernels' own text, as (name, value) pairs."""
+    device = mx.device_info() if hasattr(mx, "device_info") else {}
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*")):
+        if path.suffix in (".metal", ".py"):
+            digest.update(path.read_bytes())
+    return (
+        ("device", str(device.get("device_name", platform.machine()))),
+        ("system", platform.platform()),
+        ("mlx", importlib.metadata.version("mlx")),
+        ("kernels", digest.hexdigest()[:16]),
+    )
+
+
+class Verdicts(dict[str, Verdict]):
+    """Verdicts by "kernel shape".
+
+    Args:
+        path: a file to read them from and to add new ones to; None keeps them in memory. A file of another
+            machine, MLX or kernel text counts as empty, a damaged one too (said once).
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(_read(path, log.warning) if path is not None else {})
+        self._path = path
+        self._lock = threading.Lock()
+
+    def add(self, key: str, verdict: Verdict) -> None:
+        """Remembers a verdict, on disk too; what other processes wrote meanwhile is kept."""
+        with self._lock:
+            self[key] = verdict
+            if self._path is None:
+                return
+            for other, theirs in _read(self._path, log.debug).items():
+                self.setdefault(other, theirs)
+            stored = {name: asdict(one) for name, one in self.items()}
+            text = json.dumps({"machine": dict(machine_key()), "verdicts": stored}, indent=2)
+            try:
+                write_text(self._path, text + "\n")
+            except MTPError as error:  # a full disk must not stop generation
+                log.warning("verdicts on kernels are not kept: %s", error)
+                self._path = None
+
+    def forget(self) -> None:
+        """Drops all of them, on disk too: every shape is judged again."""
+        with self._lock:
+            self.clear()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+
+
+def _read(path: Path, tell: Callable[..., None]) -> dict[str, Verdict]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        tell("%s cannot be read (%s); the kernels are judged again", path, error)
+        return {}
+    try:
+        if stored["machine"] != dict(machine_key()):
+            return {}
+        return {key: Verdict(**value) for key, value in stored["verdicts"].items()}
+    except (KeyError, TypeError, AttributeError):
+        tell("%s is damaged; the kernels are judged again", path)
+        return {}
