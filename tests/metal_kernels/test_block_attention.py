@@ -22,8 +22,9 @@ from tests.metal_kernels.attention_calls import (
     executions,
 )
 
-# Rows 1..17 and 32 over one head size; then every head size with every type, over tile, chunk and layout edges.
-ROWS = [Case(F16, 64, 4, 2, rows, 61 + rows) for rows in (*range(1, 18), 32)]
+# Rows 1..17 and 32 in every type over one head size; then every head size with every type, over the edges of tiles,
+# chunks and layouts.
+ROWS = [Case(dtype, 64, 4, 2, rows, 61 + rows) for dtype in (F16, BF16, F32) for rows in (*range(1, 18), 32)]
 SIZES = [
     Case(F32, 64, 3, 1, 2, 33, 32),
     Case(BF16, 64, 6, 3, 8, 127),

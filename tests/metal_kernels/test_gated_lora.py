@@ -25,7 +25,9 @@ from tests.metal_kernels.lora_calls import (
 )
 
 # Every number of slot rows; then every type over each tile's edge: 64 inputs, 64 ranks, 256 threads, 512 columns.
-ROWS = [Case(F16, slots, slots % 4, 67, 131, 12) for slots in (*range(1, 18), 32)]
+ROWS = [
+    Case(dtype, slots, slots % 4, 67, 131, 12) for dtype in (F16, BF16, F32) for slots in (*range(1, 18), 32)
+]
 EDGES = [
     Case(F32, 3, 2, 64, 513, 5),
     Case(F32, 11, 1, 129, 257, 65),

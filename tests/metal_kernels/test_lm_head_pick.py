@@ -14,10 +14,11 @@ from tests.metal_kernels.head_calls import DTYPES, KINDS, assert_right, case, ou
 # --- results ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_rows", range(1, 17))
-def test_every_row_count(n_rows: int) -> None:
-    """Every type, width and group; sizes on and off the tiles; greedy and noisy, whole and reduced vocabularies."""
-    dtype, kind = DTYPES[n_rows % 3], KINDS[n_rows % 7]
+def test_every_row_count(n_rows: int, dtype: mx.Dtype) -> None:
+    """In every type; every width and group; on and off tiles; greedy and noisy, whole and reduced vocabularies."""
+    kind = KINDS[n_rows % 7]
     size = (32, 96, 160, 544, 672)[n_rows % 5] if kind[0] <= 32 else (128, 384, 640)[n_rows % 3]
     n_columns = (8, 15, 17, 257, 1009, 531)[n_rows % 6]
     temperature = 0.8 if n_rows % 4 < 2 else 0.0

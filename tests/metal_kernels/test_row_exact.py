@@ -39,6 +39,11 @@ CASES = [
     (15, 29, 768, 64, 8, F32),
     (16, 21, 32, 32, 4, BF16),
 ]
+# The same shapes with the other types, so that every row count meets every type.
+OTHER = {F32: F16, F16: BF16, BF16: F32}
+CASES += [(*case[:5], OTHER[case[5]]) for case in CASES] + [
+    (*case[:5], OTHER[OTHER[case[5]]]) for case in CASES
+]
 
 
 def actual_reads(launch: Launch) -> dict[str, int]:

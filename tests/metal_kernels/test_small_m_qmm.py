@@ -37,6 +37,11 @@ CASES = [
     (15, 29, 192, 64, 8, F32),
     (16, 21, 672, 32, 4, BF16),
 ]
+# The same shapes with the other types, so that every row count meets every type.
+OTHER = {F32: F16, F16: BF16, BF16: F32}
+CASES += [(*case[:5], OTHER[case[5]]) for case in CASES] + [
+    (*case[:5], OTHER[OTHER[case[5]]]) for case in CASES
+]
 
 
 def expected_reads(product: Product) -> dict[str, int]:

@@ -123,6 +123,15 @@ def test_kernels_compile(kernel: str) -> None:
     assert report.count("Compiling entry function") == len(launches)
 
 
+@needs_gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_agree_with_their_references_on_a_gpu(kernel: str) -> None:
+    """The samples of every kernel, executed by `mx.fast.cuda_kernel`."""
+    module = importlib.import_module(f"mtp_mlx.metal_kernels.{kernel}")
+    for arguments in module.samples():
+        assert module.agrees(module.run(cuda.cuda_kernel, *arguments), module.reference(*arguments))
+
+
 @needs_nvcc
 def test_a_fault_is_reported_with_its_line() -> None:
     launch = emulated.edited(argmax(mx.float32), lambda text: text.replace("simd_max(v)", "simd_most(v)", 1))
