@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mtp_mlx.errors import ConversionError
+from mtp_mlx.model.head_convention import HeadConvention
 
 from .families_blocks import BLOCKS, nemotron_pattern
 from .families_parts import Stored
 from .families_table import FAMILIES, OTHERS, Family
-from .heads import ADD_ONE, AS_IT_IS, SWAP, Block, HeadConvention, Step, Target
+from .heads import ADD_ONE, AS_IT_IS, SWAP, Block, Step, Target
 
 # Multi-modal checkpoints put this before the language model's names.
 _ROOT = r"(?:language_model\.)?"

@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from mtp_mlx.errors import ConversionError
+from mtp_mlx.model.head_convention import HeadConvention
 
 from .families import Found
 from .families_blocks import llama
 from .families_parts import Stored
-from .heads import TRANSPOSED, HeadConvention, Step, Target
+from .heads import TRANSPOSED, Step, Target
 from .lazy_tensor import LazyTensor
 
 _MEDUSA = re.compile(r"(\d+)\.(\d+)\.(?:linear\.weight|linear\.bias|weight)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .heads import HeadConvention
+from mtp_mlx.model.head_convention import HeadConvention
 
 
 @dataclass(frozen=True)

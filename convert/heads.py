@@ -14,56 +14,17 @@ gains: where a family stores them around zero, 1 has been added.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from mtp_mlx.model.head_convention import HeadConvention
+
 from .lazy_tensor import LazyTensor, from_float32, to_float32
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class HeadConvention:
-    """Everything in which families of heads differ, as data.
-
-    Attributes:
-        family: short name of the family.
-        kind: "cascade" (fuse, block, norm: DeepSeek's form), "medusa" (residual layers and an LM head on the last
-            hidden state) or "parallel" (Meta: a block each, all on the same hidden state).
-        stored_order: which input the first columns of the stored fuse weight act on: "embedding" or "hidden".
-            The canonical weight is embedding-first; columns were swapped where this says "hidden".
-        first_hidden: the trunk's state that goes in first: "post-norm", "pre-norm" (after or before the trunk's
-            last norm) or "before-last-layer".
-        recycled_hidden: what the next draft step takes: "normed" (after norm_out), "raw" (the block's output), or
-            "none" (nothing is recycled).
-        zero_centred_norms: the norms were stored around zero; the canonical ones have 1 added.
-        mask_first_position: the embedding of position 0 is replaced by zeros.
-        output_norm: "own", "identity" or "trunk".
-        embedding, lm_head: "shared" with the trunk, or the head's "own".
-        rope_position: a row's position is that of its "hidden" state (the embedding is the next token's).
-        unsettled: fields above on which published runtimes disagree; worth measuring.
-    """
-
-    family: str
-    kind: str = "cascade"
-    stored_order: str = "embedding"
-    first_hidden: str = "post-norm"
-    recycled_hidden: str = "normed"
-    zero_centred_norms: bool = False
-    mask_first_position: bool = False
-    output_norm: str = "own"
-    embedding: str = "shared"
-    lm_head: str = "shared"
-    rope_position: str = "hidden"
-    unsettled: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """For mtp_config.json."""
-        return dataclasses.asdict(self) | {"unsettled": list(self.unsettled)}
 
 
 @dataclass(frozen=True)

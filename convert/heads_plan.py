@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from mtp_mlx.errors import ConversionError
+from mtp_mlx.model.head_convention import HeadConvention
 
 from .checkpoint import Checkpoint
 from .families import Found, find_cascade
 from .families_other import find_lora, find_medusa, find_meta
-from .heads import ADD_ONE, AS_IT_IS, HeadConvention, HeadPlan, Target
+from .heads import ADD_ONE, AS_IT_IS, HeadPlan, Target
 from .lazy_tensor import FLOATS, LazyTensor
 
 # Where a trunk keeps its embedding and its LM head.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mlx.errors import ConversionError
+from mtp_mlx.model.head_convention import HeadConvention
 
 from .checkpoint import Checkpoint
-from .heads import HeadConvention, HeadPlan, Target
+from .heads import HeadPlan, Target
 from .heads_plan import find_heads
 from .heads_write import CONFIG_NAME, WEIGHTS_NAME
 from .safetensors_folder import read_safetensors

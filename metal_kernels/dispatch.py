@@ -132,7 +132,10 @@ class Dispatcher:
 
     def attempt(self, name: str, *arguments: Any) -> Any | None:
         """The kernel's outputs, or None: not supported, failed here, or slower than stock MLX."""
-        if self.factory is None or name in self.demoted:
+        if self.factory is None:
+            return None
+        if name in self.demoted:
+            self.counts[name, self.demoted[name]] += 1
             return None
         if self._needs_gpu and mx.default_device().type != mx.DeviceType.gpu:
             return None
@@ -141,13 +144,16 @@ class Dispatcher:
         self.counts[name, "kernel" if verdict.uses_kernel else verdict.reason] += 1
         if not verdict.uses_kernel:
             return None
+        # What is wrong before anything runs, of whatever type; the GPU's own errors come to light in `judge`.
         try:
             return module.run(self.factory, *arguments)
-        except (
-            Exception
-        ) as error:  # what is wrong before anything runs; the GPU's own errors come with `judge`
+        except Exception as error:
             self._demote(name, _sentence(error))
             return None
+
+    def report(self) -> dict[str, int]:
+        """{"kernel: lane or reason": calls}, for `--json`."""
+        return {f"{name}: {lane}": count for (name, lane), count in sorted(self.counts.items())}
 
     def _verdict(self, name: str, module: KernelModule, arguments: tuple[Any, ...]) -> Verdict:
         support = module.supported(*arguments)

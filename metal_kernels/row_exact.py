@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import small_m_qmm
-from .launch import Factory, Launch, Support, read_kernel
+from .launch import Factory, Launch, read_kernel
 from .small_m_qmm import sample, shape_key, why_not
 
 __all__ = ["agrees", "launch", "one_row_order", "reference", "run", "samples", "shape_key", "supported"]
@@ -47,17 +47,7 @@ def one_row_order(size: int, bits: int) -> Order:
     return Order(32, 2 * per_word if size % (64 * per_word) == 0 else per_word)
 
 
-def supported(
-    x: mx.array,
-    w: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    group_size: int,
-    bits: int,
-    mode: str = "affine",
-) -> Support:
-    """Whether the kernel can do this call, from shapes and dtypes. Arguments: as `run`."""
-    return small_m_qmm.supported(x, w, scales, biases, group_size, bits, mode)
+supported = small_m_qmm.supported  # the same calls
 
 
 def launch(

@@ -264,6 +264,25 @@ def test_errors_are_one_sentence(folder: Path, args: list[str], message: str) ->
     assert result.exit_code == 2 and message in result.stderr and result.stdout == "", result.output
 
 
+def test_exact_reaches_the_model(tmp_path: Path) -> None:
+    """gemma2 cannot be exact: asked to be, it says so; otherwise it writes."""
+    save_tiny(tmp_path / "gemma2", "gemma2", seed=3)
+    arguments = [
+        "-m",
+        str(tmp_path / "gemma2"),
+        "--adapter",
+        "none",
+        "--layout",
+        "plain",
+        "--max-tokens",
+        "3",
+    ]
+    for verb in (["generate", "--prompt", "the"], ["bench", "--limit", "1"]):
+        refused = CliRunner().invoke(cli.main, [*verb, *arguments, "--exact"])
+        assert refused.exit_code == 2 and "exact decoding does not cover" in refused.stderr, refused.output
+        assert CliRunner().invoke(cli.main, [*verb, *arguments]).exit_code == 0
+
+
 def test_wrong_adapter_and_missing_prompt_file(folder: Path) -> None:
     result = run(folder, "-m", str(folder / "other"))
     assert result.exit_code == 2 and result.stderr.count("fingerprint") == 2

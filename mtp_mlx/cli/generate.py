@@ -184,6 +184,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         quantized_kv_start=settings.quantized_kv_start,
     )
     _consume(responses, run, printer)
+    run.kernels = {} if model.kernels is None else model.kernels.report()
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
         plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
     return run

@@ -28,6 +28,7 @@ class Run:
         tokens: ids, the end-of-text id included if it came.
         last: the last response, or None before the first token.
         plain_tok_per_s: remembered speed of plain decoding, or None.
+        kernels: calls by kernel and lane; empty where none can run.
     """
 
     stats: DecodeStats
@@ -37,6 +38,7 @@ class Run:
     tokens: list[int] = field(default_factory=list)
     last: GenerationResponse | None = None
     interrupted: bool = False
+    kernels: dict[str, int] = field(default_factory=dict)
 
     @property
     def tok_per_s(self) -> float | None:
@@ -93,6 +95,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "adapter": settings.adapter,
         "settings": _sampling_and_cache(settings),
         "stats": run.stats.to_json(),
+        "kernels": run.kernels,
     }
 
 

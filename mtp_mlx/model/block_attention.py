@@ -53,9 +53,8 @@ def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) ->
     words = rows.visibility_words(queries.shape[2])
     if words is None:
         return None
-    keys, values = tree_map(
-        lambda buffer: buffer[0], (cache.keys, cache.values)
-    )  # the whole buffers, not slices
+    # The whole buffers and not what is in use of them: a slice would be copied.
+    keys, values = tree_map(lambda buffer: buffer[0], (cache.keys, cache.values))
     out = rows.step_kernels.attempt(
         "block_attention", queries[0], keys, values, words, int(cache.offset), scale
     )

@@ -6,9 +6,9 @@ trunk) made at position i, and predicts token i + k + 1:
     x = fuse([norm_embedding(E[t[i+k]]) ; norm_hidden(h[k-1][i])])
     y = block(x)                          its own attention over the head's earlier positions, its own KV cache
     z = norm_out(y)                       what the LM head reads
-    h[k][i] = z or y                      `Convention.recycled`
+    h[k][i] = z or y                      `HeadConvention.recycled_hidden`
 
-The block is of the base model's own layer class. Whatever differs between families of heads is in `Convention`.
+The block is of the base model's own layer class. Whatever differs between families of heads is in `HeadConvention`.
 
 Legend: B batch, T tokens, D hidden size, K heads.
 """
@@ -16,29 +16,14 @@ Legend: B batch, T tokens, D hidden size, K heads.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mtp_mlx.errors import MTPError
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How a family of heads is run.
-
-    Attributes:
-        recycled: what the next head takes: "normed" (after norm_out) or "raw" (the block's output).
-        own_output_norm: whether a head has a norm_out; without, z is y.
-        mask_first_position: the embedding is zero in the row of position 0.
-    """
-
-    recycled: Literal["normed", "raw"] = "normed"
-    own_output_norm: bool = True
-    mask_first_position: bool = False
+from mtp_mlx.model.head_convention import HeadConvention
 
 
 class MTPHead(nn.Module):
@@ -51,15 +36,15 @@ class MTPHead(nn.Module):
         convention: how it is run.
     """
 
-    def __init__(self, block: nn.Module, hidden_size: int, eps: float, convention: Convention) -> None:
+    def __init__(self, block: nn.Module, hidden_size: int, eps: float, convention: HeadConvention) -> None:
         super().__init__()
         self.fuse = nn.Linear(2 * hidden_size, hidden_size, bias=False)  # [D, 2D]: embedding, then hidden
         self.norm_embedding = nn.RMSNorm(hidden_size, eps)
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
         self.block = block
-        if convention.own_output_norm:
+        if convention.output_norm == "own":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
-        self._recycled = convention.recycled
+        self._recycled = convention.recycled_hidden
 
     def __call__(
         self, embedding: mx.array, hidden: mx.array, mask: Any, cache: Any = None
@@ -88,14 +73,14 @@ class MTPHeads(nn.Module):
     """
 
     def __init__(
-        self, heads: list[MTPHead], convention: Convention, draft_ids: mx.array | None = None
+        self, heads: list[MTPHead], convention: HeadConvention, draft_ids: mx.array | None = None
     ) -> None:
         super().__init__()
         self.heads = heads
         self._convention, self._draft_ids = convention, draft_ids
 
     @property
-    def convention(self) -> Convention:
+    def convention(self) -> HeadConvention:
         """How the heads are run."""
         return self._convention
 
@@ -166,7 +151,7 @@ def _dense(module: Any) -> Any:
 
 
 def new_heads(
-    model: nn.Module, count: int, convention: Convention, draft_ids: mx.array | None = None
+    model: nn.Module, count: int, convention: HeadConvention, draft_ids: mx.array | None = None
 ) -> MTPHeads:
     """`count` heads for a bare mlx-lm model: blocks start as its last layer, and `fuse` passes the hidden state on.
 

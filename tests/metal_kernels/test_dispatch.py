@@ -110,6 +110,7 @@ def test_a_compile_error_demotes_once_for_every_shape(
     for size in (3, 3, 4, 5):
         assert ours.attempt("doubling", mx.zeros((size,))) is None
     assert kernel.runs == 1, "a kernel that failed is not tried again"
+    assert ours.report() == {"doubling: failed: Unable to build metal library": 4}
     assert ours.demoted == {"doubling": "failed: Unable to build metal library"}
     assert len(caplog.records) == 1, "told once"
     assert not (tmp_path / "kernels.json").exists(), "a failure may be today's, of full memory"

@@ -72,6 +72,12 @@ def test_the_same_tokens_by_kernels_and_by_mlx(layout: Any, temperature: float, 
     assert used == AT_THE_SEAMS
 
 
+def test_prompts_are_read_by_mlx(forced: Dispatcher) -> None:
+    """Up to the first token nothing of ours runs, though the prompt is short enough for every kernel."""
+    next(mtp_generate_step(PROMPT, attached(forced, mx.float32), max_tokens=1))
+    assert not forced.counts
+
+
 def test_accepted_drafts_by_kernels(forced: Dispatcher) -> None:
     """With drafts that are mostly right: verification and roll-back, not only rejection."""
     truth = tokens(attached(None, mx.float32))

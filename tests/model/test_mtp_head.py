@@ -14,16 +14,19 @@ from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
-from mtp_mlx.model.mtp_head import Convention, MTPHeads, block_like, new_heads
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import MTPHeads, block_like, new_heads
 from tests.decode.fakes import random_adapter
 from tests.tiny import DENSE_ARCHITECTURES, VOCABULARY, tiny_model
 
 TOKENS = mx.array([[5, 9, 2, 77, 140, 3, 9, 21]])
 
 
-def random_heads(model: Any, count: int = 3, convention: Convention | None = None, seed: int = 0) -> MTPHeads:
+def random_heads(
+    model: Any, count: int = 3, convention: HeadConvention | None = None, seed: int = 0
+) -> MTPHeads:
     """Heads none of whose weights is symmetric, so that a swapped half or a wrong row shows."""
-    heads = new_heads(model, count, convention or Convention())
+    heads = new_heads(model, count, convention or HeadConvention("test"))
     rng = np.random.default_rng(seed)
     noise = [
         (name, value + mx.array(0.2 * rng.normal(size=value.shape).astype(np.float32)))
@@ -93,13 +96,13 @@ def test_conventions() -> None:
     embeddings, hidden = inputs(model)
 
     def outputs(**convention: Any) -> list[mx.array]:
-        return random_heads(model, 2, Convention(**convention)).cascade(embeddings, hidden)
+        return random_heads(model, 2, HeadConvention("test", **convention)).cascade(embeddings, hidden)
 
-    default, raw = outputs(), outputs(recycled="raw")
+    default, raw = outputs(), outputs(recycled_hidden="raw")
     assert mx.array_equal(default[0], raw[0]).item() and not mx.allclose(default[1], raw[1]).item()
     masked = outputs(mask_first_position=True)
     assert not mx.allclose(default[0][:, 0], masked[0][:, 0]).item()
-    bare = random_heads(model, 1, Convention(own_output_norm=False))
+    bare = random_heads(model, 1, HeadConvention("test", output_norm="identity"))
     assert "norm_out" not in bare.heads[0]
 
 
@@ -129,6 +132,6 @@ def test_an_attached_model_is_refused() -> None:
     model = tiny_model("llama", seed=3)
     attach(model, random_adapter(model))
     with pytest.raises(MTPError, match="detach it first"):
-        new_heads(model, 1, Convention())
+        new_heads(model, 1, HeadConvention("test"))
     with pytest.raises(MTPError, match="at least one head"):
-        new_heads(tiny_model("llama"), 0, Convention())
+        new_heads(tiny_model("llama"), 0, HeadConvention("test"))
