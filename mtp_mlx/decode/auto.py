@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtp_mlx.decode.budget import BudgetPolicy, fresh_estimates
+from mtp_mlx.decode.budget import BudgetPolicy, Experience
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.policy import FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
@@ -31,7 +31,7 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
         return FixedPolicy("plain", 0)
     if layout == "auto":
         prior = list(model.info.acceptance) if model.info is not None else []
-        if model.estimates is None:
-            model.estimates = fresh_estimates(most, prior)
-        return BudgetPolicy(step_cost(model), slots or most, prior, acceptance=model.estimates)
+        if model.experience is None:
+            model.experience = Experience.fresh(most, prior)
+        return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)

@@ -16,15 +16,18 @@ distances, because acceptance changes with the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mtp_mlx.decode.acceptance import AcceptanceEstimate
 from mtp_mlx.decode.cost import StepCost
+from mtp_mlx.decode.cost_correction import CostCorrection
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 
 SOLVE_EVERY = 24  # steps between policy iterations
+SOLVE_EARLY = (4, 8, 16)  # and soon after the start, when what was assumed meets what is
 MOST_ITERATIONS = 20
 RESTART = 1e-6  # chance of losing the drafts at hand; gives every policy one recurrent class
 FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: first, and at most
@@ -34,12 +37,26 @@ PATIENCE = 8  # slots added without gain before giving up: the cost curve has st
 MARGIN = 1.03  # a speculative layout must promise this much more than plain, or estimates' noise decides
 
 
-def fresh_estimates(slots: int, prior: Sequence[float]) -> dict[str, AcceptanceEstimate]:
-    """Acceptance by drafter before anything was seen. Shared by a model's generations, it keeps learning."""
-    return {
-        "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
-        "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
-    }
+@dataclass(frozen=True)
+class Experience:
+    """What decoding has taught about a model on this machine. Shared by its generations, it keeps learning.
+
+    Attributes:
+        acceptance: by drafter.
+        cost: how the cost curve is off.
+    """
+
+    acceptance: dict[str, AcceptanceEstimate]
+    cost: CostCorrection
+
+    @classmethod
+    def fresh(cls, slots: int, prior: Sequence[float]) -> Experience:
+        """Before anything was seen; `prior` is the adapter's recorded acceptance per depth."""
+        acceptance = {
+            "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
+            "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
+        }
+        return cls(acceptance, CostCorrection())
 
 
 class BudgetPolicy:
@@ -50,7 +67,7 @@ class BudgetPolicy:
         slots: most slots behind one position; 0 without an adapter.
         prior: the adapter's recorded acceptance per depth.
         context: tokens cached when decoding starts.
-        acceptance: estimates of an earlier generation to go on from, by drafter; see `fresh_estimates`.
+        experience: of earlier generations, to go on from.
     """
 
     def __init__(
@@ -59,11 +76,12 @@ class BudgetPolicy:
         slots: int,
         prior: Sequence[float],
         context: int = 0,
-        acceptance: dict[str, AcceptanceEstimate] | None = None,
+        experience: Experience | None = None,
     ) -> None:
         self._cost, self._slots, self._context = cost, slots, context
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
-        self._acceptance = acceptance or fresh_estimates(slots, prior)
+        experience = experience or Experience.fresh(slots, prior)
+        self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
@@ -96,8 +114,9 @@ class BudgetPolicy:
                 best = (value, proposal, layout)
         return best[1], best[2]
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int) -> None:
-        """Learns acceptance; see `Policy`."""
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Learns acceptance and cost; see `Policy`."""
+        self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
         self._context += 1 + n_accepted
         self._steps += 1
         if layout == Layout.plain():
@@ -108,7 +127,7 @@ class BudgetPolicy:
             if proposal.source == "slots":
                 paid = 1 + n_accepted > self.rate * self._seconds(layout)
                 self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
-        if self._steps % SOLVE_EVERY == 0:
+        if self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
             self._solve()
 
     def interrupts_plain(self) -> bool:
@@ -121,7 +140,7 @@ class BudgetPolicy:
     # --- values -------------------------------------------------------------------------------------------
 
     def _seconds(self, layout: Layout) -> float:
-        return self._cost.seconds(layout, self._context)
+        return self._cost.seconds(layout, self._context) * self._correction.factor(layout)
 
     def _plain_value(self) -> float:
         return 1.0 - self.rate * self._seconds(Layout.plain())

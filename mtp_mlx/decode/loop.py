@@ -7,6 +7,7 @@ those of plain decoding, whatever the policy and the drafters do. Non-goals: tex
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -135,11 +136,12 @@ class _Loop:
     def tokens(self) -> Generator[Token, None, None]:
         """Steps until max_tokens; the consumer closes the generator to stop earlier."""
         while self._left() > 0:
+            started = time.perf_counter()
             proposal, layout = self._plan()
             if layout == Layout.plain():
-                yield from self._plain_stretch()
+                yield from self._plain_stretch(started)
             else:
-                yield from self._step(proposal, layout)
+                yield from self._step(proposal, layout, started)
 
     def _count_yield(self) -> None:
         self.n_yielded += 1
@@ -160,10 +162,10 @@ class _Loop:
         most = self._left() - 1 if limit is None else min(limit, self._left() - 1)
         return self._policy.choose([proposal.cut(most) for proposal in proposals])
 
-    def _step(self, proposal: Proposal, layout: Layout) -> Generator[Token, None, None]:
+    def _step(self, proposal: Proposal, layout: Layout, started: float) -> Generator[Token, None, None]:
         drafts = proposal.drafts[: layout.drafts]
         result = self._session.step(layout, drafts)
-        self._policy.observe(proposal, layout, result.n_accepted)
+        self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
         self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source)
         self._from_slots = Proposal("slots", result.drafts, result.confidences)
         if self._lookup is not None:
@@ -173,8 +175,11 @@ class _Loop:
             self._count_yield()
             yield Token(token, result.logits[index], depth > 0, depth)
 
-    def _plain_stretch(self) -> Generator[Token, None, None]:
-        """Plain steps, each started before the token of the last is read, until the policy wants drafts."""
+    def _plain_stretch(self, started: float) -> Generator[Token, None, None]:
+        """Plain steps, each started before the token of the last is read, until the policy wants drafts.
+
+        The consumer's time between two tokens is not counted as the step's.
+        """
         session = self._session
         ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
         mx.async_eval(ahead[0])
@@ -189,11 +194,12 @@ class _Loop:
             token = int(cast(int, pick.item()))
             session.tokens.append(token)
             self._stats.record(0, (0,), 0, "plain")
-            self._policy.observe(self._from_slots, Layout.plain(), 0)
+            self._policy.observe(self._from_slots, Layout.plain(), 0, time.perf_counter() - started)
             if self._lookup is not None:
                 self._lookup.extend([token])
             self._count_yield()
             yield Token(token, logits[0], False, 0)
+            started = time.perf_counter()
 
     def _lookup_wanted(self) -> bool:
         """Whether the text drafts something worth a speculative step."""

@@ -48,8 +48,8 @@ class Policy(Protocol):
         """The proposal to verify and the layout; proposals[0] is the slots' (possibly empty)."""
         ...
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int) -> None:
-        """Told after every step what came of it."""
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Told after every step what came of it, and how many seconds it took the decode loop."""
         ...
 
     def interrupts_plain(self) -> bool:
@@ -76,7 +76,7 @@ class FixedPolicy:
         build = Layout.linear if self.name == "linear" else Layout.quadratic
         return best, build(len(best.drafts), self.slots)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:

@@ -42,7 +42,7 @@ class AttachedModel:
         hidden_size: D.
         info: what the adapter's folder says about it (`mtp_mlx.adapter.AdapterInfo`), or None.
         name: how the user named the model.
-        estimates: acceptance learnt by earlier generations (see `mtp_mlx.decode.budget`), or None.
+        experience: what earlier generations learnt (`mtp_mlx.decode.budget.Experience`), or None.
         kernels: what may run in place of stock MLX, or None.
         exact: rows of decoding steps are computed as plain decoding computes them, bit for bit.
     """
@@ -58,7 +58,7 @@ class AttachedModel:
         self.model = model
         self.adapter = adapter
         self.info: Any = None
-        self.estimates: Any = None
+        self.experience: Any = None
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
         self.kernels = kernels if kernels is not None and kernels.active else None

@@ -214,7 +214,7 @@ class Trainer:
         """Takes the weights of another adapter of the same shape and base.
 
         Raises:
-            MTPError: no adapter there, another base, another shape or another draft vocabulary.
+            MTPError: no adapter there, another base or another shape.
         """
         info, tensors = read_info(folder), read_tensors(folder)
         if info.base_fingerprint != self._fingerprint:
@@ -225,7 +225,10 @@ class Trainer:
         own = self.adapter.tensors().get("draft_ids")
         theirs = tensors.get("draft_ids")
         if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
-            raise MTPError(f"--start-from {folder}: its draft vocabulary differs; use the same data and size")
+            # No weight depends on which ids may be drafted.
+            self.listener.on_message(
+                f"{folder} was trained with another draft vocabulary; this data's is used"
+            )
         self.adapter.load_tensors(tensors)
 
     def _with_blocks(self, examples: Sequence[Example]) -> list[Example]:

@@ -30,6 +30,14 @@ def slot_proposal(count: int) -> Proposal:
     return Proposal("slots", [7] * count, [0.5] * count)
 
 
+def observe(
+    planner: BudgetPolicy, proposal: Proposal, layout: Layout, accepted: int, slower: float = 1.0
+) -> None:
+    """A step that took `slower` times what the cost curve says."""
+    predicted = planner._cost.seconds(layout, planner._context)
+    planner.observe(proposal, layout, accepted, slower * predicted)
+
+
 def rate_of(policy: dict[int, Layout], acceptance: Sequence[float], cost: StepCost) -> float:
     """Exact long-run tokens per second of a stationary policy {drafts at hand: layout}."""
     states = len(policy)
@@ -108,7 +116,7 @@ def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
     lookup = Proposal("lookup", [3] * 20, [0.5] * 20)
     assert planner.choose([slot_proposal(0), lookup])[1].drafts > 0
     for _ in range(60):
-        planner.observe(lookup, Layout(8, (0,) * 9), 0)
+        observe(planner, lookup, Layout(8, (0,) * 9), 0)
     assert planner.choose([slot_proposal(0), lookup])[1] == Layout.plain()
 
 
@@ -120,14 +128,36 @@ def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
             layout = planner.choose([slot_proposal(0)])[1]
             assert layout == Layout(0, (2,))
             probes.append(step)
-            planner.observe(slot_proposal(2), Layout(2, (0, 0, 0)), 0)
+            observe(planner, slot_proposal(2), Layout(2, (0, 0, 0)), 0)
         else:
-            planner.observe(slot_proposal(0), Layout.plain(), 0)
+            observe(planner, slot_proposal(0), Layout.plain(), 0)
     gaps = np.diff(probes)
     assert len(probes) >= 3 and gaps[-1] >= 4 * gaps[0]  # asks ever more rarely
     for _ in range(60):
-        planner.observe(slot_proposal(2), Layout(2, (2, 2, 2)), 2)
+        observe(planner, slot_proposal(2), Layout(2, (2, 2, 2)), 2)
     assert planner.choose([slot_proposal(0)])[1] == Layout(0, (2,))
+
+
+def test_a_curve_measured_in_a_slow_minute_heals() -> None:
+    """The curve promises free rows. Plain steps are twice as quick as it says, steps with slots as it says."""
+    planner = BudgetPolicy(cost_of(0.0), 4, [0.5] * 4)
+    assert planner.choose([slot_proposal(0)])[1] != Layout.plain()
+    for _ in range(30):
+        layout = planner.choose([slot_proposal(0)])[1]
+        observe(planner, slot_proposal(layout.drafts), layout, 0, slower=1.0 if layout.slot_rows else 0.4)
+        observe(planner, slot_proposal(0), Layout.plain(), 0, slower=0.4)
+    assert planner.choose([slot_proposal(0)])[1] == Layout.plain()
+    assert planner.verdict.startswith("slots do not pay")
+
+
+def test_a_machine_that_is_slower_for_everything_changes_no_choice() -> None:
+    planner, slow = (BudgetPolicy(cost_of(0.1), 4, [0.6] * 4) for _ in range(2))
+    for _ in range(30):
+        for layout in (Layout.plain(), Layout(0, (4,)), Layout(4, (4, 0, 0, 0, 0)), Layout(4, (4,) * 5)):
+            observe(planner, slot_proposal(layout.drafts), layout, 0)
+            observe(slow, slot_proposal(layout.drafts), layout, 0, slower=1.7)
+    for held in range(5):
+        assert planner.choose([slot_proposal(held)])[1] == slow.choose([slot_proposal(held)])[1]
 
 
 @settings(max_examples=40, deadline=None)
