@@ -34,7 +34,7 @@ FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: f
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
 PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
-MARGIN = 1.03  # a speculative layout must promise this much more than plain, or estimates' noise decides
+MARGIN = 1.1  # a speculative layout must promise this much more than plain: costs and acceptance are estimates
 
 
 @dataclass(frozen=True)
