@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from mtp_mlx.decode.budget import BudgetPolicy, Experience
 from mtp_mlx.decode.calibrate import step_cost
-from mtp_mlx.decode.policy import FixedPolicy, LayoutName, Policy
+from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 
+MOST_CHAIN = 16  # drafts of a chain of heads; the heads are applied again in turn where they are fewer
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
 
 
@@ -16,10 +17,13 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     """The policy for `layout`.
 
     Raises:
-        MTPError: an unknown layout, slots without an adapter, or more slots than the adapter has.
+        MTPError: an unknown layout, slots without an adapter, more slots than the adapter has, or slot groups for
+            MTP heads.
     """
     if layout not in LAYOUT_NAMES:
         raise MTPError(f"unknown layout '{layout}': choose one of {', '.join(LAYOUT_NAMES)}")
+    if model.mtp_heads is not None and layout != "plain":
+        return _heads_policy(model, layout, slots, stats)
     most = 0 if model.adapter is None else model.adapter.config.slots
     if slots is not None and not 1 <= slots <= most:
         raise MTPError(
@@ -35,3 +39,20 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
             model.experience = Experience.fresh(most, prior)
         return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)
+
+
+def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, stats: DecodeStats) -> Policy:
+    """The policy of a model with MTP heads; `slots` is then the number of drafts in each step."""
+    if layout == "quadratic":
+        raise MTPError(
+            "layout 'quadratic' places groups of mask slots, which MTP heads do not need: they draft after every "
+            "outcome; use --layout linear, auto or plain"
+        )
+    if slots is not None and not 1 <= slots <= MOST_CHAIN:
+        raise MTPError(f"with MTP heads, slots are drafts in each step, from 1 to {MOST_CHAIN}; got {slots}")
+    chain = slots or model.most_drafts
+    if layout == "auto":
+        stats.fallbacks[
+            f"layout auto does not plan for MTP heads yet: every step drafts {chain} with them, as linear does"
+        ] += 1
+    return ChainPolicy(chain)

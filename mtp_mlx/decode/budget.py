@@ -80,6 +80,7 @@ class BudgetPolicy:
     ) -> None:
         self._cost, self._slots, self._context = cost, slots, context
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
+        self.chain = 0
         experience = experience or Experience.fresh(slots, prior)
         self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
