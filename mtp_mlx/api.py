@@ -144,7 +144,7 @@ def load(
 
 def _evaluate(attached: AttachedModel) -> None:
     """Evaluates weights and constants: a lazy array belongs to the thread that made it."""
-    drafting = attached.adapter or attached.mtp_heads
+    drafting = attached.mtp_heads if attached.adapter is None else attached.adapter
     if drafting is not None:
         mx.eval(drafting.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
     mx.eval(

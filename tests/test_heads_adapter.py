@@ -18,8 +18,12 @@ from mtp_mlx.convert.checkpoint import open_checkpoint
 from mtp_mlx.convert.heads_plan import plan_heads
 from mtp_mlx.convert.heads_report import describe_folder
 from mtp_mlx.convert.heads_write import write_heads
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.policy import ChainPolicy
+from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, is_heads, load_heads, read_heads_info, save_heads
+from mtp_mlx.model.attach import attach
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHeads, new_heads
 from tests.convert.head_checkpoints import make, numbers
@@ -96,6 +100,21 @@ def test_converted_heads_load(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.array(parameters(heads)[name]), value, err_msg=name)
     ids = mx.array([[5, 9, 2, 7, 14]])
     assert heads.cascade(model.model.embed_tokens(ids), model.model(ids))[0].shape == (1, 4, 48)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_converted_heads_decode(tmp_path: Path, drafts: int) -> None:
+    """Released heads, and one applied again in turn: drafts are made, and the text is that of plain decoding."""
+    folder, model = converted(tmp_path)
+    heads, _ = load_heads(folder, model)
+    attached = attach(model, mtp_heads=heads)
+    stats = DecodeStats()
+    plain = [item.token for item in mtp_generate_step([3, 1, 4, 1, 5], attached, max_tokens=20)]
+    steps = mtp_generate_step(
+        [3, 1, 4, 1, 5], attached, max_tokens=20, policy=ChainPolicy(drafts), stats=stats
+    )
+    assert [item.token for item in steps] == plain
+    assert len(stats.submitted) == drafts and stats.layouts[f"{drafts}/{drafts} heads"] > 5
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

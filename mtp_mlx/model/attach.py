@@ -148,7 +148,7 @@ class AttachedModel:
     @property
     def draft_ids(self) -> mx.array | None:
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
-        drafting = self.adapter or self.mtp_heads
+        drafting = self.mtp_heads if self.adapter is None else self.adapter
         return None if drafting is None else drafting.draft_ids
 
     @property
