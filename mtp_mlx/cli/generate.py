@@ -165,7 +165,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     run = Run(DecodeStats(), model.most_drafts, known)
     if not raw and not tokenizer.has_chat_template:
         run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
-    if settings.layout == "auto" and model.mtp_heads is None:
+    if settings.layout == "auto":
         step_cost(model, tell)
     responses = stream_generate(
         model,

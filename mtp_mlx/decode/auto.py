@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtp_mlx.decode.budget import BudgetPolicy, Experience
+from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
@@ -22,8 +23,8 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     """
     if layout not in LAYOUT_NAMES:
         raise MTPError(f"unknown layout '{layout}': choose one of {', '.join(LAYOUT_NAMES)}")
-    if model.mtp_heads is not None and layout != "plain":
-        return _heads_policy(model, layout, slots, stats)
+    if model.mtp_heads is not None:
+        return _heads_policy(model, layout, slots)
     most = 0 if model.adapter is None else model.adapter.config.slots
     if slots is not None and not 1 <= slots <= most:
         raise MTPError(
@@ -34,14 +35,12 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     if layout == "plain":
         return FixedPolicy("plain", 0)
     if layout == "auto":
-        prior = list(model.info.acceptance) if model.info is not None else []
-        if model.experience is None:
-            model.experience = Experience.fresh(most, prior)
+        prior = _recorded_acceptance(model, most)
         return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)
 
 
-def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, stats: DecodeStats) -> Policy:
+def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -> Policy:
     """The policy of a model with MTP heads; `slots` is then the number of drafts in each step."""
     if layout == "quadratic":
         raise MTPError(
@@ -50,9 +49,18 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, s
         )
     if slots is not None and not 1 <= slots <= MOST_CHAIN:
         raise MTPError(f"with MTP heads, slots are drafts in each step, from 1 to {MOST_CHAIN}; got {slots}")
+    if layout == "plain":
+        return FixedPolicy("plain", 0)
     chain = slots or model.most_drafts
     if layout == "auto":
-        stats.fallbacks[
-            f"layout auto does not plan for MTP heads yet: every step drafts {chain} with them, as linear does"
-        ] += 1
+        prior = _recorded_acceptance(model, chain)
+        return HeadsBudgetPolicy(step_cost(model), chain, prior, experience=model.experience)
     return ChainPolicy(chain)
+
+
+def _recorded_acceptance(model: AttachedModel, drafts: int) -> list[float]:
+    """Acceptance per depth that the adapter records; gives a model without any an experience to go on from."""
+    prior = list(model.info.acceptance) if model.info is not None else []
+    if model.experience is None:
+        model.experience = Experience.fresh(drafts, prior)
+    return prior

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,19 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
 from mtp_mlx.decode.auto import build_policy
+from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
-from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
+from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from tests.decode.fakes import attached as with_mask_adapter
 from tests.decode.fakes import untouched
+from tests.decode.test_budget import cost_of
 from tests.decode.test_head_chain import model_with_heads
 from tests.decode.test_loop import Case, certified, plain_tokens
 from tests.tiny import VOCABULARY
@@ -81,11 +84,15 @@ class HeadsCase:
     heads: int
     drafts: int
     knowing: bool
-    sometimes: bool
+    policy: str
 
     def run(self, truth: list[int], stats: DecodeStats, patch: pytest.MonkeyPatch) -> list[Token]:
         """Tokens of the loop under test."""
-        policy: Policy = SometimesChain(self.drafts) if self.sometimes else ChainPolicy(self.drafts)  # type: ignore[assignment]
+        made: dict[str, Callable[[int], Any]] = {
+            "chain": ChainPolicy,
+            "sometimes": SometimesChain,
+            "auto": lambda chain: HeadsBudgetPolicy(cost_of(0.1, draft=0.02), chain, []),
+        }
         if self.knowing:
             patch.setattr(Knowing, "truth", (len(self.case.prompt), truth))
             patch.setattr("mtp_mlx.decode.session.HeadChain", Knowing)
@@ -95,7 +102,7 @@ class HeadsCase:
                 model_with_heads(self.case.architecture, self.heads, self.drafts),
                 max_tokens=self.case.max_tokens,
                 sampling=self.case.sampling,
-                policy=policy,
+                policy=made[self.policy](self.drafts),
                 lookup=LookupDrafter(3, 1) if self.case.lookup else None,
                 stats=stats,
                 **self.case.cache_options(),
@@ -125,8 +132,8 @@ def cases(draw: Any) -> HeadsCase:
             repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
         ),
     )
-    heads = draw(st.integers(1, 3))
-    return HeadsCase(case, heads, draw(st.sampled_from([heads, 4])), draw(st.booleans()), draw(st.booleans()))
+    heads, policies = draw(st.integers(1, 3)), st.sampled_from(["chain", "sometimes", "auto"])
+    return HeadsCase(case, heads, draw(st.sampled_from([heads, 4])), draw(st.booleans()), draw(policies))
 
 
 def test_same_text() -> None:
@@ -172,7 +179,7 @@ def test_heads_that_know_the_text_save_passes(monkeypatch: pytest.MonkeyPatch) -
     expected, _ = plain_tokens(case)
     monkeypatch.setattr(Knowing, "wrong", 1000)
     stats = DecodeStats()
-    items = HeadsCase(case, 2, 4, True, False).run(expected, stats, monkeypatch)
+    items = HeadsCase(case, 2, 4, True, "chain").run(expected, stats, monkeypatch)
     assert [item.token for item in items] == expected
     assert stats.steps == 5 and stats.histogram == {1: 1, 5: 4} and stats.drafted_by == {"heads": 16}
     assert stats.layouts == {"0/4 heads": 1, "4/4 heads": 4} and stats.rows == 1 + 4 * 5
@@ -208,13 +215,15 @@ def test_a_reused_cache_goes_on_with_the_same_text(stop_after: int) -> None:
     assert {layer.offset for layer in cache} == {len(text) + 9}
 
 
-def test_policies_of_layouts() -> None:
+def test_policies_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_mlx.decode.auto.step_cost", lambda model: cost_of(0.1))
     model, stats = model_with_heads("llama", 2, 2), DecodeStats()
     assert isinstance(build_policy(model, "plain", None, stats), FixedPolicy)
     assert build_policy(model, "linear", None, stats).chain == 2
     assert build_policy(model, "linear", 5, stats).chain == 5 and not stats.fallbacks
-    assert build_policy(model, "auto", None, stats).chain == 2
-    assert [reason for reason in stats.fallbacks if "does not plan for MTP heads yet" in reason]
+    assert isinstance(build_policy(model, "plain", 5, stats), FixedPolicy)
+    planner = build_policy(model, "auto", None, stats)
+    assert isinstance(planner, HeadsBudgetPolicy) and planner.chain == 2 and not stats.fallbacks
     with pytest.raises(MTPError, match="groups of mask slots, which MTP heads do not need"):
         build_policy(model, "quadratic", None, stats)
     with pytest.raises(MTPError, match="from 1 to 16; got 17"):
