@@ -102,11 +102,11 @@ def save_adapter(
         (temporary / "README.md").write_text(model_card(info, adapter), encoding="utf-8")
 
 
-def read_info(folder: Path) -> AdapterInfo:
-    """Reads `mtp_config.json`.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `mtp_config.json`, whatever its method.
 
     Raises:
-        MTPError: no adapter there, or its config is damaged or of another method or version.
+        MTPError: no adapter there, or its config is no JSON object.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -115,6 +115,28 @@ def read_info(folder: Path) -> AdapterInfo:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MTPError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise MTPError(f"{path} is damaged: it does not hold a config")
+    return raw
+
+
+def check_base(folder: Path, base_name: str, fingerprint: str, model: nn.Module) -> None:
+    """Raises MTPError where the adapter in `folder` was made for another base (both fingerprints shown)."""
+    found = base_fingerprint(model)
+    if found != fingerprint:
+        raise MTPError(
+            f"the adapter {folder} was trained for base '{base_name}' (fingerprint {fingerprint}), "
+            f"this model's fingerprint is {found}; use it with its own base or train one for this model"
+        )
+
+
+def read_info(folder: Path) -> AdapterInfo:
+    """Reads `mtp_config.json`.
+
+    Raises:
+        MTPError: no adapter there, or its config is damaged or of another method or version.
+    """
+    path, raw = Path(folder) / CONFIG_NAME, read_config(folder)
     if raw.get("format") != FORMAT_VERSION or raw.get("method") != METHOD:
         raise MTPError(
             f"{path}: format {raw.get('format')!r}, method {raw.get('method')!r}; this version reads format "
@@ -157,12 +179,7 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[MaskAdapter, AdapterIn
         MTPError: not an adapter, trained for another base (both fingerprints shown), or damaged weights.
     """
     info = read_info(folder)
-    found = base_fingerprint(model)
-    if found != info.base_fingerprint:
-        raise MTPError(
-            f"the adapter {folder} was trained for base '{info.base_name}' (fingerprint {info.base_fingerprint}), "
-            f"this model's fingerprint is {found}; use it with its own base or train one for this model"
-        )
+    check_base(folder, info.base_name, info.base_fingerprint, model)
     tensors = read_tensors(folder)
     adapter = new_adapter(model, info.shape, tensors.get("draft_ids"))
     adapter.load_tensors(tensors)

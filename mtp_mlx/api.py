@@ -31,9 +31,12 @@ from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.demo import bundled_adapter, cache_dir, resolve_model
 from mtp_mlx.errors import MTPError
+from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.text import StopStrings
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
@@ -98,7 +101,7 @@ def load(
     exact: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
-    """A model with its adapter attached, and its tokenizer.
+    """A model with its adapter (mask tokens or MTP heads) attached, and its tokenizer.
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
@@ -122,13 +125,17 @@ def load(
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     folder = bundled_adapter(model) if adapter == "auto" else adapter
-    info: AdapterInfo | None = None
-    weights = None
-    if folder is not None:
+    info: AdapterInfo | HeadsInfo | None = None
+    weights: MaskAdapter | None = None
+    heads: MTPHeads | None = None
+    if folder is not None and is_heads(Path(folder)):
+        heads, info = load_heads(Path(folder), base)
+    elif folder is not None:
         weights, info = load_adapter(Path(folder), base)
-    attached = attach(base, weights, default_dispatcher(cache_dir), exact)
-    if weights is not None:  # once here, instead of a cast of every factor in every pass
-        weights.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
+    attached = attach(base, weights, default_dispatcher(cache_dir), exact, heads)
+    for drafting in (weights, heads):
+        if drafting is not None:  # once here, instead of a cast of every factor in every pass
+            drafting.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
     _evaluate(attached)
@@ -137,8 +144,9 @@ def load(
 
 def _evaluate(attached: AttachedModel) -> None:
     """Evaluates weights and constants: a lazy array belongs to the thread that made it."""
-    if attached.adapter is not None:
-        mx.eval(attached.adapter.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
+    drafting = attached.mtp_heads if attached.adapter is None else attached.adapter
+    if drafting is not None:
+        mx.eval(drafting.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
     mx.eval(
         attached.head(attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), attached.make_cache()))
     )
@@ -166,7 +174,7 @@ def stream_generate(
         max_tokens: exactly so many at most; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
         layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
-        slots: most slots k behind one position; all the adapter has by default.
+        slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
         stop: strings that end the text; they are not part of it.
         stats: filled while decoding; every response carries it.

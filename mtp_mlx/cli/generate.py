@@ -20,7 +20,6 @@ from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
-    from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
 Examples:
@@ -48,7 +47,7 @@ class GenerateSettings:
     repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
     seed: int = setting(0, help="Seed of the noise", minimum=0)
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
-    slots: int | None = setting(None, help="Mask slots k, at most the adapter's", minimum=1)
+    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
@@ -163,7 +162,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     model, tokenizer = load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
-    run = Run(DecodeStats(), _slots(model), known)
+    run = Run(DecodeStats(), model.most_drafts, known)
     if not raw and not tokenizer.has_chat_template:
         run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
     if settings.layout == "auto":
@@ -206,7 +205,3 @@ def _consume(responses: Any, run: Run, printer: _Printer) -> None:
     except KeyboardInterrupt:
         run.interrupted = True
     printer.end()
-
-
-def _slots(model: AttachedModel) -> int:
-    return 0 if model.adapter is None else model.adapter.config.slots

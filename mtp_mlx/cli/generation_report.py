@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
         stats: counts of the decode loop.
-        adapter_slots: slots of the adapter in use, 0 without one.
+        adapter_slots: slots of the adapter in use, or drafts of its heads; 0 without one.
         tokens: ids, the end-of-text id included if it came.
         last: the last response, or None before the first token.
         plain_tok_per_s: remembered speed of plain decoding, or None.

@@ -34,7 +34,9 @@ FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: f
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
 PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
-MARGIN = 1.1  # a speculative layout must promise this much more than plain: costs and acceptance are estimates
+MARGIN = (
+    1.1  # a speculative layout must promise this much more than plain: costs and acceptance are estimates
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Experience:
         """Before anything was seen; `prior` is the adapter's recorded acceptance per depth."""
         acceptance = {
             "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
+            "heads": AcceptanceEstimate(max(slots, 1), list(prior) or None),
             "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
         }
         return cls(acceptance, CostCorrection())
@@ -64,11 +67,13 @@ class BudgetPolicy:
 
     Args:
         cost: measured seconds of steps.
-        slots: most slots behind one position; 0 without an adapter.
+        slots: most slots behind one position, or drafts of a chain of heads; 0 without an adapter.
         prior: the adapter's recorded acceptance per depth.
         context: tokens cached when decoding starts.
         experience: of earlier generations, to go on from.
     """
+
+    own = "slots"  # the source of the drafts that are planned for
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class BudgetPolicy:
     ) -> None:
         self._cost, self._slots, self._context = cost, slots, context
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
+        self.chain = 0
         experience = experience or Experience.fresh(slots, prior)
         self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
@@ -95,8 +101,8 @@ class BudgetPolicy:
         """What the planner currently thinks, for people."""
         plain = 1.0 / self._seconds(Layout.plain())
         if self.rate <= plain * MARGIN:
-            return "slots do not pay here, plain unless sure"
-        return f"slots expected to give {self.rate / plain:.2f}x plain"
+            return f"{self.own} do not pay here, plain unless sure"
+        return f"{self.own} expected to give {self.rate / plain:.2f}x plain"
 
     # --- Policy -------------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ class BudgetPolicy:
         """The proposal and layout worth most; see `Policy`."""
         if self._probing and self._slots:
             self._probing = False
-            return proposals[0].cut(0), Layout(0, (self._slots,))
+            return proposals[0].cut(0), self._fullest(0)
         best = (self._plain_value(), proposals[0].cut(0), Layout.plain())
         for proposal in proposals:
             known = self._acceptance[proposal.source]
@@ -124,7 +130,7 @@ class BudgetPolicy:
         elif layout.drafts:
             known = self._acceptance[proposal.source]
             known.update(layout.drafts, n_accepted, proposal.confidences)
-            if proposal.source == "slots":
+            if proposal.source == self.own:
                 paid = 1 + n_accepted > self.rate * self._seconds(layout)
                 self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
         if self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
@@ -160,6 +166,14 @@ class BudgetPolicy:
                 break
         return best
 
+    def _fullest(self, drafts: int) -> Layout:
+        """All slots behind the last of `drafts` drafts."""
+        return Layout.linear(drafts, self._slots)
+
+    def _held_after(self, layout: Layout) -> Sequence[int]:
+        """[drafts + 1] how many drafts are at hand after a step, by the number accepted."""
+        return layout.slots
+
     def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
         """Gives slots one by one to the group where the next is worth most, and keeps the best number."""
         drafts = len(exact) - 1
@@ -185,10 +199,10 @@ class BudgetPolicy:
 
     def _solve(self) -> None:
         """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
-        known = self._acceptance["slots"]
+        known = self._acceptance[self.own]
         chances = [known.probability(depth + 1) for depth in range(self._slots)]
         plain = 1.0 / self._seconds(Layout.plain())
-        policy = [Layout.linear(held, self._slots) for held in range(self._slots + 1)]
+        policy = [self._fullest(held) for held in range(self._slots + 1)]
         best, last = (plain, [0.0] * (self._slots + 1)), 0.0
         for _ in range(MOST_ITERATIONS):
             self.rate, self._worth = self._valued(policy, chances)
@@ -213,7 +227,9 @@ class BudgetPolicy:
             left[held, held] += 1.0
             left[held, states] = self._seconds(layout)
             left[held, 0] -= RESTART
-            for count, chance in zip(layout.slots, np.append(reach[:-1] - reach[1:], reach[-1]), strict=True):
+            for count, chance in zip(
+                self._held_after(layout), np.append(reach[:-1] - reach[1:], reach[-1]), strict=True
+            ):
                 left[held, count] -= (1 - RESTART) * chance
         solution = np.linalg.solve(left, tokens)
         return float(solution[states]), solution[:states].tolist()

@@ -14,8 +14,10 @@ import platform
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.decode.cost import StepCost, interpolate, read_cost, save_cost
@@ -26,6 +28,7 @@ from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.demo import cache_dir
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import block_shape
+from mtp_mlx.model.mtp_head import MTPHeads
 
 REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SLOT_ROWS = (1, 2, 4, 8, 12, 20)
@@ -55,6 +58,8 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     if device == mx.Device(mx.gpu):
         name = str(mx.device_info().get("device_name", name))
     shape = "none" if model.adapter is None else str(model.adapter.config)
+    if model.mtp_heads is not None:
+        shape = _heads_shape(model.mtp_heads, model.draft_head.columns)
     embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
     return {
         "version": "2",
@@ -67,6 +72,13 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }
+
+
+def _heads_shape(heads: MTPHeads, columns: int) -> str:
+    """Everything about heads that their speed depends on."""
+    blocks = {f"{type(head.block).__module__}.{type(head.block).__qualname__}" for head in heads.heads}
+    weights = sum(value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters())))
+    return f"{len(heads.heads)} heads, {heads.drafts} drafts, {sorted(blocks)}, {weights} weights, {columns} columns"
 
 
 def _is_quantised(model: AttachedModel) -> bool:
@@ -97,6 +109,8 @@ def measure(model: AttachedModel) -> StepCost:
             layout = Layout(len(groups) - 1, groups)
             as_real = _interpolated(real[SHORT_CONTEXT], layout.rows)
             surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
+    if model.mtp_heads is not None:
+        draft = _chain_seconds(model, picker, prompt[: SHORT_CONTEXT + 1], model.mtp_heads.drafts)
     return StepCost(
         rows=REAL_ROWS,
         contexts=(SHORT_CONTEXT, LONG_CONTEXT),
@@ -124,6 +138,23 @@ def _seconds(session: Session, layout: Layout) -> float:
         session.trim(session.cached - cached)
         del session.tokens[length:]
     return median(times[1:])
+
+
+def _chain_seconds(model: AttachedModel, picker: Picker, prompt: list[int], chain: int) -> float:
+    """Seconds of drafting one token with MTP heads behind a block that verifies a whole chain's drafts."""
+    session = Session(model, picker, None, prompt, model.make_cache(), CacheSettings(), chain)
+    session.prefill()
+
+    def seconds(layout: Layout) -> float:
+        times = []
+        for _ in range(1 + REPEATS):  # the text goes on by a token or some, since heads cannot be put back
+            started = time.perf_counter()
+            session.step(layout, [1] * layout.drafts)
+            times.append(time.perf_counter() - started)
+        return median(times[1:])
+
+    with_chain = seconds(Layout.chained(chain, chain))
+    return max(0.0, with_chain - seconds(Layout.chained(chain, 0))) / chain
 
 
 def _plain_seconds(session: Session, steps: int = 6) -> float:

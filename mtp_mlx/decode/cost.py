@@ -31,7 +31,7 @@ class StepCost:
         short, long: seconds of a step with that many real rows and no slots, per entry of `rows`.
         slot_rows: numbers of slot rows measured, increasing.
         surcharge: seconds that many slot rows cost beyond as many real rows.
-        draft: seconds of drafting one token.
+        draft: seconds of drafting one token, with the sampler head or with MTP heads.
         plain: seconds of a plain step that overlaps with the host, at the two contexts.
     """
 
@@ -53,7 +53,7 @@ class StepCost:
             context, interpolate(self.rows, self.short, rows), interpolate(self.rows, self.long, rows)
         )
         extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), layout.slot_rows))
-        return body + extra + self.draft * max(layout.slots)
+        return body + extra + self.draft * max(*layout.slots, layout.chain)
 
     def _at(self, context: int, short: float, long: float) -> float:
         low, high = self.contexts

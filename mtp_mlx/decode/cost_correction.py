@@ -4,7 +4,7 @@ A machine gets slower and quicker (heat, other programs, a curve measured under 
 learns keeps the planner wrong for good. So every step's seconds are compared with the prediction, and the
 planner uses prediction times `factor`.
 
-Ratios are averaged as logarithms in a tree: all steps -> kind of step (plain, drafts only, with slots) -> number
+Ratios are averaged as logarithms in a tree: all steps -> kind of step (plain, drafts only, slots, heads) -> number
 of rows. A cell weighs its parent as PRIOR_STRENGTH observations of its own, so plain steps alone correct the
 whole curve at first, and a kind of step that is seen goes its own way within a few steps.
 """
@@ -65,4 +65,5 @@ def _path(layout: Layout) -> Cell:
     """From the kind of step to its number of rows."""
     if layout == Layout.plain():
         return ("plain",)
-    return ("slots" if layout.slot_rows else "drafts", bisect_right(ROW_EDGES, layout.rows))
+    kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"
+    return (kind, bisect_right(ROW_EDGES, layout.rows))

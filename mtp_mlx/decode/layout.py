@@ -1,4 +1,5 @@
-"""How many drafts a step verifies, and how many mask slots stand behind every possible acceptance length.
+"""How many drafts a step verifies, and what makes the next ones: mask slots behind every possible acceptance length,
+or a chain of MTP heads, which needs no rows.
 
 Contract: a `Layout` is counts only. It knows nothing of token ids, positions or visibility; a `Block` builds
 those.
@@ -18,12 +19,14 @@ class Layout:
 
     drafts  d, the number of drafts under verification
     slots   [d + 1] mask slots of each group; slots[a] drafts are made when exactly a drafts were accepted
+    chain   drafts that MTP heads make, whatever was accepted; then there are no slots
 
-    Raises ValueError for a negative count or another number of groups.
+    Raises ValueError for a negative count, another number of groups, or slots and a chain at once.
     """
 
     drafts: int
     slots: tuple[int, ...]
+    chain: int = 0
 
     def __post_init__(self) -> None:
         if self.drafts < 0:
@@ -34,6 +37,8 @@ class Layout:
             )
         if any(count < 0 for count in self.slots):
             raise ValueError(f"slot counts must not be negative: {self.slots}")
+        if self.chain < 0 or (self.chain and any(self.slots)):
+            raise ValueError(f"a chain of {self.chain} heads does not go with slots {self.slots}")
 
     @property
     def real_rows(self) -> int:
@@ -54,6 +59,11 @@ class Layout:
     def plain(cls) -> Layout:
         """One row: ordinary decoding."""
         return cls(0, (0,))
+
+    @classmethod
+    def chained(cls, drafts: int, chain: int) -> Layout:
+        """`chain` drafts by MTP heads after every outcome: 1 + drafts rows."""
+        return cls(drafts, (0,) * (drafts + 1), chain)
 
     @classmethod
     def linear(cls, drafts: int, k: int) -> Layout:

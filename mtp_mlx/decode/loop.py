@@ -73,7 +73,8 @@ def mtp_generate_step(
         lookup: also draft from the text itself.
         prompt_cache: mlx-lm cache of an earlier prefix; when the generator ends or is closed it holds that
             prefix, the prompt and every token yielded. After an error or Ctrl-C inside a step it holds a
-            beginning of them, as many as its offset says.
+            beginning of them, as many as its offset says. MTP heads do not know what was in it already (hidden states
+            are not kept): they draft from what follows, so a long reused prefix makes their drafts worse.
         stats: filled while decoding.
 
     Raises:
@@ -86,7 +87,7 @@ def mtp_generate_step(
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
     ids = token_ids(prompt)
-    session = Session(model, picker, drafter, ids, cache, settings)
+    session = Session(model, picker, drafter, ids, cache, settings, policy.chain)
     loop = _Loop(session, policy, lookup, stats or DecodeStats(), max_tokens)
     try:
         session.prefill(prompt_progress_callback)
@@ -129,7 +130,8 @@ class _Loop:
         self._session, self._policy, self._lookup, self._stats = session, policy, lookup, stats
         self._max_tokens = max_tokens
         self.n_yielded = 0
-        self._from_slots = Proposal("slots", [], [])
+        self._own = "heads" if policy.chain else "slots"  # the adapter's drafts
+        self._proposal = Proposal(self._own, [], [])
         if lookup is not None:
             lookup.extend(session.tokens)
 
@@ -153,7 +155,7 @@ class _Loop:
 
     def _plan(self) -> tuple[Proposal, Layout]:
         """Which drafts to verify and in which layout."""
-        proposals = [self._from_slots]
+        proposals = [self._proposal]
         if self._lookup is not None:
             drafts, match = self._lookup.propose(self._policy.max_drafts)
             if drafts:
@@ -166,8 +168,8 @@ class _Loop:
         drafts = proposal.drafts[: layout.drafts]
         result = self._session.step(layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
-        self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source)
-        self._from_slots = Proposal("slots", result.drafts, result.confidences)
+        self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain)
+        self._proposal = Proposal(self._own, result.drafts, result.confidences)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)
         for index, token in enumerate(result.tokens):
@@ -183,7 +185,7 @@ class _Loop:
         session = self._session
         ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
         mx.async_eval(ahead[0])
-        self._from_slots = Proposal("slots", [], [])
+        self._proposal = Proposal(self._own, [], [])
         last = False
         while not last:
             pick, logits = ahead
@@ -194,7 +196,7 @@ class _Loop:
             token = int(cast(int, pick.item()))
             session.tokens.append(token)
             self._stats.record(0, (0,), 0, "plain")
-            self._policy.observe(self._from_slots, Layout.plain(), 0, time.perf_counter() - started)
+            self._policy.observe(self._proposal, Layout.plain(), 0, time.perf_counter() - started)
             if self._lookup is not None:
                 self._lookup.extend([token])
             self._count_yield()

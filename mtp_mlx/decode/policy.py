@@ -20,7 +20,7 @@ class Proposal:
     """Drafts of one drafter for the next positions.
 
     Attributes:
-        source: "slots" or "lookup".
+        source: "slots", "heads" or "lookup".
         drafts: token ids, nearest position first.
         confidences: one per draft, in [0, 1]; what they mean is the drafter's business.
     """
@@ -35,9 +35,15 @@ class Proposal:
 
 
 class Policy(Protocol):
-    """Decides steps. `max_drafts` bounds what drafters are asked for."""
+    """Decides steps.
+
+    Attributes:
+        max_drafts: bounds what drafters are asked for.
+        chain: the longest chain of MTP heads that its layouts ask for; 0 where they ask for none.
+    """
 
     max_drafts: int
+    chain: int
 
     @property
     def verdict(self) -> str:
@@ -45,7 +51,7 @@ class Policy(Protocol):
         ...
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
-        """The proposal to verify and the layout; proposals[0] is the slots' (possibly empty)."""
+        """The proposal to verify and the layout; proposals[0] is the adapter's (possibly empty)."""
         ...
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
@@ -66,6 +72,7 @@ class FixedPolicy:
     def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
         self.name, self.slots = name, slots
         self.max_drafts = 0 if name == "plain" else slots
+        self.chain = 0
         self.verdict = ""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -81,4 +88,27 @@ class FixedPolicy:
 
     def interrupts_plain(self) -> bool:
         """Never: plain means plain."""
+        return False
+
+
+class ChainPolicy:
+    """MTP heads draft `chain` tokens after every step, and all of them are verified.
+
+    The longest proposal is verified; on a tie the heads'.
+    """
+
+    def __init__(self, chain: int) -> None:
+        self.max_drafts = self.chain = chain
+        self.verdict = ""
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """See `Policy`."""
+        best = max(proposals, key=lambda proposal: len(proposal.drafts)).cut(self.max_drafts)
+        return best, Layout.chained(len(best.drafts), self.chain)
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def interrupts_plain(self) -> bool:
+        """Never: it has no plain steps."""
         return False

@@ -18,6 +18,7 @@ import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.verify import leading_run
@@ -65,6 +66,7 @@ class Session:
         prompt: token ids not yet in the cache, at least one.
         cache: mlx-lm prompt cache, possibly holding an earlier prefix; updated in place.
         settings: cache options.
+        chain: longest chain of MTP heads that layouts will ask for; 0 for none.
 
     Raises:
         MTPError: the prompt is empty, has ids outside the vocabulary, or the cache cannot give rows back.
@@ -78,6 +80,7 @@ class Session:
         prompt: list[int],
         cache: list[Any],
         settings: CacheSettings,
+        chain: int = 0,
     ) -> None:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
@@ -87,6 +90,7 @@ class Session:
         self.attached, self.picker, self.drafter = attached, picker, drafter
         self.cache, self._settings = cache, settings
         self.start = self.cached  # tokens of an earlier prefix
+        self.chain = HeadChain(attached, picker, chain, self.start) if chain else None
         self._has_run = False
         self._before_pass = self.start  # tokens in the cache before the newest pass
         self.tokens = list(prompt)  # committed since then, the pending one last
@@ -102,12 +106,16 @@ class Session:
         done = 0
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
-            self._forward(Block.real(mx.array([chunk])))
+            hidden = self._forward(Block.real(mx.array([chunk])))
+            if self.chain is not None:
+                self.chain.observe(hidden, self.tokens)
             self._evaluate_cache()
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
             mx.clear_cache()
+        if self.chain is not None:
+            self.chain.catch_up(self.tokens)
         if progress is not None:
             progress(total, total)
 
@@ -157,6 +165,8 @@ class Session:
         """
         position = self.cached + 1
         hidden = self._forward(Block.real(pending[None]))
+        if self.chain is not None:
+            self.chain.observe(hidden, self.tokens)
         logits = self.attached.head(hidden)[0]  # [1, V]
         history = None
         if self.picker.history_size:
@@ -178,20 +188,19 @@ class Session:
         positions = mx.arange(start + 1, start + 1 + shape.n_real)
         history = self._histories(drafts)
         picks, accepted = self._verify(logits, positions, history, rows)
-        fresh, confidences = mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
-        if layout.slot_rows:
-            assert self.drafter is not None, "slots need a drafter"
-            own = None if history is None else history[accepted]
-            fresh, confidences = self.drafter.propose(
-                hidden, shape, accepted, picks[accepted], positions[accepted], own
-            )
+        own = None if history is None else history[accepted]
+        fresh, confidences = self._draft(layout, hidden, picks, accepted, positions[accepted], own)
         integers = mx.concatenate([accepted.reshape(1), picks, fresh])
         mx.eval(integers, confidences)  # the step's one host read
         n_accepted, *values = cast("list[int]", integers.tolist())
-        count = layout.slots[n_accepted]
+        count = layout.chain or layout.slots[n_accepted]
         tokens = values[: n_accepted + 1]
         self.trim(shape.rows - 1 - n_accepted)
         self.tokens += tokens
+        if self.chain is not None and layout.chain:
+            self.chain.commit(n_accepted)
+        elif self.chain is not None:
+            self.chain.observe(hidden[None, : n_accepted + 1], self.tokens)
         return StepResult(
             tokens=tokens,
             n_accepted=n_accepted,
@@ -199,6 +208,39 @@ class Session:
             confidences=cast("list[float]", confidences.tolist())[:count],
             logits=logits,
         )
+
+    def _draft(
+        self,
+        layout: Layout,
+        hidden: mx.array,
+        picks: mx.array,
+        accepted: mx.array,
+        position: mx.array,
+        history: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """Ids and confidences of fresh drafts, lazily; none if the layout asks for none.
+
+        Args:
+            hidden: [R, D] latents of the block.
+            picks: [1 + d] int32, the target's picks.
+            accepted: int32 scalar a.
+            position: int32 scalar, of picks[a].
+            history: [C] int32 tokens before picks[a], or None without penalties.
+
+        Raises:
+            MTPError: the layout asks for a drafter that there is none of.
+        """
+        if layout.chain:
+            if self.chain is None:
+                raise MTPError("this layout drafts with MTP heads, which the policy has not announced")
+            real = hidden[None, : layout.real_rows]
+            return self.chain.propose(real, picks, accepted, position, history, self.tokens, layout.chain)
+        if layout.slot_rows:
+            if self.drafter is None:
+                raise MTPError("this layout has mask slots, and this model no mask-token adapter to use them")
+            shape = block_shape(layout.drafts, layout.slots)
+            return self.drafter.propose(hidden, shape, accepted, picks[accepted], position, history)
+        return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
 
     def _verify(
         self, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array

@@ -18,7 +18,7 @@ class DecodeStats:
         submitted, accepted: per depth (index 0 = first draft): drafts that were reached by verification, and
             drafts accepted.
         histogram: {tokens of a step: how many steps}.
-        layouts: {"drafts/slots": how many steps}.
+        layouts: {"drafts/slots": how many steps}; "drafts/3 heads" where a chain of heads drafted 3 tokens.
         drafted_by: {drafter: drafts accepted}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
@@ -35,13 +35,16 @@ class DecodeStats:
     fallbacks: Counter[str] = field(default_factory=Counter)
     verdict: str = ""
 
-    def record(self, drafts: int, slots: tuple[int, ...], n_accepted: int, drafter: str) -> None:
+    def record(
+        self, drafts: int, slots: tuple[int, ...], n_accepted: int, drafter: str, chain: int = 0
+    ) -> None:
         """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`."""
         self.steps += 1
         self.rows += 1 + drafts + sum(slots)
         self.tokens += 1 + n_accepted
         self.histogram[1 + n_accepted] += 1
-        self.layouts[f"{drafts}/{'+'.join(map(str, slots))}"] += 1
+        behind = f"{chain} heads" if chain else "+".join(map(str, slots))
+        self.layouts[f"{drafts}/{behind}"] += 1
         if n_accepted:
             self.drafted_by[drafter] += n_accepted
         reached = min(n_accepted + 1, drafts)

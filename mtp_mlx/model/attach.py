@@ -24,6 +24,7 @@ from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.head import HeadView
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
+from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.positions import PositionedRoPE
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import Seams, check_caches, find_seams, replace_module
@@ -31,16 +32,18 @@ from mtp_mlx.model.slots import SlotAwareEmbedding
 
 
 class AttachedModel:
-    """A model with (or without) a mask-token adapter: forward passes over blocks, and the heads.
+    """A model with a mask-token adapter, with MTP heads, or with neither: forward passes over blocks, and the heads.
 
     Not safe for two forward passes at once from different threads; one generation at a time per model.
 
     Attributes:
         model: the mlx-lm model.
         adapter: the adapter attached, or None (then blocks have no slots).
+        mtp_heads: heads that draft behind the trunk, or None. They run beside the model, which stays as it is.
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
-        info: what the adapter's folder says about it (`mtp_mlx.adapter.AdapterInfo`), or None.
+        info: what the folder of the adapter or the heads says about it (`mtp_mlx.adapter.AdapterInfo`,
+            `mtp_mlx.heads_adapter.HeadsInfo`), or None.
         name: how the user named the model.
         experience: what earlier generations learnt (`mtp_mlx.decode.budget.Experience`), or None.
         kernels: what may run in place of stock MLX, or None.
@@ -54,9 +57,10 @@ class AttachedModel:
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
+        mtp_heads: MTPHeads | None = None,
     ) -> None:
         self.model = model
-        self.adapter = adapter
+        self.adapter, self.mtp_heads = adapter, mtp_heads
         self.info: Any = None
         self.experience: Any = None
         self.name = str(getattr(model, "model_type", "model"))
@@ -110,7 +114,7 @@ class AttachedModel:
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
         self._unwrap()
-        self.adapter = self.kernels = None
+        self.adapter = self.mtp_heads = self.kernels = None
 
     @contextmanager
     def unwrapped(self) -> Iterator[nn.Module]:
@@ -142,10 +146,23 @@ class AttachedModel:
         return self._embed(ids)
 
     @property
+    def draft_ids(self) -> mx.array | None:
+        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
+        drafting = self.mtp_heads if self.adapter is None else self.adapter
+        return None if drafting is None else drafting.draft_ids
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens that the adapter or the heads draft at most in a step; 0 without either."""
+        if self.mtp_heads is not None:
+            return self.mtp_heads.drafts
+        return 0 if self.adapter is None else self.adapter.config.slots
+
+    @property
     def draft_head(self) -> HeadView:
         """The head drafts are picked with: the draft vocabulary's columns, or all."""
         if self._draft_head is None:
-            ids = None if self.adapter is None else self.adapter.draft_ids
+            ids = self.draft_ids
             self._draft_head = (
                 self.head
                 if ids is None and not self.exact
@@ -192,16 +209,20 @@ def attach(
     adapter: MaskAdapter | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
+    mtp_heads: MTPHeads | None = None,
 ) -> AttachedModel:
     """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
 
     Args:
         kernels: may run in place of stock MLX. They have no gradients: training attaches without them.
         exact: see `AttachedModel`.
+        mtp_heads: draft with these instead of an adapter.
 
     Raises:
-        MTPError: the model lacks a seam, is already attached, or cannot be exact.
+        MTPError: the model lacks a seam, is already attached, or cannot be exact; an adapter and heads at once.
     """
+    if adapter is not None and mtp_heads is not None:
+        raise MTPError("a mask-token adapter and MTP heads cannot draft for one model at once: choose one")
     seams = find_seams(model)
     wrapped = (PositionedRoPE, BlockLinear)
     if any(isinstance(module, wrapped) for _, module in seams.trunk.named_modules()):
@@ -212,7 +233,7 @@ def attach(
             raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
     if exact:
         _check_exact(seams)
-    return AttachedModel(model, adapter, seams, kernels, exact)
+    return AttachedModel(model, adapter, seams, kernels, exact, mtp_heads)
 
 
 def _check_exact(seams: Seams) -> None:

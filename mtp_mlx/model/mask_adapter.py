@@ -15,6 +15,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.gated_lora import LowRank
 from mtp_mlx.model.sampler_head import SamplerHead
 from mtp_mlx.model.slots import SlotEmbeddings
+from mtp_mlx.model.tensor_fit import check_fit
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,7 @@ class MaskAdapter(nn.Module):
         """
         tensors = {name: value for name, value in tensors.items() if name != "draft_ids"}
         own = dict(tree_flatten(self.parameters()))
-        problems = [f"missing {name} {own[name].shape}" for name in sorted(own.keys() - tensors.keys())]
-        problems += [
-            f"unexpected {name} {tensors[name].shape}" for name in sorted(tensors.keys() - own.keys())
-        ]
-        for name in sorted(own.keys() & tensors.keys()):
-            if own[name].shape != tensors[name].shape:
-                problems.append(f"{name} is {tensors[name].shape} in the file, {own[name].shape} expected")
-        if problems:
-            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            raise MTPError(f"the adapter's tensors do not fit the base model: {shown}")
+        check_fit(own, tensors)
         for name, value in tensors.items():
             self._owner_of(name)[name.rsplit(".", 1)[1]] = value.astype(mx.float32)
 

@@ -70,14 +70,29 @@ class MTPHeads(nn.Module):
         heads: K heads, in order.
         convention: how they are run.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
+        drafts: tokens drafted in each step, by default one per head; see `at_depth`.
     """
 
     def __init__(
-        self, heads: list[MTPHead], convention: HeadConvention, draft_ids: mx.array | None = None
+        self,
+        heads: list[MTPHead],
+        convention: HeadConvention,
+        draft_ids: mx.array | None = None,
+        drafts: int = 0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self._convention, self._draft_ids = convention, draft_ids
+        self._drafts = drafts or len(heads)
+
+    @property
+    def drafts(self) -> int:
+        """Tokens drafted in each step."""
+        return self._drafts
+
+    def at_depth(self, depth: int) -> MTPHead:
+        """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
+        return self.heads[(depth - 1) % len(self.heads)]
 
     @property
     def convention(self) -> HeadConvention:
@@ -89,19 +104,23 @@ class MTPHeads(nn.Module):
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
         return self._draft_ids
 
-    def cascade(self, embeddings: mx.array, hidden: mx.array) -> list[mx.array]:
+    def cascade(
+        self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
+    ) -> list[mx.array]:
         """All heads over known text.
 
         Args:
             embeddings: [B, T, D] of the tokens.
             hidden: [B, T, D] of the trunk, after its final norm.
+            most_depths: how many depths, by default one per head; see `at_depth` for more.
 
         Returns:
-            z of every head: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Heads for which no
+            z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths for which no
             row is left are absent.
         """
         found = []
-        for depth, head in enumerate(self.heads, start=1):
+        for depth in range(1, 1 + (most_depths or len(self.heads))):
+            head = self.at_depth(depth)
             rows = embeddings.shape[1] - depth
             if rows < 1:
                 break
@@ -150,6 +169,11 @@ def _dense(module: Any) -> Any:
     return linear
 
 
+def norm_eps(trunk: nn.Module) -> float:
+    """The epsilon of the trunk's last norm, which the norms of heads share."""
+    return float(getattr(getattr(trunk, "norm", None), "eps", 1e-5))
+
+
 def new_heads(
     model: nn.Module, count: int, convention: HeadConvention, draft_ids: mx.array | None = None
 ) -> MTPHeads:
@@ -161,8 +185,7 @@ def new_heads(
     if count < 1:
         raise MTPError(f"at least one head is needed, got {count}")
     trunk = model.model
-    norm = trunk.norm if hasattr(trunk, "norm") else None
-    eps = float(getattr(norm, "eps", 1e-5))
+    eps = norm_eps(trunk)
     size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
     heads = []
     for _ in range(count):

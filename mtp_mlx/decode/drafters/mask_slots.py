@@ -9,6 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.drafters.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
@@ -27,7 +28,6 @@ class MaskSlotDrafter:
             raise ValueError("mask slots need an adapter")
         self._attached, self._picker = attached, picker
         self._sampler = attached.adapter.sampler
-        self._token_ids = attached.adapter.draft_ids
         self.max_drafts = attached.adapter.config.slots
 
     def propose(
@@ -65,26 +65,9 @@ class MaskSlotDrafter:
             if history is not None:
                 history = mx.concatenate([history[1:], token])
             refined = self._sampler(self._attached.embed(token), latents[slot][None])
-            token, confidence = self._pick(refined, (position + slot + 1).reshape(1), history)
+            token, confidence = pick_draft(
+                self._attached, self._picker, refined, (position + slot + 1).reshape(1), history
+            )
             ids.append(token)
             confidences.append(confidence)
         return mx.concatenate(ids), mx.concatenate(confidences)
-
-    def _pick(
-        self, refined: mx.array, position: mx.array, history: mx.array | None
-    ) -> tuple[mx.array, mx.array]:
-        """(id int32 [1], confidence float32 [1]) of one draft from what is to be unembedded, [1, D]."""
-        head, picker, kernels = self._attached.draft_head, self._picker, self._attached.kernels
-        if kernels is not None and head.matrix is not None and picker.draws_plainly(head.columns):
-            found = kernels.attempt(
-                "lm_head_pick",
-                refined,
-                *head.matrix_arguments,
-                picker.config.temperature,
-                picker.noise_keys(position),
-                self._token_ids,
-            )
-            if found is not None:
-                return found
-        row = None if history is None else history[None]
-        return picker.pick_with_confidence(head(refined), position, row, self._token_ids)

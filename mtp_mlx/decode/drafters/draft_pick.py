@@ -1,0 +1,40 @@
+"""Picking a draft from what is to be unembedded: with the target's noise, from the draft vocabulary."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.model.attach import AttachedModel
+
+
+def pick_draft(
+    attached: AttachedModel,
+    picker: Picker,
+    refined: mx.array,
+    position: mx.array,
+    history: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """(id int32 [1], confidence float32 [1]) of one draft, lazily.
+
+    Args:
+        attached: the model; its draft head and draft vocabulary are used.
+        picker: the target's picker; the same noise at the same position couples drafts to the target.
+        refined: [1, D] what the draft head reads.
+        position: [1] int32, absolute position of the draft.
+        history: [C] int32 tokens before the draft, or None without penalties.
+    """
+    head, kernels, token_ids = attached.draft_head, attached.kernels, attached.draft_ids
+    if kernels is not None and head.matrix is not None and picker.draws_plainly(head.columns):
+        found = kernels.attempt(
+            "lm_head_pick",
+            refined,
+            *head.matrix_arguments,
+            picker.config.temperature,
+            picker.noise_keys(position),
+            token_ids,
+        )
+        if found is not None:
+            return found
+    row = None if history is None else history[None]
+    return picker.pick_with_confidence(head(refined), position, row, token_ids)

@@ -1,0 +1,257 @@
+"""The adapter folder of MTP heads: written by `mtp-mlx convert --heads-only` and by `save_heads`, read here.
+
+`mtp_config.json` names the base, the heads' convention and how each head's decoder block is built: of which class
+of mlx-lm (converted heads), or as a copy of the base's last layer (heads trained here, `{"like": "last layer"}`).
+`mtp.safetensors` holds `heads.{i}.fuse.weight` and so on, and `draft_ids` where there is a draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mtp_mlx.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_base, read_config, read_tensors
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import new_folder
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.model.tensor_fit import check_fit
+
+METHOD = "mtp-heads"
+LAST_LAYER = {"like": "last layer"}
+DRAFT_IDS = "draft_ids"
+BLOCK_MODULES = "mlx_lm.models."
+
+log = logging.getLogger("mtp_mlx")
+
+
+@dataclass
+class HeadsInfo:
+    """What a folder of heads says about itself, apart from weights.
+
+    Attributes:
+        base_name: the base model as the user named it.
+        base_fingerprint: see `mtp_mlx.adapter.base_fingerprint`; None where it is not known.
+        convention: how the heads are run.
+        blocks: one per head, see the module.
+        model_config: the configuration that blocks are built from; empty where none is.
+        drafts: tokens drafted in each step; heads are applied again in turn where this is more than their number.
+        source, training, acceptance, measurements: provenance, and what was measured.
+    """
+
+    base_name: str
+    base_fingerprint: str | None
+    convention: HeadConvention
+    blocks: list[dict[str, Any]]
+    model_config: dict[str, Any] = field(default_factory=dict)
+    drafts: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    acceptance: list[float] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.drafts = self.drafts or len(self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `mtp_config.json`."""
+        return {
+            "format": FORMAT_VERSION,
+            "method": METHOD,
+            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
+            "heads": {
+                "count": len(self.blocks),
+                "drafts": self.drafts,
+                "convention": self.convention.to_json(),
+                "blocks": self.blocks,
+                "model_config": self.model_config,
+            },
+            "source": {"family": self.convention.family} | self.source,
+            "training": self.training,
+            "acceptance": self.acceptance,
+            "measurements": self.measurements,
+        }
+
+
+def is_heads(folder: Path) -> bool:
+    """Whether an adapter folder holds MTP heads.
+
+    Raises:
+        MTPError: no adapter there.
+    """
+    return read_config(folder).get("method") == METHOD
+
+
+def read_heads_info(folder: Path) -> HeadsInfo:
+    """Reads `mtp_config.json` of a folder of heads.
+
+    Raises:
+        MTPError: no heads there, or a damaged config.
+    """
+    raw, path = read_config(folder), Path(folder) / CONFIG_NAME
+    if raw.get("format") != FORMAT_VERSION or raw.get("method") != METHOD:
+        raise MTPError(
+            f"{path}: format {raw.get('format')!r}, method {raw.get('method')!r}; MTP heads are format "
+            f"{FORMAT_VERSION}, method '{METHOD}'"
+        )
+    try:
+        heads = raw["heads"]
+        convention = dict(heads["convention"])
+        convention["unsettled"] = tuple(convention.get("unsettled", ()))
+        info = HeadsInfo(
+            base_name=raw["base"]["name"],
+            base_fingerprint=raw["base"]["fingerprint"],
+            convention=HeadConvention(**convention),
+            blocks=list(heads["blocks"]),
+            model_config=dict(heads.get("model_config", {})),
+            drafts=int(heads.get("drafts", 0)) or int(heads["count"]),
+            source=dict(raw.get("source", {})),
+            training=dict(raw.get("training", {})),
+            acceptance=list(raw.get("acceptance", [])),
+            measurements=dict(raw.get("measurements", {})),
+        )
+        if info.convention.kind == "cascade" and len(info.blocks) != heads["count"]:
+            raise ValueError(f"{heads['count']} heads, but {len(info.blocks)} blocks")
+        return info
+    except (KeyError, TypeError, ValueError) as error:
+        raise MTPError(f"{path} is damaged: {error}") from error
+
+
+def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
+    """Reads heads for a bare `model` (not yet attached), in the types they are stored in.
+
+    Raises:
+        MTPError: no heads there, of another base, of a kind that nothing runs yet, or tensors that do not fit.
+    """
+    info = read_heads_info(folder)
+    check_runnable(folder, info.convention)
+    if info.base_fingerprint is None:
+        log.warning("%s does not say which base its heads were made for: taken as they are", folder)
+    else:
+        check_base(folder, info.base_name, info.base_fingerprint, model)
+    tensors = read_tensors(folder)
+    draft_ids = tensors.pop(DRAFT_IDS, None)
+    trunk = model.model
+    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    made = [
+        MTPHead(_block(folder, block, info.model_config, trunk), size, norm_eps(trunk), info.convention)
+        for block in info.blocks
+    ]
+    heads = MTPHeads(made, info.convention, draft_ids, info.drafts)
+    own = dict(cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters())))
+    check_fit(own, tensors)
+    heads.update(tree_unflatten(list(tensors.items())))
+    heads.eval()
+    return heads, info
+
+
+def check_runnable(folder: Path, convention: HeadConvention) -> None:
+    """Raises MTPError for a convention that the decode loop has no form for yet."""
+    needs = {
+        "kind": ("cascade",),
+        "first_hidden": ("post-norm",),
+        "recycled_hidden": ("normed", "raw"),
+        "output_norm": ("own", "identity"),
+        "embedding": ("shared",),
+        "lm_head": ("shared",),
+        "rope_position": ("hidden",),
+    }
+    for name, runs in needs.items():
+        value = getattr(convention, name)
+        if value not in runs:
+            raise MTPError(
+                f"the heads in {folder} cannot be run yet: their {name.replace('_', ' ')} is '{value}', and only "
+                f"{' and '.join(repr(run) for run in runs)} has been built; use --adapter none"
+            )
+
+
+def _block(folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module) -> nn.Module:
+    """A head's decoder block as its config says.
+
+    Raises:
+        MTPError: it has several layers, or cannot be built.
+    """
+    if spec == LAST_LAYER:
+        return block_like(trunk)
+    path = Path(folder) / CONFIG_NAME
+    try:
+        module, layers = str(spec["module"]), spec["layers"]
+        if len(layers) != 1:
+            raise MTPError(
+                f"the heads in {folder} cannot be run yet: each has {len(layers)} layers, and only heads of one "
+                "layer have been built; use --adapter none"
+            )
+        if not module.startswith(BLOCK_MODULES) or not module.removeprefix(BLOCK_MODULES).isidentifier():
+            raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
+        found = importlib.import_module(module)
+        arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
+        block = getattr(found, spec["class"])(arguments, **layers[0])
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"{spec['class']} is no layer")
+        return block
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MTPError(f"{path}: a head's block cannot be built: {error}") from error
+
+
+def save_heads(folder: Path, heads: MTPHeads, info: HeadsInfo, dtype: mx.Dtype = mx.bfloat16) -> None:
+    """Writes the folder whole or not at all; weights in `dtype`.
+
+    Raises:
+        MTPError: it cannot be written.
+    """
+    tensors = {
+        name: value.astype(dtype)
+        for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
+    }
+    if heads.draft_ids is not None:
+        tensors[DRAFT_IDS] = heads.draft_ids
+    with new_folder(Path(folder)) as temporary:
+        mx.save_safetensors(str(temporary / WEIGHTS_NAME), tensors, metadata={"format": "mlx"})
+        (temporary / CONFIG_NAME).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_card(info, tensors), encoding="utf-8")
+
+
+def _card(info: HeadsInfo, tensors: dict[str, mx.array]) -> str:
+    """The folder's README: base, convention, how it was trained, measured acceptance, how to use it."""
+    weights = sum(value.size for name, value in tensors.items() if name != DRAFT_IDS)
+    columns = len(tensors[DRAFT_IDS]) if DRAFT_IDS in tensors else "whole"
+    depths = " / ".join(f"{value:.2f}" for value in info.acceptance) or "not measured"
+    lines = [
+        f"# MTP heads for {info.base_name}",
+        "",
+        f"{len(info.blocks)} head(s) that draft {info.drafts} token(s) a step, trained and run by mtp-mlx.",
+        "The base model's own output is unchanged: what the heads draft is verified.",
+        "",
+        f"- base: {info.base_name}, fingerprint `{info.base_fingerprint}`",
+        f"- draft vocabulary {columns}; {weights / 1e6:.2f} M weights",
+        f"- acceptance per depth on held-out text: {depths}",
+        "",
+        "## Convention",
+        "",
+        *[f"- {f.name.replace('_', ' ')}: {getattr(info.convention, f.name)}" for f in _fields(info)],
+        "",
+        "## Training",
+        "",
+        *[f"- {key}: {value}" for key, value in info.training.items()],
+        "",
+        "## Use",
+        "",
+        "```",
+        f"mtp-mlx generate --model {info.base_name} --adapter . --prompt ...",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _fields(info: HeadsInfo) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(info.convention)
