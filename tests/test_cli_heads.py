@@ -52,7 +52,17 @@ def expected(folder: Path) -> str:
 
 def run(folder: Path, *args: str, model: str = "model") -> Result:
     """`mtp-mlx generate` in this process."""
-    options = ["-m", str(folder / model), "-a", str(folder / "heads"), "-n", str(COUNT), "--raw", "-p", "The sky"]
+    options = [
+        "-m",
+        str(folder / model),
+        "-a",
+        str(folder / "heads"),
+        "-n",
+        str(COUNT),
+        "--raw",
+        "-p",
+        "The sky",
+    ]
     return CliRunner().invoke(cli.main, ["generate", *options, *args])
 
 

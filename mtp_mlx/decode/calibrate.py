@@ -77,7 +77,9 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
 def _heads_shape(heads: MTPHeads, columns: int) -> str:
     """Everything about heads that their speed depends on."""
     blocks = {f"{type(head.block).__module__}.{type(head.block).__qualname__}" for head in heads.heads}
-    weights = sum(value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters())))
+    weights = sum(
+        value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
+    )
     return f"{len(heads.heads)} heads, {heads.drafts} drafts, {sorted(blocks)}, {weights} weights, {columns} columns"
 
 
