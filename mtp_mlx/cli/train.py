@@ -83,7 +83,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
     # What is cheap to refuse is refused before the model is loaded.
     from mtp_mlx.demo import resolve_model
     from mtp_mlx.train.data import load_splits
-    from mtp_mlx.train.memory import estimate_memory, too_much
+    from mtp_mlx.train.memory import too_much
     from mtp_mlx.train.trainer import Trainer, check_out
 
     check_out(settings.out)
@@ -101,7 +101,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
     )
     listener.on_message(f"data: {data.report}; {len(data.held_out)} held out")
     trainer = Trainer(model, data.train, data.held_out, settings, listener)
-    estimate = estimate_memory(trainer.attached, data.train, settings, trainer.workers)
+    estimate = trainer.method.estimate_memory(data.train)
     listener.on_message(str(estimate))
     warning = too_much(estimate)
     if warning:

@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -20,11 +20,18 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
-from mtp_mlx.model.mask_adapter import MaskAdapter
-from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.settings import TrainSettings, is_read
 
 # Settings that may change between a checkpoint and its continuation without changing the loss curve so far.
 FREE_SETTINGS = frozenset({"out", "data", "measure_every", "save_every", "grad_checkpoint", "model"})
+
+
+class Trained(Protocol):
+    """Whose weights are saved; see `mtp_mlx.train.methods.base.Method`."""
+
+    def tensors(self) -> dict[str, mx.array]: ...
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None: ...
 
 
 @dataclass
@@ -39,14 +46,27 @@ class Checkpoint:
 
 
 def comparable(settings: TrainSettings) -> dict[str, Any]:
-    """Settings that a resumed run must share with the run that wrote the checkpoint."""
+    """Settings that a resumed run must share with the run that wrote the checkpoint: those its method reads."""
     values = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    return {name: value for name, value in values.items() if name not in FREE_SETTINGS}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in FREE_SETTINGS and is_read(name, settings.method)
+    }
+
+
+def _known_then(checkpoint: Checkpoint, now: dict[str, Any]) -> dict[str, Any]:
+    """`now` without settings that are newer than the checkpoint and at their defaults."""
+    fields = dataclasses.fields(TrainSettings)
+    defaults = json.loads(json.dumps({field.name: field.default for field in fields}, default=str))
+    return {
+        name: value for name, value in now.items() if name in checkpoint.settings or value != defaults[name]
+    }
 
 
 def save_checkpoint(
     path: Path,
-    adapter: MaskAdapter,
+    adapter: Trained,
     optimizer: optim.Optimizer,
     step: int,
     settings: TrainSettings,
@@ -125,7 +145,7 @@ def check_resumable(
     Raises:
         MTPError: names every setting that differs.
     """
-    now = comparable(settings)
+    now = _known_then(checkpoint, comparable(settings))
     keys = now.keys() | checkpoint.settings.keys()
     changed = [
         f"{key} was {checkpoint.settings.get(key)!r}, now {now.get(key)!r}"
@@ -144,7 +164,7 @@ def check_resumable(
         )
 
 
-def restore(checkpoint: Checkpoint, adapter: MaskAdapter, optimizer: optim.Optimizer) -> None:
+def restore(checkpoint: Checkpoint, adapter: Trained, optimizer: optim.Optimizer) -> None:
     """Puts a checkpoint's weights and optimizer state in place (the optimizer must be initialised).
 
     Raises:

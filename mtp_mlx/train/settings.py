@@ -13,6 +13,30 @@ if TYPE_CHECKING:
     from mtp_mlx.model.mask_adapter import MaskAdapterConfig
 
 
+# Settings that only some methods read; every other one is read by all.
+READ_BY: dict[str, frozenset[str]] = {
+    **dict.fromkeys(
+        (
+            "objective",
+            "slots",
+            "rank",
+            "alpha",
+            "target_modules",
+            "sampler_width",
+            "max_blocks",
+            "chunk_blocks",
+        ),
+        frozenset({"mask-tokens"}),
+    ),
+    **dict.fromkeys(("lcm_weight", "sampler_rate", "grad_checkpoint"), frozenset({"mask-tokens"})),
+}
+
+
+def is_read(name: str, method: str) -> bool:
+    """Whether training `method` reads the setting `name`."""
+    return name not in READ_BY or method in READ_BY[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Settings of a training run. Units are in the help texts."""
@@ -20,6 +44,7 @@ class TrainSettings:
     model: str = setting("smollm2-135m", help="base model: smollm2-135m, a folder or a hub id", flag="-m")
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="adapter folder to write; its checkpoint lives beside it", flag="-o")
+    method: Literal["mask-tokens"] = setting("mask-tokens", help="what is trained")
     objective: Literal["self-distill", "apple"] = setting("self-distill", help="what slots learn")
 
     slots: int = setting(4, help="mask slots k, each with its own embedding", minimum=1, maximum=32)

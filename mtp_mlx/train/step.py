@@ -6,6 +6,7 @@ Owns the batch arithmetic between the passes and the objectives; knows nothing o
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class TeacherTargets:
 
 def draft_columns(attached: AttachedModel) -> np.ndarray:
     """[V] column of the draft head of every id, -1 for ids that cannot be drafted."""
-    ids = None if attached.adapter is None else attached.adapter.draft_ids
+    ids = attached.draft_ids
     if ids is None:
         return np.arange(attached.vocab_size, dtype=np.int32)
     columns = np.full(attached.vocab_size, -1, dtype=np.int32)
@@ -123,15 +124,46 @@ def slot_batch(
 Totals = tuple[int, LossParts, dict]
 
 
-class StepRunner:
+class MicroBatchRunner(ABC):
     """Computes loss and gradients of steps; micro-batches run side by side on `workers` threads.
 
     On a CPU, where MLX's element-wise operations use one core, two workers take little more time than one.
-    Building a graph touches the shared adapter and is done under a lock; evaluating it is not. A GPU wants
+    Building a graph touches the shared module and is done under a lock; evaluating it is not. A GPU wants
     one worker: one micro-batch after another, with the memory of one.
     With several workers OpenBLAS gets one thread for each of them (measured: with its own threads on top, two
     workers are slower than one).
+
+    Args:
+        trained: the module whose gradients are computed.
+        workers: how many threads; a subclass evaluates every other array it reads where there are several.
     """
+
+    def __init__(self, trained: nn.Module, workers: int = 1) -> None:
+        self._trained = trained
+        self._building = threading.Lock()
+        self._workers = Workers(workers)
+
+    def __call__(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """Mean loss, mean gradients and number of supervised rows over the step's micro-batches."""
+        numbers = [step * len(examples) + index for index in range(len(examples))]
+        jobs = list(zip(examples, numbers, strict=True))
+        if self._workers.count == 1:
+            return _mean([self._micro_batch(*job) for job in jobs])
+        mx.eval(self._trained.parameters())  # a lazy array belongs to the thread that made it
+        with blas_threads(1):
+            return _mean(self._workers.map(lambda job: self._micro_batch(*job), jobs))
+
+    def close(self) -> None:
+        """Ends the worker threads; another step starts them again."""
+        self._workers.close()
+
+    @abstractmethod
+    def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
+        """(supervised rows, loss, gradients of `trained`), evaluated. `number` counts micro-batches."""
+
+
+class StepRunner(MicroBatchRunner):
+    """Steps of a mask-token adapter."""
 
     def __init__(
         self,
@@ -142,40 +174,24 @@ class StepRunner:
         workers: int = 1,
         grad_checkpoint: bool = False,
     ) -> None:
+        assert attached.adapter is not None
+        super().__init__(attached.adapter, workers)
         self._attached, self._objective, self._choice, self._seed = attached, objective, choice, seed
         self._grad_checkpoint = grad_checkpoint
         self._columns = draft_columns(attached)
-        self._building = threading.Lock()
-        self._workers = Workers(workers)
         if workers > 1:
             self._evaluate_constants()
 
     def _evaluate_constants(self) -> None:
         """Evaluates every array the passes read: a lazy one belongs to the thread that made it."""
-        assert self._attached.adapter is not None
         layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1)
         prefix = prefix_pass(self._attached, layout)
         hidden = slot_pass(self._attached, layout, prefix)
         mx.eval(
-            self._attached.adapter.parameters(),
+            self._trained.parameters(),
             self._attached.draft_head(hidden),
             self._attached.head(hidden),
         )
-
-    def __call__(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """Mean loss, mean gradients and number of supervised rows over the step's micro-batches."""
-        numbers = [step * len(examples) + index for index in range(len(examples))]
-        jobs = list(zip(examples, numbers, strict=True))
-        if self._workers.count == 1:
-            return _mean([self._micro_batch(*job) for job in jobs])
-        assert self._attached.adapter is not None
-        mx.eval(self._attached.adapter.parameters())  # a lazy array belongs to the thread that made it
-        with blas_threads(1):
-            return _mean(self._workers.map(lambda job: self._micro_batch(*job), jobs))
-
-    def close(self) -> None:
-        """Ends the worker threads; another step starts them again."""
-        self._workers.close()
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """(supervised rows, loss, gradients of the adapter's parameters), evaluated."""

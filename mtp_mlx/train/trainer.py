@@ -1,7 +1,7 @@
 """The training loop: batches in order, one optimizer step each, metrics, checkpoints, measurements.
 
-What a loss is lives in `objectives/`, what a step computes in `step.py`; this file owns time: order, resume,
-interruption and what is written to disk.
+What is trained and on which loss is a method (`methods/`); this file owns time: order, resume, interruption and
+what is written to disk.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,30 +19,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
 
-from mtp_mlx.adapter import (
-    CONFIG_NAME,
-    AdapterInfo,
-    base_fingerprint,
-    read_info,
-    read_tensors,
-    save_adapter,
-)
+from mtp_mlx.adapter import CONFIG_NAME
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train import checkpoint as checkpoints
-from mtp_mlx.train.agreement import Agreement, measure_agreement
+from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint
-from mtp_mlx.train.objectives.apple import Apple
-from mtp_mlx.train.objectives.base import Objective
-from mtp_mlx.train.objectives.self_distil import SelfDistil
+from mtp_mlx.train.methods import method_class
 from mtp_mlx.train.order import EpochOrder
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.slot_layout import candidate_anchors
-from mtp_mlx.train.step import BlockChoice, StepRunner
 
 
 @dataclass(frozen=True)
@@ -69,13 +55,6 @@ class Listener(Protocol):
     def on_message(self, message: str) -> None: ...
 
 
-def build_objective(settings: TrainSettings) -> Objective:
-    """The objective that `settings.objective` names."""
-    if settings.objective == "apple":
-        return Apple(lcm_weight=settings.lcm_weight, chunk_rows=settings.loss_rows)
-    return SelfDistil(chunk_rows=settings.loss_rows)
-
-
 def learning_rate(settings: TrainSettings, step: int) -> float:
     """Rate of step `step` (from 0): linear warm-up, then the schedule down to final_rate * peak."""
     if step < settings.warmup:
@@ -95,30 +74,6 @@ def build_optimizer(settings: TrainSettings) -> optim.AdamW:
         weight_decay=settings.weight_decay,
         bias_correction=True,  # without it the first hundreds of steps are up to 4 times too large
     )
-
-
-def apply_update(optimizer: optim.AdamW, adapter: MaskAdapter, gradients: dict, sampler_rate: float) -> None:
-    """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
-
-    They need a smaller rate than low-rank factors that start at zero, and with Adam a share of the step is a
-    share of the rate.
-    """
-    before = adapter.sampler.parameters()
-    optimizer.update(adapter, gradients)
-    after = adapter.sampler.parameters()
-    adapter.sampler.update(tree_map(lambda old, new: old + sampler_rate * (new - old), before, after))
-
-
-def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> mx.array | None:
-    """[size] int32 sorted ids most used in the responses (design 2.6); None for the whole vocabulary."""
-    if size == 0 or size >= vocab_size:
-        return None
-    counts = Counter(token for example in examples for token in example.tokens[example.loss_start :])
-    order = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
-    if len(order) < size:  # low ids are the frequent merges of a byte-pair vocabulary
-        known = set(order)
-        order += [token for token in range(vocab_size) if token not in known][: size - len(order)]
-    return mx.array(sorted(order), dtype=mx.int32)
 
 
 def number(scalar: mx.array) -> float:
@@ -143,7 +98,7 @@ def check_out(out: Path) -> None:
 
 
 class Trainer:
-    """Trains a mask-token adapter for `model` (its weights stay untouched).
+    """Trains an adapter for `model` (its weights stay untouched).
 
     Args:
         model: an mlx-lm model, not attached; quantised or not.
@@ -153,7 +108,7 @@ class Trainer:
 
     Raises:
         MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is something
-            else's, or no example has a token for a slot to predict.
+            else's, or no example has anything to learn from.
     """
 
     def __init__(
@@ -166,20 +121,13 @@ class Trainer:
     ) -> None:
         self.settings, self.listener = settings, listener
         check_out(settings.out)
-        self._train, self._held_out = self._with_blocks(train), held_out
+        kind = method_class(settings.method)
+        self._train, self._held_out = kind.usable(train, settings, listener.on_message), held_out
         mx.random.seed(settings.seed)
         model.freeze()
-        self._fingerprint = base_fingerprint(model)
-        bare = attach(model)
-        bare.make_cache()  # refuses a model that could not take rejected drafts back
-        vocab_size = bare.vocab_size
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, vocab_size)
-        self.adapter = new_adapter(model, settings.adapter_shape(), draft_ids)
-        if settings.start_from is not None:
-            self._start_from(settings.start_from)
-        self.attached: AttachedModel = attach(model, self.adapter)
+        self.method = kind(model, train, settings, listener.on_message)
         self._optimizer = build_optimizer(settings)
-        self._optimizer.init(self.adapter.trainable_parameters())
+        self._optimizer.init(self.method.module.trainable_parameters())
         self._data_fingerprint = fingerprint(train)
         weights = {example.weight for example in self._train}
         self._order = EpochOrder(
@@ -189,63 +137,26 @@ class Trainer:
             lengths=[len(example) for example in self._train],
             weights=None if len(weights) == 1 else [example.weight for example in self._train],
         )
-        choice = BlockChoice(
-            slots=settings.slots,
-            share=settings.block_share,
-            most=settings.max_blocks,
-            chunk_blocks=settings.chunk_blocks,
-            depth_decay=settings.depth_decay,
-        )
-        self._runner = StepRunner(
-            self.attached,
-            build_objective(settings),
-            choice,
-            settings.seed,
-            workers=self.workers,
-            grad_checkpoint=settings.grad_checkpoint,
-        )
         self.step = 0
         self.loss: float | None = None
         self.agreement: Agreement | None = None
         self._measured_step = -1
         self._stop = False
 
-    def _start_from(self, folder: Path) -> None:
-        """Takes the weights of another adapter of the same shape and base.
+    @property
+    def adapter(self) -> Any:
+        """The module that is trained."""
+        return self.method.module
 
-        Raises:
-            MTPError: no adapter there, another base or another shape.
-        """
-        info, tensors = read_info(folder), read_tensors(folder)
-        if info.base_fingerprint != self._fingerprint:
-            raise MTPError(
-                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
-                f"{self._fingerprint}"
-            )
-        own = self.adapter.tensors().get("draft_ids")
-        theirs = tensors.get("draft_ids")
-        if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
-            # No weight depends on which ids may be drafted.
-            self.listener.on_message(
-                f"{folder} was trained with another draft vocabulary; this data's is used"
-            )
-        self.adapter.load_tensors(tensors)
-
-    def _with_blocks(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples with a token for a slot to predict; a response of one token has none."""
-        usable = [e for e in examples if len(candidate_anchors(len(e), e.loss_start))]
-        if not usable:
-            raise MTPError("no training row is long enough: slots need responses of two tokens or more")
-        if len(usable) < len(examples):
-            self.listener.on_message(
-                f"{len(examples) - len(usable)} rows left out: their responses have one token, slots need two"
-            )
-        return usable
+    @property
+    def attached(self) -> AttachedModel:
+        """The base model with what is trained on it."""
+        return self.method.attached
 
     @property
     def workers(self) -> int:
-        """Micro-batches computed side by side: up to two on a CPU, one on a GPU."""
-        return min(2, self.settings.micro_batches) if mx.default_device() == mx.Device(mx.cpu) else 1
+        """Micro-batches computed side by side."""
+        return self.method.workers
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -276,9 +187,9 @@ class Trainer:
             return False
         state = checkpoints.load_checkpoint(self.checkpoint_path)
         checkpoints.check_resumable(
-            state, self.checkpoint_path, self.settings, self._data_fingerprint, self._fingerprint
+            state, self.checkpoint_path, self.settings, self._data_fingerprint, self.method.fingerprint
         )
-        checkpoints.restore(state, self.adapter, self._optimizer)
+        checkpoints.restore(state, self.method, self._optimizer)
         self.step = state.step
         for row in self._drop_metrics_behind(state.step):
             self.loss = row.get("loss", self.loss)
@@ -312,38 +223,31 @@ class Trainer:
         """Writes the checkpoint."""
         checkpoints.save_checkpoint(
             self.checkpoint_path,
-            self.adapter,
+            self.method,
             self._optimizer,
             self.step,
             self.settings,
             self._data_fingerprint,
-            self._fingerprint,
+            self.method.fingerprint,
         )
 
-    def info(self, training: dict[str, Any] | None = None) -> AdapterInfo:
-        """What the adapter folder will say."""
+    def provenance(self) -> dict[str, Any]:
+        """What the adapter folder says about its training."""
         settings = self.settings
-        provenance: dict[str, Any] = {
+        return {
             **checkpoints.comparable(settings),
             "steps": self.step,
             "planned_steps": settings.steps,
             "start_from": settings.start_from and settings.start_from.name,  # a name, no machine's path
             "examples": len(self._train),
             "data_fingerprint": self._data_fingerprint,
-            **(training or {}),
         }
-        return AdapterInfo(
-            base_name=settings.model,
-            base_fingerprint=self._fingerprint,
-            shape=self.adapter.config,
-            training=provenance,
-            acceptance=self.agreement.acceptance if self.agreement else [],
-        )
 
     def export(self) -> None:
         """Writes the adapter folder."""
         check_out(self.settings.out)
-        save_adapter(self.settings.out, self.adapter, self.info())
+        acceptance = self.agreement.acceptance if self.agreement else []
+        self.method.export(self.settings.out, self.provenance(), acceptance)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -353,7 +257,7 @@ class Trainer:
         Raises:
             MTPError: the loss is no longer finite, or a file cannot be written.
         """
-        with self._interruptible(), closing(self._runner):
+        with self._interruptible(), closing(self.method):
             while self.step < self.settings.steps and not self._stop:
                 self._one_step()
                 due = self.settings.measure_every and self.step % self.settings.measure_every == 0
@@ -377,12 +281,12 @@ class Trainer:
             [self._train[index] for index in self._order.batch(first + offset)]
             for offset in range(settings.micro_batches)
         ]
-        loss, gradients, rows = self._runner(examples, self.step)
+        loss, gradients, rows = self.method.gradients(examples, self.step)
         gradients, norm = optim.clip_grad_norm(gradients, settings.clip or float("inf"))
         rate = learning_rate(settings, self.step)
         self._optimizer.learning_rate = rate
-        apply_update(self._optimizer, self.adapter, gradients, settings.sampler_rate)
-        mx.eval(self.adapter.parameters(), self._optimizer.state, loss.total, norm)
+        self.method.apply_update(self._optimizer, gradients)
+        mx.eval(self.method.module.parameters(), self._optimizer.state, loss.total, norm)
         value, length = number(loss.total), number(norm)
         if not (np.isfinite(value) and np.isfinite(length)):
             raise MTPError(
@@ -402,11 +306,11 @@ class Trainer:
             return
         size = self.settings.batch_size
         batches = [self._held_out[start : start + size] for start in range(0, len(self._held_out), size)]
-        agreement = measure_agreement(self.attached, batches, self.settings.slots)
+        agreement = self.method.measure(batches)
         self._measured_step = self.step
         if not agreement.blocks:
             self.listener.on_message(
-                f"acceptance not measured: no held-out response has {self.settings.slots + 1} tokens"
+                f"acceptance not measured: no held-out response has {self.method.depth + 1} tokens"
             )
             return
         self.agreement = agreement

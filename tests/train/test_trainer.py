@@ -27,10 +27,11 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import estimate_memory, physical_memory, too_much
 from mtp_mlx.train.objectives.self_distil import SelfDistil
 from mtp_mlx.train.step import BlockChoice, StepRunner
-from mtp_mlx.train.trainer import Trainer, draft_vocabulary, learning_rate
+from mtp_mlx.train.trainer import Trainer, learning_rate
 from tests.model.naive import quantized_model, random_adapter
 from tests.tiny import VOCABULARY, tiny_model
 from tests.train.training import Remembering, examples, metrics, settings_for, trainer_for

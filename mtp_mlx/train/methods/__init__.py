@@ -1,0 +1,16 @@
+"""What can be trained, by the name that `--method` takes. A new method is a subclass of `Method` and a line here."""
+
+from __future__ import annotations
+
+from mtp_mlx.train.methods.base import Method
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        KeyError: no such method.
+    """
+    from mtp_mlx.train.methods.mask_tokens import MaskTokens
+
+    return {MaskTokens.name: MaskTokens}[name]

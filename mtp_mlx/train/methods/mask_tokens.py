@@ -1,0 +1,159 @@
+"""Gated-LoRA mask tokens (arXiv 2507.11851): slots, LoRA that acts on slots only, a sampler head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mtp_mlx.adapter import AdapterInfo, base_fingerprint, read_info, read_tensors, save_adapter
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach, new_adapter
+from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.train.agreement import Agreement, measure_agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
+from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.objectives.apple import Apple
+from mtp_mlx.train.objectives.base import LossParts, Objective
+from mtp_mlx.train.objectives.self_distil import SelfDistil
+from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.slot_layout import candidate_anchors
+from mtp_mlx.train.step import BlockChoice, StepRunner
+
+
+def build_objective(settings: TrainSettings) -> Objective:
+    """The objective that `settings.objective` names."""
+    if settings.objective == "apple":
+        return Apple(lcm_weight=settings.lcm_weight, chunk_rows=settings.loss_rows)
+    return SelfDistil(chunk_rows=settings.loss_rows)
+
+
+class MaskTokens(Method):
+    """Trains a mask-token adapter.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "mask-tokens"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self.fingerprint = base_fingerprint(model)
+        self.depth = settings.slots
+        bare = attach(model)
+        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        self.adapter: MaskAdapter = new_adapter(model, settings.adapter_shape(), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from, tell)
+        self.attached = attach(model, self.adapter)
+        choice = BlockChoice(
+            slots=settings.slots,
+            share=settings.block_share,
+            most=settings.max_blocks,
+            chunk_blocks=settings.chunk_blocks,
+            depth_decay=settings.depth_decay,
+        )
+        self._runner = StepRunner(
+            self.attached,
+            build_objective(settings),
+            choice,
+            settings.seed,
+            workers=self.workers,
+            grad_checkpoint=settings.grad_checkpoint,
+        )
+
+    def _start_from(self, folder: Path, tell: Tell) -> None:
+        """Takes the weights of another adapter of the same shape and base.
+
+        Raises:
+            MTPError: no adapter there, another base or another shape.
+        """
+        info, tensors = read_info(folder), read_tensors(folder)
+        if info.base_fingerprint != self.fingerprint:
+            raise MTPError(
+                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
+                f"{self.fingerprint}"
+            )
+        own = self.adapter.tensors().get("draft_ids")
+        theirs = tensors.get("draft_ids")
+        if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
+            # No weight depends on which ids may be drafted.
+            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
+        self.adapter.load_tensors(tensors)
+
+    @classmethod
+    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
+        """See `Method`: a response of one token has none for a slot to predict."""
+        return len(candidate_anchors(len(example), example.loss_start)) > 0
+
+    @classmethod
+    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+        """See `Method`."""
+        return (
+            "slots need responses of two tokens or more",
+            "their responses have one token, slots need two",
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Method`."""
+        return self.adapter
+
+    def tensors(self) -> dict[str, mx.array]:
+        """See `Method`."""
+        return self.adapter.tensors()
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """See `Method`."""
+        self.adapter.load_tensors(tensors)
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        return self._runner(examples, step)
+
+    def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
+        """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
+
+        They need a smaller rate than low-rank factors that start at zero, and with Adam a share of the step is a
+        share of the rate.
+        """
+        sampler, rate = self.adapter.sampler, self.settings.sampler_rate
+        before = sampler.parameters()
+        optimizer.update(self.adapter, gradients)
+        after = sampler.parameters()
+        sampler.update(tree_map(lambda old, new: old + rate * (new - old), before, after))
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_agreement(self.attached, batches, self.settings.slots)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        info = AdapterInfo(
+            base_name=self.settings.model,
+            base_fingerprint=self.fingerprint,
+            shape=self.adapter.config,
+            training=training,
+            acceptance=acceptance,
+        )
+        save_adapter(folder, self.adapter, info)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        return estimate_memory(self.attached, examples, self.settings, self.workers)
+
+    def close(self) -> None:
+        """See `Method`."""
+        self._runner.close()
