@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse, chat_prompt, generate, load, stream_generate
+    from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.loop import mtp_generate_step
     from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.errors import MTPError
     from mtp_mlx.model.attach import attach
 
 _HOME = {
+    "Emission": "mtp_mlx.decode.emission",
     "GenerationResponse": "mtp_mlx.api",
     "MTPError": "mtp_mlx.errors",
     "SamplingConfig": "mtp_mlx.decode.pick",
@@ -28,6 +30,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Emission",
     "GenerationResponse",
     "MTPError",
     "SamplingConfig",

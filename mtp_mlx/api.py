@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
@@ -52,7 +53,7 @@ class GenerationResponse:
         from_draft, depth: accepted draft of this depth (from 1), or the target's own pick (0).
         prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as mlx-lm (GB). Like there,
             generation_tps divides all tokens so far by the time since the first one.
-        lossless: the text is that of the base model alone.
+        lossless: the text is that of the model alone; False for unverified emission.
         stats: counts so far (shared by all responses of one generation).
         finish_reason: "stop", "length", or None before the end.
     """
@@ -162,6 +163,7 @@ def stream_generate(
     layout: LayoutName = "auto",
     slots: int | None = None,
     lookup: bool | None = None,
+    emission: Emission | None = None,
     stop: Sequence[str] = (),
     stats: DecodeStats | None = None,
     **kwargs: Any,
@@ -176,6 +178,8 @@ def stream_generate(
         layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
         slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
+        emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a
+            tau the layout is "quadratic" or "linear" only ("auto" means quadratic); unverified has its own.
         stop: strings that end the text; they are not part of it.
         stats: filled while decoding; every response carries it.
         kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
@@ -184,14 +188,15 @@ def stream_generate(
     Raises:
         MTPError: a bad option, an empty prompt, a cache that cannot give rows back.
     """
-    if max_tokens == 0 or max_tokens < -1:
-        raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
+    emission = emission or Emission()
+    _check_options(max_tokens, lookup, emission)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
-    policy = build_policy(model, layout, slots, stats)
-    use_lookup = layout == "auto" if lookup is None else lookup
+    policy = build_policy(model, layout, slots, stats, emission)
+    planned = layout == "auto" and emission == Emission()
+    use_lookup = planned if lookup is None else lookup
     if lookup and not policy.max_drafts:
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     detokenizer = tokenizer.detokenizer
@@ -204,6 +209,7 @@ def stream_generate(
         sampling=sampling,
         policy=policy,
         lookup=LookupDrafter() if use_lookup and policy.max_drafts else None,
+        emission=emission,
         stats=stats,
         **kwargs,
     )
@@ -236,9 +242,17 @@ def stream_generate(
                 peak_memory=mx.get_peak_memory() / 1e9,
                 stats=stats,
                 finish_reason=reason,
+                lossless=emission.lossless,
             )
             if reason is not None:
                 return
+
+
+def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> None:
+    if max_tokens == 0 or max_tokens < -1:
+        raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
+    if lookup and not emission.lossless:
+        raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
 
 
 def _finish_reason(token: int, count: int, max_tokens: int, tokenizer: TokenizerWrapper) -> str | None:

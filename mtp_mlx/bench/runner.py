@@ -21,6 +21,7 @@ from mtp_mlx.bench.certificate import Comparison, compare
 from mtp_mlx.bench.prompts import BenchPrompt
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
@@ -29,12 +30,13 @@ from mtp_mlx.model.attach import AttachedModel
 
 @dataclass(frozen=True)
 class Lane:
-    """One way of generating: mlx-lm itself (layout None) or mtp-mlx with a layout."""
+    """One way of generating: mlx-lm itself (layout None) or mtp-mlx with a layout and an emission."""
 
     name: str
     layout: LayoutName | None = None
     slots: int | None = None
     lookup: bool | None = None
+    emission: Emission = Emission()
 
 
 @dataclass
@@ -64,8 +66,8 @@ class Measurement:
 
     @property
     def speedup(self) -> float | None:
-        """Ratio of tokens/s, or None where the texts differ without a certificate, or nothing was timed."""
-        if not (self.comparison.identical or self.comparison.certified):
+        """Ratio of tokens/s; None where nothing was timed, or a lossless text differs without a certificate."""
+        if self.lane.emission.lossless and not (self.comparison.identical or self.comparison.certified):
             return None
         if not self.timed.timed_tokens or not self.reference.timed_tokens:
             return None
@@ -134,14 +136,15 @@ class Bench:
     def _drafted(self, lane: Lane, ids: list[int], max_tokens: int) -> Timed:
         assert lane.layout is not None
         stats = DecodeStats()
-        policy = build_policy(self._model, lane.layout, lane.slots, stats)
-        lookup = lane.layout == "auto" if lane.lookup is None else lane.lookup
+        policy = build_policy(self._model, lane.layout, lane.slots, stats, lane.emission)
+        lookup = lane.layout == "auto" and lane.emission == Emission() if lane.lookup is None else lane.lookup
         steps = mtp_generate_step(
             ids,
             self._model,
             max_tokens=max_tokens,
             policy=policy,
             lookup=LookupDrafter() if lookup and policy.max_drafts else None,
+            emission=lane.emission,
             stats=stats,
         )
         timed = self._timed((item.token for item in steps), steps, lambda: stats.tokens)

@@ -10,8 +10,11 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from mtp_mlx.errors import MTPError
+
 if TYPE_CHECKING:
     from mtp_mlx.bench.runner import Measurement
+    from mtp_mlx.decode.emission import EmitName
 
 EPILOG = """\b
 Examples:
@@ -41,6 +44,14 @@ Examples:
     "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
 )
 @click.option(
+    "--emit",
+    type=click.Choice(["verified", "conf-adapt", "static"]),
+    default="verified",
+    show_default=True,
+    help="Drafts: verified, or unverified (lossy)",
+)
+@click.option("--tau", type=float, multiple=True, help="Least probability of a draft, may be repeated")
+@click.option(
     "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt"
 )
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits, embedded model only")
@@ -55,6 +66,8 @@ def command(
     layouts: tuple[str, ...],
     slots: int | None,
     lookup: bool | None,
+    emit: EmitName,
+    tau: tuple[float, ...],
     max_tokens: int,
     quantize: str | None,
     exact: bool,
@@ -66,7 +79,11 @@ def command(
     from mtp_mlx.bench.prompts import read_prompts
     from mtp_mlx.bench.report import summarise, table
     from mtp_mlx.bench.runner import Bench, Lane
+    from mtp_mlx.decode.emission import Emission
 
+    emissions = [Emission(emit, threshold) for threshold in tau or (None,)]
+    if lookup and emit != "verified":
+        raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
     chosen = read_prompts(prompts, limit, per_category)
     console = Console(stderr=True)
     attached, tokenizer = load(
@@ -75,7 +92,11 @@ def command(
         quantize=int(quantize) if quantize else None,
         exact=exact,
     )
-    lanes = [Lane(name, name, slots if name != "plain" else None, lookup) for name in layouts or ("auto",)]  # type: ignore[arg-type]
+    lanes = [
+        Lane(emission.label(layout), layout, slots if layout != "plain" else None, lookup, emission)  # type: ignore[arg-type]
+        for layout in layouts or ("auto",)
+        for emission in emissions
+    ]
     bench = Bench(attached, tokenizer, lanes, max_tokens)
     with Progress(console=console) as progress:
         task = progress.add_task("warming up", total=len(chosen))
@@ -115,8 +136,9 @@ def command(
 def _mismatch(measurement: Measurement) -> dict[str, Any]:
     """Where a text parted from mlx-lm's, and whether a near-tie explains it."""
     comparison = measurement.comparison
+    different = "DIFFERENT" if measurement.lane.emission.lossless else "different, lossless: false"
     return {
-        "verdict": "near-tie" if comparison.certified else "DIFFERENT",
+        "verdict": "near-tie" if comparison.certified else different,
         "layout": measurement.lane.name,
         "position": comparison.position,
         "gap": comparison.gap,

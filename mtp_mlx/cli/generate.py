@@ -49,6 +49,11 @@ class GenerateSettings:
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
     slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    emit: Literal["verified", "conf-adapt", "static"] = setting(
+        "verified", help="Drafts: verified, or unverified (lossy)"
+    )
+    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
+    first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
     kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
@@ -144,6 +149,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     from mtp_mlx import plain_speed
     from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
     from mtp_mlx.decode.calibrate import step_cost
+    from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.demo import resolve_model
@@ -157,6 +163,9 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         repetition_context_size=settings.repetition_context_size,
         seed=settings.seed,
     )
+    emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
+    if not emission.lossless:
+        emission.greedy(sampling)  # refuses before the model is loaded what it would refuse after
     resolve_model(settings.model, settings.quantize, tell)
     adapter = None if settings.adapter == "none" else settings.adapter
     model, tokenizer = load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact)
@@ -165,7 +174,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     run = Run(DecodeStats(), model.most_drafts, known)
     if not raw and not tokenizer.has_chat_template:
         run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
-    if settings.layout == "auto":
+    if settings.layout == "auto" and emission == Emission():
         step_cost(model, tell)
     responses = stream_generate(
         model,
@@ -176,6 +185,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         layout=settings.layout,
         slots=settings.slots,
         lookup=settings.lookup,
+        emission=emission,
         stop=settings.stop,
         stats=run.stats,
         kv_bits=settings.kv_bits,

@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
     from mtp_mlx.cli.generate import GenerateSettings
+    from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
 
 # 256-colour codes of depths 1, 2, ...; the last stands for all deeper ones
@@ -71,7 +72,7 @@ class Run:
 
 def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
     """The object that --json prints."""
-    last = run.last
+    last, emission = run.last, emission_of(settings)
     return {
         "text": run.text,
         "tokens": run.tokens,
@@ -85,10 +86,12 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "plain_tok_per_s": _rounded(run.plain_tok_per_s),
         "speed_up": None if settings.layout == "plain" else _rounded(run.speed_up),
         "layout": settings.layout,
+        "emit": settings.emit,
+        "tau": emission.threshold,
         "slots": _slots_in_use(settings, run),
         "seed": settings.seed,
         "temperature": settings.temp,
-        "lossless": last.lossless if last else True,
+        "lossless": emission.lossless,
         "finish_reason": "interrupted" if run.interrupted else last and last.finish_reason,
         "peak_memory_gb": _rounded(last.peak_memory if last else None),
         "model": settings.model,
@@ -101,7 +104,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
 
 def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
     """Every option that can change text or speed, apart from the prompt and what `report` names itself."""
-    named = ("prompt", "prompt_file", "model", "adapter", "layout", "slots", "seed", "temp")
+    named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "slots", "seed", "temp")
     return {key: value for key, value in asdict(settings).items() if key not in named}
 
 
@@ -119,12 +122,22 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
     if run.acceptance:
         parts.append("accept " + "/".join("-" if v is None else f"{v:.2f}" for v in run.acceptance))
     slots = _slots_in_use(settings, run)
-    parts.append(f"{settings.layout} {slots}" if slots else settings.layout)
+    way = emission_of(settings).label(settings.layout)
+    parts.append(f"{way} {slots}" if slots else way)
     if run.stats.verdict:
         parts[-1] += f" ({run.stats.verdict})"
+    if not emission_of(settings).lossless:
+        parts.append("lossless: false")
     parts.append(f"prompt {run.last.prompt_tokens} tok {run.prompt_s:.1f} s")
     parts.append(f"peak {run.last.peak_memory:.1f} GB")
     return " · ".join(parts) + (" · stopped" if run.interrupted else "")
+
+
+def emission_of(settings: GenerateSettings) -> Emission:
+    """How these settings emit tokens."""
+    from mtp_mlx.decode.emission import Emission  # needs mlx, which --help does not load
+
+    return Emission(settings.emit, settings.tau, settings.first_token_sampling)
 
 
 def _slots_in_use(settings: GenerateSettings, run: Run) -> int:

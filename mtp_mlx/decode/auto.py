@@ -5,7 +5,8 @@ from __future__ import annotations
 from mtp_mlx.decode.budget import BudgetPolicy, Experience
 from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
 from mtp_mlx.decode.calibrate import step_cost
-from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, LayoutName, Policy
+from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.policy import ChainPolicy, ConfidencePolicy, FixedPolicy, LayoutName, Policy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
@@ -14,22 +15,27 @@ MOST_CHAIN = 16  # drafts of a chain of heads; the heads are applied again in tu
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
 
 
-def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, stats: DecodeStats) -> Policy:
-    """The policy for `layout`.
+def build_policy(
+    model: AttachedModel,
+    layout: LayoutName,
+    slots: int | None,
+    stats: DecodeStats,
+    emission: Emission | None = None,
+) -> Policy:
+    """The policy for `layout`; `emission` with a tau narrows it, and unverified emission has a layout of its own.
 
     Raises:
-        MTPError: an unknown layout, slots without an adapter, more slots than the adapter has, or slot groups for
-            MTP heads.
+        MTPError: an unknown layout, slots without an adapter, more slots than the adapter has, slot groups for
+            MTP heads, or an emission that does not go with the model or the layout.
     """
     if layout not in LAYOUT_NAMES:
         raise MTPError(f"unknown layout '{layout}': choose one of {', '.join(LAYOUT_NAMES)}")
+    emission = emission or Emission()
+    if emission.threshold is not None or not emission.lossless:
+        return _emission_policy(model, layout, slots, emission)
     if model.mtp_heads is not None:
         return _heads_policy(model, layout, slots)
-    most = 0 if model.adapter is None else model.adapter.config.slots
-    if slots is not None and not 1 <= slots <= most:
-        raise MTPError(
-            f"slots must be from 1 to {most}, the slots this adapter was trained with; got {slots}"
-        )
+    most = _most_slots(model, slots)
     if layout in ("linear", "quadratic") and not most:
         raise MTPError(f"layout '{layout}' needs an adapter: give one with --adapter, or use --layout plain")
     if layout == "plain":
@@ -38,6 +44,36 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
         prior = _recorded_acceptance(model, most)
         return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)
+
+
+def _most_slots(model: AttachedModel, slots: int | None) -> int:
+    """Slots of the adapter, 0 without one; checks `slots` against them."""
+    most = 0 if model.adapter is None else model.adapter.config.slots
+    if slots is not None and not 1 <= slots <= most:
+        raise MTPError(
+            f"slots must be from 1 to {most}, the slots this adapter was trained with; got {slots}"
+        )
+    return most
+
+
+def _emission_policy(
+    model: AttachedModel, layout: LayoutName, slots: int | None, emission: Emission
+) -> Policy:
+    """The policy of verified emission with a tau, or the slots of unverified emission."""
+    what = "verified with a tau" if emission.lossless else emission.name
+    if model.adapter is None:
+        raise MTPError(
+            f"emission '{what}' needs an adapter with mask tokens: give one with --adapter, or leave --emit and "
+            "--tau out"
+        )
+    most = _most_slots(model, slots)
+    if layout == "plain" or (layout == "quadratic" and not emission.lossless):
+        raise MTPError(f"emission '{what}' does not go with layout '{layout}': drop one of them")
+    if not emission.lossless:
+        return FixedPolicy("linear", slots or most)
+    assert emission.threshold is not None
+    fixed = FixedPolicy("linear" if layout == "linear" else "quadratic", slots or most)
+    return ConfidencePolicy(fixed, emission.threshold)
 
 
 def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -> Policy:

@@ -1,7 +1,8 @@
 """The decode loop: block -> forward -> verify -> commit -> draft, one host read per step.
 
 `mtp_generate_step` yields tokens one by one with where they came from. Contract: for one seed the tokens are
-those of plain decoding, whatever the policy and the drafters do. Non-goals: text, stop strings, timing.
+those of plain decoding, whatever the policy and the drafters do (unverified emission is another loop and says so:
+`emit.py`). Non-goals: text, stop strings, timing.
 """
 
 from __future__ import annotations
@@ -9,38 +10,25 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
-
-
-class Token(NamedTuple):
-    """One committed token.
-
-    Attributes:
-        token: its id.
-        logits: [V] the target's raw logits at this position; lazy, computed by the pass anyway.
-        from_draft: it was drafted and accepted (the text is the same either way).
-        depth: which draft of its step it was, from 1; 0 for the target's own pick.
-    """
-
-    token: int
-    logits: mx.array
-    from_draft: bool
-    depth: int
 
 
 def mtp_generate_step(
@@ -51,6 +39,7 @@ def mtp_generate_step(
     sampling: SamplingConfig | None = None,
     policy: Policy | None = None,
     lookup: LookupDrafter | None = None,
+    emission: Emission | None = None,
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
@@ -71,6 +60,8 @@ def mtp_generate_step(
         sampling: how tokens are picked; greedy by default.
         policy: which layout each step uses; plain decoding by default.
         lookup: also draft from the text itself.
+        emission: verified by default. Unverified emission (lossy) drafts `policy.max_drafts` tokens a pass from the
+            adapter's slots, and neither plans nor looks up.
         prompt_cache: mlx-lm cache of an earlier prefix; when the generator ends or is closed it holds that
             prefix, the prompt and every token yielded. After an error or Ctrl-C inside a step it holds a
             beginning of them, as many as its offset says. MTP heads do not know what was in it already (hidden states
@@ -78,17 +69,25 @@ def mtp_generate_step(
         stats: filled while decoding.
 
     Raises:
-        MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back.
+        MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back, or an emission that
+            the model or the sampling does not go with.
     """
     settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
-    picker = Picker(sampling or SamplingConfig())
+    sampling, emission = sampling or SamplingConfig(), emission or Emission()
+    picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
     policy = policy or FixedPolicy("plain", 0)
     drafter = MaskSlotDrafter(model, picker) if model.adapter is not None else None
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
     ids = token_ids(prompt)
     session = Session(model, picker, drafter, ids, cache, settings, policy.chain)
-    loop = _Loop(session, policy, lookup, stats or DecodeStats(), max_tokens)
+    stats = DecodeStats() if stats is None else stats
+    loop: _Loop | EmitLoop
+    if emission.lossless:
+        loop = _Loop(session, policy, lookup, stats, max_tokens)
+    else:
+        sampler = Picker(sampling) if emission.first_token_sampling else None
+        loop = EmitLoop(session, emission, policy.max_drafts, sampler, stats, max_tokens)
     try:
         session.prefill(prompt_progress_callback)
         yield from loop.tokens()

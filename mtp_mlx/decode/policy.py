@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from mtp_mlx.decode.emission import sure_run
 from mtp_mlx.decode.layout import Layout
 
 LayoutName = Literal["auto", "linear", "quadratic", "plain"]
@@ -88,6 +89,29 @@ class FixedPolicy:
 
     def interrupts_plain(self) -> bool:
         """Never: plain means plain."""
+        return False
+
+
+class ConfidencePolicy:
+    """A fixed layout that submits only the adapter's leading drafts of confidence >= tau for verification.
+
+    What is not submitted cannot be rejected, so a step has fewer rows; the text is the same (equality rule).
+    """
+
+    def __init__(self, fixed: FixedPolicy, tau: float) -> None:
+        self._fixed, self._tau = fixed, tau
+        self.max_drafts, self.chain, self.verdict = fixed.max_drafts, 0, ""
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """See `Policy`."""
+        own, *others = proposals
+        return self._fixed.choose([own.cut(sure_run(own.confidences, self._tau)), *others])
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def interrupts_plain(self) -> bool:
+        """Never: it has no plain steps."""
         return False
 
 

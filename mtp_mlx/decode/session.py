@@ -24,7 +24,7 @@ from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.block import Block, block_shape
+from mtp_mlx.model.block import Block, BlockShape, block_shape
 from mtp_mlx.model.seams import check_caches
 
 
@@ -174,6 +174,27 @@ class Session:
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
         return self.picker.pick(logits, mx.array([position]), history), logits
+
+    # --- unverified emission --------------------------------------------------------------------------------
+
+    def open_pass(self, slots: int) -> tuple[mx.array, BlockShape]:
+        """A pass over every committed token that the cache lacks, with mask slots behind the last one; lazily.
+
+        The slots' keys and values are taken back at once, so the cache then holds every committed token.
+
+        Returns:
+            latents [R, D] and the rows' shape; its last real row is the last committed token.
+        """
+        pending = self.tokens[self.cached - self.start :]
+        shape = block_shape(len(pending) - 1, (0,) * (len(pending) - 1) + (slots,))
+        rows = mx.array(pending, dtype=mx.int32)
+        hidden = self._forward(Block.decode(rows, shape, self.cached, self.attached.vocab_size))[0]  # [R, D]
+        self.trim(slots)
+        return hidden, shape
+
+    def history(self) -> mx.array | None:
+        """[1, C] the last committed tokens, or None without penalties."""
+        return self._histories([])
 
     # --- a speculative step ---------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ class DecodeStats:
         layouts: {"drafts/slots": how many steps}; "drafts/3 heads" where a chain of heads drafted 3 tokens.
         drafted_by: {drafter: drafts accepted}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
+        lossless: every token was the model's own pick; False once drafts are emitted unverified.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
     """
 
@@ -33,6 +34,7 @@ class DecodeStats:
     layouts: Counter[str] = field(default_factory=Counter)
     drafted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    lossless: bool = True
     verdict: str = ""
 
     def record(
@@ -52,6 +54,16 @@ class DecodeStats:
             counts.extend([0] * (drafts - len(counts)))
             for depth in range(upto):
                 counts[depth] += 1
+
+    def record_emitted(self, real_rows: int, slots: int, n_emitted: int) -> None:
+        """One pass over `real_rows` and `slots` that emitted `n_emitted` tokens without verifying any."""
+        self.steps += 1
+        self.rows += real_rows + slots
+        self.tokens += n_emitted
+        self.histogram[n_emitted] += 1
+        self.layouts[f"{real_rows} real/{slots} unverified"] += 1
+        if n_emitted > 1:
+            self.drafted_by["slots, unverified"] += n_emitted - 1
 
     @property
     def tokens_per_step(self) -> float:
@@ -81,6 +93,7 @@ class DecodeStats:
         self.layouts.update(other.layouts)
         self.drafted_by.update(other.drafted_by)
         self.fallbacks.update(other.fallbacks)
+        self.lossless &= other.lossless
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -94,5 +107,6 @@ class DecodeStats:
             "layouts": dict(self.layouts.most_common()),
             "drafted_by": dict(self.drafted_by),
             "fallbacks": dict(self.fallbacks),
+            "lossless": self.lossless,
             "verdict": self.verdict,
         }

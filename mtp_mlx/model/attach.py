@@ -188,7 +188,7 @@ def new_adapter(
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
     seams = find_seams(model)
-    linears = seams.linears
+    linears = seams.linears if config.rank else {}
     if config.target_modules:
         known = {path.rsplit(".", 1)[-1] for path in linears}
         unknown = [name for name in config.target_modules if name not in known]

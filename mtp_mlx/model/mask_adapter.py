@@ -13,26 +13,31 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.gated_lora import LowRank
-from mtp_mlx.model.sampler_head import SamplerHead
-from mtp_mlx.model.slots import SlotEmbeddings
+from mtp_mlx.model.sampler_head import NoSamplerHead, SamplerHead
+from mtp_mlx.model.slots import SharedMask, SlotEmbeddings
 from mtp_mlx.model.tensor_fit import check_fit
 
 
 @dataclass(frozen=True)
 class MaskAdapterConfig:
-    """Shape of a mask-token adapter (the paper's names: k masks, LoRA rank r)."""
+    """Shape of a mask-token adapter (the paper's names: k masks, LoRA rank r).
+
+    `shared_mask` with `sampler_width` 0 is the form of arXiv 2602.06019: one mask token in every slot, each slot
+    predicted by itself. With `rank` 0 as well there is nothing but the mask: the model itself was fine-tuned.
+    """
 
     slots: int = 4
-    rank: int = 16
+    rank: int = 16  # 0 = no LoRA
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ()  # last part of the layer's name; empty = every linear of a layer
-    sampler_width: int = 1024  # hidden size of the sampler head
+    sampler_width: int = 1024  # hidden size of the sampler head; 0 = none
     draft_vocab_size: int = 0  # 0 = drafts come from the whole vocabulary
+    shared_mask: bool = False  # all slots are the same mask token
 
     def __post_init__(self) -> None:
-        for name in ("slots", "rank", "sampler_width"):
-            if getattr(self, name) < 1:
-                raise MTPError(f"adapter config: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("slots", 1), ("rank", 0), ("sampler_width", 0)):
+            if getattr(self, name) < least:
+                raise MTPError(f"adapter config: {name} must be at least {least}, got {getattr(self, name)}")
 
 
 class MaskAdapter(nn.Module):
@@ -59,8 +64,10 @@ class MaskAdapter(nn.Module):
             path: LowRank(*sizes, rank=config.rank, alpha=config.alpha)
             for path, sizes in linear_sizes.items()
         }
-        self.slot_embeddings = SlotEmbeddings(config.slots, hidden_size, initial_slot)
-        self.sampler = SamplerHead(hidden_size, config.sampler_width)
+        masks = SharedMask if config.shared_mask else SlotEmbeddings
+        self.slot_embeddings = masks(config.slots, hidden_size, initial_slot)
+        width = config.sampler_width
+        self.sampler = SamplerHead(hidden_size, width) if width else NoSamplerHead()
         self._config = config
         self._draft_ids = draft_ids
 

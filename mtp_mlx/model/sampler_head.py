@@ -37,6 +37,14 @@ class SamplerHead(nn.Module):
         return hidden + self.second(self.norm(nn.silu(self.first(x.astype(hidden.dtype)))))
 
 
+class NoSamplerHead(nn.Module):
+    """Stands where the sampler head stands in an adapter without one: each slot is predicted by itself."""
+
+    def __call__(self, previous_embedding: mx.array, hidden: mx.array) -> mx.array:
+        """`hidden` as it is."""
+        return hidden
+
+
 def _unit_scale(x: mx.array) -> mx.array:
     """x divided by its root mean square over the last axis."""
     return mx.fast.rms_norm(x, None, 1e-6)

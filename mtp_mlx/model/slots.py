@@ -18,6 +18,21 @@ class SlotEmbeddings(nn.Module):
         noise = mx.random.normal((count, hidden_size)) * 0.02
         self.weight = noise if initial is None else initial.astype(mx.float32)[None] + noise  # [k, D]
 
+    def __call__(self, slots: mx.array) -> mx.array:
+        """Embeddings of 0-based slots: [...] int -> [..., D]."""
+        return self.weight[slots]
+
+
+class SharedMask(SlotEmbeddings):
+    """One trained vector for all slots: the single mask token of arXiv 2602.06019. `count` is not used."""
+
+    def __init__(self, count: int, hidden_size: int, initial: mx.array | None = None) -> None:
+        super().__init__(1, hidden_size, initial)
+
+    def __call__(self, slots: mx.array) -> mx.array:
+        """The same [D] for every slot: [...] int -> [..., D]."""
+        return mx.broadcast_to(self.weight[0], (*slots.shape, self.weight.shape[-1]))
+
 
 class SlotAwareEmbedding(nn.Module):
     """The model's own embedding, with slot ids answered by `SlotEmbeddings`."""
@@ -33,7 +48,7 @@ class SlotAwareEmbedding(nn.Module):
         ids = ids.astype(mx.int32)  # argmax gives uint32, whose differences wrap around
         real = self.base(mx.minimum(ids, self._vocab_size - 1))
         slot_ids = mx.maximum(ids - self._vocab_size, 0)
-        slot = self.slots.weight[slot_ids].astype(real.dtype)
+        slot = self.slots(slot_ids).astype(real.dtype)
         return mx.where((ids < self._vocab_size)[..., None], real, slot)
 
     def as_linear(self, hidden: mx.array) -> mx.array:

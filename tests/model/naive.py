@@ -91,7 +91,10 @@ class NaiveModel:
             replace_module(self.trunk, path, naive)
         embed = self.trunk.embed_tokens
         self.vocab_size = embed.weight.shape[0]
-        self.trunk.embed_tokens = _NaiveEmbedding(embed, self.vocab_size, adapter.slot_embeddings.weight)
+        masks = adapter.slot_embeddings.weight
+        if config.shared_mask:
+            masks = mx.concatenate([masks] * config.slots)
+        self.trunk.embed_tokens = _NaiveEmbedding(embed, self.vocab_size, masks)
 
     def hidden(self, tokens: list[int], slots: int) -> np.ndarray:
         """[T + slots, D] final hidden states of `tokens`, then slots 1..slots, as one causal sequence."""

@@ -28,6 +28,7 @@ class MaskSlotDrafter:
             raise ValueError("mask slots need an adapter")
         self._attached, self._picker = attached, picker
         self._sampler = attached.adapter.sampler
+        self._together = attached.adapter.config.sampler_width == 0  # no draft waits for the one before it
         self.max_drafts = attached.adapter.config.slots
 
     def propose(
@@ -59,6 +60,8 @@ class MaskSlotDrafter:
             return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
         rows = mx.minimum(mx.array(starts.astype(np.int32))[accepted] + mx.arange(count), shape.rows - 1)
         latents = hidden[rows]  # [k, D]
+        if self._together and history is None:
+            return self._pick_together(latents, position)
         ids, confidences = [], []
         token = pick.reshape(1)
         for slot in range(count):
@@ -71,3 +74,9 @@ class MaskSlotDrafter:
             ids.append(token)
             confidences.append(confidence)
         return mx.concatenate(ids), mx.concatenate(confidences)
+
+    def _pick_together(self, latents: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:
+        """Ids and confidences of slot latents [k, D] whose first stands for the token at `position` + 1."""
+        positions = position + 1 + mx.arange(latents.shape[0])
+        logits = self._attached.draft_head(latents[None])[0]  # [k, C]
+        return self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
