@@ -32,7 +32,8 @@ READ_BY: dict[str, frozenset[str]] = {
     ),
     **dict.fromkeys(("lcm_weight", "sampler_rate", "grad_checkpoint"), frozenset({"mask-tokens"})),
     **dict.fromkeys(
-        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature"), frozenset({"mtp-heads"})
+        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
+        frozenset({"mtp-heads"}),
     ),
 }
 
@@ -67,6 +68,7 @@ class TrainSettings:
         0.08, help="share of the teacher's columns that is distilled (heads)", minimum=0.0, maximum=1.0
     )
     temperature: float = setting(1.0, help="of the distilled distributions (heads)", minimum=0.01)
+    hidden_cache: Path | None = setting(None, help="folder that keeps the base's hidden states (heads)")
 
     steps: int = setting(1000, help="optimizer steps", minimum=1)
     batch_size: int = setting(2, help="sequences per micro-batch", minimum=1)

@@ -28,6 +28,7 @@ from mtp_mlx.train.methods.base import Method, Tell
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.mtp_distil import MTPDistil
 from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, TrunkStates
 
 CONVENTION = HeadConvention("mtp-mlx")
 
@@ -66,11 +67,17 @@ class TrainHeads(Method):
             temperature=settings.temperature,
             decay=settings.depth_decay,
         )
+        self._states: TrunkStates = ComputedStates(self.attached)
+        if settings.hidden_cache is not None:
+            cached = CachedStates(self.attached, settings.hidden_cache)
+            tell(cached.report(train))
+            self._states = cached
         self._runner = HeadsRunner(
             self.attached,
             distil,
             depths=range(1, self.depth + 1),
             seed=settings.seed,
+            states=self._states,
             share=settings.block_share,
             chunk_rows=settings.loss_rows,
             workers=self.workers,
@@ -129,7 +136,7 @@ class TrainHeads(Method):
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
-        return measure_heads(self.attached, batches, self.depth)
+        return measure_heads(self.attached, batches, self.depth, self._states)
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
