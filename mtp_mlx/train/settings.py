@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 # Settings that only some methods read; every other one is read by all.
+DEFAULT_WARMUP = 50
 READ_BY: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         (
@@ -29,6 +31,10 @@ READ_BY: dict[str, frozenset[str]] = {
         frozenset({"mask-tokens"}),
     ),
     **dict.fromkeys(("lcm_weight", "sampler_rate", "grad_checkpoint"), frozenset({"mask-tokens"})),
+    **dict.fromkeys(
+        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
+        frozenset({"mtp-heads"}),
+    ),
 }
 
 
@@ -44,7 +50,7 @@ class TrainSettings:
     model: str = setting("smollm2-135m", help="base model: smollm2-135m, a folder or a hub id", flag="-m")
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="adapter folder to write; its checkpoint lives beside it", flag="-o")
-    method: Literal["mask-tokens"] = setting("mask-tokens", help="what is trained")
+    method: Literal["mask-tokens", "mtp-heads"] = setting("mask-tokens", help="what is trained")
     objective: Literal["self-distill", "apple"] = setting("self-distill", help="what slots learn")
 
     slots: int = setting(4, help="mask slots k, each with its own embedding", minimum=1, maximum=32)
@@ -54,21 +60,33 @@ class TrainSettings:
     sampler_width: int = setting(1024, help="hidden size of the sampler head", minimum=1)
     draft_vocab: int = setting(8192, help="ids that may be drafted, by count; 0 = all", minimum=0)
 
+    heads: int = setting(4, help="MTP heads, one draft each", minimum=1, maximum=16)
+    extend: str | None = setting(None, help="grow the heads of --start-from: to 2x as many, or to a number")
+    ce_weight: float = setting(1.0, help="weight of cross-entropy with the text (heads)", minimum=0.0)
+    kl_weight: float = setting(1.0, help="weight of distillation; 0 is plain MTP (heads)", minimum=0.0)
+    top_share: float = setting(
+        0.08, help="share of the teacher's columns that is distilled (heads)", minimum=0.0, maximum=1.0
+    )
+    temperature: float = setting(1.0, help="of the distilled distributions (heads)", minimum=0.01)
+    hidden_cache: Path | None = setting(None, help="folder that keeps the base's hidden states (heads)")
+
     steps: int = setting(1000, help="optimizer steps", minimum=1)
     batch_size: int = setting(2, help="sequences per micro-batch", minimum=1)
     micro_batches: int = setting(2, help="micro-batches per step; run side by side on a CPU", minimum=1)
     max_length: int = setting(1024, help="longest sequence in tokens; longer ones are cut", minimum=8)
-    block_share: float = setting(1.0, help="share of positions that carry a block", minimum=0.0, maximum=1.0)
+    block_share: float = setting(1.0, help="share of positions that are supervised", minimum=0.0, maximum=1.0)
     max_blocks: int = setting(0, help="most blocks per sequence, 0 = no limit", minimum=0)
     chunk_blocks: int = setting(16, help="blocks that share a copy of the prefix", minimum=1)
-    depth_decay: float = setting(1.0, help="weight of slot j is this to the power j - 1", minimum=0.0)
+    depth_decay: float = setting(1.0, help="weight of slot or head j: this to the power j - 1", minimum=0.0)
     lcm_weight: float = setting(1.0, help="weight of latent matching (objective apple)", minimum=0.0)
     cut_at_tokens: int = setting(0, help="answers of this length were cut, not ended; 0 = none", minimum=0)
 
     learning_rate: float = setting(1e-3, help="peak learning rate", minimum=0.0)
     sampler_rate: float = setting(0.3, help="sampler head's rate as a share of the rate", minimum=0.0)
     start_from: Path | None = setting(None, help="adapter folder whose weights to start from")
-    warmup: int = setting(50, help="steps of linear warm-up", minimum=0)
+    warmup: int | None = setting(
+        None, help="steps of linear warm-up; 50 unless given, or half of a shorter run", minimum=0
+    )
     schedule: Literal["constant", "cosine", "linear"] = setting("cosine", help="after the warm-up")
     final_rate: float = setting(
         0.05, help="last learning rate as a share of the peak", minimum=0.0, maximum=1.0
@@ -85,19 +103,45 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that contradict each other; all of them in one sentence."""
-        problems = []
-        if self.warmup > self.steps:
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(DEFAULT_WARMUP, self.steps // 2))
+        problems = self._unread()
+        if self.warmup is not None and self.warmup > self.steps:
             problems.append(f"warmup ({self.warmup}) is longer than the run (steps {self.steps})")
         if self.block_share == 0:
             problems.append("block_share 0 leaves no block to train on")
         if self.learning_rate == 0:
             problems.append("learning_rate 0 learns nothing")
-        if self.max_length < self.slots + 2:
+        drafts = self.slots if is_read("slots", self.method) else self.heads
+        if self.max_length < drafts + 2:
             problems.append(
-                f"max_length {self.max_length} holds no block of {self.slots} slots; {self.slots + 2} does"
+                f"max_length {self.max_length} holds no block of {drafts} drafts; {drafts + 2} does"
             )
+        if self.method == "mtp-heads":
+            problems += self._of_heads()
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
+
+    def _unread(self) -> list[str]:
+        """Settings that were given and that the method does not read."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return [
+            f"{name} ({getattr(self, name)}) is a setting of {' and '.join(sorted(readers))}, "
+            f"not of {self.method}"
+            for name, readers in READ_BY.items()
+            if self.method not in readers and getattr(self, name) != fields[name]
+        ]
+
+    def _of_heads(self) -> list[str]:
+        """What is wrong with the settings of heads."""
+        problems = []
+        if not self.ce_weight and not self.kl_weight:
+            problems.append("ce_weight and kl_weight are both 0, which leaves no loss")
+        if self.kl_weight and not self.top_share:
+            problems.append("top_share 0 leaves nothing to distil")
+        if self.extend is not None and self.start_from is None:
+            problems.append("extend grows trained heads: name their folder with --start-from")
+        return problems
 
     def adapter_shape(self) -> MaskAdapterConfig:
         """Shape of the adapter these settings train."""

@@ -57,11 +57,12 @@ class Listener(Protocol):
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
     """Rate of step `step` (from 0): linear warm-up, then the schedule down to final_rate * peak."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
+    warmup = settings.warmup or 0
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
     if settings.schedule == "constant":
         return settings.learning_rate
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    progress = (step - warmup) / max(1, settings.steps - warmup)
     share = 0.5 * (1 + np.cos(np.pi * progress)) if settings.schedule == "cosine" else 1 - progress
     return float(settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * share))
 

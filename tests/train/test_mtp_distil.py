@@ -66,5 +66,5 @@ def test_gradients_reach_the_student_alone(kept: int) -> None:
 
 
 def test_head_weights() -> None:
-    assert MTPDistil().head_weights(4) == [0.25] * 4
-    assert MTPDistil(decay=0.6).head_weights(3) == pytest.approx([0.5102, 0.3061, 0.1837], abs=1e-4)
+    assert MTPDistil().head_weights(range(1, 5)) == [0.25] * 4
+    assert MTPDistil(decay=0.6).head_weights([1, 2, 3]) == pytest.approx([0.5102, 0.3061, 0.1837], abs=1e-4)

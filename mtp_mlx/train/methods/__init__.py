@@ -12,5 +12,7 @@ def method_class(name: str) -> type[Method]:
         KeyError: no such method.
     """
     from mtp_mlx.train.methods.mask_tokens import MaskTokens
+    from mtp_mlx.train.methods.mtp_heads import TrainHeads
 
-    return {MaskTokens.name: MaskTokens}[name]
+    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads)
+    return {kind.name: kind for kind in classes}[name]

@@ -12,6 +12,7 @@ Legend: M rows, C columns of the draft head, N columns kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -37,6 +38,10 @@ class MTPDistil:
     temperature: float = 1.0
     decay: float = 1.0
 
+    def kept(self, columns: int) -> int:
+        """N of so many columns."""
+        return max(1, round(self.top_share * columns))
+
     def rows_loss(self, logits: mx.array, teacher_logits: mx.array, label: mx.array) -> mx.array:
         """Loss of every row of one head, float32 [M].
 
@@ -45,18 +50,78 @@ class MTPDistil:
             teacher_logits: [M, C] of the main head at the rows that predict the same tokens.
             label: [M] int32 column of the token that followed, -1 if it has none (no cross-entropy there).
         """
-        loss = mx.zeros((logits.shape[0],))
-        if self.ce_weight:
-            loss = loss + self.ce_weight * hard_cross_entropy(logits, label)
-        if self.kl_weight:
-            kept = max(1, round(self.top_share * logits.shape[-1]))
-            loss = loss + self.kl_weight * top_kl(logits, teacher_logits, kept, self.temperature)
-        return loss
+        teacher = teacher_top(teacher_logits, self.kept(logits.shape[-1]), self.temperature)
+        parts = self.rows_parts(logits, teacher, label)
+        return sum((self.weight(name) * part for name, part in parts.items()), mx.zeros(label.shape))
 
-    def head_weights(self, count: int) -> list[float]:
-        """[count] weights of the heads, summing to 1."""
-        weights = [self.decay**index for index in range(count)]
+    def rows_parts(
+        self, logits: mx.array, teacher: TeacherTop | None, label: mx.array
+    ) -> dict[str, mx.array]:
+        """The losses that have a weight, float32 [M] each, not weighted: "ce" and "kl".
+
+        Args:
+            logits: [M, C] of the head.
+            teacher: of the same rows; None is enough where `kl_weight` is 0.
+            label: see `rows_loss`.
+        """
+        parts = {}
+        if self.ce_weight:
+            parts["ce"] = hard_cross_entropy(logits, label)
+        if self.kl_weight:
+            assert teacher is not None
+            parts["kl"] = kl_to_teacher(logits, teacher, self.temperature)
+        return parts
+
+    def weight(self, name: str) -> float:
+        """Of the part "ce" or "kl"."""
+        return {"ce": self.ce_weight, "kl": self.kl_weight}[name]
+
+    def head_weights(self, depths: Sequence[int]) -> list[float]:
+        """Weights of the heads of some depths, summing to 1."""
+        weights = [self.decay ** (depth - 1) for depth in depths]
         return [weight / sum(weights) for weight in weights]
+
+
+@dataclass(frozen=True)
+class TeacherTop:
+    """The teacher's likeliest columns of every row; constants.
+
+    Attributes:
+        log_probs: [M, N] float32, renormalised over the N columns.
+        columns: [M, N] which they are, or None where all C are kept.
+    """
+
+    log_probs: mx.array
+    columns: mx.array | None = None
+
+    def rows(self, index: mx.array) -> TeacherTop:
+        """Those of some rows [m], in that order."""
+        columns = None if self.columns is None else self.columns[index]
+        return TeacherTop(self.log_probs[index], columns)
+
+    def arrays(self) -> list[mx.array]:
+        """For evaluation."""
+        return [self.log_probs, *([] if self.columns is None else [self.columns])]
+
+
+def teacher_top(logits: mx.array, kept: int, temperature: float = 1.0) -> TeacherTop:
+    """The `kept` likeliest columns of logits [M, C], at least 1."""
+    teacher, columns = mx.stop_gradient(logits.astype(mx.float32)), None
+    if kept < teacher.shape[-1]:
+        columns = mx.argpartition(-teacher, kth=kept - 1, axis=-1)[:, :kept]  # [M, N]
+        teacher = mx.take_along_axis(teacher, columns, axis=-1)
+    teacher = teacher / temperature
+    return TeacherTop(teacher - mx.logsumexp(teacher, axis=-1, keepdims=True), columns)
+
+
+def kl_to_teacher(logits: mx.array, teacher: TeacherTop, temperature: float = 1.0) -> mx.array:
+    """temperature^2 * KL(teacher || student) over the teacher's columns, of logits [M, C]: float32 [M]."""
+    student = logits.astype(mx.float32)
+    if teacher.columns is not None:
+        student = mx.take_along_axis(student, teacher.columns, axis=-1)
+    student = student / temperature
+    log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)
+    return temperature**2 * mx.sum(mx.exp(teacher.log_probs) * (teacher.log_probs - log_p), axis=-1)
 
 
 def top_kl(logits: mx.array, teacher_logits: mx.array, kept: int, temperature: float = 1.0) -> mx.array:
@@ -66,13 +131,4 @@ def top_kl(logits: mx.array, teacher_logits: mx.array, kept: int, temperature: f
         logits, teacher_logits: [M, C]; the teacher is a constant.
         kept: N, at least 1.
     """
-    teacher = mx.stop_gradient(teacher_logits.astype(mx.float32))
-    student = logits.astype(mx.float32)
-    if kept < teacher.shape[-1]:
-        columns = mx.argpartition(-teacher, kth=kept - 1, axis=-1)[:, :kept]  # [M, N]
-        teacher = mx.take_along_axis(teacher, columns, axis=-1)
-        student = mx.take_along_axis(student, columns, axis=-1)
-    teacher, student = teacher / temperature, student / temperature
-    log_q = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
-    log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)
-    return temperature**2 * mx.sum(mx.exp(log_q) * (log_q - log_p), axis=-1)
+    return kl_to_teacher(logits, teacher_top(teacher_logits, kept, temperature), temperature)

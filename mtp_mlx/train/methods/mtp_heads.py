@@ -1,0 +1,152 @@
+"""MTP heads behind a frozen trunk: plain MTP, and MTP-D's self-distillation (arXiv 2603.23911)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mtp_mlx.adapter import base_fingerprint
+from mtp_mlx.errors import MTPError
+from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, load_heads, save_heads
+from mtp_mlx.model.attach import attach
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import MTPHeads, new_heads
+from mtp_mlx.model.tensor_fit import check_fit
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.head_layout import can_supervise
+from mtp_mlx.train.heads_agreement import measure_heads
+from mtp_mlx.train.heads_step import HeadsRunner
+from mtp_mlx.train.memory import MemoryEstimate, estimate_heads_memory
+from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.objectives.base import LossParts
+from mtp_mlx.train.objectives.mtp_distil import MTPDistil
+from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, TrunkStates
+
+CONVENTION = HeadConvention("mtp-mlx")
+
+
+class TrainHeads(Method):
+    """Trains a cascade of heads.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "mtp-heads"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self.fingerprint = base_fingerprint(model)
+        bare = attach(model)
+        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        self._info = HeadsInfo(settings.model, self.fingerprint, CONVENTION, [LAST_LAYER] * settings.heads)
+        if settings.start_from is None:
+            heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
+        else:
+            heads = self._start_from(model, settings.start_from, draft_ids, tell)
+        heads.set_dtype(mx.float32)
+        self.heads = heads
+        self.depth = len(heads.heads)
+        self.attached = attach(model, mtp_heads=heads)
+        distil = MTPDistil(
+            ce_weight=settings.ce_weight,
+            kl_weight=settings.kl_weight,
+            top_share=settings.top_share,
+            temperature=settings.temperature,
+            decay=settings.depth_decay,
+        )
+        self._states: TrunkStates = ComputedStates(self.attached)
+        if settings.hidden_cache is not None:
+            cached = CachedStates(self.attached, settings.hidden_cache)
+            tell(cached.report(train))
+            self._states = cached
+        self._runner = HeadsRunner(
+            self.attached,
+            distil,
+            depths=range(1, self.depth + 1),
+            seed=settings.seed,
+            states=self._states,
+            share=settings.block_share,
+            chunk_rows=settings.loss_rows,
+            workers=self.workers,
+        )
+
+    def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
+        """The heads of a folder, with this data's draft vocabulary.
+
+        Raises:
+            MTPError: no heads there, of another base or another number.
+        """
+        loaded, info = load_heads(folder, model)
+        if len(loaded.heads) != self.settings.heads:
+            raise MTPError(
+                f"--start-from {folder}: it has {len(loaded.heads)} heads, --heads is {self.settings.heads}: "
+                f"give --heads {len(loaded.heads)}, or --extend to grow them"
+            )
+        self._info.convention, self._info.blocks = info.convention, info.blocks
+        self._info.model_config = info.model_config
+        theirs = loaded.draft_ids
+        if ([] if draft_ids is None else draft_ids.tolist()) != ([] if theirs is None else theirs.tolist()):
+            # No weight depends on which ids may be drafted.
+            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
+        return MTPHeads(loaded.heads, info.convention, draft_ids)
+
+    @classmethod
+    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
+        """See `Method`: a row of one or two tokens has none that a head predicts."""
+        return can_supervise(example, [1])
+
+    @classmethod
+    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+        """See `Method`."""
+        return (
+            "heads need rows of three tokens or more",
+            "heads predict from the third token on, and they have none in a response",
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Method`."""
+        return self.heads
+
+    def tensors(self) -> dict[str, mx.array]:
+        """See `Method`."""
+        return dict(cast("list[tuple[str, mx.array]]", tree_flatten(self.heads.parameters())))
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """See `Method`."""
+        check_fit(self.tensors(), tensors)
+        self.heads.update(tree_unflatten(list(tensors.items())))
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        return self._runner(examples, step)
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_heads(self.attached, batches, self.depth, self._states)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        self._info.training, self._info.acceptance = training, acceptance
+        save_heads(folder, self.heads, self._info)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        return estimate_heads_memory(self.attached, examples, self.settings, self.workers)
+
+    def close(self) -> None:
+        """See `Method`."""
+        self._runner.close()
