@@ -40,6 +40,8 @@ class AdapterInfo:
         training: provenance: objective, data, steps, rows, settings.
         acceptance: measured acceptance per depth on held-out text.
         measurements: named reports (tokens per step by category, ...), free-form.
+        mask: of a model with a mask token of its own: the token's id and name, and how its makers prompt and stop
+            it; free-form and for people, decoding reads the mask's embedding from the weights.
     """
 
     base_name: str
@@ -48,6 +50,7 @@ class AdapterInfo:
     training: dict[str, Any] = field(default_factory=dict)
     acceptance: list[float] = field(default_factory=list)
     measurements: dict[str, Any] = field(default_factory=dict)
+    mask: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `mtp_config.json`."""
@@ -59,6 +62,7 @@ class AdapterInfo:
             "training": self.training,
             "acceptance": self.acceptance,
             "measurements": self.measurements,
+            **({"mask": self.mask} if self.mask else {}),
         }
 
 
@@ -92,14 +96,19 @@ def save_adapter(
     Raises:
         MTPError: it cannot be written.
     """
+    with new_folder(Path(folder)) as temporary:
+        put_adapter(temporary, adapter, info, dtype)
+        (temporary / "README.md").write_text(model_card(info, adapter), encoding="utf-8")
+
+
+def put_adapter(folder: Path, adapter: MaskAdapter, info: AdapterInfo, dtype: mx.Dtype) -> None:
+    """Puts config and weights into a folder that is being made; a model's own folder can hold them too."""
     tensors = {
         name: value if value.dtype == mx.int32 else value.astype(dtype)
         for name, value in adapter.tensors().items()
     }
-    with new_folder(Path(folder)) as temporary:
-        mx.save_safetensors(str(temporary / WEIGHTS_NAME), tensors, metadata={"format": "mlx"})
-        (temporary / CONFIG_NAME).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(info, adapter), encoding="utf-8")
+    mx.save_safetensors(str(folder / WEIGHTS_NAME), tensors, metadata={"format": "mlx"})
+    (folder / CONFIG_NAME).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -152,6 +161,7 @@ def read_info(folder: Path) -> AdapterInfo:
             training=raw.get("training", {}),
             acceptance=list(raw.get("acceptance", [])),
             measurements=raw.get("measurements", {}),
+            mask=raw.get("mask", {}),
         )
     except (KeyError, TypeError) as error:
         raise MTPError(f"{path} is damaged: {error}") from error
@@ -186,6 +196,12 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[MaskAdapter, AdapterIn
     return adapter, info
 
 
+def _method(shape: MaskAdapterConfig) -> str:
+    if shape.shared_mask:
+        return "A single mask token (arXiv 2602.06019) with gated LoRA (arXiv 2507.11851)"
+    return "Gated-LoRA mask tokens (arXiv 2507.11851)"
+
+
 def model_card(info: AdapterInfo, adapter: MaskAdapter) -> str:
     """The folder's README: base, method, data, measured acceptance, how to use it."""
     count = sum(value.size for name, value in adapter.tensors().items() if name != "draft_ids")
@@ -193,7 +209,7 @@ def model_card(info: AdapterInfo, adapter: MaskAdapter) -> str:
     lines = [
         f"# Mask-token adapter for {info.base_name}",
         "",
-        "Gated-LoRA mask tokens (arXiv 2507.11851), trained and run by mtp-mlx. The base model's own output is",
+        f"{_method(info.shape)}, trained and run by mtp-mlx. The base model's own output is",
         "unchanged: drafts are verified, and the adapter acts on slot rows only.",
         "",
         f"- base: {info.base_name}, fingerprint `{info.base_fingerprint}`",

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.adapter import AdapterInfo, load_adapter
+from mtp_mlx.adapter import CONFIG_NAME, AdapterInfo, load_adapter
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
@@ -106,7 +106,8 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder; "auto" uses the bundled one if there is one for this model; None for none.
+        adapter: adapter folder; "auto" uses the bundled one if there is one for this model, or the mask token in
+            the model's own folder; None for none.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
@@ -125,7 +126,7 @@ def load(
         TypeError,
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    folder = bundled_adapter(model) if adapter == "auto" else adapter
+    folder = _own_adapter(model, path) if adapter == "auto" else adapter
     info: AdapterInfo | HeadsInfo | None = None
     weights: MaskAdapter | None = None
     heads: MTPHeads | None = None
@@ -141,6 +142,12 @@ def load(
     attached.name = str(model)
     _evaluate(attached)
     return attached, tokenizer
+
+
+def _own_adapter(model: str, path: str | Path) -> Path | None:
+    """The adapter that comes with a model: bundled, or in its folder."""
+    own = Path(path)
+    return own if (own / CONFIG_NAME).is_file() else bundled_adapter(model)
 
 
 def _evaluate(attached: AttachedModel) -> None:

@@ -125,6 +125,15 @@ class AttachedModel:
         finally:
             self._wrap()
 
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """The adapter's LoRA acts on real rows too for a while, as an ordinary one does: for training it as such."""
+        self._rows.ungated = True
+        try:
+            yield
+        finally:
+            self._rows.ungated = False
+
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
 

@@ -47,6 +47,10 @@ class LowRank(nn.Module):
         # One fused call: slicing y apart and joining it again costs more than the update itself.
         return mx.addmm(y, hidden, self.up.astype(x.dtype), alpha=self._scale)
 
+    def product(self) -> mx.array:
+        """[D_in, D_out] what an ordinary LoRA would add to the (transposed) weight."""
+        return self._scale * (self.down @ self.up)
+
     def kernel_arguments(self, x: mx.array, y: mx.array, n_real: int) -> tuple[Any, ...]:
         """What the kernel `gated_lora` needs for x [R, D_in] and y [R, D_out]."""
         return x, y, self.down.astype(x.dtype), self.up.astype(x.dtype), n_real, self._scale
@@ -64,7 +68,7 @@ class GatedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, R, D_in] -> [B, R, D_out]."""
         y = self.base(x)
-        n_real = self._rows.n_real
+        n_real = self._rows.first_gated
         if n_real is None or n_real >= x.shape[-2]:
             return y
         kernels = self._rows.step_kernels

@@ -32,6 +32,7 @@ class RowContext:
             that prompts are read as mlx-lm reads them.
         kernels: what may run in decoding steps, or None. This and `exact` outlive the pass.
         exact: the real rows of decoding steps are exact.
+        ungated: LoRA acts on real rows too, as an ordinary one does.
     """
 
     n_real: int | None = None
@@ -42,7 +43,13 @@ class RowContext:
     step_kernels: Dispatcher | None = None
     kernels: Dispatcher | None = None
     exact: bool = False
+    ungated: bool = False
     _words: mx.array | None = None
+
+    @property
+    def first_gated(self) -> int | None:
+        """First row of the pass that LoRA acts on; None outside a pass."""
+        return 0 if self.ungated and self.n_real is not None else self.n_real
 
     def visibility_words(self, n_rows: int) -> mx.array | None:
         """Whom each of the pass's rows sees, uint32 [R], as `block_attention` wants it; made once per pass.

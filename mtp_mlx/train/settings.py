@@ -20,16 +20,17 @@ READ_BY: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         (
             "objective",
-            "slots",
-            "rank",
-            "alpha",
-            "target_modules",
             "sampler_width",
             "max_blocks",
-            "chunk_blocks",
         ),
         frozenset({"mask-tokens"}),
     ),
+    **dict.fromkeys(
+        ("slots", "rank", "alpha", "target_modules", "chunk_blocks"),
+        frozenset({"mask-tokens", "conf-adapt"}),
+    ),
+    **dict.fromkeys(("tuning", "supervision", "region_rows"), frozenset({"conf-adapt"})),
+    **dict.fromkeys(("block_share", "depth_decay"), frozenset({"mask-tokens", "mtp-heads"})),
     **dict.fromkeys(("lcm_weight", "sampler_rate", "grad_checkpoint"), frozenset({"mask-tokens"})),
     **dict.fromkeys(
         ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
@@ -50,15 +51,21 @@ class TrainSettings:
     model: str = setting("smollm2-135m", help="base model: smollm2-135m, a folder or a hub id", flag="-m")
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="adapter folder to write; its checkpoint lives beside it", flag="-o")
-    method: Literal["mask-tokens", "mtp-heads"] = setting("mask-tokens", help="what is trained")
+    method: Literal["mask-tokens", "mtp-heads", "conf-adapt"] = setting("mask-tokens", help="what is trained")
     objective: Literal["self-distill", "apple"] = setting("self-distill", help="what slots learn")
 
-    slots: int = setting(4, help="mask slots k, each with its own embedding", minimum=1, maximum=32)
-    rank: int = setting(12, help="rank of the gated LoRA", minimum=1)
+    slots: int = setting(4, help="mask slots k of a block", minimum=1, maximum=32)
+    rank: int = setting(12, help="rank of the LoRA", minimum=1)
     alpha: float = setting(24.0, help="LoRA scale: the update is multiplied by alpha / rank")
     target_modules: tuple[str, ...] = setting((), help="layer names that get LoRA; none = every linear")
     sampler_width: int = setting(1024, help="hidden size of the sampler head", minimum=1)
     draft_vocab: int = setting(8192, help="ids that may be drafted, by count; 0 = all", minimum=0)
+
+    tuning: Literal["gated-lora", "lora", "full"] = setting("gated-lora", help="what conf-adapt trains")
+    supervision: Literal["hard-teacher", "soft-teacher", "ground-truth"] = setting(
+        "hard-teacher", help="what conf-adapt compares predictions with"
+    )
+    region_rows: int = setting(32, help="rows of a conf-adapt region, real tokens and masks", minimum=3)
 
     heads: int = setting(4, help="MTP heads, one draft each", minimum=1, maximum=16)
     extend: str | None = setting(None, help="grow the heads of --start-from: to 2x as many, or to a number")
@@ -119,6 +126,8 @@ class TrainSettings:
             )
         if self.method == "mtp-heads":
             problems += self._of_heads()
+        if self.method == "conf-adapt":
+            problems += self._of_regions()
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
 
@@ -141,6 +150,21 @@ class TrainSettings:
             problems.append("top_share 0 leaves nothing to distil")
         if self.extend is not None and self.start_from is None:
             problems.append("extend grows trained heads: name their folder with --start-from")
+        return problems
+
+    def _of_regions(self) -> list[str]:
+        """What is wrong with the settings of conf-adapt."""
+        problems = []
+        if self.region_rows < self.slots + 2:
+            problems.append(
+                f"region_rows {self.region_rows} has no room for {self.slots} masks behind two tokens; "
+                f"{self.slots + 2} does"
+            )
+        if self.tuning != "gated-lora" and self.draft_vocab:
+            problems.append(
+                f"tuning {self.tuning} trains the model's own predictions, which have the whole vocabulary: give "
+                "--draft-vocab 0"
+            )
         return problems
 
     def adapter_shape(self) -> MaskAdapterConfig:

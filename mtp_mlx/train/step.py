@@ -162,6 +162,15 @@ class MicroBatchRunner(ABC):
         """(supervised rows, loss, gradients of `trained`), evaluated. `number` counts micro-batches."""
 
 
+def evaluate_constants(attached: AttachedModel) -> None:
+    """Evaluates every array the passes read: a lazy one belongs to the thread that made it."""
+    assert attached.adapter is not None
+    layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1)
+    prefix = prefix_pass(attached, layout)
+    hidden = slot_pass(attached, layout, prefix)
+    mx.eval(attached.adapter.parameters(), attached.draft_head(hidden), attached.head(hidden))
+
+
 class StepRunner(MicroBatchRunner):
     """Steps of a mask-token adapter."""
 
@@ -180,18 +189,7 @@ class StepRunner(MicroBatchRunner):
         self._grad_checkpoint = grad_checkpoint
         self._columns = draft_columns(attached)
         if workers > 1:
-            self._evaluate_constants()
-
-    def _evaluate_constants(self) -> None:
-        """Evaluates every array the passes read: a lazy one belongs to the thread that made it."""
-        layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1)
-        prefix = prefix_pass(self._attached, layout)
-        hidden = slot_pass(self._attached, layout, prefix)
-        mx.eval(
-            self._trained.parameters(),
-            self._attached.draft_head(hidden),
-            self._attached.head(hidden),
-        )
+            evaluate_constants(attached)
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """(supervised rows, loss, gradients of the adapter's parameters), evaluated."""

@@ -48,6 +48,30 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
 
 def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
     """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter."""
+    return every_slot_pass(attached, layout, prefix)[mx.array(layout.rows)]
+
+
+def every_slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
+    """Pass 2, all its rows: [S * N * k, D], those without a target too."""
+    slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
+    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (len(layout.positions()), len(slot)))
+    return _pass_behind(attached, layout, prefix, ids, n_real=0)
+
+
+def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, tokens: mx.array) -> mx.array:
+    """The base model over tokens that stand where the slots stand, seeing what they see: [S * N * k, D].
+
+    Args:
+        tokens: [S * N * k] int32, in the order of the slot rows.
+    """
+    ids = tokens.reshape(len(layout.positions()), -1)
+    return _pass_behind(attached, layout, prefix, ids, n_real=ids.shape[1])
+
+
+def _pass_behind(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, ids: mx.array, n_real: int
+) -> mx.array:
+    """Hidden states [S * N * k, D] of `ids` [S * chunks, G * k] behind the prefix."""
     positions = layout.positions()
     visibility = layout.visibility()
     if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
@@ -55,29 +79,28 @@ def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx
         for row in range(len(positions)):
             caches = _prefix_of(prefix, row, layout)
             mask = mx.array(visibility[row])  # [G * k, T + G * k]
-            pieces.append(_chunks_pass(attached, layout, positions[[row]], mask, caches))
+            pieces.append(_chunks_pass(attached, positions[[row]], mask, caches, ids[row : row + 1], n_real))
         hidden = mx.concatenate(pieces)
     else:
         mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
         caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
-        hidden = _chunks_pass(attached, layout, positions, mask, caches, repeats=layout.chunks)
-    return hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.rows)]
+        hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, repeats=layout.chunks)
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _chunks_pass(
     attached: AttachedModel,
-    layout: SlotLayout,
     positions: np.ndarray,
     mask: mx.array,
     caches: list[PrefixCache],
+    ids: mx.array,
+    n_real: int,
     repeats: int = 1,
 ) -> mx.array:
     """Hidden states [B, G * k, D] of chunks whose rows stand at `positions` [B, G * k]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
-    slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
-    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), positions.shape)
-    return attached.forward(Block(ids=ids, n_real=0, positions=mx.array(positions)), caches)
+    return attached.forward(Block(ids=ids, n_real=n_real, positions=mx.array(positions)), caches)
 
 
 def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:

@@ -11,8 +11,9 @@ def method_class(name: str) -> type[Method]:
     Raises:
         KeyError: no such method.
     """
+    from mtp_mlx.train.methods.conf_adapt import ConfAdapt
     from mtp_mlx.train.methods.mask_tokens import MaskTokens
     from mtp_mlx.train.methods.mtp_heads import TrainHeads
 
-    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads)
+    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads, ConfAdapt)
     return {kind.name: kind for kind in classes}[name]
