@@ -1,0 +1,159 @@
+"""`--method conf-adapt` learns, resumes exactly, and writes what `load` and both ways of emission can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+
+import mtp_mlx
+from mtp_mlx.decode.emission import Emission
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.block import Block
+from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.trainer import Trainer
+from tests.tiny import save_tiny, tiny_model
+from tests.train.training import Remembering, examples, metrics
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "model", "qwen3", seed=3)
+
+
+def settings_for(base: Path, out: Path, tuning: str, **changes: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "model": str(base),
+        "data": out.with_name("data.jsonl"),
+        "out": out,
+        "method": "conf-adapt",
+        "tuning": tuning,
+        "slots": 3,
+        "region_rows": 8,
+        "steps": 8,
+        "warmup": 2,
+        "schedule": "constant",
+        "draft_vocab": 60 if tuning == "gated-lora" else 0,
+        "measure_every": 0,
+        "save_every": 3,
+        "learning_rate": 1e-3 if tuning == "full" else 1e-2,
+    }
+    if tuning != "full":
+        values |= {"rank": 4, "alpha": 8.0}
+    return TrainSettings(**{**values, **changes})
+
+
+def trainer_for(base: Path, out: Path, tuning: str, **changes: Any) -> Trainer:
+    rows, model = examples(), mlx_lm.load(str(base))[0]
+    return Trainer(model, rows[:10], rows[10:], settings_for(base, out, tuning, **changes), Remembering())
+
+
+@pytest.mark.parametrize("tuning", ["gated-lora", "lora", "full"])
+def test_trains_exports_loads_and_decodes(base: Path, tmp_path: Path, tuning: str) -> None:
+    trainer = trainer_for(base, tmp_path / "out", tuning, steps=24)
+    assert trainer.run()
+    losses = [row["loss"] for row in metrics(tmp_path / "out") if "loss" in row]
+    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+    if tuning == "gated-lora":
+        model, tokenizer = mtp_mlx.load(str(base), tmp_path / "out")
+        untouched = tiny_model("qwen3", seed=3)
+    else:
+        model, tokenizer = mtp_mlx.load(str(tmp_path / "out"))
+        untouched = mlx_lm.load(str(tmp_path / "out"))[0]
+        changed = untouched.model.layers[0].self_attn.q_proj.weight
+        assert not mx.allclose(changed, tiny_model("qwen3", seed=3).model.layers[0].self_attn.q_proj.weight)
+    assert model.adapter is not None and model.adapter.config.shared_mask and model.most_drafts == 3
+    trained = (
+        trainer.adapter.model.embed_tokens.slots if tuning == "full" else trainer.adapter.slot_embeddings
+    )
+    assert mx.allclose(model.adapter.slot_embeddings.weight, trained.weight, atol=1e-2)
+    plain = [t for t, _ in generate_step(mx.array(PROMPT), untouched, max_tokens=20)]
+    for emit in (Emission(), Emission("verified", 0.1), Emission("conf-adapt", 1.0)):
+        found = mtp_mlx.stream_generate(model, tokenizer, PROMPT, 20, layout="linear", emission=emit, slots=2)
+        tokens = [response.token for response in found]
+        assert tokens == plain[: len(tokens)]
+    lossy = list(mtp_mlx.stream_generate(model, tokenizer, PROMPT, 9, emission=Emission("static")))
+    assert not lossy[-1].lossless and lossy[-1].stats.steps <= -(-len(lossy) // 4)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, tuning: str) -> None:
+    """LoRA merged into the weights, or the weights themselves: the same logits, masks included."""
+    trainer = trainer_for(base, tmp_path / "out", tuning)
+    assert trainer.run()
+    model = mtp_mlx.load(str(tmp_path / "out"))[0]
+    vocab = model.vocab_size
+    block = Block(ids=mx.array([[*PROMPT, vocab, vocab + 1]]), n_real=0)
+    own = trainer.attached
+    expected = own.head(own.forward(block, own.make_cache()))
+    found = model.head(model.forward(block, model.make_cache()))
+    assert mx.abs(expected - found).max().item() < 1e-3
+
+
+@pytest.mark.parametrize("tuning", ["gated-lora", "full"])
+def test_a_resumed_run_is_the_same_run(base: Path, tmp_path: Path, tuning: str) -> None:
+    whole = trainer_for(base, tmp_path / "whole" / "out", tuning)
+    assert whole.run()
+    broken = trainer_for(base, tmp_path / "broken" / "out", tuning)
+    broken.run = None  # type: ignore[method-assign, assignment]
+    for _ in range(3):
+        broken._one_step()
+    broken.save()
+    again = trainer_for(base, tmp_path / "broken" / "out", tuning)
+    assert again.resume() and again.step == 3
+    assert again.run()
+    losses = [
+        [r["loss"] for r in metrics(tmp_path / name / "out") if "loss" in r] for name in ("whole", "broken")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_ground_truth_and_soft_teacher_can_be_chosen(base: Path, tmp_path: Path) -> None:
+    runs = []
+    for supervision in ("hard-teacher", "soft-teacher", "ground-truth"):
+        trainer = trainer_for(base, tmp_path / supervision, "gated-lora", supervision=supervision, steps=2)
+        assert trainer.run()
+        runs.append(trainer.loss)
+    assert len(set(runs)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"region_rows": 4}, "no room for 3 masks behind two tokens; 5 does"),
+        ({"tuning": "lora", "draft_vocab": 60}, "give --draft-vocab 0"),
+        ({"objective": "apple"}, "objective .* is a setting of mask-tokens"),
+        ({"depth_decay": 0.5}, "not of conf-adapt"),
+        ({"method": "mask-tokens", "tuning": "full"}, "tuning .* is a setting of conf-adapt"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MTPError, match=message):
+        settings_for(base, tmp_path / "out", **{"tuning": "gated-lora", **changes})
+
+
+def test_quantised_weights_are_not_tuned(base: Path, tmp_path: Path) -> None:
+    model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
+    nn.quantize(model, group_size=32, bits=4)
+    with pytest.raises(MTPError, match="these are quantised"):
+        Trainer(model, examples()[:4], [], settings_for(base, tmp_path / "out", "full"), Remembering())
+
+
+def test_start_from_another_adapter(base: Path, tmp_path: Path) -> None:
+    first = trainer_for(base, tmp_path / "first", "gated-lora", steps=2)
+    assert first.run()
+    second = trainer_for(base, tmp_path / "second", "gated-lora", steps=2, start_from=tmp_path / "first")
+    theirs, own = first.adapter.slot_embeddings.weight, second.adapter.slot_embeddings.weight
+    assert mx.allclose(theirs, own, atol=1e-2)  # stored in bfloat16
+    with pytest.raises(MTPError, match="continues adapters"):
+        trainer_for(base, tmp_path / "third", "full", start_from=tmp_path / "first")
