@@ -37,6 +37,7 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import StopStrings
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
@@ -105,7 +106,8 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder; "auto" uses the bundled one if there is one for this model; None for none.
+        adapter: adapter folder; "auto" uses the bundled one, or the folder `mtp` inside the model's, if there is one
+            for this model; None for none.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
@@ -124,7 +126,7 @@ def load(
         TypeError,
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    folder = bundled_adapter(model) if adapter == "auto" else adapter
+    folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
     info: AdapterInfo | HeadsInfo | None = None
     weights: MaskAdapter | None = None
     heads: MTPHeads | None = None

@@ -18,6 +18,7 @@ from tests.convert.gguf_files import write_model
 from tests.convert.head_checkpoints import make
 from tests.convert.hostile_pickles import hostile
 from tests.convert.torch_files import write_torch, write_zip
+from tests.convert.whole_checkpoints import whole
 from tests.tiny import save_tiny
 
 
@@ -95,11 +96,22 @@ def test_heads_in_the_speculators_layout(tmp_path: Path) -> None:
     assert "family: speculators mtp" in run("convert", tmp_path / "out", "--dry-run").stdout
 
 
-def test_whole_checkpoints_are_not_converted_yet(tmp_path: Path) -> None:
-    source = make("mimo-7b").write(tmp_path / "model")
-    message = refused("convert", source, tmp_path / "out")
-    assert "only .gguf files can be converted whole" in message and "--heads-only" in message
+# --- whole checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_whole_checkpoint(tmp_path: Path) -> None:
+    made = whole("mimo-7b")
+    source = made.write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "out")
+    assert "heads: 1 of MiMo-7B / FastMTP" in result.stderr
+    assert "exists already" in refused("convert", source, tmp_path / "out")
     assert run("convert", source).exit_code == 2 and "Missing argument 'OUT'" in run("convert", source).stderr
+    result = run("convert", source, tmp_path / "out", "--force", "--trunk-only")
+    assert result.exit_code == 0 and not (tmp_path / "out" / "mtp").exists()
+    both = run("convert", source, tmp_path / "x", "--heads-only", "--trunk-only")
+    assert both.exit_code == 2 and "give one of them" in both.stderr
 
 
 # --- info ---------------------------------------------------------------------------------------------------
