@@ -22,6 +22,8 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
 # What files of a training folder that hold no weights begin with.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+# What training programs put before every name of a model.
+_WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
 _CONFIGS = ("config.json", "params.json", "adapter_config.json")
 
 
@@ -37,6 +39,7 @@ class Checkpoint:
         config_name: which of these it was, "" where there is none.
         values: plain values beside the tensors of a PyTorch file (Lightning's hyper_parameters).
         files: the names of the files the tensors come from.
+        fp8: some of the weights are stored as fp8 with block scales.
     """
 
     path: Path
@@ -46,6 +49,7 @@ class Checkpoint:
     config_name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    fp8: bool = False
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -71,10 +75,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ConversionError(
             f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
         )
-    tensors = dequantised(merge(parts), path, _block(config))
+    stored = merge(parts)
+    tensors = _unwrapped(dequantised(stored, path, _block(config)))
     if not tensors:
         raise ConversionError(f"{path}: holds no tensors; is the download complete?")
-    return Checkpoint(path, container, tensors, config, config_name, values, [file.name for file in parts])
+    fp8 = any(tensor.dtype == "F8_E4M3" for tensor in stored.values())
+    return Checkpoint(path, container, tensors, config, config_name, values, [file.name for file in parts], fp8)
 
 
 _Parts = tuple[str, dict[Path, dict[str, LazyTensor]], dict[str, Any]]
@@ -116,6 +122,14 @@ def _files(paths: Iterable[Path]) -> _Parts:
         parts[path] = found.tensors
         values |= found.values
     return container, parts, values
+
+
+def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Names without what a training program puts before all of them: Lightning's attribute, DDP, torch.compile."""
+    for prefix in _WRAPPERS:
+        if prefix + "model.embed_tokens.weight" in tensors and all(n.startswith(prefix) for n in tensors):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], str]:

@@ -32,7 +32,7 @@ from mtp_mlx.files import new_folder
 
 from .checkpoint import Checkpoint
 from .heads import HeadPlan, Target
-from .lazy_tensor import STORED_AS, LazyTensor
+from .lazy_tensor import FLOATS, STORED_AS, LazyTensor, from_float32, to_float32
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
@@ -59,21 +59,30 @@ def write_heads(
             f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
             "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
         )
-    if out.exists() and not force:
-        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
-    if out.exists() and not (out / CONFIG_NAME).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MTPError(
-            f"{out} is not an adapter folder, so --force will not replace it: choose another folder."
-        )
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
     fingerprint, reason = trunk_fingerprint(checkpoint)
     if reason:
         plan.notes.append(f"the base's fingerprint is not known: {reason}")
-    config = heads_config(checkpoint, plan, fingerprint)
     with new_folder(out) as folder:
-        save_targets(folder / WEIGHTS_NAME, plan.targets, checkpoint.tensors, progress)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(heads_card(config, plan), encoding="utf-8")
+        fill_folder(folder, checkpoint, plan, base_name(checkpoint), fingerprint, progress=progress)
     return out
+
+
+def fill_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: HeadPlan,
+    base: str,
+    fingerprint: str | None,
+    *,
+    dtype: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Write the files of an adapter folder into `folder`. dtype: "F32", ... instead of the checkpoint's own types."""
+    config = heads_config(checkpoint, plan, base, fingerprint)
+    save_targets(folder / WEIGHTS_NAME, plan.targets, checkpoint.tensors, progress, dtype)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(heads_card(config, plan), encoding="utf-8")
 
 
 def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
@@ -84,12 +93,12 @@ def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
         raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
 
 
-def heads_config(checkpoint: Checkpoint, plan: HeadPlan, fingerprint: str | None) -> dict[str, Any]:
+def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None) -> dict[str, Any]:
     """The content of mtp_config.json."""
     return {
         "format": FORMAT_VERSION,
         "method": METHOD,
-        "base": {"name": _base_name(checkpoint), "fingerprint": fingerprint},
+        "base": {"name": base, "fingerprint": fingerprint},
         "heads": {
             "count": plan.count,
             "convention": plan.convention.to_json(),
@@ -108,7 +117,7 @@ def heads_config(checkpoint: Checkpoint, plan: HeadPlan, fingerprint: str | None
     }
 
 
-def _base_name(checkpoint: Checkpoint) -> str:
+def base_name(checkpoint: Checkpoint) -> str:
     """The model's name: what Medusa's config says it was made for, else the folder's own name."""
     named = checkpoint.config.get("base_model_name_or_path")
     if isinstance(named, str) and named:
@@ -123,19 +132,27 @@ def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
     The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
     the same: whoever attaches them is told what they were made from.
     """
-    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
+    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir() or checkpoint.fp8:
         return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
     try:
-        from mlx_lm.utils import load_model
+        from .heads_plan import find_heads
+        from .trunk import open_trunk
 
-        from mtp_mlx.adapter import base_fingerprint
+        with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+            return fingerprint_of(trunk.model)
+    except (MTPError, ImportError) as error:
+        reason = str(error).replace(f"{checkpoint.path}: ", "")  # a folder's place on this machine is nobody's business
+        return None, reason if len(reason) < 200 else f"{reason[:200]} ..."
 
-        model, _ = load_model(checkpoint.path, lazy=True)
+
+def fingerprint_of(model: Any) -> tuple[str | None, str]:
+    """The fingerprint of a bare model; or None, and why it has none."""
+    from mtp_mlx.adapter import base_fingerprint
+
+    try:
         return base_fingerprint(model), ""
     except MTPError as error:
         return None, str(error)
-    except (ImportError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        return None, f"mlx-lm cannot load the trunk ({type(error).__name__})"
 
 
 def save_targets(
@@ -143,14 +160,15 @@ def save_targets(
     targets: list[Target],
     tensors: Mapping[str, LazyTensor],
     progress: Callable[[str], None] | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Write a safetensors file of `targets`, building one tensor after the other."""
+    """Write a safetensors file of `targets`, building one tensor after the other; float tensors in `dtype` if given."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for target in targets:
-        dtype = target.dtype(tensors)
-        end = position + math.prod(target.shape) * np.dtype(STORED_AS[dtype]).itemsize
-        header[target.name] = {"dtype": dtype, "shape": list(target.shape), "data_offsets": [position, end]}
+        kind = _kind(target, tensors, dtype)
+        end = position + math.prod(target.shape) * np.dtype(STORED_AS[kind]).itemsize
+        header[target.name] = {"dtype": kind, "shape": list(target.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
@@ -159,7 +177,17 @@ def save_targets(
         for target in targets:
             if progress is not None:
                 progress(target.name)
-            file.write(target.build(tensors).tobytes())
+            built, stored = target.build(tensors), target.dtype(tensors)
+            kind = _kind(target, tensors, dtype)
+            if kind != stored:
+                built = from_float32(to_float32(built, stored), kind)
+            file.write(built.tobytes())
+
+
+def _kind(target: Target, tensors: Mapping[str, LazyTensor], dtype: str | None) -> str:
+    """The type a target is written in."""
+    stored = target.dtype(tensors)
+    return dtype if dtype is not None and stored in FLOATS else stored
 
 
 def heads_card(config: Mapping[str, Any], plan: HeadPlan) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.adapter import CONFIG_NAME, AdapterInfo, load_adapter
+from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
@@ -38,6 +38,7 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import StopStrings
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
@@ -106,8 +107,8 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder; "auto" uses the bundled one if there is one for this model, or the mask token in
-            the model's own folder; None for none.
+        adapter: adapter folder; "auto" uses the bundled one, or the folder `mtp` inside the model's, if there is one
+            for this model; None for none.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
@@ -126,7 +127,7 @@ def load(
         TypeError,
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    folder = _own_adapter(model, path) if adapter == "auto" else adapter
+    folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
     info: AdapterInfo | HeadsInfo | None = None
     weights: MaskAdapter | None = None
     heads: MTPHeads | None = None
@@ -142,12 +143,6 @@ def load(
     attached.name = str(model)
     _evaluate(attached)
     return attached, tokenizer
-
-
-def _own_adapter(model: str, path: str | Path) -> Path | None:
-    """The adapter that comes with a model: bundled, or in its folder."""
-    own = Path(path)
-    return own if (own / CONFIG_NAME).is_file() else bundled_adapter(model)
 
 
 def _evaluate(attached: AttachedModel) -> None:

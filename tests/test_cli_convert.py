@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
+from mtp_mlx import load
 from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.gguf_files import write_model
-from tests.convert.head_checkpoints import make
+from tests.convert.head_checkpoints import make, numbers
 from tests.convert.hostile_pickles import hostile
 from tests.convert.torch_files import write_torch, write_zip
+from tests.convert.whole_checkpoints import whole
 from tests.tiny import save_tiny
 
 
@@ -95,11 +98,67 @@ def test_heads_in_the_speculators_layout(tmp_path: Path) -> None:
     assert "family: speculators mtp" in run("convert", tmp_path / "out", "--dry-run").stdout
 
 
-def test_whole_checkpoints_are_not_converted_yet(tmp_path: Path) -> None:
-    source = make("mimo-7b").write(tmp_path / "model")
-    message = refused("convert", source, tmp_path / "out")
-    assert "only .gguf files can be converted whole" in message and "--heads-only" in message
+# --- whole checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_whole_checkpoint(tmp_path: Path) -> None:
+    made = whole("mimo-7b")
+    source = made.write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "out")
+    assert "heads: 1 of MiMo-7B / FastMTP" in result.stderr
+    assert "exists already" in refused("convert", source, tmp_path / "out")
     assert run("convert", source).exit_code == 2 and "Missing argument 'OUT'" in run("convert", source).stderr
+    result = run("convert", source, tmp_path / "out", "--force", "--trunk-only")
+    assert result.exit_code == 0 and not (tmp_path / "out" / "mtp").exists()
+    both = run("convert", source, tmp_path / "x", "--heads-only", "--trunk-only")
+    assert both.exit_code == 2 and "give one of them" in both.stderr
+
+
+def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = whole("mimo-7b").write(tmp_path / "model")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(source))
+    result = run("convert", "owner/mimo", tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out" / "mtp" / "mtp.safetensors").is_file(), result.output
+    assert "--dry-run reads local files" in refused("convert", "owner/mimo", "--dry-run")
+
+
+def test_the_heads_are_used_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load(OUT)` and `generate --model OUT` find OUT/mtp; --adapter none leaves it; the text is the same."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    source = llama_with_heads(tmp_path / "model")
+    assert run("convert", source, tmp_path / "out").exit_code == 0
+    model, _ = load(str(tmp_path / "out"))
+    assert model.most_drafts == 2 and model.info.convention.family == "deepseek-v3"
+    model, _ = load(str(tmp_path / "out"), None)
+    assert model.most_drafts == 0
+    texts = []
+    for adapter, layouts in (("auto", {f"{n}/2 heads" for n in range(3)}), ("none", {"0/0"})):
+        options = ("-m", tmp_path / "out", "-a", adapter, "-n", "20", "--raw", "-p", "The sky", "--json")
+        result = run("generate", *options, "--layout", "linear" if adapter == "auto" else "plain")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        texts.append(report["text"])
+        assert set(report["stats"]["layouts"]) <= layouts or adapter == "none"
+        assert bool(report["stats"]["acceptance"]) == (adapter == "auto")
+    assert texts[0] == texts[1] != ""
+
+
+def llama_with_heads(folder: Path) -> Path:
+    """A tiny llama of `tests.tiny` with two random heads under DeepSeek's names."""
+    save_tiny(folder, seed=3, num_hidden_layers=4)
+    made = make("llama with own heads")
+    stored: Any = mx.load(str(folder / "model.safetensors"))
+    heads = {name: value for name, value in made.stored.items() if name.startswith("model.layers.")}
+    widths = {56: 80}
+    for name, value in heads.items():
+        shape = tuple(widths.get(n, n) for n in value.shape)
+        heads[name] = numbers(name, shape) * np.float32(0.2)
+    write_safetensors(folder / "model.safetensors", {n: np.array(v) for n, v in stored.items()} | heads)
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 # --- info ---------------------------------------------------------------------------------------------------

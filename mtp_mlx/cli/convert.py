@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from mtp_mlx.errors import ConversionError, MTPError
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    from mtp_mlx.convert.whole import WholeSettings
 
 EPILOG = """\b
 Examples:
   mtp-mlx convert model.Q8_0.gguf ./model
   mtp-mlx convert model.Q8_0.gguf ./model-4bit --quantize 4
+  mtp-mlx convert ./MiMo-7B-RL ./mimo --quantize 4
   mtp-mlx convert ./Qwen3.5-0.8B --dry-run
   mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
 """
 
 
 @click.command(epilog=EPILOG, short_help="Convert a checkpoint to an mlx-lm model folder")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Quantise the weights to this many bits")
 @click.option(
@@ -28,9 +33,10 @@ Examples:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the weights (default: float32 on CPU, bfloat16 on Metal)",
+    help="Type of the weights (default: the checkpoint's; of .gguf float32 on CPU, bfloat16 on Metal)",
 )
 @click.option("--heads-only", is_flag=True, help="Write only the MTP heads, as an adapter folder")
+@click.option("--trunk-only", is_flag=True, help="Leave the MTP heads out")
 @click.option(
     "--heads-as",
     type=click.Choice(["adapter", "speculators"]),
@@ -48,44 +54,63 @@ Examples:
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind already")
 def command(
-    source: Path,
+    source: str,
     out: Path | None,
     quantize: str | None,
     group_size: str,
     dtype: str | None,
     heads_only: bool,
+    trunk_only: bool,
     heads_as: str,
     dry_run: bool,
     head_norms: str,
     force: bool,
 ) -> None:
-    """Convert SOURCE into the folder OUT.
+    """Convert SOURCE into the model folder OUT.
 
-    A .gguf file of a llama- or qwen2-type model becomes an mlx-lm model folder. Of a checkpoint (a folder, or a
-    .safetensors, .bin, .pt, .pth or .ckpt file) the MTP heads become an adapter folder with --heads-only. PyTorch
-    files are read without running the code in them.
+    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP heads,
+    if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
+    PyTorch files are read without running the code in them.
     """
-    gguf = source.suffix.lower() == ".gguf" and not source.is_dir()
+    if heads_only and trunk_only:
+        raise click.UsageError("--heads-only and --trunk-only leave nothing to convert: give one of them.")
+    path = _local(source, dry_run)
+    gguf = path.suffix.lower() == ".gguf" and not path.is_dir()
     if dry_run:
-        click.echo("\n".join(_gguf_lines(source) if gguf else _heads_lines(source, head_norms, heads_only)))
+        click.echo("\n".join(_gguf_lines(path) if gguf else _plan_lines(path, head_norms, heads_only)))
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
     if heads_only:
-        click.echo(_convert_heads(source, out, heads_as, head_norms, force))
-        return
-    if not gguf:
-        from mtp_mlx.convert.checkpoint import open_checkpoint
+        click.echo(_convert_heads(path, out, heads_as, head_norms, force))
+    elif gguf:
+        click.echo(_convert_gguf(path, out, dtype, quantize, group_size, force))
+    else:
+        from mtp_mlx.convert.whole import WholeSettings
 
-        open_checkpoint(source)  # what is no checkpoint at all is refused as that
-        raise ConversionError(
-            f"{source}: only .gguf files can be converted whole so far; take this checkpoint's MTP heads with "
-            "--heads-only, and its trunk with 'mlx_lm.convert'"
-        )
+        bits = int(quantize) if quantize else None
+        settings = WholeSettings(dtype, bits, int(group_size), head_norms, not trunk_only, force)
+        click.echo(_convert_whole(path, out, settings))
+
+
+def _local(source: str, dry_run: bool) -> Path:
+    from mtp_mlx.convert.hub import is_hub_id, local_source
+
+    if not is_hub_id(source):
+        return local_source(source)
+    if dry_run:
+        raise MTPError(f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first")
+    with Console(stderr=True).status(f"getting {source} from the hub"):
+        return local_source(source)
+
+
+def _convert_gguf(
+    source: Path, out: Path, dtype: str | None, quantize: str | None, group_size: str, force: bool
+) -> Path:
     from mtp_mlx.convert.gguf import convert_gguf
 
     with Console(stderr=True).status(f"converting {source.name}") as status:
-        folder = convert_gguf(
+        return convert_gguf(
             source,
             out,
             dtype=dtype,
@@ -94,7 +119,17 @@ def command(
             force=force,
             progress=lambda stage: status.update(f"{source.name}: {stage}"),
         )
-    click.echo(folder)
+
+
+def _convert_whole(source: Path, out: Path, settings: WholeSettings) -> Path:
+    """The folder, after what there is to say about it went to stderr."""
+    from mtp_mlx.convert.whole import convert_whole, report_lines
+
+    with Console(stderr=True).status(f"converting {source.name}") as status:
+        result = convert_whole(source, out, settings, lambda stage: status.update(f"{source.name}: {stage}"))
+    for line in report_lines(result):
+        click.echo(line, err=True)
+    return result.folder
 
 
 def _convert_heads(source: Path, out: Path, layout: str, norms: str, force: bool) -> Path:
@@ -113,7 +148,7 @@ def _convert_heads(source: Path, out: Path, layout: str, norms: str, force: bool
         return write_heads(checkpoint, plan, out, force=force, progress=status.update)
 
 
-def _heads_lines(source: Path, norms: str, heads_only: bool) -> list[str]:
+def _plan_lines(source: Path, norms: str, heads_only: bool) -> list[str]:
     """The plan of a checkpoint's heads; without heads, what the checkpoint is."""
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import find_heads, plan_heads

@@ -174,6 +174,9 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     run = Run(DecodeStats(), model.most_drafts, known)
     if not raw and not tokenizer.has_chat_template:
         run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
+    if not raw and str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
+        note = "this model's makers prompt it without the chat template: --raw may give better text"
+        run.stats.fallbacks[note] += 1
     if settings.layout == "auto" and emission == Emission():
         step_cost(model, tell)
     responses = stream_generate(

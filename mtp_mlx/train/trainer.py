@@ -24,6 +24,7 @@ from mtp_mlx.adapter import CONFIG_NAME
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.sidecar import sidecar
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint
@@ -86,9 +87,10 @@ def check_out(out: Path) -> None:
     """Refuses to write an adapter where something else is.
 
     Raises:
-        MTPError: `out` is a file, or a folder that is neither empty nor an adapter's.
+        MTPError: `out` is a file, or a folder that is neither empty, nor an adapter's, nor a model's with an adapter
+            inside.
     """
-    if not out.exists() or (out / CONFIG_NAME).is_file():
+    if not out.exists() or (out / CONFIG_NAME).is_file() or sidecar(out) is not None:
         return
     if not out.is_dir():
         raise MTPError(f"{out} is a file; give --out a folder that does not exist yet, or an adapter's")

@@ -168,12 +168,13 @@ class ConfAdapt(Method):
         if self._gated:
             save_adapter(folder, self.adapter, info)
             return
+        info.base_name = folder.name
         info.training = {"base": self.settings.model, "base_fingerprint": self.fingerprint, **training}
         mask = self.adapter.slot_embeddings.weight[0]
         source = Path(resolve_model(self.settings.model))
         with self.attached.unwrapped() as bare:
             model = bare if self._whole else merged(bare, self.adapter)
-            write_model_folder(folder, source, model, mask, info, force=True)
+            write_model_folder(folder, source, model, mask, info)
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`: that of as many blocks as there are regions; a full fine-tune has the model's own state."""

@@ -1,0 +1,229 @@
+"""A whole checkpoint -> an mlx-lm model folder, with its MTP heads beside the trunk in the adapter folder `OUT/mtp`.
+
+The trunk is loaded, cast, quantised and saved by mlx-lm's own functions, as `mlx_lm.convert` calls them; the heads
+are written as `convert --heads-only` writes them. OUT is there whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+from mlx_lm.utils import load_tokenizer, quantize_model, save
+
+from mtp_mlx.errors import ConversionError
+from mtp_mlx.files import new_folder
+from mtp_mlx.sidecar import FOLDER, sidecar
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .families import Found
+from .heads import HeadPlan
+from .heads_plan import find_heads, plan_heads
+from .heads_write import CONFIG_NAME, WEIGHTS_NAME, check_out, fill_folder, fingerprint_of
+from .single_mask import find_mask, write_mask
+from .trunk import Trunk, open_trunk
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class WholeSettings:
+    """How a whole checkpoint is converted.
+
+    Attributes:
+        dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
+            what is stored.
+        quantize: bits of the trunk's weights, None for none; heads are not quantised. group_size: as mlx-lm's.
+        head_norms: as `plan_heads`.
+        heads: convert the heads too.
+        force: replace OUT if it is a model folder.
+    """
+
+    dtype: str | None = None
+    quantize: int | None = None
+    group_size: int = 64
+    head_norms: str = "auto"
+    heads: bool = True
+    force: bool = False
+
+
+@dataclass
+class Converted:
+    """What became of a checkpoint.
+
+    Attributes:
+        heads: the heads' plan, or None where there are none.
+        left_out: the trunk's stored names that mlx-lm's model has no use for.
+        notes: what else the user should know.
+    """
+
+    folder: Path
+    heads: HeadPlan | None = None
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_whole(
+    source: str | Path,
+    out: str | Path,
+    settings: WholeSettings = WholeSettings(),
+    progress: Callable[[str], None] | None = None,
+) -> Converted:
+    """Convert the checkpoint `source` into the model folder `out`.
+
+    Raises MTPError: `out` exists; a checkpoint without a trunk, tokenizer or configuration, or whose tensors do not
+    fit (all are named); a full disk.
+    """
+    tell, out = progress or (lambda _: None), Path(out)
+    check_out(out, force=settings.force, mark="config.json", kind="a model folder")
+    checkpoint = open_checkpoint(source)
+    found, plan, problem = _heads(checkpoint, settings)
+    _check_trunk(checkpoint, found)
+    mask = find_mask(_home(checkpoint)) if settings.heads else None
+    with contextlib.ExitStack() as stack:
+        try:
+            tell("loading the trunk")
+            trunk = stack.enter_context(open_trunk(checkpoint, found, out))
+        except ConversionError as error:
+            if not problem:
+                raise
+            raise ConversionError(f"{problem}; and {error}") from error
+        if problem:
+            raise ConversionError(problem)
+        result = Converted(out, plan, trunk.left_out)
+        tokenizer = _tokenizer(checkpoint, trunk)
+        _cast(trunk, settings.dtype)
+        if settings.quantize:
+            tell(f"quantising to {settings.quantize} bits")
+            _quantise(checkpoint, trunk, settings)
+        fingerprint, reason = fingerprint_of(trunk.model)
+        if reason and plan is not None:
+            plan.notes.append(f"the base's fingerprint is not known: {reason}")
+        with new_folder(out) as folder:
+            tell("writing the trunk")
+            save(folder, _home(checkpoint), trunk.model, tokenizer, trunk.config)
+            _write_heads(checkpoint, plan, folder / FOLDER, out.name, fingerprint, settings, tell)
+            if mask is not None and not (folder / FOLDER).exists():
+                write_mask(mask, trunk.model, folder, out.name)
+                result.notes.append(f"a mask token, id {mask.token_id}: in {out / FOLDER}")
+    return result
+
+
+def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | None, HeadPlan | None, str]:
+    """The heads; their plan unless they are to be left out; and what is wrong with them, to be told with the rest."""
+    if sidecar(checkpoint.path) is not None:  # converted before: the heads lie beside the trunk already
+        return None, None, ""
+    if not settings.heads:
+        try:
+            return find_heads(checkpoint), None, ""
+        except ConversionError:  # announced but not there, which is no reason against the trunk
+            return None, None, ""
+    found = find_heads(checkpoint)
+    if found is None:
+        return None, None, ""
+    try:
+        return found, plan_heads(checkpoint, settings.head_norms), ""
+    except ConversionError as error:
+        return found, None, str(error)
+
+
+def _check_trunk(checkpoint: Checkpoint, found: Found | None) -> None:
+    if found is None or checkpoint.tensors.keys() - found.owned:
+        return
+    what = "a LoRA adapter" if found.convention.kind == "lora" else "MTP heads"
+    raise ConversionError(
+        f"{checkpoint.path}: holds {what} and no trunk; convert it with --heads-only, and its base model apart from it"
+    )
+
+
+def _home(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _tokenizer(checkpoint: Checkpoint, trunk: Trunk) -> Any:
+    try:
+        # Said in so many words: without it transformers asks on the terminal whether to run the folder's code.
+        extra = {"trust_remote_code": False}
+        return load_tokenizer(_home(checkpoint), extra, eos_token_ids=trunk.config.get("eos_token_id"))
+    except Exception as error:  # transformers checks configurations with errors of its own, of no common class
+        reason = " ".join(str(error).split())[:200]
+        raise ConversionError(
+            f"{_home(checkpoint)}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the model's "
+            "own tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+
+
+def _cast(trunk: Trunk, dtype: str | None) -> None:
+    """Casts the trunk as `mlx_lm.convert` does."""
+    text = trunk.config.get("text_config") or {}
+    name = dtype or trunk.config.get("torch_dtype") or trunk.config.get("dtype") or text.get("dtype")
+    if name not in DTYPES:
+        return
+    keep: Callable[[str], bool] = getattr(trunk.model, "cast_predicate", lambda _: True)
+
+    def cast(path: str, value: mx.array) -> mx.array:
+        return value.astype(DTYPES[name]) if keep(path) and mx.issubdtype(value.dtype, mx.floating) else value
+
+    trunk.model.update(tree_map_with_path(cast, trunk.model.parameters()))
+    for config in (trunk.config, text):
+        for key in ("torch_dtype", "dtype"):
+            if key in config:
+                config[key] = name
+
+
+def _quantise(checkpoint: Checkpoint, trunk: Trunk, settings: WholeSettings) -> None:
+    if any(isinstance(module, nn.QuantizedLinear) for _, module in trunk.model.named_modules()):
+        raise ConversionError(
+            f"{checkpoint.path}: the weights are quantised already; leave --quantize out, or use the original"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
+        trunk.model, trunk.config = quantize_model(
+            trunk.model, trunk.config, settings.group_size, settings.quantize
+        )
+
+
+def _write_heads(
+    checkpoint: Checkpoint,
+    plan: HeadPlan | None,
+    folder: Path,
+    base: str,
+    fingerprint: str | None,
+    settings: WholeSettings,
+    tell: Callable[[str], None],
+) -> None:
+    """The sidecar: the planned heads, or those that an earlier conversion put beside the trunk."""
+    before = sidecar(checkpoint.path) if settings.heads else None
+    if before is None and plan is None:
+        return
+    folder.mkdir()
+    if before is not None:
+        for name in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+            if (before / name).is_file():
+                shutil.copy(before / name, folder)
+    elif plan is not None:
+        tell("writing the heads")
+        dtype = _STORED[settings.dtype] if settings.dtype else None
+        fill_folder(folder, checkpoint, plan, base, fingerprint, dtype=dtype)
+
+
+def report_lines(result: Converted) -> list[str]:
+    """What the user should know of a conversion that ended well."""
+    lines = list(result.notes)
+    if result.heads is not None:
+        lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / FOLDER}")
+        lines += [f"heads: {note}" for note in result.heads.notes]
+        lines += [f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped]
+    if result.left_out:
+        shown = ", ".join(result.left_out[:8])
+        more = f" and {len(result.left_out) - 8} more" if len(result.left_out) > 8 else ""
+        lines.append(f"mlx-lm's model has no use for {len(result.left_out)} tensor(s), left out: {shown}{more}")
+    return lines
