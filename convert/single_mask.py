@@ -1,8 +1,9 @@
-"""Released checkpoints of "Multi-Token Prediction via Self-Distillation" (arXiv 2602.06019): models with a mask token.
+"""Released checkpoints of "Multi-Token Prediction via Self-Distillation" (arXiv 2602.06019).
 
 They are plain llama and qwen3 checkpoints, fine-tuned as a whole, whose tokenizer has 32 added tokens,
 `<|mtp_special_token_0|>` and so on; the first is the mask. The trunk is converted as any other; this file finds the
-mask and writes the sidecar `OUT/mtp` that holds its embedding. The generator that comes with them (remote code) is neither needed nor run.
+mask and writes the sidecar `OUT/mtp` that holds its embedding. The generator that comes with them (remote code) is
+neither needed nor run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mtp_mlx.adapter import AdapterInfo
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.attach import embedding_shape
 from mtp_mlx.model.seams import find_seams
-from mtp_mlx.single_mask import mask_only, put_mask
+from mtp_mlx.single_mask import MaskSidecar, mask_only
 
 MASK_TOKEN = "<|mtp_special_token_0|>"
 MOST_TOKENS = 16  # k was drawn from 2..16 in training
@@ -64,12 +65,11 @@ def find_mask(folder: Path) -> MaskToken | None:
     return MaskToken(next(iter(found.values())), _stops(folder))
 
 
-def write_mask(mask: MaskToken, model: nn.Module, folder: Path, base_name: str) -> None:
-    """Puts the sidecar of a converted model into its folder.
+def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidecar:
+    """The sidecar of a converted model, to be put into its folder.
 
     Args:
-        model: the trunk as mlx-lm loaded it, cast and quantised as it is in `folder`.
-        folder: the model folder being made.
+        model: the trunk as mlx-lm loaded it, cast and quantised as it will be in the folder, its weights still there.
         base_name: what the sidecar calls the model.
 
     Raises:
@@ -93,7 +93,7 @@ def write_mask(mask: MaskToken, model: nn.Module, folder: Path, base_name: str) 
             "prompt": PROMPTS.get(str(getattr(model, "model_type", "")), "not known"),
         },
     )
-    put_mask(folder, model, embed(mx.array([mask.token_id]))[0], info)
+    return MaskSidecar.of(model, embed(mx.array([mask.token_id]))[0], info)
 
 
 def _ids(path: Path, read: Any) -> dict[str, int]:

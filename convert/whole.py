@@ -28,7 +28,7 @@ from .families import Found
 from .heads import HeadPlan
 from .heads_plan import find_heads, plan_heads
 from .heads_write import CONFIG_NAME, WEIGHTS_NAME, check_out, fill_folder, fingerprint_of
-from .single_mask import find_mask, write_mask
+from .single_mask import find_mask, mask_sidecar
 from .trunk import Trunk, open_trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -108,13 +108,14 @@ def convert_whole(
         fingerprint, reason = fingerprint_of(trunk.model)
         if reason and plan is not None:
             plan.notes.append(f"the base's fingerprint is not known: {reason}")
+        beside = None if mask is None else mask_sidecar(mask, trunk.model, out.name)
         with new_folder(out) as folder:
             tell("writing the trunk")
             save(folder, _home(checkpoint), trunk.model, tokenizer, trunk.config)
             _write_heads(checkpoint, plan, folder / FOLDER, out.name, fingerprint, settings, tell)
-            if mask is not None and not (folder / FOLDER).exists():
-                write_mask(mask, trunk.model, folder, out.name)
-                result.notes.append(f"a mask token, id {mask.token_id}: in {out / FOLDER}")
+            if beside is not None and not (folder / FOLDER).exists():
+                beside.put_into(folder)
+                result.notes.append(f"a mask token, id {beside.info.mask['id']}: in {out / FOLDER}")
     return result
 
 

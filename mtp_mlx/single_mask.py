@@ -7,6 +7,7 @@ Such a model is an mlx-lm model folder whose sidecar `MODEL/mtp` is an adapter w
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from mlx_lm.utils import save_model
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, put_adapter
 from mtp_mlx.files import new_folder
 from mtp_mlx.model.attach import new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from mtp_mlx.sidecar import FOLDER
 
 WEIGHTS_AND_CODE = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".py")
@@ -27,22 +28,38 @@ def mask_only(slots: int) -> MaskAdapterConfig:
     return MaskAdapterConfig(slots=slots, rank=0, alpha=0.0, sampler_width=0, shared_mask=True)
 
 
-def put_mask(folder: Path, model: nn.Module, mask: mx.array, info: AdapterInfo) -> None:
-    """Puts the sidecar into a model folder that is being made.
+@dataclass(frozen=True)
+class MaskSidecar:
+    """What a sidecar will hold; made while the model's weights are still there.
 
-    Args:
-        folder: the model folder.
-        model: the bare mlx-lm model, as it is in the folder.
-        mask: [D] the mask token's embedding.
-        info: what the sidecar says; its fingerprint is set here.
+    Attributes:
+        adapter: the mask's embedding.
+        info: what the sidecar says.
     """
-    info.base_fingerprint = base_fingerprint(model)
-    adapter = new_adapter(model, info.shape)
-    adapter.load_tensors({"slot_embeddings.weight": mask[None]})
-    inside = folder / FOLDER
-    inside.mkdir()
-    put_adapter(inside, adapter, info, mx.float32)
-    (inside / "README.md").write_text(_card(info), encoding="utf-8")
+
+    adapter: MaskAdapter
+    info: AdapterInfo
+
+    @staticmethod
+    def of(model: nn.Module, mask: mx.array, info: AdapterInfo) -> MaskSidecar:
+        """The sidecar of a bare mlx-lm model.
+
+        Args:
+            model: as it will be in the folder: cast, quantised.
+            mask: [D] the mask token's embedding.
+            info: its fingerprint is set here.
+        """
+        adapter = new_adapter(model, info.shape)
+        adapter.load_tensors({"slot_embeddings.weight": mask[None]})
+        mx.eval(adapter.parameters())
+        return MaskSidecar(adapter, replace(info, base_fingerprint=base_fingerprint(model)))
+
+    def put_into(self, folder: Path) -> None:
+        """Puts the sidecar into a model folder that is being made."""
+        inside = folder / FOLDER
+        inside.mkdir()
+        put_adapter(inside, self.adapter, self.info, mx.float32)
+        (inside / "README.md").write_text(_card(self.info), encoding="utf-8")
 
 
 def write_model_folder(out: Path, source: Path, model: nn.Module, mask: mx.array, info: AdapterInfo) -> None:
@@ -51,7 +68,7 @@ def write_model_folder(out: Path, source: Path, model: nn.Module, mask: mx.array
     Args:
         source: the model folder whose configuration and tokenizer are taken over; code in it is not.
         model: bare mlx-lm model, whose weights are written as they are.
-        mask, info: see `put_mask`.
+        mask, info: see `MaskSidecar.of`.
 
     Raises:
         MTPError: it cannot be written.
@@ -61,7 +78,7 @@ def write_model_folder(out: Path, source: Path, model: nn.Module, mask: mx.array
             if file.is_file() and not file.name.endswith(WEIGHTS_AND_CODE):
                 shutil.copyfile(file, temporary / file.name)
         save_model(temporary, model)
-        put_mask(temporary, model, mask, info)
+        MaskSidecar.of(model, mask, info).put_into(temporary)
 
 
 def _card(info: AdapterInfo) -> str:
