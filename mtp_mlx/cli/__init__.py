@@ -29,6 +29,7 @@ VERBS = {
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
     "bench": "Compare the speed and text with plain mlx-lm",
+    "eval": "Measure what unverified emission gains and costs",
 }
 _MENDABLE_OS_ERRORS = (
     FileNotFoundError,

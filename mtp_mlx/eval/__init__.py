@@ -1,0 +1,1 @@
+"""What lossy decoding costs: measurements of text against the model's own."""
