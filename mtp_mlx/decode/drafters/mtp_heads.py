@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.decode.drafters.draft_pick import pick_draft
@@ -141,11 +140,10 @@ class HeadChain:
             hidden: [1, R, D] of the depth before.
             tokens: [R] int32, which embedding each row takes.
         """
-        embeddings = self._attached.embed(tokens)[None]
+        embeddings = state.head.embed(tokens, self._attached.embed)[None]
         if self._first_position == 0:
             embeddings = self._heads.first_masked(embeddings, state.final)
-        mask = create_attention_mask(hidden, state.cache, return_array=True)
-        return state.head(embeddings, hidden, mask, state.cache)
+        return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
 
     def propose(
         self,

@@ -1,0 +1,130 @@
+"""A family's tiny checkpoint, converted and loaded as a user would, beside what the numpy oracle says of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from click.testing import CliRunner
+from mlx_lm.utils import load_model
+
+import mtp_mlx.cli as cli
+from mtp_mlx.heads_adapter import HeadsInfo, load_heads
+from mtp_mlx.model.mtp_head import MTPHeads
+
+from .checkpoints import write_safetensors
+from .head_cases import CASES
+from .head_checkpoints import Made
+from .head_configs import V
+from .numpy_heads import Rules, greedy_chain, head_logits
+from .numpy_layers import Array, Tensors
+from .parity_checkpoints import parity_checkpoint, trunk_arrays
+from .parity_families import FAMILIES, Family
+
+TOLERANCE = 1e-4
+TOKENS = np.random.default_rng(7).integers(0, V, 20).tolist()
+
+
+def convert_heads(source: Path, out: Path) -> Path:
+    """`mtp-mlx convert SOURCE OUT --heads-only`."""
+    result = CliRunner().invoke(cli.main, ["convert", str(source), str(out), "--heads-only"])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@dataclass
+class Parity:
+    """One family, converted.
+
+    Attributes:
+        made: the checkpoint. model: its trunk as mlx-lm loads it. heads, info: as mtp-mlx loads them.
+    """
+
+    family: Family
+    made: Made
+    folder: Path
+    model: Any
+    heads: MTPHeads
+    info: HeadsInfo
+
+    @staticmethod
+    def of(name: str, folder: Path) -> Parity:
+        """Writes, converts and loads."""
+        family = FAMILIES[name]
+        made = parity_checkpoint(family.case, family.settings)
+        source = made.write(folder / "model")
+        out = convert_heads(source, folder / "heads")
+        # Not from `source`: mlx-lm knows DeepSeek's head only at layer 61, and no heads of llama or ERNIE 4.5.
+        trunk = trunk_arrays(CASES[family.case], made.config).keys()
+        (folder / "trunk").mkdir()
+        write_safetensors(folder / "trunk" / "model.safetensors", {key: made.stored[key] for key in trunk})
+        (folder / "trunk" / "config.json").write_text(json.dumps(made.config))
+        model, _ = load_model(folder / "trunk")
+        heads, info = load_heads(out, model)
+        heads.set_dtype(mx.float32)
+        return Parity(family, made, out, model, heads, info)
+
+    @property
+    def trunk(self) -> Any:
+        """The module that maps ids to hidden states."""
+        return getattr(self.model, "model", None) or self.model.backbone
+
+    def states(self, tokens: list[int]) -> dict[str, Array]:
+        """States of the trunk by the oracle, or by mlx-lm where the oracle has no such trunk; [T, D] each."""
+        t = Tensors(self.made.stored, plus=self.family.rules.plus)
+        root = self.family.root
+        if not self.family.trunk:
+            return self.states_by_mlx(tokens)
+        x = t[f"{root}{self.family.embed}.weight"][tokens]
+        for index, layer in enumerate(self.family.trunk):
+            x = layer(t.below(f"{root}layers.{index}."), x)
+        return {"pre-norm": x, "post-norm": t.norm(root + self.family.norm, x)}
+
+    def states_by_mlx(self, tokens: list[int]) -> dict[str, Array]:
+        """States of mlx-lm's trunk."""
+        hidden = np.array(self.trunk(mx.array([tokens]))[0], dtype=np.float64)
+        return {"post-norm": hidden, "pre-norm": 2 * hidden + 1}  # the last is only ever a wrong one
+
+    @cached_property
+    def known(self) -> dict[str, Array]:
+        """States of TOKENS."""
+        return self.states(TOKENS)
+
+    def expected(self, rules: Rules | None = None) -> list[Array]:
+        """The oracle's logits of heads over TOKENS."""
+        family = self.family
+        stored, found = self.made.stored, rules or family.rules
+        return head_logits(stored, family.names, family.heads, found, TOKENS, self.known, family.depths)
+
+    def expected_drafts(self, tokens: list[int], count: int) -> list[int]:
+        """The oracle's drafts behind `tokens`, the last of which is the target's own pick."""
+        family, states = self.family, self.states(tokens[:-1])
+        return greedy_chain(self.made.stored, family.names, family.heads, family.rules, tokens, states, count)
+
+    def logits(self) -> list[Array]:
+        """Logits of the loaded heads over TOKENS, [T - k, V] for each depth."""
+        ids = mx.array([TOKENS])
+        hidden = self.trunk(ids)
+        found = self.heads.cascade(self.embed(ids), hidden, self.family.depths)
+        return [np.array(self.unembed(z, depth)[0]) for depth, z in enumerate(found, start=1)]
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """The embedding that heads take."""
+        embed = getattr(self.trunk, "embed_tokens", None) or self.trunk.embeddings
+        return self.heads.heads[0].embed(ids, embed)
+
+    def unembed(self, z: mx.array, depth: int) -> mx.array:
+        """Logits of what a head made."""
+        owner = getattr(self.model, "language_model", self.model)
+        return self.heads.at_depth(depth).get("lm_head", owner.lm_head)(z)
+
+
+def worst(found: list[Array], expected: list[Array]) -> float:
+    """Largest difference between logits of all depths."""
+    assert len(found) == len(expected)
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
