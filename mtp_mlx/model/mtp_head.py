@@ -25,6 +25,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.head_convention import HeadConvention
 
 
@@ -108,46 +109,14 @@ class MTPHead(nn.Module):
         return x
 
 
-class MTPHeads(nn.Module):
-    """A cascade of heads.
+class MTPHeads(DraftHeads):
+    """A cascade of heads. Where more drafts are asked for than there are heads, they are applied again in turn."""
 
-    Args:
-        heads: K heads, in order.
-        convention: how they are run.
-        draft_ids: [N] int32 ids that may be drafted, or None for all.
-        drafts: tokens drafted in each step, by default one per head; see `at_depth`.
-    """
-
-    def __init__(
-        self,
-        heads: list[MTPHead],
-        convention: HeadConvention,
-        draft_ids: mx.array | None = None,
-        drafts: int = 0,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self._convention, self._draft_ids = convention, draft_ids
-        self._drafts = drafts or len(heads)
-
-    @property
-    def drafts(self) -> int:
-        """Tokens drafted in each step."""
-        return self._drafts
+    heads: list[MTPHead]
 
     def at_depth(self, depth: int) -> MTPHead:
         """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
         return self.heads[(depth - 1) % len(self.heads)]
-
-    @property
-    def convention(self) -> HeadConvention:
-        """How the heads are run."""
-        return self._convention
-
-    @property
-    def draft_ids(self) -> mx.array | None:
-        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
-        return self._draft_ids
 
     def cascade(
         self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
@@ -213,9 +182,41 @@ def _dense(module: Any) -> Any:
     return linear
 
 
+def find_trunk(model: nn.Module) -> Any:
+    """The module that maps ids to hidden states.
+
+    Raises:
+        MTPError: the model has none by a name that is known.
+    """
+    for name in ("model", "backbone"):
+        trunk = getattr(model, name, None)
+        if trunk is not None and hasattr(trunk, "layers"):
+            return trunk
+    raise MTPError(
+        f"model type '{getattr(model, 'model_type', type(model).__name__)}' has no trunk (model.model or "
+        "model.backbone with .layers) that MTP heads could stand behind"
+    )
+
+
+def find_embedding(trunk: Any) -> nn.Module:
+    """The trunk's embedding layer.
+
+    Raises:
+        MTPError: there is none by a name that is known.
+    """
+    for name in ("embed_tokens", "embeddings"):
+        found = getattr(trunk, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise MTPError(
+        f"{type(trunk).__name__} has no embedding (embed_tokens or embeddings) for MTP heads to use"
+    )
+
+
 def norm_eps(trunk: nn.Module) -> float:
     """The epsilon of the trunk's last norm, which the norms of heads share."""
-    return float(getattr(getattr(trunk, "norm", None), "eps", 1e-5))
+    norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
+    return float(getattr(norm, "eps", 1e-5))
 
 
 def new_heads(

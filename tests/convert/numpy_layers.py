@@ -106,10 +106,10 @@ class GroupedQueries:
     neighbours: bool = False
     window: int | None = None
     gate: str = ""
-    name: str = "self_attn"
+    name: str = "self_attn."
 
     def __call__(self, t: Tensors, x: Array) -> Array:
-        t = t.below(f"{self.name}.")
+        t = t.below(self.name)
         rows = len(x)
         q = t.linear("q_proj", x).reshape(rows, self.heads, -1)
         k = t.linear("k_proj", x).reshape(rows, self.kv_heads, -1)
@@ -141,10 +141,10 @@ class Latent:
     v_dim: int
     rope_base: float = 10000.0
     scaled: bool = False
-    name: str = "self_attn"
+    name: str = "self_attn."
 
     def __call__(self, t: Tensors, x: Array) -> Array:
-        t = t.below(f"{self.name}.")
+        t = t.below(self.name)
         rows, width = x.shape
         if "q_a_proj.weight" in t:
             low = t.norm("q_a_layernorm", t.linear("q_a_proj", x), 1e-6)
@@ -214,7 +214,8 @@ class SigmoidExperts:
         inner = t.linear("fc1_latent_proj", x) if "fc1_latent_proj.weight" in t else x
         y = mix(inner, weights, chosen, lambda e, row: self.mlp(t.below(f"experts.{e}."), row))
         y = t.linear("fc2_latent_proj", y) if "fc2_latent_proj.weight" in t else y
-        return y + self.mlp(t.below("shared_experts."), x)
+        shared = t.below("shared_experts.")
+        return y + self.mlp(shared, x) if "up_proj.weight" in shared else y
 
 
 @dataclass(frozen=True)

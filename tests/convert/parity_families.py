@@ -137,3 +137,164 @@ FAMILIES: dict[str, Family] = {
         {"model_type": "ernie4_5"},
     ),
 }
+
+# --- trunks whose caches mlx-lm cannot take rows back from --------------------------------------------------
+
+_QWEN = GroupedQueries(4, 2, 16, 4, gate="with queries")
+QWEN_EXPERTS = Layer(_QWEN, SoftmaxExperts(2, normalised=False))
+QWEN35, QWEN35_EXPERTS = (
+    Layer(replace(_QWEN, rope_base=100000.0)),
+    Layer(replace(_QWEN, rope_base=100000.0), SoftmaxExperts(2, normalised=True)),
+)
+MIMO_V2_SLIDING = GroupedQueries(6, 3, 10, 4, rope_base=5000.0, window=8)
+MIMO_V2_FULL = GroupedQueries(4, 2, 16, 6)
+EXAONE_SLIDING = GroupedQueries(4, 2, 16, 16, window=8)
+EXAONE_FULL = GroupedQueries(4, 2, 16, 0)
+_EXAONE_EXPERTS = SigmoidExperts(2, scaling=2.5)
+LONGCAT = Layer(Latent(4, 12, 10, 8, 14, scaled=True), mlp_name="transformer_layer.mlp.")
+NEMOTRON = [
+    Single(GroupedQueries(4, 2, 16, 0, name="")),
+    Single(SigmoidExperts(2, mlp=squared_mlp)),
+]
+STEP_FULL = GroupedQueries(4, 2, 16, 16, gate="per head")
+STEP_SLIDING = GroupedQueries(6, 3, 16, 16, gate="per head", window=8)
+_STEP_EXPERTS = StepExperts(2, 3.0)
+
+
+def _mimo_v2_names(n: int) -> Names:
+    p = f"model.mtp.layers.{n}."
+    return Names(f"{p}eh_proj", f"{p}enorm", f"{p}hnorm", f"{p}final_layernorm", (p,))
+
+
+def _step_names(n: int) -> Names:
+    return nextn(n, out="transformer.shared_head.norm", lm_head="transformer.shared_head.output")
+
+
+_NEMOTRON_NAMES = Names(
+    "mtp.layers.0.eh_proj",
+    "mtp.layers.0.enorm",
+    "mtp.layers.0.hnorm",
+    "mtp.layers.1.final_layernorm",
+    ("mtp.layers.0.", "mtp.layers.1."),
+    embed_tokens="backbone.embeddings",
+)
+
+FAMILIES |= {
+    "qwen3-next experts": Family(
+        "qwen3-next experts", [fc_names()], [[QWEN_EXPERTS]], Rules(plus=1), cache="ArraysCache"
+    ),
+    "qwen3.5 dense": Family(
+        "qwen3.5 dense",
+        [fc_names("model.language_model.embed_tokens")],
+        [[QWEN35]],
+        Rules(plus=1),
+        root="model.language_model.",
+        cache="ArraysCache",
+    ),
+    "qwen3.5 experts, fused": Family(
+        "qwen3.5 experts, fused",
+        [fc_names("model.language_model.embed_tokens")],
+        [[QWEN35_EXPERTS]],
+        Rules(plus=1),
+        root="model.language_model.",
+        cache="ArraysCache",
+    ),
+    "mimo-v2": Family(
+        "mimo-v2",
+        [_mimo_v2_names(n) for n in range(3)],
+        [[Layer(MIMO_V2_SLIDING, second_norm="pre_mlp_layernorm")]] * 3,
+        Rules(),
+        [Layer(MIMO_V2_FULL), *[Layer(MIMO_V2_SLIDING, SigmoidExperts(2))] * 3],
+        {"n_shared_experts": None, "partial_rotary_factor": 0.4},
+        cache="RotatingKVCache",
+    ),
+    "mimo-v2 without sinks": Family(
+        "mimo-v2 without sinks",
+        [_mimo_v2_names(n) for n in range(3)],
+        [[Layer(MIMO_V2_SLIDING, second_norm="pre_mlp_layernorm")]] * 3,
+        Rules(),
+        settings={"partial_rotary_factor": 0.4},
+        cache="RotatingKVCache",
+    ),
+    "exaone-moe": Family(
+        "exaone-moe",
+        [fc_names()],
+        [[Layer(EXAONE_SLIDING)]],
+        Rules(),
+        [
+            Layer(EXAONE_SLIDING),
+            Layer(EXAONE_FULL, _EXAONE_EXPERTS),
+            Layer(EXAONE_SLIDING, _EXAONE_EXPERTS),
+            Layer(EXAONE_FULL, _EXAONE_EXPERTS),
+        ],
+        cache="RotatingKVCache",
+    ),
+    "exaone-moe experts": Family(
+        "exaone-moe experts",
+        [fc_names()],
+        [[Layer(EXAONE_FULL, _EXAONE_EXPERTS)]],
+        Rules(),
+        [
+            Layer(EXAONE_SLIDING, _EXAONE_EXPERTS),
+            Layer(EXAONE_FULL, _EXAONE_EXPERTS),
+            Layer(EXAONE_SLIDING, _EXAONE_EXPERTS),
+            Layer(EXAONE_FULL, _EXAONE_EXPERTS),
+        ],
+        cache="RotatingKVCache",
+    ),
+    "longcat-flash": Family(
+        "longcat-flash",
+        [
+            Names(
+                "model.mtp.layers.0.eh_proj",
+                "model.mtp.layers.0.enorm.m",
+                "model.mtp.layers.0.hnorm.m",
+                "model.mtp.norm",
+                ("model.mtp.layers.0.",),
+                embed_tokens="model.mtp.embed_tokens",
+            )
+        ],
+        [[LONGCAT]],
+        Rules(),
+        settings={
+            "attention_method": "MLA",
+            "zero_expert_type": "identity",
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "routed_scaling_factor": 1.5,
+        },
+        cache="CacheList",
+    ),
+    "nemotron-h": Family(
+        "nemotron-h",
+        [_NEMOTRON_NAMES],
+        [NEMOTRON],
+        Rules(),
+        root="backbone.",
+        norm="norm_f",
+        embed="embeddings",
+        cache="ArraysCache",
+    ),
+    "nemotron-h with a latent": Family(
+        "nemotron-h with a latent",
+        [_NEMOTRON_NAMES],
+        [NEMOTRON],
+        Rules(),
+        root="backbone.",
+        norm="norm_f",
+        embed="embeddings",
+        cache="ArraysCache",
+    ),
+    "step-3.5": Family(
+        "step-3.5",
+        [_step_names(L + i) for i in range(3)],
+        [[Layer(STEP_FULL)], [Layer(STEP_SLIDING)], [Layer(STEP_FULL)]],
+        Rules(plus=1, recycled="raw"),
+        [
+            Layer(STEP_FULL),
+            *[Layer(kind, _STEP_EXPERTS, mlp_name="") for kind in (STEP_SLIDING, STEP_FULL, STEP_SLIDING)],
+        ],
+        {"sliding_window": 8},
+        cache="RotatingKVCache",
+    ),
+}

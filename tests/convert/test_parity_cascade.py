@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -104,24 +103,33 @@ def test_drafts_of_a_step(parity: Parity) -> None:
         attached.detach()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("parity", ORDINARY, indirect=True)
-def test_the_text_is_that_of_plain_decoding(parity: Parity, temperature: float) -> None:
+def same_text(parity: Parity, sampling: SamplingConfig) -> None:
+    """The text with heads is that of plain decoding; or the trunk's caches are refused by name."""
+    depths, stats = parity.family.depths, DecodeStats()
     attached = attach(parity.model, mtp_heads=parity.heads)
-    sampling = SamplingConfig(temperature=temperature, seed=5)
-    stats = DecodeStats()
     try:
         plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=24, sampling=sampling)
         expected = [item.token for item in plain]
+        policy = ChainPolicy(depths)
         steps = mtp_generate_step(
-            TOKENS[:9],
-            attached,
-            max_tokens=24,
-            sampling=sampling,
-            policy=ChainPolicy(parity.family.depths),
-            stats=stats,
+            TOKENS[:9], attached, max_tokens=24, sampling=sampling, policy=policy, stats=stats
         )
         assert [item.token for item in steps] == expected
-        assert stats.layouts[f"{parity.family.depths}/{parity.family.depths} heads"] > 3
+        assert stats.layouts[f"{depths}/{depths} heads"] > 3
     finally:
         attached.detach()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("parity", ORDINARY, indirect=True)
+def test_the_text_is_that_of_plain_decoding(parity: Parity, temperature: float) -> None:
+    same_text(parity, SamplingConfig(temperature=temperature, seed=5))
+
+
+@pytest.mark.parametrize("parity", [name for name in FAMILIES if name not in ORDINARY], indirect=True)
+def test_other_caches_are_refused_by_name(parity: Parity) -> None:
+    """Trunks whose rows cannot be taken back decode with the same text, or say what they lack."""
+    try:
+        same_text(parity, SamplingConfig())
+    except MTPError as error:
+        assert parity.family.cache in str(error) or "no seam 'trunk'" in str(error)
