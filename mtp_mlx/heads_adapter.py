@@ -24,6 +24,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 
 METHOD = "mtp-heads"
@@ -140,8 +141,9 @@ def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
         check_base(folder, info.base_name, info.base_fingerprint, model)
     tensors = read_tensors(folder)
     draft_ids = tensors.pop(DRAFT_IDS, None)
-    trunk = model.model
-    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    seams = find_seams(model)
+    trunk = seams.trunk
+    size = seams.embedding(mx.zeros((1,), dtype=mx.int32)).shape[-1]
     made = [
         MTPHead(_block(folder, block, info.model_config, trunk), size, norm_eps(trunk), info.convention)
         for block in info.blocks

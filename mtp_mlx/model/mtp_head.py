@@ -24,6 +24,7 @@ from mlx.utils import tree_map_with_path
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.seams import find_seams
 
 
 class MTPHead(nn.Module):
@@ -184,9 +185,10 @@ def new_heads(
     """
     if count < 1:
         raise MTPError(f"at least one head is needed, got {count}")
-    trunk = model.model
+    seams = find_seams(model)
+    trunk = seams.trunk
     eps = norm_eps(trunk)
-    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    size = seams.embedding(mx.zeros((1,), dtype=mx.int32)).shape[-1]
     heads = []
     for _ in range(count):
         head = MTPHead(block_like(trunk), size, eps, convention)
