@@ -24,7 +24,8 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 from mtp_mlx.model.attach import embedding_shape
 from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, find_embedding, find_trunk, norm_eps
+from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 
 METHOD = "mtp-heads"
@@ -141,8 +142,9 @@ def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
         check_base(folder, info.base_name, info.base_fingerprint, model)
     tensors = read_tensors(folder)
     draft_ids = tensors.pop(DRAFT_IDS, None)
-    trunk = find_trunk(model)
-    vocab_size, size = embedding_shape(find_embedding(trunk))
+    seams = find_seams(model)
+    trunk = seams.trunk
+    vocab_size, size = embedding_shape(seams.embedding)
     made = [
         MTPHead(
             _block(folder, block, info.model_config, trunk),

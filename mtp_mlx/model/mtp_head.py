@@ -27,6 +27,7 @@ from mlx_lm.models.base import create_attention_mask
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.seams import find_seams
 
 
 class MTPHead(nn.Module):
@@ -182,37 +183,6 @@ def _dense(module: Any) -> Any:
     return linear
 
 
-def find_trunk(model: nn.Module) -> Any:
-    """The module that maps ids to hidden states.
-
-    Raises:
-        MTPError: the model has none by a name that is known.
-    """
-    for name in ("model", "backbone"):
-        trunk = getattr(model, name, None)
-        if trunk is not None and hasattr(trunk, "layers"):
-            return trunk
-    raise MTPError(
-        f"model type '{getattr(model, 'model_type', type(model).__name__)}' has no trunk (model.model or "
-        "model.backbone with .layers) that MTP heads could stand behind"
-    )
-
-
-def find_embedding(trunk: Any) -> nn.Module:
-    """The trunk's embedding layer.
-
-    Raises:
-        MTPError: there is none by a name that is known.
-    """
-    for name in ("embed_tokens", "embeddings"):
-        found = getattr(trunk, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise MTPError(
-        f"{type(trunk).__name__} has no embedding (embed_tokens or embeddings) for MTP heads to use"
-    )
-
-
 def norm_eps(trunk: nn.Module) -> float:
     """The epsilon of the trunk's last norm, which the norms of heads share."""
     norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
@@ -229,9 +199,10 @@ def new_heads(
     """
     if count < 1:
         raise MTPError(f"at least one head is needed, got {count}")
-    trunk = model.model
+    seams = find_seams(model)
+    trunk = seams.trunk
     eps = norm_eps(trunk)
-    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    size = seams.embedding(mx.zeros((1,), dtype=mx.int32)).shape[-1]
     heads = []
     for _ in range(count):
         head = MTPHead(block_like(trunk), size, eps, convention)

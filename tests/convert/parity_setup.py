@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model
 import mtp_mlx.cli as cli
 from mtp_mlx.heads_adapter import HeadsInfo, load_heads
 from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.seams import find_seams
 
 from .checkpoints import write_safetensors
 from .head_cases import CASES
@@ -72,7 +73,7 @@ class Parity:
     @property
     def trunk(self) -> Any:
         """The module that maps ids to hidden states."""
-        return getattr(self.model, "model", None) or self.model.backbone
+        return find_seams(self.model).trunk
 
     def states(self, tokens: list[int]) -> dict[str, Array]:
         """States of the trunk by the oracle, or by mlx-lm where the oracle has no such trunk; [T, D] each."""
@@ -115,8 +116,7 @@ class Parity:
 
     def embed(self, ids: mx.array) -> mx.array:
         """The embedding that heads take."""
-        embed = getattr(self.trunk, "embed_tokens", None) or self.trunk.embeddings
-        return self.heads.heads[0].embed(ids, embed)
+        return self.heads.heads[0].embed(ids, find_seams(self.model).embedding)
 
     def unembed(self, z: mx.array, depth: int) -> mx.array:
         """Logits of what a head made."""
