@@ -27,16 +27,22 @@ def parity_checkpoint(name: str, settings: dict[str, Any]) -> Made:
     case = CASES[name]
     made = make(name)
     config = model_config(case) | settings
-    made.config = {**case.config, "text_config": config} if "text_config" in case.config else config
+    nested = next((key for key in ("text_config", "transformer_layer_config") if key in case.config), None)
+    made.config = {**case.config, nested: config} if nested else config
     stand_ins = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *case.trunk}
     heads = {key: value for key, value in made.stored.items() if key not in stand_ins}
-    shapes = heads | trunk_arrays(case, made.config)
+    shapes = heads | trunk_arrays(case, trunk_config(made))
     copied = {key.format(n=n): trunk for key, trunk in case.copies.items() for n in range(9)}
     zero_centred = case.zero_centred
     made.stored = {key: drawn(key, value.shape, zero_centred) for key, value in shapes.items()}
     for key in made.stored.keys() & copied.keys():
         made.stored[key] = made.stored[copied[key]].copy()
     return made
+
+
+def trunk_config(made: Made) -> dict[str, Any]:
+    """The trunk's config.json."""
+    return made.config.get("transformer_layer_config") or made.config
 
 
 def trunk_arrays(case: Case, config: dict[str, Any]) -> Arrays:
@@ -48,7 +54,12 @@ def trunk_arrays(case: Case, config: dict[str, Any]) -> Arrays:
         match = re.fullmatch(r"(.*layers\.\d+\.)(.*)", name)
         prefix, rest = (match[1], match[2]) if match else ("", name)
         layers.setdefault(prefix, {})[rest] = np.zeros(value.shape, np.float32)
-    here = replace(case, rename=_trunk_names(case), stacked_as="moe" if case.family == "step-3.5" else "")
+    here = replace(
+        case,
+        rename=_trunk_names(case),
+        stacked_as="moe" if case.family == "step-3.5" else "",
+        fused_experts=case.fused_experts and case.family != "speculators",
+    )
     stored: Arrays = {}
     for prefix, block in layers.items():
         for name, value in store_block(here, block).items():

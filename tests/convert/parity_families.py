@@ -31,7 +31,6 @@ class Family:
         names, heads: of each head. trunk: of each layer; empty where the oracle has no such trunk.
         root: what the trunk's layer names begin with; norm, embed: names of its last norm and embedding.
         depths: of drafts that are compared.
-        cache: "" where mlx-lm gives the trunk ordinary KV caches, else what cannot give rows back.
     """
 
     case: str
@@ -44,7 +43,6 @@ class Family:
     norm: str = "norm"
     embed: str = "embed_tokens"
     depths: int = 3
-    cache: str = ""
 
 
 def nextn(n: int, **other: str) -> Names:
@@ -138,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# --- trunks whose caches mlx-lm cannot take rows back from --------------------------------------------------
+# --- trunks with sliding windows, recurrent state or two caches a layer --------------------------------------
 
 _QWEN = GroupedQueries(4, 2, 16, 4, gate="with queries")
 QWEN_EXPERTS = Layer(_QWEN, SoftmaxExperts(2, normalised=False))
@@ -180,16 +178,13 @@ _NEMOTRON_NAMES = Names(
 )
 
 FAMILIES |= {
-    "qwen3-next experts": Family(
-        "qwen3-next experts", [fc_names()], [[QWEN_EXPERTS]], Rules(plus=1), cache="ArraysCache"
-    ),
+    "qwen3-next experts": Family("qwen3-next experts", [fc_names()], [[QWEN_EXPERTS]], Rules(plus=1)),
     "qwen3.5 dense": Family(
         "qwen3.5 dense",
         [fc_names("model.language_model.embed_tokens")],
         [[QWEN35]],
         Rules(plus=1),
         root="model.language_model.",
-        cache="ArraysCache",
     ),
     "qwen3.5 experts, fused": Family(
         "qwen3.5 experts, fused",
@@ -197,7 +192,6 @@ FAMILIES |= {
         [[QWEN35_EXPERTS]],
         Rules(plus=1),
         root="model.language_model.",
-        cache="ArraysCache",
     ),
     "mimo-v2": Family(
         "mimo-v2",
@@ -206,7 +200,6 @@ FAMILIES |= {
         Rules(),
         [Layer(MIMO_V2_FULL), *[Layer(MIMO_V2_SLIDING, SigmoidExperts(2))] * 3],
         {"n_shared_experts": None, "partial_rotary_factor": 0.4},
-        cache="RotatingKVCache",
     ),
     "mimo-v2 without sinks": Family(
         "mimo-v2 without sinks",
@@ -214,7 +207,6 @@ FAMILIES |= {
         [[Layer(MIMO_V2_SLIDING, second_norm="pre_mlp_layernorm")]] * 3,
         Rules(),
         settings={"partial_rotary_factor": 0.4},
-        cache="RotatingKVCache",
     ),
     "exaone-moe": Family(
         "exaone-moe",
@@ -227,7 +219,6 @@ FAMILIES |= {
             Layer(EXAONE_SLIDING, _EXAONE_EXPERTS),
             Layer(EXAONE_FULL, _EXAONE_EXPERTS),
         ],
-        cache="RotatingKVCache",
     ),
     "exaone-moe experts": Family(
         "exaone-moe experts",
@@ -240,7 +231,6 @@ FAMILIES |= {
             Layer(EXAONE_SLIDING, _EXAONE_EXPERTS),
             Layer(EXAONE_FULL, _EXAONE_EXPERTS),
         ],
-        cache="RotatingKVCache",
     ),
     "longcat-flash": Family(
         "longcat-flash",
@@ -263,7 +253,6 @@ FAMILIES |= {
             "moe_topk": 2,
             "routed_scaling_factor": 1.5,
         },
-        cache="CacheList",
     ),
     "nemotron-h": Family(
         "nemotron-h",
@@ -273,7 +262,6 @@ FAMILIES |= {
         root="backbone.",
         norm="norm_f",
         embed="embeddings",
-        cache="ArraysCache",
     ),
     "nemotron-h with a latent": Family(
         "nemotron-h with a latent",
@@ -283,7 +271,6 @@ FAMILIES |= {
         root="backbone.",
         norm="norm_f",
         embed="embeddings",
-        cache="ArraysCache",
     ),
     "step-3.5": Family(
         "step-3.5",
@@ -295,6 +282,11 @@ FAMILIES |= {
             *[Layer(kind, _STEP_EXPERTS, mlp_name="") for kind in (STEP_SLIDING, STEP_FULL, STEP_SLIDING)],
         ],
         {"sliding_window": 8},
-        cache="RotatingKVCache",
+    ),
+    "speculators, qwen3-next": Family(
+        "speculators, qwen3-next", [mimo_names(0, "mtp_layers.")], [[QWEN_EXPERTS]], Rules(plus=1)
+    ),
+    "speculators, qwen3": Family(
+        "speculators, qwen3", [mimo_names(0, "mtp_layers.")], [[LLAMA]], Rules(), [LLAMA] * L
     ),
 }

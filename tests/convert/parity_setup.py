@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from mtp_mlx.heads_adapter import HeadsInfo, load_heads
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.seams import find_seams
 
-from .checkpoints import write_safetensors
 from .head_cases import CASES
 from .head_checkpoints import Made
 from .head_configs import V
 from .numpy_heads import Rules, greedy_chain, head_logits
 from .numpy_layers import Array, Tensors
-from .parity_checkpoints import parity_checkpoint, trunk_arrays
+from .parity_checkpoints import parity_checkpoint, trunk_arrays, trunk_config
 from .parity_families import FAMILIES, Family
 
 TOLERANCE = 1e-4
@@ -58,14 +56,13 @@ class Parity:
         """Writes, converts and loads."""
         family = FAMILIES[name]
         made = parity_checkpoint(family.case, family.settings)
-        source = made.write(folder / "model")
-        out = convert_heads(source, folder / "heads")
-        # Not from `source`: mlx-lm knows DeepSeek's head only at layer 61, and no heads of llama or ERNIE 4.5.
-        trunk = trunk_arrays(CASES[family.case], made.config).keys()
-        (folder / "trunk").mkdir()
-        write_safetensors(folder / "trunk" / "model.safetensors", {key: made.stored[key] for key in trunk})
-        (folder / "trunk" / "config.json").write_text(json.dumps(made.config))
-        model, _ = load_model(folder / "trunk")
+        trunk = trunk_arrays(CASES[family.case], trunk_config(made)).keys()
+        whole = "transformer_layer_config" not in made.config  # speculators keep heads alone
+        stored = {key: value for key, value in made.stored.items() if whole or key not in trunk}
+        out = convert_heads(replace(made, stored=stored).write(folder / "model"), folder / "heads")
+        # Loaded from a folder of its own: mlx-lm knows DeepSeek's head at layer 61 only, and none of llama.
+        alone = Made({key: made.stored[key] for key in trunk}, trunk_config(made), {})
+        model, _ = load_model(alone.write(folder / "trunk"))
         heads, info = load_heads(out, model)
         heads.set_dtype(mx.float32)
         return Parity(family, made, out, model, heads, info)
@@ -107,6 +104,7 @@ class Parity:
         family, states = self.family, self.states(tokens[:-1])
         return greedy_chain(self.made.stored, family.names, family.heads, family.rules, tokens, states, count)
 
+    @cached_property
     def logits(self) -> list[Array]:
         """Logits of the loaded heads over TOKENS, [T - k, V] for each depth."""
         ids = mx.array([TOKENS])

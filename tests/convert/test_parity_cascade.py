@@ -20,7 +20,6 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 
 from .numpy_heads import Rules
@@ -38,8 +37,8 @@ WRONG: dict[str, Callable[[Rules], Rules]] = {
     "output norm": lambda rules: replace(rules, out_norm=False),
 }
 MADE: dict[str, Parity] = {}
+SAMPLED = ["llama with own heads", "longcat-flash", "step-3.5"]
 TRUNKS = [name for name, family in FAMILIES.items() if family.trunk]
-ORDINARY = [name for name, family in FAMILIES.items() if not family.cache]
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_trunk(parity: Parity) -> None:
 
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_heads(parity: Parity) -> None:
-    found, expected = parity.logits(), parity.expected()
+    found, expected = parity.logits, parity.expected()
     assert np.std(expected[0]) > 0.3 and len(found) == parity.family.depths
     assert worst(found, expected) < TOLERANCE
 
@@ -72,14 +71,14 @@ def test_heads(parity: Parity) -> None:
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_a_wrong_convention_fails(parity: Parity, wrong: str) -> None:
     rules = WRONG[wrong](parity.family.rules)
-    difference = worst(parity.logits(), parity.expected(rules))
+    difference = worst(parity.logits, parity.expected(rules))
     if wrong in ("output norm", "recycled hidden state") and not parity.family.names[0].out:
         assert difference < TOLERANCE  # without an output norm there is nothing to mistake
     else:
         assert difference > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("parity", ORDINARY, indirect=True)
+@pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_drafts_of_a_step(parity: Parity) -> None:
     """What the decode loop drafts behind a prompt, and behind a block of drafts of which two are accepted."""
     attached = attach(parity.model, mtp_heads=parity.heads)
@@ -104,15 +103,15 @@ def test_drafts_of_a_step(parity: Parity) -> None:
 
 
 def same_text(parity: Parity, sampling: SamplingConfig) -> None:
-    """The text with heads is that of plain decoding; or the trunk's caches are refused by name."""
+    """The text with heads is that of plain decoding."""
     depths, stats = parity.family.depths, DecodeStats()
     attached = attach(parity.model, mtp_heads=parity.heads)
     try:
-        plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=24, sampling=sampling)
+        plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=16, sampling=sampling)
         expected = [item.token for item in plain]
         policy = ChainPolicy(depths)
         steps = mtp_generate_step(
-            TOKENS[:9], attached, max_tokens=24, sampling=sampling, policy=policy, stats=stats
+            TOKENS[:9], attached, max_tokens=16, sampling=sampling, policy=policy, stats=stats
         )
         assert [item.token for item in steps] == expected
         assert stats.layouts[f"{depths}/{depths} heads"] > 3
@@ -120,16 +119,11 @@ def same_text(parity: Parity, sampling: SamplingConfig) -> None:
         attached.detach()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("parity", ORDINARY, indirect=True)
-def test_the_text_is_that_of_plain_decoding(parity: Parity, temperature: float) -> None:
-    same_text(parity, SamplingConfig(temperature=temperature, seed=5))
+@pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
+def test_the_text_is_that_of_plain_decoding(parity: Parity) -> None:
+    same_text(parity, SamplingConfig())
 
 
-@pytest.mark.parametrize("parity", [name for name in FAMILIES if name not in ORDINARY], indirect=True)
-def test_other_caches_are_refused_by_name(parity: Parity) -> None:
-    """Trunks whose rows cannot be taken back decode with the same text, or say what they lack."""
-    try:
-        same_text(parity, SamplingConfig())
-    except MTPError as error:
-        assert parity.family.cache in str(error) or "no seam 'trunk'" in str(error)
+@pytest.mark.parametrize("parity", SAMPLED, indirect=True)
+def test_sampled_text_is_that_of_plain_decoding(parity: Parity) -> None:
+    same_text(parity, SamplingConfig(temperature=0.9, seed=5))
