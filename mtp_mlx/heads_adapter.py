@@ -168,7 +168,7 @@ def check_runnable(folder: Path, convention: HeadConvention) -> None:
     """Raises MTPError for a convention that the decode loop has no form for yet."""
     needs = {
         "kind": ("cascade",),
-        "first_hidden": ("post-norm", "pre-norm"),
+        "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
         "recycled_hidden": ("normed", "raw"),
         "output_norm": ("own", "identity"),
         "embedding": ("shared", "own"),

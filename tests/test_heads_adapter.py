@@ -143,7 +143,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 CONVENTIONS = [
     ("kind", "medusa"),
     ("kind", "parallel"),
-    ("first_hidden", "before-last-layer"),
+    ("first_hidden", "before the embedding"),
     ("recycled_hidden", "none"),
     ("output_norm", "trunk"),
     ("embedding", "something else"),

@@ -111,9 +111,9 @@ class Session:
         done = 0
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
-            hidden = self._forward(Block.real(mx.array([chunk])))
+            self._forward(Block.real(mx.array([chunk])))
             if self.chain is not None:
-                self.chain.observe(hidden, self.tokens)
+                self.chain.observe(self.attached.head_input, self.tokens)
             self._evaluate_cache()
             done += len(chunk)
             if progress is not None:
@@ -174,7 +174,7 @@ class Session:
         position = self.cached + 1
         hidden = self._forward(Block.real(pending[None]))
         if self.chain is not None:
-            self.chain.observe(hidden, self.tokens)
+            self.chain.observe(self.attached.head_input, self.tokens)
         logits = self.attached.head(hidden)[0]  # [1, V]
         history = None
         if self.picker.history_size:
@@ -208,7 +208,7 @@ class Session:
         if self.chain is not None and layout.chain:
             self.chain.commit(n_accepted)
         elif self.chain is not None:
-            self.chain.observe(hidden[None, : n_accepted + 1], self.tokens)
+            self.chain.observe(self.attached.head_input[:, : n_accepted + 1], self.tokens)
         return StepResult(
             tokens=tokens,
             n_accepted=n_accepted,
@@ -241,7 +241,7 @@ class Session:
         if layout.chain:
             if self.chain is None:
                 raise MTPError("this layout drafts with MTP heads, which the policy has not announced")
-            real = hidden[None, : layout.real_rows]
+            real = self.attached.head_input[:, : layout.real_rows]
             return self.chain.propose(real, picks, accepted, position, history, self.tokens, layout.chain)
         if layout.slot_rows:
             if self.drafter is None:

@@ -21,10 +21,10 @@ from mtp_mlx.model import block_attention
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.block_linear import BlockLinear, is_quantised
 from mtp_mlx.model.cache import block_view
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.head import HeadView
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
-from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.positions import PositionedRoPE
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import (
@@ -38,6 +38,7 @@ from mtp_mlx.model.seams import (
 )
 from mtp_mlx.model.slots import SlotAwareEmbedding
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
+from mtp_mlx.model.tap import Tap, tapped_module
 
 
 class AttachedModel:
@@ -49,6 +50,7 @@ class AttachedModel:
         model: the mlx-lm model.
         adapter: the adapter attached, or None (then blocks have no slots).
         mtp_heads: heads that draft behind the trunk, or None. They run beside the model, which stays as it is.
+        head_input: [B, R, D] of the newest pass, the state that the heads take (`HeadConvention.first_hidden`).
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
         info: what the folder of the adapter or the heads says about it (`mtp_mlx.adapter.AdapterInfo`,
@@ -66,10 +68,11 @@ class AttachedModel:
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
-        mtp_heads: MTPHeads | None = None,
+        mtp_heads: DraftHeads | None = None,
     ) -> None:
         self.model = model
         self.adapter, self.mtp_heads = adapter, mtp_heads
+        self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
         self.name = str(getattr(model, "model_type", "model"))
@@ -86,6 +89,9 @@ class AttachedModel:
         self._wrap()
 
     def _wrap(self) -> None:
+        first = "post-norm" if self.mtp_heads is None else self.mtp_heads.convention.first_hidden
+        listened = tapped_module(self._seams.trunk, first)
+        self._tap = None if listened is None else Tap(listened)
         if self.kernels is not None or self.exact:
             names = block_attention.install(self._seams.trunk)
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
@@ -123,6 +129,8 @@ class AttachedModel:
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
+        if self._tap is not None:
+            self._tap.remove()
         if self._hook is not None:
             self._hook()
         for mixer in self._seams.mixers.values():
@@ -161,7 +169,9 @@ class AttachedModel:
         """Hidden states after the final norm, [B, R, D]. Appends R rows to every layer's cache."""
         with self._rows.running(block):
             view = [block_view(layer_cache, self._rows) for layer_cache in cache]
-            return self._seams.trunk(block.ids, cache=view)
+            hidden = self._seams.trunk(block.ids, cache=view)
+        self.head_input = hidden if self._tap is None else self._tap.take()
+        return hidden
 
     def embed(self, ids: mx.array) -> mx.array:
         """The base model's own embedding, [...] -> [..., D]; no slots."""
@@ -232,7 +242,7 @@ def attach(
     adapter: MaskAdapter | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
-    mtp_heads: MTPHeads | None = None,
+    mtp_heads: DraftHeads | None = None,
 ) -> AttachedModel:
     """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
 

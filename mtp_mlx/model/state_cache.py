@@ -28,7 +28,9 @@ from mlx_lm.models.cache import ArraysCache
 
 from mtp_mlx.model.rows import RowContext
 
-Replay = Callable[[int], None]  # runs a mixer over the first n rows again; the states it writes are what counts
+Replay = Callable[
+    [int], None
+]  # runs a mixer over the first n rows again; the states it writes are what counts
 
 
 class StateCache(ArraysCache):

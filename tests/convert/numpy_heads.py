@@ -35,7 +35,7 @@ class Rules:
     Attributes:
         hidden_first: the fuse weight's first columns act on the hidden state.
         plus: added to stored norm weights (1 where they are stored around zero).
-        first: the trunk's state that goes in: "post-norm", "pre-norm".
+        first: the trunk's state that goes in: "post-norm", "pre-norm" or "before-last-layer".
         recycled: what the next depth takes: "normed" or "raw".
         mask_first: the embedding of row 0 is zero.
         out_norm: the block's output is normalised for the LM head.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,14 @@ from click.testing import CliRunner
 from mlx_lm.utils import load_model
 
 import mtp_mlx.cli as cli
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.decode.policy import ChainPolicy
+from mtp_mlx.decode.session import CacheSettings, Session
+from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.heads_adapter import HeadsInfo, load_heads
+from mtp_mlx.model.attach import attach
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.seams import find_seams
 
@@ -52,8 +60,8 @@ class Parity:
     info: HeadsInfo
 
     @staticmethod
-    def of(name: str, folder: Path) -> Parity:
-        """Writes, converts and loads."""
+    def of(name: str, folder: Path, **convention: Any) -> Parity:
+        """Writes, converts and loads; `convention` is what to change in the converted folder's."""
         family = FAMILIES[name]
         made = parity_checkpoint(family.case, family.settings)
         trunk = trunk_arrays(CASES[family.case], trunk_config(made)).keys()
@@ -63,6 +71,9 @@ class Parity:
         # Loaded from a folder of its own: mlx-lm knows DeepSeek's head at layer 61 only, and none of llama.
         alone = Made({key: made.stored[key] for key in trunk}, trunk_config(made), {})
         model, _ = load_model(alone.write(folder / "trunk"))
+        config = json.loads((out / "mtp_config.json").read_text())
+        config["heads"]["convention"] |= convention
+        (out / "mtp_config.json").write_text(json.dumps(config))
         heads, info = load_heads(out, model)
         heads.set_dtype(mx.float32)
         return Parity(family, made, out, model, heads, info)
@@ -79,14 +90,16 @@ class Parity:
         if not self.family.trunk:
             return self.states_by_mlx(tokens)
         x = t[f"{root}{self.family.embed}.weight"][tokens]
+        before = x
         for index, layer in enumerate(self.family.trunk):
-            x = layer(t.below(f"{root}layers.{index}."), x)
-        return {"pre-norm": x, "post-norm": t.norm(root + self.family.norm, x)}
+            before, x = x, layer(t.below(f"{root}layers.{index}."), x)
+        last = t.norm(root + self.family.norm, x)
+        return {"before-last-layer": before, "pre-norm": x, "post-norm": last}
 
     def states_by_mlx(self, tokens: list[int]) -> dict[str, Array]:
         """States of mlx-lm's trunk."""
         hidden = np.array(self.trunk(mx.array([tokens]))[0], dtype=np.float64)
-        return {"post-norm": hidden, "pre-norm": 2 * hidden + 1}  # the last is only ever a wrong one
+        return {"post-norm": hidden, "pre-norm": 2 * hidden**3 + 1}  # the last is only ever a wrong one
 
     @cached_property
     def known(self) -> dict[str, Array]:
@@ -103,6 +116,11 @@ class Parity:
         """The oracle's drafts behind `tokens`, the last of which is the target's own pick."""
         family, states = self.family, self.states(tokens[:-1])
         return greedy_chain(self.made.stored, family.names, family.heads, family.rules, tokens, states, count)
+
+    def next_token(self, tokens: list[int]) -> int:
+        """The trunk's own pick behind `tokens`, by the oracle."""
+        last = self.states(tokens)["post-norm"][-1]
+        return int((last @ self.made.stored["lm_head.weight"].T.astype(np.float64)).argmax())
 
     @cached_property
     def logits(self) -> list[Array]:
@@ -126,3 +144,41 @@ def worst(found: list[Array], expected: list[Array]) -> float:
     """Largest difference between logits of all depths."""
     assert len(found) == len(expected)
     return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+
+
+def drafts_of_two_steps(parity: Parity) -> tuple[list[list[int]], list[list[int]]]:
+    """Drafts of the decode loop, and the oracle's: behind a prompt, and behind a block of three drafts of which the
+    first two are accepted."""
+    count = parity.family.depths
+    attached = attach(parity.model, mtp_heads=parity.heads)
+    try:
+        cache = attached.make_cache()
+        session = Session(attached, Picker(), None, TOKENS[:9], cache, CacheSettings(), count)
+        session.prefill()
+        found = [session.step(Layout.chained(0, count), []).drafts]
+        expected = [parity.expected_drafts(session.tokens, count)]
+        right: list[int] = []
+        for _ in range(3):
+            right.append(parity.next_token([*session.tokens, *right]))
+        second = session.step(Layout.chained(3, count), [*right[:2], (right[2] + 1) % V])
+        assert second.n_accepted == 2 and second.tokens == right
+        return [*found, second.drafts], [*expected, parity.expected_drafts(session.tokens, count)]
+    finally:
+        attached.detach()
+
+
+def same_text(parity: Parity, sampling: SamplingConfig | None = None) -> None:
+    """The text with heads is that of plain decoding."""
+    depths, stats = parity.family.depths, DecodeStats()
+    attached = attach(parity.model, mtp_heads=parity.heads)
+    try:
+        plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=16, sampling=sampling)
+        expected = [item.token for item in plain]
+        policy = ChainPolicy(depths)
+        steps = mtp_generate_step(
+            TOKENS[:9], attached, max_tokens=16, sampling=sampling, policy=policy, stats=stats
+        )
+        assert [item.token for item in steps] == expected
+        assert stats.layouts[f"{depths}/{depths} heads"] > 3
+    finally:
+        attached.detach()

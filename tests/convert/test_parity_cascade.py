@@ -14,17 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.loop import mtp_generate_step
-from mtp_mlx.decode.pick import Picker, SamplingConfig
-from mtp_mlx.decode.policy import ChainPolicy
-from mtp_mlx.decode.session import CacheSettings, Session
-from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.model.attach import attach
+from mtp_mlx.decode.pick import SamplingConfig
 
 from .numpy_heads import Rules
 from .parity_families import FAMILIES
-from .parity_setup import TOKENS, TOLERANCE, Parity, worst
+from .parity_setup import TOKENS, TOLERANCE, Parity, drafts_of_two_steps, same_text, worst
 
 WRONG: dict[str, Callable[[Rules], Rules]] = {
     "order of concatenation": lambda rules: replace(rules, hidden_first=not rules.hidden_first),
@@ -81,42 +75,8 @@ def test_a_wrong_convention_fails(parity: Parity, wrong: str) -> None:
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_drafts_of_a_step(parity: Parity) -> None:
     """What the decode loop drafts behind a prompt, and behind a block of drafts of which two are accepted."""
-    attached = attach(parity.model, mtp_heads=parity.heads)
-    prompt, count = TOKENS[:9], parity.family.depths
-    try:
-        session = Session(
-            attached, Picker(), None, list(prompt), attached.make_cache(), CacheSettings(), count
-        )
-        session.prefill()
-        first = session.step(Layout.chained(0, count), [])
-        assert first.drafts == parity.expected_drafts(session.tokens, count)
-        states = parity.states(session.tokens)["post-norm"]
-        head = parity.made.stored["lm_head.weight"].astype(np.float64)
-        right = [int((states[-1] @ head.T).argmax())]
-        right.append(int((parity.states([*session.tokens, *right])["post-norm"][-1] @ head.T).argmax()))
-        third = int((parity.states([*session.tokens, *right])["post-norm"][-1] @ head.T).argmax())
-        second = session.step(Layout.chained(3, count), [*right, (third + 1) % 40])
-        assert second.n_accepted == 2 and second.tokens == [*right, third]
-        assert second.drafts == parity.expected_drafts(session.tokens, count)
-    finally:
-        attached.detach()
-
-
-def same_text(parity: Parity, sampling: SamplingConfig) -> None:
-    """The text with heads is that of plain decoding."""
-    depths, stats = parity.family.depths, DecodeStats()
-    attached = attach(parity.model, mtp_heads=parity.heads)
-    try:
-        plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=16, sampling=sampling)
-        expected = [item.token for item in plain]
-        policy = ChainPolicy(depths)
-        steps = mtp_generate_step(
-            TOKENS[:9], attached, max_tokens=16, sampling=sampling, policy=policy, stats=stats
-        )
-        assert [item.token for item in steps] == expected
-        assert stats.layouts[f"{depths}/{depths} heads"] > 3
-    finally:
-        attached.detach()
+    found, expected = drafts_of_two_steps(parity)
+    assert found == expected
 
 
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
