@@ -35,9 +35,10 @@ def _block(
     *,
     args: str = "ModelArgs",
     overrides: Any = None,
+    window: int | None = None,
     **layer: Any,
 ) -> Block:
-    return Block(module, class_name, args, (layer,), overrides or {}, tuple(targets))
+    return Block(module, class_name, args, (layer,), overrides or {}, tuple(targets), window)
 
 
 def llama(s: Stored) -> Block:
@@ -137,7 +138,13 @@ def mimo_v2(s: Stored) -> Block:
         targets += [s.target("self_attn.attention_sink_bias", (heads,))]
     overrides = {"add_swa_attention_sink_bias": sink}
     return _block(
-        "mimo_v2_flash", "DecoderLayer", targets, overrides=overrides, is_moe=False, is_sliding_window=True
+        "mimo_v2_flash",
+        "DecoderLayer",
+        targets,
+        overrides=overrides,
+        window=s.number("sliding_window_size", "sliding_window"),
+        is_moe=False,
+        is_sliding_window=True,
     )
 
 
@@ -162,7 +169,8 @@ def exaone_moe(s: Stored) -> Block:
     own = s.config.get("mtp_layer_types")
     kind = own[s.index] if isinstance(own, list) and s.index < len(own) else "full_attention"
     overrides = {"layer_types": [kind, *(s.config.get("layer_types") or [])], "is_moe_layer": [sparse]}
-    return _block("exaone_moe", "DecoderLayer", targets, overrides=overrides, layer_idx=0)
+    window = s.number("sliding_window") if kind == "sliding_attention" else None
+    return _block("exaone_moe", "DecoderLayer", targets, overrides=overrides, window=window, layer_idx=0)
 
 
 def nemotron_h(s: Stored) -> Block:
@@ -251,7 +259,10 @@ def step3p5(s: Stored) -> Block:
     else:
         targets += mlp(s, s.number("intermediate_size"))
     overrides = {"moe_layers_enum": str(s.layer) if sparse else ""}
-    return _block("step3p5", "Step3p5DecoderLayer", targets, overrides=overrides, layer_idx=s.layer)
+    window = int(s.config.get("sliding_window") or 512) if sliding else None  # 512: mlx-lm's default
+    return _block(
+        "step3p5", "Step3p5DecoderLayer", targets, overrides=overrides, window=window, layer_idx=s.layer
+    )
 
 
 # config.json's model_type -> the layer of its heads.

@@ -93,6 +93,7 @@ class Block:
         module: a module of mlx_lm.models.
         layers: for each layer the arguments after the model's; one layer except for Nemotron-H.
         targets: their tensors; target names are below the block, source names whole.
+        window: rows that its attention sees at most, its own included; None for all.
     """
 
     module: str
@@ -101,6 +102,7 @@ class Block:
     layers: tuple[dict[str, Any], ...]
     overrides: dict[str, Any]
     targets: tuple[Target, ...]
+    window: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For mtp_config.json."""
@@ -110,6 +112,7 @@ class Block:
             "args_class": self.args_class,
             "overrides": self.overrides,
             "layers": list(self.layers),
+            "window": self.window,
         }
 
 

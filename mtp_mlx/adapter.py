@@ -21,7 +21,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 from mtp_mlx.model.attach import embedding_shape, new_adapter
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
-from mtp_mlx.model.seams import find_seams
+from mtp_mlx.model.seams import Seams, find_seams
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
@@ -72,9 +72,10 @@ def base_fingerprint(model: nn.Module) -> str:
     Made of the model type, the vocabulary and hidden size, and every normalisation weight rounded to
     bfloat16: quantising or casting a model leaves these alone, fine-tuning it does not.
     """
-    trunk = find_seams(model).trunk
+    seams = find_seams(model)
+    trunk = seams.trunk
     digest = hashlib.sha256()
-    digest.update(f"{getattr(model, 'model_type', '?')} {embedding_shape(_base_embedding(trunk))}".encode())
+    digest.update(f"{getattr(model, 'model_type', '?')} {embedding_shape(_base_embedding(seams))}".encode())
     for name, module in sorted(trunk.named_modules(), key=lambda item: item[0]):
         if "norm" in name.rsplit(".", 1)[-1] and "weight" in module:
             rounded = module["weight"].astype(mx.bfloat16).astype(mx.float32)
@@ -83,8 +84,8 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _base_embedding(trunk: nn.Module) -> nn.Module:
-    embed = trunk.embed_tokens
+def _base_embedding(seams: Seams) -> nn.Module:
+    embed = seams.embedding
     return getattr(embed, "base", embed)
 
 

@@ -22,8 +22,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mtp_mlx.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_base, read_config, read_tensors
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
+from mtp_mlx.model.attach import embedding_shape
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 
 METHOD = "mtp-heads"
@@ -140,10 +142,18 @@ def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
         check_base(folder, info.base_name, info.base_fingerprint, model)
     tensors = read_tensors(folder)
     draft_ids = tensors.pop(DRAFT_IDS, None)
-    trunk = model.model
-    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    seams = find_seams(model)
+    trunk = seams.trunk
+    vocab_size, size = embedding_shape(seams.embedding)
     made = [
-        MTPHead(_block(folder, block, info.model_config, trunk), size, norm_eps(trunk), info.convention)
+        MTPHead(
+            _block(folder, block, info.model_config, trunk),
+            size,
+            norm_eps(trunk),
+            info.convention,
+            vocab_size,
+            block.get("window"),
+        )
         for block in info.blocks
     ]
     heads = MTPHeads(made, info.convention, draft_ids, info.drafts)
@@ -158,11 +168,11 @@ def check_runnable(folder: Path, convention: HeadConvention) -> None:
     """Raises MTPError for a convention that the decode loop has no form for yet."""
     needs = {
         "kind": ("cascade",),
-        "first_hidden": ("post-norm",),
+        "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
         "recycled_hidden": ("normed", "raw"),
         "output_norm": ("own", "identity"),
-        "embedding": ("shared",),
-        "lm_head": ("shared",),
+        "embedding": ("shared", "own"),
+        "lm_head": ("shared", "own"),
         "rope_position": ("hidden",),
     }
     for name, runs in needs.items():
@@ -174,30 +184,32 @@ def check_runnable(folder: Path, convention: HeadConvention) -> None:
             )
 
 
-def _block(folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module) -> nn.Module:
-    """A head's decoder block as its config says.
+def _block(
+    folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module
+) -> nn.Module | list[nn.Module]:
+    """A head's decoder block as its config says: one layer, or a list of several.
 
     Raises:
-        MTPError: it has several layers, or cannot be built.
+        MTPError: it cannot be built, or more than one of its layers has attention.
     """
     if spec == LAST_LAYER:
         return block_like(trunk)
     path = Path(folder) / CONFIG_NAME
     try:
         module, layers = str(spec["module"]), spec["layers"]
-        if len(layers) != 1:
+        if [layer.get("block_type") for layer in layers].count("*") > 1:
             raise MTPError(
-                f"the heads in {folder} cannot be run yet: each has {len(layers)} layers, and only heads of one "
-                "layer have been built; use --adapter none"
+                f"the heads in {folder} cannot be run yet: each has several layers with attention, and only heads "
+                "with one have been built; use --adapter none"
             )
         if not module.startswith(BLOCK_MODULES) or not module.removeprefix(BLOCK_MODULES).isidentifier():
             raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
         found = importlib.import_module(module)
         arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
-        block = getattr(found, spec["class"])(arguments, **layers[0])
-        if not isinstance(block, nn.Module):
+        blocks = [getattr(found, spec["class"])(arguments, **layer) for layer in layers]
+        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
             raise TypeError(f"{spec['class']} is no layer")
-        return block
+        return blocks if len(blocks) > 1 else blocks[0]
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise MTPError(f"{path}: a head's block cannot be built: {error}") from error
 

@@ -96,7 +96,7 @@ def mtp_generate_step(
             session.settle(len(ids) + loop.n_yielded)
         raise
     except BaseException:  # Ctrl-C too
-        session.rewind(len(ids) + loop.n_yielded)
+        session.rewind()
         raise
     if keep:
         session.settle(len(ids) + loop.n_yielded)

@@ -1,7 +1,7 @@
 """One sequence being decoded: its tokens, its KV cache, and the forward passes that move both.
 
 Invariant between steps: the cache holds every committed token but the last, the *pending* token; its key and
-value are written by the next pass. Rejected rows and slot rows leave by one trim.
+value are written by the next pass. Rejected rows and slot rows leave by one `keep` (`mtp_mlx.decode.rollback`).
 
 mlx-lm quantises its cache after the pass with which it reached `quantized_kv_start`. Here that happens right
 before the next pass, which is the same unless rows are taken back in between: then it must not have happened.
@@ -21,11 +21,11 @@ from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
-from mtp_mlx.model.seams import check_caches
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,24 @@ class Session:
             raise MTPError("the prompt is empty: give at least one token")
         if max(prompt) >= attached.vocab_size or min(prompt) < 0:
             raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size}")
-        check_caches(cache, getattr(attached.model, "model_type", "?"))
+        self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
+        if self._caches.windowed and settings.kv_bits is not None:
+            self._caches.hand_back()
+            raise MTPError(
+                "this model's layers with a sliding window cannot have a quantised cache, in mlx-lm either: "
+                "leave kv_bits out"
+            )
         self.attached, self.picker, self.drafter = attached, picker, drafter
         self.cache, self._settings = cache, settings
         self.start = self.cached  # tokens of an earlier prefix
         self.chain = HeadChain(attached, picker, chain, self.start) if chain else None
         self._has_run = False
-        self._before_pass = self.start  # tokens in the cache before the newest pass
         self.tokens = list(prompt)  # committed since then, the pending one last
 
     @property
     def cached(self) -> int:
         """Tokens in the cache."""
-        return int(self.cache[0].offset)
+        return self._caches.length
 
     def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Runs all of the prompt but its last token, in chunks."""
@@ -106,9 +111,9 @@ class Session:
         done = 0
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
-            hidden = self._forward(Block.real(mx.array([chunk])))
+            self._forward(Block.real(mx.array([chunk])))
             if self.chain is not None:
-                self.chain.observe(hidden, self.tokens)
+                self.chain.observe(self.attached.head_input, self.tokens)
             self._evaluate_cache()
             done += len(chunk)
             if progress is not None:
@@ -124,8 +129,11 @@ class Session:
         if self._has_run:  # mlx-lm never quantises before the first pass
             self._quantize()
         self._has_run = True
-        self._before_pass = self.cached
-        return self.attached.forward(block, self.cache)
+        n_rows = block.ids.shape[1]
+        self._caches.mark(n_rows)
+        hidden = self.attached.forward(block, self.cache)
+        self._caches.check_pass(n_rows)
+        return hidden
 
     def _evaluate_cache(self) -> None:
         """A lazy array belongs to the thread that made it; the cache may go on to another."""
@@ -147,7 +155,7 @@ class Session:
         if settings.kv_bits is None:
             return None
         if self.cached >= settings.quantized_kv_start:
-            quantised_by_then = self._has_run or not hasattr(self.cache[0], "to_quantized")
+            quantised_by_then = self._has_run or not any(hasattr(c, "to_quantized") for c in self.cache)
             return None if quantised_by_then else 0
         return settings.quantized_kv_start - self.cached - 1
 
@@ -166,7 +174,7 @@ class Session:
         position = self.cached + 1
         hidden = self._forward(Block.real(pending[None]))
         if self.chain is not None:
-            self.chain.observe(hidden, self.tokens)
+            self.chain.observe(self.attached.head_input, self.tokens)
         logits = self.attached.head(hidden)[0]  # [1, V]
         history = None
         if self.picker.history_size:
@@ -216,12 +224,12 @@ class Session:
         n_accepted, *values = cast("list[int]", integers.tolist())
         count = layout.chain or layout.slots[n_accepted]
         tokens = values[: n_accepted + 1]
-        self.trim(shape.rows - 1 - n_accepted)
+        self._caches.keep(1 + n_accepted)
         self.tokens += tokens
         if self.chain is not None and layout.chain:
             self.chain.commit(n_accepted)
         elif self.chain is not None:
-            self.chain.observe(hidden[None, : n_accepted + 1], self.tokens)
+            self.chain.observe(self.attached.head_input[:, : n_accepted + 1], self.tokens)
         return StepResult(
             tokens=tokens,
             n_accepted=n_accepted,
@@ -254,7 +262,7 @@ class Session:
         if layout.chain:
             if self.chain is None:
                 raise MTPError("this layout drafts with MTP heads, which the policy has not announced")
-            real = hidden[None, : layout.real_rows]
+            real = self.attached.head_input[:, : layout.real_rows]
             return self.chain.propose(real, picks, accepted, position, history, self.tokens, layout.chain)
         if layout.slot_rows:
             if self.drafter is None:
@@ -285,9 +293,8 @@ class Session:
         return picks, leading_run(picks, tokens[1:])
 
     def trim(self, rows: int) -> None:
-        """Takes the newest rows back from every layer's cache."""
-        for layer in self.cache:
-            layer.trim(rows)
+        """Takes the newest rows back from every layer's cache; at most those of the newest pass."""
+        self._caches.keep(self.cached - self._caches.marked - rows)
 
     def settle(self, n_committed: int) -> None:
         """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`."""
@@ -301,17 +308,17 @@ class Session:
                 self._quantize()
             self._evaluate_cache()
         except BaseException:
-            self.rewind(n_committed)
+            self.rewind()
             raise
+        self._caches.hand_back()
 
-    def rewind(self, n_committed: int) -> None:
+    def rewind(self) -> None:
         """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.
 
-        The cache then holds what it held before that pass, and at most `n_committed` of `self.tokens`.
+        The cache then holds what it held before that pass.
         """
-        kept = min(self.start + n_committed, self._before_pass)
-        for layer in self.cache:
-            layer.trim(max(int(layer.offset) - kept, 0))
+        self._caches.keep(0)
+        self._caches.hand_back()
 
     def _histories(self, drafts: list[int]) -> mx.array | None:
         """[1 + d, C] tokens before each real row's pick, or None without penalties."""

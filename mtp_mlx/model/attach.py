@@ -20,15 +20,25 @@ from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model import block_attention
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.block_linear import BlockLinear, is_quantised
-from mtp_mlx.model.cache import BlockCache
+from mtp_mlx.model.cache import block_view
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.head import HeadView
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
-from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.positions import PositionedRoPE
 from mtp_mlx.model.rows import RowContext
-from mtp_mlx.model.seams import Seams, check_caches, find_seams, replace_module
+from mtp_mlx.model.seams import (
+    Seams,
+    check_caches,
+    check_slot_seams,
+    find_seams,
+    is_recurrent,
+    module_at,
+    replace_module,
+)
 from mtp_mlx.model.slots import SlotAwareEmbedding
+from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
+from mtp_mlx.model.tap import Tap, tapped_module
 
 
 class AttachedModel:
@@ -40,6 +50,7 @@ class AttachedModel:
         model: the mlx-lm model.
         adapter: the adapter attached, or None (then blocks have no slots).
         mtp_heads: heads that draft behind the trunk, or None. They run beside the model, which stays as it is.
+        head_input: [B, R, D] of the newest pass, the state that the heads take (`HeadConvention.first_hidden`).
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
         info: what the folder of the adapter or the heads says about it (`mtp_mlx.adapter.AdapterInfo`,
@@ -57,10 +68,11 @@ class AttachedModel:
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
-        mtp_heads: MTPHeads | None = None,
+        mtp_heads: DraftHeads | None = None,
     ) -> None:
         self.model = model
         self.adapter, self.mtp_heads = adapter, mtp_heads
+        self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
         self.name = str(getattr(model, "model_type", "model"))
@@ -69,13 +81,17 @@ class AttachedModel:
         self.exact = exact
         self._rows = RowContext(kernels=self.kernels, exact=exact)
         self._hook: Callable[[], Any] | None = None
-        self._embed = seams.trunk.embed_tokens
+        self._embed = seams.embedding
+        self._recurrent = is_recurrent(make_prompt_cache(model))
         self.vocab_size, self.hidden_size = embedding_shape(self._embed)
         self.head = HeadView(model, self._embed, kernels=self.kernels, exact=exact)
         self._draft_head: HeadView | None = None
         self._wrap()
 
     def _wrap(self) -> None:
+        first = "post-norm" if self.mtp_heads is None else self.mtp_heads.convention.first_hidden
+        listened = tapped_module(self._seams.trunk, first)
+        self._tap = None if listened is None else Tap(listened)
         if self.kernels is not None or self.exact:
             names = block_attention.install(self._seams.trunk)
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
@@ -86,6 +102,16 @@ class AttachedModel:
                 replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         if self.adapter is not None:
             self._wrap_slots(self.adapter)
+        if self._recurrent:
+            self._record_mixers()
+
+    def _record_mixers(self) -> None:
+        for path, mixer in self._seams.mixers.items():
+            tape = record(mixer, self._rows)
+            for inner in self._seams.linears:
+                if inner.startswith(f"{path}."):
+                    linear = module_at(self._seams.trunk, inner)
+                    replace_module(self._seams.trunk, inner, TapedLinear(linear, tape))
 
     def _for_blocks(self, linear: nn.Module) -> nn.Module:
         """The layer, wrapped if some of its rows may be computed in another way than by its own call."""
@@ -97,19 +123,23 @@ class AttachedModel:
         for path, low_rank in adapter.low_rank.items():
             base = self._for_blocks(self._seams.linears[path])
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
-        self._seams.trunk.embed_tokens = SlotAwareEmbedding(
+        self._seams.trunk[self._seams.embedding_name] = SlotAwareEmbedding(
             self._embed, adapter.slot_embeddings, self.vocab_size
         )
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
+        if self._tap is not None:
+            self._tap.remove()
         if self._hook is not None:
             self._hook()
+        for mixer in self._seams.mixers.values():
+            stop_recording(mixer)
         for path, linear in self._seams.linears.items():
             replace_module(trunk, path, linear)
         for path, rope in self._seams.ropes.items():
             replace_module(trunk, path, rope)
-        trunk.embed_tokens = self._embed
+        trunk[self._seams.embedding_name] = self._embed
 
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
@@ -147,8 +177,10 @@ class AttachedModel:
     def forward(self, block: Block, cache: list[Any]) -> mx.array:
         """Hidden states after the final norm, [B, R, D]. Appends R rows to every layer's cache."""
         with self._rows.running(block):
-            view = [BlockCache(layer_cache, self._rows) for layer_cache in cache]
-            return self._seams.trunk(block.ids, cache=view)
+            view = [block_view(layer_cache, self._rows) for layer_cache in cache]
+            hidden = self._seams.trunk(block.ids, cache=view)
+        self.head_input = hidden if self._tap is None else self._tap.take()
+        return hidden
 
     def embed(self, ids: mx.array) -> mx.array:
         """The base model's own embedding, [...] -> [..., D]; no slots."""
@@ -197,6 +229,7 @@ def new_adapter(
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
     seams = find_seams(model)
+    check_slot_seams(seams, str(getattr(model, "model_type", "?")))
     linears = seams.linears if config.rank else {}
     if config.target_modules:
         known = {path.rsplit(".", 1)[-1] for path in linears}
@@ -207,8 +240,8 @@ def new_adapter(
             )
         linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in config.target_modules}
     sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
-    vocab_size, hidden_size = embedding_shape(seams.trunk.embed_tokens)
-    sample = seams.trunk.embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
+    vocab_size, hidden_size = embedding_shape(seams.embedding)
+    sample = seams.embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
     initial = mx.mean(sample.astype(mx.float32), axis=0)  # [D]
     return MaskAdapter(config, sizes, hidden_size, draft_ids, initial)
 
@@ -218,7 +251,7 @@ def attach(
     adapter: MaskAdapter | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
-    mtp_heads: MTPHeads | None = None,
+    mtp_heads: DraftHeads | None = None,
 ) -> AttachedModel:
     """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
 
@@ -233,16 +266,41 @@ def attach(
     if adapter is not None and mtp_heads is not None:
         raise MTPError("a mask-token adapter and MTP heads cannot draft for one model at once: choose one")
     seams = find_seams(model)
-    wrapped = (PositionedRoPE, BlockLinear)
+    wrapped = (PositionedRoPE, BlockLinear, RecordedMixer)
     if any(isinstance(module, wrapped) for _, module in seams.trunk.named_modules()):
         raise MTPError("this model is already attached; detach it first")
     if adapter is not None:
+        _check_slots(model, seams)
         missing = sorted(adapter.low_rank.keys() - seams.linears.keys())
         if missing:
             raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
     if exact:
         _check_exact(seams)
-    return AttachedModel(model, adapter, seams, kernels, exact, mtp_heads)
+    attached = AttachedModel(model, adapter, seams, kernels, exact, mtp_heads)
+    _check_head(attached)
+    return attached
+
+
+def _check_head(attached: AttachedModel) -> None:
+    """Raises MTPError for a model whose head cannot be run without its trunk."""
+    try:
+        attached.head(mx.zeros((1, 1, attached.hidden_size)))  # lazily: nothing is computed
+    except (AttributeError, TypeError, ValueError) as error:
+        attached.detach()
+        raise MTPError(
+            f"model type '{attached.name}' has no seam 'head': its logits cannot be had from hidden states ({error})"
+        ) from error
+
+
+def _check_slots(model: nn.Module, seams: Seams) -> None:
+    """Raises MTPError for a model that slot rows would change or could not stand in."""
+    name = str(getattr(model, "model_type", "?"))
+    check_slot_seams(seams, name)
+    if is_recurrent(make_prompt_cache(model)):
+        raise MTPError(
+            f"model type '{name}' keeps recurrent state, which the rows of mask tokens would change: use MTP heads "
+            "or prompt lookup with it, not a mask-token adapter"
+        )
 
 
 def _check_exact(seams: Seams) -> None:

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.rows import RowContext
+from mtp_mlx.model.window_cache import WindowCache
 
 NAME = "scaled_dot_product_attention"
 _users: Counter[str] = Counter()  # attached models per module name
@@ -70,19 +71,21 @@ def _rows_alone(
     no mask, as in plain decoding, unless a sliding window hides some of them.
     """
     n_rows, n_exact = queries.shape[2], cache.rows.n_exact
-    cached = int(cache.offset) - n_rows
+    window = cache.inner.window if isinstance(cache.inner, WindowCache) else None
+    cached = (int(cache.offset) if window is None else keys.shape[2]) - n_rows
     outputs = []
     hides = cache.rows.windowed and isinstance(mask, mx.array)
     for row in range(n_exact):
-        seen = cached + row + 1
+        last = cached + row + 1
+        seen = slice(0 if window is None else max(0, last - window), last)
         outputs.append(
             base.scaled_dot_product_attention(
                 queries[:, :, row : row + 1],
-                tree_map(lambda array: array[..., :seen, :], keys),  # noqa: B023, called at once
-                tree_map(lambda array: array[..., :seen, :], values),  # noqa: B023
+                tree_map(lambda array: array[..., seen, :], keys),  # noqa: B023, called at once
+                tree_map(lambda array: array[..., seen, :], values),  # noqa: B023
                 cache=cache,
                 scale=scale,
-                mask=mask[..., row : row + 1, :seen] if hides else None,
+                mask=mask[..., row : row + 1, seen] if hides else None,
                 sinks=sinks,
             )
         )

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.rows import RowContext
+from mtp_mlx.model.window_cache import WindowCache
 
 
 class BlockCache:
@@ -29,19 +31,35 @@ class BlockCache:
         return getattr(self.inner, name)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """Mask of N query rows over (cached prefix + N rows): [N, offset + N] bool, or mlx-lm's own value."""
+        """Mask of N query rows over (cached rows + N rows): [N, cached + N] bool, or mlx-lm's own value."""
         self.rows.windowed |= window_size is not None
+        window = self.inner if isinstance(self.inner, WindowCache) else None
         visibility = self.rows.visibility
+        if visibility is None and window is not None:
+            most = window.window if self.rows.is_step else None
+            return window.make_mask(N, return_array, window_size, most)
         if visibility is None:
             return self.inner.make_mask(N, return_array=return_array, window_size=window_size)
-        cached = int(self.inner.offset)
+        offset = int(self.inner.offset)
+        cached = offset
+        if window is not None:
+            cached, window_size = window.history, min(window_size or window.window, window.window)
         mask = mx.concatenate([mx.ones((N, cached), dtype=mx.bool_), visibility], axis=1)
         if window_size is None:
             return mask
         positions = self.rows.positions
         assert positions is not None, "explicit visibility comes with explicit positions"
-        key_positions = mx.concatenate([mx.arange(cached, dtype=positions.dtype), positions])
+        key_positions = mx.concatenate([mx.arange(offset - cached, offset, dtype=positions.dtype), positions])
         return mask & (positions[:, None] < key_positions[None] + window_size)
+
+
+def block_view(cache: Any, rows: RowContext) -> Any:
+    """What a pass is given for one layer's cache: recurrent state has no visibility and goes in as it is."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(block_view(part, rows) for part in cache.caches))
+    if isinstance(cache, ArraysCache):
+        return cache
+    return BlockCache(cache, rows)
 
 
 class PrefixCache:

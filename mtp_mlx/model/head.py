@@ -16,13 +16,14 @@ import mlx.nn as nn
 
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model.block_linear import BlockHead, is_quantised
+from mtp_mlx.model.seams import text_model, trunk_name
 
 
 class _PassThroughTrunk:
     """Stands where the trunk stands: returns what it is given, and knows the (tied) embedding."""
 
     def __init__(self, embed_tokens: Any) -> None:
-        self.embed_tokens = embed_tokens
+        self.embed_tokens = self.embeddings = embed_tokens
 
     def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
         return hidden
@@ -67,7 +68,7 @@ class HeadView:
     """Logits of hidden states [..., R, D] -> [..., R, V] (or N columns with a draft vocabulary).
 
     Args:
-        model: an mlx-lm model, `model.model` its trunk.
+        model: an mlx-lm model.
         embed_tokens: the trunk's untouched embedding layer.
         ids: [N] int32 draft vocabulary, or None for the whole one.
         kernels: what may run in place of stock MLX, or None.
@@ -82,19 +83,21 @@ class HeadView:
         kernels: Dispatcher | None = None,
         exact: bool = False,
     ) -> None:
+        model = text_model(model)
         view = copy.copy(model)
-        layer = model.lm_head if "lm_head" in view else embed_tokens
+        layer = model.lm_head if view.get("lm_head") is not None else embed_tokens
         self._layer: nn.Module = layer if ids is None else select_rows(layer, ids)
         head = self._layer
         if exact or (kernels is not None and is_quantised(head)):
             head = BlockHead(head, kernels, exact)
         tied: Any = embed_tokens
-        if "lm_head" in view:
+        if view.get("lm_head") is not None:
             view["lm_head"] = head
         else:
             tied = head if hasattr(head, "as_linear") else _RowsOfEmbedding(head)
-        view.pop("model")
-        object.__setattr__(view, "model", _PassThroughTrunk(tied))
+        name = trunk_name(model) or "model"
+        view.pop(name)
+        object.__setattr__(view, name, _PassThroughTrunk(tied))
         self._view = view
 
     def __call__(self, hidden: mx.array) -> mx.array:

@@ -16,35 +16,76 @@ Legend: B batch, T tokens, D hidden size, K heads.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlx_lm.models.base import create_attention_mask
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.seams import find_seams
 
 
 class MTPHead(nn.Module):
     """One head.
 
     Args:
-        block: a decoder layer, called as mlx-lm calls its own.
+        block: a decoder layer, called as mlx-lm calls its own; or several, at most one of which has attention
+            (Nemotron-H).
         hidden_size: D.
         eps: of the norms.
         convention: how it is run.
+        vocab_size: V, rows of the head's own embedding or LM head where the convention says that it has one.
+        window: rows that the block sees at most, its own included; None for all.
+
+    Raises:
+        ValueError: an embedding or LM head of its own without `vocab_size`.
     """
 
-    def __init__(self, block: nn.Module, hidden_size: int, eps: float, convention: HeadConvention) -> None:
+    def __init__(
+        self,
+        block: nn.Module | list[nn.Module],
+        hidden_size: int,
+        eps: float,
+        convention: HeadConvention,
+        vocab_size: int = 0,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
+        if "own" in (convention.embedding, convention.lm_head) and not vocab_size:
+            raise ValueError("a head with an embedding or LM head of its own needs the vocabulary's size")
         self.fuse = nn.Linear(2 * hidden_size, hidden_size, bias=False)  # [D, 2D]: embedding, then hidden
         self.norm_embedding = nn.RMSNorm(hidden_size, eps)
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
         self.block = block
         if convention.output_norm == "own":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
+        if convention.embedding == "own":
+            self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        if convention.lm_head == "own":
+            self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.window = window
         self._recycled = convention.recycled_hidden
+
+    def embed(self, ids: mx.array, shared: Callable[[mx.array], mx.array]) -> mx.array:
+        """[..., D] embeddings of ids [...], by the head's own table or else by `shared`."""
+        return self.embed_tokens(ids) if "embed_tokens" in self else shared(ids)
+
+    def mask(self, hidden: mx.array, cache: Any = None) -> mx.array | None:
+        """[T, c + T] bool, whom the block's T new rows see behind c cached ones; None where they see all.
+
+        Args:
+            hidden: [B, T, D] the rows.
+            cache: the head's own KV cache, or None.
+        """
+        return cast(
+            "mx.array | None",
+            create_attention_mask(hidden, cache, window_size=self.window, return_array=True),
+        )
 
     def __call__(
         self, embedding: mx.array, hidden: mx.array, mask: Any, cache: Any = None
@@ -58,51 +99,25 @@ class MTPHead(nn.Module):
             cache: the head's own KV cache, or None.
         """
         x = mx.concatenate([self.norm_embedding(embedding), self.norm_hidden(hidden)], axis=-1)  # [B, T, 2D]
-        y = self.block(self.fuse(x), mask, cache)
+        y = self._through_block(self.fuse(x), mask, cache)
         z = self.norm_out(y) if "norm_out" in self else y
         return z, z if self._recycled == "normed" else y
 
+    def _through_block(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """[B, T, D] -> [B, T, D]; of several layers, those without attention ignore mask and cache."""
+        for layer in self.block if isinstance(self.block, list) else [self.block]:
+            x = layer(x, mask, cache)
+        return x
 
-class MTPHeads(nn.Module):
-    """A cascade of heads.
 
-    Args:
-        heads: K heads, in order.
-        convention: how they are run.
-        draft_ids: [N] int32 ids that may be drafted, or None for all.
-        drafts: tokens drafted in each step, by default one per head; see `at_depth`.
-    """
+class MTPHeads(DraftHeads):
+    """A cascade of heads. Where more drafts are asked for than there are heads, they are applied again in turn."""
 
-    def __init__(
-        self,
-        heads: list[MTPHead],
-        convention: HeadConvention,
-        draft_ids: mx.array | None = None,
-        drafts: int = 0,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self._convention, self._draft_ids = convention, draft_ids
-        self._drafts = drafts or len(heads)
-
-    @property
-    def drafts(self) -> int:
-        """Tokens drafted in each step."""
-        return self._drafts
+    heads: list[MTPHead]
 
     def at_depth(self, depth: int) -> MTPHead:
         """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
         return self.heads[(depth - 1) % len(self.heads)]
-
-    @property
-    def convention(self) -> HeadConvention:
-        """How the heads are run."""
-        return self._convention
-
-    @property
-    def draft_ids(self) -> mx.array | None:
-        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
-        return self._draft_ids
 
     def cascade(
         self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
@@ -110,7 +125,7 @@ class MTPHeads(nn.Module):
         """All heads over known text.
 
         Args:
-            embeddings: [B, T, D] of the tokens.
+            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` where heads have an embedding of their own.
             hidden: [B, T, D] of the trunk, after its final norm.
             most_depths: how many depths, by default one per head; see `at_depth` for more.
 
@@ -125,8 +140,7 @@ class MTPHeads(nn.Module):
             if rows < 1:
                 break
             shifted = self.first_masked(embeddings[:, depth:], 0)
-            mask = mx.tril(mx.ones((rows, rows), dtype=mx.bool_))  # an array: not every model takes "causal"
-            z, hidden = head(shifted, hidden[:, :rows], mask)
+            z, hidden = head(shifted, hidden[:, :rows], head.mask(shifted))
             found.append(z)
         return found
 
@@ -171,7 +185,8 @@ def _dense(module: Any) -> Any:
 
 def norm_eps(trunk: nn.Module) -> float:
     """The epsilon of the trunk's last norm, which the norms of heads share."""
-    return float(getattr(getattr(trunk, "norm", None), "eps", 1e-5))
+    norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
+    return float(getattr(norm, "eps", 1e-5))
 
 
 def new_heads(
@@ -184,9 +199,10 @@ def new_heads(
     """
     if count < 1:
         raise MTPError(f"at least one head is needed, got {count}")
-    trunk = model.model
+    seams = find_seams(model)
+    trunk = seams.trunk
     eps = norm_eps(trunk)
-    size = trunk.embed_tokens(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    size = seams.embedding(mx.zeros((1,), dtype=mx.int32)).shape[-1]
     heads = []
     for _ in range(count):
         head = MTPHead(block_like(trunk), size, eps, convention)

@@ -27,6 +27,7 @@ class RowContext:
         positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
         visibility: [R, R] bool, or None for causal.
         windowed: some layer of this pass sees a sliding window only.
+        is_step: this pass is a decoding step, of whose real rows some may be taken back.
         n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
         step_kernels: what may run in place of stock MLX in this pass: `kernels` in a decoding step, else None, so
             that prompts are read as mlx-lm reads them.
@@ -39,6 +40,7 @@ class RowContext:
     positions: mx.array | None = None
     visibility: mx.array | None = None
     windowed: bool = False
+    is_step: bool = False
     n_exact: int = 0
     step_kernels: Dispatcher | None = None
     kernels: Dispatcher | None = None
@@ -69,10 +71,12 @@ class RowContext:
     def running(self, block: Block) -> Iterator[None]:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
+        self.is_step = block.is_step
         self.n_exact = block.n_real if self.exact and block.is_step else 0
         self.step_kernels = self.kernels if block.is_step else None
         try:
             yield
         finally:
             self.n_real = self.positions = self.visibility = None
+            self.is_step = False
             self.windowed, self.n_exact, self.step_kernels, self._words = False, 0, None, None

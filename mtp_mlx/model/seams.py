@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.state_cache import find_mixers
 
 # Routers of mixture-of-experts layers decide, they do not transform: a low-rank update there would
 # send slot rows to experts the base never chose. Experts themselves are no plain linear layers.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+# What mlx-lm's model files call the trunk and its embedding.
+TRUNK_NAMES = ("model", "backbone")
+EMBEDDING_NAMES = ("embed_tokens", "embeddings")
 
 
 @dataclass
@@ -19,42 +27,90 @@ class Seams:
 
     Attributes:
         trunk: the module that maps ids to hidden states (`model.model`).
+        embedding_name: what the trunk calls its embedding.
         linears: {path below the trunk: layer} of every linear layer of the decoder layers.
         ropes: {path below the trunk: module} of every rotary embedding.
+        mixers: {path below the trunk: module} of the modules that are given a layer's cache.
     """
 
     trunk: nn.Module
+    embedding_name: str = "embed_tokens"
     linears: dict[str, nn.Module] = field(default_factory=dict)
     ropes: dict[str, nn.Module] = field(default_factory=dict)
+    mixers: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The trunk's embedding, or what stands in its place."""
+        return self.trunk[self.embedding_name]
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The part of a model that has a trunk and a head: itself, or the language model of several modalities."""
+    if trunk_name(model) is None and isinstance(model.get("language_model"), nn.Module):
+        return model["language_model"]
+    return model
+
+
+def trunk_name(model: nn.Module) -> str | None:
+    """What a text model calls its trunk, or None."""
+    return next((name for name in TRUNK_NAMES if _is_trunk(model.get(name))), None)
+
+
+def _is_trunk(module: Any) -> bool:
+    return isinstance(module, nn.Module) and isinstance(module.get("layers"), list)
 
 
 def find_seams(model: nn.Module) -> Seams:
     """Finds the seams.
 
     Raises:
-        MTPError: a seam is missing; the message names it.
+        MTPError: a seam is missing that every use needs; the message names it.
     """
     name = getattr(model, "model_type", type(model).__name__)
-    trunk = getattr(model, "model", None)
-    if trunk is None or not hasattr(trunk, "layers"):
+    text = text_model(model)
+    called = trunk_name(text)
+    if called is None:
         raise MTPError(
             f"model type '{name}' has no seam 'trunk' (model.model with .layers): it cannot be wrapped"
         )
-    if not hasattr(trunk, "embed_tokens"):
+    trunk = text[called]
+    embedding = next((known for known in EMBEDDING_NAMES if known in trunk), None)
+    if embedding is None:
         raise MTPError(
             f"model type '{name}' has no seam 'embed_tokens' in its trunk: slots cannot be embedded"
         )
-    seams = Seams(trunk=trunk)
+    seams = Seams(trunk=trunk, embedding_name=embedding)
     for index, layer in enumerate(trunk.layers):
         for path, module in layer.named_modules():
             _classify(seams, f"layers.{index}.{path}", module)
+        for path, module in find_mixers(layer).items():
+            seams.mixers[f"layers.{index}.{path}".rstrip(".")] = module
+    return seams
+
+
+def check_slot_seams(seams: Seams, name: str) -> None:
+    """Raises MTPError for a model whose layers lack what slot rows need."""
     if not seams.ropes:
         raise MTPError(f"model type '{name}' has no seam 'rope' in its layers: slot rows cannot be placed")
     if not seams.linears:
         raise MTPError(
             f"model type '{name}' has no seam 'linear' in its layers: gated LoRA has nothing to wrap"
         )
-    return seams
+
+
+def is_recurrent(caches: list) -> bool:
+    """Whether some layer keeps recurrent state."""
+    return any(isinstance(leaf, ArraysCache) for _, leaf in cache_leaves(caches))
+
+
+def cache_leaves(caches: list) -> list[tuple[int, Any]]:
+    """(layer, cache) of every cache; a layer may have a list of them."""
+    return [
+        (index, leaf)
+        for index, cache in enumerate(caches)
+        for leaf in (cache.caches if isinstance(cache, CacheList) else (cache,))
+    ]
 
 
 def _classify(seams: Seams, path: str, module: nn.Module) -> None:
@@ -72,18 +128,37 @@ def _classify(seams: Seams, path: str, module: nn.Module) -> None:
 
 
 def check_caches(caches: list, model_name: str) -> None:
-    """Refuses cache types whose rows cannot be taken back.
+    """Refuses caches whose rows cannot be taken back.
 
     Raises:
-        MTPError: a layer's cache is recurrent or rotating; the message names the type.
+        MTPError: a layer's cache is of a type, or in a state, that gives no rows back; the message says which.
     """
-    for index, cache in enumerate(caches):
-        kind = type(cache).__name__
-        if kind not in ("KVCache", "QuantizedKVCache"):
+    for index, cache in cache_leaves(caches):
+        kind = type(cache)
+        where = f"model type '{model_name}' has no seam 'cache' in layer {index}: its {kind.__name__} "
+        if kind not in (KVCache, QuantizedKVCache, RotatingKVCache, ArraysCache):
             raise MTPError(
-                f"model type '{model_name}' has no seam 'cache' in layer {index}: its {kind} cannot give rejected "
-                "drafts back; only ordinary KV caches can"
+                where + "cannot give rejected drafts back; caches of keys and values, sliding windows and "
+                "recurrent state can"
             )
+        if kind is RotatingKVCache and cache.keep:
+            raise MTPError(
+                where + f"keeps the first {cache.keep} tokens while it slides (max_kv_size), and cannot give "
+                "rejected drafts back: make the cache without max_kv_size"
+            )
+        if kind is ArraysCache and (cache.lengths is not None or cache.left_padding is not None):
+            raise MTPError(
+                where + "belongs to a padded batch, of which rejected drafts cannot be taken back: "
+                "extract the one sequence"
+            )
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at dotted `path` below `root`."""
+    found: Any = root
+    for part in path.split("."):
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    return found
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -118,7 +118,7 @@ def test_rewind_forgets_the_newest_pass() -> None:
     own = session()
     before = own.cached
     own.step(Layout.quadratic(0, 3), [])
-    own.rewind(len(PROMPT) + 1)
+    own.rewind()
     assert {layer.offset for layer in own.cache} == {before}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.model.attach import AttachedModel
@@ -14,6 +15,7 @@ def pick_draft(
     refined: mx.array,
     position: mx.array,
     history: mx.array | None,
+    unembedding: nn.Module | None = None,
 ) -> tuple[mx.array, mx.array]:
     """(id int32 [1], confidence float32 [1]) of one draft, lazily.
 
@@ -23,7 +25,11 @@ def pick_draft(
         refined: [1, D] what the draft head reads.
         position: [1] int32, absolute position of the draft.
         history: [C] int32 tokens before the draft, or None without penalties.
+        unembedding: an LM head of the drafter's own, over the draft vocabulary; None for the model's.
     """
+    row = None if history is None else history[None]
+    if unembedding is not None:
+        return picker.pick_with_confidence(unembedding(refined), position, row, attached.draft_ids)
     head, kernels, token_ids = attached.draft_head, attached.kernels, attached.draft_ids
     if kernels is not None and head.matrix is not None and picker.draws_plainly(head.columns):
         found = kernels.attempt(
@@ -36,5 +42,4 @@ def pick_draft(
         )
         if found is not None:
             return found
-    row = None if history is None else history[None]
     return picker.pick_with_confidence(head(refined), position, row, token_ids)

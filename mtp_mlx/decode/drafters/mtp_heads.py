@@ -28,13 +28,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.decode.drafters.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.mtp_head import MTPHead
+from mtp_mlx.model.mtp_head import MTPHead, MTPHeads
 
 CATCH_UP_AT = 256  # rows that may wait before heads run over them
 
@@ -93,8 +92,8 @@ class HeadChain:
         self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
     ) -> None:
         heads = attached.mtp_heads
-        if heads is None:
-            raise ValueError("a chain needs MTP heads")
+        if not isinstance(heads, MTPHeads):
+            raise ValueError("a chain needs a cascade of MTP heads")
         self._attached, self._picker, self._heads = attached, picker, heads
         self.max_drafts = drafts or heads.drafts
         self._depths = [_Depth(heads.at_depth(depth)) for depth in range(1, 1 + self.max_drafts)]
@@ -141,11 +140,10 @@ class HeadChain:
             hidden: [1, R, D] of the depth before.
             tokens: [R] int32, which embedding each row takes.
         """
-        embeddings = self._attached.embed(tokens)[None]
+        embeddings = state.head.embed(tokens, self._attached.embed)[None]
         if self._first_position == 0:
             embeddings = self._heads.first_masked(embeddings, state.final)
-        mask = create_attention_mask(hidden, state.cache, return_array=True)
-        return state.head(embeddings, hidden, mask, state.cache)
+        return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
 
     def propose(
         self,
@@ -188,7 +186,12 @@ class HeadChain:
             if history is not None:
                 history = mx.concatenate([history[1:], token])
             token, confidence = pick_draft(
-                self._attached, self._picker, refined, (position + depth).reshape(1), history
+                self._attached,
+                self._picker,
+                refined,
+                (position + depth).reshape(1),
+                history,
+                self._heads.unembedding(depth),
             )
             following = mx.where(places == accepted + depth, token, following)
             new = outputs

@@ -1,0 +1,129 @@
+"""The caches of all layers, from which the newest pass can be taken back: `mark` before a pass, `keep` after.
+
+While a session runs, the list that mlx-lm's prompt cache is holds `WindowCache` for sliding windows and `StateCache`
+for recurrent state; `hand_back` puts mlx-lm's own objects back, with what they would hold. Ordinary caches stay as
+they are, and what is not kept of them leaves by their own `trim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import check_caches
+from mtp_mlx.model.state_cache import StateCache
+from mtp_mlx.model.window_cache import WindowCache
+
+
+class LayerCaches:
+    """Every layer's cache.
+
+    Args:
+        layers: mlx-lm's prompt cache, changed in place.
+        model_name: for messages.
+
+    Attributes:
+        layers: the same list.
+        marked: rows cached before the newest pass.
+
+    Raises:
+        MTPError: a cache cannot take rows back, or does not say how many it holds.
+    """
+
+    def __init__(self, layers: list[Any], model_name: str) -> None:
+        check_caches(layers, model_name)
+        self.layers, self._name = layers, model_name
+        theirs = list(layers)
+        layers[:] = [_taken_over(layer) for layer in theirs]
+        self._theirs = [(index, layer) for index, layer in enumerate(theirs) if layers[index] is not layer]
+        self._states = [leaf for leaf in self._leaves() if isinstance(leaf, StateCache)]
+        self._rows = 0  # cached, where no cache counts them
+        if all(isinstance(leaf, StateCache) for leaf in self._leaves()) and not all(
+            state.empty() for state in self._states
+        ):
+            raise MTPError(
+                "this prompt cache holds recurrent state only, which does not say how many tokens it has read: "
+                "give the whole text as the prompt"
+            )
+        self._mark: tuple[int, list[list[Any]]] = (self.length, [])
+
+    def _leaves(self) -> Iterator[Any]:
+        for layer in self.layers:
+            yield from layer.caches if isinstance(layer, CacheList) else (layer,)
+
+    @property
+    def length(self) -> int:
+        """Rows cached."""
+        counting = (leaf for leaf in self._leaves() if not isinstance(leaf, StateCache))
+        leaf = next(counting, None)
+        return self._rows if leaf is None else int(leaf.offset)
+
+    @property
+    def marked(self) -> int:
+        """Rows cached before the newest pass."""
+        return self._mark[0]
+
+    @property
+    def windowed(self) -> bool:
+        """Some layer sees a sliding window only."""
+        return any(isinstance(leaf, WindowCache) for leaf in self._leaves())
+
+    def mark(self, n_rows: int) -> None:
+        """Before a pass over `n_rows` rows."""
+        length = self.length
+        self._mark = (
+            length,
+            [list(state.cache) for state in self._states],
+        )  # at once: Ctrl-C may come any time
+        for state in self._states:
+            state.forget()
+        self._rows = length + n_rows
+
+    def check_pass(self, n_rows: int) -> None:
+        """After a pass's graph is built.
+
+        Raises:
+            MTPError: some recurrent state was moved by a module whose steps are not recorded.
+        """
+        for index, state in enumerate(self._states):
+            if state.rows != n_rows:
+                raise MTPError(
+                    f"model type '{self._name}' has no seam 'cache' in recurrent layer {index}: its state is moved "
+                    "outside of the layers' modules, and cannot give rejected drafts back"
+                )
+
+    def keep(self, n_rows: int) -> None:
+        """Keeps the first `n_rows` of the newest pass; the others were never there."""
+        for leaf in self._leaves():
+            if not isinstance(leaf, StateCache):
+                surplus = int(leaf.offset) - self.marked - n_rows
+                if surplus > 0:
+                    leaf.trim(surplus)
+        for state, before in zip(self._states, self._mark[1], strict=False):
+            state.keep(n_rows, before)
+        self._rows = self.marked + n_rows
+
+    def hand_back(self) -> None:
+        """Makes the list mlx-lm's own again."""
+        for index, layer in self._theirs:
+            for leaf in self.layers[index].caches if isinstance(layer, CacheList) else (self.layers[index],):
+                if isinstance(leaf, WindowCache):
+                    leaf.hand_back()
+            self.layers[index] = layer
+        self._theirs = []
+
+
+def _taken_over(cache: Any) -> Any:
+    """The cache of ours that takes the place of mlx-lm's, or the same object where none does."""
+    if isinstance(cache, RotatingKVCache):
+        return WindowCache(cache)
+    if isinstance(cache, ArraysCache):
+        return StateCache(cache)
+    if isinstance(cache, CacheList):
+        parts = [_taken_over(part) for part in cache.caches]
+        changed = any(new is not old for new, old in zip(parts, cache.caches, strict=True))
+        return CacheList(*parts) if changed else cache
+    return cache

@@ -1,0 +1,143 @@
+"""A sliding-window KV cache whose newest rows can leave again.
+
+mlx-lm's `RotatingKVCache` overwrites its oldest row with the newest: past the window nothing comes back. Here rows
+stay in the order of the text in a buffer with room behind the window, so that a rejected row leaves as from an
+ordinary cache. Attention gets the same rows that it gets from mlx-lm's: of N query rows, the window - 1 rows before
+them and the N themselves. The only difference is their order for one row past the window (the text's instead of
+the ring's), which attention does not depend on but for the rounding of its sums.
+
+`WindowCache` takes the place of an mlx-lm cache while a session runs; `hand_back` gives the mlx-lm cache its state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import RotatingKVCache
+
+ROOM = 256  # rows behind the window before the rows still needed move to the front of a new buffer
+
+
+class WindowCache:
+    """Keys and values of the last rows of the text, oldest first.
+
+    Invariant: of the `offset` rows seen, at least the last min(offset, window - 1) are stored; a pass can be taken
+    back whole.
+
+    Args:
+        inner: mlx-lm's cache, whose rows are taken over. `keep` must be 0.
+
+    Attributes:
+        offset: rows seen, as in mlx-lm's caches.
+        window: W, rows that a row sees, itself included.
+        keys, values: [B, H_kv, C, D] buffers, or None before the first row.
+    """
+
+    def __init__(self, inner: RotatingKVCache) -> None:
+        self.inner = inner
+        self.offset, self.window = int(inner.offset), int(inner.max_size)
+        self.keys: Any = None
+        self.values: Any = None
+        self._end = 0  # rows of the buffers in use; the last of them stands at position offset - 1
+        if inner.keys is not None:
+            index = int(inner.state[-1])
+            self.keys = _in_order_of_text(inner.keys, index, self.offset)
+            self.values = _in_order_of_text(inner.values, index, self.offset)
+            self._end = self.keys.shape[2]
+
+    @property
+    def history(self) -> int:
+        """Rows before the next pass that its rows may see."""
+        return min(self._end, self.window - 1)
+
+    @property
+    def state(self) -> tuple[Any, Any]:
+        """What there is to evaluate."""
+        return self.keys, self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Stores N rows; returns the `history` before them and the rows, [B, H_kv, history + N, D]."""
+        count, history, end = keys.shape[2], self.history, self._end
+        if self.keys is None:
+            self.keys, self.values = _with_room(keys), _with_room(values)
+        elif end + count > self.keys.shape[2]:
+            first = end - history
+            moved = (
+                _with_room(mx.concatenate([self.keys[..., first:end, :], keys], axis=2)),
+                _with_room(mx.concatenate([self.values[..., first:end, :], values], axis=2)),
+            )
+            (self.keys, self.values), end = moved, history
+        else:
+            self.keys[..., end : end + count, :] = keys
+            self.values[..., end : end + count, :] = values
+        self._end = end + count
+        self.offset += count
+        seen = slice(end - history, end + count)
+        return self.keys[..., seen, :], self.values[..., seen, :]
+
+    def trim(self, count: int) -> int:
+        """Takes the newest rows back, at most those of the newest pass.
+
+        Raises:
+            ValueError: rows would be missing that the next row must see.
+        """
+        if self._end - count < min(self.offset - count, self.window - 1):
+            raise ValueError(f"a window of {self.window} cannot give {count} rows back: older ones are gone")
+        self._end -= count
+        self.offset -= count
+        return count
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, most: int | None = None
+    ) -> Any:
+        """As mlx-lm's, for rows in the order of the text.
+
+        Args:
+            most: limit of the window, where mlx-lm lets several rows see more than one row alone would.
+        """
+        history = self.history
+        if N == 1:
+            window = min(window_size or self.window, self.window)
+            return None if history + 1 <= window else mx.arange(history + 1) >= history + 1 - window
+        window = window_size or self.window
+        window = window if most is None else min(window, most)
+        if history + N > window or return_array:
+            return create_causal_mask(N, history, window_size=window)
+        return "causal"
+
+    def hand_back(self) -> RotatingKVCache:
+        """The mlx-lm cache this one was made from, holding the same rows."""
+        if self.keys is None:
+            return self.inner
+        count = min(self._end, self.window)
+        keys, values = (buffer[..., self._end - count : self._end, :] for buffer in self.state)
+        if count < min(self.offset, self.window):  # after a take-back; that row is never seen again
+            keys, values = (mx.pad(rows, [(0, 0), (0, 0), (1, 0), (0, 0)]) for rows in (keys, values))
+            count += 1
+        mx.eval(
+            keys, values
+        )  # a lazy array belongs to the thread that made it; the cache may go on to another
+        self.inner.state = (keys, values, self.offset, 0, self.window, count)
+        return self.inner
+
+
+def _with_room(rows: mx.array) -> mx.array:
+    """[B, H, N, D] -> [B, H, N + room, D], zeros behind."""
+    room = ROOM + -rows.shape[2] % ROOM
+    return mx.pad(rows, [(0, 0), (0, 0), (0, room), (0, 0)])
+
+
+def _in_order_of_text(ring: mx.array, index: int, offset: int) -> mx.array:
+    """Rows of mlx-lm's buffer, oldest first; `index` is where its next row goes."""
+    if index == ring.shape[2]:
+        return ring
+    if index < offset:
+        return mx.concatenate([ring[..., index:, :], ring[..., :index, :]], axis=2)
+    return ring[..., :index, :]
