@@ -35,8 +35,8 @@ from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.mask_adapter import MaskAdapter
-from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.text import StopStrings
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
@@ -127,7 +127,7 @@ def load(
     folder = bundled_adapter(model) if adapter == "auto" else adapter
     info: AdapterInfo | HeadsInfo | None = None
     weights: MaskAdapter | None = None
-    heads: MTPHeads | None = None
+    heads: DraftHeads | None = None
     if folder is not None and is_heads(Path(folder)):
         heads, info = load_heads(Path(folder), base)
     elif folder is not None:
