@@ -26,6 +26,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import load_heads
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import Block
 
 from .checkpoints import write_safetensors
 from .head_configs import BASE, D, L, V
@@ -219,8 +220,6 @@ def meta(folder: Path) -> tuple[Any, Oracle]:
 def head_logits(attached: AttachedModel, tokens: list[int]) -> list[Array]:
     """[T, V] of the trunk and of every head, as mtp-mlx computes them over a whole text."""
     heads: Any = attached.mtp_heads
-    from mtp_mlx.model.block import Block
-
     hidden = attached.forward(Block.real(mx.array([tokens])), attached.make_cache())
     found = [attached.head(hidden)]
     for depth, head in enumerate(heads.heads, start=1):
