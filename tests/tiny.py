@@ -270,6 +270,8 @@ def _randomize(model: nn.Module, seed: int) -> None:
             value = gain * noise / value.shape[-1] ** 0.5
         elif path.endswith("bias"):
             value = 0.2 * noise  # not added to the initial value, which nn.Linear draws from global state
+        elif path.endswith("A_log"):
+            value = 0.5 * noise  # its initial value too is drawn from global state
         elif "q_norm" in path:
             value = 3.0 * value + 0.1 * noise
         elif "post_attention_layernorm" in path and model.model_type == "gemma2":
