@@ -138,7 +138,11 @@ WINDOWED: dict[str, dict[str, Any]] = {
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": _GATED_DELTA,
     "qwen3_5": {"text_config": {**COMMON, **_GATED_DELTA, "model_type": "qwen3_5", "rope_parameters": _ROPE}},
-    "olmo_hybrid": {**_GATED_DELTA, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "olmo_hybrid": {
+        **_GATED_DELTA,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "nemotron_h": {
         "hybrid_override_pattern": ["M", "-", "M", "*"],
         "mamba_num_heads": 4,

@@ -74,7 +74,10 @@ class LayerCaches:
     def mark(self, n_rows: int) -> None:
         """Before a pass over `n_rows` rows."""
         length = self.length
-        self._mark = (length, [list(state.cache) for state in self._states])  # at once: Ctrl-C may come any time
+        self._mark = (
+            length,
+            [list(state.cache) for state in self._states],
+        )  # at once: Ctrl-C may come any time
         for state in self._states:
             state.forget()
         self._rows = length + n_rows

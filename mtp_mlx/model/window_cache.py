@@ -121,7 +121,9 @@ class WindowCache:
         if count < min(self.offset, self.window):  # after a take-back; that row is never seen again
             keys, values = (mx.pad(rows, [(0, 0), (0, 0), (1, 0), (0, 0)]) for rows in (keys, values))
             count += 1
-        mx.eval(keys, values)  # a lazy array belongs to the thread that made it; the cache may go on to another
+        mx.eval(
+            keys, values
+        )  # a lazy array belongs to the thread that made it; the cache may go on to another
         self.inner.state = (keys, values, self.offset, 0, self.window, count)
         return self.inner
 

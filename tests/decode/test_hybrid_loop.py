@@ -1,4 +1,4 @@
-"""The text of models with sliding windows and recurrent state is that of a run that never drafted, whatever is rejected.
+"""With sliding windows and recurrent state the text is that of a run that never drafted, whatever is rejected.
 
 Greedy tokens are compared with mlx-lm's own on a model that was never attached to, sampled ones with our plain loop.
 """
@@ -50,7 +50,9 @@ def bare(architecture: str, exact: bool = False) -> AttachedModel:
 def with_heads(architecture: str, count: int) -> AttachedModel:
     """A tiny model with random heads."""
     model = tiny_model(architecture, seed=3)
-    return attach(model, mtp_heads=MTPHeads(random_heads(model, count).heads, random_heads(model, 1).convention))
+    return attach(
+        model, mtp_heads=MTPHeads(random_heads(model, count).heads, random_heads(model, 1).convention)
+    )
 
 
 class KnowingLookup(LookupDrafter):
@@ -117,7 +119,9 @@ class Case:
         }
 
     def model(self) -> AttachedModel:
-        return with_heads(self.architecture, self.heads) if self.heads else bare(self.architecture, self.exact)
+        return (
+            with_heads(self.architecture, self.heads) if self.heads else bare(self.architecture, self.exact)
+        )
 
     def expected(self) -> tuple[list[int], list[mx.array]]:
         """Tokens and log-probabilities of a run that never drafted."""
@@ -175,7 +179,9 @@ def cases(draw: Any) -> Case:
 
 def held(cache: list[Any]) -> set[type]:
     """Kinds of a prompt cache's caches."""
-    return {type(leaf) for layer in cache for leaf in (layer.caches if isinstance(layer, CacheList) else [layer])}
+    return {
+        type(leaf) for layer in cache for leaf in (layer.caches if isinstance(layer, CacheList) else [layer])
+    }
 
 
 def test_same_text() -> None:
@@ -214,7 +220,9 @@ def test_same_text() -> None:
         certificates.append(case)
 
     law()
-    print(f"{examples} examples, {accepted} drafts accepted, {rejected} rejected, {len(certificates)} near ties")
+    print(
+        f"{examples} examples, {accepted} drafts accepted, {rejected} rejected, {len(certificates)} near ties"
+    )
     assert accepted > 2 * examples and rejected > examples, "both must happen often, or nothing is tested"
     assert len(certificates) <= examples // 50, certificates
 
@@ -229,7 +237,10 @@ def test_a_run_without_roll_back_parts_from_the_text(name: str, monkeypatch: pyt
     def careless(self: LayerCaches, n_rows: int) -> None:
         windows_and_states = [leaf for leaf in self._leaves() if type(leaf) is not KVCache]
         keys = [(leaf, getattr(leaf, "cache", None) and list(leaf.cache)) for leaf in windows_and_states]
-        rows = [(getattr(leaf, "keys", None), getattr(leaf, "values", None), getattr(leaf, "_end", 0)) for leaf, _ in keys]
+        rows = [
+            (getattr(leaf, "keys", None), getattr(leaf, "values", None), getattr(leaf, "_end", 0))
+            for leaf, _ in keys
+        ]
         keep(self, n_rows)
         for (leaf, state), (_, _, end) in zip(keys, rows, strict=True):
             if state:
@@ -306,19 +317,28 @@ def test_ctrl_c_inside_a_pass(name: str, interrupted: int, monkeypatch: pytest.M
     monkeypatch.setattr(type(layer), "__call__", cut_short)
     lookup = KnowingLookup(truth, len(prompt), (False, False, True))
     with pytest.raises(KeyboardInterrupt):
-        list(mtp_generate_step(prompt, model, policy=Uneven(4), lookup=lookup, prompt_cache=cache, prefill_step_size=3))
+        list(
+            mtp_generate_step(
+                prompt, model, policy=Uneven(4), lookup=lookup, prompt_cache=cache, prefill_step_size=3
+            )
+        )
     monkeypatch.undo()
     offset = {leaf.offset for leaf in cache if hasattr(leaf, "offset")}
     assert len(offset) == 1 and held(cache) <= {KVCache, RotatingKVCache, ArraysCache}
     whole = [*prompt, *truth]
-    rest = generate_step(mx.array(whole[offset.pop() : len(prompt) + 20]), plain, prompt_cache=cache, max_tokens=9)
+    rest = generate_step(
+        mx.array(whole[offset.pop() : len(prompt) + 20]), plain, prompt_cache=cache, max_tokens=9
+    )
     assert [int(token) for token, _ in rest] == truth[20:29]
 
 
 def test_a_hybrid_cache_is_quantised_where_mlx_lm_does() -> None:
     """Layers with keys and values are, states are not; a block does not straddle the border."""
     overrides = {"hidden_size": 64, "head_dim": 32}
-    model, plain = attach(tiny_model("qwen3_next", seed=3, **overrides)), tiny_model("qwen3_next", seed=3, **overrides)
+    model, plain = (
+        attach(tiny_model("qwen3_next", seed=3, **overrides)),
+        tiny_model("qwen3_next", seed=3, **overrides),
+    )
     options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 14, "max_tokens": 25}
     prompt = [3, 5, 7, 11, 90, 2, 4]
     truth = [int(t) for t, _ in generate_step(mx.array(prompt), plain, **options)]

@@ -47,7 +47,9 @@ def started(attached: AttachedModel) -> LayerCaches:
 def states(caches: LayerCaches) -> list[np.ndarray]:
     """Every array of recurrent state."""
     leaves = [
-        leaf for layer in caches.layers for leaf in (layer.caches if isinstance(layer, CacheList) else [layer])
+        leaf
+        for layer in caches.layers
+        for leaf in (layer.caches if isinstance(layer, CacheList) else [layer])
     ]
     return [np.array(array) for leaf in leaves if isinstance(leaf, ArraysCache) for array in leaf.cache]
 
@@ -167,7 +169,9 @@ def test_mixers_are_the_innermost_modules_with_a_cache() -> None:
 def test_mask_tokens_are_refused() -> None:
     model = tiny_model("qwen3_next", seed=3)
     adapter: Any = new_adapter(model, MaskAdapterConfig(slots=2, rank=2))
-    with pytest.raises(MTPError, match="'qwen3_next' keeps recurrent state, which the rows of mask tokens would"):
+    with pytest.raises(
+        MTPError, match="'qwen3_next' keeps recurrent state, which the rows of mask tokens would"
+    ):
         attach(model, adapter)
 
 

@@ -24,7 +24,11 @@ WINDOW = 5
 def rows(first: int, count: int) -> mx.array:
     """[1, 2, count, 3] keys that say where they stand."""
     positions = mx.arange(first, first + count, dtype=mx.float32)[:, None]
-    return mx.broadcast_to(positions, (1, 2, count, 3)) + mx.array([[[[0.0, 0.25, 0.5]]], ])
+    return mx.broadcast_to(positions, (1, 2, count, 3)) + mx.array(
+        [
+            [[[0.0, 0.25, 0.5]]],
+        ]
+    )
 
 
 def positions(keys: mx.array) -> list[int]:
@@ -41,7 +45,11 @@ def feed(cache: Any, count: int) -> list[int]:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=14), st.integers(1, 7), st.integers(0, 14))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=14),
+    st.integers(1, 7),
+    st.integers(0, 14),
+)
 def test_a_pass_sees_its_window_whatever_was_taken_back(
     passes: list[tuple[int, int]], window: int, already: int
 ) -> None:
@@ -82,7 +90,9 @@ def naive_mask(offset: int, offsets: np.ndarray, sees: np.ndarray, window: int) 
 
 @pytest.mark.parametrize("offset", [0, 2, 4, 5, 17])
 @pytest.mark.parametrize("window_size", [None, WINDOW, 3])
-@pytest.mark.parametrize(("drafts", "slots"), [(0, (0,)), (3, (0,) * 4), (2, (2, 1, 3)), (6, (0,) * 7), (0, (7,))])
+@pytest.mark.parametrize(
+    ("drafts", "slots"), [(0, (0,)), (3, (0,) * 4), (2, (2, 1, 3)), (6, (0,) * 7), (0, (7,))]
+)
 def test_masks_of_blocks(offset: int, window_size: int | None, drafts: int, slots: tuple[int, ...]) -> None:
     context, shape = RowContext(), block_shape(drafts, slots)
     inner = RotatingKVCache(WINDOW)
@@ -111,7 +121,10 @@ def test_prompts_get_the_masks_of_mlx_lm() -> None:
         ours = BlockCache(WindowCache(copy.deepcopy(theirs)), RowContext())
         for count in (2, 4, 9):
             for size in (None, WINDOW, WINDOW + 1, 3):
-                one, other = theirs.make_mask(count, window_size=size), ours.make_mask(count, window_size=size)
+                one, other = (
+                    theirs.make_mask(count, window_size=size),
+                    ours.make_mask(count, window_size=size),
+                )
                 assert one == other if isinstance(one, str) else mx.array_equal(one, other)
 
 
