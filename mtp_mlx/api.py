@@ -24,6 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.auto import build_policy
+from mtp_mlx.decode.drafter_choice import choose_drafters, lookup_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
@@ -162,6 +163,7 @@ def stream_generate(
     layout: LayoutName = "auto",
     slots: int | None = None,
     lookup: bool | None = None,
+    drafter: str | None = None,
     stop: Sequence[str] = (),
     stats: DecodeStats | None = None,
     **kwargs: Any,
@@ -176,6 +178,7 @@ def stream_generate(
         layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
         slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
+        drafter: who drafts, instead of `lookup`: "heads", "slots" or "lookup", or two of them as in "heads,lookup".
         stop: strings that end the text; they are not part of it.
         stats: filled while decoding; every response carries it.
         kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
@@ -190,9 +193,10 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
-    policy = build_policy(model, layout, slots, stats)
-    use_lookup = layout == "auto" if lookup is None else lookup
-    if lookup and not policy.max_drafts:
+    chosen = choose_drafters(model, drafter, lookup, layout)
+    own = chosen.own
+    policy = build_policy(model, layout, slots, stats) if own else lookup_policy(model, layout, slots)
+    if (lookup or (drafter and chosen.lookup)) and not policy.max_drafts:
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     detokenizer = tokenizer.detokenizer
     stops = StopStrings(stop)
@@ -203,7 +207,7 @@ def stream_generate(
         max_tokens=max_tokens,
         sampling=sampling,
         policy=policy,
-        lookup=LookupDrafter() if use_lookup and policy.max_drafts else None,
+        lookup=LookupDrafter() if chosen.lookup and policy.max_drafts else None,
         stats=stats,
         **kwargs,
     )

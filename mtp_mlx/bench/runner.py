@@ -20,6 +20,7 @@ from mtp_mlx.api import chat_prompt
 from mtp_mlx.bench.certificate import Comparison, compare
 from mtp_mlx.bench.prompts import BenchPrompt
 from mtp_mlx.decode.auto import build_policy
+from mtp_mlx.decode.drafter_choice import choose_drafters, lookup_policy
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import LayoutName
@@ -35,6 +36,7 @@ class Lane:
     layout: LayoutName | None = None
     slots: int | None = None
     lookup: bool | None = None
+    drafter: str | None = None
 
 
 @dataclass
@@ -134,14 +136,17 @@ class Bench:
     def _drafted(self, lane: Lane, ids: list[int], max_tokens: int) -> Timed:
         assert lane.layout is not None
         stats = DecodeStats()
-        policy = build_policy(self._model, lane.layout, lane.slots, stats)
-        lookup = lane.layout == "auto" if lane.lookup is None else lane.lookup
+        chosen = choose_drafters(self._model, lane.drafter, lane.lookup, lane.layout)
+        if chosen.own:
+            policy = build_policy(self._model, lane.layout, lane.slots, stats)
+        else:
+            policy = lookup_policy(self._model, lane.layout, lane.slots)
         steps = mtp_generate_step(
             ids,
             self._model,
             max_tokens=max_tokens,
             policy=policy,
-            lookup=LookupDrafter() if lookup and policy.max_drafts else None,
+            lookup=LookupDrafter() if chosen.lookup and policy.max_drafts else None,
             stats=stats,
         )
         timed = self._timed((item.token for item in steps), steps, lambda: stats.tokens)

@@ -40,6 +40,7 @@ Examples:
 @click.option(
     "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
 )
+@click.option("--drafter", help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
 @click.option(
     "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt"
 )
@@ -55,6 +56,7 @@ def command(
     layouts: tuple[str, ...],
     slots: int | None,
     lookup: bool | None,
+    drafter: str | None,
     max_tokens: int,
     quantize: str | None,
     exact: bool,
@@ -75,7 +77,10 @@ def command(
         quantize=int(quantize) if quantize else None,
         exact=exact,
     )
-    lanes = [Lane(name, name, slots if name != "plain" else None, lookup) for name in layouts or ("auto",)]  # type: ignore[arg-type]
+    lanes = [
+        Lane(name, name, slots if name != "plain" else None, lookup, drafter)  # type: ignore[arg-type]
+        for name in layouts or ("auto",)
+    ]
     bench = Bench(attached, tokenizer, lanes, max_tokens)
     with Progress(console=console) as progress:
         task = progress.add_task("warming up", total=len(chosen))

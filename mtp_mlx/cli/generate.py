@@ -49,6 +49,7 @@ class GenerateSettings:
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
     slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
     kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
@@ -176,6 +177,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         layout=settings.layout,
         slots=settings.slots,
         lookup=settings.lookup,
+        drafter=settings.drafter,
         stop=settings.stop,
         stats=run.stats,
         kv_bits=settings.kv_bits,
