@@ -85,8 +85,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def _base_embedding(seams: Seams) -> nn.Module:
-    embed = seams.embedding
-    return getattr(embed, "base", embed)
+    return cast(nn.Module, getattr(seams.embedding, "base", seams.embedding))
 
 
 def save_adapter(

@@ -23,8 +23,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.adapter import AdapterInfo, load_adapter
-from mtp_mlx.decode.auto import build_policy
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
@@ -36,8 +35,8 @@ from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.mask_adapter import MaskAdapter
-from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import StopStrings
 
@@ -130,7 +129,7 @@ def load(
     folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
     info: AdapterInfo | HeadsInfo | None = None
     weights: MaskAdapter | None = None
-    heads: MTPHeads | None = None
+    heads: DraftHeads | None = None
     if folder is not None and is_heads(Path(folder)):
         heads, info = load_heads(Path(folder), base)
     elif folder is not None:
@@ -166,6 +165,7 @@ def stream_generate(
     slots: int | None = None,
     lookup: bool | None = None,
     emission: Emission | None = None,
+    drafter: str | None = None,
     stop: Sequence[str] = (),
     stats: DecodeStats | None = None,
     **kwargs: Any,
@@ -182,6 +182,7 @@ def stream_generate(
         lookup: also draft from the text itself; by default with layout "auto" only.
         emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a
             tau the layout is "quadratic" or "linear" only ("auto" means quadratic); unverified has its own.
+        drafter: who drafts, instead of `lookup`: "heads", "slots" or "lookup", or two of them as in "heads,lookup".
         stop: strings that end the text; they are not part of it.
         stats: filled while decoding; every response carries it.
         kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
@@ -196,11 +197,8 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
-    policy = build_policy(model, layout, slots, stats, emission)
-    planned = layout == "auto" and emission == Emission()
-    use_lookup = planned if lookup is None else lookup
-    if lookup and not policy.max_drafts:
-        stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
+    drafting = plan_drafting(model, layout, slots, stats, lookup, drafter, emission)
+    policy = drafting.policy
     detokenizer = tokenizer.detokenizer
     stops = StopStrings(stop)
     clock = _Clock(len(ids))
@@ -210,7 +208,7 @@ def stream_generate(
         max_tokens=max_tokens,
         sampling=sampling,
         policy=policy,
-        lookup=LookupDrafter() if use_lookup and policy.max_drafts else None,
+        lookup=drafting.lookup,
         emission=emission,
         stats=stats,
         **kwargs,

@@ -8,7 +8,6 @@ of mlx-lm (converted heads), or as a copy of the base's last layer (heads traine
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -22,16 +21,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mtp_mlx.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_base, read_config, read_tensors
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
-from mtp_mlx.model.attach import embedding_shape
+from mtp_mlx.heads_build import LAST_LAYER, build_heads, check_runnable
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
-from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 
+__all__ = ["LAST_LAYER", "HeadsInfo", "is_heads", "load_heads", "read_heads_info", "save_heads"]
+
 METHOD = "mtp-heads"
-LAST_LAYER = {"like": "last layer"}
 DRAFT_IDS = "draft_ids"
-BLOCK_MODULES = "mlx_lm.models."
 
 log = logging.getLogger("mtp_mlx")
 
@@ -48,6 +46,7 @@ class HeadsInfo:
         model_config: the configuration that blocks are built from; empty where none is.
         drafts: tokens drafted in each step; heads are applied again in turn where this is more than their number.
         source, training, acceptance, measurements: provenance, and what was measured.
+        count: number of heads, by default one per block; Medusa's have no blocks.
     """
 
     base_name: str
@@ -60,9 +59,11 @@ class HeadsInfo:
     training: dict[str, Any] = field(default_factory=dict)
     acceptance: list[float] = field(default_factory=list)
     measurements: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
 
     def __post_init__(self) -> None:
-        self.drafts = self.drafts or len(self.blocks)
+        self.count = self.count or len(self.blocks)
+        self.drafts = self.drafts or self.count
 
     def to_json(self) -> dict[str, Any]:
         """The content of `mtp_config.json`."""
@@ -71,7 +72,7 @@ class HeadsInfo:
             "method": METHOD,
             "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
             "heads": {
-                "count": len(self.blocks),
+                "count": self.count,
                 "drafts": self.drafts,
                 "convention": self.convention.to_json(),
                 "blocks": self.blocks,
@@ -120,15 +121,16 @@ def read_heads_info(folder: Path) -> HeadsInfo:
             training=dict(raw.get("training", {})),
             acceptance=list(raw.get("acceptance", [])),
             measurements=dict(raw.get("measurements", {})),
+            count=int(heads["count"]),
         )
-        if info.convention.kind == "cascade" and len(info.blocks) != heads["count"]:
+        if info.convention.kind != "medusa" and len(info.blocks) != heads["count"]:
             raise ValueError(f"{heads['count']} heads, but {len(info.blocks)} blocks")
         return info
     except (KeyError, TypeError, ValueError) as error:
         raise MTPError(f"{path} is damaged: {error}") from error
 
 
-def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
+def load_heads(folder: Path, model: nn.Module) -> tuple[DraftHeads, HeadsInfo]:
     """Reads heads for a bare `model` (not yet attached), in the types they are stored in.
 
     Raises:
@@ -142,21 +144,7 @@ def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
         check_base(folder, info.base_name, info.base_fingerprint, model)
     tensors = read_tensors(folder)
     draft_ids = tensors.pop(DRAFT_IDS, None)
-    seams = find_seams(model)
-    trunk = seams.trunk
-    vocab_size, size = embedding_shape(seams.embedding)
-    made = [
-        MTPHead(
-            _block(folder, block, info.model_config, trunk),
-            size,
-            norm_eps(trunk),
-            info.convention,
-            vocab_size,
-            block.get("window"),
-        )
-        for block in info.blocks
-    ]
-    heads = MTPHeads(made, info.convention, draft_ids, info.drafts)
+    heads = build_heads(folder, info, model, tensors.keys(), draft_ids)
     own = dict(cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters())))
     check_fit(own, tensors)
     heads.update(tree_unflatten(list(tensors.items())))
@@ -164,57 +152,7 @@ def load_heads(folder: Path, model: nn.Module) -> tuple[MTPHeads, HeadsInfo]:
     return heads, info
 
 
-def check_runnable(folder: Path, convention: HeadConvention) -> None:
-    """Raises MTPError for a convention that the decode loop has no form for yet."""
-    needs = {
-        "kind": ("cascade",),
-        "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
-        "recycled_hidden": ("normed", "raw"),
-        "output_norm": ("own", "identity"),
-        "embedding": ("shared", "own"),
-        "lm_head": ("shared", "own"),
-        "rope_position": ("hidden",),
-    }
-    for name, runs in needs.items():
-        value = getattr(convention, name)
-        if value not in runs:
-            raise MTPError(
-                f"the heads in {folder} cannot be run yet: their {name.replace('_', ' ')} is '{value}', and only "
-                f"{' and '.join(repr(run) for run in runs)} has been built; use --adapter none"
-            )
-
-
-def _block(
-    folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module
-) -> nn.Module | list[nn.Module]:
-    """A head's decoder block as its config says: one layer, or a list of several.
-
-    Raises:
-        MTPError: it cannot be built, or more than one of its layers has attention.
-    """
-    if spec == LAST_LAYER:
-        return block_like(trunk)
-    path = Path(folder) / CONFIG_NAME
-    try:
-        module, layers = str(spec["module"]), spec["layers"]
-        if [layer.get("block_type") for layer in layers].count("*") > 1:
-            raise MTPError(
-                f"the heads in {folder} cannot be run yet: each has several layers with attention, and only heads "
-                "with one have been built; use --adapter none"
-            )
-        if not module.startswith(BLOCK_MODULES) or not module.removeprefix(BLOCK_MODULES).isidentifier():
-            raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
-        found = importlib.import_module(module)
-        arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
-        blocks = [getattr(found, spec["class"])(arguments, **layer) for layer in layers]
-        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-            raise TypeError(f"{spec['class']} is no layer")
-        return blocks if len(blocks) > 1 else blocks[0]
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise MTPError(f"{path}: a head's block cannot be built: {error}") from error
-
-
-def save_heads(folder: Path, heads: MTPHeads, info: HeadsInfo, dtype: mx.Dtype = mx.bfloat16) -> None:
+def save_heads(folder: Path, heads: DraftHeads, info: HeadsInfo, dtype: mx.Dtype = mx.bfloat16) -> None:
     """Writes the folder whole or not at all; weights in `dtype`.
 
     Raises:
@@ -240,7 +178,7 @@ def _card(info: HeadsInfo, tensors: dict[str, mx.array]) -> str:
     lines = [
         f"# MTP heads for {info.base_name}",
         "",
-        f"{len(info.blocks)} head(s) that draft {info.drafts} token(s) a step, trained and run by mtp-mlx.",
+        f"{info.count} head(s) that draft {info.drafts} token(s) a step, trained and run by mtp-mlx.",
         "The base model's own output is unchanged: what the heads draft is verified.",
         "",
         f"- base: {info.base_name}, fingerprint `{info.base_fingerprint}`",

@@ -141,8 +141,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 CONVENTIONS = [
-    ("kind", "medusa"),
-    ("kind", "parallel"),
+    ("kind", "hydra"),
     ("first_hidden", "before the embedding"),
     ("recycled_hidden", "none"),
     ("output_norm", "trunk"),

@@ -83,9 +83,141 @@ SPECIFIC: dict[str, dict[str, Any]] = {
     },
 }
 
+_GATED_DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": True,
+    "partial_rotary_factor": 0.5,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+_ROPE = {"type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000, "partial_rotary_factor": 0.5}
+
+# Some layers see a sliding window of a few rows.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+    },
+    "olmo3": {
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        "num_hidden_layers": 3,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "gpt_oss": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+# Some layers keep recurrent state instead of keys and values.
+RECURRENT: dict[str, dict[str, Any]] = {
+    "qwen3_next": _GATED_DELTA,
+    "qwen3_5": {"text_config": {**COMMON, **_GATED_DELTA, "model_type": "qwen3_5", "rope_parameters": _ROPE}},
+    "olmo_hybrid": {
+        **_GATED_DELTA,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": ["M", "-", "M", "*"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 12,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "n_groups": 2,
+        "mamba_proj_bias": False,
+        "use_conv_bias": True,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 48,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 12,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+    },
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 32,
+        "position_embedding_type": "rope",
+    },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "full_attn_idxs": [2],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "block_dim": 48,
+        "block_ff_dim": 80,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+        "norm_eps": 1e-5,
+    },
+    "rwkv7": {
+        "a_low_rank_dim": 8,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8,
+        "norm_eps": 1e-5,
+    },
+    "recurrent_gemma": {
+        "num_hidden_layers": 3,
+        "attention_window_size": 6,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "lru_width": 48,
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "embeddings_scale_by_sqrt_dim": True,
+    },
+}
+
 DENSE_ARCHITECTURES = [name for name in SPECIFIC if name not in ("qwen3_moe", "olmoe", "glm4_moe")]
 MOE_ARCHITECTURES = ["qwen3_moe", "olmoe", "glm4_moe"]
 ARCHITECTURES = DENSE_ARCHITECTURES + MOE_ARCHITECTURES
+
+SPECIFIC.update(WINDOWED)
+SPECIFIC.update(RECURRENT)
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -142,6 +274,8 @@ def _randomize(model: nn.Module, seed: int) -> None:
             value = gain * noise / value.shape[-1] ** 0.5
         elif path.endswith("bias"):
             value = 0.2 * noise  # not added to the initial value, which nn.Linear draws from global state
+        elif path.endswith("A_log"):
+            value = 0.5 * noise  # its initial value too is drawn from global state
         elif "q_norm" in path:
             value = 3.0 * value + 0.1 * noise
         elif "post_attention_layernorm" in path and model.model_type == "gemma2":

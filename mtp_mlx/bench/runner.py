@@ -19,8 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.api import chat_prompt
 from mtp_mlx.bench.certificate import Comparison, compare
 from mtp_mlx.bench.prompts import BenchPrompt
-from mtp_mlx.decode.auto import build_policy
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import LayoutName
@@ -37,6 +36,7 @@ class Lane:
     slots: int | None = None
     lookup: bool | None = None
     emission: Emission = Emission()
+    drafter: str | None = None
 
 
 @dataclass
@@ -136,14 +136,15 @@ class Bench:
     def _drafted(self, lane: Lane, ids: list[int], max_tokens: int) -> Timed:
         assert lane.layout is not None
         stats = DecodeStats()
-        policy = build_policy(self._model, lane.layout, lane.slots, stats, lane.emission)
-        lookup = lane.layout == "auto" and lane.emission == Emission() if lane.lookup is None else lane.lookup
+        drafting = plan_drafting(
+            self._model, lane.layout, lane.slots, stats, lane.lookup, lane.drafter, lane.emission
+        )
         steps = mtp_generate_step(
             ids,
             self._model,
             max_tokens=max_tokens,
-            policy=policy,
-            lookup=LookupDrafter() if lookup and policy.max_drafts else None,
+            policy=drafting.policy,
+            lookup=drafting.lookup,
             emission=lane.emission,
             stats=stats,
         )

@@ -43,6 +43,7 @@ Examples:
 @click.option(
     "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
 )
+@click.option("--drafter", help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
 @click.option(
     "--emit",
     type=click.Choice(["verified", "conf-adapt", "static"]),
@@ -66,6 +67,7 @@ def command(
     layouts: tuple[str, ...],
     slots: int | None,
     lookup: bool | None,
+    drafter: str | None,
     emit: EmitName,
     tau: tuple[float, ...],
     max_tokens: int,
@@ -93,7 +95,7 @@ def command(
         exact=exact,
     )
     lanes = [
-        Lane(emission.label(layout), layout, slots if layout != "plain" else None, lookup, emission)  # type: ignore[arg-type]
+        Lane(emission.label(layout), layout, slots if layout != "plain" else None, lookup, emission, drafter)  # type: ignore[arg-type]
         for layout in layouts or ("auto",)
         for emission in emissions
     ]

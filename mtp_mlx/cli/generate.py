@@ -54,6 +54,7 @@ class GenerateSettings:
     )
     tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
     first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
+    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
     kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
@@ -189,6 +190,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         slots=settings.slots,
         lookup=settings.lookup,
         emission=emission,
+        drafter=settings.drafter,
         stop=settings.stop,
         stats=run.stats,
         kv_bits=settings.kv_bits,

@@ -228,7 +228,7 @@ def _seams(path: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_model
 
     from mtp_mlx.adapter import base_fingerprint
-    from mtp_mlx.model.seams import check_caches, find_seams
+    from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
     try:
         model, _ = load_model(path, lazy=True)
@@ -238,17 +238,18 @@ def _seams(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"tensors": len(weights)}
     try:
         seams = find_seams(model)
-        check_caches(make_prompt_cache(model), str(getattr(model, "model_type", "?")))
+        caches = make_prompt_cache(model)
+        check_caches(caches, str(getattr(model, "model_type", "?")))
     except MTPError as error:
         return {**facts, "usable": f"no: {error}"}
     return {
         **facts,
-        "usable": "yes",
+        "usable": "yes, but not with mask-token adapters" if is_recurrent(caches) else "yes",
         "seams": {
             "embed_tokens": 1,
             "linear": len(seams.linears),
             "rope": len(seams.ropes),
-            "cache": "KVCache",
+            "cache": ", ".join(sorted({type(leaf).__name__ for _, leaf in cache_leaves(caches)})),
         },
         "fingerprint": base_fingerprint(model),
     }

@@ -83,8 +83,9 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -
             "layout 'quadratic' places groups of mask slots, which MTP heads do not need: they draft after every "
             "outcome; use --layout linear, auto or plain"
         )
-    if slots is not None and not 1 <= slots <= MOST_CHAIN:
-        raise MTPError(f"with MTP heads, slots are drafts in each step, from 1 to {MOST_CHAIN}; got {slots}")
+    most = (model.mtp_heads and model.mtp_heads.most_drafts) or MOST_CHAIN
+    if slots is not None and not 1 <= slots <= most:
+        raise MTPError(f"with these MTP heads, slots are drafts in each step, from 1 to {most}; got {slots}")
     if layout == "plain":
         return FixedPolicy("plain", 0)
     chain = slots or model.most_drafts

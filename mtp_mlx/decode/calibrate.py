@@ -28,7 +28,7 @@ from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.demo import cache_dir
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import block_shape
-from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.draft_heads import DraftHeads
 
 REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 SLOT_ROWS = (1, 2, 4, 8, 12, 20)
@@ -74,9 +74,9 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     }
 
 
-def _heads_shape(heads: MTPHeads, columns: int) -> str:
+def _heads_shape(heads: DraftHeads, columns: int) -> str:
     """Everything about heads that their speed depends on."""
-    blocks = {f"{type(head.block).__module__}.{type(head.block).__qualname__}" for head in heads.heads}
+    blocks = {f"{type(module).__module__}.{type(module).__qualname__}" for module in heads.modules()}
     weights = sum(
         value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
     )

@@ -64,10 +64,15 @@ class Policy(Protocol):
         ...
 
 
+def preferred(proposals: Sequence[Proposal]) -> Proposal:
+    """The text's own drafts where it has a match, since they cost nothing; otherwise the adapter's."""
+    return next((p for p in proposals if p.source == "lookup" and p.drafts), proposals[0])
+
+
 class FixedPolicy:
     """Always the same layout: plain, or k slots behind every step in linear or quadratic form.
 
-    The longest proposal is verified; on a tie the first (the slots').
+    Where the text has a match its drafts are verified, otherwise the slots'.
     """
 
     def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
@@ -78,7 +83,7 @@ class FixedPolicy:
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
-        best = max(proposals, key=lambda proposal: len(proposal.drafts)).cut(self.max_drafts)
+        best = preferred(proposals).cut(self.max_drafts)
         if self.name == "plain":
             return best, Layout.plain()
         build = Layout.linear if self.name == "linear" else Layout.quadratic
@@ -118,7 +123,7 @@ class ConfidencePolicy:
 class ChainPolicy:
     """MTP heads draft `chain` tokens after every step, and all of them are verified.
 
-    The longest proposal is verified; on a tie the heads'.
+    Where the text has a match its drafts are verified, otherwise the heads'.
     """
 
     def __init__(self, chain: int) -> None:
@@ -127,7 +132,7 @@ class ChainPolicy:
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
-        best = max(proposals, key=lambda proposal: len(proposal.drafts)).cut(self.max_drafts)
+        best = preferred(proposals).cut(self.max_drafts)
         return best, Layout.chained(len(best.drafts), self.chain)
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
@@ -135,4 +140,23 @@ class ChainPolicy:
 
     def interrupts_plain(self) -> bool:
         """Never: it has no plain steps."""
+        return False
+
+
+class LookupPolicy:
+    """Verifies what the text drafts, at most `drafts` tokens in a step; where it has no match, decodes plainly."""
+
+    def __init__(self, drafts: int) -> None:
+        self.max_drafts, self.chain, self.verdict = drafts, 0, ""
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """See `Policy`."""
+        best = preferred(proposals).cut(self.max_drafts)
+        return best, Layout(len(best.drafts), (0,) * (len(best.drafts) + 1))
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def interrupts_plain(self) -> bool:
+        """Never by itself: a match in the text ends a plain stretch."""
         return False

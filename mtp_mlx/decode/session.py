@@ -17,8 +17,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
+from mtp_mlx.decode.drafters.head_drafter import HeadDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.drafters.medusa import MedusaDrafter
 from mtp_mlx.decode.drafters.mtp_heads import HeadChain
+from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
@@ -26,6 +29,8 @@ from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
+from mtp_mlx.model.medusa_head import MedusaHeads
+from mtp_mlx.model.parallel_head import ParallelHeads
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ class StepResult:
     drafts: list[int]
     confidences: list[float]
     logits: mx.array
+
+
+def _head_drafter(attached: AttachedModel, picker: Picker, chain: int, start: int) -> HeadDrafter:
+    """The drafter for the form that the model's heads have; arguments as `HeadChain`."""
+    if isinstance(attached.mtp_heads, MedusaHeads):
+        return MedusaDrafter(attached, picker, chain, start)
+    if isinstance(attached.mtp_heads, ParallelHeads):
+        return ParallelDrafter(attached, picker, chain, start)
+    return HeadChain(attached, picker, chain, start)
 
 
 class Session:
@@ -96,7 +110,7 @@ class Session:
         self.attached, self.picker, self.drafter = attached, picker, drafter
         self.cache, self._settings = cache, settings
         self.start = self.cached  # tokens of an earlier prefix
-        self.chain = HeadChain(attached, picker, chain, self.start) if chain else None
+        self.chain = _head_drafter(attached, picker, chain, self.start) if chain else None
         self._has_run = False
         self.tokens = list(prompt)  # committed since then, the pending one last
 

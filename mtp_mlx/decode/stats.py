@@ -20,6 +20,7 @@ class DecodeStats:
         histogram: {tokens of a step: how many steps}.
         layouts: {"drafts/slots": how many steps}; "drafts/3 heads" where a chain of heads drafted 3 tokens.
         drafted_by: {drafter: drafts accepted}.
+        submitted_by: {drafter: drafts submitted for verification}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
         lossless: every token was the model's own pick; False once drafts are emitted unverified.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
@@ -33,6 +34,7 @@ class DecodeStats:
     histogram: Counter[int] = field(default_factory=Counter)
     layouts: Counter[str] = field(default_factory=Counter)
     drafted_by: Counter[str] = field(default_factory=Counter)
+    submitted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     lossless: bool = True
     verdict: str = ""
@@ -47,6 +49,8 @@ class DecodeStats:
         self.histogram[1 + n_accepted] += 1
         behind = f"{chain} heads" if chain else "+".join(map(str, slots))
         self.layouts[f"{drafts}/{behind}"] += 1
+        if drafts:
+            self.submitted_by[drafter] += drafts
         if n_accepted:
             self.drafted_by[drafter] += n_accepted
         reached = min(n_accepted + 1, drafts)
@@ -92,6 +96,7 @@ class DecodeStats:
         self.histogram.update(other.histogram)
         self.layouts.update(other.layouts)
         self.drafted_by.update(other.drafted_by)
+        self.submitted_by.update(other.submitted_by)
         self.fallbacks.update(other.fallbacks)
         self.lossless &= other.lossless
 
@@ -106,6 +111,7 @@ class DecodeStats:
             "histogram": {str(size): count for size, count in sorted(self.histogram.items())},
             "layouts": dict(self.layouts.most_common()),
             "drafted_by": dict(self.drafted_by),
+            "submitted_by": dict(self.submitted_by),
             "fallbacks": dict(self.fallbacks),
             "lossless": self.lossless,
             "verdict": self.verdict,

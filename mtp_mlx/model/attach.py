@@ -186,6 +186,16 @@ class AttachedModel:
         """The base model's own embedding, [...] -> [..., D]; no slots."""
         return self._embed(ids)
 
+    def last_norm(self, hidden: mx.array) -> mx.array:
+        """The trunk's last norm, [..., D] -> [..., D], for heads that end with it.
+
+        Raises:
+            MTPError: it is not found in this model.
+        """
+        norm = tapped_module(self._seams.trunk, "pre-norm")
+        assert norm is not None
+        return norm(hidden)
+
     @property
     def draft_ids(self) -> mx.array | None:
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""

@@ -7,6 +7,9 @@ parallel_head.py   independent decoder layers on the state before the trunk's la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -28,16 +31,17 @@ class DraftHeads(nn.Module):
     """
 
     most_drafts: int | None = None
+    heads: list[Any]
 
     def __init__(
         self,
-        heads: list[nn.Module],
+        heads: Sequence[nn.Module],
         convention: HeadConvention,
         draft_ids: mx.array | None = None,
         drafts: int = 0,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = list(heads)
         self._convention, self._draft_ids = convention, draft_ids
         self._drafts = drafts or len(heads)
         self._unembeddings: dict[int, nn.Module] = {}

@@ -27,15 +27,16 @@ class MaskAdapterConfig:
     """
 
     slots: int = 4
-    rank: int = 16  # 0 = no LoRA
+    rank: int = 16  # 0 = no LoRA, with a shared mask only
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ()  # last part of the layer's name; empty = every linear of a layer
-    sampler_width: int = 1024  # hidden size of the sampler head; 0 = none
+    sampler_width: int = 1024  # hidden size of the sampler head; 0 = none, with a shared mask only
     draft_vocab_size: int = 0  # 0 = drafts come from the whole vocabulary
     shared_mask: bool = False  # all slots are the same mask token
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("rank", 0), ("sampler_width", 0)):
+        least_size = 0 if self.shared_mask else 1
+        for name, least in (("slots", 1), ("rank", least_size), ("sampler_width", least_size)):
             if getattr(self, name) < least:
                 raise MTPError(f"adapter config: {name} must be at least {least}, got {getattr(self, name)}")
 

@@ -8,10 +8,11 @@ A recurrent layer folds every row into one state; a rejected row cannot be cut o
   recording. Its linear layers give their recorded rows, so no weight is read a second time but the convolution's few,
   and nothing behind the state is evaluated at all. All rows kept: nothing is done.
 
-So a step costs one more recurrence over at most R rows per recurrent layer, and only after a rejection. The state is
-the one plain decoding has, as far as passes over several rows are: projections of a row in a block of R and in a block
-of one differ by rounding, and so do the sums of a chunked scan (Mamba-2). The gated delta rule goes row by row in
-mlx-lm itself. With `exact`, mixers run row by row and every state between two rows is kept: the same bits.
+So a step costs one more recurrence over at most R rows per recurrent layer, and only after a rejection. The state
+equals plain decoding's as far as anything computed for several rows at once does: projections of a row in a block of
+R and in a block of one may differ by rounding, and so may the sums of a chunked scan (Mamba-2). The gated delta rule
+goes row by row in mlx-lm itself. With `exact`, mixers run row by row and every state between two rows is kept: the
+same bits.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _row_by_row(
             ]
     else:
         cache.between = between
-    return tree_map(lambda *rows: mx.concatenate(rows, axis=1), outputs[0], *outputs[1:])
+    return tree_map(lambda *rows: mx.concatenate(list(rows), axis=1), outputs[0], *outputs[1:])
 
 
 def _some_rows(values: Any, shape: tuple[int, ...], first: int, last: int) -> Any:
@@ -208,7 +209,7 @@ class RecordedMixer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The mixer's own call, recorded."""
-        return self._recorder.call(super().__call__, args, kwargs)  # type: ignore[misc]
+        return self._recorder.call(super().__call__, args, kwargs)
 
 
 def find_mixers(layer: nn.Module) -> dict[str, nn.Module]:

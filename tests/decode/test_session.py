@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker, SamplingConfig
@@ -128,12 +128,25 @@ def test_bad_prompts(prompt: list[int], message: str) -> None:
         session(prompt)
 
 
-def test_a_cache_that_cannot_give_rows_back_is_refused() -> None:
-    from mlx_lm.models.cache import RotatingKVCache
-
+def test_caches_that_cannot_give_rows_back_are_refused() -> None:
     model = attached("llama")
-    with pytest.raises(MTPError, match="RotatingKVCache"):
-        Session(model, Picker(), None, [1], [RotatingKVCache(8), RotatingKVCache(8)], CacheSettings())
+    batch = ArraysCache(2, left_padding=[0])
+    for caches, message in [
+        ([ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot give"),
+        ([KVCache(), RotatingKVCache(8, keep=4)], "layer 1: its RotatingKVCache keeps the first 4 tokens"),
+        ([batch, KVCache()], "ArraysCache belongs to a padded batch"),
+    ]:
+        given = list(caches)
+        with pytest.raises(MTPError, match=message):
+            Session(model, Picker(), None, [1], caches, CacheSettings())
+        assert caches == given
+
+
+def test_a_sliding_window_is_not_quantised() -> None:
+    caches = [RotatingKVCache(8), RotatingKVCache(8)]
+    with pytest.raises(MTPError, match="sliding window cannot have a quantised cache"):
+        Session(attached("llama"), Picker(), None, [1], caches, CacheSettings(kv_bits=8))
+    assert {type(cache) for cache in caches} == {RotatingKVCache}
 
 
 def test_confidences_come_with_the_drafts() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 from mlx_lm.models.internlm3 import DynamicNTKScalingRoPE
 
 from mtp_mlx.errors import MTPError
@@ -223,8 +223,23 @@ def without(model: Any, path: str) -> Any:
     [("layers", "seam 'trunk'"), ("embed_tokens", "seam 'embed_tokens'"), ("rope", "seam 'rope'")],
 )
 def test_a_missing_seam_is_named(path: str, message: str) -> None:
+    model = tiny_model("llama")
+    adapter = random_adapter(model)
     with pytest.raises(MTPError, match=message):
-        attach(without(tiny_model("llama"), path))
+        attach(without(model, path), adapter)
+
+
+def test_positions_are_a_seam_of_slots_only() -> None:
+    """Without slot rows a pass is an ordinary one, whatever tells the model where a row stands."""
+    model = without(tiny_model("llama"), "rope")
+    for layer in model.layers:
+        layer.self_attn.rope = lambda x, offset=0: x
+    attached = attach(model)
+    tokens = mx.array([PREFIX])
+    hidden = attached.forward(Block.real(tokens), attached.make_cache())
+    assert mx.array_equal(attached.head(hidden), model(tokens, cache=attached.make_cache()))
+    with pytest.raises(MTPError, match="seam 'rope'"):
+        new_adapter(model, MaskAdapterConfig(slots=2, rank=2))
 
 
 def test_positions_that_depend_on_the_call_are_refused() -> None:
@@ -235,14 +250,13 @@ def test_positions_that_depend_on_the_call_are_refused() -> None:
 
 
 def test_caches_that_cannot_take_rows_back_are_refused() -> None:
-    window = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=4)
-    with pytest.raises(MTPError, match="no seam 'cache' in layer 1: its RotatingKVCache"):
-        attach(window).make_cache()
-    with pytest.raises(MTPError, match="model type 'm' has no seam 'cache' in layer 0: its ArraysCache"):
-        check_caches([ArraysCache(2)], "m")
-    with pytest.raises(MTPError, match="RotatingKVCache"):
-        check_caches([KVCache(), RotatingKVCache(8)], "m")
-    check_caches([KVCache(), KVCache().to_quantized()], "m")
+    chunked = tiny_model("llama")
+    chunked.make_cache = lambda: [KVCache(), ChunkedKVCache(8)]
+    with pytest.raises(MTPError, match="no seam 'cache' in layer 1: its ChunkedKVCache"):
+        attach(chunked).make_cache()
+    with pytest.raises(MTPError, match="model type 'm' has no seam 'cache' in layer 0: its ChunkedKVCache"):
+        check_caches([CacheList(KVCache(), ChunkedKVCache(8))], "m")
+    check_caches([KVCache(), KVCache().to_quantized(), RotatingKVCache(8), ArraysCache(2)], "m")
 
 
 @pytest.mark.parametrize("name", MOE_ARCHITECTURES)

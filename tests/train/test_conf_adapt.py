@@ -16,6 +16,7 @@ import mtp_mlx
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block
+from mtp_mlx.train.agreement import measure_agreement
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny, tiny_model
@@ -96,6 +97,9 @@ def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, tunin
     expected = own.head(own.forward(block, own.make_cache()))
     found = model.head(model.forward(block, model.make_cache()))
     assert mx.abs(expected - found).max().item() < 1e-3
+    held_out = [examples()[10:]]
+    measured = trainer.method.measure(held_out)
+    assert measured == measure_agreement(model, held_out, 3) and measured.blocks > 3
 
 
 @pytest.mark.parametrize("tuning", ["gated-lora", "full"])

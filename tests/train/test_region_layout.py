@@ -1,4 +1,4 @@
-"""Proves that regions, masks, duplicated positions and visibility equal a construction row by row."""
+"""Proves that regions, masks, duplicated positions, labels and visibility equal a construction row by row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.joint_step import supervised_rows, tokens_at
 from mtp_mlx.train.region_layout import (
     draw_regions,
     real_tokens,
@@ -15,7 +16,7 @@ from mtp_mlx.train.region_layout import (
     region_layout,
     regions_over,
 )
-from mtp_mlx.train.slot_layout import candidate_anchors
+from mtp_mlx.train.slot_layout import build_layout, candidate_anchors
 
 
 def built(
@@ -121,3 +122,57 @@ def test_impossible_layouts(k: int, offset: int, region_rows: int) -> None:
 def test_nothing_to_learn() -> None:
     with pytest.raises(ValueError, match="no region in this batch"):
         draw_regions([Example([1, 2], 1)], 3, 8, np.random.default_rng(0))
+
+
+def labelled(
+    examples: list[Example], k: int, offset: int, region_rows: int
+) -> list[tuple[int, int, int, int]]:
+    """(example, anchor, j, label) of everything a step predicts, by walking through the texts token by token."""
+    out, real = [], region_rows - (k - 1)
+    for index, example in enumerate(examples):
+        ends = [end for end in range(real - 1 - offset, 200, real) if end < len(example)]
+        for end in ends:
+            first_is_an_answer = end + 1 >= example.loss_start
+            mask_has_a_token = end + 2 < len(example)
+            if first_is_an_answer and mask_has_a_token:
+                for j in range(k):
+                    if end + 1 + j < len(example):
+                        out.append((index, end, j, example.tokens[end + 1 + j]))
+    return sorted(out)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_labels_against_a_walk_through_the_texts(data: st.DataObject) -> None:
+    """Of the joint rows, and of the slots behind anchors, which lack the last real row's own prediction (j = 0)."""
+    k = data.draw(st.integers(2, 6))
+    region_rows = data.draw(st.integers(k + 1, 12))
+    offset = data.draw(st.integers(0, real_tokens(k, region_rows) - 1))
+    lengths = data.draw(st.lists(st.integers(3, 40), min_size=1, max_size=4))
+    examples = [
+        Example([100 * index + token for token in range(size)], data.draw(st.integers(0, size - 1)))
+        for index, size in enumerate(lengths)
+    ]
+    expected = labelled(examples, k, offset, region_rows)
+
+    layout = region_layout(regions_over(max(lengths), k, offset, region_rows), k, offset, region_rows)
+    supervised = supervised_rows(examples, layout)
+    follows = tokens_at(examples, layout.positions[layout.groups] + 1)
+    joint = [
+        (e, int(layout.anchors[r]), j, int(follows[e, r, j])) for e, r, j in np.argwhere(supervised).tolist()
+    ]
+    assert sorted(joint) == expected
+
+    anchors = [region_anchors(len(e), e.loss_start, k, offset, region_rows) for e in examples]
+    if not expected:
+        assert not any(len(own) for own in anchors)
+        return
+    slots = build_layout([e.tokens for e in examples], anchors, k - 1, chunk_blocks=3)
+    blocks = slots.anchors.shape[1]
+    gated = []
+    for row, depth, label in zip(
+        slots.rows.tolist(), slots.depth.tolist(), slots.label.tolist(), strict=True
+    ):
+        block = row // (k - 1)
+        gated.append((block // blocks, int(slots.anchors.reshape(-1)[block]), depth, label))
+    assert sorted(gated) == [row for row in expected if row[2] > 0]

@@ -1,0 +1,53 @@
+"""Medusa's heads (arXiv 2401.10774, 2.1.1): each reads the trunk's last hidden state alone.
+
+Head i (from 1) turns the state h behind token t into
+
+    x = h;  x = x + silu(W_j x + b_j)  for each residual layer j;  logits = LM head of its own (x)
+
+and predicts token t + 1 + i. There is no chain and no cache: the state at the newest row is all that is needed.
+Legend: D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.model.draft_heads import DraftHeads
+from mtp_mlx.model.head_convention import HeadConvention
+
+
+class MedusaHead(nn.Module):
+    """One head.
+
+    Args:
+        layers: number of residual layers.
+        hidden_size: D. vocab_size: V.
+    """
+
+    def __init__(self, layers: int, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.residual = [nn.Linear(hidden_size, hidden_size) for _ in range(layers)]
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """What the LM head reads, [..., D] -> [..., D]."""
+        for layer in self.residual:
+            hidden = hidden + nn.silu(layer(hidden))
+        return hidden
+
+
+class MedusaHeads(DraftHeads):
+    """All heads of a model; head i makes draft i, so there are no more drafts than heads."""
+
+    heads: list[MedusaHead]
+
+    def __init__(
+        self,
+        heads: list[MedusaHead],
+        convention: HeadConvention,
+        draft_ids: mx.array | None = None,
+        drafts: int = 0,
+    ) -> None:
+        super().__init__(heads, convention, draft_ids, drafts)
+        self.most_drafts = len(heads)
