@@ -67,8 +67,10 @@ class Emission:
 
     def label(self, layout: str) -> str:
         """How reports name a generation: the layout, or unverified emission; with tau where there is one."""
-        name = layout if self.lossless else self.name
-        return name if self.threshold is None else f"{name} tau {self.threshold:g}"
+        if self.threshold is None:
+            return layout if self.lossless else self.name
+        chosen = "quadratic" if layout == "auto" else layout  # what a verified tau makes of "auto"
+        return f"{chosen if self.lossless else self.name} tau {self.threshold:g}"
 
     def count(self, confidences: Sequence[float]) -> int:
         """Tokens an unverified step emits.

@@ -187,6 +187,7 @@ def test_max_tokens_is_exact(max_tokens: int, tau: float | None) -> None:
     model = single_mask("llama")
     found = responses(model, max_tokens, emission=emission(tau))
     assert len(found) == max_tokens and found[-1].finish_reason == "length"
+    assert len(run(model, PROMPT, max_tokens, emission(tau))) == max_tokens, "the loop itself, unhelped"
     longer = [r.token for r in responses(model, 24, emission=emission(tau))]
     assert [r.token for r in found] == longer[:max_tokens]
 
