@@ -45,10 +45,15 @@ def write_heads(
     plan: HeadPlan,
     out: str | Path,
     *,
+    base: Any = None,
+    base_name: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the adapter folder `out`, whole or not at all, and return its path. progress: told of each tensor.
+    """Write the adapter folder `out`, whole or not at all, and return its path.
+
+    base, base_name: the bare mlx-lm model that the heads are for and its name, where it is not the trunk beside them.
+    progress: told of each tensor.
 
     Raises MTPError: `out` exists (and is no adapter folder, with `force`), heads that cannot be an adapter of this
     kind, or a disk that is full.
@@ -60,11 +65,11 @@ def write_heads(
             "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
         )
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
-    fingerprint, reason = trunk_fingerprint(checkpoint)
+    fingerprint, reason = trunk_fingerprint(checkpoint) if base is None else fingerprint_of(base)
     if reason:
         plan.notes.append(f"the base's fingerprint is not known: {reason}")
     with new_folder(out) as folder:
-        fill_folder(folder, checkpoint, plan, base_name(checkpoint), fingerprint, progress=progress)
+        fill_folder(folder, checkpoint, plan, base_name or trunk_name(checkpoint), fingerprint, progress=progress)
     return out
 
 
@@ -117,7 +122,7 @@ def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint:
     }
 
 
-def base_name(checkpoint: Checkpoint) -> str:
+def trunk_name(checkpoint: Checkpoint) -> str:
     """The model's name: what Medusa's config says it was made for, else the folder's own name."""
     named = checkpoint.config.get("base_model_name_or_path")
     if isinstance(named, str) and named:

@@ -42,7 +42,7 @@ class WholeSettings:
         dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
             what is stored.
         quantize: bits of the trunk's weights, None for none; heads are not quantised. group_size: as mlx-lm's.
-        head_norms: as `plan_heads`.
+        head_norms, head_order, head_hidden: as `plan_heads`.
         heads: convert the heads too.
         force: replace OUT if it is a model folder.
     """
@@ -51,6 +51,8 @@ class WholeSettings:
     quantize: int | None = None
     group_size: int = 64
     head_norms: str = "auto"
+    head_order: str = "auto"
+    head_hidden: str = "auto"
     heads: bool = True
     force: bool = False
 
@@ -126,7 +128,7 @@ def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | Non
     if found is None:
         return None, None, ""
     try:
-        return found, plan_heads(checkpoint, settings.head_norms), ""
+        return found, plan_heads(checkpoint, settings.head_norms, settings.head_order, settings.head_hidden), ""
     except ConversionError as error:
         return found, None, str(error)
 
