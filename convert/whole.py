@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,16 @@ def convert_whole(
             save(folder, _home(checkpoint), trunk.model, tokenizer, trunk.config)
             _write_heads(checkpoint, plan, folder / FOLDER, out.name, fingerprint, settings, tell)
     return result
+
+
+@contextlib.contextmanager
+def open_base(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Any]]:
+    """The bare trunk of `checkpoint` and its tokenizer, usable inside the block.
+
+    Raises ConversionError: as `open_trunk`, or no tokenizer.
+    """
+    with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+        yield trunk.model, _tokenizer(checkpoint, trunk)
 
 
 def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | None, HeadPlan | None, str]:

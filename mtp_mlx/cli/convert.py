@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,13 +197,12 @@ def verify(folder: Path) -> str:
             f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that has "
             "MTP heads first, and give the folder it was converted to"
         )
-    return _verified(str(folder), heads)
+    return _verified(*_base(str(folder)), heads)
 
 
-def _verified(base: str, heads: Path) -> str:
+def _verified(model: Any, tokenizer: Any, heads: Path) -> str:
     from mtp_mlx.convert.verify import verify_folder
 
-    model, tokenizer = _base(base)
     with Console(stderr=True).status(f"verifying {heads}"):
         lines = verify_folder(model, tokenizer, heads).lines()
     return "".join(f"{line}\n" for line in lines)
@@ -240,19 +240,26 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
             return _convert_peft(checkpoint, out, how)
         if how.heads_as == "speculators":
             return write_speculators(checkpoint, out, base=how.base or "", force=how.force)
-        folder = _write_heads(checkpoint, out, how, status.update)
-    if how.verify:
-        click.echo(_verified(how.base or str(source), folder), nl=False, err=True)
-    return folder
+        return _write_heads(checkpoint, out, how, status.update)
 
 
 def _write_heads(checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]) -> Path:
+    """An adapter folder of heads, for the base that is named or for the trunk beside them."""
     from mtp_mlx.convert.heads_write import write_heads
+    from mtp_mlx.convert.whole import open_base
 
-    base = _base(how.base)[0] if how.base else None
-    return write_heads(
-        checkpoint, how.plan(checkpoint), out, base=base, base_name=how.base, force=how.force, progress=progress
-    )
+    with ExitStack() as stack:
+        model, tokenizer = None, None
+        if how.base:
+            model, tokenizer = _base(how.base)
+        elif how.verify:
+            model, tokenizer = stack.enter_context(open_base(checkpoint))
+        name = Path(how.base).name if how.base else None
+        plan = how.plan(checkpoint)
+        folder = write_heads(checkpoint, plan, out, base=model, base_name=name, force=how.force, progress=progress)
+        if how.verify:
+            click.echo(_verified(model, tokenizer, folder), nl=False, err=True)
+    return folder
 
 
 def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
