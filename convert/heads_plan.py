@@ -169,7 +169,8 @@ def _as_asked(checkpoint: Checkpoint, found: Found, order: str, hidden: str) -> 
     convention, targets, notes = found.convention, found.targets, []
     if (order, hidden) != ("auto", "auto") and convention.kind != "cascade":
         raise ConversionError(
-            f"{checkpoint.path}: heads of {found.title} have no fuse weight whose order or hidden state could be chosen"
+            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden state can "
+            "be chosen"
         )
     if order not in ("auto", convention.stored_order):
         convention = replace(convention, stored_order=order)

@@ -1,4 +1,4 @@
-"""Heads of a checkpoint, or of an adapter folder -> a folder in the "speculators mtp" layout, which other runtimes read.
+"""Heads of a checkpoint or an adapter folder -> a folder in the "speculators mtp" layout, which other runtimes read.
 
     mtp_layers.{i}.{input_proj, token_layernorm, hidden_layernorm, final_layernorm, <layer>}    model.safetensors
     transformer_layer_config (the language model's configuration), speculators_config           config.json
@@ -69,9 +69,7 @@ def export_speculators(
     return _write(checkpoint, plan, out, base or name)
 
 
-def _adapter_plan(
-    folder: Path, base_config: dict[str, Any] | None
-) -> tuple[Checkpoint, HeadPlan, str]:
+def _adapter_plan(folder: Path, base_config: dict[str, Any] | None) -> tuple[Checkpoint, HeadPlan, str]:
     """The tensors of an adapter folder, what the layout makes of them, and the base's name."""
     from mlx_lm.utils import _get_classes
 
@@ -89,15 +87,24 @@ def _adapter_plan(
         try:
             found = _get_classes(config)[0].__module__ if spec == LAST_LAYER else str(spec["module"])
         except (KeyError, ValueError) as error:
-            raise ConversionError(f"{folder}: mlx-lm does not know the model of its heads ({error})") from error
+            raise ConversionError(
+                f"{folder}: mlx-lm does not know the model of its heads ({error})"
+            ) from error
         modules.append(found.rsplit(".", 1)[-1])
     if isinstance(config.get("text_config"), dict):
         config = {**config, **config["text_config"]}
-    tensors = {name: tensor for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items() if name != DRAFT_IDS}
+    tensors = {
+        name: tensor for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items() if name != DRAFT_IDS
+    }
     # The layout keeps norms as the model stores them, the adapter as plain gains.
     zero_centred = str(config.get("model_type")).startswith(("qwen3_next", "qwen3_5"))
     targets = [
-        Target(name, tensor.shape, ((name, tensor.shape),), _TAKE_ONE if zero_centred and _is_norm(name) else AS_IT_IS)
+        Target(
+            name,
+            tensor.shape,
+            ((name, tensor.shape),),
+            _TAKE_ONE if zero_centred and _is_norm(name) else AS_IT_IS,
+        )
         for name, tensor in tensors.items()
     ]
     blocks = [Block(module, "", "", (), {}, ()) for module in modules]

@@ -69,7 +69,9 @@ def write_heads(
     if reason:
         plan.notes.append(f"the base's fingerprint is not known: {reason}")
     with new_folder(out) as folder:
-        fill_folder(folder, checkpoint, plan, base_name or trunk_name(checkpoint), fingerprint, progress=progress)
+        fill_folder(
+            folder, checkpoint, plan, base_name or trunk_name(checkpoint), fingerprint, progress=progress
+        )
     return out
 
 
@@ -98,7 +100,9 @@ def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
         raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
 
 
-def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None) -> dict[str, Any]:
+def heads_config(
+    checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None
+) -> dict[str, Any]:
     """The content of mtp_config.json."""
     return {
         "format": FORMAT_VERSION,
@@ -137,7 +141,7 @@ def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
     The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
     the same: whoever attaches them is told what they were made from.
     """
-    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir() or checkpoint.fp8:
+    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
         return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
     try:
         from .heads_plan import find_heads
@@ -146,7 +150,9 @@ def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
         with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
             return fingerprint_of(trunk.model)
     except (MTPError, ImportError) as error:
-        reason = str(error).replace(f"{checkpoint.path}: ", "")  # a folder's place on this machine is nobody's business
+        reason = str(error).replace(
+            f"{checkpoint.path}: ", ""
+        )  # a folder's place on this machine is nobody's business
         return None, reason if len(reason) < 200 else f"{reason[:200]} ..."
 
 
@@ -167,7 +173,7 @@ def save_targets(
     progress: Callable[[str], None] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a safetensors file of `targets`, building one tensor after the other; float tensors in `dtype` if given."""
+    """Write a safetensors file of `targets`, building one tensor after the other; floats in `dtype` if given."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for target in targets:

@@ -66,7 +66,9 @@ def write_peft(
     slots = _slots(checkpoint, others, embedding_shape(base.model.embed_tokens)[0])
     ranks = {array.shape[1] for name, array in tensors.items() if name.endswith(".down")}
     if len(ranks) != 1:
-        raise ConversionError(f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read")
+        raise ConversionError(
+            f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read"
+        )
     rank = ranks.pop()
     alpha = float(config.get("lora_alpha", rank))
     sampler = {name: value for name, value in others.items() if name.startswith("sampler.")}
@@ -84,14 +86,19 @@ def write_peft(
     try:
         adapter = new_adapter(base, shape, draft_ids)
         own = adapter.tensors()
-        given = tensors | {name: _array(tensor) for name, tensor in (sampler | {n: others[n] for n in unexpected}).items()}
+        given = tensors | {
+            name: _array(tensor) for name, tensor in (sampler | {n: others[n] for n in unexpected}).items()
+        }
         given["slot_embeddings.weight"] = slots
         if not sampler:
             given |= {name: value for name, value in own.items() if name.startswith("sampler.")}
         adapter.load_tensors(given)
     except MTPError as error:
         raise ConversionError(f"{checkpoint.path}: {error}") from error
-    training = {"converted from": "a PEFT adapter", "sampler head": "the file's" if sampler else "none, untrained"}
+    training = {
+        "converted from": "a PEFT adapter",
+        "sampler head": "the file's" if sampler else "none, untrained",
+    }
     save_adapter(out, adapter, AdapterInfo(base_name, base_fingerprint(base), shape, training))
     return out
 
@@ -100,11 +107,15 @@ def _check_settings(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     kind = config.get("peft_type", "LORA")
     odd = [f"peft_type {kind}"] if kind != "LORA" else []
-    odd += [f"{name} {config[name]!r}" for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain, None)]
+    odd += [
+        f"{name} {config[name]!r}"
+        for name, plain in _PLAIN.items()
+        if config.get(name, plain) not in (plain, None)
+    ]
     if odd:
         raise ConversionError(
-            f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train a "
-            "plain LoRA without it"
+            f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train "
+            "a plain LoRA without it"
         )
 
 
@@ -131,7 +142,9 @@ def _low_rank(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) -> dict
         elif factors[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} is of type {factors[name].dtype}, a float type expected")
     if problems:
-        raise ConversionError(f"{checkpoint.path}: its factors do not fit each other: {'; '.join(problems[:8])}")
+        raise ConversionError(
+            f"{checkpoint.path}: its factors do not fit each other: {'; '.join(problems[:8])}"
+        )
     return {target.name: mx.array(factors[target.sources[0][0]].float32()).T for target in found.targets}
 
 
@@ -148,8 +161,8 @@ def _slots(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: in
             return _array(table)[vocab_size:]
     raise ConversionError(
         f"{checkpoint.path}: a LoRA adapter without slot embeddings cannot draft: the file has neither "
-        f"slot_embeddings.weight nor an embed_tokens.weight with rows beyond the base's {vocab_size}; train an adapter "
-        "with 'mtp-mlx train'"
+        f"slot_embeddings.weight nor an embed_tokens.weight with rows beyond the base's {vocab_size}; train an "
+        "adapter with 'mtp-mlx train'"
     )
 
 

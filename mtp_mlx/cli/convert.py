@@ -73,13 +73,15 @@ Examples:
     help="Which state of the trunk the heads were trained on",
 )
 @click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
-@click.option("--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention")
+@click.option(
+    "--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention"
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind already")
 def command(source: str, out: Path | None, **options: Any) -> None:
     """Convert SOURCE into the model folder OUT.
 
-    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP heads,
-    if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
+    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP
+    heads, if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
     PyTorch files are read without running the code in them. With --heads-only OUT is an adapter folder. With --verify
     and without OUT, SOURCE is a model folder that was converted before.
     """
@@ -138,7 +140,9 @@ def _local(source: str, dry_run: bool) -> Path:
     if not is_hub_id(source):
         return local_source(source)
     if dry_run:
-        raise MTPError(f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first")
+        raise MTPError(
+            f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first"
+        )
     with Console(stderr=True).status(f"getting {source} from the hub"):
         return local_source(source)
 
@@ -151,7 +155,9 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.gguf import convert_gguf
 
     if how.verify:
-        raise MTPError(f"{source}: --verify measures MTP heads, which are not read from .gguf files; leave it out")
+        raise MTPError(
+            f"{source}: --verify measures MTP heads, which are not read from .gguf files; leave it out"
+        )
     with Console(stderr=True).status(f"converting {source.name}") as status:
         return convert_gguf(
             source,
@@ -194,8 +200,8 @@ def verify(folder: Path) -> str:
     heads = sidecar(folder)
     if heads is None:
         raise MTPError(
-            f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that has "
-            "MTP heads first, and give the folder it was converted to"
+            f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that "
+            "has MTP heads first, and give the folder it was converted to"
         )
     return _verified(*_base(str(folder)), heads)
 
@@ -243,7 +249,9 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
         return _write_heads(checkpoint, out, how, status.update)
 
 
-def _write_heads(checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]) -> Path:
+def _write_heads(
+    checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]
+) -> Path:
     """An adapter folder of heads, for the base that is named or for the trunk beside them."""
     from mtp_mlx.convert.heads_write import write_heads
     from mtp_mlx.convert.whole import open_base
@@ -256,7 +264,9 @@ def _write_heads(checkpoint: Checkpoint, out: Path, how: ConvertOptions, progres
             model, tokenizer = stack.enter_context(open_base(checkpoint))
         name = Path(how.base).name if how.base else None
         plan = how.plan(checkpoint)
-        folder = write_heads(checkpoint, plan, out, base=model, base_name=name, force=how.force, progress=progress)
+        folder = write_heads(
+            checkpoint, plan, out, base=model, base_name=name, force=how.force, progress=progress
+        )
         if how.verify:
             click.echo(_verified(model, tokenizer, folder), nl=False, err=True)
     return folder
@@ -270,7 +280,9 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.demo import resolve_model
 
     if how.heads_as != "speculators":
-        raise MTPError(f"{source} is an adapter folder already; --heads-as speculators writes it in that layout")
+        raise MTPError(
+            f"{source} is an adapter folder already; --heads-as speculators writes it in that layout"
+        )
     config = None
     if how.base:
         path = Path(resolve_model(how.base)) / "config.json"
@@ -287,7 +299,8 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
     name = how.base or (named if isinstance(named, str) and Path(named).is_dir() else None)
     if name is None:
         raise MTPError(
-            f"{checkpoint.path}: a PEFT adapter becomes an adapter of a base model: name that model's folder with --base"
+            f"{checkpoint.path}: a PEFT adapter becomes an adapter of a base model: name that model's folder "
+            "with --base"
         )
     return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
 
@@ -310,7 +323,10 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
         lines = [source_line(checkpoint), f"model type: {kind}", "heads: none"]
     if not how.heads_only:
         count = len(checkpoint.tensors.keys() - (set() if found is None else found.owned))
-        lines.append(f"trunk: {count} tensors, " + ("through mlx-lm" if count else "so only --heads-only can convert it"))
+        lines.append(
+            f"trunk: {count} tensors, "
+            + ("through mlx-lm" if count else "so only --heads-only can convert it")
+        )
     return lines
 
 

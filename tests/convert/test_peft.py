@@ -1,4 +1,4 @@
-"""Proves that a PEFT LoRA folder with slot embeddings becomes the adapter it describes, and others say what is missing."""
+"""Proves that a PEFT LoRA folder with slot embeddings becomes the adapter it describes; others say what is missing."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def merged(model: Any, scale: float) -> np.ndarray:
         for name in SIZES:
             stem = f"{PREFIX}model.layers.{layer}.self_attn.{name}.lora_"
             module = getattr(model.model.layers[layer].self_attn, name)
-            module.weight = module.weight + scale * mx.array(stored[f"{stem}B.weight"] @ stored[f"{stem}A.weight"])
+            module.weight = module.weight + scale * mx.array(
+                stored[f"{stem}B.weight"] @ stored[f"{stem}A.weight"]
+            )
     hidden = model.model(mx.zeros((1, 3), dtype=mx.int32), cache=cache, input_embeddings=slots)
     return np.array(hidden[0])
 
@@ -103,7 +105,12 @@ def test_everything_is_taken_over(tmp_path: Path) -> None:
     ids = {f"{PREFIX}draft_ids": np.array([3, 9, 64], np.int64)}
     out = write(folder(tmp_path / "lora", factors() | SLOTS | SAMPLER | ids), tmp_path / "out")
     adapter, info = load_adapter(out, tiny_model("llama", seed=3))
-    assert (info.shape.slots, info.shape.rank, info.shape.sampler_width, info.shape.draft_vocab_size) == (3, 4, 20, 3)
+    assert (info.shape.slots, info.shape.rank, info.shape.sampler_width, info.shape.draft_vocab_size) == (
+        3,
+        4,
+        20,
+        3,
+    )
     assert info.shape.target_modules == ("q_proj", "v_proj") and info.base_name == "tiny"
     tensors = adapter.tensors()
     np.testing.assert_array_equal(np.array(tensors["draft_ids"]), [3, 9, 64])
@@ -116,7 +123,9 @@ def test_slots_as_rows_of_a_larger_embedding(tmp_path: Path) -> None:
     table = {f"{PREFIX}model.embed_tokens.weight": numbers("table", (VOCABULARY + 2, 48))}
     out = write(folder(tmp_path / "lora", factors() | table), tmp_path / "out")
     adapter, info = load_adapter(out, tiny_model("llama", seed=3))
-    np.testing.assert_array_equal(np.array(adapter.slot_embeddings.weight), list(table.values())[0][VOCABULARY:])
+    np.testing.assert_array_equal(
+        np.array(adapter.slot_embeddings.weight), list(table.values())[0][VOCABULARY:]
+    )
     assert info.training["sampler head"] == "none, untrained"
     z = mx.random.normal((2, 48))
     assert mx.array_equal(adapter.sampler(mx.ones((2, 48)), z), z)
@@ -126,11 +135,23 @@ def test_slots_as_rows_of_a_larger_embedding(tmp_path: Path) -> None:
     ("tensors", "config", "message"),
     [
         (factors(), {}, "without slot embeddings cannot draft: the file has neither"),
-        (factors() | SLOTS, {"use_dora": True, "bias": "all"}, "says use_dora True, bias 'all', which gated LoRA"),
+        (
+            factors() | SLOTS,
+            {"use_dora": True, "bias": "all"},
+            "says use_dora True, bias 'all', which gated LoRA",
+        ),
         (factors() | SLOTS, {"peft_type": "IA3"}, "says peft_type IA3"),
         (factors() | SLOTS | {"strange.weight": numbers("s", (2,))}, {}, "unexpected strange.weight"),
-        ({k: v for k, v in factors().items() if "1.self_attn.v_proj" not in k} | SLOTS, {}, "missing low_rank.layers.1"),
-        ({k: v for k, v in factors().items() if "q_proj.lora_B" not in k} | SLOTS, {}, "missing base_model.model.model"),
+        (
+            {k: v for k, v in factors().items() if "1.self_attn.v_proj" not in k} | SLOTS,
+            {},
+            "missing low_rank.layers.1",
+        ),
+        (
+            {k: v for k, v in factors().items() if "q_proj.lora_B" not in k} | SLOTS,
+            {},
+            "missing base_model.model.model",
+        ),
     ],
 )
 def test_what_is_missing_is_said(
