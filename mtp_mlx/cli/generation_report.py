@@ -141,6 +141,8 @@ def emission_of(settings: GenerateSettings) -> Emission:
 
 
 def _slots_in_use(settings: GenerateSettings, run: Run) -> int:
+    if settings.drafter == "lookup":
+        return settings.slots or 0
     return 0 if settings.layout == "plain" else settings.slots or run.adapter_slots
 
 
