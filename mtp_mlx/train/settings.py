@@ -112,10 +112,10 @@ class TrainSettings:
             problems.append("block_share 0 leaves no block to train on")
         if self.learning_rate == 0:
             problems.append("learning_rate 0 learns nothing")
-        drafts = self.slots if is_read("slots", self.method) else self.heads
+        drafts, word = (self.slots, "slots") if is_read("slots", self.method) else (self.heads, "heads")
         if self.max_length < drafts + 2:
             problems.append(
-                f"max_length {self.max_length} holds no block of {drafts} drafts; {drafts + 2} does"
+                f"max_length {self.max_length} holds no block of {drafts} {word}; {drafts + 2} does"
             )
         if self.method == "mtp-heads":
             problems += self._of_heads()
