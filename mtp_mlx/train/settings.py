@@ -141,6 +141,8 @@ class TrainSettings:
             problems.append("top_share 0 leaves nothing to distil")
         if self.extend is not None and self.start_from is None:
             problems.append("extend grows trained heads: name their folder with --start-from")
+        if self.extend is not None and self.heads != 4:
+            problems.append("extend says how many heads there will be: leave heads out")
         return problems
 
     def adapter_shape(self) -> MaskAdapterConfig:
