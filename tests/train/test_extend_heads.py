@@ -26,7 +26,7 @@ FUSE = "heads.{}.fuse.weight"
 
 
 def extending(out: Path, start: Path, listener: Any = None, **changes: Any) -> Trainer:
-    values = {"steps": 4, "extend": "2x", "heads": 4, **changes}
+    values: dict[str, Any] = {"steps": 4, "extend": "2x", "heads": 4, **changes}
     return trainer_for(out, listener, method="mtp-heads", start_from=start, **values)
 
 
@@ -70,7 +70,7 @@ def test_only_the_new_group_learns(tmp_path: Path, two: Path) -> None:
 
 def test_extended_heads_decode_and_grow_again(tmp_path: Path, two: Path) -> None:
     assert extending(tmp_path / "four", two).run()
-    assert extending(tmp_path / "eight", tmp_path / "four", steps=2, max_length=64).run()
+    assert extending(tmp_path / "eight", tmp_path / "four", max_length=64).run()
     save_tiny(tmp_path / "model", "qwen3", seed=3)
     base, tokenizer = mlx_lm.load(str(tmp_path / "model"))[:2]
     expected = mlx_lm.generate(base, tokenizer, "The sky", max_tokens=20)
