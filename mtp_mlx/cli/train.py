@@ -105,7 +105,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
     trainer = Trainer(model, data.train, data.held_out, settings, listener)
     estimate = trainer.method.estimate_memory(data.train)
     listener.on_message(str(estimate))
-    warning = too_much(estimate)
+    warning = too_much(estimate, remedy=trainer.method.less_memory)
     if warning:
         listener.on_message(f"warning: {warning}")
     return trainer

@@ -43,6 +43,7 @@ class TrainHeads(Method):
     """
 
     name = "mtp-heads"
+    less_memory = "lower --batch-size, --max-length, --draft-vocab or --loss-rows"
 
     def __init__(
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
