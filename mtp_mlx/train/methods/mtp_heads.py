@@ -23,6 +23,7 @@ from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.extend_heads import extend_heads, extended_count
 from mtp_mlx.train.head_layout import can_supervise
 from mtp_mlx.train.heads_agreement import measure_heads
+from mtp_mlx.train.heads_start import start_like_trunk
 from mtp_mlx.train.heads_step import HeadsRunner
 from mtp_mlx.train.memory import MemoryEstimate, estimate_heads_memory
 from mtp_mlx.train.methods.base import Method, Tell
@@ -57,6 +58,7 @@ class TrainHeads(Method):
         self._frozen = 0  # heads before this one are as they were
         if settings.start_from is None:
             heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
+            start_like_trunk(heads, model, train[0].tokens)
         else:
             heads = self._start_from(model, settings.start_from, draft_ids, tell)
         heads.set_dtype(mx.float32)
