@@ -23,6 +23,7 @@ class DecodeStats:
         submitted_by: {drafter: drafts submitted for verification}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
         lossless: every token was the model's own pick; False once drafts are emitted unverified.
+        looped: "4 heads to 8 drafts" where MTP heads are applied more than once in a step, else empty.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
     """
 
@@ -37,6 +38,7 @@ class DecodeStats:
     submitted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     lossless: bool = True
+    looped: str = ""
     verdict: str = ""
 
     def record(
@@ -99,6 +101,7 @@ class DecodeStats:
         self.submitted_by.update(other.submitted_by)
         self.fallbacks.update(other.fallbacks)
         self.lossless &= other.lossless
+        self.looped = self.looped or other.looped
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -114,5 +117,6 @@ class DecodeStats:
             "submitted_by": dict(self.submitted_by),
             "fallbacks": dict(self.fallbacks),
             "lossless": self.lossless,
+            "looped": self.looped,
             "verdict": self.verdict,
         }
