@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ import numpy as np
 
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
@@ -23,6 +25,7 @@ from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.ptp_slots import PTPAdapter
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
@@ -81,9 +84,9 @@ def mtp_generate_step(
         MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back.
     """
     settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
-    picker = Picker(sampling or SamplingConfig())
     policy = policy or FixedPolicy("plain", 0)
-    drafter = MaskSlotDrafter(model, picker) if model.adapter is not None else None
+    picker = Picker(sampling_for(model, sampling or SamplingConfig(), policy.max_drafts > 0))
+    drafter = slot_drafter(model, picker) if model.adapter is not None else None
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
     ids = token_ids(prompt)
@@ -101,6 +104,29 @@ def mtp_generate_step(
         raise
     if keep:
         session.settle(len(ids) + loop.n_yielded)
+
+
+def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
+    """`sampling` with its noise settled: what was asked for, else what the adapter was trained for.
+
+    Raises:
+        MTPError: slots of Parallel Token Prediction are to draft for picks that are not by the inverse CDF.
+    """
+    if not isinstance(model.adapter, PTPAdapter):
+        return sampling if sampling.noise else replace(sampling, noise="gumbel")
+    if sampling.noise == "gumbel" and sampling.temperature > 0 and drafting:
+        raise MTPError(
+            "this adapter's slots carry the uniforms of picks by the inverse CDF, which noise 'gumbel' does not "
+            "use: leave the noise out, or decode plainly"
+        )
+    return sampling if sampling.noise else replace(sampling, noise="inverse-cdf")
+
+
+def slot_drafter(model: AttachedModel, picker: Picker) -> MaskSlotDrafter | PTPSlotDrafter:
+    """Who drafts with the adapter of `model`."""
+    if isinstance(model.adapter, PTPAdapter):
+        return PTPSlotDrafter(model, picker)
+    return MaskSlotDrafter(model, picker)
 
 
 def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
@@ -168,7 +194,9 @@ class _Loop:
         drafts = proposal.drafts[: layout.drafts]
         result = self._session.step(layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
-        self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain)
+        self._stats.record(
+            layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain, result.rows
+        )
         self._proposal = Proposal(self._own, result.drafts, result.confidences)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)

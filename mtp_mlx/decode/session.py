@@ -10,7 +10,7 @@ before the next pass, which is the same unless rows are taken back in between: t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,12 +19,13 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.drafters.mtp_heads import HeadChain
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.block import Block, block_shape
+from mtp_mlx.model.block import Block, BlockShape, block_shape
 from mtp_mlx.model.seams import check_caches
 
 
@@ -47,6 +48,7 @@ class StepResult:
         n_accepted: number of accepted drafts.
         drafts, confidences: fresh drafts for the next positions.
         logits: [1 + d, V], row i predicts tokens[i]; lazy.
+        rows: rows of the pass.
     """
 
     tokens: list[int]
@@ -54,6 +56,7 @@ class StepResult:
     drafts: list[int]
     confidences: list[float]
     logits: mx.array
+    rows: int
 
 
 class Session:
@@ -76,7 +79,7 @@ class Session:
         self,
         attached: AttachedModel,
         picker: Picker,
-        drafter: MaskSlotDrafter | None,
+        drafter: MaskSlotDrafter | PTPSlotDrafter | None,
         prompt: list[int],
         cache: list[Any],
         settings: CacheSettings,
@@ -179,10 +182,12 @@ class Session:
 
     def step(self, layout: Layout, drafts: list[int]) -> StepResult:
         """Verifies `drafts` (layout.drafts of them), commits what is accepted and drafts again."""
-        shape = block_shape(layout.drafts, layout.slots)
+        shape = self._shape(layout)
         start = self.cached
         rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
         block = Block.decode(rows, shape, start, self.attached.vocab_size)
+        if isinstance(self.drafter, PTPSlotDrafter) and layout.slot_rows:
+            block = replace(block, uniforms=self.drafter.uniforms(shape, start))
         hidden = self._forward(block)[0]  # [R, D]
         logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
         positions = mx.arange(start + 1, start + 1 + shape.n_real)
@@ -207,7 +212,13 @@ class Session:
             drafts=values[shape.n_real : shape.n_real + count],
             confidences=cast("list[float]", confidences.tolist())[:count],
             logits=logits,
+            rows=shape.rows,
         )
+
+    def _shape(self, layout: Layout) -> BlockShape:
+        """The rows of a layout, with what the drafter's slot groups start with."""
+        lead = self.drafter.lead if isinstance(self.drafter, PTPSlotDrafter) else 0
+        return block_shape(layout.drafts, layout.slots, lead)
 
     def _draft(
         self,
@@ -238,7 +249,7 @@ class Session:
         if layout.slot_rows:
             if self.drafter is None:
                 raise MTPError("this layout has mask slots, and this model no mask-token adapter to use them")
-            shape = block_shape(layout.drafts, layout.slots)
+            shape = self._shape(layout)
             return self.drafter.propose(hidden, shape, accepted, picks[accepted], position, history)
         return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
 

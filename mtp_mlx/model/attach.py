@@ -26,9 +26,10 @@ from mtp_mlx.model.head import HeadView
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.positions import PositionedRoPE
+from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import Seams, check_caches, find_seams, replace_module
-from mtp_mlx.model.slots import SlotAwareEmbedding
+from mtp_mlx.model.slot_adapter import SlotAdapter
 
 
 class AttachedModel:
@@ -53,7 +54,7 @@ class AttachedModel:
     def __init__(
         self,
         model: nn.Module,
-        adapter: MaskAdapter | None,
+        adapter: SlotAdapter | None,
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
@@ -93,13 +94,11 @@ class AttachedModel:
             return BlockLinear(linear, self._rows)
         return linear
 
-    def _wrap_slots(self, adapter: MaskAdapter) -> None:
+    def _wrap_slots(self, adapter: SlotAdapter) -> None:
         for path, low_rank in adapter.low_rank.items():
             base = self._for_blocks(self._seams.linears[path])
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
-        self._seams.trunk.embed_tokens = SlotAwareEmbedding(
-            self._embed, adapter.slot_embeddings, self.vocab_size
-        )
+        self._seams.trunk.embed_tokens = adapter.embedding_layer(self._embed, self.vocab_size, self._rows)
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
@@ -187,26 +186,41 @@ def new_adapter(
     Raises:
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
+    return MaskAdapter(config, *_sizes(model, config.target_modules), draft_ids, mean_embedding(model))
+
+
+def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
+    """As `new_adapter`, for Parallel Token Prediction."""
+    return PTPAdapter(config, *_sizes(model, config.target_modules), draft_ids, mean_embedding(model))
+
+
+def _sizes(model: nn.Module, target_modules: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], int]:
+    """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
     seams = find_seams(model)
     linears = seams.linears
-    if config.target_modules:
+    if target_modules:
         known = {path.rsplit(".", 1)[-1] for path in linears}
-        unknown = [name for name in config.target_modules if name not in known]
+        unknown = [name for name in target_modules if name not in known]
         if unknown:
             raise MTPError(
                 f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
             )
-        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in config.target_modules}
+        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in target_modules}
     sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
-    vocab_size, hidden_size = embedding_shape(seams.trunk.embed_tokens)
-    sample = seams.trunk.embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
-    initial = mx.mean(sample.astype(mx.float32), axis=0)  # [D]
-    return MaskAdapter(config, sizes, hidden_size, draft_ids, initial)
+    return sizes, embedding_shape(seams.trunk.embed_tokens)[1]
+
+
+def mean_embedding(model: nn.Module) -> mx.array:
+    """[D] float32 mean over a sample of the embedding table."""
+    embed_tokens = find_seams(model).trunk.embed_tokens
+    vocab_size, _ = embedding_shape(embed_tokens)
+    sample = embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
+    return mx.mean(sample.astype(mx.float32), axis=0)
 
 
 def attach(
     model: nn.Module,
-    adapter: MaskAdapter | None = None,
+    adapter: SlotAdapter | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
     mtp_heads: MTPHeads | None = None,
