@@ -35,8 +35,9 @@ from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.text import StopStrings
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
@@ -125,11 +126,13 @@ def load(
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     folder = bundled_adapter(model) if adapter == "auto" else adapter
-    info: AdapterInfo | HeadsInfo | None = None
-    weights: MaskAdapter | None = None
+    info: AdapterInfo | HeadsInfo | PTPInfo | None = None
+    weights: SlotAdapter | None = None
     heads: MTPHeads | None = None
     if folder is not None and is_heads(Path(folder)):
         heads, info = load_heads(Path(folder), base)
+    elif folder is not None and is_ptp(Path(folder)):
+        weights, info = load_ptp(Path(folder), base)
     elif folder is not None:
         weights, info = load_adapter(Path(folder), base)
     attached = attach(base, weights, default_dispatcher(cache_dir), exact, heads)

@@ -6,9 +6,9 @@ equals the target's pick; the text is then the same with any drafter and any lay
 Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
 temperature, draw. The draw is Gumbel-max, or the inverse CDF in vocabulary order with one uniform per position
-(Parallel Token Prediction, arXiv 2512.21323), both of whose marginal is exactly the warped softmax. Without top-p, min-p
-and top-k nothing needs log-probabilities, and the Gumbel draw is argmax(logits * (1 / temperature) + gumbel), each
-operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
+(Parallel Token Prediction, arXiv 2512.21323); the marginal of either is exactly the warped softmax. Without top-p,
+min-p and top-k nothing needs log-probabilities, and the Gumbel draw is argmax(logits * (1 / temperature) + gumbel),
+each operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
 Non-goals: XTC and logit bias.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
@@ -163,7 +163,7 @@ class Picker:
 
         Raises ValueError when penalties are on and history is missing.
         """
-        scores = self._scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids)
         return _real_ids(self._columns(scores, positions, token_ids), token_ids)
 
     def pick_with_confidence(
@@ -178,13 +178,15 @@ class Picker:
         The probability is under the warped, temperature-scaled distribution that was drawn from; for greedy
         picking, under the plain softmax of the penalised logits.
         """
-        scores = self._scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids)
         columns = self._columns(scores, positions, token_ids)
         picked = mx.take_along_axis(scores, columns[:, None], axis=-1).squeeze(-1)
         confidence = mx.exp(picked - mx.logsumexp(scores, axis=-1))
         return _real_ids(columns, token_ids), confidence
 
-    def _scores(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
+    def scores(
+        self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
+    ) -> mx.array:
         """[R, V] float32 whose softmax is the distribution to pick from."""
         logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.temperature == 0:

@@ -57,6 +57,11 @@ class MaskAdapter(SlotAdapter):
         self.slot_embeddings = SlotEmbeddings(config.slots, hidden_size, initial_slot)
         self.sampler = SamplerHead(hidden_size, config.sampler_width)
 
+    @property
+    def slot_module(self) -> nn.Module:
+        """See `SlotAdapter`."""
+        return self.slot_embeddings
+
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
         """See `SlotAdapter`."""
         return SlotAwareEmbedding(base, self.slot_embeddings, vocab_size)

@@ -57,6 +57,7 @@ class PTPConfig:
         slots: most drafts behind one position.
         rank, alpha: of the gated LoRA; the update is scaled by alpha / rank.
         target_modules: last part of a layer's name; empty = every linear of a layer.
+        independent: slots carry nothing and know nothing of each other's tokens; the control of comparisons.
         draft_vocab_size: 0 = drafts come from the whole vocabulary.
         teacher: sampling of the text it was trained on.
 
@@ -70,6 +71,7 @@ class PTPConfig:
     rank: int = 16
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ()
+    independent: bool = False
     draft_vocab_size: int = 0
     teacher: TeacherSampling = TeacherSampling()
 
@@ -110,6 +112,11 @@ class PTPAdapter(SlotAdapter):
     ) -> None:
         super().__init__(config, linear_sizes, draft_ids)
         self.u_embed = uniform_embedding(config.embedding, hidden_size, config.knots, initial_slot)
+
+    @property
+    def slot_module(self) -> nn.Module:
+        """See `SlotAdapter`."""
+        return self.u_embed
 
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
         """See `SlotAdapter`."""

@@ -47,6 +47,11 @@ class SlotAdapter(nn.Module):
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
         return self._draft_ids
 
+    @property
+    def slot_module(self) -> nn.Module:
+        """The weights of slots' embeddings, which an attached model has inside."""
+        raise NotImplementedError
+
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
         """The model's embedding `base` with slot ids (from `vocab_size` on) answered by this adapter."""
         raise NotImplementedError

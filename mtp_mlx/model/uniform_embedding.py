@@ -1,7 +1,7 @@
 """Embeddings of a uniform number u in [0, 1): what an auxiliary slot carries (arXiv 2512.21323).
 
-    bits                  24 fixed-point bits of u, most significant first -> linear layer. u is a multiple of 2^-24, so
-                          nothing is lost, and a bit means the same whatever the others are (the default here)
+    bits                  24 fixed-point bits of u, most significant first -> linear layer. u is a multiple of 2^-24,
+                          so nothing is lost, and a bit means the same whatever the others are (the default here)
     linear-interpolation  between learnt vectors at u (n - 1); n = 3 is the default of the paper's code
     sawtooth              u mod 1/m for m = 1..32 -> linear layer
     ieee-bits             the 32 bits of u as a float32, most significant first -> linear layer (the code's "binary")

@@ -46,8 +46,14 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
     return Prefix(caches=caches, hidden=hidden)
 
 
-def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
-    """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter."""
+def slot_pass(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
+) -> mx.array:
+    """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter.
+
+    Args:
+        uniforms: [S * chunks, G * k] float32, what slots carry (Parallel Token Prediction only).
+    """
     positions = layout.positions()
     visibility = layout.visibility()
     if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
@@ -55,12 +61,13 @@ def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx
         for row in range(len(positions)):
             caches = _prefix_of(prefix, row, layout)
             mask = mx.array(visibility[row])  # [G * k, T + G * k]
-            pieces.append(_chunks_pass(attached, layout, positions[[row]], mask, caches))
+            carried = None if uniforms is None else uniforms[[row]]
+            pieces.append(_chunks_pass(attached, layout, positions[[row]], mask, caches, uniforms=carried))
         hidden = mx.concatenate(pieces)
     else:
         mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
         caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
-        hidden = _chunks_pass(attached, layout, positions, mask, caches, repeats=layout.chunks)
+        hidden = _chunks_pass(attached, layout, positions, mask, caches, layout.chunks, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.rows)]
 
 
@@ -71,13 +78,16 @@ def _chunks_pass(
     mask: mx.array,
     caches: list[PrefixCache],
     repeats: int = 1,
+    uniforms: np.ndarray | None = None,
 ) -> mx.array:
     """Hidden states [B, G * k, D] of chunks whose rows stand at `positions` [B, G * k]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
     slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
     ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), positions.shape)
-    return attached.forward(Block(ids=ids, n_real=0, positions=mx.array(positions)), caches)
+    carried = None if uniforms is None else mx.array(uniforms)
+    block = Block(ids=ids, n_real=0, positions=mx.array(positions), uniforms=carried)
+    return attached.forward(block, caches)
 
 
 def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:

@@ -1,5 +1,5 @@
-"""Text with Parallel Token Prediction is that of plain decoding with inverse-CDF picks at the same seed: both variants,
-all embeddings of uniforms, temperatures 0 to 1.2, every warp and layout; and picks follow the warped softmax unless
+"""Text with Parallel Token Prediction is that of plain decoding with inverse-CDF picks at the same seed: both
+variants, all embeddings of uniforms, temperatures 0 to 1.2, every warp and layout; and picks follow the warped softmax unless
 uniforms are drawn again after a rejection."""
 
 from __future__ import annotations

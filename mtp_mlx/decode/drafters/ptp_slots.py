@@ -43,7 +43,7 @@ class PTPSlotDrafter:
             start: absolute position of the pending token.
         """
         offsets = shape.offsets[shape.n_real :]
-        if self._picker.config.temperature == 0:
+        if self._config.independent or self._picker.config.temperature == 0:
             return mx.full((len(offsets),), NOTHING)
         positions = mx.array(offsets + start + self.lead)  # with a lead: of the token that the slot predicts
         return position_uniforms(self._picker.config.seed, positions)
