@@ -15,6 +15,7 @@ Legend: D hidden size, F features.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -131,6 +132,7 @@ def uniform_embedding(
     """
     if name == "linear-interpolation":
         return LinearInterpolation(hidden_size, knots, initial)
+    kinds: dict[str, Callable[[int, mx.array | None], UniformEmbedding]]
     kinds = {"bits": FixedPointBits, "sawtooth": Sawtooth, "ieee-bits": IeeeBits}
     return kinds[name](hidden_size, initial)
 

@@ -1,4 +1,4 @@
-"""Parallel Token Prediction (arXiv 2512.21323): gated LoRA and an embedding of uniforms, taught by the base itself."""
+"""Parallel Token Prediction (arXiv 2512.21323): gated LoRA and an embedding of uniforms, taught by the base."""
 
 from __future__ import annotations
 
