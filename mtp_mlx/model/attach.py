@@ -30,6 +30,7 @@ from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import Seams, check_caches, find_seams, replace_module
 from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.model.uniform_embedding import Start
 
 
 class AttachedModel:
@@ -186,12 +187,16 @@ def new_adapter(
     Raises:
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
-    return MaskAdapter(config, *_sizes(model, config.target_modules), draft_ids, mean_embedding(model))
+    sizes, hidden_size = _sizes(model, config.target_modules)
+    return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(_embedding_sample(model), axis=0))
 
 
 def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
     """As `new_adapter`, for Parallel Token Prediction."""
-    return PTPAdapter(config, *_sizes(model, config.target_modules), draft_ids, mean_embedding(model))
+    sizes, _ = _sizes(model, config.target_modules)
+    sample = _embedding_sample(model)
+    start = Start(mx.mean(sample, axis=0), float(mx.mean(mx.std(sample, axis=0)).item()))
+    return PTPAdapter(config, sizes, start, draft_ids)
 
 
 def _sizes(model: nn.Module, target_modules: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -210,12 +215,11 @@ def _sizes(model: nn.Module, target_modules: tuple[str, ...]) -> tuple[dict[str,
     return sizes, embedding_shape(seams.trunk.embed_tokens)[1]
 
 
-def mean_embedding(model: nn.Module) -> mx.array:
-    """[D] float32 mean over a sample of the embedding table."""
+def _embedding_sample(model: nn.Module) -> mx.array:
+    """[about 1024, D] float32 rows of the embedding table."""
     embed_tokens = find_seams(model).trunk.embed_tokens
     vocab_size, _ = embedding_shape(embed_tokens)
-    sample = embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
-    return mx.mean(sample.astype(mx.float32), axis=0)
+    return embed_tokens(mx.arange(0, vocab_size, max(1, vocab_size // 1024))).astype(mx.float32)
 
 
 def attach(

@@ -25,6 +25,7 @@ from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.model.uniform_embedding import (
     UNIFORM_EMBEDDINGS,
+    Start,
     UniformEmbeddingName,
     UniformSlotEmbedding,
     uniform_embedding,
@@ -97,21 +98,19 @@ class PTPAdapter(SlotAdapter):
     Args:
         config: shape of the adapter.
         linear_sizes: {path of a linear layer below the trunk: (D_in, D_out)}.
-        hidden_size: D.
+        start: where the embedding of uniforms starts.
         draft_ids: [N] ascending int32 ids that may be drafted, or None for all.
-        initial_slot: [D] start of every slot's embedding, or None for small noise.
     """
 
     def __init__(
         self,
         config: PTPConfig,
         linear_sizes: dict[str, tuple[int, int]],
-        hidden_size: int,
+        start: Start,
         draft_ids: mx.array | None = None,
-        initial_slot: mx.array | None = None,
     ) -> None:
         super().__init__(config, linear_sizes, draft_ids)
-        self.u_embed = uniform_embedding(config.embedding, hidden_size, config.knots, initial_slot)
+        self.u_embed = uniform_embedding(config.embedding, start, config.knots)
 
     @property
     def slot_module(self) -> nn.Module:

@@ -14,8 +14,10 @@ Legend: D hidden size, F features.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -31,13 +33,25 @@ TEETH = 32
 NOTHING = -1.0  # the uniform of a slot that carries nothing
 
 
-class UniformEmbedding(nn.Module):
-    """u -> vector. Args: hidden size D; initial vector [D] that every embedding starts near."""
+@dataclass(frozen=True)
+class Start:
+    """Where an untrained embedding starts: among the model's own token embeddings.
 
-    def __init__(self, hidden_size: int, initial: mx.array | None = None) -> None:
+    Attributes:
+        mean: [D] float32, their mean.
+        scale: their standard deviation; embeddings of different uniforms differ by as much.
+    """
+
+    mean: mx.array
+    scale: float = 0.02
+
+
+class UniformEmbedding(nn.Module):
+    """u -> vector."""
+
+    def __init__(self, start: Start) -> None:
         super().__init__()
-        start = mx.zeros((hidden_size,)) if initial is None else initial.astype(mx.float32)
-        self.none = start + 0.02 * mx.random.normal((hidden_size,))  # [D]
+        self.none = start.mean + 0.02 * mx.random.normal(start.mean.shape)  # [D]
 
     def __call__(self, uniforms: mx.array) -> mx.array:
         """[...] float32 -> [..., D]; negative ones give `none`."""
@@ -52,10 +66,11 @@ class UniformEmbedding(nn.Module):
 class LinearFeatures(UniformEmbedding):
     """A linear layer over features of u: `bits`, `sawtooth` and `ieee-bits`."""
 
-    def __init__(self, hidden_size: int, count: int, initial: mx.array | None = None) -> None:
-        super().__init__(hidden_size, initial)
-        self.weight = 0.02 * mx.random.normal((hidden_size, count))  # [D, F]
-        self.bias = mx.zeros((hidden_size,)) if initial is None else initial.astype(mx.float32)
+    def __init__(self, start: Start, count: int) -> None:
+        super().__init__(start)
+        spread = start.scale / math.sqrt(count / 4)  # a bit's variance is 1/4
+        self.weight = spread * mx.random.normal((start.mean.shape[0], count))  # [D, F]
+        self.bias = start.mean
 
     def carried(self, uniforms: mx.array) -> mx.array:
         """See `UniformEmbedding`."""
@@ -70,8 +85,8 @@ class LinearFeatures(UniformEmbedding):
 class FixedPointBits(LinearFeatures):
     """`bits`."""
 
-    def __init__(self, hidden_size: int, initial: mx.array | None = None) -> None:
-        super().__init__(hidden_size, FIXED_POINT_BITS, initial)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start, FIXED_POINT_BITS)
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 24] of 0 and 1."""
@@ -82,8 +97,8 @@ class FixedPointBits(LinearFeatures):
 class IeeeBits(LinearFeatures):
     """`ieee-bits`."""
 
-    def __init__(self, hidden_size: int, initial: mx.array | None = None) -> None:
-        super().__init__(hidden_size, IEEE_BITS, initial)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start, IEEE_BITS)
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 32] of 0 and 1."""
@@ -94,8 +109,8 @@ class IeeeBits(LinearFeatures):
 class Sawtooth(LinearFeatures):
     """`sawtooth`."""
 
-    def __init__(self, hidden_size: int, initial: mx.array | None = None) -> None:
-        super().__init__(hidden_size, TEETH, initial)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start, TEETH)
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 32], each in [0, 1/m)."""
@@ -106,10 +121,9 @@ class Sawtooth(LinearFeatures):
 class LinearInterpolation(UniformEmbedding):
     """`linear-interpolation` between `knots` vectors."""
 
-    def __init__(self, hidden_size: int, knots: int = 3, initial: mx.array | None = None) -> None:
-        super().__init__(hidden_size, initial)
-        start = mx.zeros((hidden_size,)) if initial is None else initial.astype(mx.float32)
-        self.weight = start + 0.02 * mx.random.normal((knots, hidden_size))  # [n, D]
+    def __init__(self, start: Start, knots: int = 3) -> None:
+        super().__init__(start)
+        self.weight = start.mean + start.scale * mx.random.normal((knots, start.mean.shape[0]))  # [n, D]
 
     def carried(self, uniforms: mx.array) -> mx.array:
         """See `UniformEmbedding`."""
@@ -121,20 +135,13 @@ class LinearInterpolation(UniformEmbedding):
         return (1 - share) * self.weight[left] + share * self.weight[right]
 
 
-def uniform_embedding(
-    name: UniformEmbeddingName, hidden_size: int, knots: int = 3, initial: mx.array | None = None
-) -> UniformEmbedding:
-    """The embedding of that name, untrained.
-
-    Args:
-        knots: vectors of "linear-interpolation".
-        initial: [D] what every embedding starts near.
-    """
+def uniform_embedding(name: UniformEmbeddingName, start: Start, knots: int = 3) -> UniformEmbedding:
+    """The embedding of that name, untrained. `knots` are the vectors of "linear-interpolation"."""
     if name == "linear-interpolation":
-        return LinearInterpolation(hidden_size, knots, initial)
-    kinds: dict[str, Callable[[int, mx.array | None], UniformEmbedding]]
+        return LinearInterpolation(start, knots)
+    kinds: dict[str, Callable[[Start], UniformEmbedding]]
     kinds = {"bits": FixedPointBits, "sawtooth": Sawtooth, "ieee-bits": IeeeBits}
-    return kinds[name](hidden_size, initial)
+    return kinds[name](start)
 
 
 class UniformSlotEmbedding(nn.Module):
