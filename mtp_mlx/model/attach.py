@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -195,7 +195,7 @@ def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | N
     """As `new_adapter`, for Parallel Token Prediction."""
     sizes, _ = _sizes(model, config.target_modules)
     sample = _embedding_sample(model)
-    start = Start(mx.mean(sample, axis=0), float(mx.mean(mx.std(sample, axis=0)).item()))
+    start = Start(mx.mean(sample, axis=0), cast(float, mx.mean(mx.std(sample, axis=0)).item()))
     return PTPAdapter(config, sizes, start, draft_ids)
 
 
