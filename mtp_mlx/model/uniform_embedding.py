@@ -83,10 +83,12 @@ class LinearFeatures(UniformEmbedding):
 
 
 class FixedPointBits(LinearFeatures):
-    """`bits`."""
+    """`bits`. A bit starts with half the variance of the one before: what low bits add is noise to most tokens."""
 
     def __init__(self, start: Start) -> None:
         super().__init__(start, FIXED_POINT_BITS)
+        spread = start.scale * 2.0 ** (-0.5 * mx.arange(FIXED_POINT_BITS))
+        self.weight = spread * mx.random.normal(self.weight.shape)
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 24] of 0 and 1."""

@@ -70,7 +70,9 @@ class JointLayout:
         return sees
 
 
-def joint_logits(attached: AttachedModel, layout: JointLayout, tokens: mx.array, uniforms: mx.array) -> mx.array:
+def joint_logits(
+    attached: AttachedModel, layout: JointLayout, tokens: mx.array, uniforms: mx.array
+) -> mx.array:
     """Logits of one joint pass, [B, T + N * k, V]; differentiable in everything.
 
     Args:
@@ -110,7 +112,8 @@ def own_uniforms(
         rows = logits[:, mx.array(before)].reshape(batch * blocks, -1)
         label = tokens[:, layout.anchors + slot + 1].reshape(-1)
         left, right = (
-            np.array(edge).astype(np.float64).reshape(batch, blocks) for edge in interval(rows, mx.array(label))
+            np.array(edge).astype(np.float64).reshape(batch, blocks)
+            for edge in interval(rows, mx.array(label))
         )
         drawn = np.floor((left + (right - left) * place[:, :, slot]) * GRID)
         uniforms[:, :, slot] = np.clip(np.maximum(drawn, np.ceil(left * GRID)), 0, GRID - 1) / GRID

@@ -111,7 +111,9 @@ def test_a_reduced_vocabulary_keeps_its_order() -> None:
     reduced[:, ids] = logits[:, ids]
     picker = Picker(SamplingConfig(temperature=1.0, seed=1, noise="inverse-cdf"))
     whole = picker.pick(mx.array(reduced), mx.arange(50))
-    assert mx.array_equal(picker.pick(mx.array(logits[:, ids]), mx.arange(50), token_ids=mx.array(ids)), whole)
+    assert mx.array_equal(
+        picker.pick(mx.array(logits[:, ids]), mx.arange(50), token_ids=mx.array(ids)), whole
+    )
 
 
 def test_penalties_act_before_the_cdf() -> None:

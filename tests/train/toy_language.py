@@ -20,7 +20,7 @@ from mlx_lm.models import llama
 from mtp_mlx.train.data import Example
 from tests.tiny import tiny_config
 
-HALVES = 8
+HALVES = 4
 VOCABULARY = HALVES**2
 LENGTH = 32  # tokens of a text
 PERPLEXITY = float(HALVES)  # of a model that knows the language
@@ -42,7 +42,9 @@ def toy_model(seed: int = 3) -> Any:
     config = tiny_config("llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128)
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
-    model.lm_head.weight = 4 * model.lm_head.weight  # tiles that the language treats alike are told apart sooner
+    model.lm_head.weight = (
+        4 * model.lm_head.weight
+    )  # tiles that the language treats alike are told apart sooner
     mx.eval(model.parameters())
     return model
 
@@ -65,7 +67,7 @@ def train_ar(model: Any, steps: int, rate: float = 5e-3) -> None:
 @lru_cache(maxsize=1)
 def _teacher_weights() -> list[tuple[str, mx.array]]:
     model = toy_model()
-    train_ar(model, 150)
+    train_ar(model, 80)
     return tree_flatten(model.parameters())
 
 
