@@ -1,7 +1,7 @@
 """A llama with O-PTP slots in plain numpy float64, in the released code's own names: an independent oracle.
 
-One causal pass of prompt tokens (base weights) followed by slots (base plus low-rank update). Slot j predicts the token
-that stands j places behind the prompt and is turned by the rotary angle of the place before it.
+One causal pass of prompt tokens (base weights) followed by slots (base plus low-rank update). Slot j predicts the
+token that stands j places behind the prompt and is turned by the rotary angle of the place before it.
 """
 
 from __future__ import annotations

@@ -87,11 +87,14 @@ def mtp_generate_step(
     policy = policy or FixedPolicy("plain", 0)
     picker = Picker(sampling_for(model, sampling or SamplingConfig(), policy.max_drafts > 0))
     drafter = slot_drafter(model, picker) if model.adapter is not None else None
+    stats = stats or DecodeStats()
+    if isinstance(drafter, PTPSlotDrafter) and policy.max_drafts and drafter.other_sampling:
+        stats.fallbacks[drafter.other_sampling] += 1
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
     ids = token_ids(prompt)
     session = Session(model, picker, drafter, ids, cache, settings, policy.chain)
-    loop = _Loop(session, policy, lookup, stats or DecodeStats(), max_tokens)
+    loop = _Loop(session, policy, lookup, stats, max_tokens)
     try:
         session.prefill(prompt_progress_callback)
         yield from loop.tokens()

@@ -1,5 +1,5 @@
-"""Checkpoints of the released PTP code, whole and adapter-only and in both spellings, become folders that decode; slots
-compute what an independent numpy forward computes; what cannot be run is refused in one sentence."""
+"""Checkpoints of the released PTP code, whole and adapter-only and in both spellings, become folders that decode;
+slots compute what an independent numpy forward computes; what cannot be run is refused in one sentence."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ At temperature 0 uniforms say nothing: slots then carry nothing and are mask tok
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 
@@ -34,6 +36,23 @@ class PTPSlotDrafter:
         self._config = attached.adapter.config
         self.max_drafts: int = self._config.slots
         self.lead: int = self._config.lead
+
+    @property
+    def other_sampling(self) -> str:
+        """What differs from the sampling that the adapter's uniforms were trained on, for people; "" if nothing.
+
+        Greedy decoding is no sampling: slots carry nothing then.
+        """
+        if self._picker.config.temperature == 0:
+            return ""
+        different = [
+            f"{name} {value:g}"
+            for name, value in dataclasses.asdict(self._config.teacher).items()
+            if getattr(self._picker.config, name) != value
+        ]
+        if not different:
+            return ""
+        return f"other sampling than this adapter was trained for ({', '.join(different)}): fewer drafts are right"
 
     def uniforms(self, shape: BlockShape, start: int) -> mx.array:
         """What the slot rows of a block carry, float32 [R - n_real].
