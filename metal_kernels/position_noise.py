@@ -24,6 +24,9 @@ The generator, in unsigned 32-bit arithmetic modulo 2^32, so that a Metal kernel
    Large g come from small w, where float32 is finest, so the tail that decides an argmax keeps its precision:
    g lies in [-2.82, 22.88]. No product feeds an addition, so contraction to fused operations changes nothing.
 
+Parallel Token Prediction draws one uniform per position instead, by the inverse CDF:
+   u = (key_0 >> 8) * 2^-24, exact in float32, in [0, 1).
+
 On one device every program that follows the four steps with its float32 `log` gets the same bits (the Metal
 kernels do). Between devices steps 1 to 3 are identical, and the last bits of step 4 are those of their `log`.
 
@@ -118,3 +121,13 @@ def gumbel(seed: int, positions: mx.array, token_ids: mx.array) -> mx.array:
     token_ids  [N] integers >= 0
     """
     return gumbel_of_keys(row_keys(seed, positions), token_ids)
+
+
+def position_uniforms(seed: int, positions: mx.array) -> mx.array:
+    """One uniform per (seed, position), float32 of the shape of `positions`, a multiple of 2^-24 in [0, 1).
+
+    seed       0 <= seed < 2^64
+    positions  integers >= 0, the absolute position of the token that the uniform picks
+    """
+    words = row_keys(seed, positions.reshape(-1))[:, 0]
+    return ((words >> 8).astype(mx.float32) * 2.0**-24).reshape(positions.shape)

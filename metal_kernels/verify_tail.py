@@ -23,6 +23,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
 from mtp_mlx.metal_kernels.launch import Factory, Launch, Support, read_kernel
 from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys
 
@@ -32,7 +33,6 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SMALLEST_VOCABULARY = 8
 MOST_ELEMENTS = 2**31  # columns of all rows are counted in 32 bits
 SIMD_WIDTH, MOST_THREADS, COLUMNS_PER_THREAD = 32, 1024, 4
-BLOCK = 256  # columns summed in one go by the reference
 CDF_ERROR = (
     2e-6  # of a cumulative probability; seen under emulation, up to 262,144 columns: 1e-7, reference 4e-7
 )
@@ -149,7 +149,7 @@ def reference(
         if mode == GUMBEL:
             scores = scores + gumbel_of_keys(noise, mx.arange(logits.shape[-1]))
         else:
-            return _with_accepted(_inverse_cdf(scores, noise), tokens)
+            return _with_accepted(inverse_cdf(scores, noise), tokens)
     return _with_accepted(mx.argmax(scores, axis=-1), tokens)
 
 
@@ -162,30 +162,6 @@ def _leading_run(picks: mx.array, tokens: mx.array) -> mx.array:
     """[1] int32: how many drafts, the tokens after the first, equal the pick of the row before them."""
     equal = (picks[:-1] == tokens[1:]).astype(mx.int32)
     return mx.sum(mx.cumprod(equal)).astype(mx.int32).reshape(1)
-
-
-def _inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
-    """[R] the first column with mass whose cumulative mass exceeds the uniform times the total, else the last."""
-    n_columns = scores.shape[-1]
-    scores = mx.where(mx.isnan(scores), -mx.inf, scores)
-    top = mx.max(scores, axis=-1, keepdims=True)
-    mass = mx.where(scores == top, 1.0, mx.exp(scores - top))
-    mass = mx.where(scores > -mx.inf, mass, 0.0)
-    through = _running_sum(mass)
-    columns = mx.arange(n_columns)
-    crosses = (mass > 0) & (through > uniforms[:, None] * through[:, -1:])
-    first = mx.min(mx.where(crosses, columns, n_columns), axis=-1)
-    last = mx.max(mx.where(mass > 0, columns, 0), axis=-1)
-    return mx.where(first < n_columns, first, last)
-
-
-def _running_sum(mass: mx.array) -> mx.array:
-    """Running sums along the rows of [R, V], block by block: one long float32 sum would lose 1e-5 of its total."""
-    n_rows, n_columns = mass.shape
-    blocks = mx.pad(mass, [(0, 0), (0, -n_columns % BLOCK)]).reshape(n_rows, -1, BLOCK)
-    within = mx.cumsum(blocks, axis=-1)
-    before = mx.cumsum(within[:, :, -1], axis=-1, inclusive=False)
-    return (within + before[:, :, None]).reshape(n_rows, -1)[:, :n_columns]
 
 
 def samples() -> list[Arguments]:

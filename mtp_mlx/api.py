@@ -36,7 +36,8 @@ from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import StopStrings
 
@@ -129,11 +130,13 @@ def load(
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
-    info: AdapterInfo | HeadsInfo | None = None
-    weights: MaskAdapter | None = None
+    info: AdapterInfo | HeadsInfo | PTPInfo | None = None
+    weights: SlotAdapter | None = None
     heads: DraftHeads | None = None
     if folder is not None and is_heads(Path(folder)):
         heads, info = load_heads(Path(folder), base)
+    elif folder is not None and is_ptp(Path(folder)):
+        weights, info = load_ptp(Path(folder), base)
     elif folder is not None:
         weights, info = load_adapter(Path(folder), base)
     if loop is not None:

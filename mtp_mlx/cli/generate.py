@@ -46,6 +46,9 @@ class GenerateSettings:
     repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
     repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
     seed: int = setting(0, help="Seed of the noise", minimum=0)
+    noise: Literal["gumbel", "inverse-cdf"] | None = setting(
+        None, help="How noise picks tokens (default: the adapter's way)"
+    )
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
     slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
     loop: int | None = setting(
@@ -166,6 +169,7 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
         repetition_penalty=settings.repetition_penalty,
         repetition_context_size=settings.repetition_context_size,
         seed=settings.seed,
+        noise=settings.noise,
     )
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
     if not emission.lossless:

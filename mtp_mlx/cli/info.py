@@ -177,9 +177,10 @@ def adapter_folder(path: Path) -> dict[str, Any]:
     """What an adapter says about itself; its base is not needed."""
     import mlx.core as mx
 
-    from mtp_mlx.adapter import METHOD, WEIGHTS_NAME, read_info
+    from mtp_mlx.adapter import WEIGHTS_NAME, AdapterInfo, read_info
+    from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, read_ptp_info
 
-    info = read_info(path)
+    info: AdapterInfo | PTPInfo = read_ptp_info(path) if is_ptp(path) else read_info(path)
     try:
         tensors = mx.load(str(path / WEIGHTS_NAME))
     except (RuntimeError, ValueError, OSError) as error:
@@ -188,7 +189,7 @@ def adapter_folder(path: Path) -> dict[str, Any]:
     config = info.to_json()
     return {
         "kind": "adapter",
-        "method": METHOD,
+        "method": config["method"],
         "size": _size(path),
         "weights": sum(tensor.size for name, tensor in tensors.items() if name != "draft_ids"),
         "base": config["base"],

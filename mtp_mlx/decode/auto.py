@@ -10,6 +10,7 @@ from mtp_mlx.decode.policy import ChainPolicy, ConfidencePolicy, FixedPolicy, La
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.ptp_slots import PTPAdapter
 
 MOST_CHAIN = 16  # drafts of a chain of heads; the heads are applied again in turn where they are fewer
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
@@ -65,6 +66,11 @@ def _emission_policy(
         raise MTPError(
             f"emission '{what}' needs an adapter with mask tokens: give one with --adapter, or leave --emit and "
             "--tau out"
+        )
+    if isinstance(model.adapter, PTPAdapter) and not emission.lossless:
+        raise MTPError(
+            f"emission '{what}' is for mask tokens, and this adapter's slots are of Parallel Token Prediction: "
+            "use --emit verified"
         )
     most = _most_slots(model, slots)
     if layout == "plain" or (layout == "quadratic" and not emission.lossless):

@@ -22,7 +22,9 @@ from mlx.utils import tree_flatten
 from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.decode.cost import StepCost, interpolate, read_cost, save_cost
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.loop import slot_drafter
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.demo import cache_dir
@@ -90,7 +92,7 @@ def _is_quantised(model: AttachedModel) -> bool:
 def measure(model: AttachedModel) -> StepCost:
     """Times steps of every size in the table; medians of a few runs."""
     picker = Picker()
-    drafter = None if model.adapter is None else MaskSlotDrafter(model, picker)
+    drafter = None if model.adapter is None else slot_drafter(model, picker)
     prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
     real: dict[int, list[float]] = {}
     plain = {}
@@ -173,9 +175,9 @@ def _plain_seconds(session: Session, steps: int = 6) -> float:
     return median([after - before for before, after in zip(times, times[1:], strict=False)])
 
 
-def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter, count: int) -> float:
+def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter | PTPSlotDrafter, count: int) -> float:
     """Seconds of drafting `count` tokens from given latents."""
-    shape = block_shape(0, (count,))
+    shape = block_shape(0, (count,), drafter.lead)
     zero = mx.array(0, dtype=mx.int32)
     hidden = mx.zeros((shape.rows, model.hidden_size), dtype=model.embed(zero).dtype)
     times = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import numpy as np
 
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
@@ -27,6 +29,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.ptp_slots import PTPAdapter
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
@@ -73,15 +76,18 @@ def mtp_generate_step(
             the model or the sampling does not go with.
     """
     settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
-    sampling, emission = sampling or SamplingConfig(), emission or Emission()
+    policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
+    verifying = emission.lossless and policy.max_drafts > 0
+    sampling = sampling_for(model, sampling or SamplingConfig(), verifying)
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
-    policy = policy or FixedPolicy("plain", 0)
-    drafter = MaskSlotDrafter(model, picker) if model.adapter is not None else None
+    drafter = slot_drafter(model, picker) if model.adapter is not None else None
+    stats = DecodeStats() if stats is None else stats
+    if isinstance(drafter, PTPSlotDrafter) and policy.max_drafts and drafter.other_sampling:
+        stats.fallbacks[drafter.other_sampling] += 1
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
     ids = token_ids(prompt)
     session = Session(model, picker, drafter, ids, cache, settings, policy.chain)
-    stats = DecodeStats() if stats is None else stats
     loop: _Loop | EmitLoop
     if emission.lossless:
         loop = _Loop(session, policy, lookup, stats, max_tokens)
@@ -100,6 +106,29 @@ def mtp_generate_step(
         raise
     if keep:
         session.settle(len(ids) + loop.n_yielded)
+
+
+def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
+    """`sampling` with its noise settled: what was asked for, else what the adapter was trained for.
+
+    Raises:
+        MTPError: slots of Parallel Token Prediction are to draft for picks that are not by the inverse CDF.
+    """
+    if not isinstance(model.adapter, PTPAdapter):
+        return sampling if sampling.noise else replace(sampling, noise="gumbel")
+    if sampling.noise == "gumbel" and sampling.temperature > 0 and drafting:
+        raise MTPError(
+            "this adapter's slots carry the uniforms of picks by the inverse CDF, which noise 'gumbel' does not "
+            "use: leave the noise out, or decode plainly"
+        )
+    return sampling if sampling.noise else replace(sampling, noise="inverse-cdf")
+
+
+def slot_drafter(model: AttachedModel, picker: Picker) -> MaskSlotDrafter | PTPSlotDrafter:
+    """Who drafts with the adapter of `model`."""
+    if isinstance(model.adapter, PTPAdapter):
+        return PTPSlotDrafter(model, picker)
+    return MaskSlotDrafter(model, picker)
 
 
 def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
@@ -167,7 +196,9 @@ class _Loop:
         drafts = proposal.drafts[: layout.drafts]
         result = self._session.step(layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
-        self._stats.record(layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain)
+        self._stats.record(
+            layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain, result.rows
+        )
         self._proposal = Proposal(self._own, result.drafts, result.confidences)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)

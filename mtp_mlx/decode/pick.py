@@ -5,9 +5,10 @@ its own logits, position and history, never on the other rows or on their number
 equals the target's pick; the text is then the same with any drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
-temperature, draw. The draw is Gumbel-max, whose marginal is exactly the warped softmax. Without top-p, min-p
-and top-k nothing needs log-probabilities, and the draw is argmax(logits * (1 / temperature) + gumbel), each
-operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
+temperature, draw. The draw is Gumbel-max, or the inverse CDF in vocabulary order with one uniform per position
+(Parallel Token Prediction, arXiv 2512.21323); the marginal of either is exactly the warped softmax. Without top-p,
+min-p and top-k nothing needs log-probabilities, and the Gumbel draw is argmax(logits * (1 / temperature) + gumbel),
+each operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
 Non-goals: XTC and logit bias.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
@@ -17,12 +18,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.metal_kernels.position_noise import gumbel, row_keys
+from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
+from mtp_mlx.metal_kernels.position_noise import gumbel, position_uniforms, row_keys
+
+NoiseName = Literal["gumbel", "inverse-cdf"]
 
 SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the temperature lose their order
 
@@ -42,6 +47,8 @@ class SamplingConfig:
     repetition_context_size, presence_context_size, frequency_context_size
                               how many of the last tokens count, prompt included
     seed                      0 <= seed < 2^64
+    noise                     how noise picks: "gumbel" (one value per position and token), or "inverse-cdf" (one
+                              uniform per position); None: what the adapter in use was trained for, else "gumbel"
 
     Raises MTPError that lists every value out of range.
     """
@@ -58,6 +65,7 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
     frequency_context_size: int = 20
     seed: int = 0
+    noise: NoiseName | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -80,6 +88,7 @@ class SamplingConfig:
             ("repetition_penalty", "finite and not negative", 0 <= self.repetition_penalty < math.inf),
             ("presence_penalty", "finite", math.isfinite(self.presence_penalty)),
             ("frequency_penalty", "finite", math.isfinite(self.frequency_penalty)),
+            ("noise", "'gumbel' or 'inverse-cdf'", self.noise in (None, *get_args(NoiseName))),
             ("seed", "a whole number below 2^64", isinstance(self.seed, int) and 0 <= self.seed < 2**64),
         ]
         for name in (
@@ -123,8 +132,9 @@ class Picker:
 
     def draws_plainly(self, n_columns: int) -> bool:
         """Whether a pick is argmax(logits / temperature + noise) and no more: no penalties, no warps."""
-        warps = self.config.temperature > 0 and self.config.warps(n_columns)
-        return not warps and self.config.history_size == 0
+        sampled = self.config.temperature > 0
+        more = sampled and (self.config.warps(n_columns) or self.config.noise == "inverse-cdf")
+        return not more and self.config.history_size == 0
 
     def noise_keys(self, positions: mx.array) -> mx.array | None:
         """Row keys of positions [R], uint32 [R, 2]; None when greedy. See `position_noise`."""
@@ -149,11 +159,11 @@ class Picker:
         history    [R, >= C] int32, the tokens before each row's pick, the latest last, padded on the left
                    with -1. Needed with penalties only.
         token_ids  [V] int32, the real id of each column of a reduced vocabulary; None when column = id. Noise
-                   and penalties go by the real id, and real ids are returned.
+                   and penalties go by the real id, and real ids are returned. Ascending with "inverse-cdf".
 
         Raises ValueError when penalties are on and history is missing.
         """
-        scores = self._scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids)
         return _real_ids(self._columns(scores, positions, token_ids), token_ids)
 
     def pick_with_confidence(
@@ -168,13 +178,15 @@ class Picker:
         The probability is under the warped, temperature-scaled distribution that was drawn from; for greedy
         picking, under the plain softmax of the penalised logits.
         """
-        scores = self._scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids)
         columns = self._columns(scores, positions, token_ids)
         picked = mx.take_along_axis(scores, columns[:, None], axis=-1).squeeze(-1)
         confidence = mx.exp(picked - mx.logsumexp(scores, axis=-1))
         return _real_ids(columns, token_ids), confidence
 
-    def _scores(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
+    def scores(
+        self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
+    ) -> mx.array:
         """[R, V] float32 whose softmax is the distribution to pick from."""
         logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.temperature == 0:
@@ -184,9 +196,11 @@ class Picker:
         return logits * (1.0 / self.config.temperature)
 
     def _columns(self, scores: mx.array, positions: mx.array, token_ids: mx.array | None) -> mx.array:
-        """[R] the column with the largest score plus noise."""
+        """[R] the column that the noise of its position picks."""
         if self.config.temperature == 0:
             return mx.argmax(scores, axis=-1)
+        if self.config.noise == "inverse-cdf":
+            return inverse_cdf(scores, position_uniforms(self.config.seed, positions))
         real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
         return mx.argmax(scores + gumbel(self.config.seed, positions, real_ids), axis=-1)
 

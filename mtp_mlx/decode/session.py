@@ -10,7 +10,7 @@ before the next pass, which is the same unless rows are taken back in between: t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.drafters.medusa import MedusaDrafter
 from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
@@ -52,6 +53,7 @@ class StepResult:
         n_accepted: number of accepted drafts.
         drafts, confidences: fresh drafts for the next positions.
         logits: [1 + d, V], row i predicts tokens[i]; lazy.
+        rows: rows of the pass.
     """
 
     tokens: list[int]
@@ -59,6 +61,7 @@ class StepResult:
     drafts: list[int]
     confidences: list[float]
     logits: mx.array
+    rows: int
 
 
 def _head_drafter(attached: AttachedModel, picker: Picker, chain: int, start: int) -> HeadDrafter:
@@ -90,7 +93,7 @@ class Session:
         self,
         attached: AttachedModel,
         picker: Picker,
-        drafter: MaskSlotDrafter | None,
+        drafter: MaskSlotDrafter | PTPSlotDrafter | None,
         prompt: list[int],
         cache: list[Any],
         settings: CacheSettings,
@@ -222,10 +225,12 @@ class Session:
 
     def step(self, layout: Layout, drafts: list[int]) -> StepResult:
         """Verifies `drafts` (layout.drafts of them), commits what is accepted and drafts again."""
-        shape = block_shape(layout.drafts, layout.slots)
+        shape = self._shape(layout)
         start = self.cached
         rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
         block = Block.decode(rows, shape, start, self.attached.vocab_size)
+        if isinstance(self.drafter, PTPSlotDrafter) and layout.slot_rows:
+            block = replace(block, uniforms=self.drafter.uniforms(shape, start))
         hidden = self._forward(block)[0]  # [R, D]
         logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
         positions = mx.arange(start + 1, start + 1 + shape.n_real)
@@ -250,7 +255,13 @@ class Session:
             drafts=values[shape.n_real : shape.n_real + count],
             confidences=cast("list[float]", confidences.tolist())[:count],
             logits=logits,
+            rows=shape.rows,
         )
+
+    def _shape(self, layout: Layout) -> BlockShape:
+        """The rows of a layout, with what the drafter's slot groups start with."""
+        lead = self.drafter.lead if isinstance(self.drafter, PTPSlotDrafter) else 0
+        return block_shape(layout.drafts, layout.slots, lead)
 
     def _draft(
         self,
@@ -281,7 +292,7 @@ class Session:
         if layout.slot_rows:
             if self.drafter is None:
                 raise MTPError("this layout has mask slots, and this model no mask-token adapter to use them")
-            shape = block_shape(layout.drafts, layout.slots)
+            shape = self._shape(layout)
             return self.drafter.propose(hidden, shape, accepted, picks[accepted], position, history)
         return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
 

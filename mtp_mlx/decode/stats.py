@@ -42,11 +42,20 @@ class DecodeStats:
     verdict: str = ""
 
     def record(
-        self, drafts: int, slots: tuple[int, ...], n_accepted: int, drafter: str, chain: int = 0
+        self,
+        drafts: int,
+        slots: tuple[int, ...],
+        n_accepted: int,
+        drafter: str,
+        chain: int = 0,
+        rows: int | None = None,
     ) -> None:
-        """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`."""
+        """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`.
+
+        `rows` are those of the pass, where it has more than the layout says.
+        """
         self.steps += 1
-        self.rows += 1 + drafts + sum(slots)
+        self.rows += 1 + drafts + sum(slots) if rows is None else rows
         self.tokens += 1 + n_accepted
         self.histogram[1 + n_accepted] += 1
         behind = f"{chain} heads" if chain else "+".join(map(str, slots))

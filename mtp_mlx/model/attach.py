@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,7 @@ from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.head import HeadView
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from mtp_mlx.model.positions import PositionedRoPE
+from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import (
     Seams,
@@ -36,9 +37,10 @@ from mtp_mlx.model.seams import (
     module_at,
     replace_module,
 )
-from mtp_mlx.model.slots import SlotAwareEmbedding
+from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
 from mtp_mlx.model.tap import Tap, tapped_module
+from mtp_mlx.model.uniform_embedding import Start
 
 
 class AttachedModel:
@@ -64,7 +66,7 @@ class AttachedModel:
     def __init__(
         self,
         model: nn.Module,
-        adapter: MaskAdapter | None,
+        adapter: SlotAdapter | None,
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
@@ -119,13 +121,12 @@ class AttachedModel:
             return BlockLinear(linear, self._rows)
         return linear
 
-    def _wrap_slots(self, adapter: MaskAdapter) -> None:
+    def _wrap_slots(self, adapter: SlotAdapter) -> None:
         for path, low_rank in adapter.low_rank.items():
             base = self._for_blocks(self._seams.linears[path])
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
-        self._seams.trunk[self._seams.embedding_name] = SlotAwareEmbedding(
-            self._embed, adapter.slot_embeddings, self.vocab_size
-        )
+        layer = adapter.embedding_layer(self._embed, self.vocab_size, self._rows)
+        self._seams.trunk[self._seams.embedding_name] = layer
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
@@ -238,27 +239,47 @@ def new_adapter(
     Raises:
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
+    sizes, hidden_size = _sizes(model, config.target_modules, config.rank)
+    return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(_embedding_sample(model), axis=0))
+
+
+def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
+    """As `new_adapter`, for Parallel Token Prediction."""
+    sizes, _ = _sizes(model, config.target_modules, config.rank)
+    sample = _embedding_sample(model)
+    start = Start(mx.mean(sample, axis=0), cast(float, mx.mean(mx.std(sample, axis=0)).item()))
+    return PTPAdapter(config, sizes, start, draft_ids)
+
+
+def _sizes(
+    model: nn.Module, target_modules: tuple[str, ...], rank: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
     seams = find_seams(model)
     check_slot_seams(seams, str(getattr(model, "model_type", "?")))
-    linears = seams.linears if config.rank else {}
-    if config.target_modules:
+    linears = seams.linears if rank else {}
+    if target_modules:
         known = {path.rsplit(".", 1)[-1] for path in linears}
-        unknown = [name for name in config.target_modules if name not in known]
+        unknown = [name for name in target_modules if name not in known]
         if unknown:
             raise MTPError(
                 f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
             )
-        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in config.target_modules}
+        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in target_modules}
     sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
-    vocab_size, hidden_size = embedding_shape(seams.embedding)
-    sample = seams.embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024)))
-    initial = mx.mean(sample.astype(mx.float32), axis=0)  # [D]
-    return MaskAdapter(config, sizes, hidden_size, draft_ids, initial)
+    return sizes, embedding_shape(seams.embedding)[1]
+
+
+def _embedding_sample(model: nn.Module) -> mx.array:
+    """[about 1024, D] float32 rows of the embedding table."""
+    embedding = find_seams(model).embedding
+    vocab_size, _ = embedding_shape(embedding)
+    return embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024))).astype(mx.float32)
 
 
 def attach(
     model: nn.Module,
-    adapter: MaskAdapter | None = None,
+    adapter: SlotAdapter | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
     mtp_heads: DraftHeads | None = None,

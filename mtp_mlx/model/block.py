@@ -26,6 +26,7 @@ class BlockShape:
         visibility: [R, R] bool, `visibility[i, j]` if row i sees row j (itself included).
         slot_index: [R - n_real] int32, which slot embedding (0-based) each slot row uses.
         group_start: for every acceptance length a, the row at which its slot group starts.
+        lead: slot rows at the start of every group that draft nothing.
         contiguous: positions count up by one and visibility is causal, so a scalar offset and
             "causal" say the same and MLX's fast paths apply.
     """
@@ -36,6 +37,7 @@ class BlockShape:
     slot_index: np.ndarray
     group_start: tuple[int, ...]
     contiguous: bool
+    lead: int = 0
 
     @property
     def rows(self) -> int:
@@ -44,12 +46,16 @@ class BlockShape:
 
 
 @lru_cache(maxsize=512)
-def block_shape(drafts: int, slots: tuple[int, ...]) -> BlockShape:
+def block_shape(drafts: int, slots: tuple[int, ...], lead: int = 0) -> BlockShape:
     """Rows of a block with `drafts` drafts and `slots[a]` mask slots behind acceptance length a.
 
     Slot j (1-based) of group a predicts the token at offset a + j + 1 and stands at offset a + j
     (arXiv 2507.11851, Fig. 4: mask j after token i has position i + j). It sees the real rows
     0..a and slots 1..j of its own group.
+
+    With `lead` = 1 every group that is not empty starts with one more slot, slot 0 at offset a, which stands where
+    the token before it stands and carries what later slots must know of the token at offset a + 1 (arXiv 2512.21323,
+    where the slot of the token at offset n stands at n - 1).
 
     Raises:
         ValueError: `slots` does not have one entry per acceptance length 0..drafts.
@@ -57,7 +63,8 @@ def block_shape(drafts: int, slots: tuple[int, ...]) -> BlockShape:
     if len(slots) != drafts + 1:
         raise ValueError(f"{drafts} drafts need {drafts + 1} slot groups, got {len(slots)}")
     n_real = drafts + 1
-    rows = n_real + sum(slots)
+    counts = [count + lead if count else 0 for count in slots]
+    rows = n_real + sum(counts)
     offsets = np.zeros(rows, dtype=np.int32)
     offsets[:n_real] = np.arange(n_real)
     visibility = np.zeros((rows, rows), dtype=bool)
@@ -65,17 +72,17 @@ def block_shape(drafts: int, slots: tuple[int, ...]) -> BlockShape:
     slot_index = np.zeros(rows - n_real, dtype=np.int32)
     group_start = []
     row = n_real
-    for accepted, count in enumerate(slots):
+    for accepted, count in enumerate(counts):
         group_start.append(row)
         group = slice(row, row + count)
-        offsets[group] = accepted + 1 + np.arange(count)
+        offsets[group] = accepted + 1 - lead + np.arange(count)
         visibility[group, : accepted + 1] = True
         visibility[group, group] = np.tril(np.ones((count, count), dtype=bool))
         slot_index[row - n_real : row - n_real + count] = np.arange(count)
         row += count
     causal = np.array_equal(visibility, np.tril(np.ones((rows, rows), dtype=bool)))
     contiguous = causal and np.array_equal(offsets, np.arange(rows))
-    return BlockShape(n_real, offsets, visibility, slot_index, tuple(group_start), contiguous)
+    return BlockShape(n_real, offsets, visibility, slot_index, tuple(group_start), contiguous, lead)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Block:
         n_real: real rows come first; rows from here on are slots, where gated LoRA acts.
         positions: [R] or [B, R] int32 absolute positions, or None when contiguous with the cache.
         visibility: [R, R] bool among the block's rows, or None when causal.
+        uniforms: [R - n_real] or [B, R - n_real] float32 in [0, 1), the uniform that each slot row carries
+            (Parallel Token Prediction), -1 for none; None where slots carry nothing.
         is_step: a decoding step, whose real rows plain decoding would compute one by one.
     """
 
@@ -94,6 +103,7 @@ class Block:
     n_real: int
     positions: mx.array | None = None
     visibility: mx.array | None = None
+    uniforms: mx.array | None = None
     is_step: bool = False
 
     @staticmethod

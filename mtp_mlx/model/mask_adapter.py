@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.gated_lora import LowRank
+from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.sampler_head import NoSamplerHead, SamplerHead
-from mtp_mlx.model.slots import SharedMask, SlotEmbeddings
-from mtp_mlx.model.tensor_fit import check_fit
+from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.model.slots import SharedMask, SlotAwareEmbedding, SlotEmbeddings
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class MaskAdapterConfig:
                 raise MTPError(f"adapter config: {name} must be at least {least}, got {getattr(self, name)}")
 
 
-class MaskAdapter(nn.Module):
+class MaskAdapter(SlotAdapter):
     """Trained weights of the mask-token method.
 
     Args:
@@ -60,53 +59,17 @@ class MaskAdapter(nn.Module):
         draft_ids: mx.array | None = None,
         initial_slot: mx.array | None = None,
     ) -> None:
-        super().__init__()
-        self.low_rank = {
-            path: LowRank(*sizes, rank=config.rank, alpha=config.alpha)
-            for path, sizes in linear_sizes.items()
-        }
+        super().__init__(config, linear_sizes, draft_ids)
         masks = SharedMask if config.shared_mask else SlotEmbeddings
         self.slot_embeddings = masks(config.slots, hidden_size, initial_slot)
         width = config.sampler_width
         self.sampler = SamplerHead(hidden_size, width) if width else NoSamplerHead()
-        self._config = config
-        self._draft_ids = draft_ids
 
     @property
-    def config(self) -> MaskAdapterConfig:
-        """Shape of the adapter."""
-        return self._config
+    def slot_module(self) -> nn.Module:
+        """See `SlotAdapter`."""
+        return self.slot_embeddings
 
-    @property
-    def draft_ids(self) -> mx.array | None:
-        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
-        return self._draft_ids
-
-    def tensors(self) -> dict[str, mx.array]:
-        """Every tensor by its dotted name, the draft vocabulary included: what is written to disk."""
-        tensors = dict(tree_flatten(self.parameters()))
-        if self._draft_ids is not None:
-            tensors["draft_ids"] = self._draft_ids
-        return tensors
-
-    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
-        """Sets every weight from `tensors` (as written by `tensors`), in float32.
-
-        Raises:
-            MTPError: names missing, unexpected or of another shape; all of them in one message.
-        """
-        tensors = {name: value for name, value in tensors.items() if name != "draft_ids"}
-        own = dict(tree_flatten(self.parameters()))
-        check_fit(own, tensors)
-        for name, value in tensors.items():
-            self._owner_of(name)[name.rsplit(".", 1)[1]] = value.astype(mx.float32)
-
-    def _owner_of(self, name: str) -> nn.Module:
-        """The sub-module that holds tensor `name`."""
-        first, rest = name.split(".", 1)
-        if first == "low_rank":
-            return self.low_rank[rest.rsplit(".", 1)[0]]
-        module = self[first]
-        for part in rest.split(".")[:-1]:
-            module = module[part]
-        return module
+    def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
+        """See `SlotAdapter`."""
+        return SlotAwareEmbedding(base, self.slot_embeddings, vocab_size)

@@ -26,6 +26,7 @@ class RowContext:
         n_real: rows before this index are real; None outside a pass (then every row is real).
         positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
         visibility: [R, R] bool, or None for causal.
+        uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
         windowed: some layer of this pass sees a sliding window only.
         is_step: this pass is a decoding step, of whose real rows some may be taken back.
         n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
@@ -39,6 +40,7 @@ class RowContext:
     n_real: int | None = None
     positions: mx.array | None = None
     visibility: mx.array | None = None
+    uniforms: mx.array | None = None
     windowed: bool = False
     is_step: bool = False
     n_exact: int = 0
@@ -72,11 +74,12 @@ class RowContext:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
         self.is_step = block.is_step
+        self.uniforms = block.uniforms
         self.n_exact = block.n_real if self.exact and block.is_step else 0
         self.step_kernels = self.kernels if block.is_step else None
         try:
             yield
         finally:
-            self.n_real = self.positions = self.visibility = None
+            self.n_real = self.positions = self.visibility = self.uniforms = None
             self.is_step = False
             self.windowed, self.n_exact, self.step_kernels, self._words = False, 0, None, None

@@ -175,7 +175,7 @@ class HeadsRunner(MicroBatchRunner):
         chunk_rows: int = 2048,
         workers: int = 1,
     ) -> None:
-        assert attached.mtp_heads is not None
+        assert isinstance(attached.mtp_heads, MTPHeads)
         super().__init__(attached.mtp_heads, workers)
         self._heads = attached.mtp_heads
         self._attached, self._distil, self._depths = attached, distil, list(depths)

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
-from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.slot_layout import candidate_anchors
@@ -171,9 +171,9 @@ def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
-def _nbytes_inside(adapter: MaskAdapter) -> int:
+def _nbytes_inside(adapter: SlotAdapter) -> int:
     """Bytes of the adapter's tensors that an attached model shows as its own."""
-    inside = [*adapter.low_rank.values(), adapter.slot_embeddings]
+    inside = [*adapter.low_rank.values(), adapter.slot_module]
     return sum(_nbytes(module) for module in inside)
 
 

@@ -18,20 +18,28 @@ if TYPE_CHECKING:
 DEFAULT_WARMUP = 50
 READ_BY: dict[str, frozenset[str]] = {
     **dict.fromkeys(
-        (
-            "objective",
-            "sampler_width",
-            "max_blocks",
-        ),
-        frozenset({"mask-tokens"}),
-    ),
-    **dict.fromkeys(
         ("slots", "rank", "alpha", "target_modules", "chunk_blocks"),
-        frozenset({"mask-tokens", "conf-adapt"}),
+        frozenset({"mask-tokens", "conf-adapt", "ptp"}),
     ),
+    **dict.fromkeys(("max_blocks", "grad_checkpoint"), frozenset({"mask-tokens", "ptp"})),
+    **dict.fromkeys(("block_share", "depth_decay"), frozenset({"mask-tokens", "mtp-heads", "ptp"})),
+    **dict.fromkeys(("objective", "sampler_width", "lcm_weight", "sampler_rate"), frozenset({"mask-tokens"})),
     **dict.fromkeys(("tuning", "supervision", "region_rows"), frozenset({"conf-adapt"})),
-    **dict.fromkeys(("block_share", "depth_decay"), frozenset({"mask-tokens", "mtp-heads"})),
-    **dict.fromkeys(("lcm_weight", "sampler_rate", "grad_checkpoint"), frozenset({"mask-tokens"})),
+    **dict.fromkeys(
+        (
+            "variant",
+            "u_embedding",
+            "u_beta",
+            "independent",
+            "ptp_loss",
+            "greedy_share",
+            "teacher_temperature",
+            "teacher_top_k",
+            "teacher_top_p",
+            "teacher_min_p",
+        ),
+        frozenset({"ptp"}),
+    ),
     **dict.fromkeys(
         ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
         frozenset({"mtp-heads"}),
@@ -51,7 +59,9 @@ class TrainSettings:
     model: str = setting("smollm2-135m", help="base model: smollm2-135m, a folder or a hub id", flag="-m")
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="adapter folder to write; its checkpoint lives beside it", flag="-o")
-    method: Literal["mask-tokens", "mtp-heads", "conf-adapt"] = setting("mask-tokens", help="what is trained")
+    method: Literal["mask-tokens", "mtp-heads", "conf-adapt", "ptp"] = setting(
+        "mask-tokens", help="what is trained"
+    )
     objective: Literal["self-distill", "apple"] = setting("self-distill", help="what slots learn")
 
     slots: int = setting(4, help="mask slots k of a block", minimum=1, maximum=32)
@@ -66,6 +76,30 @@ class TrainSettings:
         "hard-teacher", help="what conf-adapt compares predictions with"
     )
     region_rows: int = setting(32, help="rows of a conf-adapt region, real tokens and masks", minimum=3)
+    variant: Literal["o", "c"] = setting("o", help="O-PTP drafts one token, C-PTP a distribution (ptp)")
+    u_embedding: Literal["bits", "linear-interpolation", "sawtooth", "ieee-bits"] = setting(
+        "bits", help="how slots carry uniforms (ptp)"
+    )
+    u_beta: float = setting(
+        0.3, help="uniforms lie Beta(b, b) inside their interval; 1 = evenly (ptp)", minimum=0.01
+    )
+    independent: bool = setting(False, help="slots carry nothing: the control of comparisons (ptp)")
+    ptp_loss: Literal["ce", "kl", "reverse-kl"] = setting(
+        "ce", help="loss; kl and reverse-kl: variant c (ptp)"
+    )
+    greedy_share: float = setting(
+        0.0, help="share of blocks trained for temperature 0 (ptp)", minimum=0.0, maximum=1.0
+    )
+    teacher_temperature: float = setting(
+        1.0, help="the text was sampled at this temperature (ptp)", minimum=0.0
+    )
+    teacher_top_k: int = setting(0, help="the text was sampled with this top-k, 0 = all (ptp)", minimum=0)
+    teacher_top_p: float = setting(
+        1.0, help="the text was sampled with this top-p (ptp)", minimum=0.0, maximum=1.0
+    )
+    teacher_min_p: float = setting(
+        0.0, help="the text was sampled with this min-p (ptp)", minimum=0.0, maximum=1.0
+    )
 
     heads: int = setting(4, help="MTP heads, one draft each", minimum=1, maximum=16)
     extend: str | None = setting(None, help="grow the heads of --start-from: to 2x as many, or to a number")
@@ -128,6 +162,8 @@ class TrainSettings:
             problems += self._of_heads()
         if self.method == "conf-adapt":
             problems += self._of_regions()
+        if self.variant == "o" and self.ptp_loss != "ce":
+            problems.append(f"ptp_loss {self.ptp_loss} compares distributions, which variant o has none of")
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
 

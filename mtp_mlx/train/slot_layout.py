@@ -22,13 +22,14 @@ class SlotLayout:
     Attributes:
         tokens: [S, T] int32, right-padded with zeros.
         anchors: [S, N] int32 position of the real token each block follows; N is a multiple of G.
-        slots: k.
+        slots: k, rows of every block; the lead is one of them.
         chunk_blocks: G blocks share one row of the slot pass's batch and one copy of the prefix.
         rows: [M] index into the S * N * k slot rows, those that have a target.
-        depth: [M] 1-based slot j of each supervised row.
+        depth: [M] 1-based slot j of each supervised row, 0 for a lead.
         target: [M] index into the S * T real rows: the row (anchor + j) whose prediction is the target.
         previous: [M] int32 token at anchor + j, the label before this one (never the previous input, a mask).
         label: [M] int32 token at anchor + j + 1.
+        lead: 1 where every block starts with a slot 0 at the anchor's own position (see `block_shape`), else 0.
     """
 
     tokens: np.ndarray
@@ -40,6 +41,7 @@ class SlotLayout:
     target: np.ndarray
     previous: np.ndarray
     label: np.ndarray
+    lead: int = 0
 
     @property
     def chunks(self) -> int:
@@ -48,7 +50,8 @@ class SlotLayout:
 
     def positions(self) -> np.ndarray:
         """[S * chunks, G * k] absolute positions: slot j after anchor i stands at i + j."""
-        positions = self.anchors[:, :, None] + np.arange(1, self.slots + 1, dtype=np.int32)
+        offsets = np.arange(self.slots, dtype=np.int32) + 1 - self.lead
+        positions = self.anchors[:, :, None] + offsets
         return positions.reshape(-1, self.chunk_blocks * self.slots).astype(np.int32)
 
     def visibility(self) -> np.ndarray:
@@ -68,14 +71,19 @@ def candidate_anchors(length: int, loss_start: int) -> np.ndarray:
 
 
 def build_layout(
-    sequences: Sequence[Sequence[int]], anchors: Sequence[np.ndarray], slots: int, chunk_blocks: int
+    sequences: Sequence[Sequence[int]],
+    anchors: Sequence[np.ndarray],
+    slots: int,
+    chunk_blocks: int,
+    lead: int = 0,
 ) -> SlotLayout:
     """Lays a batch out.
 
     Args:
         sequences: S token lists.
         anchors: per sequence, the anchor positions of its blocks (sorted, at least one in the batch).
-        slots: k.
+        slots: k, without a lead.
+        lead: slots at the start of every block that stand where the anchor stands, 0 or 1.
         chunk_blocks: G at most; a batch with fewer blocks per sequence has smaller chunks.
 
     Raises:
@@ -95,7 +103,7 @@ def build_layout(
         padded[index, : len(own)] = own
         real[index, : len(own)] = True
     lengths = np.array([len(sequence) for sequence in sequences])
-    slot = np.arange(1, slots + 1)
+    slot = np.arange(1 - lead, slots + 1)
     target_position = padded[:, :, None] + slot  # [S, N, k], the real row that predicts the same token
     supervised = real[:, :, None] & (target_position + 1 < lengths[:, None, None])
     sequence_index, _, depth = np.nonzero(supervised)
@@ -103,11 +111,12 @@ def build_layout(
     return SlotLayout(
         tokens=tokens,
         anchors=padded,
-        slots=slots,
+        slots=slots + lead,
         chunk_blocks=chunk_blocks,
         rows=np.flatnonzero(supervised.reshape(-1)).astype(np.int32),
-        depth=(depth + 1).astype(np.int32),
+        depth=(depth + 1 - lead).astype(np.int32),
         target=(sequence_index * length + position).astype(np.int32),
         previous=tokens[sequence_index, position],
         label=tokens[sequence_index, position + 1],
+        lead=lead,
     )

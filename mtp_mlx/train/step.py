@@ -44,8 +44,11 @@ class BlockChoice:
     chunk_blocks: int = 16
     depth_decay: float = 1.0
 
-    def layout(self, examples: Sequence[Example], seed: int, step: int) -> SlotLayout:
-        """The step's layout; positions are drawn from (seed, step) alone, so a resumed run repeats them."""
+    def layout(self, examples: Sequence[Example], seed: int, step: int, lead: int = 0) -> SlotLayout:
+        """The step's layout; positions are drawn from (seed, step) alone, so a resumed run repeats them.
+
+        `lead` as in `build_layout`.
+        """
         random = np.random.default_rng((seed, step))
         anchors = []
         for example in examples:
@@ -53,7 +56,9 @@ class BlockChoice:
             count = int(np.ceil(self.share * len(candidates)))
             count = min(count, self.most) if self.most else count
             anchors.append(np.sort(random.permutation(candidates)[:count]))
-        return build_layout([example.tokens for example in examples], anchors, self.slots, self.chunk_blocks)
+        return build_layout(
+            [example.tokens for example in examples], anchors, self.slots, self.chunk_blocks, lead
+        )
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,24 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
     return Prefix(caches=caches, hidden=hidden)
 
 
-def slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
-    """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter."""
-    return every_slot_pass(attached, layout, prefix)[mx.array(layout.rows)]
+def slot_pass(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
+) -> mx.array:
+    """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter.
+
+    Args:
+        uniforms: [S * chunks, G * k] float32, what slots carry (Parallel Token Prediction only).
+    """
+    return every_slot_pass(attached, layout, prefix, uniforms)[mx.array(layout.rows)]
 
 
-def every_slot_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> mx.array:
+def every_slot_pass(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
+) -> mx.array:
     """Pass 2, all its rows: [S * N * k, D], those without a target too."""
     slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
     ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (len(layout.positions()), len(slot)))
-    return _pass_behind(attached, layout, prefix, ids, n_real=0)
+    return _pass_behind(attached, layout, prefix, ids, n_real=0, uniforms=uniforms)
 
 
 def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, tokens: mx.array) -> mx.array:
@@ -69,7 +77,12 @@ def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, toke
 
 
 def _pass_behind(
-    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, ids: mx.array, n_real: int
+    attached: AttachedModel,
+    layout: SlotLayout,
+    prefix: Prefix,
+    ids: mx.array,
+    n_real: int,
+    uniforms: np.ndarray | None = None,
 ) -> mx.array:
     """Hidden states [S * N * k, D] of `ids` [S * chunks, G * k] behind the prefix."""
     positions = layout.positions()
@@ -79,12 +92,16 @@ def _pass_behind(
         for row in range(len(positions)):
             caches = _prefix_of(prefix, row, layout)
             mask = mx.array(visibility[row])  # [G * k, T + G * k]
-            pieces.append(_chunks_pass(attached, positions[[row]], mask, caches, ids[row : row + 1], n_real))
+            own = slice(row, row + 1)
+            carried = None if uniforms is None else uniforms[own]
+            pieces.append(
+                _chunks_pass(attached, positions[own], mask, caches, ids[own], n_real, uniforms=carried)
+            )
         hidden = mx.concatenate(pieces)
     else:
         mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
         caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
-        hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, repeats=layout.chunks)
+        hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, layout.chunks, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -96,11 +113,14 @@ def _chunks_pass(
     ids: mx.array,
     n_real: int,
     repeats: int = 1,
+    uniforms: np.ndarray | None = None,
 ) -> mx.array:
     """Hidden states [B, G * k, D] of chunks whose rows stand at `positions` [B, G * k]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
-    return attached.forward(Block(ids=ids, n_real=n_real, positions=mx.array(positions)), caches)
+    carried = None if uniforms is None else mx.array(uniforms)
+    block = Block(ids=ids, n_real=n_real, positions=mx.array(positions), uniforms=carried)
+    return attached.forward(block, caches)
 
 
 def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:

@@ -23,6 +23,8 @@ class MaskSlotDrafter:
         picker: the target's picker; drafts use the same noise, which couples them to the target.
     """
 
+    lead = 0  # slots at the start of a group that draft nothing
+
     def __init__(self, attached: AttachedModel, picker: Picker) -> None:
         if attached.adapter is None:
             raise ValueError("mask slots need an adapter")

@@ -14,6 +14,7 @@ def method_class(name: str) -> type[Method]:
     from mtp_mlx.train.methods.conf_adapt import ConfAdapt
     from mtp_mlx.train.methods.mask_tokens import MaskTokens
     from mtp_mlx.train.methods.mtp_heads import TrainHeads
+    from mtp_mlx.train.methods.ptp import TrainPTP
 
-    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads, ConfAdapt)
+    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads, ConfAdapt, TrainPTP)
     return {kind.name: kind for kind in classes}[name]

@@ -1,0 +1,166 @@
+"""Parallel Token Prediction (arXiv 2512.21323): gated LoRA and an embedding of uniforms, taught by the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.adapter import base_fingerprint, read_tensors
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach, new_ptp_adapter
+from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
+from mtp_mlx.ptp_adapter import PTPInfo, read_ptp_info, save_ptp
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
+from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.objectives.base import LossParts
+from mtp_mlx.train.objectives.ptp import PTPLoss
+from mtp_mlx.train.ptp_step import PTPRunner, UniformChoice, measure_ptp
+from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.slot_layout import candidate_anchors
+from mtp_mlx.train.step import BlockChoice
+
+
+def ptp_shape(settings: TrainSettings) -> PTPConfig:
+    """Shape of the adapter these settings train."""
+    return PTPConfig(
+        variant=settings.variant,
+        embedding=settings.u_embedding,
+        slots=settings.slots,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        independent=settings.independent,
+        draft_vocab_size=settings.draft_vocab,
+        teacher=TeacherSampling(
+            temperature=settings.teacher_temperature,
+            top_k=settings.teacher_top_k,
+            top_p=settings.teacher_top_p,
+            min_p=settings.teacher_min_p,
+        ),
+    )
+
+
+def ptp_loss(settings: TrainSettings) -> PTPLoss:
+    """The loss these settings name; only C-PTP's logits are on the scale of the teacher's."""
+    scale = settings.teacher_temperature if settings.variant == "c" else 1.0
+    return PTPLoss(settings.ptp_loss, scale or 1.0, settings.loss_rows)
+
+
+class TrainPTP(Method):
+    """Trains a PTP adapter.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "ptp"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self.fingerprint = base_fingerprint(model)
+        self.depth = settings.slots
+        bare = attach(model)
+        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        self.adapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from)
+        self.attached = attach(model, self.adapter)
+        choice = BlockChoice(
+            slots=settings.slots,
+            share=settings.block_share,
+            most=settings.max_blocks,
+            chunk_blocks=settings.chunk_blocks,
+            depth_decay=settings.depth_decay,
+        )
+        self._runner = PTPRunner(
+            self.attached,
+            ptp_loss(settings),
+            choice,
+            UniformChoice(settings.u_beta, settings.greedy_share),
+            settings.seed,
+            workers=self.workers,
+            grad_checkpoint=settings.grad_checkpoint,
+        )
+
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights of another PTP adapter of the same shape, variant and base.
+
+        Raises:
+            MTPError: no such adapter there, or another base, variant or shape.
+        """
+        info, tensors = read_ptp_info(folder), read_tensors(folder)
+        if info.base_fingerprint != self.fingerprint:
+            raise MTPError(
+                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
+                f"{self.fingerprint}"
+            )
+        if info.shape.variant != self.settings.variant:
+            raise MTPError(
+                f"--start-from {folder}: it is variant '{info.shape.variant}', and --variant is "
+                f"'{self.settings.variant}'"
+            )
+        self.adapter.load_tensors(tensors)
+
+    @classmethod
+    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
+        """See `Method`: a response of one token has none for a slot to predict."""
+        return len(candidate_anchors(len(example), example.loss_start)) > 0
+
+    @classmethod
+    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+        """See `Method`."""
+        return (
+            "slots need responses of two tokens or more",
+            "their responses have one token, slots need two",
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Method`."""
+        return self.adapter
+
+    def tensors(self) -> dict[str, mx.array]:
+        """See `Method`."""
+        return self.adapter.tensors()
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """See `Method`."""
+        self.adapter.load_tensors(tensors)
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        return self._runner(examples, step)
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_ptp(self.attached, batches, self.settings.slots)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        info = PTPInfo(
+            base_name=self.settings.model,
+            base_fingerprint=self.fingerprint,
+            shape=self.adapter.config,
+            training=training,
+            acceptance=acceptance,
+        )
+        save_ptp(folder, self.adapter, info)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        return estimate_memory(self.attached, examples, self.settings, self.workers)
+
+    def close(self) -> None:
+        """See `Method`."""
+        self._runner.close()

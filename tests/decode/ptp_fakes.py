@@ -1,0 +1,81 @@
+"""Tiny models with random PTP adapters, and a drafter that knows the text and still places slots as the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.model.attach import AttachedModel, attach, new_ptp_adapter
+from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
+from tests.decode.fakes import KnowingDrafter
+from tests.tiny import tiny_model
+
+MOST_SLOTS = 4
+
+
+def random_ptp_adapter(
+    model: Any, seed: int = 0, draft_ids: mx.array | None = None, **config: Any
+) -> PTPAdapter:
+    """An adapter none of whose weights is zero, so that a gate that leaks changes logits."""
+    shape = PTPConfig(**{"slots": MOST_SLOTS, "rank": 3, "alpha": 6.0, **config})
+    adapter = new_ptp_adapter(model, shape, draft_ids)
+    rng = np.random.default_rng(seed)
+    adapter.load_tensors(
+        {
+            name: value
+            if name == "draft_ids"
+            else mx.array(0.3 * rng.normal(size=value.shape).astype(np.float32))
+            for name, value in adapter.tensors().items()
+        }
+    )
+    mx.eval(adapter.parameters())
+    return adapter
+
+
+@lru_cache(maxsize=64)
+def ptp_attached(architecture: str, variant: str, embedding: str, **overrides: Any) -> AttachedModel:
+    """A tiny model with a random PTP adapter; shared, as one generation leaves nothing behind in a model."""
+    model = tiny_model(architecture, seed=3, **overrides)
+    return attach(model, random_ptp_adapter(model, variant=variant, embedding=embedding))
+
+
+class KnowingPTPDrafter(PTPSlotDrafter):
+    """Slots carry uniforms as ever; only what is drafted from them is replaced (see `KnowingDrafter`)."""
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        picker: Picker,
+        truth: Sequence[int],
+        start: int,
+        probability: float,
+        seed: int,
+    ) -> None:
+        super().__init__(attached, picker)
+        self._knowing = KnowingDrafter(truth, start, probability, seed)
+
+    def propose(self, hidden: Any, shape: Any, accepted: Any, pick: Any, position: Any, history: Any) -> Any:
+        """The known text, as many tokens as the real drafter gives."""
+        own, _ = super().propose(hidden, shape, accepted, pick, position, history)
+        drafts, confidences = self._knowing.propose(hidden, shape, accepted, pick, position, history)
+        count = own.shape[0]
+        return drafts[:count] + 0 * own, confidences[:count]
+
+
+@contextmanager
+def ptp_drafting(truth: Sequence[int], start: int, probability: float, seed: int) -> Iterator[None]:
+    """The loop's PTP drafter knows the text."""
+
+    def make(model: AttachedModel, picker: Picker) -> KnowingPTPDrafter:
+        return KnowingPTPDrafter(model, picker, truth, start, probability, seed)
+
+    with mock.patch("mtp_mlx.decode.loop.PTPSlotDrafter", make):
+        yield
