@@ -124,6 +124,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
     slots = _slots_in_use(settings, run)
     way = emission_of(settings).label(settings.layout)
     parts.append(f"{way} {slots}" if slots else way)
+    if run.stats.looped:
+        parts[-1] += f" ({run.stats.looped})"
     if run.stats.verdict:
         parts[-1] += f" ({run.stats.verdict})"
     if not emission_of(settings).lossless:

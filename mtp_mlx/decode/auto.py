@@ -34,7 +34,7 @@ def build_policy(
     if emission.threshold is not None or not emission.lossless:
         return _emission_policy(model, layout, slots, emission)
     if model.mtp_heads is not None:
-        return _heads_policy(model, layout, slots)
+        return _heads_policy(model, layout, slots, stats)
     most = _most_slots(model, slots)
     if layout in ("linear", "quadratic") and not most:
         raise MTPError(f"layout '{layout}' needs an adapter: give one with --adapter, or use --layout plain")
@@ -76,7 +76,7 @@ def _emission_policy(
     return ConfidencePolicy(fixed, emission.threshold)
 
 
-def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -> Policy:
+def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, stats: DecodeStats) -> Policy:
     """The policy of a model with MTP heads; `slots` is then the number of drafts in each step."""
     if layout == "quadratic":
         raise MTPError(
@@ -88,6 +88,10 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -
     if layout == "plain":
         return FixedPolicy("plain", 0)
     chain = slots or model.most_drafts
+    assert model.mtp_heads is not None
+    count = len(model.mtp_heads.heads)
+    if chain > count:
+        stats.looped = f"{count} heads to {chain} drafts"
     if layout == "auto":
         prior = _recorded_acceptance(model, chain)
         return HeadsBudgetPolicy(step_cost(model), chain, prior, experience=model.experience)

@@ -22,6 +22,7 @@ class DecodeStats:
         drafted_by: {drafter: drafts accepted}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
         lossless: every token was the model's own pick; False once drafts are emitted unverified.
+        looped: "4 heads to 8 drafts" where MTP heads are applied more than once in a step, else empty.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
     """
 
@@ -35,6 +36,7 @@ class DecodeStats:
     drafted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     lossless: bool = True
+    looped: str = ""
     verdict: str = ""
 
     def record(
@@ -94,6 +96,7 @@ class DecodeStats:
         self.drafted_by.update(other.drafted_by)
         self.fallbacks.update(other.fallbacks)
         self.lossless &= other.lossless
+        self.looped = self.looped or other.looped
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -108,5 +111,6 @@ class DecodeStats:
             "drafted_by": dict(self.drafted_by),
             "fallbacks": dict(self.fallbacks),
             "lossless": self.lossless,
+            "looped": self.looped,
             "verdict": self.verdict,
         }

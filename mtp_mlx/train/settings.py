@@ -119,10 +119,10 @@ class TrainSettings:
             problems.append("block_share 0 leaves no block to train on")
         if self.learning_rate == 0:
             problems.append("learning_rate 0 learns nothing")
-        drafts = self.slots if is_read("slots", self.method) else self.heads
+        drafts, word = (self.slots, "slots") if is_read("slots", self.method) else (self.heads, "heads")
         if self.max_length < drafts + 2:
             problems.append(
-                f"max_length {self.max_length} holds no block of {drafts} drafts; {drafts + 2} does"
+                f"max_length {self.max_length} holds no block of {drafts} {word}; {drafts + 2} does"
             )
         if self.method == "mtp-heads":
             problems += self._of_heads()
@@ -150,6 +150,8 @@ class TrainSettings:
             problems.append("top_share 0 leaves nothing to distil")
         if self.extend is not None and self.start_from is None:
             problems.append("extend grows trained heads: name their folder with --start-from")
+        if self.extend is not None and self.heads != 4:
+            problems.append("extend says how many heads there will be: leave heads out")
         return problems
 
     def _of_regions(self) -> list[str]:

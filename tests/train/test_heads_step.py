@@ -176,6 +176,32 @@ def test_chunks_workers_and_padding_change_nothing() -> None:
             np.testing.assert_allclose(gradient, results[0][1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_logits_of_one_chunk_at_a_time() -> None:
+    """The loss and its gradient over many rows take the memory of a chunk's logits, not of all rows'."""
+    attached = attached_llama(2, None)
+    distil = MTPDistil()
+    examples = [Example(np.random.default_rng(n).integers(0, VOCABULARY, 300).tolist(), 1) for n in range(4)]
+    layout = build_head_layout(examples, [1, 2])
+    rows = head_rows(layout, draft_columns(attached), distil, [1, 2])
+    teacher = teacher_targets(attached, ComputedStates(attached)(examples), layout, distil)
+    states = mx.random.normal((layout.count, attached.hidden_size), key=mx.random.key(0))
+    mx.eval(states, rows.weight, rows.target, rows.label)
+
+    def peak(chunk_rows: int) -> int:
+        def loss(states: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+            return chunked_loss(attached, distil, states, rows, teacher, chunk_rows)
+
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.value_and_grad(loss)(states))
+        return mx.get_peak_memory() - before
+
+    whole = peak(layout.count)
+    assert whole > 2 * layout.count * VOCABULARY * 4
+    assert peak(100) < 0.35 * whole
+
+
 @given(
     rows=st.lists(st.tuples(st.integers(3, 12), st.integers(0, 9)), min_size=1, max_size=3),
     depths=st.sampled_from([[1], [1, 2], [1, 2, 3, 4], [3, 4]]),

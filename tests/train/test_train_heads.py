@@ -226,7 +226,7 @@ def test_states_too_large_for_float16(tmp_path: Path) -> None:
         ({"ce_weight": 0.0, "kl_weight": 0.0}, "ce_weight and kl_weight are both 0"),
         ({"top_share": 0.0}, "top_share 0 leaves nothing to distil"),
         ({"extend": "2x"}, "extend grows trained heads: name their folder with --start-from"),
-        ({"heads": 10, "max_length": 11}, "max_length 11 holds no block of 10 drafts; 12 does"),
+        ({"heads": 10, "max_length": 11}, "max_length 11 holds no block of 10 heads; 12 does"),
         ({"method": "mask-tokens", "ce_weight": 0.5}, r"ce_weight \(0.5\) is a setting of mtp-heads"),
     ],
 )

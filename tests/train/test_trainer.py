@@ -31,6 +31,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import estimate_memory, physical_memory, too_much
 from mtp_mlx.train.objectives.self_distil import SelfDistil
+from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import BlockChoice, StepRunner
 from mtp_mlx.train.trainer import Trainer, learning_rate
 from tests.model.naive import quantized_model, random_adapter
@@ -529,6 +530,13 @@ def test_settings_that_contradict_each_other() -> None:
         with pytest.raises(MTPError, match=message):
             settings_for(Path("out"), **changes)
     assert settings_for(Path("out"), warmup=12).warmup == 12
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (20, 10), (99, 49), (100, 50), (5000, 50)])
+def test_a_warm_up_that_is_not_given_fits(steps: int, warmup: int) -> None:
+    settings = TrainSettings(data=Path("data"), out=Path("out"), steps=steps)
+    assert settings.warmup == warmup
+    assert learning_rate(settings, 0) > 0
 
 
 def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:
