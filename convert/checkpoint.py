@@ -76,11 +76,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
         )
     stored = merge(parts)
-    tensors = _unwrapped(dequantised(stored, path, _block(config)))
+    tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
     if not tensors:
         raise ConversionError(f"{path}: holds no tensors; is the download complete?")
     fp8 = any(tensor.dtype == "F8_E4M3" for tensor in stored.values())
-    return Checkpoint(path, container, tensors, config, config_name, values, [file.name for file in parts], fp8)
+    return Checkpoint(
+        path, container, tensors, config, config_name, values, [file.name for file in parts], fp8
+    )
 
 
 _Parts = tuple[str, dict[Path, dict[str, LazyTensor]], dict[str, Any]]
@@ -147,7 +149,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], str]:
     return {}, ""
 
 
-def _block(config: dict[str, Any]) -> tuple[int, int]:
+def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
     """Size of the blocks that share an fp8 scale."""
     quantisation = config.get("quantization_config")
     size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None

@@ -18,7 +18,7 @@ from mtp_mlx.model.head_convention import HeadConvention
 from .checkpoint import Checkpoint
 from .families import Found, find_cascade
 from .families_other import find_lora, find_medusa, find_meta
-from .heads import ADD_ONE, AS_IT_IS, HeadPlan, Target
+from .heads import ADD_ONE, AS_IT_IS, SWAP, HeadPlan, Target
 from .lazy_tensor import FLOATS, LazyTensor
 
 # Where a trunk keeps its embedding and its LM head.
@@ -71,8 +71,14 @@ def _announced(config: Mapping[str, Any]) -> int:
     return next((int(config[key]) for key in _COUNTS if isinstance(config.get(key), int)), 0)
 
 
-def plan_heads(checkpoint: Checkpoint, norms: str = "auto") -> HeadPlan:
-    """The plan of the heads of `checkpoint`. norms: how the file stores its norms, "auto" for its family's way.
+def plan_heads(
+    checkpoint: Checkpoint, norms: str = "auto", order: str = "auto", hidden: str = "auto"
+) -> HeadPlan:
+    """The plan of the heads of `checkpoint`.
+
+    norms: how the file stores its norms ("plain" or "zero-centred"), order: which half its fuse weights begin with
+    ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"); "auto" for
+    the family's way.
 
     Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
     """
@@ -84,6 +90,8 @@ def plan_heads(checkpoint: Checkpoint, norms: str = "auto") -> HeadPlan:
             "the kinds that are known"
         )
     found, notes = _settle_norms(checkpoint, found, norms)
+    found, told = _as_asked(checkpoint, found, order, hidden)
+    notes += told
     copies, dropped, convention = _copies(checkpoint, found)
     _check(checkpoint, found, [*found.targets, *copies])
     announced = _announced(checkpoint.text_config)
@@ -154,6 +162,25 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
 
 def _mean(tensors: Mapping[str, LazyTensor], names: list[str]) -> float | None:
     return float(np.mean([tensors[name].float32().mean() for name in names])) if names else None
+
+
+def _as_asked(checkpoint: Checkpoint, found: Found, order: str, hidden: str) -> tuple[Found, list[str]]:
+    """`found` with another order or hidden state than its family's, and what was changed."""
+    convention, targets, notes = found.convention, found.targets, []
+    if (order, hidden) != ("auto", "auto") and convention.kind != "cascade":
+        raise ConversionError(
+            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden state can "
+            "be chosen"
+        )
+    if order not in ("auto", convention.stored_order):
+        convention = replace(convention, stored_order=order)
+        fuse = SWAP if order == "hidden" else AS_IT_IS
+        targets = [replace(t, step=fuse) if t.name.endswith(".fuse.weight") else t for t in targets]
+        notes.append(f"fuse weights are stored {order}-first (as asked for)")
+    if hidden not in ("auto", convention.first_hidden):
+        convention = replace(convention, first_hidden=hidden)
+        notes.append(f"heads take the {hidden} state (as asked for)")
+    return replace(found, convention=convention, targets=targets), notes
 
 
 # --- copies of the trunk's embedding and LM head ------------------------------------------------------------

@@ -86,11 +86,18 @@ def convention_facts(convention: HeadConvention) -> dict[str, Any]:
     return {name.replace("_", " "): value for name, value in facts.items() if value not in ("", [])}
 
 
+def source_line(checkpoint: Checkpoint) -> str:
+    """Where the checkpoint is and what it is stored in."""
+    return (
+        f"source: {checkpoint.path} ({checkpoint.container}, {len(checkpoint.files)} file(s), "
+        f"{len(checkpoint.tensors)} tensors: {types(checkpoint)})"
+    )
+
+
 def plan_lines(checkpoint: Checkpoint, plan: HeadPlan) -> list[str]:
     """The plan: family, heads, what maps where, what is dropped."""
     lines = [
-        f"source: {checkpoint.path} ({checkpoint.container}, {len(checkpoint.files)} file(s), "
-        f"{len(checkpoint.tensors)} tensors: {types(checkpoint)})",
+        source_line(checkpoint),
         f"family: {plan.title}",
         f"heads: {plan.count}",
         "convention:",

@@ -1,4 +1,4 @@
-"""Heads of a checkpoint -> a folder in the "speculators mtp" layout, which other runtimes read.
+"""Heads of a checkpoint or an adapter folder -> a folder in the "speculators mtp" layout, which other runtimes read.
 
     mtp_layers.{i}.{input_proj, token_layernorm, hidden_layernorm, final_layernorm, <layer>}    model.safetensors
     transformer_layer_config (the language model's configuration), speculators_config           config.json
@@ -21,12 +21,14 @@ from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import new_folder
 
 from .checkpoint import Checkpoint
-from .heads import AS_IT_IS, HeadPlan, Step, Target
+from .heads import AS_IT_IS, Block, HeadPlan, Step, Target
 from .heads_plan import plan_heads
-from .heads_write import check_out, save_targets
+from .heads_write import WEIGHTS_NAME, check_out, save_targets
+from .safetensors_folder import read_safetensors
 
 # Modules of mlx-lm whose layer has the names of the original model, apart from its experts.
 _SAME_NAMES = ("llama", "qwen2", "qwen3", "mimo", "qwen3_next", "qwen3_5")
+_TAKE_ONE = Step("1 taken off", values=lambda norm: norm - np.float32(1))
 _NAMES = {
     "fuse": "input_proj",
     "norm_embedding": "token_layernorm",
@@ -44,7 +46,79 @@ def write_speculators(
     """
     out = Path(out)
     check_out(out, force=force, mark="config.json", kind="a model folder")
-    plan = plan_heads(checkpoint, "plain")  # that is: nothing is added to norms
+    return _write(checkpoint, plan_heads(checkpoint, "plain"), out, base)  # plain: nothing is added to norms
+
+
+def export_speculators(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    base: str = "",
+    base_config: dict[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the heads of the adapter folder `folder` into the folder `out`.
+
+    base, base_config: name and config.json of the base model, needed for heads that were trained here.
+
+    Raises MTPError: as `write_speculators`, or no base configuration where one is needed.
+    """
+    out = Path(out)
+    check_out(out, force=force, mark="config.json", kind="a model folder")
+    checkpoint, plan, name = _adapter_plan(Path(folder), base_config)
+    return _write(checkpoint, plan, out, base or name)
+
+
+def _adapter_plan(folder: Path, base_config: dict[str, Any] | None) -> tuple[Checkpoint, HeadPlan, str]:
+    """The tensors of an adapter folder, what the layout makes of them, and the base's name."""
+    from mlx_lm.utils import _get_classes
+
+    from mtp_mlx.heads_adapter import DRAFT_IDS, LAST_LAYER, read_heads_info
+
+    info = read_heads_info(folder)
+    config = base_config or info.model_config
+    if not config:
+        raise ConversionError(
+            f"{folder}: its heads are copies of their base's last layer, whose configuration they do not hold; name "
+            "the base model with --base"
+        )
+    modules = []
+    for spec in info.blocks:
+        try:
+            found = _get_classes(config)[0].__module__ if spec == LAST_LAYER else str(spec["module"])
+        except (KeyError, ValueError) as error:
+            raise ConversionError(
+                f"{folder}: mlx-lm does not know the model of its heads ({error})"
+            ) from error
+        modules.append(found.rsplit(".", 1)[-1])
+    if isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}
+    tensors = {
+        name: tensor for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items() if name != DRAFT_IDS
+    }
+    # The layout keeps norms as the model stores them, the adapter as plain gains.
+    zero_centred = str(config.get("model_type")).startswith(("qwen3_next", "qwen3_5"))
+    targets = [
+        Target(
+            name,
+            tensor.shape,
+            ((name, tensor.shape),),
+            _TAKE_ONE if zero_centred and _is_norm(name) else AS_IT_IS,
+        )
+        for name, tensor in tensors.items()
+    ]
+    blocks = [Block(module, "", "", (), {}, ()) for module in modules]
+    plan = HeadPlan(
+        info.convention.family, info.convention, len(info.blocks), targets, blocks, model_config=config
+    )
+    return Checkpoint(folder, "safetensors", tensors, config), plan, info.base_name
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.rsplit(".", 2)[-2]
+
+
+def _write(checkpoint: Checkpoint, plan: HeadPlan, out: Path, base: str) -> Path:
     targets = speculators_targets(checkpoint, plan)
     with new_folder(out) as folder:
         save_targets(folder / "model.safetensors", targets, checkpoint.tensors)

@@ -45,10 +45,15 @@ def write_heads(
     plan: HeadPlan,
     out: str | Path,
     *,
+    base: Any = None,
+    base_name: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the adapter folder `out`, whole or not at all, and return its path. progress: told of each tensor.
+    """Write the adapter folder `out`, whole or not at all, and return its path.
+
+    base, base_name: the bare mlx-lm model that the heads are for and its name, where it is not the trunk beside them.
+    progress: told of each tensor.
 
     Raises MTPError: `out` exists (and is no adapter folder, with `force`), heads that cannot be an adapter of this
     kind, or a disk that is full.
@@ -60,11 +65,13 @@ def write_heads(
             "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
         )
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
-    fingerprint, reason = trunk_fingerprint(checkpoint)
+    fingerprint, reason = trunk_fingerprint(checkpoint) if base is None else fingerprint_of(base)
     if reason:
         plan.notes.append(f"the base's fingerprint is not known: {reason}")
     with new_folder(out) as folder:
-        fill_folder(folder, checkpoint, plan, base_name(checkpoint), fingerprint, progress=progress)
+        fill_folder(
+            folder, checkpoint, plan, base_name or trunk_name(checkpoint), fingerprint, progress=progress
+        )
     return out
 
 
@@ -93,7 +100,9 @@ def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
         raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
 
 
-def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None) -> dict[str, Any]:
+def heads_config(
+    checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None
+) -> dict[str, Any]:
     """The content of mtp_config.json."""
     return {
         "format": FORMAT_VERSION,
@@ -117,7 +126,7 @@ def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint:
     }
 
 
-def base_name(checkpoint: Checkpoint) -> str:
+def trunk_name(checkpoint: Checkpoint) -> str:
     """The model's name: what Medusa's config says it was made for, else the folder's own name."""
     named = checkpoint.config.get("base_model_name_or_path")
     if isinstance(named, str) and named:
@@ -132,7 +141,7 @@ def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
     The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
     the same: whoever attaches them is told what they were made from.
     """
-    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir() or checkpoint.fp8:
+    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
         return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
     try:
         from .heads_plan import find_heads
@@ -141,7 +150,9 @@ def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
         with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
             return fingerprint_of(trunk.model)
     except (MTPError, ImportError) as error:
-        reason = str(error).replace(f"{checkpoint.path}: ", "")  # a folder's place on this machine is nobody's business
+        reason = str(error).replace(
+            f"{checkpoint.path}: ", ""
+        )  # a folder's place on this machine is nobody's business
         return None, reason if len(reason) < 200 else f"{reason[:200]} ..."
 
 
@@ -162,7 +173,7 @@ def save_targets(
     progress: Callable[[str], None] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a safetensors file of `targets`, building one tensor after the other; float tensors in `dtype` if given."""
+    """Write a safetensors file of `targets`, building one tensor after the other; floats in `dtype` if given."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for target in targets:

@@ -1,9 +1,10 @@
 """The trunk of a checkpoint, loaded by mlx-lm's own code: its `load_model`, its model class, its `sanitize`.
 
 mlx-lm reads folders of safetensors. Of whatever the checkpoint is, such a folder is made first: links to the files
-where they can be read as they are, otherwise (PyTorch files, fp8 with block scales, Meta's names) the tensors
-written anew. The heads' tensors are taken out before `sanitize` sees the rest, because mlx-lm's model files drop
-some families' heads, keep others' and load_model then refuses them. Weights stay on disk until they are saved.
+where they are safetensors, otherwise (PyTorch files, Meta's names) the tensors written anew. Before `sanitize` sees
+them, fp8 weights are multiplied by their block scales, which few of mlx-lm's model files do, and the heads' tensors
+are taken out: some families' are dropped by mlx-lm, others' are kept and then refused. Weights stay on disk until
+they are saved.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mtp_mlx.errors import ConversionError, MTPError
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, fp8_block
 from .families import Found
 from .heads import Target
 from .heads_write import save_targets
+from .safetensors_folder import SCALE
 from .trunk_meta import meta_trunk
 
 # What mlx-lm raises for a folder it cannot load: its model files check little and fail where they fail.
@@ -94,7 +96,7 @@ def _stage(checkpoint: Checkpoint, found: Found | None, folder: Path) -> dict[st
     if checkpoint.config_name == "params.json":
         targets, config = meta_trunk(checkpoint)
         save_targets(folder / "model.safetensors", targets, checkpoint.tensors)
-    elif checkpoint.container == "safetensors" and not checkpoint.fp8:
+    elif checkpoint.container == "safetensors":
         for i, file in enumerate(checkpoint.files):
             (folder / f"model-{i:05d}.safetensors").symlink_to((home / file).resolve())
     else:
@@ -150,7 +152,8 @@ def _checked(
 
     class Checked(model_class):  # type: ignore[valid-type, misc]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            given = {name: value for name, value in weights.items() if name not in owned}
+            given = dequantised(weights, fp8_block(checkpoint.config)) if checkpoint.fp8 else weights
+            given = {name: value for name, value in given.items() if name not in owned}
             own = getattr(super(), "sanitize", None)
             kept = dict(given) if own is None else own(dict(given))
             lost = _Lost() if own is None else _lost(own, given, kept)
@@ -159,6 +162,23 @@ def _checked(
             return cast("dict[str, mx.array]", kept)
 
     return Checked
+
+
+def dequantised(weights: Mapping[str, mx.array], block: tuple[int, int]) -> dict[str, mx.array]:
+    """`weights` with each fp8 weight times its scales, in bfloat16 and lazily; the scales are gone.
+
+    The same as `safetensors_folder.dequantised`, which has checked that types and shapes fit, on mlx's arrays.
+    """
+    out = dict(weights)
+    for name in weights:
+        scaled = name.removesuffix(SCALE)
+        if scaled == name or scaled not in weights or weights[scaled].dtype != mx.uint8:
+            continue
+        m, n = weights[scaled].shape[-2:]
+        scales = out.pop(name).astype(mx.float32)
+        factors = mx.repeat(mx.repeat(scales, block[0], axis=-2)[..., :m, :], block[1], axis=-1)[..., :n]
+        out[scaled] = (mx.from_fp8(weights[scaled], dtype=mx.float32) * factors).astype(mx.bfloat16)
+    return out
 
 
 @dataclass
@@ -196,9 +216,7 @@ def _lost(
     return lost
 
 
-def _check(
-    checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.array], lost: _Lost
-) -> None:
+def _check(checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.array], lost: _Lost) -> None:
     """Raises one ConversionError with every tensor that is no part of the model, or not as the model needs it."""
     wanted = dict(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
     problems = [
@@ -207,7 +225,9 @@ def _check(
         if _LOOKS_LIKE_HEADS.search(name)
     ]
     problems += [f"{one} and {other} are the same tensor of the model" for one, other in lost.doubles]
-    problems += [f"missing {name} {list(wanted[name].shape)}" for name in sorted(wanted.keys() - weights.keys())]
+    problems += [
+        f"missing {name} {list(wanted[name].shape)}" for name in sorted(wanted.keys() - weights.keys())
+    ]
     for name, value in sorted(weights.items()):
         if name.rsplit(".", 1)[0] + ".scales" in weights:
             continue  # quantised already: packed as its scales say, which load_model checks
@@ -216,7 +236,9 @@ def _check(
         elif value.shape != wanted[name].shape:
             problems.append(f"{name} is {list(value.shape)}, {list(wanted[name].shape)} expected")
         elif not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(wanted[name].dtype, mx.floating):
-            problems.append(f"{name} is of type {str(value.dtype).removeprefix('mlx.core.')}, a float type expected")
+            problems.append(
+                f"{name} is of type {str(value.dtype).removeprefix('mlx.core.')}, a float type expected"
+            )
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ConversionError(

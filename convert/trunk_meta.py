@@ -31,7 +31,9 @@ def meta_trunk(checkpoint: Checkpoint) -> tuple[list[Target], dict[str, Any]]:
     }
     found = find_meta(layers, checkpoint.config)
     if found is None:
-        raise ConversionError(f"{checkpoint.path}: holds no layers under Meta's names (layers.0.attention.wq.weight)")
+        raise ConversionError(
+            f"{checkpoint.path}: holds no layers under Meta's names (layers.0.attention.wq.weight)"
+        )
     targets = []
     for target in found.targets:
         _, layer, _, rest = target.name.split(".", 3)  # heads.{layer}.block.{rest}
@@ -57,4 +59,6 @@ def _check(checkpoint: Checkpoint, targets: list[Target]) -> None:
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise ConversionError(f"{checkpoint.path}: tensors of the trunk do not fit params.json: {'; '.join(problems)}")
+        raise ConversionError(
+            f"{checkpoint.path}: tensors of the trunk do not fit params.json: {'; '.join(problems)}"
+        )

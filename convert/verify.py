@@ -93,9 +93,8 @@ class Verification:
             lines.append(f"verify: head 1 would have {value:.2f} with {variant}")
         better = self.fits_better
         if better is not None:
-            lines.append(
-                f"verify: the weights were trained for {better}, not for {self.written}; {_how_to_mend(self.written, better)}"
-            )
+            mend = _how_to_mend(self.written, better)
+            lines.append(f"verify: the weights were trained for {better}, not for {self.written}; {mend}")
         elif self.others:
             lines.append(
                 "verify: no convention fits clearly better, so the heads are weak, damaged or of another base"
@@ -139,7 +138,9 @@ def verify_heads(
     try:
         rows = [_Rows.of(attached, ids, start) for ids, start in texts if len(ids) > start + 1]
         if not rows:
-            raise MTPError("the model ends every built-in prompt at once, so that there is nothing to verify heads on")
+            raise MTPError(
+                "the model ends every built-in prompt at once, so that there is nothing to verify heads on"
+            )
         written = Variant.of(heads.convention)
         acceptance = _acceptance(attached, heads, rows, written.first_hidden, heads.drafts)
         result = Verification(written, acceptance, sum(row.count for row in rows))
@@ -290,7 +291,7 @@ def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None
 
     def changed(name: str, value: mx.array) -> mx.array:
         if name == "fuse.weight" and variant.stored_order != written.stored_order:
-            return mx.concatenate(mx.split(value, 2, axis=1)[::-1], axis=1)
+            return mx.concatenate(list(mx.split(value, 2, axis=1))[::-1], axis=1)
         if value.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]:
             return value + shift
         return value

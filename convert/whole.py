@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_tokenizer, quantize_model, save
 
-from mtp_mlx.errors import ConversionError
+from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import new_folder
+from mtp_mlx.heads_adapter import check_runnable
 from mtp_mlx.sidecar import FOLDER, sidecar
 
 from .checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +44,7 @@ class WholeSettings:
         dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
             what is stored.
         quantize: bits of the trunk's weights, None for none; heads are not quantised. group_size: as mlx-lm's.
-        head_norms: as `plan_heads`.
+        head_norms, head_order, head_hidden: as `plan_heads`.
         heads: convert the heads too.
         force: replace OUT if it is a model folder.
     """
@@ -52,8 +53,13 @@ class WholeSettings:
     quantize: int | None = None
     group_size: int = 64
     head_norms: str = "auto"
+    head_order: str = "auto"
+    head_hidden: str = "auto"
     heads: bool = True
     force: bool = False
+
+
+DEFAULT = WholeSettings()
 
 
 @dataclass
@@ -63,19 +69,17 @@ class Converted:
     Attributes:
         heads: the heads' plan, or None where there are none.
         left_out: the trunk's stored names that mlx-lm's model has no use for.
-        notes: what else the user should know.
     """
 
     folder: Path
     heads: HeadPlan | None = None
     left_out: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def convert_whole(
     source: str | Path,
     out: str | Path,
-    settings: WholeSettings = WholeSettings(),
+    settings: WholeSettings = DEFAULT,
     progress: Callable[[str], None] | None = None,
 ) -> Converted:
     """Convert the checkpoint `source` into the model folder `out`.
@@ -119,6 +123,16 @@ def convert_whole(
     return result
 
 
+@contextlib.contextmanager
+def open_base(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Any]]:
+    """The bare trunk of `checkpoint` and its tokenizer, usable inside the block.
+
+    Raises ConversionError: as `open_trunk`, or no tokenizer.
+    """
+    with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+        yield trunk.model, _tokenizer(checkpoint, trunk)
+
+
 def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | None, HeadPlan | None, str]:
     """The heads; their plan unless they are to be left out; and what is wrong with them, to be told with the rest."""
     if sidecar(checkpoint.path) is not None:  # converted before: the heads lie beside the trunk already
@@ -132,7 +146,11 @@ def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | Non
     if found is None:
         return None, None, ""
     try:
-        return found, plan_heads(checkpoint, settings.head_norms), ""
+        return (
+            found,
+            plan_heads(checkpoint, settings.head_norms, settings.head_order, settings.head_hidden),
+            "",
+        )
     except ConversionError as error:
         return found, None, str(error)
 
@@ -142,7 +160,8 @@ def _check_trunk(checkpoint: Checkpoint, found: Found | None) -> None:
         return
     what = "a LoRA adapter" if found.convention.kind == "lora" else "MTP heads"
     raise ConversionError(
-        f"{checkpoint.path}: holds {what} and no trunk; convert it with --heads-only, and its base model apart from it"
+        f"{checkpoint.path}: holds {what} and no trunk; convert it with --heads-only, and its base model apart "
+        "from it"
     )
 
 
@@ -155,11 +174,13 @@ def _tokenizer(checkpoint: Checkpoint, trunk: Trunk) -> Any:
         # Said in so many words: without it transformers asks on the terminal whether to run the folder's code.
         extra = {"trust_remote_code": False}
         return load_tokenizer(_home(checkpoint), extra, eos_token_ids=trunk.config.get("eos_token_id"))
-    except Exception as error:  # transformers checks configurations with errors of its own, of no common class
+    except (
+        Exception
+    ) as error:  # transformers checks configurations with errors of its own, of no common class
         reason = " ".join(str(error).split())[:200]
         raise ConversionError(
-            f"{_home(checkpoint)}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the model's "
-            "own tokenizer.json and tokenizer_config.json beside the weights"
+            f"{_home(checkpoint)}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the "
+            "model's own tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
 
 
@@ -218,13 +239,21 @@ def _write_heads(
 
 def report_lines(result: Converted) -> list[str]:
     """What the user should know of a conversion that ended well."""
-    lines = list(result.notes)
+    lines = []
     if result.heads is not None:
         lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / FOLDER}")
+        try:
+            check_runnable(result.folder / FOLDER, result.heads.convention)
+        except MTPError as error:
+            lines.append(str(error))
         lines += [f"heads: {note}" for note in result.heads.notes]
-        lines += [f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped]
+        lines += [
+            f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped
+        ]
     if result.left_out:
         shown = ", ".join(result.left_out[:8])
         more = f" and {len(result.left_out) - 8} more" if len(result.left_out) > 8 else ""
-        lines.append(f"mlx-lm's model has no use for {len(result.left_out)} tensor(s), left out: {shown}{more}")
+        lines.append(
+            f"mlx-lm's model has no use for {len(result.left_out)} tensor(s), left out: {shown}{more}"
+        )
     return lines

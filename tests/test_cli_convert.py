@@ -19,6 +19,8 @@ from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.gguf_files import write_model
 from tests.convert.head_checkpoints import make, numbers
 from tests.convert.hostile_pickles import hostile
+from tests.convert.test_peft import SLOTS, factors
+from tests.convert.test_peft import folder as peft_folder
 from tests.convert.torch_files import write_torch, write_zip
 from tests.convert.whole_checkpoints import whole
 from tests.tiny import save_tiny
@@ -161,6 +163,86 @@ def llama_with_heads(folder: Path) -> Path:
     return folder
 
 
+# --- verify, base, other layouts ----------------------------------------------------------------------------
+
+
+def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_mlx.convert.verify.verify_folder.__defaults__", (("The sky",), 6))
+    source = llama_with_heads(tmp_path / "model")
+    result = run("convert", source, tmp_path / "out", "--verify")
+    assert result.exit_code == 0, result.output
+    assert "verify: acceptance per depth" in result.stderr and result.stdout == f"{tmp_path / 'out'}\n"
+    config = json.loads((tmp_path / "out" / "mtp" / "mtp_config.json").read_text())
+    assert config["measurements"]["verify"]["tokens"] == 5
+    again = run("convert", tmp_path / "out", "--verify")
+    assert again.exit_code == 0 and again.stdout.startswith("verify: acceptance per depth")
+    assert again.stdout.count("head 1 would have") == 7  # random heads: every other convention was tried
+    result = run("convert", source, tmp_path / "heads", "--heads-only", "--verify")
+    assert result.exit_code == 0 and "verify: acceptance" in result.stderr, result.output
+    assert "there are no converted heads to verify" in refused("convert", source, "--verify")
+
+
+def test_conventions_as_asked_for(tmp_path: Path) -> None:
+    source = make("mimo-7b").write(tmp_path / "model")
+    options = ("--heads-only", "--head-order", "embedding", "--head-hidden", "pre-norm")
+    assert run("convert", source, tmp_path / "heads", *options).exit_code == 0
+    config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
+    convention = config["heads"]["convention"]
+    assert (convention["stored_order"], convention["first_hidden"]) == ("embedding", "pre-norm")
+    assert "fuse weights are stored embedding-first (as asked for)" in config["source"]["notes"]
+    stored: Any = mx.load(str(tmp_path / "heads" / "mtp.safetensors"))
+    as_stored = make("mimo-7b").stored["model.mtp_layers.0.input_proj.weight"]
+    np.testing.assert_array_equal(np.array(stored["heads.0.fuse.weight"]), as_stored)
+    plan = run("convert", source, "--dry-run", "--head-order", "embedding").stdout
+    assert "columns swapped" not in plan and "trunk: 3 tensors, through mlx-lm" in plan
+
+
+def test_a_base_for_heads_that_come_without_one(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "qwen3", seed=3)
+    info = json.loads(run("info", base, "--json").stdout)
+    source = make("speculators, qwen3").write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "heads", "--heads-only", "--base", base)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
+    assert config["base"] == {"name": "base", "fingerprint": info["fingerprint"]}
+    nowhere = refused("convert", source, tmp_path / "x", "--heads-only", "--base", tmp_path / "none")
+    assert "no model" in nowhere
+
+
+def test_an_adapter_folder_in_the_speculators_layout_and_back(tmp_path: Path) -> None:
+    source = make("mimo-7b").write(tmp_path / "model")
+    for args in (
+        (source, tmp_path / "a", "--heads-only"),
+        (tmp_path / "a", tmp_path / "b", "--heads-only", "--heads-as", "speculators"),
+        (tmp_path / "b", tmp_path / "c", "--heads-only"),
+    ):
+        result = run("convert", *args)
+        assert result.exit_code == 0, result.output
+    first, last = (mx.load(str(tmp_path / name / "mtp.safetensors")) for name in "ac")
+    assert first.keys() == last.keys()
+    assert all(mx.array_equal(first[name], last[name]) for name in first)
+    assert "is an adapter folder already" in refused(
+        "convert", tmp_path / "a", tmp_path / "d", "--heads-only"
+    )
+
+
+def test_a_peft_adapter(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", seed=3)
+    source = peft_folder(tmp_path / "lora", factors() | SLOTS)
+    assert "name that model's folder with --base" in refused(
+        "convert", source, tmp_path / "out", "--heads-only"
+    )
+    assert "holds a LoRA adapter and no trunk" in refused("convert", source, tmp_path / "out")
+    result = run("convert", source, tmp_path / "out", "--heads-only", "--base", base)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
+    assert (facts["method"], facts["base"]["name"], facts["shape"]["slots"]) == ("mask-tokens", "base", 3)
+    model, _ = load(str(base), tmp_path / "out")
+    assert model.most_drafts == 3
+    facts = json.loads(run("info", source, "--json").stdout)
+    assert facts["mtp heads"]["family"] == "PEFT LoRA adapter"
+
+
 # --- info ---------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +258,12 @@ def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
     assert facts["convention"]["stored order"] == "hidden"
     text = run("info", tmp_path / "heads").stdout
     assert "method: mtp-heads" in text and "  first hidden: post-norm" in text
+    whole("mimo-7b").write(source)
+    assert run("convert", source, tmp_path / "out").exit_code == 0
+    facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
+    assert facts["kind"] == "model" and facts["usable"] == "yes"
+    assert facts["adapter beside it"]["family"] == "MiMo-7B / FastMTP"
+    assert facts["adapter beside it"]["base"]["fingerprint"] == facts["fingerprint"]
     (tmp_path / "heads" / "mtp_config.json").write_text('{"method": "mtp-heads"}')
     assert "mtp_config.json is damaged" in refused("info", tmp_path / "heads")
 
@@ -221,15 +309,19 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path, case: str, where: str) ->
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no marker, no output, nothing temporary
 
 
-def damaged(folder: Path, kind: str) -> str:
+HEADS, TRUNK = "model.layers.4.eh_proj.weight", "model.layers.1.mlp.gate.weight"
+
+
+def damaged(folder: Path, kind: str, key: str) -> str:
     """A sharded checkpoint damaged in one way; returns what the message must say."""
-    made = make("glm-4.5")
+    made = whole("glm-4.5")
     made.write(folder)
-    names = sorted(made.stored)
-    halves = [{name: made.stored[name] for name in part} for part in (names[::2], names[1::2])]
+    stored = made.made.stored
+    names = sorted(stored)
+    halves = [{name: stored[name] for name in part} for part in (names[::2], names[1::2])]
     (folder / "model.safetensors").unlink()
-    key = "model.layers.4.eh_proj.weight"
     home = next(half for half in halves if key in half)
+    shape = list(home[key].shape)
     if kind == "wrong type":
         home[key] = home[key].astype(np.int32)
     if kind == "wrong shape":
@@ -241,23 +333,37 @@ def damaged(folder: Path, kind: str) -> str:
     if kind == "missing shard":
         (folder / "b.safetensors").unlink()
     return {
-        "wrong type": f"{key} is of type I32, a float type expected",
-        "wrong shape": f"{key} is [48, 95], [48, 96] expected",
+        "wrong type": f"{key} is of type {'I32' if key == HEADS else 'int32'}, a float type expected",
+        "wrong shape": f"{key} is {[shape[0], shape[1] - 1]}, {shape} expected",
         "truncated shard": "b.safetensors: the file is truncated",
         "missing shard": "1 of which are missing: b.safetensors",
-        "unknown type": "has the type F4",
     }[kind]
 
 
+@pytest.mark.parametrize("key", [HEADS, TRUNK], ids=["heads", "trunk"])
 @pytest.mark.parametrize("kind", ["wrong type", "wrong shape", "truncated shard", "missing shard"])
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, kind: str) -> None:
-    expected = damaged(tmp_path / "model", kind)
-    for args in (
-        ("convert", tmp_path / "model", tmp_path / "out", "--heads-only"),
-        ("convert", tmp_path / "model", "--dry-run"),
-    ):
-        assert expected in refused(*args)
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, kind: str, key: str) -> None:
+    expected = damaged(tmp_path / "model", kind, key)
+    assert expected in refused("convert", tmp_path / "model", tmp_path / "out")
+    assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--quantize", "4")
+    if key == HEADS:
+        assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--heads-only")
+        assert expected in refused("convert", tmp_path / "model", "--dry-run")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
+    """A folder whose configuration asks for code of its own, for the model and for the tokenizer."""
+    source = whole("mimo-7b").write(tmp_path / "model", model_file="own.py")
+    marker = tmp_path / "ran"
+    (source / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    assert "requires importing and running a custom module" in refused("convert", source, tmp_path / "out")
+    whole("mimo-7b").write(source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "contains custom code" in refused("convert", source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and not marker.exists()
 
 
 def test_a_type_that_no_one_knows(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -11,7 +14,8 @@ from rich.console import Console
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.convert.whole import WholeSettings
+    from mtp_mlx.convert.checkpoint import Checkpoint
+    from mtp_mlx.convert.heads import HeadPlan
 
 EPILOG = """\b
 Examples:
@@ -20,6 +24,8 @@ Examples:
   mtp-mlx convert ./MiMo-7B-RL ./mimo --quantize 4
   mtp-mlx convert ./Qwen3.5-0.8B --dry-run
   mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
+  mtp-mlx convert ./mimo --verify
+  mtp-mlx convert ./heads ./speculators --heads-only --heads-as speculators
 """
 
 
@@ -52,45 +58,80 @@ Examples:
     show_default=True,
     help="How the file stores the heads' norms",
 )
+@click.option(
+    "--head-order",
+    type=click.Choice(["auto", "embedding", "hidden"]),
+    default="auto",
+    show_default=True,
+    help="Which half the heads' fuse weights begin with in the file",
+)
+@click.option(
+    "--head-hidden",
+    type=click.Choice(["auto", "post-norm", "pre-norm"]),
+    default="auto",
+    show_default=True,
+    help="Which state of the trunk the heads were trained on",
+)
+@click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
+@click.option(
+    "--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention"
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind already")
-def command(
-    source: str,
-    out: Path | None,
-    quantize: str | None,
-    group_size: str,
-    dtype: str | None,
-    heads_only: bool,
-    trunk_only: bool,
-    heads_as: str,
-    dry_run: bool,
-    head_norms: str,
-    force: bool,
-) -> None:
+def command(source: str, out: Path | None, **options: Any) -> None:
     """Convert SOURCE into the model folder OUT.
 
-    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP heads,
-    if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
-    PyTorch files are read without running the code in them.
+    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP
+    heads, if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
+    PyTorch files are read without running the code in them. With --heads-only OUT is an adapter folder. With --verify
+    and without OUT, SOURCE is a model folder that was converted before.
     """
-    if heads_only and trunk_only:
+    how = ConvertOptions(**options)
+    if how.heads_only and how.trunk_only:
         raise click.UsageError("--heads-only and --trunk-only leave nothing to convert: give one of them.")
-    path = _local(source, dry_run)
+    path = _local(source, how.dry_run)
     gguf = path.suffix.lower() == ".gguf" and not path.is_dir()
-    if dry_run:
-        click.echo("\n".join(_gguf_lines(path) if gguf else _plan_lines(path, head_norms, heads_only)))
-        return
-    if out is None:
-        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
-    if heads_only:
-        click.echo(_convert_heads(path, out, heads_as, head_norms, force))
+    if how.dry_run:
+        click.echo("\n".join(_gguf_lines(path) if gguf else _plan_lines(path, how)))
+    elif out is None and how.verify:
+        click.echo(verify(path), nl=False)
+    elif out is None:
+        raise click.UsageError("Missing argument 'OUT' (only --dry-run and --verify do without).")
+    elif how.heads_only:
+        click.echo(convert_heads(path, out, how))
     elif gguf:
-        click.echo(_convert_gguf(path, out, dtype, quantize, group_size, force))
+        click.echo(convert_gguf(path, out, how))
     else:
-        from mtp_mlx.convert.whole import WholeSettings
+        click.echo(convert_whole(path, out, how))
 
-        bits = int(quantize) if quantize else None
-        settings = WholeSettings(dtype, bits, int(group_size), head_norms, not trunk_only, force)
-        click.echo(_convert_whole(path, out, settings))
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The options of `mtp-mlx convert`, as their help describes them."""
+
+    quantize: str | None
+    group_size: str
+    dtype: str | None
+    heads_only: bool
+    trunk_only: bool
+    heads_as: str
+    dry_run: bool
+    head_norms: str
+    head_order: str
+    head_hidden: str
+    base: str | None
+    verify: bool
+    force: bool
+
+    @property
+    def bits(self) -> int | None:
+        """To quantise to."""
+        return int(self.quantize) if self.quantize else None
+
+    def plan(self, checkpoint: Checkpoint) -> HeadPlan:
+        """The plan of a checkpoint's heads."""
+        from mtp_mlx.convert.heads_plan import plan_heads
+
+        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden)
 
 
 def _local(source: str, dry_run: bool) -> Path:
@@ -99,70 +140,194 @@ def _local(source: str, dry_run: bool) -> Path:
     if not is_hub_id(source):
         return local_source(source)
     if dry_run:
-        raise MTPError(f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first")
+        raise MTPError(
+            f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first"
+        )
     with Console(stderr=True).status(f"getting {source} from the hub"):
         return local_source(source)
 
 
-def _convert_gguf(
-    source: Path, out: Path, dtype: str | None, quantize: str | None, group_size: str, force: bool
-) -> Path:
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
+    """Converts a .gguf file."""
     from mtp_mlx.convert.gguf import convert_gguf
 
+    if how.verify:
+        raise MTPError(
+            f"{source}: --verify measures MTP heads, which are not read from .gguf files; leave it out"
+        )
     with Console(stderr=True).status(f"converting {source.name}") as status:
         return convert_gguf(
             source,
             out,
-            dtype=dtype,
-            quantize=int(quantize) if quantize else None,
-            group_size=int(group_size),
-            force=force,
+            dtype=how.dtype,
+            quantize=how.bits,
+            group_size=int(how.group_size),
+            force=how.force,
             progress=lambda stage: status.update(f"{source.name}: {stage}"),
         )
 
 
-def _convert_whole(source: Path, out: Path, settings: WholeSettings) -> Path:
-    """The folder, after what there is to say about it went to stderr."""
-    from mtp_mlx.convert.whole import convert_whole, report_lines
+def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
+    """Converts a checkpoint; what there is to say about it goes to stderr."""
+    from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
+    settings = WholeSettings(
+        dtype=how.dtype,
+        quantize=how.bits,
+        group_size=int(how.group_size),
+        head_norms=how.head_norms,
+        head_order=how.head_order,
+        head_hidden=how.head_hidden,
+        heads=not how.trunk_only,
+        force=how.force,
+    )
     with Console(stderr=True).status(f"converting {source.name}") as status:
         result = convert_whole(source, out, settings, lambda stage: status.update(f"{source.name}: {stage}"))
     for line in report_lines(result):
         click.echo(line, err=True)
+    if how.verify:
+        click.echo(verify(out), nl=False, err=True)
     return result.folder
 
 
-def _convert_heads(source: Path, out: Path, layout: str, norms: str, force: bool) -> Path:
+def verify(folder: Path) -> str:
+    """Lines about the heads beside a converted model, measured with it."""
+    from mtp_mlx.sidecar import sidecar
+
+    heads = sidecar(folder)
+    if heads is None:
+        raise MTPError(
+            f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that "
+            "has MTP heads first, and give the folder it was converted to"
+        )
+    return _verified(*_base(str(folder)), heads)
+
+
+def _verified(model: Any, tokenizer: Any, heads: Path) -> str:
+    from mtp_mlx.convert.verify import verify_folder
+
+    with Console(stderr=True).status(f"verifying {heads}"):
+        lines = verify_folder(model, tokenizer, heads).lines()
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _base(name: str) -> tuple[Any, Any]:
+    """A bare model and its tokenizer."""
+    import mlx_lm
+
+    from mtp_mlx.demo import resolve_model
+
+    path = resolve_model(name)
+    try:
+        return mlx_lm.load(str(path))[:2]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise MTPError(f"the model {name} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+# --- heads and adapters alone -------------------------------------------------------------------------------
+
+
+def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
+    """Converts heads, or a PEFT adapter, into a folder of their own."""
     if source.suffix.lower() == ".gguf" and source.is_file():
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_plan import plan_heads
     from mtp_mlx.convert.heads_speculators import write_speculators
-    from mtp_mlx.convert.heads_write import write_heads
+    from mtp_mlx.convert.peft import is_peft
 
+    if (source / "mtp_config.json").is_file():
+        return _export(source, out, how)
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)
-        if layout == "speculators":
-            return write_speculators(checkpoint, out, force=force)
-        plan = plan_heads(checkpoint, norms)
-        return write_heads(checkpoint, plan, out, force=force, progress=status.update)
+        if is_peft(checkpoint):
+            return _convert_peft(checkpoint, out, how)
+        if how.heads_as == "speculators":
+            return write_speculators(checkpoint, out, base=how.base or "", force=how.force)
+        return _write_heads(checkpoint, out, how, status.update)
 
 
-def _plan_lines(source: Path, norms: str, heads_only: bool) -> list[str]:
-    """The plan of a checkpoint's heads; without heads, what the checkpoint is."""
+def _write_heads(
+    checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]
+) -> Path:
+    """An adapter folder of heads, for the base that is named or for the trunk beside them."""
+    from mtp_mlx.convert.heads_write import write_heads
+    from mtp_mlx.convert.whole import open_base
+
+    with ExitStack() as stack:
+        model, tokenizer = None, None
+        if how.base:
+            model, tokenizer = _base(how.base)
+        elif how.verify:
+            model, tokenizer = stack.enter_context(open_base(checkpoint))
+        name = Path(how.base).name if how.base else None
+        plan = how.plan(checkpoint)
+        folder = write_heads(
+            checkpoint, plan, out, base=model, base_name=name, force=how.force, progress=progress
+        )
+        if how.verify:
+            click.echo(_verified(model, tokenizer, folder), nl=False, err=True)
+    return folder
+
+
+def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
+    """An adapter folder of heads in the speculators layout."""
+    import json
+
+    from mtp_mlx.convert.heads_speculators import export_speculators
+    from mtp_mlx.demo import resolve_model
+
+    if how.heads_as != "speculators":
+        raise MTPError(
+            f"{source} is an adapter folder already; --heads-as speculators writes it in that layout"
+        )
+    config = None
+    if how.base:
+        path = Path(resolve_model(how.base)) / "config.json"
+        if not path.is_file():
+            raise MTPError(f"{how.base}: --base must be a local model folder here, whose config.json is read")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    return export_speculators(source, out, base=how.base or "", base_config=config, force=how.force)
+
+
+def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
+    from mtp_mlx.convert.peft import write_peft
+
+    named = checkpoint.config.get("base_model_name_or_path")
+    name = how.base or (named if isinstance(named, str) and Path(named).is_dir() else None)
+    if name is None:
+        raise MTPError(
+            f"{checkpoint.path}: a PEFT adapter becomes an adapter of a base model: name that model's folder "
+            "with --base"
+        )
+    return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
+    """The plan of a checkpoint's heads and of its trunk; without heads, what the checkpoint is."""
     from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_plan import find_heads, plan_heads
-    from mtp_mlx.convert.heads_report import plan_lines, types
+    from mtp_mlx.convert.heads_plan import find_heads
+    from mtp_mlx.convert.heads_report import plan_lines, source_line
 
     checkpoint = open_checkpoint(source)
-    if heads_only or find_heads(checkpoint) is not None:
-        return plan_lines(checkpoint, plan_heads(checkpoint, norms))
-    return [
-        f"source: {source} ({checkpoint.container}, {len(checkpoint.files)} file(s), {len(checkpoint.tensors)} "
-        f"tensors: {types(checkpoint)})",
-        f"model type: {checkpoint.text_config.get('model_type', '?')}",
-        "heads: none",
-    ]
+    found = None if how.trunk_only else find_heads(checkpoint)
+    if how.heads_only or found is not None:
+        lines = plan_lines(checkpoint, how.plan(checkpoint))
+    else:
+        kind = checkpoint.text_config.get("model_type", "?")
+        lines = [source_line(checkpoint), f"model type: {kind}", "heads: none"]
+    if not how.heads_only:
+        count = len(checkpoint.tensors.keys() - (set() if found is None else found.owned))
+        lines.append(
+            f"trunk: {count} tensors, "
+            + ("through mlx-lm" if count else "so only --heads-only can convert it")
+        )
+    return lines
 
 
 def _gguf_lines(source: Path) -> list[str]:

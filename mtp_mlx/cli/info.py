@@ -141,9 +141,14 @@ def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoint_heads(path: Path) -> dict[str, Any]:
-    """The MTP heads among a model folder's tensors; nothing where it has none."""
+    """The MTP heads beside a model, or among its tensors; nothing where it has none."""
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_report import describe_heads
+    from mtp_mlx.sidecar import sidecar
+
+    beside = sidecar(path)
+    if beside is not None:
+        return {"adapter beside it": {"folder": str(beside), **folder(beside)}}
 
     try:
         heads = describe_heads(open_checkpoint(path))

@@ -8,11 +8,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.convert.checkpoint import open_checkpoint
 from mtp_mlx.convert.heads_plan import plan_heads
-from mtp_mlx.convert.heads_speculators import write_speculators
+from mtp_mlx.convert.heads_speculators import export_speculators, write_speculators
+from mtp_mlx.convert.heads_write import write_heads
+from mtp_mlx.convert.safetensors_folder import read_safetensors
 from mtp_mlx.errors import MTPError
+from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import new_heads
+from tests.tiny import tiny_config, tiny_model
 
 from .head_checkpoints import make
 
@@ -87,3 +95,50 @@ def test_an_existing_folder_stays_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "photos" / "cat.jpg").write_text("x")
     with pytest.raises(MTPError, match="not a model folder"):
         write_speculators(checkpoint, tmp_path / "photos", force=True)
+
+
+# --- from adapter folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_from_an_adapter_folder_it_is_the_same_file(tmp_path: Path, name: str) -> None:
+    """Checkpoint -> adapter -> layout gives what checkpoint -> layout gives, to the byte."""
+    checkpoint = open_checkpoint(make(name).write(tmp_path / "model"))
+    direct = write_speculators(checkpoint, tmp_path / "direct")
+    adapter = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "adapter")
+    out = export_speculators(adapter, tmp_path / "out")
+    expected, found = (read_safetensors(path / "model.safetensors") for path in (direct, out))
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(found[key].load(), tensor.load(), err_msg=key)
+    assert (out / "config.json").read_text() == (direct / "config.json").read_text().replace(
+        json.dumps(checkpoint.config.get("architectures", [])), "[]"
+    )
+
+
+def test_heads_that_were_trained_here(tmp_path: Path) -> None:
+    """Their blocks are copies of the base's last layer, so the base's configuration is needed."""
+    model = tiny_model("qwen3", seed=3)
+    convention = HeadConvention("trained")
+    heads = new_heads(model, 2, convention, mx.array([3, 9], dtype=mx.int32))
+    info = HeadsInfo("tiny", base_fingerprint(model), convention, [dict(LAST_LAYER)] * 2)
+    save_heads(tmp_path / "heads", heads, info, mx.float32)
+    with pytest.raises(MTPError, match="name the base model with --base"):
+        export_speculators(tmp_path / "heads", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    out = export_speculators(tmp_path / "heads", tmp_path / "out", base_config=tiny_config("qwen3"))
+    checkpoint = open_checkpoint(out)
+    plan = plan_heads(checkpoint)
+    own = {name: np.array(value) for name, value in tree_flatten(heads.parameters())}
+    found = {target.name: target.build(checkpoint.tensors) for target in plan.targets}
+    assert plan.count == 2 and own.keys() == found.keys()
+    for name, value in own.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make("ernie-4.5").write(tmp_path / "model"))
+    adapter = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "adapter")
+    with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
+        export_speculators(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

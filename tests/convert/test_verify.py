@@ -51,7 +51,9 @@ def table() -> Any:
     one_hot = mx.concatenate([mx.eye(V), mx.zeros((V, D - V))], axis=1)  # [V, D]
     model.model.embed_tokens.weight = one_hot
     model.model.norm.weight = mx.array(GAIN)
-    model.lm_head.weight = mx.array(GAIN) * one_hot[(mx.arange(V) - STEP) % V]  # row v answers the token v - 7
+    model.lm_head.weight = (
+        mx.array(GAIN) * one_hot[(mx.arange(V) - STEP) % V]
+    )  # row v answers the token v - 7
     return model
 
 
@@ -135,7 +137,9 @@ def test_deeper_depths_are_given_those_before() -> None:
     heads = MTPHeads([first, second], HeadConvention("test"))
     result = verify_heads(model, Numbers(), heads, ("some text",), 40)
     assert result.acceptance[0] == 1.0 and result.acceptance[1] == pytest.approx(0.5, abs=0.05)
-    swapped = verify_heads(model, Numbers(), MTPHeads([second, first], HeadConvention("test")), ("some text",), 40)
+    swapped = verify_heads(
+        model, Numbers(), MTPHeads([second, first], HeadConvention("test")), ("some text",), 40
+    )
     assert swapped.acceptance[0] == pytest.approx(0.5, abs=0.05)
 
 
@@ -184,7 +188,9 @@ def test_the_folder_keeps_what_was_measured(tmp_path: Path) -> None:
     model = table()
     truth = Variant("post-norm", "embedding", False)
     heads = trained_for(model, truth, truth)
-    info = HeadsInfo("table", base_fingerprint(model), heads.convention, [dict(LAST_LAYER)], measurements={"x": 1})
+    info = HeadsInfo(
+        "table", base_fingerprint(model), heads.convention, [dict(LAST_LAYER)], measurements={"x": 1}
+    )
     save_heads(tmp_path / "heads", heads, info)
     verify_folder(model, Numbers(), tmp_path / "heads", ("some text",), 9)
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Proves that whole checkpoints of every family become mlx-lm folders with their heads beside, and nothing is lost."""
+"""Proves that whole checkpoints of every family become mlx-lm folders, heads beside them, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
+from mtp_mlx.convert.whole import DEFAULT, WholeSettings, convert_whole, report_lines
 from mtp_mlx.errors import MTPError
 
 from .checkpoints import bf16, write_safetensors, write_shards
@@ -47,7 +47,9 @@ def test_every_family(tmp_path: Path, name: str) -> None:
     result = convert_whole(made.write(tmp_path / "model"), tmp_path / "out")
     assert_holds(tmp_path / "out", made)
     assert result.left_out == ([] if "ernie" not in name else result.left_out)
-    assert result.heads is not None and result.heads.count == len({k.split(".")[1] for k in made.made.canonical})
+    assert result.heads is not None and result.heads.count == len(
+        {k.split(".")[1] for k in made.made.canonical}
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
@@ -59,14 +61,22 @@ def torch_folder(folder: Path, made: Whole, file: str = "pytorch_model.bin", pre
     made.write(folder)
     (folder / "model.safetensors").unlink()
     stored = OrderedDict((prefix + name, value) for name, value in made.made.stored.items())
-    content: Any = {"state_dict": stored, "hyper_parameters": {"lr": 0.1}} if file.endswith(".ckpt") else stored
+    content: Any = (
+        {"state_dict": stored, "hyper_parameters": {"lr": 0.1}} if file.endswith(".ckpt") else stored
+    )
     write_torch(folder / file, content)
     return folder
 
 
 @pytest.mark.parametrize(
     ("file", "prefix"),
-    [("pytorch_model.bin", ""), ("model.pt", ""), ("model.pth", "module."), ("last.ckpt", "model."), ("x.ckpt", "")],
+    [
+        ("pytorch_model.bin", ""),
+        ("model.pt", ""),
+        ("model.pth", "module."),
+        ("last.ckpt", "model."),
+        ("x.ckpt", ""),
+    ],
 )
 def test_pytorch_files(tmp_path: Path, file: str, prefix: str) -> None:
     made = whole("mimo-7b")
@@ -118,7 +128,9 @@ def test_metas_own_names(tmp_path: Path) -> None:
     for layer in ("layers.0", "layers.1", "layers.2", "extra_heads.0", "extra_heads.1", "extra_heads.2"):
         stored |= {f"{layer}.{name}.weight": numbers(layer + name, shape) for name, shape in shapes.items()}
     outside = {"tok_embeddings.weight": (40, 32), "norm.weight": (32,), "output.weight": (40, 32)}
-    stored |= {name: numbers(name, shape) for name, shape in outside.items()} | {"rope.freqs": numbers("f", (4,))}
+    stored |= {name: numbers(name, shape) for name, shape in outside.items()} | {
+        "rope.freqs": numbers("f", (4,))
+    }
     source = with_tokenizer(tmp_path / "model")
     params = {"dim": 32, "n_layers": 6, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1,
               "n_future_tokens": 4}  # fmt: skip
@@ -142,7 +154,7 @@ def test_metas_own_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [None, "float16"])
 def test_types(tmp_path: Path, asked: str | None) -> None:
-    """Without --dtype the configuration's type, as mlx_lm.convert has it; heads keep theirs unless it is asked for."""
+    """Without --dtype the configuration's type, as mlx_lm.convert has it; heads keep theirs unless asked."""
     made = whole("llama with own heads", torch_dtype="bfloat16")
     convert_whole(made.write(tmp_path / "model"), tmp_path / "out", WholeSettings(dtype=asked))
     loaded = parameters(tmp_path / "out")
@@ -190,10 +202,12 @@ def test_what_mlx_lm_leaves_out_is_told(tmp_path: Path) -> None:
     made.made.stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = numbers("inv", (6,))
     result = convert_whole(made.write(tmp_path / "model"), tmp_path / "out")
     assert result.left_out == ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert "no use for 2 tensor(s), left out: lm_head.weight, model.layers.0" in "\n".join(report_lines(result))
+    assert "no use for 2 tensor(s), left out: lm_head.weight, model.layers.0" in "\n".join(
+        report_lines(result)
+    )
 
 
-def refused(source: Path, out: Path, settings: WholeSettings = WholeSettings()) -> str:
+def refused(source: Path, out: Path, settings: WholeSettings = DEFAULT) -> str:
     """The message of a conversion that leaves nothing behind."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(MTPError) as caught:
@@ -227,7 +241,9 @@ def test_heads_of_no_known_kind_are_not_dropped_in_silence(tmp_path: Path) -> No
     made = whole("exaone-moe", num_nextn_predict_layers=0)
     stored = {name: value for name, value in made.made.stored.items() if not name.startswith("mtp.")}
     made.made.stored = stored | {"mtp.gadget.weight": numbers("g", (48, 48))}
-    assert "mtp.gadget.weight looks like an MTP head's" in refused(made.write(tmp_path / "m"), tmp_path / "out")
+    assert "mtp.gadget.weight looks like an MTP head's" in refused(
+        made.write(tmp_path / "m"), tmp_path / "out"
+    )
 
 
 def test_one_tensor_under_two_names(tmp_path: Path) -> None:
@@ -235,7 +251,10 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     made = whole("qwen3.5 dense")
     made.made.stored["model.embed_tokens.weight"] = numbers("other", (40, 48))
     message = refused(made.write(tmp_path / "model"), tmp_path / "out")
-    assert "model.language_model.embed_tokens.weight and model.embed_tokens.weight are the same tensor" in message
+    assert (
+        "model.language_model.embed_tokens.weight and model.embed_tokens.weight are the same tensor"
+        in message
+    )
 
 
 def test_heads_that_are_announced_but_not_there(tmp_path: Path) -> None:

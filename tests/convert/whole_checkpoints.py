@@ -77,10 +77,14 @@ def whole(name: str, **settings: Any) -> Whole:
         del made.stored[key]
     model_class, args_class = _get_classes(config)
     shapes = {
-        key: value.shape for key, value in tree_flatten(model_class(args_class.from_dict(config)).parameters())
+        key: value.shape
+        for key, value in tree_flatten(model_class(args_class.from_dict(config)).parameters())
     }
     trunk = {key: made.stored.get(stored_name(key), numbers(key, shape)) for key, shape in shapes.items()}
-    trunk = {key: value if value.shape == shapes[key] else numbers(key, shapes[key]) for key, value in trunk.items()}
+    trunk = {
+        key: value if value.shape == shapes[key] else numbers(key, shapes[key])
+        for key, value in trunk.items()
+    }
     stored = store(name, trunk)
     heads = {key: value for key, value in made.stored.items() if key in stored or key not in ALONE}
     return Whole(Made(heads | stored, config, made.canonical), trunk)
@@ -88,7 +92,9 @@ def whole(name: str, **settings: Any) -> Whole:
 
 def stored_name(key: str) -> str:
     """What the family calls mlx-lm's parameter `key`."""
-    return key.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+    return key.replace("language_model.model.", "model.language_model.").replace(
+        "language_model.lm_head", "lm_head"
+    )
 
 
 def store(name: str, trunk: Arrays) -> Arrays:
@@ -105,7 +111,11 @@ def store(name: str, trunk: Arrays) -> Arrays:
             value = np.moveaxis(value, 1, 2)
         shifted = zero_centred and ((rest.rsplit(".", 2)[-2] in SHIFTED) or key.endswith("model.norm.weight"))
         blocks[stored_name(prefix)][rest if match else stored_name(key)] = value - 1 if shifted else value
-    return {prefix + key: value for prefix, block in blocks.items() for key, value in _store_block(case, block).items()}
+    return {
+        prefix + key: value
+        for prefix, block in blocks.items()
+        for key, value in _store_block(case, block).items()
+    }
 
 
 def _is_norm(key: str) -> bool:
