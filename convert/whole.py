@@ -29,7 +29,7 @@ from .families import Found
 from .heads import HeadPlan
 from .heads_plan import find_heads, plan_heads
 from .heads_write import CONFIG_NAME, WEIGHTS_NAME, check_out, fill_folder, fingerprint_of
-from .single_mask import find_mask, mask_sidecar
+from .single_mask import MaskToken, find_mask, mask_sidecar
 from .trunk import Trunk, open_trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -69,11 +69,13 @@ class Converted:
     Attributes:
         heads: the heads' plan, or None where there are none.
         left_out: the trunk's stored names that mlx-lm's model has no use for.
+        mask: the mask token beside the trunk, or None where there is none.
     """
 
     folder: Path
     heads: HeadPlan | None = None
     left_out: list[str] = field(default_factory=list)
+    mask: MaskToken | None = None
 
 
 def convert_whole(
@@ -119,7 +121,7 @@ def convert_whole(
             _write_heads(checkpoint, plan, folder / FOLDER, out.name, fingerprint, settings, tell)
             if beside is not None and not (folder / FOLDER).exists():
                 beside.put_into(folder)
-                result.notes.append(f"a mask token, id {beside.info.mask['id']}: in {out / FOLDER}")
+                result.mask = mask
     return result
 
 
@@ -250,6 +252,8 @@ def report_lines(result: Converted) -> list[str]:
         lines += [
             f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped
         ]
+    if result.mask is not None:
+        lines.append(f"mask token: id {result.mask.token_id}, in {result.folder / FOLDER}")
     if result.left_out:
         shown = ", ".join(result.left_out[:8])
         more = f" and {len(result.left_out) - 8} more" if len(result.left_out) > 8 else ""

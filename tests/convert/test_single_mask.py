@@ -14,7 +14,7 @@ import pytest
 import mtp_mlx
 from mtp_mlx.adapter import read_info
 from mtp_mlx.convert.single_mask import MASK_TOKEN, find_mask
-from mtp_mlx.convert.whole import WholeSettings, convert_whole
+from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.block import Block
@@ -77,7 +77,7 @@ def numpy_of(source: Path) -> naive_emit.Logits:
 def test_converts_loads_and_decodes_as_numpy(tmp_path: Path, architecture: str, tied: bool) -> None:
     source = released(tmp_path / "source", architecture, tie_word_embeddings=tied)
     result = convert_whole(source, tmp_path / "out")
-    assert any(f"a mask token, id {VOCABULARY}" in note for note in result.notes)
+    assert f"mask token: id {VOCABULARY}, in {tmp_path / 'out' / 'mtp'}" in report_lines(result)
     model, tokenizer = mtp_mlx.load(str(tmp_path / "out"))
     assert model.most_drafts == 15 and model.vocab_size == ROWS
     reference = numpy_of(source)
