@@ -132,7 +132,10 @@ class GroupedQueries:
 
 @dataclass(frozen=True)
 class Latent:
-    """DeepSeek's latent attention. scaled: LongCat multiplies queries and latent by sqrt(D / their rank)."""
+    """DeepSeek's latent attention. scaled: LongCat multiplies queries and latent by sqrt(D / their rank).
+
+    eps: of the norms of the two low-rank parts.
+    """
 
     heads: int
     rank: int
@@ -142,19 +145,22 @@ class Latent:
     rope_base: float = 10000.0
     scaled: bool = False
     name: str = "self_attn."
+    eps: float = 1e-6
 
     def __call__(self, t: Tensors, x: Array) -> Array:
         t = t.below(self.name)
         rows, width = x.shape
         if "q_a_proj.weight" in t:
-            low = t.norm("q_a_layernorm", t.linear("q_a_proj", x), 1e-6)
+            low = t.norm("q_a_layernorm", t.linear("q_a_proj", x), self.eps)
             q = t.linear("q_b_proj", low) * ((width / low.shape[1]) ** 0.5 if self.scaled else 1)
         else:
             q = t.linear("q_proj", x)
         q = q.reshape(rows, self.heads, self.nope + self.rope_width)
         both = t.linear("kv_a_proj_with_mqa", x)
         latent, k_rope = both[:, : self.rank], both[:, None, self.rank :]
-        latent = t.norm("kv_a_layernorm", latent, 1e-6) * ((width / self.rank) ** 0.5 if self.scaled else 1)
+        latent = t.norm("kv_a_layernorm", latent, self.eps) * (
+            (width / self.rank) ** 0.5 if self.scaled else 1
+        )
         kv = t.linear("kv_b_proj", latent).reshape(rows, self.heads, self.nope + self.v_dim)
         q_rope = rope(q[..., self.nope :], self.rope_width, self.rope_base, True)
         k_rope = rope(k_rope, self.rope_width, self.rope_base, True)

@@ -20,6 +20,7 @@ from .numpy_layers import (
     StepExperts,
     squared_mlp,
 )
+from .numpy_mixers import GatedDelta, LongcatLayer, Mamba2
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,23 @@ class Family:
 
     Attributes:
         case: its name in `head_cases`. settings: added to that case's configuration.
-        names, heads: of each head. trunk: of each layer; empty where the oracle has no such trunk.
+        names, heads: of each head. trunk: of each layer.
         root: what the trunk's layer names begin with; norm, embed: names of its last norm and embedding.
         depths: of drafts that are compared.
+        given: heads are compared over the states of mlx-lm's trunk, whose rounding they would enlarge past 1e-4.
     """
 
     case: str
     names: list[Names]
     heads: list[list[LayerFunction]]
     rules: Rules
-    trunk: list[LayerFunction] = field(default_factory=list)
+    trunk: list[LayerFunction]
     settings: dict[str, Any] = field(default_factory=dict)
     root: str = "model."
     norm: str = "norm"
     embed: str = "embed_tokens"
     depths: int = 3
+    given: bool = False
 
 
 def nextn(n: int, **other: str) -> Names:
@@ -144,6 +147,7 @@ QWEN35, QWEN35_EXPERTS = (
     Layer(replace(_QWEN, rope_base=100000.0)),
     Layer(replace(_QWEN, rope_base=100000.0), SoftmaxExperts(2, normalised=True)),
 )
+_DELTA_FUSED, _DELTA = GatedDelta(2, 4, 8, 8, fused=True), GatedDelta(2, 4, 8, 8, fused=False)
 MIMO_V2_SLIDING = GroupedQueries(6, 3, 10, 4, rope_base=5000.0, window=8)
 MIMO_V2_FULL = GroupedQueries(4, 2, 16, 6)
 EXAONE_SLIDING = GroupedQueries(4, 2, 16, 16, window=8)
@@ -154,6 +158,7 @@ NEMOTRON = [
     Single(GroupedQueries(4, 2, 16, 0, name="")),
     Single(SigmoidExperts(2, mlp=squared_mlp)),
 ]
+_MAMBA = Single(Mamba2(4, 8, 2, 8))
 STEP_FULL = GroupedQueries(4, 2, 16, 16, gate="per head")
 STEP_SLIDING = GroupedQueries(6, 3, 16, 16, gate="per head", window=8)
 _STEP_EXPERTS = StepExperts(2, 3.0)
@@ -168,6 +173,11 @@ def _step_names(n: int) -> Names:
     return nextn(n, out="transformer.shared_head.norm", lm_head="transformer.shared_head.output")
 
 
+def _longcat_attention(name: str) -> Latent:
+    # mlx-lm's trunk has 1e-5 here, the original 1e-6, which the head has too.
+    return Latent(4, 12, 10, 8, 14, scaled=True, name=name, eps=1e-5)
+
+
 _NEMOTRON_NAMES = Names(
     "mtp.layers.0.eh_proj",
     "mtp.layers.0.enorm",
@@ -178,12 +188,20 @@ _NEMOTRON_NAMES = Names(
 )
 
 FAMILIES |= {
-    "qwen3-next experts": Family("qwen3-next experts", [fc_names()], [[QWEN_EXPERTS]], Rules(plus=1)),
+    "qwen3-next experts": Family(
+        "qwen3-next experts",
+        [fc_names()],
+        [[QWEN_EXPERTS]],
+        Rules(plus=1),
+        [*[Layer(_DELTA_FUSED, SoftmaxExperts(2, normalised=False))] * 3, QWEN_EXPERTS],
+        given=True,
+    ),
     "qwen3.5 dense": Family(
         "qwen3.5 dense",
         [fc_names("model.language_model.embed_tokens")],
         [[QWEN35]],
         Rules(plus=1),
+        [*[Layer(_DELTA)] * 3, QWEN35],
         root="model.language_model.",
     ),
     "qwen3.5 experts, fused": Family(
@@ -191,6 +209,7 @@ FAMILIES |= {
         [fc_names("model.language_model.embed_tokens")],
         [[QWEN35_EXPERTS]],
         Rules(plus=1),
+        [*[Layer(_DELTA, SoftmaxExperts(2, normalised=True))] * 3, QWEN35_EXPERTS],
         root="model.language_model.",
     ),
     "mimo-v2": Family(
@@ -206,7 +225,8 @@ FAMILIES |= {
         [_mimo_v2_names(n) for n in range(3)],
         [[Layer(MIMO_V2_SLIDING, second_norm="pre_mlp_layernorm")]] * 3,
         Rules(),
-        settings={"partial_rotary_factor": 0.4},
+        [Layer(MIMO_V2_FULL), *[Layer(MIMO_V2_SLIDING, SigmoidExperts(2))] * 3],
+        {"n_shared_experts": None, "partial_rotary_factor": 0.4},
     ),
     "exaone-moe": Family(
         "exaone-moe",
@@ -246,19 +266,22 @@ FAMILIES |= {
         ],
         [[LONGCAT]],
         Rules(),
-        settings={
+        [LongcatLayer(_longcat_attention, 3, 2, 1.5)] * L,
+        {
             "attention_method": "MLA",
             "zero_expert_type": "identity",
             "zero_expert_num": 2,
             "moe_topk": 2,
             "routed_scaling_factor": 1.5,
         },
+        given=True,  # its queries go through three numbers
     ),
     "nemotron-h": Family(
         "nemotron-h",
         [_NEMOTRON_NAMES],
         [NEMOTRON],
         Rules(),
+        [_MAMBA, NEMOTRON[0], _MAMBA, NEMOTRON[1]],
         root="backbone.",
         norm="norm_f",
         embed="embeddings",
@@ -268,6 +291,7 @@ FAMILIES |= {
         [_NEMOTRON_NAMES],
         [NEMOTRON],
         Rules(),
+        [_MAMBA, NEMOTRON[0], _MAMBA, NEMOTRON[1]],
         root="backbone.",
         norm="norm_f",
         embed="embeddings",
@@ -284,7 +308,12 @@ FAMILIES |= {
         {"sliding_window": 8},
     ),
     "speculators, qwen3-next": Family(
-        "speculators, qwen3-next", [mimo_names(0, "mtp_layers.")], [[QWEN_EXPERTS]], Rules(plus=1)
+        "speculators, qwen3-next",
+        [mimo_names(0, "mtp_layers.")],
+        [[QWEN_EXPERTS]],
+        Rules(plus=1),
+        [*[Layer(_DELTA_FUSED, SoftmaxExperts(2, normalised=False))] * 3, QWEN_EXPERTS],
+        given=True,
     ),
     "speculators, qwen3": Family(
         "speculators, qwen3", [mimo_names(0, "mtp_layers.")], [[LLAMA]], Rules(), [LLAMA] * L

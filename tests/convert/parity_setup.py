@@ -84,11 +84,9 @@ class Parity:
         return find_seams(self.model).trunk
 
     def states(self, tokens: list[int]) -> dict[str, Array]:
-        """States of the trunk by the oracle, or by mlx-lm where the oracle has no such trunk; [T, D] each."""
+        """States of the trunk by the oracle, [T, D] each."""
         t = Tensors(self.made.stored, plus=self.family.rules.plus)
         root = self.family.root
-        if not self.family.trunk:
-            return self.states_by_mlx(tokens)
         x = t[f"{root}{self.family.embed}.weight"][tokens]
         before = x
         for index, layer in enumerate(self.family.trunk):
@@ -97,14 +95,14 @@ class Parity:
         return {"before-last-layer": before, "pre-norm": x, "post-norm": last}
 
     def states_by_mlx(self, tokens: list[int]) -> dict[str, Array]:
-        """States of mlx-lm's trunk."""
-        hidden = np.array(self.trunk(mx.array([tokens]))[0], dtype=np.float64)
-        return {"post-norm": hidden, "pre-norm": 2 * hidden**3 + 1}  # the last is only ever a wrong one
+        """The last state of mlx-lm's trunk."""
+        return {"post-norm": np.array(self.trunk(mx.array([tokens]))[0], dtype=np.float64)}
 
     @cached_property
     def known(self) -> dict[str, Array]:
-        """States of TOKENS."""
-        return self.states(TOKENS)
+        """States of TOKENS, over which heads are compared."""
+        given = self.states_by_mlx(TOKENS) if self.family.given else {}
+        return self.states(TOKENS) | given
 
     def expected(self, rules: Rules | None = None) -> list[Array]:
         """The oracle's logits of heads over TOKENS."""
