@@ -87,7 +87,7 @@ def make(name: str) -> Made:
         for key, shape in block_shapes(name, i).items():
             canonical[f"heads.{i}.block.{key}"] = numbers(f"{i}{key}", shape)
         block = {key: numbers(f"{i}{key}", shape) for key, shape in block_shapes(name, i).items()}
-        stored |= {case.block.format(n=n) + key: value for key, value in _store_block(case, block).items()}
+        stored |= {case.block.format(n=n) + key: value for key, value in store_block(case, block).items()}
         for key, trunk in case.copies.items():
             stored[key.format(n=n)] = stored[trunk].copy()
         for part, key in case.own.items():
@@ -102,7 +102,7 @@ def _head_part(case: Case, part: str, value: np.ndarray) -> np.ndarray:
     return value - 1 if case.zero_centred and part.startswith("norm") else value
 
 
-def _store_block(case: Case, block: Arrays) -> Arrays:
+def store_block(case: Case, block: Arrays) -> Arrays:
     """A block as the family stores it."""
     out: Arrays = {}
     for name, value in block.items():
