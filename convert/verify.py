@@ -29,6 +29,7 @@ from mtp_mlx.heads_adapter import load_heads
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.seams import find_seams
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -41,6 +42,7 @@ PROMPTS = (
     "The history of the steam engine begins",
 )
 TOKENS = 64  # of each continuation
+_LAST_NORMS = ("norm", "norm_f")  # what trunks call it
 LOW = 0.5  # acceptance of head 1 below which other conventions are tried
 BETTER = 0.1  # by which another convention must win to be named
 
@@ -131,8 +133,14 @@ def verify_heads(
     """Measures `heads` on greedy continuations that a bare `model` writes itself.
 
     Raises:
-        MTPError: every continuation is too short to draft anything.
+        MTPError: heads of another form than a cascade that shares the trunk's embedding and LM head; or every
+            continuation is too short to draft anything.
     """
+    if not isinstance(heads, MTPHeads) or "own" in (heads.convention.embedding, heads.convention.lm_head):
+        raise MTPError(
+            f"heads of the family {heads.convention.family} are not measured: --verify knows cascades that share "
+            "their embedding and LM head with the trunk"
+        )
     texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
     attached = attach(model, mtp_heads=heads)
     try:
@@ -162,10 +170,10 @@ def verify_folder(
     Raises:
         MTPError: no heads there, of another base, or of a kind that nothing runs.
     """
-    heads, info = load_heads(folder, model)
-    if not isinstance(heads, MTPHeads):
-        raise MTPError(f"{folder}: heads of kind '{info.convention.kind}' have no conventions that --verify could try")
-    heads.set_dtype(model.model.embed_tokens(mx.zeros((1,), dtype=mx.int32)).dtype)
+    heads, _ = load_heads(folder, model)
+    bare = attach(model)
+    heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does
+    bare.detach()
     result = verify_heads(model, tokenizer, heads, prompts, tokens)
     config = read_config(folder)
     config["acceptance"] = result.acceptance
@@ -209,8 +217,9 @@ class _Rows:
     def of(cls, attached: AttachedModel, ids: list[int], start: int) -> _Rows:
         """Runs the trunk over a text."""
         array = mx.array(ids, dtype=mx.int32)
-        with _last_norm_seen(attached.model.model) as seen:
-            after = attached.model.model(array[None])
+        trunk = find_seams(attached.model).trunk
+        with _last_norm_seen(trunk) as seen:
+            after = trunk(array[None])
         before = seen[-1] if seen else None
         embeddings = attached.embed(array)[None]
         mx.eval(after, embeddings, [] if before is None else before)
@@ -243,14 +252,16 @@ class _Seen(nn.Module):
 def _last_norm_seen(trunk: nn.Module) -> Iterator[list[mx.array]]:
     """The inputs of the trunk's last norm while the block runs."""
     seen: list[mx.array] = []
-    norm = getattr(trunk, "norm", None)
-    if isinstance(norm, nn.Module):
-        trunk.norm = _Seen(norm, seen)
+    name = next((name for name in _LAST_NORMS if isinstance(trunk.get(name), nn.Module)), None)
+    if name is None:
+        yield seen
+        return
+    norm = trunk[name]
+    trunk[name] = _Seen(norm, seen)
     try:
         yield seen
     finally:
-        if isinstance(norm, nn.Module):
-            trunk.norm = norm
+        trunk[name] = norm
 
 
 # --- acceptance ---------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_tokenizer, quantize_model, save
 
-from mtp_mlx.errors import ConversionError, MTPError
+from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import new_folder
-from mtp_mlx.heads_adapter import check_runnable
 from mtp_mlx.sidecar import FOLDER, sidecar
 
 from .checkpoint import Checkpoint, open_checkpoint
@@ -244,10 +243,6 @@ def report_lines(result: Converted) -> list[str]:
     lines = []
     if result.heads is not None:
         lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / FOLDER}")
-        try:
-            check_runnable(result.folder / FOLDER, result.heads.convention)
-        except MTPError as error:
-            lines.append(str(error))
         lines += [f"heads: {note}" for note in result.heads.notes]
         lines += [
             f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped

@@ -81,9 +81,9 @@ def command(source: str, out: Path | None, **options: Any) -> None:
     """Convert SOURCE into the model folder OUT.
 
     SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP
-    heads, if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is given.
-    PyTorch files are read without running the code in them. With --heads-only OUT is an adapter folder. With --verify
-    and without OUT, SOURCE is a model folder that was converted before.
+    heads, if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is
+    given. PyTorch files are read without running the code in them. With --heads-only OUT is an adapter folder. With
+    --verify and without OUT, SOURCE is a model folder that was converted before.
     """
     how = ConvertOptions(**options)
     if how.heads_only and how.trunk_only:

@@ -1,4 +1,4 @@
-"""Proves that a PEFT LoRA folder with slot embeddings becomes the adapter it describes; others say what is missing."""
+"""Proves that a PEFT LoRA folder with slot embeddings becomes the adapter it describes; others say what they lack."""
 
 from __future__ import annotations
 

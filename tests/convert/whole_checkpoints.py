@@ -19,7 +19,7 @@ from mlx_lm.utils import _get_classes
 from tests.tiny import hf_tokenizer
 
 from .head_cases import CASES, Arrays
-from .head_checkpoints import Made, _store_block, make, numbers
+from .head_checkpoints import Made, make, numbers, store_block
 
 TOKENS = 157
 # What mlx-lm's trunk needs to know beyond what the heads do.
@@ -114,7 +114,7 @@ def store(name: str, trunk: Arrays) -> Arrays:
     return {
         prefix + key: value
         for prefix, block in blocks.items()
-        for key, value in _store_block(case, block).items()
+        for key, value in store_block(case, block).items()
     }
 
 
