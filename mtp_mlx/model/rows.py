@@ -27,7 +27,7 @@ class RowContext:
         positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
         visibility: [R, R] bool, or None for causal.
         uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
-        windowed: some layer of this pass sees a sliding window only.
+        windowed: some layer of this pass sees a sliding window only, of a cache that holds more.
         is_step: this pass is a decoding step, of whose real rows some may be taken back.
         n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
         step_kernels: what may run in place of stock MLX in this pass: `kernels` in a decoding step, else None, so

@@ -89,7 +89,7 @@ def naive_mask(offset: int, offsets: np.ndarray, sees: np.ndarray, window: int) 
 
 
 @pytest.mark.parametrize("offset", [0, 2, 4, 5, 17])
-@pytest.mark.parametrize("window_size", [None, WINDOW, 3])
+@pytest.mark.parametrize("window_size", [None, WINDOW, 3, WINDOW + 1])
 @pytest.mark.parametrize(
     ("drafts", "slots"), [(0, (0,)), (3, (0,) * 4), (2, (2, 1, 3)), (6, (0,) * 7), (0, (7,))]
 )
