@@ -79,7 +79,7 @@ def test_trained_heads_draft_and_the_text_stays(
     assert "".join(response.text for response in responses) == expected
     stats = responses[-1].stats
     assert stats.accepted[0] > 0 and stats.tokens_per_step > 2, stats
-    assert trainer.agreement is not None and trainer.agreement.acceptance[0] > 0.8
+    assert trainer.agreement is not None and trainer.agreement.acceptance[0] > 0.5
     assert attached.info.training["method"] == "mtp-heads" and attached.info.training["steps"] == 60
     assert "rank" not in attached.info.training, "settings of another method are none of its provenance"
     assert attached.info.acceptance == trainer.agreement.acceptance
