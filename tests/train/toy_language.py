@@ -22,7 +22,7 @@ from tests.tiny import tiny_config
 
 HALVES = 4
 VOCABULARY = HALVES**2
-LENGTH = 32  # tokens of a text
+LENGTH = 16  # tokens of a text
 PERPLEXITY = float(HALVES)  # of a model that knows the language
 
 
@@ -59,7 +59,7 @@ def train_ar(model: Any, steps: int, rate: float = 5e-3) -> None:
     step = nn.value_and_grad(model, loss)
     for number in range(steps):
         optimizer.learning_rate = rate * (1 - number / steps) + 1e-5
-        _, gradients = step(mx.array(sample(16, 1000 + number)))
+        _, gradients = step(mx.array(sample(32, 1000 + number)))
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state)
 
@@ -67,7 +67,7 @@ def train_ar(model: Any, steps: int, rate: float = 5e-3) -> None:
 @lru_cache(maxsize=1)
 def _teacher_weights() -> list[tuple[str, mx.array]]:
     model = toy_model()
-    train_ar(model, 80)
+    train_ar(model, 100)
     return tree_flatten(model.parameters())
 
 
