@@ -100,6 +100,7 @@ def load(
     *,
     quantize: int | None = None,
     exact: bool = False,
+    loop: int | None = None,
     tokenizer_config: dict[str, Any] | None = None,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
     """A model with its adapter (mask tokens or MTP heads) attached, and its tokenizer.
@@ -110,9 +111,10 @@ def load(
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
+        loop: drafts in each step of MTP heads that are fewer: all of them are applied again, in order.
 
     Raises:
-        MTPError: no such model or adapter, a missing seam, an adapter for another base.
+        MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
     """
     path = resolve_model(model, quantize=quantize)
     try:
@@ -135,6 +137,12 @@ def load(
         weights, info = load_ptp(Path(folder), base)
     elif folder is not None:
         weights, info = load_adapter(Path(folder), base)
+    if loop is not None:
+        if heads is None:
+            raise MTPError(
+                "a loop applies MTP heads again, and there are none here: give their folder as adapter"
+            )
+        heads.loop(loop)
     attached = attach(base, weights, default_dispatcher(cache_dir), exact, heads)
     for drafting in (weights, heads):
         if drafting is not None:  # once here, instead of a cast of every factor in every pass

@@ -84,6 +84,29 @@ def test_more_drafts_than_heads(folder: Path, expected: str) -> None:
     assert "5/5 heads" in report["stats"]["layouts"] and len(report["stats"]["acceptance"]) == 5
 
 
+def test_a_loop_applies_the_heads_again_and_says_so(folder: Path, expected: str) -> None:
+    """The same drafts as with that many slots; heads 1, 2, 3, 1, 2, each time around with caches of their own."""
+    looped = json.loads(run(folder, "--layout", "linear", "--loop", "5", "--json").stdout)
+    slots = json.loads(run(folder, "--layout", "linear", "--slots", "5", "--json").stdout)
+    assert looped["text"] == expected and looped["slots"] == 5
+    assert looped["stats"] == slots["stats"] and looped["stats"]["looped"] == "3 heads to 5 drafts"
+    assert "linear 5 (3 heads to 5 drafts)" in run(folder, "--layout", "linear", "--loop", "5").stderr
+    plain = json.loads(run(folder, "--layout", "linear", "--loop", "3", "--json").stdout)
+    assert plain["stats"]["looped"] == ""
+
+
+def test_bench_of_a_loop(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "The sky", "category": "a"}) + "\n")
+    args = ["-m", str(folder / "model"), "--adapter", str(folder / "heads"), "--prompts", str(prompts)]
+    result = CliRunner().invoke(
+        cli.main, ["bench", *args, "--layout", "linear", "--loop", "4", "--max-tokens", "8", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["loop"] == 4 and len(report["rows"][0]["acceptance"]) == 4
+
+
 def test_python_calls(folder: Path, expected: str) -> None:
     model, tokenizer = load(str(folder / "model"), folder / "heads")
     assert model.most_drafts == 3 and model.info.convention.family == "test"
@@ -97,6 +120,13 @@ def test_python_calls(folder: Path, expected: str) -> None:
     [
         ("model", ["--layout", "quadratic"], "slots, which MTP heads do not need"),
         ("model", ["--layout", "linear", "--slots", "40"], "drafts in each step, from 1 to 16"),
+        (
+            "model",
+            ["--loop", "2"],
+            "a loop of 2 drafts is shorter than the 3 heads: use slots to draft fewer",
+        ),
+        ("model", ["--loop", "17"], "must be at most 16"),
+        ("model", ["--loop", "5", "-a", "none"], "a loop applies MTP heads again, and there are none here"),
         ("other", [], "trained for base 'tiny'"),
     ],
 )

@@ -19,17 +19,15 @@ from mtp_mlx.cli import main
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny
 
-SMALL = {
+SHARED = {
     "steps": 6,
     "warmup": 2,
-    "slots": 2,
-    "rank": 3,
-    "sampler_width": 16,
     "draft_vocab": 60,
     "measure_every": 3,
     "save_every": 2,
     "held_out": 4,
 }
+SMALL = {**SHARED, "slots": 2, "rank": 3, "sampler_width": 16}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,41 @@ def test_it_trains_and_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0 and "going on after step 6 of " in again.stderr
     assert json.loads(again.stdout)["resumed_from"] == 6
     assert json.loads(again.stdout)["acceptance"] == summary["acceptance"]
+
+
+def test_it_trains_heads_and_extends_them(model: Path, data: Path, tmp_path: Path) -> None:
+    def train(out: str, **changes: Any) -> Result:
+        shared = {
+            "model": model,
+            "data": data,
+            "out": tmp_path / out,
+            "method": "mtp-heads",
+            **SHARED,
+            **changes,
+        }
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in shared.items())
+        return run("train", *(part for pair in pairs for part in pair), "--json")
+
+    states = tmp_path / "states"
+    first = train("two", heads=2, hidden_cache=states)
+    assert first.exit_code == 0, first.output
+    assert "hidden states are kept in" in first.stderr and "0 of 12 rows are there" in first.stderr
+    assert "memory, estimated: " in first.stderr and "step 3: acceptance by depth" in first.stderr
+    summary = json.loads(first.stdout)
+    assert len(summary["acceptance"]) == 2 and summary["loss"] > 0
+    again = train("two", heads=2, hidden_cache=states)
+    assert json.loads(again.stdout)["resumed_from"] == 6 and "12 of 12 rows are there" in again.stderr
+    second = train("four", start_from=tmp_path / "two", extend="2x", hidden_cache=states)
+    assert second.exit_code == 0, second.output
+    assert len(json.loads(second.stdout)["acceptance"]) == 4 and "2 copies are trained" in second.stderr
+    check_sentence(
+        train("x", objective="apple"), "objective (apple) is a setting of mask-tokens, not of mtp-heads"
+    )
+    check_sentence(
+        train("x", start_from=tmp_path / "two", extend="lots"), "2x or a number of heads, not 'lots'"
+    )
+    check_sentence(train("x", heads=3, start_from=tmp_path / "two"), "it has 2 heads, --heads is 3")
+    assert not (tmp_path / "x").exists()
 
 
 def test_yaml_and_options_are_the_same_settings(model: Path, data: Path, tmp_path: Path) -> None:

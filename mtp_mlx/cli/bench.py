@@ -37,6 +37,7 @@ Examples:
     help="Layout to measure, may be repeated (default: auto)",
 )
 @click.option("--slots", type=click.IntRange(1), help="Mask slots k of fixed layouts")
+@click.option("--loop", type=click.IntRange(1, 16), help="Apply MTP heads in turn until so many are drafted")
 @click.option(
     "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
 )
@@ -54,6 +55,7 @@ def command(
     per_category: int | None,
     layouts: tuple[str, ...],
     slots: int | None,
+    loop: int | None,
     lookup: bool | None,
     max_tokens: int,
     quantize: str | None,
@@ -74,6 +76,7 @@ def command(
         None if adapter == "none" else adapter,
         quantize=int(quantize) if quantize else None,
         exact=exact,
+        loop=loop,
     )
     lanes = [Lane(name, name, slots if name != "plain" else None, lookup) for name in layouts or ("auto",)]  # type: ignore[arg-type]
     bench = Bench(attached, tokenizer, lanes, max_tokens)
@@ -103,7 +106,12 @@ def command(
     )
     if as_json:
         mismatches = [_mismatch(m) for m in done if not m.comparison.identical]
-        report = {"model": model, "max_tokens": max_tokens, "rows": [row.to_json() for row in rows]}
+        report = {
+            "model": model,
+            "max_tokens": max_tokens,
+            "loop": loop,
+            "rows": [row.to_json() for row in rows],
+        }
         click.echo(json.dumps({**report, "mismatches": mismatches}))
     else:
         Console().print(table(rows))

@@ -51,6 +51,9 @@ class GenerateSettings:
     )
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
     slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
+    loop: int | None = setting(
+        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
+    )
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
@@ -163,7 +166,9 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     )
     resolve_model(settings.model, settings.quantize, tell)
     adapter = None if settings.adapter == "none" else settings.adapter
-    model, tokenizer = load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact)
+    model, tokenizer = load(
+        settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop
+    )
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
     run = Run(DecodeStats(), model.most_drafts, known)

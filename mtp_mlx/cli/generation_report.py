@@ -120,6 +120,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
         parts.append("accept " + "/".join("-" if v is None else f"{v:.2f}" for v in run.acceptance))
     slots = _slots_in_use(settings, run)
     parts.append(f"{settings.layout} {slots}" if slots else settings.layout)
+    if run.stats.looped:
+        parts[-1] += f" ({run.stats.looped})"
     if run.stats.verdict:
         parts[-1] += f" ({run.stats.verdict})"
     parts.append(f"prompt {run.last.prompt_tokens} tok {run.prompt_s:.1f} s")

@@ -30,6 +30,8 @@ Examples:
   mtp-mlx distill --prompts prompts.jsonl --out answers.jsonl
   mtp-mlx train --data answers.jsonl --out adapter
   mtp-mlx train --config train.yaml --steps 2000
+  mtp-mlx train --data answers.jsonl --out heads --method mtp-heads --hidden-cache states
+  mtp-mlx train --data answers.jsonl --out heads8 --method mtp-heads --start-from heads --extend 2x
 """
 
 
@@ -39,7 +41,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary to stdout")
 @click.pass_context
 def command(context: click.Context, config: Path | None, as_json: bool, **options: Any) -> None:
-    """Train a mask-token adapter for a base model whose weights stay as they are.
+    """Train a mask-token adapter or MTP heads for a base model whose weights stay as they are.
 
     Rows of DATA have "messages", "prompt" with "completion", or "text". Checkpoint and metrics lie beside
     OUT; after a stop the same command goes on from there, with the losses of a run that never stopped.
@@ -103,7 +105,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
     trainer = Trainer(model, data.train, data.held_out, settings, listener)
     estimate = trainer.method.estimate_memory(data.train)
     listener.on_message(str(estimate))
-    warning = too_much(estimate)
+    warning = too_much(estimate, remedy=trainer.method.less_memory)
     if warning:
         listener.on_message(f"warning: {warning}")
     return trainer

@@ -24,7 +24,7 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     if layout not in LAYOUT_NAMES:
         raise MTPError(f"unknown layout '{layout}': choose one of {', '.join(LAYOUT_NAMES)}")
     if model.mtp_heads is not None:
-        return _heads_policy(model, layout, slots)
+        return _heads_policy(model, layout, slots, stats)
     most = 0 if model.adapter is None else model.adapter.config.slots
     if slots is not None and not 1 <= slots <= most:
         raise MTPError(
@@ -40,7 +40,7 @@ def build_policy(model: AttachedModel, layout: LayoutName, slots: int | None, st
     return FixedPolicy(layout, slots or most)
 
 
-def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -> Policy:
+def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, stats: DecodeStats) -> Policy:
     """The policy of a model with MTP heads; `slots` is then the number of drafts in each step."""
     if layout == "quadratic":
         raise MTPError(
@@ -52,6 +52,10 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None) -
     if layout == "plain":
         return FixedPolicy("plain", 0)
     chain = slots or model.most_drafts
+    assert model.mtp_heads is not None
+    count = len(model.mtp_heads.heads)
+    if chain > count:
+        stats.looped = f"{count} heads to {chain} drafts"
     if layout == "auto":
         prior = _recorded_acceptance(model, chain)
         return HeadsBudgetPolicy(step_cost(model), chain, prior, experience=model.experience)

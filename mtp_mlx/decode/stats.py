@@ -21,6 +21,7 @@ class DecodeStats:
         layouts: {"drafts/slots": how many steps}; "drafts/3 heads" where a chain of heads drafted 3 tokens.
         drafted_by: {drafter: drafts accepted}.
         fallbacks: {reason: how often}: everything that did not run as asked for.
+        looped: "4 heads to 8 drafts" where MTP heads are applied more than once in a step, else empty.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
     """
 
@@ -33,6 +34,7 @@ class DecodeStats:
     layouts: Counter[str] = field(default_factory=Counter)
     drafted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    looped: str = ""
     verdict: str = ""
 
     def record(
@@ -90,6 +92,7 @@ class DecodeStats:
         self.layouts.update(other.layouts)
         self.drafted_by.update(other.drafted_by)
         self.fallbacks.update(other.fallbacks)
+        self.looped = self.looped or other.looped
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -103,5 +106,6 @@ class DecodeStats:
             "layouts": dict(self.layouts.most_common()),
             "drafted_by": dict(self.drafted_by),
             "fallbacks": dict(self.fallbacks),
+            "looped": self.looped,
             "verdict": self.verdict,
         }

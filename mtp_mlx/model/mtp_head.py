@@ -90,6 +90,18 @@ class MTPHeads(nn.Module):
         """Tokens drafted in each step."""
         return self._drafts
 
+    def loop(self, drafts: int) -> None:
+        """Drafts so many tokens in each step: all heads in order, then all again, until there are enough.
+
+        Raises:
+            MTPError: fewer than there are heads.
+        """
+        if drafts < len(self.heads):
+            raise MTPError(
+                f"a loop of {drafts} drafts is shorter than the {len(self.heads)} heads: use slots to draft fewer"
+            )
+        self._drafts = drafts
+
     def at_depth(self, depth: int) -> MTPHead:
         """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
         return self.heads[(depth - 1) % len(self.heads)]

@@ -22,8 +22,11 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
 from mtp_mlx.train.settings import TrainSettings, is_read
 
-# Settings that may change between a checkpoint and its continuation without changing the loss curve so far.
-FREE_SETTINGS = frozenset({"out", "data", "measure_every", "save_every", "grad_checkpoint", "model"})
+# Settings that may change between a checkpoint and its continuation: the loss curve so far is the same, up to the
+# rounding of cached hidden states. They are left out of what an adapter says about its training.
+FREE_SETTINGS = frozenset(
+    {"out", "data", "measure_every", "save_every", "grad_checkpoint", "model", "hidden_cache"}
+)
 
 
 class Trained(Protocol):

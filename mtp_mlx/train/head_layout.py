@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.trunk_states import padded
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,8 @@ def build_head_layout(
     Raises:
         ValueError: no row is supervised.
     """
-    length = max(len(example) for example in examples)
-    tokens = np.zeros((len(examples), length), dtype=np.int32)
-    for index, example in enumerate(examples):
-        tokens[index, : len(example)] = example.tokens
+    tokens = padded(examples)
+    length = tokens.shape[1]
     chosen = [_positions(example, depths, share, random) for example in examples]
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for depth in depths:

@@ -10,19 +10,21 @@ import numpy as np
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.heads_step import trunk_states
+from mtp_mlx.train.trunk_states import TrunkStates, padded
 
 CHUNK = 512  # rows whose logits exist at once
 
 
-def measure_heads(attached: AttachedModel, batches: Iterable[Sequence[Example]], depths: int) -> Agreement:
+def measure_heads(
+    attached: AttachedModel, batches: Iterable[Sequence[Example]], depths: int, states: TrunkStates
+) -> Agreement:
     """Head k at every position of the responses that has all `depths` tokens behind it, given the text before.
 
     Beyond the number of heads they are applied again in turn, as in decoding.
     """
     accepted, submitted, blocks = np.zeros(depths), np.zeros(depths), 0
     for examples in batches:
-        right = _right(attached, examples, depths)  # [blocks, depths]
+        right = _right(attached, examples, depths, states)  # [blocks, depths]
         if not len(right):
             continue
         alive = np.cumprod(right, axis=1)
@@ -32,26 +34,25 @@ def measure_heads(attached: AttachedModel, batches: Iterable[Sequence[Example]],
     return Agreement([float(a / s) if s else 0.0 for a, s in zip(accepted, submitted, strict=True)], blocks)
 
 
-def _right(attached: AttachedModel, examples: Sequence[Example], depths: int) -> np.ndarray:
+def _right(
+    attached: AttachedModel, examples: Sequence[Example], depths: int, states: TrunkStates
+) -> np.ndarray:
     """[blocks, depths] whether head k's greedy draft behind each position is the token of the text."""
     heads = attached.mtp_heads
     assert heads is not None
-    length = max(len(example) for example in examples)
-    tokens = np.zeros((len(examples), length), dtype=np.int32)
     places = []  # (sequence, position) as in decoding: from the last token of the prompt on
     for index, example in enumerate(examples):
-        tokens[index, : len(example)] = example.tokens
         for position in range(max(example.loss_start - 1, 0), len(example) - 1 - depths):
             places.append((index, position))
     if not places:
         return np.zeros((0, depths), dtype=bool)
     sequence, position = np.array(places).T
-    ids = mx.array(tokens)
-    hidden = trunk_states(attached, ids)
-    found = heads.cascade(attached.embed(ids), hidden, depths)
+    tokens = padded(examples)
+    embeddings = attached.embed(mx.array(tokens))
+    found = heads.cascade(embeddings, states(examples).astype(embeddings.dtype), depths)
     right = np.zeros((len(places), depths), dtype=bool)
     for depth, z in enumerate(found, start=1):
-        rows = z[mx.array(sequence), mx.array(position)].astype(hidden.dtype)  # [blocks, D]
+        rows = z[mx.array(sequence), mx.array(position)].astype(embeddings.dtype)  # [blocks, D]
         right[:, depth - 1] = _drafts(attached, rows) == tokens[sequence, position + depth + 1]
     return right
 

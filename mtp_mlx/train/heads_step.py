@@ -24,13 +24,10 @@ from mtp_mlx.train.head_layout import HeadLayout, build_head_layout
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.mtp_distil import MTPDistil, TeacherTop, teacher_top
 from mtp_mlx.train.step import MicroBatchRunner, Totals, draft_columns
+from mtp_mlx.train.trunk_states import TrunkStates
 
 TEACHER_CHUNK = 256  # rows whose teacher logits exist at once
-
-
-def trunk_states(attached: AttachedModel, tokens: mx.array) -> mx.array:
-    """[S, T, D] hidden states after the final norm, in the model's type; lazy."""
-    return attached.model.model(tokens)
+MOST_CHUNK = 512  # rows of the loss at once: on a CPU more are slower, since they leave its caches
 
 
 def teacher_targets(
@@ -44,6 +41,7 @@ def teacher_targets(
     if not distil.kl_weight:
         return None
     states = hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.teacher_rows)]  # [Q, D]
+    states = states.astype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     kept = distil.kept(attached.draft_head.columns)
     pieces = []
     for start in range(0, states.shape[0], TEACHER_CHUNK):
@@ -160,6 +158,7 @@ class HeadsRunner(MicroBatchRunner):
     Args:
         attached: a frozen model with heads, those to be trained unfrozen.
         depths: which depths have a loss.
+        states: where the trunk's hidden states come from.
         share: share of the positions that are supervised.
         seed: of the drawn positions.
         chunk_rows: rows whose logits exist at once.
@@ -171,6 +170,7 @@ class HeadsRunner(MicroBatchRunner):
         distil: MTPDistil,
         depths: Sequence[int],
         seed: int,
+        states: TrunkStates,
         share: float = 1.0,
         chunk_rows: int = 2048,
         workers: int = 1,
@@ -179,15 +179,15 @@ class HeadsRunner(MicroBatchRunner):
         super().__init__(attached.mtp_heads, workers)
         self._heads = attached.mtp_heads
         self._attached, self._distil, self._depths = attached, distil, list(depths)
-        self._seed, self._share, self._chunk_rows = seed, share, chunk_rows
-        self._columns = draft_columns(attached)
+        self._seed, self._share, self._chunk_rows = seed, share, min(chunk_rows, MOST_CHUNK)
+        self._columns, self._states = draft_columns(attached), states
         if workers > 1:
             self._evaluate_constants()
 
     def _evaluate_constants(self) -> None:
         """Evaluates every array a step reads: a lazy one belongs to the thread that made it."""
         tokens = mx.zeros((1, self._depths[-1] + 2), dtype=mx.int32)
-        hidden = trunk_states(self._attached, tokens)
+        hidden = self._attached.model.model(tokens)
         cascade = self._heads.cascade(self._attached.embed(tokens), hidden)
         mx.eval(self._heads.parameters(), cascade, self._attached.draft_head(hidden))
 
@@ -196,9 +196,7 @@ class HeadsRunner(MicroBatchRunner):
         attached, distil = self._attached, self._distil
         random = np.random.default_rng((self._seed, number))
         layout = build_head_layout(examples, self._depths, self._share, random)
-        tokens = mx.array(layout.tokens)
-        with self._building:
-            hidden, embeddings = trunk_states(attached, tokens), attached.embed(tokens)
+        hidden, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
         mx.eval(hidden, embeddings)
         teacher = teacher_targets(attached, hidden, layout, distil)
         rows = head_rows(layout, self._columns, distil, self._depths)

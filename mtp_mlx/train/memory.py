@@ -27,6 +27,7 @@ from mtp_mlx.train.slot_layout import candidate_anchors
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
 ADAPTER_COPIES = 4  # weights, gradients, two moments
+SMALLER_STEPS = "lower --batch-size, --max-length, --block-share or --loss-rows, or use --grad-checkpoint"
 LOGITS_COPIES = 4  # logits, their exponentials, gradient, one more while they are combined
 
 
@@ -176,12 +177,11 @@ def _nbytes_inside(adapter: SlotAdapter) -> int:
     return sum(_nbytes(module) for module in inside)
 
 
-def too_much(estimate: MemoryEstimate, machine_bytes: int | None = None) -> str | None:
+def too_much(
+    estimate: MemoryEstimate, machine_bytes: int | None = None, remedy: str = SMALLER_STEPS
+) -> str | None:
     """A warning with the way out if the estimate exceeds the machine's memory, else None."""
     have = physical_memory() if machine_bytes is None else machine_bytes
     if not have or estimate.total <= have:
         return None
-    return (
-        f"this run may need {gigabytes(estimate.total)}, the machine has {gigabytes(have)}: "
-        "lower --batch-size, --max-length, --block-share or --loss-rows, or use --grad-checkpoint"
-    )
+    return f"this run may need {gigabytes(estimate.total)}, the machine has {gigabytes(have)}: {remedy}"

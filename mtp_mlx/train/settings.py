@@ -38,7 +38,8 @@ READ_BY: dict[str, frozenset[str]] = {
         frozenset({"ptp"}),
     ),
     **dict.fromkeys(
-        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature"), frozenset({"mtp-heads"})
+        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
+        frozenset({"mtp-heads"}),
     ),
 }
 
@@ -98,6 +99,7 @@ class TrainSettings:
         0.08, help="share of the teacher's columns that is distilled (heads)", minimum=0.0, maximum=1.0
     )
     temperature: float = setting(1.0, help="of the distilled distributions (heads)", minimum=0.01)
+    hidden_cache: Path | None = setting(None, help="folder that keeps the base's hidden states (heads)")
 
     steps: int = setting(1000, help="optimizer steps", minimum=1)
     batch_size: int = setting(2, help="sequences per micro-batch", minimum=1)
@@ -141,10 +143,10 @@ class TrainSettings:
             problems.append("block_share 0 leaves no block to train on")
         if self.learning_rate == 0:
             problems.append("learning_rate 0 learns nothing")
-        drafts = self.slots if is_read("slots", self.method) else self.heads
+        drafts, word = (self.slots, "slots") if is_read("slots", self.method) else (self.heads, "heads")
         if self.max_length < drafts + 2:
             problems.append(
-                f"max_length {self.max_length} holds no block of {drafts} drafts; {drafts + 2} does"
+                f"max_length {self.max_length} holds no block of {drafts} {word}; {drafts + 2} does"
             )
         if self.method == "mtp-heads":
             problems += self._of_heads()
@@ -172,6 +174,8 @@ class TrainSettings:
             problems.append("top_share 0 leaves nothing to distil")
         if self.extend is not None and self.start_from is None:
             problems.append("extend grows trained heads: name their folder with --start-from")
+        if self.extend is not None and self.heads != 4:
+            problems.append("extend says how many heads there will be: leave heads out")
         return problems
 
     def adapter_shape(self) -> MaskAdapterConfig:

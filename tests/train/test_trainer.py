@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.adapter import load_adapter, read_info
+from mtp_mlx.adapter import load_adapter, read_config, read_info
 from mtp_mlx.blas import LIBRARY, blas_threads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
@@ -30,6 +31,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import estimate_memory, physical_memory, too_much
 from mtp_mlx.train.objectives.self_distil import SelfDistil
+from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import BlockChoice, StepRunner
 from mtp_mlx.train.trainer import Trainer, learning_rate
 from tests.model.naive import quantized_model, random_adapter
@@ -40,22 +42,37 @@ ROOT = Path(__file__).parents[2]
 
 
 def weights(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in trainer.adapter.tensors().items()}
+    return {name: np.array(value) for name, value in trainer.method.tensors().items()}
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, Remembering]:
+METHODS = ["mask-tokens", "mtp-heads"]
+Run = tuple[Path, Trainer, Remembering]
+
+
+def whole_run(folder: Path, method: str) -> Run:
     """A finished run of twelve steps."""
-    out = tmp_path_factory.mktemp("whole") / "adapter"
+    out = folder / "adapter"
     listener = Remembering()
-    trainer = trainer_for(out, listener)
+    trainer = trainer_for(out, listener, method=method)
     assert not trainer.resume()
     assert trainer.run()
     return out, trainer, listener
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A finished run of every method."""
+    return {method: whole_run(tmp_path_factory.mktemp(method), method) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_runs: dict[str, Run]) -> Run:
+    """That of mask tokens."""
+    return whole_runs["mask-tokens"]
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -259,8 +276,8 @@ def test_blas_threads_without_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- resume -------------------------------------------------------------------------------------------------
 
 
-def child(out: Path, pause: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.train.training", str(out), str(pause)]
+def child(out: Path, pause: float = 0.0, method: str = "mask-tokens") -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.train.training", str(out), str(pause), method]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -272,15 +289,15 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
     raise AssertionError(f"{line!r} never came: {process.stderr.read() if process.stderr else ''}")
 
 
-def finish(out: Path) -> Trainer:
+def finish(out: Path, method: str = "mask-tokens") -> Trainer:
     """Resumes and runs to the end, in this process."""
-    trainer = trainer_for(out)
+    trainer = trainer_for(out, method=method)
     trainer.resume()
     assert trainer.run()
     return trainer
 
 
-def check_same_run(out: Path, trainer: Trainer, uninterrupted: tuple[Path, Trainer, Remembering]) -> None:
+def check_same_run(out: Path, trainer: Trainer, uninterrupted: Run) -> None:
     whole_out, whole, _ = uninterrupted
     assert metrics(out) == metrics(whole_out)  # every loss, norm and acceptance, no line twice
     assert same(weights(trainer), weights(whole))
@@ -289,30 +306,42 @@ def check_same_run(out: Path, trainer: Trainer, uninterrupted: tuple[Path, Train
 
 
 @pytest.mark.parametrize(
-    ("line", "delay"), [("step 2", 0.0), ("step 5", 0.02), ("step 9", 0.001), ("step 12", 0.01)]
+    ("method", "line", "delay"),
+    [
+        ("mask-tokens", "step 2", 0.0),
+        ("mask-tokens", "step 5", 0.02),
+        ("mask-tokens", "step 9", 0.001),
+        ("mask-tokens", "step 12", 0.01),
+        ("mtp-heads", "step 2", 0.0),
+        ("mtp-heads", "step 5", 0.02),
+        ("mtp-heads", "step 9", 0.001),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, uninterrupted: tuple[Path, Trainer, Remembering], line: str, delay: float
+    tmp_path: Path, whole_runs: dict[str, Run], method: str, line: str, delay: float
 ) -> None:
     """SIGKILL before the first checkpoint, between two, around writing one, and after the last step."""
     out = tmp_path / "adapter"
-    process = child(out)
+    process = child(out, method=method)
     wait_for(process, line)
     time.sleep(delay)
     process.kill()
     process.wait()
-    check_same_run(out, finish(out), uninterrupted)
+    check_same_run(out, finish(out, method), whole_runs[method])
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".safetensors") == [
         "adapter.checkpoint.safetensors"
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [(METHODS[0], signal.SIGINT), (METHODS[0], signal.SIGTERM), (METHODS[1], signal.SIGINT)],
+)
 def test_an_interrupted_run_saves_and_goes_on(
-    tmp_path: Path, uninterrupted: tuple[Path, Trainer, Remembering], number: signal.Signals
+    tmp_path: Path, whole_runs: dict[str, Run], method: str, number: signal.Signals
 ) -> None:
     out = tmp_path / "adapter"
-    process = child(out, pause=0.3)
+    process = child(out, pause=0.3, method=method)
     wait_for(process, "step 4")
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
@@ -320,8 +349,8 @@ def test_an_interrupted_run_saves_and_goes_on(
     assert "stopped after step" in printed and "Traceback" not in errors
     state = checkpoints.load_checkpoint(out.with_name("adapter.checkpoint.safetensors"))
     assert state.step in (4, 5)
-    assert read_info(out).training["steps"] == state.step
-    check_same_run(out, finish(out), uninterrupted)
+    assert read_config(out)["training"]["steps"] == state.step
+    check_same_run(out, finish(out, method), whole_runs[method])
 
 
 def test_a_second_interrupt_stops_without_saving(tmp_path: Path) -> None:
@@ -335,12 +364,11 @@ def test_a_second_interrupt_stops_without_saving(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_metrics_cut_in_a_line_go_on(
-    tmp_path: Path, uninterrupted: tuple[Path, Trainer, Remembering]
-) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics_cut_in_a_line_go_on(tmp_path: Path, whole_runs: dict[str, Run], method: str) -> None:
     """Killed while writing a line, after the checkpoint of step 3: later steps and the stump are dropped."""
     out = tmp_path / "adapter"
-    trainer = trainer_for(out)
+    trainer = trainer_for(out, method=method)
     for _ in range(3):
         trainer._one_step()
     trainer.save()
@@ -348,7 +376,7 @@ def test_metrics_cut_in_a_line_go_on(
     with open(trainer.metrics_path, "a") as file:
         file.write('{"step": 5, "lo')
     (tmp_path / f".adapter.checkpoint.{2**22 + 5}.safetensors").write_text("half a checkpoint")
-    check_same_run(out, finish(out), uninterrupted)
+    check_same_run(out, finish(out, method), whole_runs[method])
     assert not list(tmp_path.glob(".adapter.checkpoint.*"))
 
 
@@ -384,6 +412,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert trainer_for(out, save_every=7, measure_every=5, grad_checkpoint=True).resume()  # these may change
 
 
+def test_a_checkpoint_older_than_a_setting(tmp_path: Path) -> None:
+    """A setting that the checkpoint does not know and that is at its default now did not change."""
+    out = tmp_path / "adapter"
+    trainer = trainer_for(out)
+    trainer._one_step()
+    trainer.save()
+    tensors, metadata = mx.load(str(trainer.checkpoint_path), return_metadata=True)
+    settings = json.loads(metadata["settings"])
+    assert settings.pop("method") == "mask-tokens" and settings.pop("weight_decay") == 0.0
+    mx.save_safetensors(str(trainer.checkpoint_path), tensors, {**metadata, "settings": json.dumps(settings)})
+    assert trainer_for(out).resume()
+    with pytest.raises(MTPError, match=r"weight_decay was None, now 0.1. Use"):
+        trainer_for(out, weight_decay=0.1).resume()
+
+
 @pytest.mark.parametrize("kept", [0, 40, 3000, -100])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kept: int) -> None:
     out = tmp_path / "adapter"
@@ -395,9 +438,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kept: int) -> None:
         trainer_for(out).resume()
 
 
-def test_starting_from_another_adapter(
-    tmp_path: Path, uninterrupted: tuple[Path, Trainer, Remembering]
-) -> None:
+def test_starting_from_another_adapter(tmp_path: Path, uninterrupted: Run) -> None:
     whole_out, whole, _ = uninterrupted
     trainer = trainer_for(tmp_path / "a", start_from=whole_out, steps=3)
     for name, value in weights(trainer).items():
@@ -489,6 +530,13 @@ def test_settings_that_contradict_each_other() -> None:
         with pytest.raises(MTPError, match=message):
             settings_for(Path("out"), **changes)
     assert settings_for(Path("out"), warmup=12).warmup == 12
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (20, 10), (99, 49), (100, 50), (5000, 50)])
+def test_a_warm_up_that_is_not_given_fits(steps: int, warmup: int) -> None:
+    settings = TrainSettings(data=Path("data"), out=Path("out"), steps=steps)
+    assert settings.warmup == warmup
+    assert learning_rate(settings, 0) > 0
 
 
 def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:

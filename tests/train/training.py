@@ -1,7 +1,7 @@
 """Tiny training runs: examples, settings, a listener that remembers, and a script for runs that get killed.
 
-As a script: `python -m tests.train.training OUT [STEPS] [SLEEP]` trains as the tests do, prints "step N" after
-each step and sleeps SLEEP seconds then.
+As a script: `python -m tests.train.training OUT SLEEP [METHOD]` trains as the tests do, prints "step N" after each
+step and sleeps SLEEP seconds then.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ def examples(count: int = 14, seed: int = 0) -> list[Example]:
     return rows
 
 
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "mask-tokens": {"slots": 3, "rank": 4, "alpha": 8.0, "sampler_width": 16, "chunk_blocks": 4},
+    "mtp-heads": {"heads": 3, "top_share": 0.2, "loss_rows": 32},
+}
+
+
 def settings_for(out: Path, **changes: Any) -> TrainSettings:
     """Twelve steps with two workers, a measurement every fourth and a checkpoint every third."""
     values: dict[str, Any] = {
@@ -37,16 +43,11 @@ def settings_for(out: Path, **changes: Any) -> TrainSettings:
         "out": out,
         "steps": 12,
         "warmup": 3,
-        "slots": 3,
-        "rank": 4,
-        "alpha": 8.0,
-        "sampler_width": 16,
         "draft_vocab": 60,
-        "chunk_blocks": 4,
         "measure_every": 4,
         "save_every": 3,
     }
-    return TrainSettings(**{**values, **changes})
+    return TrainSettings(**{**values, **OF_METHOD[changes.get("method", "mask-tokens")], **changes})
 
 
 class Remembering:
@@ -96,6 +97,6 @@ class _Printing(Remembering):
 
 if __name__ == "__main__":
     out, pause = Path(sys.argv[1]), float(sys.argv[2])
-    trainer = trainer_for(out, _Printing(pause))
+    trainer = trainer_for(out, _Printing(pause), method=(*sys.argv[3:], "mask-tokens")[0])
     trainer.resume()
     sys.exit(0 if trainer.run() else 130)

@@ -15,7 +15,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.memory import MemoryEstimate
+from mtp_mlx.train.memory import SMALLER_STEPS, MemoryEstimate
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.settings import TrainSettings
 
@@ -35,9 +35,11 @@ class Method(ABC):
         attached: the base model with what is trained on it.
         fingerprint: of the base.
         depth: the deepest draft that `measure` measures.
+        less_memory: which options make a step smaller.
     """
 
     name: ClassVar[str]
+    less_memory: ClassVar[str] = SMALLER_STEPS
     attached: AttachedModel
     fingerprint: str
     depth: int

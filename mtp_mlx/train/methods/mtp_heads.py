@@ -20,14 +20,17 @@ from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.extend_heads import extend_heads, extended_count
 from mtp_mlx.train.head_layout import can_supervise
 from mtp_mlx.train.heads_agreement import measure_heads
+from mtp_mlx.train.heads_start import start_like_trunk
 from mtp_mlx.train.heads_step import HeadsRunner
 from mtp_mlx.train.memory import MemoryEstimate, estimate_heads_memory
 from mtp_mlx.train.methods.base import Method, Tell
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.mtp_distil import MTPDistil
 from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, TrunkStates
 
 CONVENTION = HeadConvention("mtp-mlx")
 
@@ -41,6 +44,7 @@ class TrainHeads(Method):
     """
 
     name = "mtp-heads"
+    less_memory = "lower --batch-size, --max-length, --draft-vocab or --loss-rows"
 
     def __init__(
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
@@ -51,8 +55,10 @@ class TrainHeads(Method):
         bare.make_cache()  # refuses a model that could not take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
         self._info = HeadsInfo(settings.model, self.fingerprint, CONVENTION, [LAST_LAYER] * settings.heads)
+        self._frozen = 0  # heads before this one are as they were
         if settings.start_from is None:
             heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
+            start_like_trunk(heads, model, train[0].tokens)
         else:
             heads = self._start_from(model, settings.start_from, draft_ids, tell)
         heads.set_dtype(mx.float32)
@@ -66,35 +72,49 @@ class TrainHeads(Method):
             temperature=settings.temperature,
             decay=settings.depth_decay,
         )
+        self._states: TrunkStates = ComputedStates(self.attached)
+        if settings.hidden_cache is not None:
+            cached = CachedStates(self.attached, settings.hidden_cache)
+            tell(cached.report(train))
+            self._states = cached
         self._runner = HeadsRunner(
             self.attached,
             distil,
-            depths=range(1, self.depth + 1),
+            depths=range(self._frozen + 1, self.depth + 1),
             seed=settings.seed,
+            states=self._states,
             share=settings.block_share,
             chunk_rows=settings.loss_rows,
             workers=self.workers,
         )
 
     def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
-        """The heads of a folder, with this data's draft vocabulary.
+        """The heads of a folder, or more made from them (looped extension), with this data's draft vocabulary.
 
         Raises:
             MTPError: no heads there, of another base or another number.
         """
         loaded, info = load_heads(folder, model)
-        if len(loaded.heads) != self.settings.heads:
-            raise MTPError(
-                f"--start-from {folder}: it has {len(loaded.heads)} heads, --heads is {self.settings.heads}: "
-                f"give --heads {len(loaded.heads)}, or --extend to grow them"
+        heads, blocks = loaded.heads, info.blocks
+        if self.settings.extend is not None:
+            self._frozen = len(heads)
+            heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
+            blocks = [blocks[index % self._frozen] for index in range(len(heads))]
+            tell(
+                f"{self._frozen} heads of {folder} stay as they are; {len(heads) - self._frozen} copies are trained"
             )
-        self._info.convention, self._info.blocks = info.convention, info.blocks
-        self._info.model_config = info.model_config
+        elif len(heads) != self.settings.heads:
+            raise MTPError(
+                f"--start-from {folder}: it has {len(heads)} heads, --heads is {self.settings.heads}: "
+                f"give --heads {len(heads)}, or --extend to grow them"
+            )
+        self._info.convention, self._info.model_config = info.convention, info.model_config
+        self._info.blocks, self._info.drafts = blocks, len(heads)
         theirs = loaded.draft_ids
         if ([] if draft_ids is None else draft_ids.tolist()) != ([] if theirs is None else theirs.tolist()):
             # No weight depends on which ids may be drafted.
             tell(f"{folder} was trained with another draft vocabulary; this data's is used")
-        return MTPHeads(loaded.heads, info.convention, draft_ids)
+        return MTPHeads(heads, info.convention, draft_ids)
 
     @classmethod
     def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
@@ -129,11 +149,11 @@ class TrainHeads(Method):
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
-        return measure_heads(self.attached, batches, self.depth)
+        return measure_heads(self.attached, batches, self.depth, self._states)
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        self._info.training, self._info.acceptance = training, acceptance
+        self._info.training, self._info.acceptance = {**training, "heads": self.depth}, acceptance
         save_heads(folder, self.heads, self._info)
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:

@@ -1,0 +1,159 @@
+"""Hidden states of the frozen trunk over training text: computed in every step, or kept on disk.
+
+The trunk is most of the work of training heads, and its states never change. A cache file holds those of one
+example, in 16 bits, named by everything they depend on: the base's weights and the example's tokens.
+
+Legend: S sequences, T padded length, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import write_file
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.memory import gigabytes
+
+NAME = "hidden"
+LARGEST_HALF = 6e4  # float16 holds less than 65520
+SAMPLE = 4096  # values of every weight that name a model
+
+
+class TrunkStates(Protocol):
+    """Where hidden states come from."""
+
+    def __call__(self, examples: Sequence[Example]) -> mx.array:
+        """[S, T, D] after the final norm, right-padded with rows that mean nothing."""
+        ...
+
+
+def padded(examples: Sequence[Example]) -> np.ndarray:
+    """[S, T] int32 tokens, right-padded with zeros."""
+    tokens = np.zeros((len(examples), max(len(example) for example in examples)), dtype=np.int32)
+    for row, example in zip(tokens, examples, strict=True):
+        row[: len(example)] = example.tokens
+    return tokens
+
+
+class ComputedStates:
+    """One pass of the trunk over each batch; in the model's type, lazy."""
+
+    def __init__(self, attached: AttachedModel) -> None:
+        self._trunk = attached.model.model
+
+    def __call__(self, examples: Sequence[Example]) -> mx.array:
+        """See `TrunkStates`."""
+        return self._trunk(mx.array(padded(examples)))
+
+
+class CachedStates:
+    """States in files below `folder`, made when an example is first seen; safe from several threads.
+
+    Always those that a file holds, so that a run does not depend on which files were there. An example's states
+    do not depend on its batch.
+
+    Raises:
+        MTPError: in use: a file is damaged or cannot be written.
+    """
+
+    def __init__(self, attached: AttachedModel, folder: Path) -> None:
+        self._trunk = attached.model.model
+        self._folder = folder / weights_key(attached.model)
+        self._hidden_size = attached.hidden_size
+
+    def path(self, example: Example) -> Path:
+        """The file of an example."""
+        key = hashlib.sha256(np.array(example.tokens, dtype=np.int32).tobytes()).hexdigest()[:24]
+        return self._folder / f"{key}.safetensors"
+
+    def __call__(self, examples: Sequence[Example]) -> mx.array:
+        """See `TrunkStates`."""
+        length = max(len(example) for example in examples)
+        return mx.stack(
+            [mx.pad(own, [(0, length - own.shape[0]), (0, 0)]) for own in map(self._one, examples)]
+        )
+
+    def _one(self, example: Example) -> mx.array:
+        """[T, D] of one example."""
+        path = self.path(example)
+        if not path.exists():
+            states = in_half(self._trunk(mx.array(example.tokens, dtype=mx.int32)[None])[0])
+            mx.eval(states)
+            write_file(path, lambda temporary: mx.save_safetensors(str(temporary), {NAME: states}))
+            return states
+        try:
+            states = cast("dict[str, mx.array]", mx.load(str(path)))[NAME]
+            mx.eval(states)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise MTPError(
+                f"the cached hidden states {path} are damaged ({error}): delete the file"
+            ) from error
+        if states.shape != (len(example), self._hidden_size):
+            raise MTPError(
+                f"the cached hidden states {path} are damaged (shape {states.shape}): delete the file"
+            )
+        return states
+
+    def report(self, examples: Sequence[Example]) -> str:
+        """What the folder will hold, for people.
+
+        Raises:
+            MTPError: the disk has not enough room.
+        """
+        missing = [example for example in examples if not self.path(example).exists()]
+        most = 2 * self._hidden_size * sum(len(example) for example in examples)
+        needed = 2 * self._hidden_size * sum(len(example) for example in missing)
+        free = shutil.disk_usage(_existing(self._folder)).free
+        if needed > free:
+            raise MTPError(
+                f"--hidden-cache {self._folder.parent} needs {gigabytes(needed)} more, its disk has "
+                f"{gigabytes(free)} left: use another folder, or leave --hidden-cache out"
+            )
+        return (
+            f"hidden states are kept in {self._folder.parent}, at most {gigabytes(most)}: "
+            f"{len(examples) - len(missing)} of {len(examples)} rows are there"
+        )
+
+
+def in_half(states: mx.array) -> mx.array:
+    """16-bit states: float32 becomes float16, or bfloat16 where values are too large for it."""
+    if states.dtype != mx.float32:
+        return states
+    large = mx.any(mx.abs(states) > LARGEST_HALF).item()
+    return states.astype(mx.bfloat16 if large else mx.float16)
+
+
+def weights_key(model: nn.Module) -> str:
+    """24 hex digits of names, types, shapes and a sample of the values of all weights.
+
+    Unlike a base's fingerprint it tells apart the precisions of one model.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))):
+        flat = value.reshape(-1)
+        sample = flat[:: max(1, flat.size // SAMPLE)]
+        if mx.issubdtype(sample.dtype, mx.floating):
+            sample = sample.astype(mx.float32)
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(np.array(sample).tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    path = Path(os.path.abspath(path))
+    while not path.exists():
+        path = path.parent
+    return path

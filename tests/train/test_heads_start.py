@@ -1,0 +1,63 @@
+"""Proves that new heads start on states of the residual stream's direction and size, and where they cannot."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import new_heads
+from mtp_mlx.train.heads_start import last_layer_input, norm_weight, start_like_trunk
+from tests.tiny import tiny_model
+
+TOKENS = [5, 9, 2, 77, 140, 3, 9, 21]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
+def test_a_block_starts_on_the_residual_stream(architecture: str) -> None:
+    """Without its embedding half, a head's block is given the direction of the trunk's last state before the last
+    norm (whose weights are taken out again), as large as what the last layer was given."""
+    model = tiny_model(architecture, seed=3)
+    trunk = model.model
+    heads = new_heads(model, 2, HeadConvention("test"))
+    assert start_like_trunk(heads, model, TOKENS)
+    given = last_layer_input(trunk, mx.array([TOKENS]))
+    mask = mx.tril(mx.ones((len(TOKENS), len(TOKENS)), dtype=mx.bool_))
+    last = np.array(trunk.layers[-1](given, mask, None)[0])
+    hidden = trunk(mx.array([TOKENS]))
+    head = heads.heads[1]
+    fused = np.array(head.fuse(mx.concatenate([mx.zeros_like(hidden), head.norm_hidden(hidden)], axis=-1))[0])
+    cosine = (fused * last).sum(-1) / np.linalg.norm(fused, axis=-1) / np.linalg.norm(last, axis=-1)
+    assert cosine.min() > 0.99
+    size = np.sqrt(np.mean(np.array(given[0]) ** 2, axis=-1))
+    found = np.sqrt(np.mean(fused**2, axis=-1))
+    assert 0.5 < np.median(found) / np.median(size) < 2
+    np.testing.assert_allclose(
+        np.array(head.norm_out(mx.array(last))), np.array(hidden[0]), rtol=1e-3, atol=1e-3
+    )
+    assert type(trunk.layers[-1]) is type(trunk.layers[0]), "the layer is put back"
+
+
+def test_heads_do_not_share_their_start() -> None:
+    model = tiny_model("llama", seed=3)
+    heads = new_heads(model, 2, HeadConvention("test"))
+    start_like_trunk(heads, model, TOKENS)
+    before = np.array(model.model.norm.weight)
+    heads.heads[0].norm_out.weight[0] = 99.0
+    heads.heads[0].norm_hidden.weight[0] = 99.0
+    assert heads.heads[1].norm_out.weight[0].item() != 99 != heads.heads[1].norm_hidden.weight[0].item()
+    assert np.array_equal(np.array(model.model.norm.weight), before)
+
+
+def test_a_last_norm_of_another_kind_is_left_alone() -> None:
+    model = tiny_model("llama", seed=3)
+    model.model.norm = nn.LayerNorm(48)
+    assert norm_weight(model.model) is None
+    heads = new_heads(model, 1, HeadConvention("test"))
+    before = np.array(heads.heads[0].fuse.weight)
+    assert not start_like_trunk(heads, model, TOKENS)
+    assert np.array_equal(np.array(heads.heads[0].fuse.weight), before)
+    identity = new_heads(tiny_model("llama"), 1, HeadConvention("test", output_norm="identity"))
+    assert not start_like_trunk(identity, tiny_model("llama"), TOKENS)

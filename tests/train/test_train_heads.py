@@ -1,0 +1,293 @@
+"""Proves that training MTP heads learns, leaves the base alone, and ends in a folder that decodes the same text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mtp_mlx.api import load, stream_generate
+from mtp_mlx.errors import MTPError
+from mtp_mlx.heads_adapter import load_heads
+from mtp_mlx.train.checkpoint import load_checkpoint
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.trainer import Trainer
+from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, weights_key
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.train.training import Remembering, examples, settings_for, trainer_for
+
+
+def heads_trainer(out: Path, listener: Any = None, model: Any = None, **changes: Any) -> Trainer:
+    return trainer_for(out, listener, model, method="mtp-heads", **changes)
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(tree)}
+
+
+@pytest.fixture(scope="module")
+def own_text() -> list[Example]:
+    """Greedy answers of the tiny model itself."""
+    model, tokenizer = tiny_model("qwen3", seed=3), tiny_tokenizer()
+    rows = []
+    for prompt in ("The sky", "print(add", "The fox and", "In the word"):
+        ids = tokenizer.encode(prompt)
+        tokens, cache = list(ids), mlx_lm.models.cache.make_prompt_cache(model)
+        for _ in range(40):
+            logits = model(mx.array([tokens[cache[0].offset :]]), cache=cache)
+            tokens.append(mx.argmax(logits[0, -1]).item())
+        rows.append(Example(tokens, len(ids)))
+    return rows
+
+
+@pytest.mark.parametrize("weights", [{}, {"kl_weight": 0.0}, {"ce_weight": 0.0, "top_share": 0.5}], ids=str)
+def test_trained_heads_draft_and_the_text_stays(
+    tmp_path: Path, own_text: list[Example], weights: dict[str, float]
+) -> None:
+    """Sixty steps on the model's own answers; then the folder drafts them, and the text is mlx-lm's."""
+    listener = Remembering()
+    model = tiny_model("qwen3", seed=3)
+    settings = settings_for(
+        tmp_path / "heads",
+        method="mtp-heads",
+        steps=60,
+        learning_rate=5e-3,
+        draft_vocab=0,
+        measure_every=0,
+        **weights,
+    )
+    trainer = Trainer(model, own_text, own_text, settings, listener)
+    assert trainer.run()
+    losses = [report.loss for report in listener.steps]
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5]), losses
+    assert set(listener.steps[0].parts) == {"head 1", "head 2", "head 3"} | {
+        name for name in ("ce", "kl") if weights.get(f"{name}_weight", 1.0)
+    }
+    save_tiny(tmp_path / "model", "qwen3", seed=3)
+    base, tokenizer = mlx_lm.load(str(tmp_path / "model"))[:2]
+    expected = mlx_lm.generate(base, tokenizer, "The sky", max_tokens=40)
+    attached, tokenizer = load(str(tmp_path / "model"), tmp_path / "heads")
+    responses = list(stream_generate(attached, tokenizer, "The sky", 40, layout="linear"))
+    assert "".join(response.text for response in responses) == expected
+    stats = responses[-1].stats
+    assert stats.accepted[0] > 0 and stats.tokens_per_step > 2, stats
+    assert trainer.agreement is not None and trainer.agreement.acceptance[0] > 0.5
+    assert attached.info.training["method"] == "mtp-heads" and attached.info.training["steps"] == 60
+    assert "rank" not in attached.info.training, "settings of another method are none of its provenance"
+    assert attached.info.acceptance == trainer.agreement.acceptance
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_base_stays_as_it_was(tmp_path: Path, quantized: bool) -> None:
+    """Weights bit for bit; every tensor of the heads moves, and what is exported is what was trained."""
+
+    def build() -> Any:
+        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
+        if quantized:
+            nn.quantize(model, group_size=32, bits=4)
+        mx.eval(model.parameters())
+        return model
+
+    model = build()
+    before = flat(model.parameters())
+    trainer = heads_trainer(tmp_path / "heads", model=model, steps=3)
+    start = {name: np.array(value) for name, value in trainer.method.tensors().items()}
+    assert trainer.run()
+    after = {name: np.array(value) for name, value in trainer.method.tensors().items()}
+    assert not [name for name in start if np.array_equal(start[name], after[name])]
+    assert all(np.array_equal(before[name], value) for name, value in flat(model.parameters()).items())
+    heads, info = load_heads(tmp_path / "heads", build())
+    assert len(heads.heads) == info.drafts == 3 and heads.draft_ids is not None and len(heads.draft_ids) == 60
+    heads.set_dtype(mx.float32)
+    for name, value in flat(heads.parameters()).items():
+        np.testing.assert_allclose(value, after[name], rtol=0.01, atol=1e-6)  # bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "phi3", "olmoe"])
+def test_other_architectures(tmp_path: Path, architecture: str) -> None:
+    listener = Remembering()
+    trainer = heads_trainer(
+        tmp_path / "heads", listener, tiny_model(architecture, seed=3), steps=12, learning_rate=5e-3
+    )
+    assert trainer.run()
+    losses = [report.loss for report in listener.steps]
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), losses
+
+
+# --- hidden states on disk ----------------------------------------------------------------------------------
+
+
+def test_cached_states_are_those_of_the_trunk(tmp_path: Path) -> None:
+    listener = Remembering()
+    cached = heads_trainer(tmp_path / "a", listener, hidden_cache=tmp_path / "cache", steps=4)
+    assert "0 of 10 rows are there" in listener.messages[0] and "at most 0.0 MB" in listener.messages[0]
+    assert cached.run()
+    computed = heads_trainer(tmp_path / "b", other := Remembering(), steps=4)
+    assert computed.run()
+    for one, two in zip(cached.listener.steps, other.steps, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=2e-3) and one.loss != two.loss  # rounded to 16 bits
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert 10 <= len(files) <= 14 and cached.agreement is not None
+    model = tiny_model("qwen3", seed=3)
+    rows = examples()[:3]
+    states = CachedStates(cached.attached, tmp_path / "cache")(rows)
+    for row, own in zip(rows, states, strict=True):
+        expected = np.array(model.model(mx.array([row.tokens]))[0])
+        np.testing.assert_allclose(np.array(own[: len(row)]), expected, rtol=2e-3, atol=2e-3)
+    assert states.dtype == mx.float16
+
+
+def test_a_run_does_not_depend_on_which_states_were_cached(tmp_path: Path) -> None:
+    """A second run over a warm cache, of which half was deleted, has the losses of the first, bit for bit."""
+    first = heads_trainer(tmp_path / "a", Remembering(), hidden_cache=tmp_path / "cache", steps=4)
+    assert first.run()
+    for file in sorted((tmp_path / "cache").rglob("*.safetensors"))[::2]:
+        file.unlink()
+    second = heads_trainer(tmp_path / "b", Remembering(), hidden_cache=tmp_path / "cache", steps=4)
+    assert second.run()
+    assert [step.loss for step in first.listener.steps] == [step.loss for step in second.listener.steps]
+
+
+def test_cached_states_of_another_precision_are_not_used() -> None:
+    def key(change: Any) -> str:
+        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
+        change(model)
+        return weights_key(model)
+
+    def fine_tuned(model: Any) -> None:
+        model.layers[0].mlp.up_proj.weight = model.layers[0].mlp.up_proj.weight + 1e-3
+
+    keys = [
+        key(lambda _: None),
+        key(lambda model: model.set_dtype(mx.bfloat16)),
+        key(lambda model: nn.quantize(model, group_size=32, bits=8)),
+        key(lambda model: nn.quantize(model, group_size=32, bits=4)),
+        key(fine_tuned),
+    ]
+    assert len(set(keys)) == 5 and key(lambda _: None) == keys[0]
+
+
+def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
+    trainer = heads_trainer(tmp_path / "a", hidden_cache=tmp_path / "cache")
+    states = CachedStates(trainer.attached, tmp_path / "cache")
+    row = examples()[0]
+    states([row])
+    content = states.path(row).read_bytes()
+    states.path(row).write_bytes(content[:-10])
+    with pytest.raises(MTPError, match=rf"{states.path(row).name} are damaged .*: delete the file"):
+        states([row])
+    other = Example([*row.tokens, 5], 1)
+    shutil.copy(tmp_path / "cache" / states.path(row).parent.name / states.path(row).name, states.path(other))
+    states.path(other).write_bytes(content)
+    with pytest.raises(MTPError, match="damaged .shape"):
+        states([other])
+
+
+def test_a_disk_without_room_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(100))
+    with pytest.raises(
+        MTPError, match=r"--hidden-cache .*cache needs .* more, its disk has .* left: use another"
+    ):
+        heads_trainer(tmp_path / "a", hidden_cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+class _Usage:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_states_too_large_for_float16(tmp_path: Path) -> None:
+    trainer = heads_trainer(tmp_path / "a")
+    trainer.attached.model.model.norm.weight = trainer.attached.model.model.norm.weight * 1e5
+    row = examples()[0]
+    states = CachedStates(trainer.attached, tmp_path / "cache")([row])
+    assert states.dtype == mx.bfloat16
+    expected = ComputedStates(trainer.attached)([row])
+    np.testing.assert_allclose(np.array(states.astype(mx.float32)), np.array(expected), rtol=1e-2)
+
+
+# --- refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "apple"}, r"objective \(apple\) is a setting of mask-tokens, not of mtp-heads"),
+        ({"rank": 8, "slots": 2}, r"slots \(2\) is a setting.*; rank \(8\) is a setting"),
+        ({"ce_weight": 0.0, "kl_weight": 0.0}, "ce_weight and kl_weight are both 0"),
+        ({"top_share": 0.0}, "top_share 0 leaves nothing to distil"),
+        ({"extend": "2x"}, "extend grows trained heads: name their folder with --start-from"),
+        ({"heads": 10, "max_length": 11}, "max_length 11 holds no block of 10 heads; 12 does"),
+        ({"method": "mask-tokens", "ce_weight": 0.5}, r"ce_weight \(0.5\) is a setting of mtp-heads"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MTPError, match=message):
+        settings_for(Path("out"), **{"method": "mtp-heads", **changes})
+
+
+def test_rows_too_short(tmp_path: Path) -> None:
+    model, listener = tiny_model("qwen3", seed=3), Remembering()
+    short = Example([5, 6], 1)
+    settings = settings_for(tmp_path / "a", method="mtp-heads", steps=3, warmup=0)
+    trainer = Trainer(model, [*examples(4), short], [short], settings, listener)
+    assert listener.messages == [
+        "1 rows left out: heads predict from the third token on, and they have none in a response"
+    ]
+    assert trainer.run() and trainer.agreement is None
+    assert any("no held-out response has 4 tokens" in message for message in listener.messages)
+    with pytest.raises(MTPError, match="no training row is long enough: heads need rows of three tokens"):
+        Trainer(tiny_model("qwen3", seed=3), [short], [], settings, listener)
+
+
+def test_starting_from_other_heads(tmp_path: Path) -> None:
+    first = heads_trainer(tmp_path / "first", steps=3)
+    assert first.run()
+    listener = Remembering()
+    second = heads_trainer(
+        tmp_path / "second", listener, start_from=tmp_path / "first", draft_vocab=61, steps=3
+    )
+    assert "another draft vocabulary" in str(listener.messages)
+    for name, value in second.method.tensors().items():
+        np.testing.assert_allclose(
+            np.array(value), np.array(first.method.tensors()[name]), rtol=0.01, atol=1e-6
+        )
+    assert second.run()
+    assert (
+        json.loads((tmp_path / "second" / "mtp_config.json").read_text())["training"]["start_from"] == "first"
+    )
+    with pytest.raises(MTPError, match="it has 3 heads, --heads is 2: give --heads 3, or --extend to grow"):
+        heads_trainer(tmp_path / "third", start_from=tmp_path / "first", heads=2)
+    with pytest.raises(MTPError, match="is no adapter folder"):
+        heads_trainer(tmp_path / "third", start_from=tmp_path / "none")
+    with pytest.raises(MTPError, match="was trained for base"):
+        heads_trainer(tmp_path / "third", model=tiny_model("qwen3", seed=4), start_from=tmp_path / "first")
+
+
+def test_a_checkpoint_of_the_other_method_is_refused(tmp_path: Path) -> None:
+    heads_trainer(tmp_path / "a").save()
+    with pytest.raises(MTPError, match="method was 'mtp-heads', now 'mask-tokens'"):
+        trainer_for(tmp_path / "a").resume()
+    assert load_checkpoint(tmp_path / "a.checkpoint.safetensors").step == 0
+
+
+def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=3, hidden_size=96, intermediate_size=192)
+    rows = [Example(np.random.default_rng(0).integers(3, 157, 90).tolist(), 4)] * 4
+    settings = settings_for(tmp_path / "a", method="mtp-heads", micro_batches=1, loss_rows=512, draft_vocab=0)
+    trainer = Trainer(model, rows, [], settings, Remembering())
+    estimate = trainer.method.estimate_memory(rows)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trainer._one_step()
+    used = mx.get_peak_memory() - mx.get_active_memory() + estimate.weights + estimate.adapter
+    assert 0.5 < estimate.total / used < 2, (str(estimate), used)
