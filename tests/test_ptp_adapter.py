@@ -29,7 +29,7 @@ from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 from tests.train.training import metrics, trainer_for
 
-DRAFT_IDS = mx.array(range(5, 65), dtype=mx.int32)
+DRAFT_IDS = mx.array(list(range(5, 65)), dtype=mx.int32)
 
 
 def written(folder: Path, architecture: str = "llama", **config: Any) -> tuple[Any, PTPInfo]:

@@ -1,8 +1,8 @@
 """Dominoes: a language whose neighbouring tokens depend strongly on each other through shared halves.
 
-A token is a tile (left, right), id = left * HALVES + right. The left half of every tile is the right half of the one
-before it, its own right half is drawn evenly. So a tile has log(HALVES) of entropy given the one before, any tile can
-stand anywhere, and without the tile before nothing better than one tile in HALVES^2 can be guessed.
+A token is a tile (left, right), id = left * halves + right. The left half of every tile is the right half of the one
+before it, its own right half is drawn evenly. So a tile has log(halves) of entropy given the one before, any tile can
+stand anywhere, and without the tile before nothing better than one tile in halves^2 can be guessed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from mtp_mlx.train.data import Example
 from tests.tiny import tiny_config
 
 HALVES = 4
-VOCABULARY = HALVES**2
-LENGTH = 32  # tokens of a text
-PERPLEXITY = float(HALVES)  # of a model that knows the language
+LENGTH = 16  # tokens of a text
 
 
-def sample(count: int, seed: int, length: int = LENGTH) -> np.ndarray:
+def sample(count: int, seed: int, length: int = LENGTH, halves: int = HALVES) -> np.ndarray:
     """[count, length] int32 texts."""
-    halves = np.random.default_rng(seed).integers(0, HALVES, (count, length + 1))
-    return (halves[:, :-1] * HALVES + halves[:, 1:]).astype(np.int32)
+    drawn = np.random.default_rng(seed).integers(0, halves, (count, length + 1))
+    return (drawn[:, :-1] * halves + drawn[:, 1:]).astype(np.int32)
 
 
 def examples(count: int, seed: int) -> list[Example]:
@@ -37,9 +35,9 @@ def examples(count: int, seed: int) -> list[Example]:
     return [Example(row.tolist(), 1) for row in sample(count, seed)]
 
 
-def toy_model(seed: int = 3) -> Any:
+def toy_model(halves: int = HALVES, seed: int = 3) -> Any:
     """An untrained model over the tiles, with mlx's own initial weights, which learn faster than `tiny_model`'s."""
-    config = tiny_config("llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128)
+    config = tiny_config("llama", vocab_size=halves**2, hidden_size=64, intermediate_size=128)
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
     model.lm_head.weight = (
@@ -49,17 +47,27 @@ def toy_model(seed: int = 3) -> Any:
     return model
 
 
-def train_ar(model: Any, steps: int, rate: float = 5e-3) -> None:
+def optimizer_for_toys() -> optim.AdamW:
+    """The trainer's optimizer; its rate is set before every step."""
+    return optim.AdamW(learning_rate=0.0, betas=[0.9, 0.99], bias_correction=True, weight_decay=0.0)
+
+
+def rate_at(step: int, steps: int, peak: float) -> float:
+    """Ten steps of warm-up, then linearly down to nothing."""
+    return peak * min(1.0, (step + 1) / 10) * (1 - step / steps)
+
+
+def train_ar(model: Any, steps: int, halves: int = HALVES) -> None:
     """Trains `model` to predict the next token of the language."""
-    optimizer = optim.AdamW(learning_rate=rate)
+    optimizer = optimizer_for_toys()
 
     def loss(tokens: mx.array) -> mx.array:
         return mx.mean(nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]))
 
     step = nn.value_and_grad(model, loss)
     for number in range(steps):
-        optimizer.learning_rate = rate * (1 - number / steps) + 1e-5
-        _, gradients = step(mx.array(sample(16, 1000 + number)))
+        optimizer.learning_rate = rate_at(number, steps, 5e-3)
+        _, gradients = step(mx.array(sample(32, 1000 + number, halves=halves)))
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state)
 
@@ -67,7 +75,7 @@ def train_ar(model: Any, steps: int, rate: float = 5e-3) -> None:
 @lru_cache(maxsize=1)
 def _teacher_weights() -> list[tuple[str, mx.array]]:
     model = toy_model()
-    train_ar(model, 80)
+    train_ar(model, 100)
     return tree_flatten(model.parameters())
 
 
@@ -78,7 +86,7 @@ def teacher() -> Any:
     return model
 
 
-def perplexity(model: Any, seed: int = 5) -> float:
-    """Of fresh texts, given all tokens before."""
-    tokens = mx.array(sample(64, seed))
-    return float(mx.exp(mx.mean(nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]))).item())
+def perplexity(model: Any, tokens: np.ndarray) -> float:
+    """Of texts [B, T], each token given all before it."""
+    ids = mx.array(tokens)
+    return float(mx.exp(mx.mean(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:]))).item())
