@@ -126,7 +126,7 @@ def _how_to_mend(written: Variant, better: Variant) -> str:
 def verify_heads(
     model: nn.Module,
     tokenizer: Any,
-    heads: MTPHeads,
+    heads: nn.Module,
     prompts: Sequence[str] = PROMPTS,
     tokens: int = TOKENS,
 ) -> Verification:
