@@ -206,6 +206,22 @@ def test_fallbacks_are_told_once(folder: Path) -> None:
     assert result.stderr.count("note: no lookup") == 1
 
 
+def test_drafter(folder: Path, expected: list[Any]) -> None:
+    """The text drafts alone, with any model, or with the adapter; names that do not go end in exit code 2."""
+    for options in [("lookup",), ("lookup", "-a", "none", "--slots", "5"), ("slots,lookup",)]:
+        result = run(folder, "--layout", "linear", "--json", "--drafter", *options)
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["tokens"] == [r.token for r in expected]
+        drafters = set(found["stats"]["submitted_by"])
+        assert "slots" in drafters if "slots" in options[0] else drafters <= {"lookup"}
+    for name, message in [("heads", "needs an adapter with MTP heads"), ("x", "unknown drafter 'x'")]:
+        result = run(folder, "--drafter", name)
+        assert result.exit_code == 2 and message in result.stderr
+    result = run(folder, "--drafter", "lookup", "--lookup")
+    assert result.exit_code == 2 and "leave --lookup and --no-lookup out" in result.stderr
+
+
 def test_ctrl_c_keeps_the_text(folder: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import mtp_mlx.api
 

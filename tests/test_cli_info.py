@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from mlx_lm.models.cache import ChunkedKVCache, KVCache
 
 import mtp_mlx.cli as cli
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
@@ -53,11 +54,20 @@ def test_model(tmp_path: Path) -> None:
     assert "usable: yes" in run(path).stdout
 
 
-def test_model_without_a_seam(tmp_path: Path) -> None:
-    path = save_tiny(
-        tmp_path / "model", "llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8
+def test_models_with_windows_and_states(tmp_path: Path) -> None:
+    window = facts(save_tiny(tmp_path / "window", "gemma3_text", seed=3))
+    assert window["usable"] == "yes" and window["seams"]["cache"] == "KVCache, RotatingKVCache"
+    states = facts(save_tiny(tmp_path / "states", "qwen3_next", seed=3))
+    assert states["usable"] == "yes, but not with mask-token adapters"
+    assert states["seams"]["cache"] == "ArraysCache, KVCache"
+
+
+def test_model_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tiny(tmp_path / "model", "llama")
+    monkeypatch.setattr(
+        "mlx_lm.models.llama.Model.make_cache", lambda self: [KVCache(), ChunkedKVCache(8)], raising=False
     )
-    assert "no seam 'cache' in layer 1: its RotatingKVCache" in facts(path)["usable"]
+    assert "no seam 'cache' in layer 1: its ChunkedKVCache" in facts(path)["usable"]
 
 
 def test_model_that_mlx_lm_cannot_load(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
 
 
 def _slots_in_use(settings: GenerateSettings, run: Run) -> int:
+    if settings.drafter == "lookup":
+        return settings.slots or 0
     return 0 if settings.layout == "plain" else settings.slots or run.adapter_slots
 
 

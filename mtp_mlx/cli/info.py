@@ -228,6 +228,7 @@ def _seams(path: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_model
 
     from mtp_mlx.adapter import base_fingerprint
+    from mtp_mlx.model.attach import attach
     from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
     try:
@@ -237,9 +238,9 @@ def _seams(path: Path) -> dict[str, Any]:
     weights = dict(tree_flatten(model.parameters()))
     facts: dict[str, Any] = {"tensors": len(weights)}
     try:
-        seams = find_seams(model)
-        caches = make_prompt_cache(model)
+        seams, caches = find_seams(model), make_prompt_cache(model)
         check_caches(caches, str(getattr(model, "model_type", "?")))
+        attach(model).detach()
     except MTPError as error:
         return {**facts, "usable": f"no: {error}"}
     return {

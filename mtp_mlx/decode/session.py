@@ -304,6 +304,7 @@ class Session:
             self.rewind()
             raise
         self._caches.hand_back()
+        self._evaluate_cache()
 
     def rewind(self) -> None:
         """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.

@@ -32,8 +32,8 @@ class BlockCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Mask of N query rows over (cached rows + N rows): [N, cached + N] bool, or mlx-lm's own value."""
-        self.rows.windowed |= window_size is not None
         window = self.inner if isinstance(self.inner, WindowCache) else None
+        self.rows.windowed |= window_size is not None and (window is None or window_size < window.window)
         visibility = self.rows.visibility
         if visibility is None and window is not None:
             most = window.window if self.rows.is_step else None

@@ -26,7 +26,7 @@ class RowContext:
         n_real: rows before this index are real; None outside a pass (then every row is real).
         positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
         visibility: [R, R] bool, or None for causal.
-        windowed: some layer of this pass sees a sliding window only.
+        windowed: some layer of this pass sees a sliding window only, of a cache that holds more.
         is_step: this pass is a decoding step, of whose real rows some may be taken back.
         n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
         step_kernels: what may run in place of stock MLX in this pass: `kernels` in a decoding step, else None, so

@@ -67,7 +67,7 @@ class WindowCache:
         count, history, end = keys.shape[2], self.history, self._end
         if self.keys is None:
             self.keys, self.values = _with_room(keys), _with_room(values)
-        elif end + count > self.keys.shape[2]:
+        elif end + count > self.keys.shape[2] or end - history > 2 * ROOM:  # full, or a long prompt's rows
             first = end - history
             moved = (
                 _with_room(mx.concatenate([self.keys[..., first:end, :], keys], axis=2)),
@@ -113,7 +113,7 @@ class WindowCache:
         return "causal"
 
     def hand_back(self) -> RotatingKVCache:
-        """The mlx-lm cache this one was made from, holding the same rows."""
+        """The mlx-lm cache this one was made from, holding the same rows; lazily."""
         if self.keys is None:
             return self.inner
         count = min(self._end, self.window)
@@ -121,9 +121,7 @@ class WindowCache:
         if count < min(self.offset, self.window):  # after a take-back; that row is never seen again
             keys, values = (mx.pad(rows, [(0, 0), (0, 0), (1, 0), (0, 0)]) for rows in (keys, values))
             count += 1
-        mx.eval(
-            keys, values
-        )  # a lazy array belongs to the thread that made it; the cache may go on to another
+        keys, values = mx.contiguous(keys), mx.contiguous(values)  # without the rest of the buffers
         self.inner.state = (keys, values, self.offset, 0, self.window, count)
         return self.inner
 

@@ -39,11 +39,16 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
 ) -> None:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
     model, tokenizer = load(str(folders[0]), folders[1])
-    lanes = [Lane("plain", "plain"), Lane("quadratic", "quadratic"), Lane("linear", "linear", 1)]
+    lanes = [
+        Lane("plain", "plain"),
+        Lane("quadratic", "quadratic"),
+        Lane("linear", "linear", 1),
+        Lane("text", "linear", drafter="lookup"),
+    ]
     bench = Bench(model, tokenizer, lanes, max_tokens=12)
     bench.warm_up()
     results = bench.run([BenchPrompt("one two", "a"), BenchPrompt("three", "b")])
-    assert [m.lane.name for m in results] == ["plain", "quadratic", "linear"] * 2
+    assert [m.lane.name for m in results] == ["plain", "quadratic", "linear", "text"] * 2
     assert all(m.comparison.identical or m.comparison.certified for m in results)
     rows = summarise(results)
     assert [(row.lane, row.category) for row in rows[:3]] == [

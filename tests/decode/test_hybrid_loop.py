@@ -364,3 +364,16 @@ def test_the_plain_path_is_mlx_lm_bit_for_bit_up_to_the_window() -> None:
         assert [item.token for item in found] == tokens
         for item, logits in zip(found, seen, strict=False):
             np.testing.assert_array_equal(np.array(item.logits), np.array(logits))
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "ministral3", "qwen3_next", "nemotron_h"])
+def test_exact_decoding_gives_the_logits_of_plain_decoding_bit_for_bit(name: str) -> None:
+    """Past the window and behind rejected rows too."""
+    prompt = (3, 5, 7, 11, 90, 2, 4)
+    case = Case(name, prompt, 30, 2048, 0.0, 0, True, 0, (False, False, True), 5)
+    plain = list(mtp_generate_step(list(prompt), bare(name, exact=True), max_tokens=30))
+    truth, stats = [item.token for item in plain], DecodeStats()
+    found = case.run(truth, stats, case.model().make_cache())
+    assert stats.steps < 26 and [item.token for item in found] == truth
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_array_equal(np.array(one.logits), np.array(other.logits))

@@ -89,7 +89,7 @@ def naive_mask(offset: int, offsets: np.ndarray, sees: np.ndarray, window: int) 
 
 
 @pytest.mark.parametrize("offset", [0, 2, 4, 5, 17])
-@pytest.mark.parametrize("window_size", [None, WINDOW, 3])
+@pytest.mark.parametrize("window_size", [None, WINDOW, 3, WINDOW + 1])
 @pytest.mark.parametrize(
     ("drafts", "slots"), [(0, (0,)), (3, (0,) * 4), (2, (2, 1, 3)), (6, (0,) * 7), (0, (7,))]
 )
@@ -137,3 +137,12 @@ def test_rows_before_the_newest_pass_stay() -> None:
     with pytest.raises(ValueError, match="a window of 5 cannot give 15 rows back"):
         cache.trim(15)
     assert cache.offset == 20
+
+
+def test_a_long_prompt_does_not_stay() -> None:
+    """Its rows leave with the first passes after it, as from mlx-lm's cache."""
+    cache = WindowCache(RotatingKVCache(WINDOW))
+    feed(cache, 2000)
+    assert cache.nbytes > 2000 * 2 * 3 * 4 * 2
+    feed(cache, 1)
+    assert cache.nbytes <= (WINDOW + 3 * window_cache.ROOM) * 2 * 3 * 4 * 2
