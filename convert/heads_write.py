@@ -7,7 +7,8 @@ mtp_config.json (format 1, method "mtp-heads"):
     heads.count                     number of heads; head i predicts i + 2 tokens after the hidden state's own
     heads.convention                every field of `heads.HeadConvention`
     heads.blocks                    for each head the mlx-lm class of its decoder layer(s), built as
-                                    class(args_class.from_dict({**model_config, **overrides}), **layers[j])
+                                    class(args_class.from_dict({**model_config, **overrides}), **layers[j]),
+                                    and the window of its attention (rows, its own included) or null
     heads.model_config              the language model's configuration that the blocks are built from
     source                          family in words, files, what was dropped as a copy, notes
     training, acceptance, measurements    as in every adapter; empty here

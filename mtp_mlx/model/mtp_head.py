@@ -25,6 +25,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import embedding_shape
 from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.seams import find_seams
@@ -214,10 +215,10 @@ def new_heads(
     seams = find_seams(model)
     trunk = seams.trunk
     eps = norm_eps(trunk)
-    size = seams.embedding(mx.zeros((1,), dtype=mx.int32)).shape[-1]
+    vocab_size, size = embedding_shape(seams.embedding)
     heads = []
     for _ in range(count):
-        head = MTPHead(block_like(trunk), size, eps, convention)
+        head = MTPHead(block_like(trunk), size, eps, convention, vocab_size)
         # The embedding's half starts small, the hidden half as the identity: an untrained head repeats the trunk.
         head.fuse.weight = mx.concatenate([0.1 * mx.eye(size), mx.eye(size)], axis=1)
         heads.append(head)

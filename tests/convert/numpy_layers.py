@@ -226,7 +226,7 @@ class SigmoidExperts:
 
 @dataclass(frozen=True)
 class SoftmaxExperts:
-    """Qwen3-Next's routing: a softmax over all experts, and a shared expert behind a gate of its own.
+    """Qwen3-Next's routing: a softmax over all experts, and a shared expert behind a gate of its own (ERNIE: none).
 
     Experts lie one by one, or all in two tensors with gate and up together.
     """
@@ -239,6 +239,8 @@ class SoftmaxExperts:
         chosen = best(weights, self.top)
         weights = over_chosen(weights, chosen) if self.normalised else weights
         y = mix(x, weights, chosen, lambda e, row: self._expert(t, e, row))
+        if "shared_expert_gate.weight" not in t:
+            return y + gated_mlp(t.below("shared_experts."), x)
         return y + sigmoid(t.linear("shared_expert_gate", x)) * gated_mlp(t.below("shared_expert."), x)
 
     @staticmethod

@@ -84,6 +84,14 @@ _GLM = GroupedQueries(4, 2, 16, 8)
 GLM, GLM_EXPERTS = Layer(_GLM), Layer(_GLM, SigmoidExperts(2))
 ERNIE = Layer(GroupedQueries(4, 2, 16, 16, neighbours=True))
 
+ERNIE_NAMES = Names(
+    "model.mtp_linear_proj.0",
+    "model.mtp_emb_norm.0",
+    "model.mtp_hidden_norm.0",
+    "",
+    ("model.mtp_block.0.",),
+)
+
 FAMILIES: dict[str, Family] = {
     "deepseek-v3": Family(
         "deepseek-v3",
@@ -123,19 +131,25 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie-4.5": Family(
         "ernie-4.5",
-        [
-            Names(
-                "model.mtp_linear_proj.0",
-                "model.mtp_emb_norm.0",
-                "model.mtp_hidden_norm.0",
-                "",
-                ("model.mtp_block.0.",),
-            )
-        ],
+        [ERNIE_NAMES],
         [[ERNIE]],
         Rules(recycled="raw", mask_first=True),
         [ERNIE] * L,
         {"model_type": "ernie4_5"},
+    ),
+    "ernie-4.5 with experts in the trunk": Family(
+        "ernie-4.5 without biases",
+        [ERNIE_NAMES],
+        [[ERNIE]],
+        Rules(recycled="raw", mask_first=True),
+        [ERNIE, *[Layer(ERNIE.attention, SoftmaxExperts(2, normalised=True))] * 3],
+        {
+            "model_type": "ernie4_5_moe",
+            "moe_intermediate_size": 24,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
     ),
 }
 

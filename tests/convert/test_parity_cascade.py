@@ -72,6 +72,15 @@ def test_a_wrong_convention_fails(parity: Parity, wrong: str) -> None:
         assert difference > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("parity", ["step-3.5", "longcat-flash"], indirect=True)
+def test_shared_instead_of_own_fails(parity: Parity) -> None:
+    """Step-3.5's LM heads and LongCat's embedding are their own, and not the trunk's."""
+    family = parity.family
+    shared = [replace(n, lm_head="lm_head", embed_tokens="model.embed_tokens") for n in family.names]
+    mistaken = replace(parity, family=replace(family, names=shared)).expected()
+    assert worst(parity.logits, mistaken) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_drafts_of_a_step(parity: Parity) -> None:
     """What the decode loop drafts behind a prompt, and behind a block of drafts of which two are accepted."""

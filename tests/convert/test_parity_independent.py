@@ -27,6 +27,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import load_heads
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from tests.tiny import tiny_model
 
 from .checkpoints import write_safetensors
 from .head_configs import BASE, D, L, V
@@ -283,3 +284,22 @@ def test_more_drafts_than_heads_are_refused(case: tuple[AttachedModel, Oracle]) 
         build_policy(attached, "linear", 4, DecodeStats())
     with pytest.raises(MTPError, match="3 heads of this form cannot draft 4 tokens"):
         list(mtp_generate_step(TOKENS, attached, max_tokens=4, policy=ChainPolicy(4)))
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """Heads for another vocabulary, more drafts than heads, and a convention that Medusa's heads cannot have."""
+    model, _ = medusa(tmp_path)
+    out = convert_heads(tmp_path / "heads-source", tmp_path / "heads")
+    with pytest.raises(
+        MTPError, match=r"heads\.0\.lm_head\.weight is \(40, 48\) in the file, \(157, 48\) expected"
+    ):
+        load_heads(out, tiny_model("llama", seed=3))
+    path = out / "mtp_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"drafts": 4}}))
+    with pytest.raises(MTPError, match=r"3 head\(s\) of the kind 'medusa' cannot draft 4 tokens in a step"):
+        load_heads(out, model)
+    convention = raw["heads"]["convention"] | {"first_hidden": "before-last-layer"}
+    path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"convention": convention}}))
+    with pytest.raises(MTPError, match="cannot be run yet: their first hidden is 'before-last-layer'"):
+        load_heads(out, model)

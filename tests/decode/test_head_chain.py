@@ -28,7 +28,9 @@ from tests.tiny import VOCABULARY, tiny_model
 CONVENTIONS = [
     HeadConvention("test"),
     HeadConvention("test", recycled_hidden="raw", mask_first_position=True),
+    HeadConvention("test", lm_head="own"),  # and a window, see `model_with_heads`
 ]
+WINDOW = 5
 MODELS: dict[tuple[str, int, int, int], AttachedModel] = {}
 
 
@@ -40,6 +42,8 @@ def model_with_heads(
     if draft_ids is not None or key not in MODELS:
         model = tiny_model(architecture, seed=3)
         made = random_heads(model, heads, CONVENTIONS[convention])
+        for head in made.heads:
+            head.window = WINDOW if convention == 2 else None
         attached = attach(model, mtp_heads=MTPHeads(made.heads, CONVENTIONS[convention], draft_ids, drafts))
         if draft_ids is not None:
             return attached
@@ -89,12 +93,12 @@ class Text:
 
     def _check(self, m: int, ids: list[int], picked_from: list[mx.array]) -> None:
         heads = self.attached.mtp_heads
-        assert heads is not None
+        assert isinstance(heads, MTPHeads)
         text = mx.array([self.tokens[: m + 2] + ids])
         hidden = mx.concatenate(
             [self.hidden[:, : m + 1], self.hidden[:, : text.shape[1] - m - 1] * 0], axis=1
         )
-        convention = CONVENTIONS[heads.convention.mask_first_position]
+        convention = heads.convention
         if self.first_position:  # row 0 is not the text's first
             convention = replace(convention, mask_first_position=False)
         with mock.patch.object(heads, "_convention", convention):
@@ -102,7 +106,9 @@ class Text:
         for depth, (found, z) in enumerate(zip(picked_from, expected, strict=True), start=1):
             np.testing.assert_allclose(np.array(found[0]), np.array(z[0, m]), rtol=2e-4, atol=2e-4)
             position = mx.array([self.first_position + m + 1 + depth])
-            pick = self.picker.pick(self.attached.draft_head(found), position, None, self.attached.draft_ids)
+            own = heads.unembedding(depth)
+            unembed = self.attached.draft_head if own is None else own
+            pick = self.picker.pick(unembed(found), position, None, self.attached.draft_ids)
             assert pick.item() == ids[depth - 1]
 
 
@@ -123,7 +129,7 @@ def journeys(draw: Any) -> dict[str, Any]:
         "architecture": draw(st.sampled_from(["llama", "qwen3"])),
         "heads": heads,
         "drafts": drafts,
-        "convention": draw(st.integers(0, 1)),
+        "convention": draw(st.integers(0, 2)),
         "chunks": draw(st.lists(st.integers(1, 7), max_size=3)),
         "catch_up_at": draw(st.sampled_from([1, 2, 5, 256])),
         "actions": actions,
