@@ -56,7 +56,13 @@ class StateCache(ArraysCache):
         self.rows, self.replays, self.between = 0, [], []
 
     def keep(self, count: int, before: list[Any]) -> None:
-        """The state after the first `count` rows of the newest pass, which began with the state `before`."""
+        """The state after the first `count` rows of the newest pass, which began with the state `before`.
+
+        Raises:
+            ValueError: rows before that pass would have to leave, or the pass was recorded by nobody.
+        """
+        if count < 0:
+            raise ValueError(f"recurrent state cannot give {-count} rows back from before the newest pass")
         if count and count == self.rows:
             return
         if count and self.between:

@@ -134,6 +134,8 @@ def test_a_chunk_of_a_prompt_can_only_leave_whole() -> None:
     caches = started(attached)
     with pytest.raises(ValueError, match="2 of 5 rows cannot be kept"):
         caches.keep(2)
+    with pytest.raises(ValueError, match="cannot give 1 rows back from before"):
+        caches.keep(-1)
     caches.keep(0)
     assert caches.length == 0 and all(state.empty() for state in caches._states)
 
