@@ -1,5 +1,6 @@
 """Trained on a toy language in the test run, both PTP variants decode at least twice the tokens per step of slots
-that know nothing of each other, at temperature 1; inverse-autoregressive training reaches the teacher's perplexity."""
+that know nothing of each other, at temperature 1; and inverse-autoregressive training comes to its teacher's perplexity.
+"""
 
 from __future__ import annotations
 
