@@ -78,7 +78,7 @@ def test_decode_blocks() -> None:
 
 @given(layouts)
 def test_a_lead_is_one_more_row_of_every_group_that_is_not_empty(slots: tuple[int, ...]) -> None:
-    """It stands where the group's last real row stands, sees what slot 1 sees but itself, and is seen by its group."""
+    """It stands where the group's last real row stands, sees what slot 1 sees, and is seen by its group."""
     bare, shape = block_shape(len(slots) - 1, slots), block_shape(len(slots) - 1, slots, lead=1)
     assert shape.rows == bare.rows + sum(count > 0 for count in slots)
     for accepted, count in enumerate(slots):
