@@ -74,3 +74,21 @@ def test_decode_blocks() -> None:
     linear = Block.decode(mx.array([7, 8]), block_shape(1, (0, 2)), start=10, vocab_size=100)
     assert linear.positions is None and linear.visibility is None and linear.n_real == 2
     assert Block.real(mx.array([[1, 2, 3]])).n_real == 3
+
+
+@given(layouts)
+def test_a_lead_is_one_more_row_of_every_group_that_is_not_empty(slots: tuple[int, ...]) -> None:
+    """It stands where the group's last real row stands, sees what slot 1 sees, and is seen by its group."""
+    bare, shape = block_shape(len(slots) - 1, slots), block_shape(len(slots) - 1, slots, lead=1)
+    assert shape.rows == bare.rows + sum(count > 0 for count in slots)
+    for accepted, count in enumerate(slots):
+        if count == 0:
+            continue
+        rows = np.arange(shape.group_start[accepted], shape.group_start[accepted] + count + 1)
+        assert shape.offsets[rows].tolist() == list(range(accepted, accepted + count + 1))
+        for place, row in enumerate(rows):
+            assert np.flatnonzero(shape.visibility[row]).tolist() == [
+                *range(accepted + 1),
+                *rows[: place + 1],
+            ]
+    assert not any(slots) or not shape.contiguous

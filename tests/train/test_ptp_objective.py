@@ -16,6 +16,7 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
 from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
+from mtp_mlx.train.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
 from mtp_mlx.train.objectives.ptp import PTPLoss, divergence
 from mtp_mlx.train.ptp_step import slot_targets
 from mtp_mlx.train.ptp_uniforms import (
@@ -264,3 +265,39 @@ def test_gradients_reach_the_embedding_of_uniforms(embedding: Any) -> None:
     direction = mx.array(RNG.normal(size=value.shape).astype(np.float32))
     slope = (of(value + 2e-4 * direction) - of(value - 2e-4 * direction)).item() / 4e-4
     assert mx.sum(gradient * direction).item() == pytest.approx(slope, rel=0.03, abs=0.1)
+
+
+def test_inverse_ar_uniforms_and_losses_against_one_pass_per_block() -> None:
+    """A joint pass gives every slot what a causal pass over its own prefix gives; its uniforms pick the text's tokens
+    under the model's own distributions, slot after slot."""
+    attached = dressed("llama", variant="c")
+    layout = JointLayout(12, np.array([0, 3, 7]), 2)
+    tokens = np.random.default_rng(2).integers(3, VOCABULARY, (2, 12)).astype(np.int32)
+    uniforms = own_uniforms(attached, layout, tokens, (1, 2))
+    assert np.array_equal(uniforms, own_uniforms(attached, layout, tokens, (1, 2)))
+    real, slots = inverse_ar_losses(attached, layout, mx.array(tokens), mx.array(uniforms))
+    found, per_slot = np.array(slots).reshape(2, 3, 2), uniforms.reshape(2, 3, 2)
+    for b in range(2):
+        plain = np.array(attached.model(mx.array(tokens[b : b + 1]))[0, :-1].astype(mx.float32))
+        expected = -np.log(softmax(plain.astype(np.float64))[np.arange(11), tokens[b, 1:]])
+        np.testing.assert_allclose(np.array(real)[b], expected, rtol=1e-3, atol=1e-4)
+        for n, anchor in enumerate(layout.anchors):
+            block = Block(
+                ids=mx.array([[*tokens[b, : anchor + 1].tolist(), VOCABULARY, VOCABULARY]]),
+                n_real=int(anchor) + 1,
+                uniforms=mx.array(per_slot[b, n]),
+            )
+            logits = attached.head(attached.forward(block, attached.make_cache()))[0, anchor:]  # [3, V]
+            probs = softmax(np.array(logits).astype(np.float64))
+            label = tokens[b, anchor + 1 : anchor + 4]
+            np.testing.assert_allclose(found[b, n], -np.log(probs[[1, 2], label[1:]]), rtol=1e-3, atol=1e-3)
+            through = np.concatenate([[0], np.cumsum(probs[0])])
+            if probs[0, label[0]] > 1e-5:  # the row before slot 1 gives its uniform's interval
+                assert through[label[0]] - 1e-5 <= per_slot[b, n, 0] <= through[label[0] + 1] + 1e-5
+
+
+def test_joint_layouts_that_do_not_fit_and_other_adapters_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        JointLayout(6, np.array([4]), 2)
+    with pytest.raises(ValueError, match="variant 'c'"):
+        InverseAR(dressed("llama", variant="o"), slots=2, anchors=2)
