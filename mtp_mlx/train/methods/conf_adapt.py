@@ -168,10 +168,10 @@ class ConfAdapt(Method):
         if self._gated:
             save_adapter(folder, self.adapter, info)
             return
-        info.base_name = folder.name
-        info.training = {"base": self.settings.model, "base_fingerprint": self.fingerprint, **training}
-        mask = self.adapter.slot_embeddings.weight[0]
         source = Path(resolve_model(self.settings.model))
+        info.base_name = folder.name
+        info.training = {"base": source.name, "base_fingerprint": self.fingerprint, **training}
+        mask = self.adapter.slot_embeddings.weight[0]
         with self.attached.unwrapped() as bare:
             model = bare if self._whole else merged(bare, self.adapter)
             write_model_folder(folder, source, model, mask, info)
