@@ -172,7 +172,9 @@ def verify_folder(
     """
     heads, info = load_heads(folder, model)
     if not isinstance(heads, MTPHeads):
-        raise MTPError(f"{folder}: heads of kind '{info.convention.kind}' have no conventions that --verify could try")
+        raise MTPError(
+            f"{folder}: heads of kind '{info.convention.kind}' have no conventions that --verify could try"
+        )
     bare = attach(model)
     heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does
     bare.detach()
