@@ -82,7 +82,7 @@ def mtp_generate_step(
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
     drafter = slot_drafter(model, picker) if model.adapter is not None else None
     stats = DecodeStats() if stats is None else stats
-    if isinstance(drafter, PTPSlotDrafter) and policy.max_drafts and drafter.other_sampling:
+    if drafter is not None and policy.max_drafts and drafter.other_sampling:
         stats.fallbacks[drafter.other_sampling] += 1
     keep = prompt_cache is not None
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
