@@ -109,7 +109,7 @@ def test_a_whole_checkpoint(tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "out")
-    assert "heads: 1 of MiMo-7B / FastMTP" in result.stderr
+    assert "heads: 1 of MiMo-7B," in result.stderr
     assert "exists already" in refused("convert", source, tmp_path / "out")
     assert run("convert", source).exit_code == 2 and "Missing argument 'OUT'" in run("convert", source).stderr
     result = run("convert", source, tmp_path / "out", "--force", "--trunk-only")
@@ -184,11 +184,21 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_conventions_as_asked_for(tmp_path: Path) -> None:
     source = make("mimo-7b").write(tmp_path / "model")
-    options = ("--heads-only", "--head-order", "embedding", "--head-hidden", "pre-norm")
+    options = (
+        "--heads-only",
+        "--head-order",
+        "embedding",
+        "--head-hidden",
+        "post-norm",
+        "--head-recycled",
+        "raw",
+    )
     assert run("convert", source, tmp_path / "heads", *options).exit_code == 0
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
     convention = config["heads"]["convention"]
-    assert (convention["stored_order"], convention["first_hidden"]) == ("embedding", "pre-norm")
+    assert (convention["stored_order"], convention["first_hidden"]) == ("embedding", "post-norm")
+    assert convention["recycled_hidden"] == "raw"
+    assert "the next draft takes the raw state (as asked for)" in config["source"]["notes"]
     assert "fuse weights are stored embedding-first (as asked for)" in config["source"]["notes"]
     stored: Any = mx.load(str(tmp_path / "heads" / "mtp.safetensors"))
     as_stored = make("mimo-7b").stored["model.mtp_layers.0.input_proj.weight"]
@@ -249,7 +259,7 @@ def test_a_peft_adapter(tmp_path: Path) -> None:
 def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
     source = make("mimo-7b").write(tmp_path / "model")
     facts = json.loads(run("info", source, "--json").stdout)
-    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B / FastMTP"
+    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B"
     facts = json.loads(run("info", source / "model.safetensors", "--json").stdout)
     assert facts["kind"] == "checkpoint" and facts["mtp heads"]["count"] == 1
     run("convert", source, tmp_path / "heads", "--heads-only")
@@ -257,12 +267,12 @@ def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
     assert (facts["kind"], facts["method"], facts["heads"]) == ("adapter", "mtp-heads", 1)
     assert facts["convention"]["stored order"] == "hidden"
     text = run("info", tmp_path / "heads").stdout
-    assert "method: mtp-heads" in text and "  first hidden: post-norm" in text
+    assert "method: mtp-heads" in text and "  first hidden: pre-norm" in text
     whole("mimo-7b").write(source)
     assert run("convert", source, tmp_path / "out").exit_code == 0
     facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
     assert facts["kind"] == "model" and facts["usable"] == "yes"
-    assert facts["adapter beside it"]["family"] == "MiMo-7B / FastMTP"
+    assert facts["adapter beside it"]["family"] == "MiMo-7B"
     assert facts["adapter beside it"]["base"]["fingerprint"] == facts["fingerprint"]
     (tmp_path / "heads" / "mtp_config.json").write_text('{"method": "mtp-heads"}')
     assert "mtp_config.json is damaged" in refused("info", tmp_path / "heads")

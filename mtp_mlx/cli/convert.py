@@ -72,6 +72,13 @@ Examples:
     show_default=True,
     help="Which state of the trunk the heads were trained on",
 )
+@click.option(
+    "--head-recycled",
+    type=click.Choice(["auto", "normed", "raw"]),
+    default="auto",
+    show_default=True,
+    help="Which state of a head the next draft takes: after its norm, or before",
+)
 @click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
 @click.option(
     "--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention"
@@ -118,6 +125,7 @@ class ConvertOptions:
     head_norms: str
     head_order: str
     head_hidden: str
+    head_recycled: str
     base: str | None
     verify: bool
     force: bool
@@ -131,7 +139,7 @@ class ConvertOptions:
         """The plan of a checkpoint's heads."""
         from mtp_mlx.convert.heads_plan import plan_heads
 
-        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden)
+        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
 
 
 def _local(source: str, dry_run: bool) -> Path:
@@ -181,6 +189,7 @@ def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
         head_norms=how.head_norms,
         head_order=how.head_order,
         head_hidden=how.head_hidden,
+        head_recycled=how.head_recycled,
         heads=not how.trunk_only,
         force=how.force,
     )

@@ -22,6 +22,7 @@ from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.heads_adapter import HeadsInfo, load_heads
 from mtp_mlx.model.attach import attach
+from mtp_mlx.model.block import Block
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.seams import find_seams
 
@@ -149,8 +150,10 @@ class Parity:
     def logits(self) -> list[Array]:
         """Logits of the loaded heads over TOKENS, [T - k, V] for each depth."""
         ids = mx.array([TOKENS])
-        hidden = self.trunk(ids)
-        found = self.heads.cascade(self.embed(ids), hidden, self.family.depths)
+        attached = attach(self.model, mtp_heads=self.heads)
+        attached.forward(Block.real(ids), attached.make_cache())
+        attached.detach()
+        found = self.heads.cascade(self.embed(ids), attached.head_input, self.family.depths)
         return [np.array(self.unembed(z, depth)[0]) for depth, z in enumerate(found, start=1)]
 
     def embed(self, ids: mx.array) -> mx.array:

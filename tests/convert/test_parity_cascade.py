@@ -27,7 +27,9 @@ from .parity_setup import TOKENS, TOLERANCE, Parity, drafts_of_two_steps, same_t
 WRONG: dict[str, Callable[[Rules], Rules]] = {
     "order of concatenation": lambda rules: replace(rules, hidden_first=not rules.hidden_first),
     "norms around zero or not": lambda rules: replace(rules, plus=1 - rules.plus),
-    "first hidden state": lambda rules: replace(rules, first="pre-norm"),
+    "first hidden state": lambda rules: replace(
+        rules, first="pre-norm" if rules.first == "post-norm" else "post-norm"
+    ),
     "recycled hidden state": lambda rules: replace(
         rules, recycled="raw" if rules.recycled == "normed" else "normed"
     ),
