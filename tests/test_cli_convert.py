@@ -58,15 +58,37 @@ def test_the_plan(tmp_path: Path) -> None:
     assert "model.mtp_layers.0.input_proj.weight, columns swapped to [embedding ; hidden]" in mimo
 
 
+NO_MLX = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mlx", "mlx_lm", "transformers", "torch"):
+            raise ImportError(f"{name} must not be imported")
+sys.meta_path.insert(0, Refuse())
+from click.testing import CliRunner
+import mtp_mlx.cli as cli
+for source in sys.argv[1:]:
+    result = CliRunner().invoke(cli.main, ["convert", source, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    print([line for line in result.stdout.splitlines() if line.startswith(("family", "architecture", "heads"))])
+"""
+
+
 def test_the_plan_needs_no_mlx(tmp_path: Path) -> None:
-    source = make("qwen3-next experts").write(tmp_path / "model")
-    code = (
-        "import sys; from click.testing import CliRunner; import mtp_mlx.cli as cli\n"
-        f"assert CliRunner().invoke(cli.main, ['convert', {str(source)!r}, '--dry-run']).exit_code == 0\n"
-        "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'transformers', 'torch')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """Where importing mlx fails, plans of all kinds of sources are made."""
+    sources = [
+        make(name).write(tmp_path / name) for name in ("qwen3-next experts", "deepseek-v3", "nemotron-h")
+    ]
+    torch_file = tmp_path / "medusa" / "medusa_lm_head.pt"
+    sources += [write_torch(torch_file, medusa(tmp_path / "medusa")).parent, torch_file]
+    sources += [peft_folder(tmp_path / "lora", factors() | SLOTS), write_model(tmp_path / "m.gguf").path]
+    arguments = [sys.executable, "-c", NO_MLX, *map(str, sources)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    titles = ("Qwen3-Next", "DeepSeek-V3", "Nemotron-H", "Medusa", "Medusa", "PEFT", "llama")
+    for line, title in zip(lines, titles, strict=True):
+        assert title in line
 
 
 def test_the_plan_of_what_has_no_heads(tmp_path: Path) -> None:
