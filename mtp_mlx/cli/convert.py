@@ -245,7 +245,7 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_speculators import write_speculators
-    from mtp_mlx.convert.peft import is_peft
+    from mtp_mlx.convert.peft_plan import is_peft
 
     if (source / "mtp_config.json").is_file():
         return _export(source, out, how)
@@ -322,8 +322,12 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import find_heads
     from mtp_mlx.convert.heads_report import plan_lines, source_line
+    from mtp_mlx.convert.peft_plan import is_peft
+    from mtp_mlx.convert.peft_plan import plan_lines as peft_lines
 
     checkpoint = open_checkpoint(source)
+    if is_peft(checkpoint):
+        return peft_lines(checkpoint)
     found = None if how.trunk_only else find_heads(checkpoint)
     if how.heads_only or found is not None:
         lines = plan_lines(checkpoint, how.plan(checkpoint))
