@@ -150,7 +150,7 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
         t.shape for name, t in tensors.items() if name.endswith("conv1d.weight") and len(t.shape) == 3
     ]
     if not convolutions:
-        return True, "the family's own form; the file has no trunk that could say otherwise"
+        return True, "the family's own form; the file has no convolutions that could say otherwise"
     if convolutions[0][-1] != 1:
         return True, "the trunk's convolutions have the original layout"
     gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
