@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy
-from mtp_mlx.decode.budget import BudgetPolicy, Experience
+from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy, recorded_acceptance
+from mtp_mlx.decode.budget import BudgetPolicy
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
@@ -122,6 +122,7 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
         return FixedPolicy("plain", 0)
     if layout == "linear":
         return LookupPolicy(drafts or LOOKUP_DRAFTS)
-    if model.experience is None:
-        model.experience = Experience.fresh(model.most_drafts, [])
+    recorded_acceptance(
+        model, model.most_drafts
+    )  # what is learnt here goes on to generations that use the adapter
     return BudgetPolicy(step_cost(model), 0, [], experience=model.experience)

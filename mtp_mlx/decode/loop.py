@@ -96,16 +96,17 @@ def mtp_generate_step(
         loop = EmitLoop(session, emission, policy.max_drafts, sampler, stats, max_tokens)
     try:
         session.prefill(prompt_progress_callback)
-        yield from loop.tokens()
-    except GeneratorExit:
+        try:
+            yield from loop.tokens()
+        except GeneratorExit:  # closed by the consumer
+            if keep:
+                session.settle(len(ids) + loop.n_yielded)
+            raise
         if keep:
             session.settle(len(ids) + loop.n_yielded)
-        raise
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # Ctrl-C too, and inside `settle`
         session.rewind()
         raise
-    if keep:
-        session.settle(len(ids) + loop.n_yielded)
 
 
 def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:

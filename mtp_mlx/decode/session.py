@@ -104,17 +104,16 @@ class Session:
         if max(prompt) >= attached.vocab_size or min(prompt) < 0:
             raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size}")
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
+        self.attached, self.picker, self.drafter = attached, picker, drafter
+        self.cache, self._settings = cache, settings
+        self.start = self.cached  # tokens of an earlier prefix
         if self._caches.windowed and settings.kv_bits is not None:
-            self._caches.hand_back()
             raise MTPError(
                 "this model's layers with a sliding window cannot have a quantised cache, in mlx-lm either: "
                 "leave kv_bits out"
             )
-        self.attached, self.picker, self.drafter = attached, picker, drafter
-        self.cache, self._settings = cache, settings
-        self.start = self.cached  # tokens of an earlier prefix
         self.chain = _head_drafter(attached, picker, chain, self.start) if chain else None
-        self._has_run = False
+        self._has_run = self._settled = False
         self.tokens = list(prompt)  # committed since then, the pending one last
 
     @property
@@ -143,11 +142,11 @@ class Session:
 
     def _forward(self, block: Block) -> mx.array:
         """[B, R, D] latents of a pass that appends the block's rows to the cache."""
+        n_rows = block.ids.shape[1]
+        self._caches.mark(n_rows)  # first: rows that are quantised are not taken back
         if self._has_run:  # mlx-lm never quantises before the first pass
             self._quantize()
         self._has_run = True
-        n_rows = block.ids.shape[1]
-        self._caches.mark(n_rows)
         hidden = self.attached.forward(block, self.cache)
         self._caches.check_pass(n_rows)
         return hidden
@@ -322,28 +321,29 @@ class Session:
         self._caches.keep(self.cached - self._caches.marked - rows)
 
     def settle(self, n_committed: int) -> None:
-        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`."""
+        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`.
+
+        Where it is cut short, as by Ctrl-C, `rewind` must follow.
+        """
         surplus = self.cached - (self.start + n_committed)
-        try:
-            if surplus > 0:
-                self.trim(surplus)
-            elif surplus < 0:
-                self._forward(Block.real(mx.array([self.tokens[n_committed + surplus : n_committed]])))
-            if self._has_run:
-                self._quantize()
-            self._evaluate_cache()
-        except BaseException:
-            self.rewind()
-            raise
+        if surplus > 0:
+            self.trim(surplus)
+        elif surplus < 0:
+            self._forward(Block.real(mx.array([self.tokens[n_committed + surplus : n_committed]])))
+        if self._has_run:
+            self._quantize()
+        self._evaluate_cache()
+        self._settled = True
         self._caches.hand_back()
         self._evaluate_cache()
 
     def rewind(self) -> None:
         """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.
 
-        The cache then holds what it held before that pass.
+        The cache then holds what it held before that pass; where the session was settled, it stays as it is.
         """
-        self._caches.keep(0)
+        if not self._settled:
+            self._caches.keep(0)
         self._caches.hand_back()
 
     def _histories(self, drafts: list[int]) -> mx.array | None:
