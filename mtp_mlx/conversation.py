@@ -3,7 +3,7 @@
 Invariant between turns: the cache holds exactly `_cached`, a list of token ids. A turn encodes the whole
 conversation with the chat template, keeps the part of the cache that it shares with it, and gives the rest to
 `stream_generate`; so the text is what `generate` writes on the same messages. Where rows cannot be taken back out of
-the cache (recurrent state, a sliding window that has moved on), the turn starts with an empty one, and that is counted.
+the cache (recurrent state, a sliding window that has moved on), the turn starts with an empty one, which is counted.
 """
 
 from __future__ import annotations
