@@ -38,7 +38,7 @@ class TuneSettings:
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
     prompts: Path | None = setting(None, help="JSONL with prompt (or turns) (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
-    max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=8, flag="-n")
+    max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")
     loop: int | None = setting(
         None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
     )

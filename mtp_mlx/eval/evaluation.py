@@ -101,7 +101,7 @@ class Evaluation:
             if len(set(names)) < len(names):
                 twice = next(each for each in names if names.count(each) > 1)
                 raise MTPError(f"the {what} '{twice}' is there twice: give every {what} once")
-        self._kept = KeptRows(out, Answer, self._fingerprint(name), "evaluation")
+        self._kept = KeptRows(out, Answer, self._fingerprint(name), "an evaluation")
         self._done = {(row.lane, row.task): row for row in self._kept.read()}
 
     @property

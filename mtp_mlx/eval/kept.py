@@ -21,7 +21,7 @@ class KeptRows(Generic[Row]):
         path: the file, or None for none.
         row: the dataclass.
         key: fingerprint of everything that a measurement depends on.
-        kind: what they are of, for messages: "tau sweep".
+        kind: what they are of, for messages: "a tau sweep".
     """
 
     def __init__(self, path: Path | None, row: type[Row], key: str, kind: str) -> None:
@@ -45,11 +45,11 @@ class KeptRows(Generic[Row]):
                 if number == len(lines):
                     break
                 raise MTPError(
-                    f"{self._path}, line {number}: no measurement of a {self._kind}; give another --out"
+                    f"{self._path}, line {number}: no measurement of {self._kind}; give another --out"
                 ) from error
             if key != self._key:
                 raise MTPError(
-                    f"{self._path} holds a {self._kind} of another model, adapter, questions or settings: "
+                    f"{self._path} holds {self._kind} of another model, adapter, questions or settings: "
                     "give another --out"
                 )
             kept.append(line + "\n")

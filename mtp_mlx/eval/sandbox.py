@@ -122,9 +122,7 @@ class Sandbox:
         if self._wrapped():
             in_place = (*in_place, "seatbelt")
         passed = said == token and code == 0 and not timed_out
-        return Outcome(
-            passed, _reason(passed, timed_out, said, token, code), time.monotonic() - started, in_place
-        )
+        return Outcome(passed, _reason(passed, timed_out, said, code), time.monotonic() - started, in_place)
 
     def _request(self, work: str, token: str, program: str) -> bytes:
         request = {
@@ -210,11 +208,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _reason(passed: bool, timed_out: bool, said: str, token: str, code: int) -> str:
+def _reason(passed: bool, timed_out: bool, said: str, code: int) -> str:
     if passed:
         return "passed"
     if timed_out or code == -signal.SIGXCPU:
         return "time"
     if code < 0:
         return f"killed by signal {-code}"
-    return said if said and said != token and said.isidentifier() else "ended early"
+    return said if code == 1 and said.isidentifier() and said != "passed" else "ended early"

@@ -92,7 +92,7 @@ class TauSweep:
         self._settings = settings
         for tau in settings.taus:
             Emission("conf-adapt", tau)
-        self._kept = KeptRows(out, Measured, self._fingerprint(name), "tau sweep")
+        self._kept = KeptRows(out, Measured, self._fingerprint(name), "a tau sweep")
         self._done = {(row.tau, row.question): row for row in self._kept.read()}
         self._plain: dict[int, list[int]] = {}
 

@@ -132,9 +132,7 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = evaluation(out).run()
     assert measured == [lane.name for lane in LANES], "only what was missing"
     assert [a.same for a in whole] == [True, True, False] * 2, "plain's text is there again to compare with"
-    with pytest.raises(
-        MTPError, match="an evaluation of another model|a evaluation of another|holds a evaluation"
-    ):
+    with pytest.raises(MTPError, match="holds an evaluation of another model"):
         evaluation(out, name="other")
     with pytest.raises(MTPError, match="another model, adapter, questions or settings"):
         evaluation(out, settings=EvaluationSettings(15))

@@ -35,16 +35,13 @@ def ended(program: str, layers: tuple[str, ...] = LAYERS, limits: Limits = QUICK
 def test_what_is_allowed() -> None:
     program = """
 import bisect, collections, copy, datetime, decimal, fractions, functools, hashlib, heapq, itertools, json, math
-import operator, os, random, re, statistics, string, sys, threading, typing
+import operator, os, random, re, statistics, string, sys, typing
 assert hashlib.md5(b"x").hexdigest() and math.sqrt(4) == 2
 open("own.txt", "w").write("text")
 assert open("own.txt").read() == "text" and os.listdir(".") == ["own.txt"]
 os.remove("own.txt")
-found = []
-thread = threading.Thread(target=found.append, args=(1,))
-thread.start()
-thread.join()
-assert found == [1] and sys.stdin.read() == "" and not os.environ
+Point = collections.namedtuple("Point", "x y")
+assert Point(1, 2).y == 2 and sys.stdin.read() == "" and not os.environ
 print("much " * 100_000)
 """
     outcome = Sandbox(QUICK).run(program)
@@ -131,6 +128,15 @@ def test_files_are_bounded() -> None:
     assert ended(many) == "OSError"
 
 
+FORGED = """
+import os
+for fd in range(3, 40):
+    try: os.write(fd, b"passed")
+    except OSError: pass
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
@@ -138,12 +144,12 @@ def test_files_are_bounded() -> None:
         ("import os; os._exit(0)", "ended early"),
         ("assert 1 == 2", "AssertionError"),
         ("def f(:", "SyntaxError"),
-        ("import os\nfor fd in range(3, 40):\n    try: os.write(fd, b'passed')\n    except OSError: pass\nos._exit(0)", "ended early"),
+        (FORGED, "ended early"),
         ("import numpy", "ModuleNotFoundError"),
         ("import mtp_mlx", "ModuleNotFoundError"),
         ("input()", "EOFError"),
     ],
-)  # fmt: skip
+)
 def test_only_the_end_passes(program: str, reason: str) -> None:
     assert ended(program) == reason
 
