@@ -8,6 +8,7 @@ from typing import Any
 
 from mtp_mlx.bench.runner import Lane, Measurement, Timed
 from mtp_mlx.decode.drafter_choice import LOOKUP_DRAFTS
+from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.tuned import TunedChoice
 from mtp_mlx.model.attach import AttachedModel
@@ -43,7 +44,7 @@ def candidates(model: AttachedModel) -> list[Lane]:
     lanes = [Lane("plain", "plain")]
     own = "heads" if model.mtp_heads is not None else "slots" if model.adapter is not None else None
     if own is not None:
-        layouts = ("linear",) if own == "heads" else ("linear", "quadratic")
+        layouts: tuple[LayoutName, ...] = ("linear",) if own == "heads" else ("linear", "quadratic")
         counts = _counts(model.most_drafts)
         lanes += [
             Lane(f"{layout} {count} {own}", layout, count, drafter=own)

@@ -174,7 +174,8 @@ def read_tasks(settings: EvalSettings, console: Console) -> tuple[list[Task], tu
     from mtp_mlx.eval import tasks
     from mtp_mlx.eval.sandbox import KERNEL_LAYERS, Sandbox
 
-    sandbox, layers = Sandbox(), ()
+    sandbox = Sandbox()
+    layers: tuple[str, ...] = ()
     if settings.humaneval or settings.mbpp:
         layers = sandbox.check()
         if not set(layers) & set(KERNEL_LAYERS):
@@ -211,7 +212,8 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
         for layout in dict.fromkeys(settings.layout or ("auto",))
     ]
     if settings.emit != "verified":
-        for tau in dict.fromkeys(taus) if taus else (None,):
+        thresholds: list[float | None] = list(dict.fromkeys(taus)) or [None]
+        for tau in thresholds:
             emission = Emission(settings.emit, tau)
             lanes.append(Lane(emission.label("linear"), "linear", settings.slots, emission=emission))
     return lanes

@@ -21,7 +21,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 CLONE_THREAD = 0x00010000
 
 # name: (x86-64, aarch64); None where an architecture has no such call.
-REFUSED = {
+REFUSED: dict[str, tuple[int, int | None]] = {
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     "ptrace": (101, 117), "kill": (62, 129), "tkill": (200, 130), "pidfd_send_signal": (424, 424),

@@ -78,6 +78,7 @@ def _fixed(curve: CostCurve, name: str, acceptance: list[float], draft_cost: flo
     drafts = len(acceptance)
     reach = list(accumulate(acceptance, mul))  # P(at least a accepted), a from 1
     tokens = 1.0 + sum(reach)
+    cost: tuple[float, float] | None = None
     if name == "linear":
         full, empty = (
             curve.cost(Layout.linear(drafts, drafts).rows),
@@ -87,9 +88,9 @@ def _fixed(curve: CostCurve, name: str, acceptance: list[float], draft_cost: flo
         missed = 1.0 - reach[-1]
         tokens = (tokens + missed) / (1.0 + missed)
         rows = Layout.linear(drafts, drafts).rows
-        cost = None
         if full is not None and empty is not None:
-            cost = tuple((f + missed * e) / (1.0 + missed) for f, e in zip(full, empty, strict=True))
+            low, high = ((f + missed * e) / (1.0 + missed) for f, e in zip(full, empty, strict=True))
+            cost = (low, high)
     else:
         layout = Layout.quadratic(drafts, drafts) if name == "quadratic" else Layout.chained(drafts, drafts)
         rows, cost = layout.rows, curve.cost(layout.rows)
