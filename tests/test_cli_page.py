@@ -81,8 +81,8 @@ def test_a_wrong_value_names_the_right_ones(verb: str, option: str, right: list[
 FIRST_MISTAKES: dict[str, tuple[list[str], str]] = {
     "generate": (["--model", "nowhere", "--prompt", "x"], "no model 'nowhere'"),
     "chat": (["--model", "nowhere"], "no model 'nowhere'"),
-    "train": (["--data", "none.jsonl", "--out", "adapter"], "none.jsonl"),
-    "distill": (["--prompts", "none.jsonl", "--out", "answers.jsonl"], "none.jsonl"),
+    "train": (["--out", "adapter"], "--data is missing"),
+    "distill": (["--out", "answers.jsonl"], "--prompts is missing"),
     "convert": (["none.gguf", "out"], "none.gguf"),
     "info": (["nowhere"], "nowhere does not exist"),
     "doctor": (["--kernel"], "--kernels"),

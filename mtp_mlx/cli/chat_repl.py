@@ -185,9 +185,10 @@ class Repl:
         if not name:
             _say(f"layout {self._chat.settings.layout}")
             return True
-        if name not in LAYOUT_NAMES:
-            raise MTPError(f"unknown layout '{name}': choose one of {', '.join(LAYOUT_NAMES)}")
-        settings = replace(self._chat.settings, layout=name)  # type: ignore[arg-type]
+        known = {str(layout): layout for layout in LAYOUT_NAMES}
+        if name not in known:
+            raise MTPError(f"unknown layout '{name}': choose one of {', '.join(known)}")
+        settings = replace(self._chat.settings, layout=known[name])
         plan_drafting(
             self._chat.model,
             settings.layout,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +23,7 @@ class KeptRows(Generic[Row]):
         kind: what they are of, for messages: "a tau sweep".
     """
 
-    def __init__(self, path: Path | None, row: type[Row], key: str, kind: str) -> None:
+    def __init__(self, path: Path | None, row: Callable[..., Row], key: str, kind: str) -> None:
         self._path, self._row, self._key, self._kind = path, row, key, kind
 
     def read(self) -> Iterator[Row]:
@@ -65,7 +64,7 @@ class KeptRows(Generic[Row]):
         """
         if self._path is None:
             return
-        values: dict[str, Any] = asdict(row)  # type: ignore[call-overload]
+        values: dict[str, Any] = dict(vars(row))
         with clear_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as file:

@@ -39,6 +39,7 @@ _SYSTEM = (
     "/lib64",
     "/usr/share/zoneinfo",
     "/etc/ld.so.cache",
+    "/etc/ssl/openssl.cnf",
     "/dev/null",
     "/dev/urandom",
 )

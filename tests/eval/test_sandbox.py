@@ -45,7 +45,8 @@ assert Point(1, 2).y == 2 and sys.stdin.read() == "" and not os.environ
 print("much " * 100_000)
 """
     outcome = Sandbox(QUICK).run(program)
-    assert outcome.reason == "passed" and "audit" in outcome.layers and "limits" in outcome.layers
+    assert outcome.reason == "passed" and "audit" in outcome.layers
+    assert "limits" in outcome.layers or sys.platform == "darwin"
 
 
 @pytest.mark.parametrize("layers", EITHER)
