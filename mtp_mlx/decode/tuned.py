@@ -60,11 +60,12 @@ def tuned_key(model: AttachedModel) -> dict[str, str]:
     drafting = model.adapter if model.mtp_heads is None else model.mtp_heads
     if drafting is None:
         return {**cost_key(model), "weights": "none"}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(drafting.parameters()))):
-        sample = np.array(tensor.reshape(-1)[:_SAMPLE].astype(mx.float32))
-        digest.update(f"{name} {tensor.shape}".encode() + sample.tobytes())
-    return {**cost_key(model), "weights": digest.hexdigest()[:16]}
+    tensors = sorted(cast("list[tuple[str, mx.array]]", tree_flatten(drafting.parameters())))
+    shapes = json.dumps([(name, tensor.shape) for name, tensor in tensors])
+    samples = [tensor.reshape(-1)[:_SAMPLE].astype(mx.float32) for _, tensor in tensors]
+    values = np.array(mx.concatenate(samples))  # one evaluation, since every generation asks
+    digest = hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
+    return {**cost_key(model), "weights": digest}
 
 
 def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path:
