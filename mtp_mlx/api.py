@@ -188,7 +188,8 @@ def stream_generate(
             list, an mlx or a numpy array.
         max_tokens: exactly so many at most; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
-        layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
+        layout: "auto" plans every step (or does what `mtp-mlx tune` found, where it has run), "linear" and
+            "quadratic" are fixed, "plain" is ordinary decoding.
         slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
         emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a

@@ -23,13 +23,16 @@ from mtp_mlx.errors import MTPError
 # Verb -> its line in `mtp-mlx --help`; written here so that the list needs no verb's module.
 VERBS = {
     "generate": "Write text, several tokens per forward pass",
+    "chat": "Talk with a model, answer by answer",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
     "bench": "Compare the speed and text with plain mlx-lm",
-    "eval": "Measure what unverified emission gains and costs",
+    "eval": "Measure acceptance, speed and answers by category",
+    "tune": "Find the fastest layout on this machine, for auto",
+    "plan": "Project the speed-up on another machine's costs",
 }
 _MENDABLE_OS_ERRORS = (
     FileNotFoundError,

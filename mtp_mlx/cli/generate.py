@@ -20,6 +20,7 @@ from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
+    from mtp_mlx.decode.pick import SamplingConfig
 
 EPILOG = """\b
 Examples:
@@ -157,20 +158,10 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
     from mtp_mlx.decode.calibrate import step_cost
     from mtp_mlx.decode.emission import Emission
-    from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.demo import resolve_model
 
-    sampling = SamplingConfig(
-        temperature=settings.temp,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        repetition_context_size=settings.repetition_context_size,
-        seed=settings.seed,
-        noise=settings.noise,
-    )
+    sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
     if not emission.lossless:
         emission.greedy(sampling)  # refuses before the model is loaded what it would refuse after
@@ -211,6 +202,22 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
         plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
     return run
+
+
+def sampling_of(settings: GenerateSettings) -> SamplingConfig:
+    """How these settings pick tokens."""
+    from mtp_mlx.decode.pick import SamplingConfig
+
+    return SamplingConfig(
+        temperature=settings.temp,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        repetition_context_size=settings.repetition_context_size,
+        seed=settings.seed,
+        noise=settings.noise,
+    )
 
 
 def tell(stage: str) -> None:

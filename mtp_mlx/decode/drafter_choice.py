@@ -16,6 +16,7 @@ from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.policy import FixedPolicy, LayoutName, LookupPolicy, Policy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.tuned import recall
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 
@@ -78,7 +79,8 @@ def plan_drafting(
 ) -> Drafting:
     """What `--layout`, `--slots`, `--lookup` or `--drafter`, and `--emit` with `--tau` stand for together.
 
-    A lookup that was asked for and that the layout cannot use is counted in `stats.fallbacks`.
+    A lookup that was asked for and that the layout cannot use is counted in `stats.fallbacks`. Layout "auto" with
+    nothing else asked for is what `mtp-mlx tune` found, where it has run, and `stats.tuned` says so.
 
     Raises:
         MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or a drafter with another emission.
@@ -88,6 +90,11 @@ def plan_drafting(
         if drafter is not None:
             raise MTPError("--emit and --tau are about mask slots alone: leave --drafter out")
         lookup = bool(lookup)  # the text itself drafts only where it is asked for
+    if layout == "auto" and (slots, lookup, drafter, emission) == (None, None, None, Emission()):
+        tuned = recall(model)
+        if tuned is not None:
+            layout, slots, drafter = tuned.layout, tuned.slots, tuned.drafter
+            stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
     if chosen.own:
         policy = build_policy(model, layout, slots, stats, emission)
