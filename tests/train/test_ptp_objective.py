@@ -18,7 +18,7 @@ from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
 from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
 from mtp_mlx.train.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
 from mtp_mlx.train.objectives.ptp import PTPLoss, divergence
-from mtp_mlx.train.ptp_step import slot_targets
+from mtp_mlx.train.ptp_targets import slot_targets
 from mtp_mlx.train.ptp_uniforms import (
     TeacherRows,
     carried_uniforms,
