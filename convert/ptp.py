@@ -60,6 +60,15 @@ def is_ptp_checkpoint(checkpoint: Checkpoint) -> bool:
     )
 
 
+def student_line(checkpoint: Checkpoint) -> str:
+    """What a plan says of a student."""
+    count = sum(bool(_LORA.fullmatch(name)) for name in checkpoint.tensors)
+    return (
+        f"student of Parallel Token Prediction: {count} low-rank factors and an embedding of uniforms; it becomes an "
+        "adapter folder with --heads-only and --base"
+    )
+
+
 def convert_ptp(
     source: str | Path,
     base: str | Path,

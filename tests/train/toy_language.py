@@ -1,8 +1,9 @@
 """Two languages whose neighbouring tokens depend strongly on each other.
 
-Dominoes share halves: a token is a tile (left, right), id = left * halves + right. The left half of every tile is the right half of the one
-before it, its own right half is drawn evenly. So a tile has log(halves) of entropy given the one before, any tile can
-stand anywhere, and without the tile before nothing better than one tile in halves^2 can be guessed.
+Dominoes share halves: a token is a tile (left, right), id = left * halves + right. The left half of every tile is the
+right half of the one before it, its own right half is drawn evenly. So a tile has log(halves) of entropy given the
+one before, any tile can stand anywhere, and without the tile before nothing better than one tile in halves^2 can be
+guessed.
 
 Words are two tokens: one of two first halves, then one of the two second halves that go with it. There are few texts
 of a few words, so a training step can see all of them: then next-token frequencies are exact, and what is left to
