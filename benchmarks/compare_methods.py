@@ -288,6 +288,15 @@ class Comparison:
         return out
 
 
+NOT_MEASURED = (
+    "only",
+    "steps_of",
+    "questions",
+    "question_limit",
+    "tau",
+)  # settings that decoding does not read
+
+
 class Plan:
     """How long each contestant trains; written down once, so that a stopped run goes on with the same."""
 
@@ -336,9 +345,7 @@ class Plan:
         """Of everything that a measurement depends on."""
         import hashlib
 
-        values = {
-            k: v for k, v in self.to_json().items() if k not in ("only", "questions", "question_limit", "tau")
-        }
+        values = {k: v for k, v in self.to_json().items() if k not in NOT_MEASURED}
         return hashlib.sha256(json.dumps([values, list(prompts)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -346,7 +353,7 @@ class Plan:
         values = {
             k: v.name if isinstance(v, Path) else v for k, v in asdict(self._settings).items() if k != "out"
         }
-        return {**values, "steps_of": dict(self._steps)}
+        return {**values, "model": Path(self._settings.model).name, "steps_of": dict(self._steps)}
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
 def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a checkpoint; what there is to say about it goes to stderr."""
     from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.ptp import is_ptp_checkpoint
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
     if is_ptp_checkpoint(open_checkpoint(source)):
@@ -245,7 +245,7 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_speculators import write_speculators
     from mtp_mlx.convert.peft import is_peft
-    from mtp_mlx.convert.ptp import is_ptp_checkpoint
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 
     if (source / "mtp_config.json").is_file():
         return _export(source, out, how)
@@ -341,7 +341,7 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import find_heads
     from mtp_mlx.convert.heads_report import plan_lines, source_line
-    from mtp_mlx.convert.ptp import is_ptp_checkpoint, student_line
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint, student_line
 
     checkpoint = open_checkpoint(source)
     if is_ptp_checkpoint(checkpoint):

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
 from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.ptp import convert_ptp, is_ptp_checkpoint
+from mtp_mlx.convert.ptp import convert_ptp
+from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
@@ -196,7 +197,21 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert read_ptp_info(tmp_path / "out").shape.embedding == "ieee-bits"
     text = CliRunner().invoke(
-        main, ["generate", "-m", str(base), "-a", str(tmp_path / "out"), "-p", "The sky", "-n", "8", "--json"]
+        main,
+        [
+            "generate",
+            "-m",
+            str(base),
+            "-a",
+            str(tmp_path / "out"),
+            "-p",
+            "The sky",
+            "-n",
+            "8",
+            "--layout",
+            "linear",
+            "--json",
+        ],
     )
     assert text.exit_code == 0 and json.loads(text.stdout)["lossless"] is True
     for arguments, message in (
