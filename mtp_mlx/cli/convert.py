@@ -26,6 +26,7 @@ Examples:
   mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
   mtp-mlx convert ./mimo --verify
   mtp-mlx convert ./heads ./speculators --heads-only --heads-as speculators
+  mtp-mlx convert last.ckpt ./ptp --heads-only --base ./vicuna-7b
 """
 
 
@@ -180,8 +181,15 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a checkpoint; what there is to say about it goes to stderr."""
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
+    if is_ptp_checkpoint(open_checkpoint(source)):
+        raise MTPError(
+            f"{source}: a student of Parallel Token Prediction becomes an adapter of its base model: give "
+            "--heads-only, and that model's folder with --base"
+        )
     settings = WholeSettings(
         dtype=how.dtype,
         quantize=how.bits,
@@ -246,11 +254,14 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_speculators import write_speculators
     from mtp_mlx.convert.peft_plan import is_peft
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 
     if (source / "mtp_config.json").is_file():
         return _export(source, out, how)
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)
+        if is_ptp_checkpoint(checkpoint):
+            return _convert_ptp(checkpoint, out, how)
         if is_peft(checkpoint):
             return _convert_peft(checkpoint, out, how)
         if how.heads_as == "speculators":
@@ -314,6 +325,23 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
     return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
 
 
+def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
+    from mtp_mlx.convert.ptp import convert_ptp
+    from mtp_mlx.demo import resolve_model
+
+    if how.base is None:
+        raise MTPError(
+            f"{checkpoint.path}: a student of Parallel Token Prediction becomes an adapter of its base model: name "
+            "that model's folder with --base"
+        )
+    if how.verify or how.heads_as != "adapter":
+        raise MTPError(
+            f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads: leave --verify and "
+            "--heads-as out"
+        )
+    return convert_ptp(checkpoint.path, resolve_model(how.base), out, force=how.force)
+
+
 # --- plans --------------------------------------------------------------------------------------------------
 
 
@@ -324,8 +352,11 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     from mtp_mlx.convert.heads_report import plan_lines, source_line
     from mtp_mlx.convert.peft_plan import is_peft
     from mtp_mlx.convert.peft_plan import plan_lines as peft_lines
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint, student_line
 
     checkpoint = open_checkpoint(source)
+    if is_ptp_checkpoint(checkpoint):
+        return [source_line(checkpoint), student_line(checkpoint)]
     if is_peft(checkpoint):
         return peft_lines(checkpoint)
     found = None if how.trunk_only else find_heads(checkpoint)

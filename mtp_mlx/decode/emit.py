@@ -15,6 +15,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import Session
@@ -40,7 +41,7 @@ class EmitLoop:
         n_yielded: tokens yielded so far.
 
     Raises:
-        MTPError: there is nothing to draft with.
+        MTPError: there is nothing to draft with, or slots that are no mask tokens.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class EmitLoop:
             raise MTPError(
                 f"emission '{emission.name}' emits the drafts of mask tokens, and this model has none: give an "
                 "adapter with --adapter, or use --emit verified"
+            )
+        if isinstance(session.drafter, PTPSlotDrafter):
+            raise MTPError(
+                f"emission '{emission.name}' is for mask tokens, and this adapter's slots are of Parallel Token "
+                "Prediction: use --emit verified"
             )
         self._drafter = session.drafter
         self._session, self._emission, self._slots = session, emission, slots

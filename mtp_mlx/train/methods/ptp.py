@@ -21,7 +21,8 @@ from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
 from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.ptp import PTPLoss
-from mtp_mlx.train.ptp_step import PTPRunner, UniformChoice, measure_ptp
+from mtp_mlx.train.ptp_step import PTPRunner, measure_ptp
+from mtp_mlx.train.ptp_targets import UniformChoice
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.slot_layout import candidate_anchors
 from mtp_mlx.train.step import BlockChoice
@@ -87,7 +88,7 @@ class TrainPTP(Method):
             self.attached,
             ptp_loss(settings),
             choice,
-            UniformChoice(settings.u_beta, settings.greedy_share),
+            UniformChoice(settings.u_beta, settings.greedy_share, settings.uniforms),
             settings.seed,
             workers=self.workers,
             grad_checkpoint=settings.grad_checkpoint,
