@@ -23,6 +23,7 @@ from mtp_mlx.errors import MTPError
 # Verb -> its line in `mtp-mlx --help`; written here so that the list needs no verb's module.
 VERBS = {
     "generate": "Write text, several tokens per forward pass",
+    "serve": "Answer requests of OpenAI's and Anthropic's clients",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
