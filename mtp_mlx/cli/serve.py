@@ -56,6 +56,7 @@ class ServeSettings:
     max_body_bytes: int = setting(4 << 20, help="Most bytes of a request", minimum=1000)
     queue: int = setting(32, help="Requests that may wait; more get 429", minimum=0)
     concurrent: int = setting(4, help="Requests answered at once", minimum=1)
+    batch: bool = setting(True, help="Requests answered at once share passes, where the model can")
     prefix_cache_mb: int = setting(1024, help="Memory for keys and values of earlier texts", minimum=0)
     grace: int = setting(10, help="Seconds that running answers get when the server stops", minimum=0)
     kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
@@ -174,7 +175,9 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     engine = Engine(
         model,
         tokenizer,
-        EngineSettings(settings.queue, settings.concurrent, settings.prefix_cache_mb << 20, decode),
+        EngineSettings(
+            settings.queue, settings.concurrent, settings.prefix_cache_mb << 20, settings.batch, decode
+        ),
         grammars=grammars,
     )
     limits = Limits(

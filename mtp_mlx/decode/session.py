@@ -401,6 +401,22 @@ class Session:
         self._caches.keep(self.cached - self._caches.marked - rows)
 
     @property
+    def next_position(self) -> int:
+        """Absolute position of the token after the pending one."""
+        return self.start + len(self.tokens)
+
+    def lend_caches(self) -> list[Any]:
+        """Every layer's cache, which somebody else goes on with; this session's are empty until `take_caches`."""
+        lent = list(self.cache)
+        self.cache[:] = self.attached.make_cache()
+        return lent
+
+    def take_caches(self, layers: list[Any]) -> None:
+        """The caches after steps that were run elsewhere: all committed tokens but the pending one."""
+        self.cache[:] = layers
+        self._caches.mark(0)
+
+    @property
     def generated(self) -> list[int]:
         """Committed tokens that are not of the prompt."""
         return self.tokens[self._n_prompt :]

@@ -148,6 +148,7 @@ class Application:
         waiting, active = self._engine.load
         alive = self._engine.alive
         state = {"status": "ok" if alive else "stopped", "waiting": waiting, "active": active}
+        state["batching"] = self._engine.batching
         return JSONResponse({**state, "model": self._prompts.model_name}, 200 if alive else 503)
 
     async def _metrics(self, _: Request) -> Response:

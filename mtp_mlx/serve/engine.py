@@ -2,6 +2,8 @@
 
 Order is first come, first served; `concurrent` requests are answered at once. Between two turns of a sequence that
 is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text.
+Sequences that are decoding at the same time share their passes (`mtp_mlx.decode.batch`) where the model can;
+otherwise they take turns, a token each.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.decode.batch import Batch, Member, why_not_batch
+from mtp_mlx.decode.batch_plan import BatchPlan
+from mtp_mlx.decode.budget import Experience
+from mtp_mlx.decode.calibrate import step_cost
+from mtp_mlx.decode.drafter_choice import batch_drafting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.serve.grammar import Grammars
@@ -39,12 +46,14 @@ class EngineSettings:
         queue: most requests that wait; one more is refused.
         concurrent: most requests answered at once.
         prefix_cache_bytes: most bytes of keys and values kept between requests.
+        batch: sequences that are decoding share their passes, where the model can.
         decode: how texts are decoded.
     """
 
     queue: int = 32
     concurrent: int = 4
     prefix_cache_bytes: int = 1 << 30
+    batch: bool = True
     decode: DecodeSettings = field(default_factory=DecodeSettings)
 
 
@@ -75,6 +84,7 @@ class _Active:
     ticket: Ticket
     sequence: Sequence
     reading: bool = True  # its prompt has not run yet
+    member: Member | None = None  # of the batch, while it shares steps
 
 
 class Engine:
@@ -105,6 +115,8 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._batch: Batch | None = None
+        self.batching = "off"  # or "on", or why not
 
     # --- from any thread ------------------------------------------------------------------------------------
 
@@ -158,6 +170,7 @@ class Engine:
 
     def _run(self) -> None:
         with wired_limit(self.model.model):
+            self._batch = self._make_batch()
             while True:
                 with self._changed:
                     if not (self._waiting or self._active or self._stopping):
@@ -171,6 +184,27 @@ class Engine:
                 self._gauge()
             self._end_all()
             self._gauge()
+
+    def _make_batch(self) -> Batch | None:
+        """Where sequences share passes; None where they are not to, or cannot."""
+        settings = self.settings.decode
+        if not self.settings.batch or self.settings.concurrent < 2:
+            return None
+        reason = why_not_batch(self.model)
+        if not reason and settings.kv_bits is not None:
+            reason = "a quantised cache cannot be rolled"
+        if reason:
+            log.warning("requests take turns instead of sharing passes: %s", reason)
+            self.batching = reason
+            return None
+        self.batching = "on"
+        drafting = batch_drafting(
+            self.model, settings.layout, settings.slots, settings.lookup, settings.drafter
+        )
+        cost = step_cost(self.model) if drafting.form == "auto" else None
+        if cost is not None and self.model.experience is None:
+            self.model.experience = Experience.fresh(self.model.most_drafts, [])
+        return Batch(self.model, BatchPlan(drafting, cost, self.model.experience))
 
     def _admit(self) -> None:
         """Takes requests out of the queue while there is room."""
@@ -200,15 +234,63 @@ class Engine:
         if reading is not None:
             with self._guarded(reading.ticket, reading):
                 reading.reading = not reading.sequence.prefill()
-        for active in [active for active in self._active if not active.reading]:
+        ready = [active for active in self._active if not active.reading]
+        if self._batch is not None and len(ready) > 1:
+            self._share(self._batch, ready)
+            return
+        for active in ready:
             with self._guarded(active.ticket, active):
+                self._alone(active)
                 self._hand_out(active, active.sequence.advance())
+
+    def _alone(self, active: _Active) -> None:
+        """The sequence goes on by itself."""
+        if active.member is not None and self._batch is not None:
+            self._batch.leave(active.member)
+            active.member = None
+
+    def _share(self, batch: Batch, ready: list[_Active]) -> None:
+        """One pass over all sequences that are decoding."""
+        for active in ready:
+            if active.member is None:
+                with self._guarded(active.ticket, active):
+                    self._hand_out(active, active.sequence.pause())
+                    if not active.sequence.done:
+                        active.member = batch.join(active.sequence.session, active.sequence.loop)
+        sharing = [active for active in self._active if active.member is not None]
+        if len(sharing) < 2:
+            return
+        try:
+            committed = batch.step()
+        except Exception as error:
+            log.exception("a shared pass failed")
+            self._batch = self._make_batch()
+            for active in sharing:
+                active.member = None
+                self._fail(active, error)
+            return
+        self.metrics.add("mtp_mlx_batched_passes_total")
+        by_member = {id(member): tokens for member, tokens in zip(batch.members, committed, strict=True)}
+        for active in sharing:
+            active.sequence.batched_steps += 1
+            with self._guarded(active.ticket, active):
+                self._hand_out(active, active.sequence.take(by_member[id(active.member)]))
 
     def _drop_cancelled(self) -> None:
         for active in [active for active in self._active if active.ticket.cancelled.is_set()]:
             self.metrics.add("mtp_mlx_cancelled_total")
-            active.sequence.drop()
-            self._remove(active)
+            self._drop(active)
+
+    def _drop(self, active: _Active) -> None:
+        """Ends a sequence without a trace."""
+        if active.member is not None and self._batch is not None:
+            self._batch.forget(active.member)
+        active.sequence.drop()
+        self._remove(active)
+
+    def _fail(self, active: _Active, error: Exception) -> None:
+        self._drop(active)
+        active.ticket.deliver(Failure(failure_of(error)))
 
     def _hand_out(self, active: _Active, pieces: list[Piece]) -> None:
         ticket = active.ticket
@@ -217,6 +299,7 @@ class Engine:
                 ticket.answered = True
                 self.metrics.first_token(time.perf_counter() - ticket.arrived)
             if piece.summary is not None:
+                self._alone(active)
                 active.sequence.finish()
                 self._remove(active)
                 self._count(active.sequence, piece.summary)
@@ -234,10 +317,10 @@ class Engine:
         except Exception as error:
             if not isinstance(error, MTPError):
                 log.exception("a request failed")
-            if active is not None and active in self._active:
-                active.sequence.drop()
-                self._remove(active)
-            ticket.deliver(Failure(failure_of(error)))
+            if active is None:
+                ticket.deliver(Failure(failure_of(error)))
+            elif active in self._active:
+                self._fail(active, error)
 
     def _end_all(self) -> None:
         with self._changed:
@@ -245,8 +328,7 @@ class Engine:
         for ticket in [*waiting, *(active.ticket for active in self._active)]:
             ticket.deliver(Failure(RequestError("the server is stopping", 503)))
         for active in list(self._active):
-            active.sequence.drop()
-            self._remove(active)
+            self._drop(active)
 
     # --- counts ---------------------------------------------------------------------------------------------
 
