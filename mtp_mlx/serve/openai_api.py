@@ -231,7 +231,8 @@ class ChatAnswer(_Answer):
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self._spelt(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8"))}
+        part = "\ufffd" in text  # of a character: its bytes are not known from the text
+        return {"token": text, "logprob": value, "bytes": None if part else list(text.encode("utf-8"))}
 
 
 class CompletionAnswer(_Answer):
