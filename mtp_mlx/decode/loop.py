@@ -25,8 +25,9 @@ from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
-from mtp_mlx.decode.session import CacheSettings, Session, StepResult
+from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.step_result import StepResult
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel

@@ -10,7 +10,7 @@ before the next pass, which is the same unless rows are taken back in between: t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -27,61 +27,13 @@ from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.decode.step_result import CacheSettings, LazyStep, StepResult
 from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 from mtp_mlx.model.medusa_head import MedusaHeads
 from mtp_mlx.model.parallel_head import ParallelHeads
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """KV-cache options, named and meant as in mlx-lm. kv_bits None keeps the cache unquantised."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step, read on the host.
-
-    Attributes:
-        tokens: accepted drafts, then the target's own pick.
-        n_accepted: number of accepted drafts.
-        drafts, confidences: fresh drafts for the next positions.
-        logits: [1 + d, V], row i predicts tokens[i]; lazy.
-        rows: rows of the pass.
-    """
-
-    tokens: list[int]
-    n_accepted: int
-    drafts: list[int]
-    confidences: list[float]
-    logits: mx.array
-    rows: int
-
-
-@dataclass(frozen=True)
-class LazyStep:
-    """One step whose pass has run and whose outcome the host has not read yet.
-
-    Attributes:
-        integers: int32, how many drafts were accepted, then the target's picks [1 + d], then fresh drafts.
-        confidences: of the fresh drafts.
-        logits: [1 + d, V].
-        head_input: [1, 1 + d, D], the real rows' states that MTP heads take.
-        rows: rows of the pass.
-    """
-
-    integers: mx.array
-    confidences: mx.array
-    logits: mx.array
-    head_input: mx.array
-    rows: int
 
 
 def _head_drafter(attached: AttachedModel, picker: Picker, chain: int, start: int) -> HeadDrafter:
