@@ -31,7 +31,8 @@ from mtp_mlx.model.block import Block
 
 FILLER = 0  # token id of rows that are no drafts
 CUT_PADDING_AT = 128  # rows of padding that every sequence may carry
-TOLERANCE = 0.05  # of the largest state: far above rounding, far below what a wrong mask does
+# How far states of a shared pass may be off, relative to their length: far above rounding, far below a wrong mask.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05
 
 
 @dataclass
@@ -182,15 +183,14 @@ def why_not_batch(attached: AttachedModel) -> str:
     try:
         alone = [_last_state(attached, [attached.make_cache()], [prompt]) for prompt in prompts]
         together = _last_state(attached, [attached.make_cache() for _ in prompts], prompts)
-        off = cast(float, mx.max(mx.abs(mx.concatenate(alone) - together)).item())
-        scale = cast(float, mx.max(mx.abs(together)).item())
+        apart = mx.linalg.norm(mx.concatenate(alone) - together, axis=-1)
+        off = cast(float, mx.max(apart / mx.linalg.norm(together, axis=-1)).item())
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         return f"this model does not take a batch of unequal sequences ({error})"
-    return (
-        ""
-        if off <= TOLERANCE * scale
-        else "this model computes something else in a batch of unequal sequences"
-    )
+    single = attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype == mx.float32
+    if off <= (TOLERANCE if single else HALF_TOLERANCE):
+        return ""
+    return "this model computes something else in a batch of unequal sequences"
 
 
 def _last_state(attached: AttachedModel, caches: list[list[Any]], prompts: list[list[int]]) -> mx.array:

@@ -11,7 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import BatchKVCache, KVCache
@@ -32,6 +32,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.ptp_slots import PTPAdapter
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.decode.ptp_fakes import ptp_attached, ptp_drafting
 from tests.decode.test_head_chain import model_with_heads
@@ -40,8 +41,8 @@ from tests.decode.test_loop import samplings
 from tests.tiny import VOCABULARY, tiny_model
 
 NEAR_TIE = 1e-3  # logits of a padded pass and of one alone differ by rounding
-EXAMPLES = 40
-ARCHITECTURES = ["llama", "qwen3", "gemma2", "phi3", "olmo2", "granite", "qwen3_moe"]
+EXAMPLES = 24
+ARCHITECTURES = ["llama", "qwen3", "phi3", "olmo2", "granite", "qwen3_moe"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Text:
 def texts(draw: Any) -> Text:
     token = st.integers(0, VOCABULARY - 1)
     return Text(
-        prompt=tuple(draw(st.lists(token, min_size=1, max_size=40))),
-        max_tokens=draw(st.integers(1, 24)),
+        prompt=tuple(draw(st.lists(token, min_size=1, max_size=20))),
+        max_tokens=draw(st.integers(1, 16)),
         sampling=draw(samplings()),
-        joins=draw(st.integers(0, 6)),
+        joins=draw(st.integers(0, 4)),
         acceptance=draw(st.sampled_from([None, 0.5, 0.9, 1.0])),
         alone_after=draw(st.sampled_from([None, None, 1, 3])),
     )
@@ -88,8 +89,10 @@ class Running:
         with ExitStack() as stack:
             if text.acceptance is not None:
                 start, seed = len(text.prompt), text.sampling.seed % 1000
-                stack.enter_context(drafting(KnowingDrafter(truth, start, text.acceptance, seed)))
-                stack.enter_context(ptp_drafting(truth, start, text.acceptance, seed))
+                if isinstance(model.adapter, PTPAdapter):
+                    stack.enter_context(ptp_drafting(truth, start, text.acceptance, seed))
+                else:
+                    stack.enter_context(drafting(KnowingDrafter(truth, start, text.acceptance, seed)))
             session, loop = open_loop(
                 list(text.prompt),
                 model,
@@ -164,7 +167,7 @@ def check(model: AttachedModel, running: list[Running], truths: list[list[Token]
         list(mtp_generate_step([*one.text.prompt, *right], model, max_tokens=1, prompt_cache=cache))
         for layer, own in zip(one.cache, cache, strict=True):
             assert type(layer) is KVCache and layer.offset == len(one.text.prompt) + len(right)
-            keys, theirs = np.array(layer.state[0]), np.array(own.state[0])[:, :, : layer.offset]
+            keys, theirs = (np.array(each.state[0])[:, :, : layer.offset] for each in (layer, own))
             assert np.abs(keys - theirs).max() < NEAR_TIE * max(1, np.abs(theirs).max())
 
 
@@ -182,6 +185,7 @@ def plan_for(layout: str, slots: int, lookup: bool) -> BatchPlan:
 RELAXED = settings(
     max_examples=EXAMPLES,
     deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -204,7 +208,7 @@ def test_mask_slots(architecture: str, cases: list[Text], layout: str, slots: in
     check(model, together(model, cases, plan, policies, known, lookup), truths)
 
 
-@settings(RELAXED, max_examples=20)
+@settings(RELAXED, max_examples=8)
 @given(
     st.lists(texts(), min_size=2, max_size=3),
     st.sampled_from([("linear", "bits"), ("quadratic", "bits")]),
@@ -219,7 +223,7 @@ def test_parallel_token_prediction(cases: list[Text], form: tuple[str, str], var
     check(model, together(model, cases, plan_for(form[0], 2, False), policies, known, False), truths)
 
 
-@settings(RELAXED, max_examples=20)
+@settings(RELAXED, max_examples=10)
 @given(st.lists(texts(), min_size=2, max_size=4), st.integers(1, 4), st.booleans())
 def test_mtp_heads(cases: list[Text], chain: int, lookup: bool) -> None:
     model = model_with_heads("qwen3", 2, 4)
@@ -275,6 +279,11 @@ def test_these_can(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_next", "rwkv7"])
 def test_windows_and_recurrent_state_cannot(architecture: str) -> None:
     assert "cannot be rolled" in why_not_batch(attach(tiny_model(architecture, seed=3)))
+
+
+def test_a_model_whose_attention_takes_a_batch_s_mask_for_that_of_its_heads_cannot() -> None:
+    """mlx-lm's gemma2 at this version."""
+    assert "something else" in why_not_batch(attached("gemma2"))
 
 
 def test_exact_decoding_cannot() -> None:

@@ -22,7 +22,7 @@ def filled(tokens: list[int]) -> list[Any]:
     layers = [KVCache(), KVCache()]
     for layer in layers:
         layer.update_and_fetch(rows, rows)
-        layer.keys, layer.values = layer.state  # no room beyond
+        layer.keys, layer.values = layer.keys_and_values()  # no room beyond
     return layers
 
 
@@ -43,7 +43,7 @@ def test_the_longest_common_prefix(stored: list[list[int]], prompt: list[int], s
     assert (found is None) == (length == 0)
     for layer in found or []:
         assert layer.offset == length
-        assert np.array(layer.state[0])[0, 0, :, 0].tolist() == prompt[:length]
+        assert np.array(layer.keys_and_values()[0])[0, 0, :, 0].tolist() == prompt[:length]
 
 
 def _common(one: list[int], other: list[int]) -> int:
