@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -196,6 +199,17 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
     """Serves until SIGINT or SIGTERM; running answers then get `grace` seconds."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """uvicorn's own raises the signal again at the end; here being told to stop is no error."""
+            before = {name: signal.signal(name, self.handle_exit) for name in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for name, handler in before.items():
+                    signal.signal(name, handler)
+
     host, port = listener.getsockname()[:2]
     tell(f"serving {app.model_name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     most = settings.queue + settings.concurrent
@@ -208,7 +222,7 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
         limit_concurrency=4 * most + 64,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     tell("stopped")
 
 

@@ -63,6 +63,7 @@ class Application:
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),
             self._route("/v1/models", self._models, "GET", openai),
+            self._route("/v1/models/{name:path}", self._model, "GET", openai),
             self._route("/v1/chat/completions", self._answering(openai_api.chat), "POST", openai),
             self._route("/v1/completions", self._answering(openai_api.completion), "POST", openai),
             self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
@@ -156,6 +157,11 @@ class Application:
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse(openai_api.models(self._prompts, self._created))
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.model_name:
+            raise RequestError(f"this server has the model {self.model_name!r}", 404, "model")
+        return JSONResponse(openai_api.models(self._prompts, self._created)["data"][0])
 
     async def _count_tokens(self, request: Request) -> Response:
         return JSONResponse(await self._read(anthropic_api.count_tokens, await self._body(request)))
