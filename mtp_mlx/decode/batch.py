@@ -2,8 +2,8 @@
 
 The trunk and the LM head run over [B, R] rows of one layout; everything else (picks, drafts, penalties, grammar) is
 each `Session`'s own, so the text is what the sequence would get alone. Caches are mlx-lm's `BatchKVCache`: rows are
-right-justified, so sequences that kept fewer rows than others are rolled to the right, and the padding that this
-leaves on their left is masked and cut off now and then.
+right-justified, so sequences that kept fewer rows than others are rolled to the right (a copy of the batch's keys and
+values), and the padding that this leaves on their left is masked and cut off now and then.
 
 Sequences with fewer drafts than the layout has room for get rows of filler, which nobody looks at.
 Non-goals: sliding windows, recurrent state, quantised caches, exact rows; `why_not_batch` says so, and such sequences

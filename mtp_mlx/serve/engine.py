@@ -164,7 +164,9 @@ class Engine:
         return ticket
 
     def _forget_cancelled(self) -> None:
-        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled.is_set())
+        wanted = deque(ticket for ticket in self._waiting if not ticket.cancelled.is_set())
+        self.metrics.add("mtp_mlx_cancelled_total", len(self._waiting) - len(wanted))
+        self._waiting = wanted
 
     # --- on the engine's thread -----------------------------------------------------------------------------
 

@@ -139,10 +139,12 @@ class Sequence:
         """Ends the sequence; its keys and values go to the prefix cache."""
         if self._tokens is not None:
             self._tokens.close()
-        n_written = self._text.count
-        text = self.request.prompt + self.session.generated[:n_written]
-        self.session.settle(len(self.request.prompt) - self.n_cached + n_written)
-        self._prefixes.store(text, self.cache)
+        n_own = len(self.request.prompt) - self.n_cached + self._text.count
+        kept = min(n_own, self.session.cached - self.session.start)  # the last token may not have run
+        self.session.settle(kept)
+        self._prefixes.store(
+            (self.request.prompt + self.session.generated)[: self.n_cached + kept], self.cache
+        )
 
     def drop(self) -> None:
         """Ends the sequence without a trace."""

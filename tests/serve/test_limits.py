@@ -207,6 +207,18 @@ def test_wrong_fields(server: Server, change: dict[str, Any], says: str) -> None
     assert status == (404 if "model" in change else 400)
 
 
+@pytest.mark.parametrize("depth", [60, 120, 400])
+def test_deep_schemas_do_no_harm(server: Server, depth: int) -> None:
+    """The grammar library compiles them or not; it does not fall over."""
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, answer = server.ask("/v1/chat/completions", CHAT | {"response_format": form})
+    assert status == 200 or "JSON schema" in sentence(status, answer)
+    assert server.ask("/v1/chat/completions", CHAT)[0] == 200
+
+
 def test_fields_that_change_nothing_are_let_through(server: Server) -> None:
     extra = {
         "user": "me",
