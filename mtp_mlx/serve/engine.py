@@ -21,7 +21,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.decode.batch import Batch, Member, why_not_batch
-from mtp_mlx.decode.batch_plan import BatchPlan
+from mtp_mlx.decode.batch_plan import BatchDrafting, BatchPlan
 from mtp_mlx.decode.budget import Experience
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.drafter_choice import batch_drafting
@@ -34,8 +34,6 @@ from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, Requ
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 
 log = logging.getLogger("mtp_mlx.serve")
-
-IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -171,38 +169,45 @@ class Engine:
     # --- on the engine's thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with wired_limit(self.model.model):
-            self._batch = self._make_batch()
-            while True:
-                with self._changed:
-                    if not (self._waiting or self._active or self._stopping):
-                        self._changed.wait(IDLE_SECONDS)
-                    if self._stopping:
-                        break
-                    if not (self._waiting or self._active):
-                        continue
-                self._admit()
-                self._turn()
-                self._gauge()
+        try:
+            with wired_limit(self.model.model):
+                self._batch = self._make_batch()
+                while self._work_to_do():
+                    self._admit()
+                    self._turn()
+                    self._gauge()
+        except Exception:
+            log.exception("the engine failed; the server answers nothing any more")
+        finally:
             self._end_all()
             self._gauge()
+
+    def _work_to_do(self) -> bool:
+        """Waits for something to do; False when there will be nothing more."""
+        with self._changed:
+            while not (self._waiting or self._active or self._stopping):
+                self._changed.wait()
+            return not self._stopping
 
     def _make_batch(self) -> Batch | None:
         """Where sequences share passes; None where they are not to, or cannot."""
         settings = self.settings.decode
         if not self.settings.batch or self.settings.concurrent < 2:
             return None
-        reason = why_not_batch(self.model)
+        reason, drafting = why_not_batch(self.model), BatchDrafting("plain")
         if not reason and settings.kv_bits is not None:
             reason = "a quantised cache cannot be rolled"
+        try:
+            drafting = batch_drafting(
+                self.model, settings.layout, settings.slots, settings.lookup, settings.drafter
+            )
+        except MTPError as error:  # which every request will be told as well
+            reason = str(error)
         if reason:
             log.warning("requests take turns instead of sharing passes: %s", reason)
             self.batching = reason
             return None
         self.batching = "on"
-        drafting = batch_drafting(
-            self.model, settings.layout, settings.slots, settings.lookup, settings.drafter
-        )
         cost = step_cost(self.model) if drafting.form == "auto" else None
         if cost is not None and self.model.experience is None:
             self.model.experience = Experience.fresh(self.model.most_drafts, [])
@@ -326,6 +331,7 @@ class Engine:
 
     def _end_all(self) -> None:
         with self._changed:
+            self._stopping = True
             waiting, self._waiting = list(self._waiting), deque()
         for ticket in [*waiting, *(active.ticket for active in self._active)]:
             ticket.deliver(Failure(RequestError("the server is stopping", 503)))
