@@ -17,7 +17,8 @@ class Constraint(Protocol):
     def allowed(self, drafts: list[int]) -> np.ndarray:
         """[1 + d, V] bool: tokens that may follow the text and the first i drafts, in row i.
 
-        Rows behind a draft that is refused are never looked at; every row allows one token at least.
+        Rows behind a draft that is refused, or that ends the text, are never read; every row allows one token at
+        least.
         """
         ...
 

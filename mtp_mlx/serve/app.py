@@ -258,7 +258,8 @@ async def _events(answer: Answer, first: Piece, events: asyncio.Queue[Event]) ->
     """The text of server-sent events."""
     piece = first
     try:
-        yield answer.opening()
+        if text := answer.opening():
+            yield text
         while True:
             if text := answer.events(piece):
                 yield text

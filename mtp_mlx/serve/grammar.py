@@ -59,7 +59,7 @@ class Grammars:
             raise MTPError(f"the JSON schema cannot be used: {error}") from error
         problem = matcher.validate_grammar(grammar, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
-            raise MTPError(f"the JSON schema cannot be used: {problem}")
+            raise MTPError(f"the JSON schema cannot be used: {' '.join(problem.split())[:300]}")
         return str(grammar)
 
     def start(self, grammar: str) -> GrammarConstraint:
@@ -84,14 +84,15 @@ class GrammarConstraint:
         masks = [self._mask()]
         consumed = 0
         for draft in drafts:
-            if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([draft]):
+            ends = self._only_eos[draft] or self._matcher.is_stopped()  # nothing behind it will be read
+            if ends or not self._matcher.try_consume_tokens([draft]):
                 break
             consumed += 1
             masks.append(self._mask())
         if consumed and not self._matcher.rollback(consumed):
             raise MTPError(f"the grammar library failed: {self._matcher.get_error()}")
-        behind_refused = np.ones((1 + len(drafts) - len(masks), self._vocab_size), dtype=bool)
-        return np.concatenate([np.stack(masks), behind_refused])
+        unread = np.ones((1 + len(drafts) - len(masks), self._vocab_size), dtype=bool)
+        return np.concatenate([np.stack(masks), unread])
 
     def _mask(self) -> np.ndarray:
         """[V] bool."""

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lm.models.cache import ArraysCache, CacheList, LRUPromptCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    trim_prompt_cache,
+)
 
 MOST_ENTRIES = 256
 
@@ -45,9 +51,12 @@ class PrefixCache:
         usable = len(tokens) - spare
         if usable < 1 or not len(self._store):
             return None, 0
-        cache, rest = self._store.fetch_nearest_cache("model", tokens[:usable])
-        found = usable - len(rest)
-        if cache is None or found < 1:
+        # One token more than is used: mlx-lm's search leaves the last one to run where it cuts a longer entry.
+        cache, rest = self._store.fetch_nearest_cache("model", tokens[: usable + 1])
+        found = usable + 1 - len(rest)
+        if cache is not None and found > usable and can_trim_prompt_cache(cache):
+            found -= trim_prompt_cache(cache, found - usable)
+        if cache is None or not 1 <= found <= usable:
             return None, 0
         self.hits += 1
         self.reused_tokens += found

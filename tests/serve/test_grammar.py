@@ -59,7 +59,11 @@ def brute_force(loaded: Any, grammar: str, prompt: list[int], sampling: Sampling
         assert fresh.consume_tokens(tokens) or not tokens
         while True:
             pick = int(picker.pick(logits + mx.array(forbidden), position).item())
-            if fresh.try_consume_tokens([pick]) == 1:
+            if pick in eos:
+                allowed = fresh.is_accepting() or fresh.is_stopped()
+            else:
+                allowed = not fresh.is_stopped() and fresh.try_consume_tokens([pick]) == 1
+            if allowed:
                 break
             forbidden[0, pick] = -np.inf
         tokens.append(pick)

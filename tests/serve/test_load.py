@@ -25,7 +25,7 @@ from mtp_mlx.serve.sequence import DecodeSettings
 from tests.serve.running import Server, save_model, serving
 
 pytest.importorskip("starlette")
-KEY, CLIENTS, REQUESTS, BODY = "s3cret", 16, 10, 50_000
+KEY, CLIENTS, REQUESTS, BODY = "s3cret", 16, 6, 50_000
 HEADERS = {"Content-Type": "application/json", "x-api-key": KEY}
 
 
@@ -166,13 +166,12 @@ def test_load(tmp_path: Path, layout: Any) -> None:
         answers: dict[int, set[str]] = {}
         seen = storm(server, 0, answers)  # buffers and caches reach their sizes
         before = memory(server)
-        for seed in (1, 2):
-            seen += storm(server, seed, answers)
+        seen += storm(server, 1, answers)
         after = memory(server)
-        seen += storm(server, 3, answers, patient=False)
+        seen += storm(server, 2, answers, patient=False)
         assert server.engine.metrics.value("mtp_mlx_batched_passes_total") > 50
         assert server.engine.alive and ask(server, 0)[1] == alone[0]
-    assert len(answers) > 30 and all(texts == {alone[number]} for number, texts in answers.items())
+    assert len(answers) > 25 and all(texts == {alone[number]} for number, texts in answers.items())
     assert {200, 400, 401, 413, 429, 499} <= set(seen), seen
     for kind, then, now in zip(("MLX", "process"), before, after, strict=True):
         assert now <= then * 1.05, f"{kind} memory went from {then} to {now} bytes"
@@ -191,6 +190,7 @@ def test_overflow_is_answered_429_at_once(tmp_path: Path) -> None:
     save_model(tmp_path)
     settings = EngineSettings(queue=1, concurrent=1, decode=DecodeSettings(layout="plain"))
     with serving(tmp_path, engine=settings, limits=Limits(output=100_000)) as server:
+        server.prompts.tokenizer.eos_token_ids = set()  # texts do not end by themselves
         sockets = []
         for _ in range(2):
             data = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
