@@ -39,7 +39,7 @@ from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.sidecar import sidecar
-from mtp_mlx.text import StopStrings
+from mtp_mlx.text import AnswerText
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
 
@@ -211,8 +211,7 @@ def stream_generate(
     stats = DecodeStats() if stats is None else stats
     drafting = plan_drafting(model, layout, slots, stats, lookup, drafter, emission)
     policy = drafting.policy
-    detokenizer = tokenizer.detokenizer
-    stops = StopStrings(stop)
+    answer = AnswerText(tokenizer, stop, max_tokens)
     clock = _Clock(len(ids))
     steps = mtp_generate_step(
         ids,
@@ -229,16 +228,7 @@ def stream_generate(
         for count, item in enumerate(steps, start=1):
             if count == 1:
                 clock.first = time.perf_counter()
-            reason = _finish_reason(item.token, count, max_tokens, tokenizer)
-            if reason != "stop":
-                detokenizer.add_token(item.token)
-            if reason is not None:
-                detokenizer.finalize()
-            text = stops.feed(detokenizer.last_segment)
-            if stops.stopped:
-                reason = "stop"
-            elif reason is not None:
-                text += stops.finish()
+            text, reason = answer.feed(item.token)
             if reason is not None:
                 stats.verdict = policy.verdict
             yield GenerationResponse(
@@ -265,12 +255,6 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
         raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
         raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
-
-
-def _finish_reason(token: int, count: int, max_tokens: int, tokenizer: TokenizerWrapper) -> str | None:
-    if token in tokenizer.eos_token_ids:
-        return "stop"
-    return "length" if count == max_tokens else None
 
 
 def generate(
@@ -300,5 +284,10 @@ def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = N
         return encode_prompt(tokenizer, prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
+    return chat_ids(tokenizer, messages)
+
+
+def chat_ids(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

@@ -24,6 +24,7 @@ from mtp_mlx.errors import MTPError
 VERBS = {
     "generate": "Write text, several tokens per forward pass",
     "chat": "Talk with a model, answer by answer",
+    "serve": "Answer requests of OpenAI's and Anthropic's clients",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
