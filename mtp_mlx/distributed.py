@@ -14,12 +14,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+Item = TypeVar("Item")
 
 TIMEOUT_VARIABLE = "MTP_MLX_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = (
@@ -206,6 +208,20 @@ class Peers:
             ) from error
         finally:
             timer.cancel()
+
+    def each(self, items: Iterator[Item]) -> Iterator[Item]:
+        """`items`, each of which takes all processes.
+
+        Raises:
+            MTPError: another process was lost.
+        """
+        while True:
+            with self.waiting():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def _give_up(self) -> None:
         os.write(

@@ -1,4 +1,4 @@
-"""Proves that processes of `mlx.launch` agree over loopback, and that a lost or stopped one ends the others in words."""
+"""Proves that processes of `mlx.launch` agree over loopback, and that one lost or hanging ends the rest in words."""
 
 from __future__ import annotations
 

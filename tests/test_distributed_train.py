@@ -1,4 +1,4 @@
-"""Proves that two processes train as one with twice the micro-batches, write once, resume, and outlive no lost peer."""
+"""Proves that two processes train as one with twice the micro-batches, write once, resume, and end if one is lost."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def arguments(folder: Path, out: str, **changes: Any) -> list[str]:
 
 
 def results(folder: Path, out: str) -> Run:
-    """The metrics without times, and the tensors of the adapter."""
+    """The metrics without times, and the tensors of the checkpoint: weights in float32, optimizer state."""
     lines = (folder / f"{out}.metrics.jsonl").read_text().splitlines()
     rows = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
-    tensors = mx.load(str(folder / out / "mtp.safetensors"))
+    tensors = mx.load(str(folder / f"{out}.checkpoint.safetensors"))
     assert isinstance(tensors, dict)
     return rows, {name: np.array(value) for name, value in tensors.items()}
 

@@ -24,6 +24,7 @@ from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
 from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.verify import leading_run
@@ -198,7 +199,8 @@ class Session:
             known = self._recent(self.tokens, self.picker.history_size - n_ahead)
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
-        return self.picker.pick(logits, mx.array([position]), history), logits
+        pick = self.picker.pick(logits, mx.array([position]), history)
+        return led(self.attached.peers, pick), logits
 
     # --- unverified emission --------------------------------------------------------------------------------
 
@@ -238,7 +240,8 @@ class Session:
         picks, accepted = self._verify(logits, positions, history, rows)
         own = None if history is None else history[accepted]
         fresh, confidences = self._draft(layout, hidden, picks, accepted, positions[accepted], own)
-        integers = mx.concatenate([accepted.reshape(1), picks, fresh])
+        integers = led(self.attached.peers, mx.concatenate([accepted.reshape(1), picks, fresh]))
+        confidences = led(self.attached.peers, confidences)
         mx.eval(integers, confidences)  # the step's one host read
         n_accepted, *values = cast("list[int]", integers.tolist())
         count = layout.chain or layout.slots[n_accepted]
