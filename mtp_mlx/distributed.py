@@ -164,11 +164,13 @@ class Peers:
         from mlx.nn.utils import average_gradients
         from mlx.utils import tree_map
 
+        scaled: list[mx.array] = []  # a list, because `average_gradients` reads a dot in a name as another level
+        tree_map(lambda leaf: scaled.append(leaf * (share * self.size)), gradients)
         with self.waiting():
-            scaled = tree_map(lambda leaf: leaf * (share * self.size), gradients)
             mean = average_gradients(scaled, group=self.group)
             mx.eval(mean)
-        return cast("dict", mean)
+        leaves = iter(mean)
+        return cast("dict", tree_map(lambda _: next(leaves), gradients))
 
     def must_agree(self, values: dict[str, Any], remedy: str) -> None:
         """Compares JSON values with those of process 0.

@@ -32,9 +32,9 @@ def exchange() -> dict[str, object]:
     )
     out["shared"] = {name: np.array(value.astype(mx.float32) if name == "bf16" else value).tolist()
                      for name, value in shared.items()}  # fmt: skip
-    gradients = {"a": [mx.array([[1.0, 2.0]]) * mine], "b": mx.array(5.0) + mine}
+    gradients = {"a.0.a": [mx.array([[1.0, 2.0]]) * mine], "b": mx.array(5.0) + mine}
     mean = peers.weighted_mean(gradients, share=mine / sum(range(1, peers.size + 1)))
-    out["mean"] = [mean["a"][0].tolist(), mean["b"].tolist()]
+    out["mean"] = [mean["a.0.a"][0].tolist(), mean["b"].tolist()]
     peers.must_agree({"model": "same"}, "x")
     for call in (
         lambda: peers.must_agree({"model": f"m{peers.rank}"}, "start all with the same model"),

@@ -1,6 +1,6 @@
 """What each process of `tests/test_distributed_generate.py` does: generates with every request of a JSON file.
 
-A request is {"adapter": folder or null, "emit": ..., and arguments of `stream_generate`}. Each process prints one JSON
+A request is {"adapter": folder or null, "emit": ..., and arguments of `stream_generate`}. Each process prints a JSON
 object: its rank, a list of token ids per request, and the parts of the model that it has.
 """
 

@@ -20,7 +20,8 @@ def led(peers: Peers, values: mx.array) -> mx.array:
     """Process 0's values, lazily; any shape, the same in every process. Free for one process alone."""
     if peers.alone or not values.size:
         return values
-    own = values if peers.leads else mx.zeros_like(values)
+    # The others' values are computed too: the collectives on the way to them must run everywhere, in one order.
+    own = mx.where(mx.array(peers.leads), values, mx.zeros_like(values))
     return mx.distributed.all_sum(own, group=peers.group)
 
 
