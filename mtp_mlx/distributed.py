@@ -164,7 +164,9 @@ class Peers:
         from mlx.nn.utils import average_gradients
         from mlx.utils import tree_map
 
-        scaled: list[mx.array] = []  # a list, because `average_gradients` reads a dot in a name as another level
+        scaled: list[
+            mx.array
+        ] = []  # a list, because `average_gradients` reads a dot in a name as another level
         tree_map(lambda leaf: scaled.append(leaf * (share * self.size)), gradients)
         with self.waiting():
             mean = average_gradients(scaled, group=self.group)

@@ -69,7 +69,7 @@ class Launched:
         """How a rank ended."""
         return int((self._pids / f"{rank}.code").read_text())
 
-    def finish(self, limit: float = 120) -> tuple[str, str]:
+    def finish(self, limit: float = 240) -> tuple[str, str]:
         """(stdout, stderr) of all processes, once they have ended.
 
         Raises:

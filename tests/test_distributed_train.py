@@ -20,14 +20,14 @@ from mtp_mlx.cli import main
 from tests.launched import Launched
 from tests.tiny import save_tiny
 
-STEPS = 6
+STEPS = 4
 SMALL = {
     "steps": STEPS,
     "warmup": 2,
     "draft_vocab": 60,
     "measure_every": 0,
     "save_every": 2,
-    "held_out": 4,
+    "held_out": 2,
     "batch_size": 1,
     "slots": 2,
     "rank": 3,
@@ -74,9 +74,9 @@ def alike(one: Run, other: Run) -> None:
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             if name == "parts":
-                assert mine["parts"] == pytest.approx(theirs["parts"], rel=2e-5)
+                assert mine["parts"] == pytest.approx(theirs["parts"], rel=1e-4)
             else:
-                assert value == pytest.approx(theirs[name], rel=2e-5), (name, mine, theirs)
+                assert value == pytest.approx(theirs[name], rel=1e-4), (name, mine, theirs)
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         np.testing.assert_allclose(value, other[1][name], rtol=2e-3, atol=2e-5, err_msg=name)
@@ -84,8 +84,8 @@ def alike(one: Run, other: Run) -> None:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Run:
-    """One process with four micro-batches."""
-    result = CliRunner().invoke(main, arguments(folder, "alone", micro_batches=4))
+    """One process with two micro-batches."""
+    result = CliRunner().invoke(main, arguments(folder, "alone", micro_batches=2))
     assert result.exit_code == 0, result.output
     return results(folder, "alone")
 
@@ -93,7 +93,7 @@ def alone(folder: Path) -> Run:
 def test_two_processes_train_as_one_with_twice_the_micro_batches(
     folder: Path, alone: Run, tmp_path: Path
 ) -> None:
-    stdout, stderr = Launched(2, ["cli", *arguments(folder, "two", micro_batches=2)], tmp_path).finish()
+    stdout, stderr = Launched(2, ["cli", *arguments(folder, "two", micro_batches=1)], tmp_path).finish()
     summary = json.loads(stdout)  # one object: only the first process prints
     assert summary["steps"] == STEPS and summary["resumed_from"] is None, stderr
     assert stderr.count("held out;") + stderr.count("memory, estimated: ") == 1
@@ -102,7 +102,7 @@ def test_two_processes_train_as_one_with_twice_the_micro_batches(
     assert read_info(folder / "two").training == read_info(folder / "alone").training
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     for _ in range(int(seconds / 0.02)):
         if condition():
             return
@@ -117,11 +117,11 @@ def steps_done(folder: Path, out: str) -> int:
 
 def test_a_killed_process_ends_the_run_which_then_goes_on(folder: Path, alone: Run, tmp_path: Path) -> None:
     """Longer first, so that there is time to kill; the same command continues, and so would one process."""
-    words = ["cli", *arguments(folder, "killed", micro_batches=2, steps=400, schedule="constant")]
+    words = ["cli", *arguments(folder, "killed", micro_batches=1, steps=400, schedule="constant")]
     launched = Launched(2, words, tmp_path)
     wait_for(lambda: steps_done(folder, "killed") >= 3)
     os.kill(launched.pid(1), signal.SIGKILL)
-    stdout, stderr = launched.finish(60)
+    stdout, stderr = launched.finish()
     assert stdout == "" and launched.code(0) == 2
     assert "Error (process 1 of 2): the connection to another process of this run was lost" in stderr
     first = steps_done(folder, "killed")
@@ -130,14 +130,14 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(folder: Path, alone: R
     again = Launched(2, words, tmp_path)
     wait_for(lambda: steps_done(folder, "killed") > first)
     os.kill(again.pid(1), signal.SIGTERM)  # asked politely, both stop behind the same step
-    stdout, stderr = again.finish(60)
+    stdout, stderr = again.finish()
     summary = json.loads(stdout)
     assert summary["interrupted"] and summary["resumed_from"] % 2 == 0, stderr
     assert 2 <= summary["resumed_from"] <= first and summary["steps"] == steps_done(folder, "killed")
     assert again.code(0) == again.code(1) == 130
 
     steps = summary["steps"]
-    whole = arguments(folder, "whole", micro_batches=4, steps=400, schedule="constant")
+    whole = arguments(folder, "whole", micro_batches=2, steps=400, schedule="constant")
     stop_after(folder, whole, "whole", steps)
     alike(*(results(folder, out) for out in ("killed", "whole")))
 
@@ -156,14 +156,14 @@ def stop_after(folder: Path, words: list[str], out: str, steps: int) -> None:
 
 
 def test_two_processes_continue_what_one_began(folder: Path, alone: Run, tmp_path: Path) -> None:
-    words = arguments(folder, "began", micro_batches=4)
+    words = arguments(folder, "began", micro_batches=2)
     stop_after(folder, words, "began", 2)
-    words[words.index("--micro-batches") + 1] = "2"
+    words[words.index("--micro-batches") + 1] = "1"
     stdout, stderr = Launched(2, ["cli", *words], tmp_path).finish()
     assert json.loads(stdout)["resumed_from"] == 2, stderr
     alike(results(folder, "began"), alone)
-    refused = CliRunner().invoke(main, words)  # one process with two micro-batches is another run
-    assert refused.exit_code == 2 and "micro_batches was 4, now 2" in refused.stderr
+    refused = CliRunner().invoke(main, words)  # one process with one micro-batch is another run
+    assert refused.exit_code == 2 and "micro_batches was 2, now 1" in refused.stderr
 
 
 def test_processes_with_other_data_are_told_so(folder: Path, tmp_path: Path) -> None:
