@@ -30,6 +30,8 @@ VERBS = {
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
     "bench": "Compare the speed and text with plain mlx-lm",
+    "push": "Publish an adapter folder on the model hub",
+    "pull": "Get an adapter folder from the model hub",
     "eval": "Measure what unverified emission gains and costs",
 }
 SHARING_VERBS = ("train", "generate")  # several processes of mlx.launch share one such command's work
