@@ -16,6 +16,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mtp_mlx.adapter import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from mtp_mlx.config import option_name
 from mtp_mlx.demo import EMBEDDED
@@ -31,6 +33,45 @@ METHODS = {
     "mtp-heads": ("MTP heads", "2603.23911"),
     "ptp": ("Parallel Token Prediction", "2512.21323"),
 }
+NOT_REPEATABLE = "The adapter does not record settings that a command repeats."
+CARD = """---
+{front}
+---
+
+# {title}
+
+Drafts for {base}, so that it writes several tokens per forward pass with mtp-mlx. Drafts are verified: the text is the
+base model's own. It runs with that model only, which is checked by a fingerprint.
+
+## Base
+
+{base}, fingerprint `{fingerprint}`
+
+## Method
+
+{method}
+
+## Data
+
+{data}
+
+## Measured acceptance
+
+Share of drafts accepted, given that those before were, on held-out text:
+
+{measured}
+
+## Reproduce
+
+{again}
+
+## Use
+
+```
+mtp-mlx pull {repository} --out adapter
+mtp-mlx generate --model {base} --adapter adapter --prompt "..."
+```
+"""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -135,52 +176,53 @@ def hub_card(config: dict[str, Any], repository: str, description: Description) 
         MTPError: as `public_base`.
     """
     base, training = public_base(config, description.base), config.get("training", {})
-    method, paper = METHODS.get(
-        str(training.get("method", config.get("method"))), (str(config.get("method")), "")
-    )
-    front = [
-        "library_name: mtp-mlx",
-        "pipeline_tag: text-generation",
-        "tags: [mlx, mtp-mlx, speculative-decoding]",
-    ]
+    front: dict[str, Any] = {
+        "library_name": "mtp-mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["mlx", "mtp-mlx", "speculative-decoding"],
+    }
     if base not in EMBEDDED:
-        front += [f"base_model: {base}", "base_model_relation: adapter"]
+        front |= {"base_model": base, "base_model_relation": "adapter"}
     if description.license:
-        front.append(f"license: {description.license}")
-    acceptance = config.get("acceptance") or []
-    rows = [f"| {depth} | {value:.2f} |" for depth, value in enumerate(acceptance, 1)]
-    measured = ["| draft | accepted |", "|---|---|", *rows] if rows else ["Not measured."]
-    data = [description.data or "Not said by whoever published this."]
-    if "examples" in training:
-        data.append(
-            f"{training['examples']} examples, fingerprint `{training.get('data_fingerprint', '?')}`."
-        )
+        front["license"] = description.license
     command = reproduce_command(config, base)
-    again = (
-        ["```", command, "```"]
-        if command
-        else ["The adapter does not record settings that a command repeats."]
+    return CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False).strip(),
+        title=repository.rpartition("/")[2],
+        repository=repository,
+        base=base,
+        fingerprint=config["base"]["fingerprint"],
+        method=_method(config),
+        data=_data(training, description),
+        measured=_measured(config.get("acceptance") or []),
+        again=f"```\n{command}\n```" if command else NOT_REPEATABLE,
     )
-    lines = ["---", *front, "---", "", f"# {repository.rpartition('/')[2]}", ""]
-    lines += [
-        f"Drafts for {base}, so that it writes several tokens per forward pass with mtp-mlx. Drafts are verified:"
-    ]
-    lines += [
-        "the text is the base model's own. It runs with that model only (checked by a fingerprint).",
-        "",
-    ]
-    lines += ["## Base", "", f"{base}, fingerprint `{config['base']['fingerprint']}`", ""]
-    link = f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
-    lines += ["## Method", "", f"{method}{link}", "", "## Data", "", *data, ""]
-    lines += [
-        "## Measured acceptance",
-        "",
-        "Share of drafts accepted, given that those before were, on held-out text:",
-    ]
-    lines += ["", *measured, "", "## Reproduce", "", *again, "", "## Use", "", "```"]
-    lines += [f"mtp-mlx pull {repository} --out adapter"]
-    lines += [f'mtp-mlx generate --model {base} --adapter adapter --prompt "..."', "```", ""]
-    return "\n".join(lines)
+
+
+def _method(config: dict[str, Any]) -> str:
+    """Its name, with the paper."""
+    name = str(config.get("training", {}).get("method", config.get("method")))
+    if name not in METHODS:
+        return name
+    words, paper = METHODS[name]
+    return f"{words} ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
+
+
+def _data(training: dict[str, Any], description: Description) -> str:
+    text = description.data or str(training.get("data") or "Not said by whoever published this.")
+    if "examples" not in training:
+        return text
+    return (
+        f"{text}\n\n{training['examples']} examples, fingerprint `{training.get('data_fingerprint', '?')}`."
+    )
+
+
+def _measured(acceptance: list[float]) -> str:
+    """A table by depth."""
+    if not acceptance:
+        return "Not measured."
+    rows = (f"| {depth} | {value:.2f} |" for depth, value in enumerate(acceptance, 1))
+    return "\n".join(["| draft | accepted |", "|---|---|", *rows])
 
 
 # --- to and from the hub --------------------------------------------------------------------------------------

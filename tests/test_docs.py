@@ -49,7 +49,7 @@ SMALLER = {
         "--held-out",
         "1",
         "--max-length",
-        "48",
+        "200",
     ],
 }
 
@@ -123,6 +123,8 @@ def run_command(line: str, home: Path) -> None:
         return
     for old in (*home.glob("*.checkpoint.safetensors"), *home.glob("*.metrics.jsonl")):
         old.unlink()
+    if words[0] == "distill":
+        Path(words[words.index("--out") + 1]).unlink(missing_ok=True)
     smaller = SMALLER.get(words[0], [])
     pairs = [pair for pair in zip(smaller[::2], smaller[1::2], strict=True) if pair[0] in known]
     result = CliRunner().invoke(
