@@ -40,8 +40,8 @@ CARD = """---
 
 # {title}
 
-Drafts for {base}, so that it writes several tokens per forward pass with mtp-mlx. Drafts are verified: the text is the
-base model's own. It runs with that model only, which is checked by a fingerprint.
+Drafts for {base}, so that it writes several tokens per forward pass with mtp-mlx. Drafts are verified: the text is
+the base model's own. It runs with that model only, which is checked by a fingerprint.
 
 ## Base
 
