@@ -25,17 +25,20 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.demo import bundled_adapter, cache_dir, resolve_model
+from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.draft_heads import DraftHeads
+from mtp_mlx.model.sharded import shard
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.sidecar import sidecar
@@ -103,6 +106,7 @@ def load(
     exact: bool = False,
     loop: int | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    peers: Peers | None = None,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
     """A model with its adapter (mask tokens or MTP heads) attached, and its tokenizer.
 
@@ -114,13 +118,16 @@ def load(
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
         loop: drafts in each step of MTP heads that are fewer: all of them are applied again, in order.
+        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), each of which then has a part of the model.
+            All must make the same calls.
 
     Raises:
         MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
     """
     path = resolve_model(model, quantize=quantize)
     try:
-        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)[:2]
+        lazy = peers is not None and not peers.alone
+        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config, lazy=lazy)[:2]
     except (
         OSError,
         ValueError,
@@ -145,13 +152,22 @@ def load(
                 "a loop applies MTP heads again, and there are none here: give their folder as adapter"
             )
         heads.loop(loop)
-    attached = attach(base, weights, default_dispatcher(cache_dir), exact, heads)
+    kernels = None
+    if peers is None or peers.alone:
+        kernels = default_dispatcher(cache_dir)
+    else:
+        if exact:
+            raise MTPError("exact decoding is for one process: leave it out, or run without mlx.launch")
+        shard(base, weights, peers)
+    attached = attach(base, weights, kernels, exact, heads)
+    attached.peers = peers or Peers()
     for drafting in (weights, heads):
         if drafting is not None:  # once here, instead of a cast of every factor in every pass
             drafting.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
-    _evaluate(attached)
+    with attached.peers.waiting():
+        _evaluate(attached)
     return attached, tokenizer
 
 
@@ -210,7 +226,7 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
     drafting = plan_drafting(model, layout, slots, stats, lookup, drafter, emission)
-    policy = drafting.policy
+    policy = led_policy(drafting.policy, model.peers)
     answer = AnswerText(tokenizer, stop, max_tokens)
     clock = _Clock(len(ids))
     steps = mtp_generate_step(
@@ -225,7 +241,7 @@ def stream_generate(
         **kwargs,
     )
     with wired_limit(model.model), closing(steps):
-        for count, item in enumerate(steps, start=1):
+        for count, item in enumerate(model.peers.each(steps), start=1):
             if count == 1:
                 clock.first = time.perf_counter()
             text, reason = answer.feed(item.token)

@@ -25,6 +25,7 @@ from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
 from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.step_result import CacheSettings, LazyStep, StepResult
@@ -178,7 +179,8 @@ class Session:
             known = self._recent(self.tokens, self.picker.history_size - n_ahead)
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
-        return self.picker.pick(logits, mx.array([position]), history), logits
+        pick = self.picker.pick(logits, mx.array([position]), history)
+        return led(self.attached.peers, pick), logits
 
     # --- unverified emission --------------------------------------------------------------------------------
 
@@ -252,7 +254,8 @@ class Session:
         fresh, confidences = self._draft(
             layout, hidden, head_input, picks, accepted, positions[accepted], own
         )
-        integers = mx.concatenate([accepted.reshape(1), picks, fresh])
+        integers = led(self.attached.peers, mx.concatenate([accepted.reshape(1), picks, fresh]))
+        confidences = led(self.attached.peers, confidences)
         return LazyStep(integers, confidences, logits, head_input, hidden.shape[0])
 
     def commit(self, layout: Layout, found: LazyStep) -> StepResult:
