@@ -30,7 +30,7 @@ from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.demo import bundled_adapter, cache_dir, resolve_model
+from mtp_mlx.demo import bundled_adapter, cache_dir, named_adapter, resolve_model
 from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
@@ -112,8 +112,8 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder; "auto" uses the bundled one, or the folder `mtp` inside the model's, if there is one
-            for this model; None for none.
+        adapter: adapter folder, or "demo-heads", the bundled MTP heads of the embedded model; "auto" uses the bundled
+            adapter, or the folder `mtp` inside the model's, if there is one for this model; None for none.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
@@ -136,16 +136,19 @@ def load(
         TypeError,
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
+    if adapter == "auto":
+        folder = bundled_adapter(model) or sidecar(path)
+    else:
+        folder = None if adapter is None else named_adapter(adapter)
     info: AdapterInfo | HeadsInfo | PTPInfo | None = None
     weights: SlotAdapter | None = None
     heads: DraftHeads | None = None
-    if folder is not None and is_heads(Path(folder)):
-        heads, info = load_heads(Path(folder), base)
-    elif folder is not None and is_ptp(Path(folder)):
-        weights, info = load_ptp(Path(folder), base)
+    if folder is not None and is_heads(folder):
+        heads, info = load_heads(folder, base)
+    elif folder is not None and is_ptp(folder):
+        weights, info = load_ptp(folder, base)
     elif folder is not None:
-        weights, info = load_adapter(Path(folder), base)
+        weights, info = load_adapter(folder, base)
     if loop is not None:
         if heads is None:
             raise MTPError(
