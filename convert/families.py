@@ -62,8 +62,9 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     for family in layouts:
         if kind in (family.model_types or tuple(BLOCKS)):
             found = _found(family, names, config)
-            ours = found.convention.family == "speculators" and isinstance(written, dict)
-            return _as_written(found, written) if ours else found
+            if found.convention.family == "speculators" and isinstance(written, dict):
+                return _as_written(found, written)
+            return found
     if layouts:
         known = sorted({kind for family in layouts for kind in family.model_types or BLOCKS})
         raise ConversionError(
