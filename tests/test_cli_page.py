@@ -70,7 +70,7 @@ def choices() -> Iterator[tuple[str, str, list[str]]]:
                 yield verb, max(parameter.opts, key=len), [str(choice) for choice in parameter.type.choices]
 
 
-@pytest.mark.parametrize(("verb", "option", "right"), choices(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("verb", "option", "right"), list(choices()), ids=lambda value: str(value))
 def test_a_wrong_value_names_the_right_ones(verb: str, option: str, right: list[str]) -> None:
     result = CliRunner().invoke(cli.main, [verb, option, "nonsense"])
     assert result.exit_code == 2 and result.stdout == ""
