@@ -31,6 +31,7 @@ from mtp_mlx.ptp_adapter import PTPInfo, save_ptp
 from .checkpoint import Checkpoint, open_checkpoint
 from .heads_write import check_out
 from .lazy_tensor import LazyTensor
+from .ptp_names import KNOTS, LINEAR, LORA, is_ptp_checkpoint
 
 PEFT_ALPHA = 8.0
 COMPLETION_SLOTS = 16
@@ -42,22 +43,8 @@ EMBEDDINGS: dict[str, UniformEmbeddingName] = {
     "sawtooth": "sawtooth",
 }
 
-_ROOT = r"(?:model|student)\."
-_LORA = re.compile(
-    _ROOT + r"(?:model\.)?base_model\.model\.model\.(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.weight"
-)
-_KNOTS = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.embedding\.weight")
-_LINEAR = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.(?:u_adapter|u_embed)\.(weight|bias)")
 _UNBUILT = re.compile(r".*\.(u_scale_embed|time_embed|adaLN_modulation)\..*")
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
-
-
-def is_ptp_checkpoint(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors are those of a PTP student: low-rank factors and an embedding of uniforms."""
-    names = list(checkpoint.tensors)
-    return any(map(_LORA.fullmatch, names)) and any(
-        _KNOTS.fullmatch(n) or _LINEAR.fullmatch(n) for n in names
-    )
 
 
 def convert_ptp(
@@ -114,7 +101,7 @@ def convert_ptp(
         notes.append("the teacher's sampling is that of the released configurations")
     adapter = new_ptp_adapter(model, config)
     _fill(adapter, checkpoint.path, low_rank, embedded[1])
-    stored = next(t.dtype for name, t in checkpoint.tensors.items() if _LORA.fullmatch(name))
+    stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     source_facts = {
         "family": "released code of arXiv 2512.21323",
         "files": ", ".join(checkpoint.files),
@@ -139,7 +126,7 @@ def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:
             raise ConversionError(
                 f"{checkpoint.path}: it has {name}; students with {unbuilt[1]} cannot be run, nothing was written"
             )
-        match = _LORA.fullmatch(name)
+        match = LORA.fullmatch(name)
         if match:
             found[f"{match[1]}.{'down' if match[2] == 'A' else 'up'}"] = tensor
     layers = {path.rsplit(".", 1)[0] for path in found}
@@ -167,8 +154,8 @@ def _embedding(
     tensors: dict[str, LazyTensor] = {}
     linear = False
     for name, tensor in checkpoint.tensors.items():
-        match = _LINEAR.fullmatch(name)
-        if match or _KNOTS.fullmatch(name):
+        match = LINEAR.fullmatch(name)
+        if match or KNOTS.fullmatch(name):
             linear = linear or bool(match)
             tensors[match[1] if match else "weight"] = tensor
     said = _hyper_parameter(checkpoint.values, "adapter_name")

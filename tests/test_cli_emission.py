@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.ptp_adapter import PTPInfo, save_ptp
+from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.model.naive import random_adapter
 from tests.tiny import save_tiny, tiny_model
 
@@ -130,3 +132,23 @@ def test_eval(folder: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 6, "nothing is measured twice"
     none = run(folder, "eval", "--sweep-tau", "--adapter", "none")
     assert none.exit_code == 2 and "needs mask tokens" in none.stderr
+
+
+@pytest.mark.parametrize("variant", ["o", "c"])
+def test_ptp_adapters(folder: Path, tmp_path: Path, variant: str) -> None:
+    """Unverified emission and the sweep refuse them; verified output says that it is lossless."""
+    model = tiny_model("llama", seed=3)
+    adapter = random_ptp_adapter(model, variant=variant)
+    save_ptp(tmp_path / "ptp", adapter, PTPInfo("tiny", base_fingerprint(model), adapter.config))
+    own = ("--adapter", str(tmp_path / "ptp"))
+    for emit in ("static", "conf-adapt"):
+        for verb in ("generate", "bench"):
+            prompt = ("--prompt", "The sky") if verb == "generate" else ("--limit", "1")
+            refused = run(folder, verb, *prompt, *own, "--emit", emit)
+            assert refused.exit_code == 2 and "Parallel Token Prediction" in refused.stderr
+    sweep = run(folder, "eval", "--sweep-tau", *own)
+    assert sweep.exit_code == 2 and "needs mask tokens" in sweep.stderr
+    verified = generate(folder, *own, "--temp", "0.8", "--tau", "0.1")
+    assert verified["lossless"] is True and verified["stats"]["lossless"] is True
+    plain = generate(folder, *own, "--temp", "0.8", "--layout", "plain")
+    assert verified["tokens"] == plain["tokens"]

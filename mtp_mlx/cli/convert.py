@@ -26,6 +26,7 @@ Examples:
   mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
   mtp-mlx convert ./mimo --verify
   mtp-mlx convert ./heads ./speculators --heads-only --heads-as speculators
+  mtp-mlx convert last.ckpt ./ptp --heads-only --base ./vicuna-7b
 """
 
 
@@ -71,6 +72,13 @@ Examples:
     default="auto",
     show_default=True,
     help="Which state of the trunk the heads were trained on",
+)
+@click.option(
+    "--head-recycled",
+    type=click.Choice(["auto", "normed", "raw"]),
+    default="auto",
+    show_default=True,
+    help="Which state of a head the next draft takes: after its norm, or before",
 )
 @click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
 @click.option(
@@ -118,6 +126,7 @@ class ConvertOptions:
     head_norms: str
     head_order: str
     head_hidden: str
+    head_recycled: str
     base: str | None
     verify: bool
     force: bool
@@ -131,7 +140,7 @@ class ConvertOptions:
         """The plan of a checkpoint's heads."""
         from mtp_mlx.convert.heads_plan import plan_heads
 
-        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden)
+        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
 
 
 def _local(source: str, dry_run: bool) -> Path:
@@ -172,8 +181,15 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a checkpoint; what there is to say about it goes to stderr."""
+    from mtp_mlx.convert.checkpoint import open_checkpoint
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
+    if is_ptp_checkpoint(open_checkpoint(source)):
+        raise MTPError(
+            f"{source}: a student of Parallel Token Prediction becomes an adapter of its base model: give "
+            "--heads-only, and that model's folder with --base"
+        )
     settings = WholeSettings(
         dtype=how.dtype,
         quantize=how.bits,
@@ -181,6 +197,7 @@ def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
         head_norms=how.head_norms,
         head_order=how.head_order,
         head_hidden=how.head_hidden,
+        head_recycled=how.head_recycled,
         heads=not how.trunk_only,
         force=how.force,
     )
@@ -236,12 +253,15 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_speculators import write_speculators
-    from mtp_mlx.convert.peft import is_peft
+    from mtp_mlx.convert.peft_plan import is_peft
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 
     if (source / "mtp_config.json").is_file():
         return _export(source, out, how)
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)
+        if is_ptp_checkpoint(checkpoint):
+            return _convert_ptp(checkpoint, out, how)
         if is_peft(checkpoint):
             return _convert_peft(checkpoint, out, how)
         if how.heads_as == "speculators":
@@ -305,6 +325,23 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
     return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
 
 
+def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
+    from mtp_mlx.convert.ptp import convert_ptp
+    from mtp_mlx.demo import resolve_model
+
+    if how.base is None:
+        raise MTPError(
+            f"{checkpoint.path}: a student of Parallel Token Prediction becomes an adapter of its base model: name "
+            "that model's folder with --base"
+        )
+    if how.verify or how.heads_as != "adapter":
+        raise MTPError(
+            f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads: leave --verify and "
+            "--heads-as out"
+        )
+    return convert_ptp(checkpoint.path, resolve_model(how.base), out, force=how.force)
+
+
 # --- plans --------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +350,15 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import find_heads
     from mtp_mlx.convert.heads_report import plan_lines, source_line
+    from mtp_mlx.convert.peft_plan import is_peft
+    from mtp_mlx.convert.peft_plan import plan_lines as peft_lines
+    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint, student_line
 
     checkpoint = open_checkpoint(source)
+    if is_ptp_checkpoint(checkpoint):
+        return [source_line(checkpoint), student_line(checkpoint)]
+    if is_peft(checkpoint):
+        return peft_lines(checkpoint)
     found = None if how.trunk_only else find_heads(checkpoint)
     if how.heads_only or found is not None:
         lines = plan_lines(checkpoint, how.plan(checkpoint))

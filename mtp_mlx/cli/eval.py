@@ -238,11 +238,12 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
     from mtp_mlx.api import load
     from mtp_mlx.eval.questions import read_questions
     from mtp_mlx.eval.tau_sweep import SweepSettings, TauSweep, summarise
+    from mtp_mlx.model.mask_adapter import MaskAdapter
 
     questions = read_questions(settings.questions, settings.limit)
     model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
-    if model.adapter is None:
-        raise MTPError("a sweep of tau needs mask tokens: give an adapter with --adapter")
+    if not isinstance(model.adapter, MaskAdapter):
+        raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
     measured: list[Measured] = []
     plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.slots, raw)
     name = f"{settings.model} {settings.adapter} {model.info.base_fingerprint}"

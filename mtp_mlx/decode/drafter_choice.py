@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy
-from mtp_mlx.decode.budget import BudgetPolicy, Experience
+from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy, recorded_acceptance
+from mtp_mlx.decode.batch_plan import BatchDrafting
+from mtp_mlx.decode.budget import BudgetPolicy
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
@@ -129,6 +130,31 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
         return FixedPolicy("plain", 0)
     if layout == "linear":
         return LookupPolicy(drafts or LOOKUP_DRAFTS)
-    if model.experience is None:
-        model.experience = Experience.fresh(model.most_drafts, [])
+    recorded_acceptance(
+        model, model.most_drafts
+    )  # what is learnt here goes on to generations that use the adapter
     return BudgetPolicy(step_cost(model), 0, [], experience=model.experience)
+
+
+def batch_drafting(
+    model: AttachedModel,
+    layout: LayoutName,
+    slots: int | None,
+    lookup: bool | None = None,
+    drafter: str | None = None,
+) -> BatchDrafting:
+    """What the same options stand for where several sequences share passes. "auto" looks nothing up there."""
+    chosen = choose_drafters(model, drafter, lookup, layout)
+    if layout == "plain":
+        return BatchDrafting("plain")
+    own = (slots or model.most_drafts) if chosen.own else 0
+    heads = model.mtp_heads is not None
+    looked_up = own or slots or LOOKUP_DRAFTS
+    if not own and (layout == "auto" or not chosen.lookup):
+        return BatchDrafting("plain")
+    return BatchDrafting(
+        layout,
+        slots=0 if heads else own,
+        chain=own if heads else 0,
+        lookup=looked_up if chosen.lookup and layout != "auto" else 0,
+    )

@@ -15,7 +15,9 @@ from typing import cast
 
 import mlx.core as mx
 
+from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.stats import DecodeStats
@@ -40,7 +42,7 @@ class EmitLoop:
         n_yielded: tokens yielded so far.
 
     Raises:
-        MTPError: there is nothing to draft with.
+        MTPError: there is nothing to draft with, or slots that are no mask tokens.
     """
 
     def __init__(
@@ -56,6 +58,11 @@ class EmitLoop:
             raise MTPError(
                 f"emission '{emission.name}' emits the drafts of mask tokens, and this model has none: give an "
                 "adapter with --adapter, or use --emit verified"
+            )
+        if isinstance(session.drafter, PTPSlotDrafter):
+            raise MTPError(
+                f"emission '{emission.name}' is for mask tokens, and this adapter's slots are of Parallel Token "
+                "Prediction: use --emit verified"
             )
         self._drafter = session.drafter
         self._session, self._emission, self._slots = session, emission, slots
@@ -88,8 +95,8 @@ class EmitLoop:
             hidden, shape, mx.array(last), pick[0], position[0], None if history is None else history[0]
         )
         alone = pick if self._sampler is None else self._sampler.pick(logits, position, history)
-        integers = mx.concatenate([alone, pick, fresh])
-        confidences = mx.concatenate([sure, confidences])
+        integers = led(session.attached.peers, mx.concatenate([alone, pick, fresh]))
+        confidences = led(session.attached.peers, mx.concatenate([sure, confidences]))
         mx.eval(integers, confidences)  # the pass's one host read
         own, *run = cast("list[int]", integers.tolist())
         count = self._emission.count(cast("list[float]", confidences.tolist()))

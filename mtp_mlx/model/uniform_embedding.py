@@ -64,11 +64,16 @@ class UniformEmbedding(nn.Module):
 
 
 class LinearFeatures(UniformEmbedding):
-    """A linear layer over features of u: `bits`, `sawtooth` and `ieee-bits`."""
+    """A linear layer over features of u: `bits`, `sawtooth` and `ieee-bits`.
 
-    def __init__(self, start: Start, count: int) -> None:
+    Args:
+        count: F.
+        variance: of all features together, where u is even.
+    """
+
+    def __init__(self, start: Start, count: int, variance: float) -> None:
         super().__init__(start)
-        spread = start.scale / math.sqrt(count / 4)  # a bit's variance is 1/4
+        spread = start.scale / math.sqrt(variance)
         self.weight = spread * mx.random.normal((start.mean.shape[0], count))  # [D, F]
         self.bias = start.mean
 
@@ -83,24 +88,26 @@ class LinearFeatures(UniformEmbedding):
 
 
 class FixedPointBits(LinearFeatures):
-    """`bits`. A bit starts with half the variance of the one before: what low bits add is noise to most tokens."""
+    """`bits`. A bit has half the variance of the one before: what low bits add is noise to most tokens.
+
+    The features have it, not the weights alone, so that Adam's steps, which have one size for all weights, keep it.
+    """
 
     def __init__(self, start: Start) -> None:
-        super().__init__(start, FIXED_POINT_BITS)
-        spread = start.scale * 2.0 ** (-0.5 * mx.arange(FIXED_POINT_BITS))
-        self.weight = spread * mx.random.normal(self.weight.shape)
+        super().__init__(start, FIXED_POINT_BITS, variance=0.5)  # a bit's is 1/4: 1/4 + 1/8 + 1/16 ...
 
     def features(self, uniforms: mx.array) -> mx.array:
-        """[..., 24] of 0 and 1."""
+        """[..., 24]: bit k (from 0, the most significant) is 0 or 2^(-k / 2)."""
         whole = (uniforms * 2.0**FIXED_POINT_BITS).astype(mx.uint32)
-        return (whole[..., None] >> mx.arange(FIXED_POINT_BITS - 1, -1, -1, dtype=mx.uint32)) & 1
+        bits = (whole[..., None] >> mx.arange(FIXED_POINT_BITS - 1, -1, -1, dtype=mx.uint32)) & 1
+        return bits.astype(mx.float32) * 2.0 ** (-0.5 * mx.arange(FIXED_POINT_BITS))
 
 
 class IeeeBits(LinearFeatures):
     """`ieee-bits`."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(start, IEEE_BITS)
+        super().__init__(start, IEEE_BITS, variance=IEEE_BITS / 4)
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 32] of 0 and 1."""
@@ -112,7 +119,7 @@ class Sawtooth(LinearFeatures):
     """`sawtooth`."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(start, TEETH)
+        super().__init__(start, TEETH, variance=sum(1 / (12 * m * m) for m in range(1, TEETH + 1)))
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 32], each in [0, 1/m)."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,90 +18,20 @@ import numpy as np
 from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.ptp_slots import PTPConfig
-from mtp_mlx.model.uniform_embedding import NOTHING
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.ptp import PTPBatch, PTPLoss
-from mtp_mlx.train.ptp_uniforms import (
-    TeacherRows,
-    TextUniforms,
-    carried_uniforms,
-    known_so_far,
-    picker_of,
-    teacher_rows,
-    text_uniforms,
-)
-from mtp_mlx.train.slot_layout import SlotLayout, build_layout, candidate_anchors
+from mtp_mlx.train.own_uniforms import with_own_uniforms
+from mtp_mlx.train.ptp_targets import UniformChoice, slot_targets
+from mtp_mlx.train.ptp_uniforms import known_so_far, picker_of, teacher_rows, text_uniforms
+from mtp_mlx.train.slot_layout import build_layout, candidate_anchors
 from mtp_mlx.train.step import BlockChoice, MicroBatchRunner, Totals, draft_columns
 from mtp_mlx.train.two_pass import prefix_pass, slot_pass
 
 # What the generators of a batch are seeded with besides (run, batch).
-PLACES, GREEDY_BLOCKS = 1, 2
-
-
-@dataclass(frozen=True)
-class UniformChoice:
-    """What slots carry in training.
-
-    Attributes:
-        beta: the place of a uniform inside its interval is Beta(beta, beta).
-        greedy_share: share of the blocks whose slots carry nothing and learn the likeliest tokens, as decoding at
-            temperature 0 wants them.
-    """
-
-    beta: float = 0.3
-    greedy_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class SlotTargets:
-    """What the supervised rows of a layout carry and must predict.
-
-    Attributes:
-        carried: [S * chunks, G * k] float32 uniforms, NOTHING where a slot carries none.
-        label: [M] int32 token.
-        weight: [M] float32.
-        greedy: [M] bool, see `PTPBatch`.
-    """
-
-    carried: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray
-    greedy: np.ndarray
-
-
-def slot_targets(
-    layout: SlotLayout,
-    teacher: TeacherRows,
-    text: TextUniforms,
-    config: PTPConfig,
-    greedy_blocks: np.ndarray,
-    depth_decay: float,
-) -> SlotTargets:
-    """Rows whose token, or one before it behind the anchor, the teacher's sampling cannot give have weight 0; so have
-    rows of greedy blocks behind a token that is not the likeliest: that text is not what greedy decoding writes.
-
-    Args:
-        greedy_blocks: [S, N] bool, blocks that stand for temperature 0.
-    """
-    greedy = np.repeat(greedy_blocks.reshape(-1), layout.slots)  # of every slot row
-    carried = carried_uniforms(layout, text.values)
-    nothing = np.ones_like(greedy) if config.independent else greedy
-    carried = np.where(nothing.reshape(carried.shape), np.float32(NOTHING), carried)
-    own = greedy[layout.rows]
-    likeliest = teacher.likeliest[np.searchsorted(teacher.rows, layout.target)]
-    usable = np.where(
-        own, known_so_far(layout, text.greedy, own=False), known_so_far(layout, text.reachable, own=True)
-    )
-    decay = depth_decay ** np.maximum(layout.depth - 1, 0).astype(np.float32)
-    return SlotTargets(
-        carried=carried.astype(np.float32),
-        label=np.where(own, likeliest, layout.label),
-        weight=(decay * usable).astype(np.float32),
-        greedy=own,
-    )
+PLACES, GREEDY_BLOCKS, OWN_PLACES = 1, 2, 3
 
 
 class PTPRunner(MicroBatchRunner):
@@ -156,6 +85,23 @@ class PTPRunner(MicroBatchRunner):
         random = np.random.default_rng((self._seed, number, GREEDY_BLOCKS))
         greedy = random.random(layout.anchors.shape) < self._uniforms.greedy_share
         targets = slot_targets(layout, teacher, text, self._config, greedy, choice.depth_decay)
+        if self._uniforms.source == "own":
+
+            def latents(carried: np.ndarray) -> mx.array:
+                with self._building:
+                    return slot_pass(attached, layout, prefix, carried)
+
+            targets = with_own_uniforms(
+                attached,
+                layout,
+                targets,
+                text,
+                latents,
+                self._picker,
+                self._columns,
+                choice.depth_decay,
+                (self._seed, number, OWN_PLACES),
+            )
         names: list[str] = []
 
         def loss() -> tuple[mx.array, ...]:

@@ -139,16 +139,24 @@ def text_uniforms(
     shape = layout.tokens.shape
     place = np.random.default_rng(seed).beta(beta, beta, shape).reshape(-1)
     position = teacher.rows + 1  # of the token that a row predicts
-    first, end = np.ceil(teacher.left * GRID), np.ceil(teacher.right * GRID)  # grid points of [left, right)
-    width = teacher.right - teacher.left
-    drawn = np.floor((teacher.left + width * place[position]) * GRID)
-    drawn = np.clip(np.clip(drawn, first, np.maximum(end - 1, first)), 0, GRID - 1)
     values, reachable = np.zeros(place.shape, dtype=np.float32), np.zeros(place.shape, dtype=bool)
     greedy = np.zeros(place.shape, dtype=bool)
-    values[position] = (drawn / GRID).astype(np.float32)
-    reachable[position] = end > first
+    values[position], reachable[position] = drawn_inside(teacher.left, teacher.right, place[position])
     greedy[position] = layout.tokens.reshape(-1)[position] == teacher.likeliest
     return TextUniforms(values.reshape(shape), reachable.reshape(shape), greedy.reshape(shape))
+
+
+def drawn_inside(left: np.ndarray, right: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uniforms float32, whether there is one) on decoding's grid, inside intervals of a CDF.
+
+    Args:
+        left, right: [n] float64 edges; the uniforms of [left, right) pick the token.
+        place: [n] where inside, in [0, 1).
+    """
+    first, end = np.ceil(left * GRID), np.ceil(right * GRID)  # grid points of [left, right)
+    drawn = np.floor((left + (right - left) * place) * GRID)
+    drawn = np.clip(np.clip(drawn, first, np.maximum(end - 1, first)), 0, GRID - 1)
+    return (drawn / GRID).astype(np.float32), end > first
 
 
 def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:

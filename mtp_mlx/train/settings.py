@@ -30,6 +30,7 @@ READ_BY: dict[str, frozenset[str]] = {
             "variant",
             "u_embedding",
             "u_beta",
+            "uniforms",
             "independent",
             "ptp_loss",
             "greedy_share",
@@ -82,6 +83,9 @@ class TrainSettings:
     )
     u_beta: float = setting(
         0.3, help="uniforms lie Beta(b, b) inside their interval; 1 = evenly (ptp)", minimum=0.01
+    )
+    uniforms: Literal["teacher", "own"] = setting(
+        "teacher", help="whose intervals uniforms lie in; own: inverse-autoregressive (ptp, variant c)"
     )
     independent: bool = setting(False, help="slots carry nothing: the control of comparisons (ptp)")
     ptp_loss: Literal["ce", "kl", "reverse-kl"] = setting(
@@ -164,6 +168,8 @@ class TrainSettings:
             problems += self._of_regions()
         if self.variant == "o" and self.ptp_loss != "ce":
             problems.append(f"ptp_loss {self.ptp_loss} compares distributions, which variant o has none of")
+        if self.uniforms == "own":
+            problems += self._of_own_uniforms()
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
 
@@ -188,6 +194,21 @@ class TrainSettings:
             problems.append("extend grows trained heads: name their folder with --start-from")
         if self.extend is not None and self.heads != 4:
             problems.append("extend says how many heads there will be: leave heads out")
+        return problems
+
+    def _of_own_uniforms(self) -> list[str]:
+        """What is wrong with the settings of inverse-autoregressive training."""
+        problems = []
+        if self.variant == "o":
+            problems.append("uniforms own need a distribution per slot, which variant o has none of")
+        if self.ptp_loss != "ce":
+            problems.append(
+                f"uniforms own do without a teacher, and ptp_loss {self.ptp_loss} compares with one"
+            )
+        if self.u_beta != 0.3:
+            problems.append("uniforms own lie evenly in their intervals: leave u_beta out")
+        if self.independent:
+            problems.append("independent slots carry no uniforms: leave uniforms out")
         return problems
 
     def _of_regions(self) -> list[str]:

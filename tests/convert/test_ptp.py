@@ -3,6 +3,7 @@ slots compute what an independent numpy forward computes; what cannot be run is 
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from mtp_mlx.api import load
+from mtp_mlx.cli import main
 from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.ptp import convert_ptp, is_ptp_checkpoint
+from mtp_mlx.convert.ptp import convert_ptp
+from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
@@ -177,3 +181,46 @@ def test_an_embedding_that_is_not_built_and_an_existing_folder_are_refused(tmp_p
         convert_ptp(source, base, tmp_path / "out")
     with pytest.raises(MTPError, match="exists already"):
         convert_ptp(source, base, base)
+
+
+def command(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """--heads-only with --base writes the folder; whatever else is asked for is refused in one sentence."""
+    base = save_tiny(tmp_path / "base", "llama", seed=3)
+    source = lightning(tmp_path, whole(new_linear()))
+    plan = command(source, "--dry-run")
+    assert plan.exit_code == 0 and "28 low-rank factors" in plan.stdout
+    done = command(source, tmp_path / "out", "--heads-only", "--base", base)
+    assert done.exit_code == 0, done.output
+    assert read_ptp_info(tmp_path / "out").shape.embedding == "ieee-bits"
+    text = CliRunner().invoke(
+        main,
+        [
+            "generate",
+            "-m",
+            str(base),
+            "-a",
+            str(tmp_path / "out"),
+            "-p",
+            "The sky",
+            "-n",
+            "8",
+            "--layout",
+            "linear",
+            "--json",
+        ],
+    )
+    assert text.exit_code == 0 and json.loads(text.stdout)["lossless"] is True
+    for arguments, message in (
+        ((), "give --heads-only, and that model's folder with --base"),
+        (("--heads-only",), "name that model's folder with --base"),
+        (("--heads-only", "--base", base, "--verify"), "no MTP heads: leave --verify"),
+        (("--heads-only", "--base", base, "--heads-as", "speculators"), "no MTP heads"),
+        (("--heads-only", "--base", tmp_path / "nowhere"), "nowhere"),
+    ):
+        refused = command(source, tmp_path / "new", *arguments)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), arguments
+        assert not (tmp_path / "new").exists()

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from mtp_mlx.decode.loop import mtp_generate_step
-from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
+from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
 from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
 from mtp_mlx.train.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
 from mtp_mlx.train.objectives.ptp import PTPLoss, divergence
-from mtp_mlx.train.ptp_step import slot_targets
+from mtp_mlx.train.own_uniforms import with_own_uniforms
+from mtp_mlx.train.ptp_targets import slot_targets
 from mtp_mlx.train.ptp_uniforms import (
     TeacherRows,
     carried_uniforms,
@@ -301,3 +302,64 @@ def test_joint_layouts_that_do_not_fit_and_other_adapters_are_refused() -> None:
         JointLayout(6, np.array([4]), 2)
     with pytest.raises(ValueError, match="variant 'c'"):
         InverseAR(dressed("llama", variant="o"), slots=2, anchors=2)
+
+
+def test_own_uniforms_against_one_block_after_another() -> None:
+    """The first slot carries the teacher's uniform, every other one a uniform that picks the text's token under the
+    slot before it; rows behind a token that cannot be picked so have no weight, greedy blocks stay as they are."""
+    attached, layout, seed = dressed("llama", variant="c"), layout_for(0), (1, 2, 3)
+    columns = np.arange(VOCABULARY, dtype=np.int32)
+    columns[SEQUENCES[0][6]] = -1  # a token that cannot be drafted
+    prefix = prefix_pass(attached, layout)
+    picker = picker_of(TeacherSampling(0.8))
+    rows = teacher_rows(attached, layout, prefix, picker, with_logits=False)
+    text = text_uniforms(layout, rows, 1.0, (4,))
+    greedy = np.zeros(layout.anchors.shape, dtype=bool)
+    greedy[0, 2] = True
+    shape = PTPConfig(variant="c", slots=SLOTS)
+    targets = slot_targets(layout, rows, text, shape, greedy, 0.5)
+
+    def latents(carried: np.ndarray) -> mx.array:
+        return slot_pass(attached, layout, prefix, carried)
+
+    arguments = (attached, layout, targets, text, latents, picker, columns, 0.5)
+    found = with_own_uniforms(*arguments, seed)
+    assert np.array_equal(found.carried, with_own_uniforms(*arguments, seed).carried)
+    assert not np.array_equal(found.carried, with_own_uniforms(*arguments, (1, 2, 4)).carried)
+    carried, length = found.carried.reshape(-1, SLOTS), layout.tokens.shape[1]
+    weights = {int(row): float(weight) for row, weight in zip(layout.rows, found.weight, strict=True)}
+    checked = 0
+    for block, anchor in enumerate(layout.anchors.reshape(-1)):
+        if block * SLOTS not in weights:
+            continue  # padding
+        s = block // layout.anchors.shape[1]
+        sequence = SEQUENCES[s]
+        if greedy.reshape(-1)[block]:
+            assert (carried[block] == NOTHING).all()
+            continue
+        assert carried[block, 0] == text.values.reshape(-1)[s * length + anchor + 1]
+        known = bool(text.reachable[s, anchor + 1])
+        for slot in range(SLOTS):
+            if anchor + slot + 2 >= len(sequence):
+                break
+            assert weights[block * SLOTS + slot] == (0.5**slot if known else 0.0)
+            if slot + 1 == SLOTS:
+                break
+            own = Block(
+                ids=mx.array([[*sequence[: anchor + 1], *[VOCABULARY] * (slot + 1)]]),
+                n_real=int(anchor) + 1,
+                uniforms=mx.array(carried[block, : slot + 1]),
+            )
+            scores = picker.scores(attached.head(attached.forward(own, attached.make_cache()))[0, -1:])
+            token = sequence[anchor + slot + 2]
+            mass = np.array(mx.softmax(scores, axis=-1))[0, token]
+            if mass > 1e-4:  # else rounding decides whether there is a uniform
+                left, right = (float(edge.item()) for edge in interval(scores, mx.array([token])))
+                assert left - 1e-5 <= carried[block, slot + 1] <= right + 1e-5
+                checked += 1
+            known = (
+                known
+                and columns[token] >= 0
+                and (mass > 1e-4 or weights.get(block * SLOTS + slot + 1, 0) > 0)
+            )
+    assert checked > 5 and 0 < sum(weight == 0 for weight in weights.values()) < len(weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 
 from mtp_mlx.decode.loop import mtp_generate_step
@@ -15,17 +16,17 @@ from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.model.attach import AttachedModel, attach, new_ptp_adapter
 from mtp_mlx.model.ptp_slots import PTPConfig
-from mtp_mlx.train.inverse_ar import InverseAR
+from mtp_mlx.train.inverse_ar import InverseAR, inverse_ar_losses
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trainer import Trainer
 from tests.train import toy_language as toy
 from tests.train.training import Remembering
 
 SLOTS = 4
-STEPS = {"o": 150, "c": 120}
+STEPS = {"o": 150, "c": 200}
 
 
-def trained(folder: Path, variant: str, independent: bool) -> AttachedModel:
+def trained(folder: Path, variant: str, independent: bool, seed: int = 0) -> AttachedModel:
     """The teacher with an adapter that `Trainer` has trained."""
     settings = TrainSettings(
         data=folder / "data.jsonl",
@@ -47,8 +48,9 @@ def trained(folder: Path, variant: str, independent: bool) -> AttachedModel:
         schedule="linear",
         measure_every=0,
         save_every=10_000,
+        seed=seed,
     )
-    trainer = Trainer(toy.teacher(), toy.examples(512, 1), [], settings, Remembering())
+    trainer = Trainer(toy.teacher(), toy.examples(512, 1 + seed), [], settings, Remembering())
     assert trainer.run()
     return trainer.attached
 
@@ -77,39 +79,47 @@ def test_twice_the_tokens_per_step_of_independent_slots(tmp_path: Path, variant:
     assert with_uniforms >= 2 * control
 
 
-HALVES, SHORT, TRAINING_STEPS = 2, 12, 150
-WITHIN = 1.08  # of the teacher's perplexity; see the test
+WORDS, VOCABULARY = 3, 6
+TRAINING_STEPS, AVERAGED = 220, 40
 
 
-def test_inverse_autoregressive_training_comes_near_the_teachers_perplexity() -> None:
-    """From data alone: slots behind a token, with uniforms of the model's own, are nearly as sure of the text as the
-    teacher, which sees every token before; slots that know nothing of each other would be at twice its perplexity.
-
-    The teacher is the same model after next-token training; the student starts from it and is trained on text only,
-    real rows more slowly than slots, whose uniforms lie at edges that real rows move.
-    """
-    model = toy.toy_model(HALVES)
-    toy.train_ar(model, 200, HALVES)
-    fresh = toy.sample(128, 9, SHORT, HALVES)
-    teacher = toy.perplexity(model, fresh)
-    assert teacher < 1.01 * HALVES
-    student = attach(model, new_ptp_adapter(model, PTPConfig(variant="c", slots=2, rank=8)))
-    training = InverseAR(student, slots=2, anchors=6)
-    before = training.perplexity(fresh)
-    of_slots, of_base = toy.optimizer_for_toys(), toy.optimizer_for_toys()
-    optimizer = optim.MultiOptimizer([of_slots, of_base], [_is_of_slots])
+def inverse_ar(seed: int) -> tuple[InverseAR, float, float]:
+    """(a model trained from data alone, its slots' perplexity before and after)."""
+    texts = toy.texts_of_words(WORDS)
+    model = toy.toy_model(VOCABULARY, seed)
+    student = attach(model, new_ptp_adapter(model, PTPConfig(variant="c", slots=2, rank=4, alpha=4.0)))
+    training = InverseAR(student, slots=2, anchors=2 * WORDS, seed=seed)
+    before = training.perplexity(texts)
+    optimizer, average = toy.optimizer_for_toys(), toy.Average(model)
     for step in range(TRAINING_STEPS):
-        of_slots.learning_rate = toy.rate_at(step, TRAINING_STEPS, 6e-3)
-        of_base.learning_rate = 0.03 * of_slots.learning_rate
-        _, gradients = training(toy.sample(32, 5000 + step, SHORT, HALVES), step)
+        optimizer.learning_rate = toy.rate_at(step, TRAINING_STEPS, 5e-3, power=1.5)
+        _, gradients = training(np.concatenate([texts, texts]), step)
         optimizer.update(model, optim.clip_grad_norm(gradients, 1.0)[0])
         mx.eval(model.parameters(), optimizer.state)
-    after, again = training.perplexity(fresh), toy.perplexity(model, fresh)
-    print(f"perplexity: teacher {teacher:.3f}, slots {before:.3f} before and {after:.3f} after training")
-    assert before > 1.5 * teacher and after < WITHIN * teacher
-    assert again < 1.02 * teacher  # next-token prediction has not suffered
+        if step >= TRAINING_STEPS - AVERAGED:
+            average.add()
+    average.put()
+    return training, before, training.perplexity(np.concatenate([texts] * 8))
 
 
-def _is_of_slots(path: str, _: object) -> bool:
-    """Whether a parameter of the attached model is the adapter's."""
-    return "low_rank" in path or "embedding" in path.split(".")
+def test_inverse_autoregressive_training_reaches_the_teachers_perplexity() -> None:
+    """From data alone, with uniforms of its own: within 2 % of a model that sees every token before.
+
+    The model starts untrained, so no teacher has any part in it. Slots that know nothing of each other could not do
+    better than 1.41 times the teacher's perplexity: half of them stand before a second half.
+    """
+    texts = toy.texts_of_words(WORDS)
+    teacher = toy.toy_model(VOCABULARY)
+    toy.train_ar(teacher, 60, texts)
+    reached = toy.perplexity(teacher, texts)
+    assert reached < 1.002 * 2
+    training, before, after = inverse_ar(seed=3)
+    print(f"perplexity: teacher {reached:.4f}, slots {before:.3f} before and {after:.4f} after training")
+    assert before > 1.4 * reached and after < 1.02 * reached
+    assert toy.perplexity(training.attached.model, texts) < 1.02 * reached, (
+        "real rows predict the next token too"
+    )
+    layout = training.layout(texts.shape[1], 0)
+    foreign = mx.random.uniform(shape=(len(texts), len(layout.slot_positions)))
+    _, blind = inverse_ar_losses(training.attached, layout, mx.array(texts), foreign)
+    assert np.exp(np.mean(np.array(blind))) > 1.4 * reached, "uniforms of other texts must not do"
