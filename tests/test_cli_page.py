@@ -61,7 +61,8 @@ def test_examples_can_be_run_as_they_stand(verb: str) -> None:
     for example in shown:
         if example.startswith("curl "):  # what a user of a running server does
             continue
-        line = re.sub(r"^[A-Z_]+=\S+ ", "", example.rsplit(" | ", 1)[-1])
+        line = example.partition(" -- ")[2] if example.startswith("mlx.launch ") else example
+        line = re.sub(r"^[A-Z_]+=\S+ ", "", line.rsplit(" | ", 1)[-1])
         program, named, *words = shlex.split(line)
         assert program == "mtp-mlx", example
         command_of(named).make_context(named, words)
