@@ -12,6 +12,7 @@ from mtp_mlx.conversation import Conversation
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import random_adapter
+from tests.decode.test_head_chain import model_with_heads
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ["The sky", "and the dog?", "print(add(1, 2))"]
@@ -141,6 +142,16 @@ def test_a_cache_that_cannot_be_cut_is_made_anew_and_counted() -> None:
     ids = list(tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True))
     assert answer == generate(attached, tokenizer, ids, 16, layout="plain")
     assert conversation.restarts == 1 and conversation.turns[-1].prefilled == len(ids)
+
+
+def test_heads_draft_from_what_follows_the_cached_part() -> None:
+    attached, tokenizer = model_with_heads("llama", 2, 3), tiny_tokenizer()
+    conversation = Conversation(attached, tokenizer)
+    for question in QUESTIONS[:2]:
+        answer = said(conversation, question, layout="linear")
+        ids = list(tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True))
+        assert answer == generate(attached, tokenizer, ids, 16, layout="plain")
+    assert conversation.turns[1].prefilled < conversation.turns[1].prompt_tokens
 
 
 def test_without_a_chat_template() -> None:

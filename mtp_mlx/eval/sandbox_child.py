@@ -157,8 +157,9 @@ def assemble(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
     if column == 0:  # the x32 calls of x86-64 have this bit
         lines += [(any_bit, 0, 1, 0x40000000), (returns, 0, 0, refuse | ENOSYS)]
     for columns in REFUSED.values():
-        if columns[column] is not None:
-            lines += [(equal, 0, 1, columns[column]), (returns, 0, 0, refuse | EPERM)]
+        call = columns[column]
+        if call is not None:
+            lines += [(equal, 0, 1, call), (returns, 0, 0, refuse | EPERM)]
     # glibc falls back from clone3 to clone, whose flags can be looked at: threads only.
     lines += [(equal, 0, 1, CLONE3[column]), (returns, 0, 0, refuse | ENOSYS)]
     threads = [(load, 0, 0, argument(0)), (any_bit, 1, 0, CLONE_THREAD), (returns, 0, 0, refuse | EPERM)]

@@ -207,7 +207,7 @@ def read_prompt_tasks(path: Path | None, limit: int | None) -> list[Task]:
             QuestionTask(f"built-in/{i}", p.category, Question(p.text)) for i, p in enumerate(BUILT_IN)
         ]
         return list(_spread(built_in, limit))
-    found = []
+    found: list[Task] = []
     for number, row in read_jsonl(path):
         category = str(row.get("category", path.stem))
         found.append(QuestionTask(f"{path.stem}/{number}", category, question_of(path, number, row)))
@@ -216,7 +216,7 @@ def read_prompt_tasks(path: Path | None, limit: int | None) -> list[Task]:
 
 def read_gsm8k(path: Path, limit: int | None) -> list[Task]:
     """Rows with `question` and `answer`. Errors as `read_prompt_tasks`."""
-    found = []
+    found: list[Task] = []
     for number, row in read_jsonl(path):
         question = question_of(path, number, row)
         if question.answer is None:
@@ -227,7 +227,7 @@ def read_gsm8k(path: Path, limit: int | None) -> list[Task]:
 
 def read_humaneval(path: Path, limit: int | None, runner: Runner) -> list[Task]:
     """Rows with `prompt`, `entry_point` and `test`. Errors as `read_prompt_tasks`."""
-    found = []
+    found: list[Task] = []
     for number, row in read_jsonl(path):
         prompt, entry, test = (
             _text(path, number, row, key, "HumanEval") for key in ("prompt", "entry_point", "test")
@@ -238,7 +238,7 @@ def read_humaneval(path: Path, limit: int | None, runner: Runner) -> list[Task]:
 
 def read_mbpp(path: Path, limit: int | None, runner: Runner) -> list[Task]:
     """Rows with `text` and `test_list`. Errors as `read_prompt_tasks`."""
-    found = []
+    found: list[Task] = []
     for number, row in read_jsonl(path):
         text, tests = _text(path, number, row, "text", "MBPP"), row.get("test_list")
         if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):

@@ -87,7 +87,8 @@ def _curve(name: str, values: Any, where: str) -> CostCurve:
             f"{where}: a cost curve needs the texts {', '.join(_TEXTS)}, and numbers `rows` and `cost`"
         )
     rows = values.get("rows")
-    low, high = values.get("low", values.get("cost")), values.get("high", values.get("cost"))
+    low: Any = values.get("low", values.get("cost"))
+    high: Any = values.get("high", values.get("cost"))
     if not isinstance(rows, list) or not all(type(row) is int for row in rows) or rows[:1] != [1]:
         raise MTPError(f"{where}: `rows` must be whole numbers that begin with 1")
     if any(after <= before for before, after in zip(rows, rows[1:])):

@@ -13,11 +13,12 @@ import mtp_mlx.cli as cli
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.bench.certificate import Comparison
 from mtp_mlx.bench.prompts import BenchPrompt
-from mtp_mlx.bench.runner import Lane, Measurement, Timed
+from mtp_mlx.bench.runner import Bench, Lane, Measurement, Timed
 from mtp_mlx.bench.tune import MARGIN, candidates, choose, results
 from mtp_mlx.model.attach import attach
 from tests.decode.fakes import random_adapter
-from tests.tiny import save_tiny, tiny_model
+from tests.decode.test_head_chain import model_with_heads
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SAME, TIE = Comparison(True), Comparison(False, 3, 1, 2, 1e-5, 1e-3)
 DIFFERENT = Comparison(False, 3, 1, 2, 0.5, 1e-3)
@@ -82,6 +83,21 @@ def test_every_layout_and_drafter_is_a_candidate() -> None:
     assert ("plain", None, None) in names and ("linear", 8, "lookup") in names
     bare = candidates(attach(tiny_model("llama", seed=3)))
     assert [lane.drafter for lane in bare] == [None, "lookup", "lookup"]
+
+
+@pytest.mark.parametrize("heads", [2, 0], ids=["heads", "no adapter"])
+def test_every_lane_of_other_models_runs(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
+    model = model_with_heads("llama", heads, 3) if heads else attach(tiny_model("llama", seed=3))
+    lanes = candidates(model)
+    found = {(lane.layout, lane.slots, lane.drafter) for lane in lanes}
+    if heads:
+        assert {("linear", count, "heads") for count in (1, 2, 3)} <= found
+        assert ("linear", 3, "heads,lookup") in found and ("auto", None, "heads,lookup") in found
+        assert not any(lane.layout == "quadratic" for lane in lanes)
+    runs = Bench(model, tiny_tokenizer(), lanes, 6).run([BenchPrompt("one two one two", "a")])
+    assert len(runs) == len(lanes) and {row.refused for row in results(runs)} == {0}
+    assert choose(runs).name in {lane.name for lane in lanes}
 
 
 @pytest.fixture(scope="module")
