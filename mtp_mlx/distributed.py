@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -238,6 +239,13 @@ class Peers:
         os._exit(2)  # the thread that waits is inside MLX and hears no exception
 
 
+def _ended(*_: Any) -> None:
+    """What SIGTERM means under `mlx.launch`, which sends it to all others when one process has ended badly."""
+    raise MTPError(
+        "mlx.launch has ended this process, because another process of this run was lost: see its message"
+    )
+
+
 def join() -> Peers:
     """Connects the processes that `mlx.launch` started; `Peers()` where it started one, or was not used.
 
@@ -256,6 +264,8 @@ def join() -> Peers:
         timeout = 0.0
     if not timeout > 0:
         raise MTPError(f"{TIMEOUT_VARIABLE} is {given!r}: give a number of seconds above 0")
+    with suppress(ValueError):  # not the main thread: signals are the caller's business
+        signal.signal(signal.SIGTERM, _ended)
     with Peers(launched_rank(), size, None, timeout).waiting():
         group = mx.distributed.init()
     if group.size() != size:

@@ -65,9 +65,11 @@ class Launched:
             time.sleep(0.1)
         raise TimeoutError(f"process {rank} never started")
 
-    def code(self, rank: int) -> int:
-        """How a rank ended."""
-        return int((self._pids / f"{rank}.code").read_text())
+    def code(self, rank: int) -> int | None:
+        """How a rank ended; None if it was killed before it could say so, as mlx.launch does behind a failure."""
+        path = self._pids / f"{rank}.code"
+        text = path.read_text() if path.exists() else ""
+        return int(text) if text else None
 
     def finish(self, limit: float = 240) -> tuple[str, str]:
         """(stdout, stderr) of all processes, once they have ended.

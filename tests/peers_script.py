@@ -62,6 +62,7 @@ def main(mode: str) -> None:
         for _ in range(100):
             peers.gather(0)
     except MTPError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # mlx.launch's, which may come while this is written
         sys.stderr.write(f"MTPError after {time.monotonic() - started:.0f} s: {error}\n")
         sys.exit(2)
 

@@ -27,7 +27,7 @@ def answers(model: str, requests: list[dict[str, Any]], peers: Peers) -> dict[st
         attached, tokenizer = load(model, wanted.pop("adapter"), peers=peers)
         wanted["sampling"] = SamplingConfig(**wanted.pop("sampling", {}))
         wanted["emission"] = Emission(wanted.pop("emit", "verified"))
-        found = list(stream_generate(attached, tokenizer, "The sky is", 24, **wanted))
+        found = list(stream_generate(attached, tokenizer, "The sky is", 14, **wanted))
         tokens.append([response.token for response in found])
         accepted.append(sum(response.from_draft for response in found))
         trunk = attached.model

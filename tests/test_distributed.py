@@ -42,7 +42,9 @@ def test_collectives_give_every_process_the_same(tmp_path: Path, size: int) -> N
 def test_a_killed_process_ends_the_other_with_a_sentence(tmp_path: Path) -> None:
     launched = Launched(2, [SCRIPT, "killed"], tmp_path, **{TIMEOUT_VARIABLE: "60"})
     _, stderr = launched.finish(50)
-    assert "the connection to another process of this run was lost" in stderr
+    assert (
+        "another process of this run was lost" in stderr
+    )  # its own, or of mlx.launch's signal if that was first
     assert launched.code(0) == 2
 
 

@@ -30,10 +30,9 @@ from tests.tiny import save_tiny, tiny_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny llama and quantised qwen3 models, and an adapter and heads for the first."""
+    """A tiny llama, an adapter and heads for it."""
     root = tmp_path_factory.mktemp("sharded")
     save_tiny(root / "llama", "llama", seed=3)
-    save_tiny(root / "gemma2", "gemma2", seed=3)
     base = tiny_model("llama", seed=3)
     adapter = random_adapter(base)
     save_adapter(root / "slots", adapter, AdapterInfo("tiny", base_fingerprint(base), adapter.config))
@@ -90,28 +89,19 @@ def test_the_command_prints_once(folder: Path, tmp_path: Path) -> None:
         "-p",
         "The sky",
         "-n",
-        "16",
+        "8",
     ]
     words += ["--layout", "quadratic"]
     stdout, stderr = Launched(2, ["cli", *words, "--json"], tmp_path).finish()
     result = CliRunner().invoke(main, [*words, "--json"])
     assert json.loads(stdout)["tokens"] == json.loads(result.stdout)["tokens"], stderr
-    assert stderr.count("tok/s") == 1
-    stdout, _ = Launched(2, ["cli", *words], tmp_path).finish()
-    assert stdout == CliRunner().invoke(main, words).stdout
+    assert stderr.count(" tok/s ") == 1
 
 
-def test_what_cannot_be_shared_is_refused(folder: Path, tmp_path: Path) -> None:
-    def refused(size: int, *words: str) -> str:
-        stdout, stderr = Launched(size, ["cli", "generate", *words], tmp_path).finish()
-        assert stdout == ""
-        return stderr
-
-    assert "model type 'gemma2' has no `shard` in mlx-lm" in refused(
-        2, "-m", str(folder / "gemma2"), "-p", "a"
-    )
-    message = refused(3, "-m", str(folder / "llama"), "-a", "none", "-p", "a")
-    assert "model type 'llama' cannot be divided among 3 processes (" in message
+def test_a_number_that_does_not_divide_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    words = ["generate", "-m", str(folder / "llama"), "-a", "none", "-p", "a"]
+    stdout, stderr = Launched(3, ["cli", *words], tmp_path).finish()
+    assert stdout == "" and "model type 'llama' cannot be divided among 3 processes (" in stderr
 
 
 def test_stdin_and_exact_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +115,10 @@ def test_stdin_and_exact_are_refused(folder: Path, monkeypatch: pytest.MonkeyPat
         load(str(folder / "llama"), None, exact=True, peers=Peers(size=2))
 
 
-def test_recurrent_models_and_fused_layers_are_refused() -> None:
-    with pytest.raises(MTPError, match="keeps recurrent state|has no `shard`"):
+def test_models_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(MTPError, match="model type 'gemma2' has no `shard` in mlx-lm"):
+        shard(tiny_model("gemma2", seed=3), None, Peers(size=2))
+    with pytest.raises(MTPError, match="keeps recurrent state"):
         shard(tiny_model("qwen3_5", seed=3), None, Peers(size=2))
 
 

@@ -123,7 +123,7 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(folder: Path, alone: R
     os.kill(launched.pid(1), signal.SIGKILL)
     stdout, stderr = launched.finish()
     assert stdout == "" and launched.code(0) == 2
-    assert "Error (process 1 of 2): the connection to another process of this run was lost" in stderr
+    assert "Error (process 1 of 2): " in stderr and "another process of this run was lost" in stderr
     first = steps_done(folder, "killed")
     assert 3 <= first < 400 and not (folder / "killed").exists()
 
@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(folder: Path, alone: R
     summary = json.loads(stdout)
     assert summary["interrupted"] and summary["resumed_from"] % 2 == 0, stderr
     assert 2 <= summary["resumed_from"] <= first and summary["steps"] == steps_done(folder, "killed")
-    assert again.code(0) == again.code(1) == 130
+    assert 130 in (again.code(0), again.code(1))  # mlx.launch kills the other when the first has ended
 
     steps = summary["steps"]
     whole = arguments(folder, "whole", micro_batches=2, steps=400, schedule="constant")
