@@ -23,7 +23,8 @@ from tests.train import toy_language as toy
 from tests.train.training import Remembering
 
 SLOTS = 4
-STEPS = {"o": 150, "c": 200}
+STEPS = 150
+LOSSES = {"o": "ce", "c": "kl"}
 
 
 def trained(folder: Path, variant: str, independent: bool, seed: int = 0) -> AttachedModel:
@@ -38,7 +39,8 @@ def trained(folder: Path, variant: str, independent: bool, seed: int = 0) -> Att
         rank=16,
         alpha=32.0,
         draft_vocab=0,
-        steps=STEPS[variant],
+        steps=STEPS,
+        ptp_loss=LOSSES[variant],  # type: ignore[arg-type]
         warmup=10,
         batch_size=12,
         micro_batches=1,
