@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -27,6 +28,15 @@ def folder_and_drafts(value: str) -> tuple[Path, int | None]:
     return (Path(folder), int(count)) if separator and count.isdigit() else (Path(value), None)
 
 
+def table_rows(row: dict[str, Any], most: int) -> list[str]:
+    """Two lines of the table, with `most` columns of depths."""
+    lines = []
+    for rate, last in (("ar", ""), ("car", f"{row['tokens_per_step']:.2f}")):
+        cells = [f"{value:.3f}" for value in row[rate]] + [""] * (most - row["drafts"])
+        lines.append(f"| {row['heads']} | {rate.upper()} | " + " | ".join(cells) + f" | {last} |")
+    return lines
+
+
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Greedy answers of the model")
@@ -37,13 +47,22 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
+    from mtp_mlx.heads_adapter import read_heads_info
     from mtp_mlx.train.data import load_examples
     from mtp_mlx.train.heads_agreement import measure_heads
     from mtp_mlx.train.trunk_states import ComputedStates
 
+    chosen = [folder_and_drafts(entry) for entry in entries]
+    most = max(
+        drafts or read_heads_info(folder).drafts for folder, drafts in chosen
+    )  # reads all before any work
+    if not as_json:
+        click.echo(
+            "| heads | rate | " + " | ".join(str(depth) for depth in range(1, most + 1)) + " | tok/step |"
+        )
+        click.echo("|---|---|" + "---|" * (most + 1))
     found = []
-    for entry in entries:
-        folder, drafts = folder_and_drafts(entry)
+    for entry, (folder, drafts) in zip(entries, chosen, strict=True):
         attached, tokenizer = load(model, folder)
         examples, _ = load_examples(data, tokenizer, max_length)
         if attached.mtp_heads is None:
@@ -51,30 +70,19 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples]
         result = measure_heads(attached, batches, depths, ComputedStates(attached))
-        cumulative = [float(value) for value in np.cumprod(result.acceptance)]
-        found.append(
-            {
-                "heads": entry,
-                "drafts": depths,
-                "ar": result.acceptance,
-                "car": cumulative,
-                "tokens_per_step": result.tokens_per_step,
-                "positions": result.blocks,
-            }
-        )
+        row = {
+            "heads": entry,
+            "drafts": depths,
+            "ar": result.acceptance,
+            "car": [float(value) for value in np.cumprod(result.acceptance)],
+            "tokens_per_step": result.tokens_per_step,
+            "positions": result.blocks,
+        }
+        found.append(row)
+        if not as_json:
+            click.echo("\n".join(table_rows(row, most)))
         attached.detach()
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    most = max(row["drafts"] for row in found)
-    click.echo("| heads | rate | " + " | ".join(str(depth) for depth in range(1, most + 1)) + " | tok/step |")
-    click.echo("|---|---|" + "---|" * (most + 1))
-    for row in found:
-        for rate in ("ar", "car"):
-            cells = [f"{value:.3f}" for value in row[rate]] + [""] * (most - row["drafts"])
-            last = f"{row['tokens_per_step']:.2f}" if rate == "car" else ""
-            click.echo(f"| {row['heads']} | {rate.upper()} | " + " | ".join(cells) + f" | {last} |")
-    click.echo(f"\n{found[0]['positions']} positions of {data.name}")
+    click.echo(json.dumps(found) if as_json else f"\n{found[0]['positions']} positions of {data.name}")
 
 
 if __name__ == "__main__":
