@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
@@ -84,9 +84,9 @@ def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, *
         _show(settings, rows, whole, as_json, table, _draw_sweep, {})
     else:
         results, whole, facts = evaluate(settings, options["tau"], raw, console)
-        from mtp_mlx.eval.report import table as evaluation_table
+        from mtp_mlx.eval.report import tables
 
-        _show(settings, results, whole, as_json, evaluation_table, _draw_bars, facts)
+        _show(settings, results, whole, as_json, tables, _draw_bars, facts)
     if not whole:
         more = "; the same command goes on from here" if settings.out else ""
         click.echo(f"Stopped before the end{more}.", err=True)
@@ -98,7 +98,7 @@ def _show(
     rows: list[Any],
     whole: bool,
     as_json: bool,
-    as_table: Callable[[list[Any]], Table],
+    as_tables: Callable[[list[Any]], RenderableType],
     draw: Callable[[list[Any], str], str],
     facts: dict[str, Any],
 ) -> None:
@@ -116,7 +116,7 @@ def _show(
         }
         click.echo(json.dumps({**report, "finished": whole, "rows": [row.to_json() for row in rows]}))
     elif rows:
-        Console().print(as_table(rows))
+        Console().print(as_tables(rows))
 
 
 def _draw_sweep(rows: list[TauRow], model: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE
+from rich.console import Group
 from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
@@ -96,38 +98,45 @@ def _rate(answers: Sequence[Answer]) -> float:
     return sum(answer.timed_tokens for answer in answers) / seconds if seconds else 0.0
 
 
-def table(rows: Sequence[EvaluationRow]) -> Table:
-    """The rows as a rich table."""
-    out = Table(title="against the model alone (lane plain), greedy")
-    columns = (
-        "lane",
-        "category",
-        "tasks",
-        "tok/s",
-        "ratio",
-        "tok/step",
-        "accept",
-        "agree",
-        "ppl",
-        "same",
-        "right",
-    )
-    for name in columns:
-        out.add_column(name, justify="left" if name in ("lane", "category") else "right")
-    last = {row.lane: row for row in rows}
-    for row in rows:
-        out.add_row(
-            row.lane + ("" if row.lossless else " (lossy)"),
-            row.category,
+def tables(rows: Sequence[EvaluationRow]) -> Group:
+    """The rows as two rich tables that fit a terminal: speed, and what was written."""
+    speed = _table(
+        "speed against the model alone (lane plain), greedy",
+        ("tasks", "tok/s", "ratio", "tok/step", "accept"),
+        rows,
+        lambda row: (
             str(row.tasks),
             f"{row.tokens_per_second:.1f}",
             "-" if row.speedup is None else f"{row.speedup:.2f}x",
             f"{row.tokens_per_step:.2f}",
             "/".join("-" if value is None else f"{value:.2f}" for value in row.acceptance) or "-",
+        ),
+    )
+    text = _table(
+        "text against the model alone",
+        ("agree", "ppl", "same", "right"),
+        rows,
+        lambda row: (
             f"{100 * row.agreement:.1f}%",
             f"{row.perplexity:.2f}",
             f"{100 * row.same:.0f}%",
             "-" if row.right is None else f"{100 * row.right:.1f}%",
-            end_section=row is last[row.lane],
-        )
+        ),
+    )
+    return Group(speed, text)
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[EvaluationRow],
+    cells: Callable[[EvaluationRow], Sequence[str]],
+) -> Table:
+    out = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in ("lane", "category"):
+        out.add_column(name, overflow="fold")
+    for name in columns:
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(row.lane + ("" if row.lossless else " (lossy)"), row.category, *cells(row))
     return out

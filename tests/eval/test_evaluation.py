@@ -196,7 +196,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert rows["linear", "all"]["acceptance"] and (tmp_path / "e.svg").read_text().startswith("<svg")
     again = run(folder, *options)
     assert again.exit_code == 0 and len((tmp_path / "e.jsonl").read_text().splitlines()) == 9
-    assert "against the model alone" in again.stdout
+    assert "speed against the model alone" in again.stdout and "…" not in again.stdout
+    assert "conf-adapt tau 0.05 (lossy)" in again.stdout and "100.0%" in again.stdout
 
 
 def test_plan_reads_its_report(folder: Path, tmp_path: Path) -> None:
