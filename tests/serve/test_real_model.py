@@ -16,7 +16,7 @@ from tests.serve.running import served
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 FOLDERS = list((cache_dir() / "models").glob("smollm2-135m-*"))
-QUESTION, TOKENS = "Name three colours and say where each is seen.", 24
+QUESTION, TOKENS = "Name three colours and say where each is seen.", 10
 
 pytestmark = pytest.mark.skipif(
     not FOLDERS or "MTP_MLX_CACHE" in os.environ, reason="the demo model is not in the cache"
