@@ -211,6 +211,7 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
                     signal.signal(name, handler)
 
     host, port = listener.getsockname()[:2]
+    listener.listen()  # whoever reads the next line may connect
     tell(f"serving {app.model_name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     most = settings.queue + settings.concurrent
     config = uvicorn.Config(

@@ -93,7 +93,7 @@ def leave(server: Server, number: int) -> tuple[int, str]:
 
 def oversize(server: Server, number: int) -> tuple[int, str]:
     try:
-        status, _ = server.ask("/v1/messages", raw=b" " * (BODY + number), headers=HEADERS)
+        status, _ = server.ask("/v1/messages", raw=b" " * (BODY + 1 + number), headers=HEADERS)
     except OSError:  # refused while it was still sending
         return 413, ""
     return status, ""
@@ -203,7 +203,7 @@ def test_overflow_is_answered_429_at_once(tmp_path: Path) -> None:
             time.sleep(0.01)
         status, answer = server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})
         assert status == 429 and answer["error"]["type"] == "rate_limit_error"
-        status, answer = server.ask("/v1/messages", body(1) | {"seed": 1})
+        status, answer = server.ask("/v1/messages", {"messages": body(1)["messages"], "max_tokens": 1})
         assert status == 429 and answer["error"]["type"] == "rate_limit_error"
         for connection in sockets:
             connection.close()

@@ -16,7 +16,7 @@ from tests.serve.running import served
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 FOLDERS = list((cache_dir() / "models").glob("smollm2-135m-*"))
-QUESTION, TOKENS = "Name three colours and say where each is seen.", 24
+QUESTION, TOKENS = "Name three colours and say where each is seen.", 10
 
 pytestmark = pytest.mark.skipif(
     not FOLDERS or "MTP_MLX_CACHE" in os.environ, reason="the demo model is not in the cache"
@@ -32,13 +32,14 @@ def test_the_demo_model(temperature: float) -> None:
     text = json.loads(result.stdout)["text"]
     app = application(ServeSettings(layout="quadratic", slots=2), None)
     messages = [{"role": "user", "content": QUESTION}]
-    asked = {"model": "smollm2-135m", "messages": messages, "max_tokens": TOKENS, "temperature": temperature}
+    asked = {"model": "smollm2-135m", "messages": messages, "max_tokens": TOKENS}
+    sampling = {"seed": 11, "temperature": temperature}
     with served(app) as port:
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0) as gpt:
-            answer = gpt.chat.completions.create(**asked, seed=11)
-            chunks = list(gpt.chat.completions.create(**asked, seed=11, stream=True))
+            answer = gpt.chat.completions.create(**asked, **sampling)
+            chunks = list(gpt.chat.completions.create(**asked, **sampling, stream=True))
         with anthropic.Anthropic(base_url=f"http://127.0.0.1:{port}", api_key="-", max_retries=0) as claude:
-            message = claude.messages.create(**asked, extra_body={"seed": 11})
+            message = claude.messages.create(**asked, extra_body=sampling)
     assert answer.choices[0].message.content == text
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert message.content[0].text == text
