@@ -50,7 +50,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def requests(folder: Path) -> list[dict[str, Any]]:
     slots, heads = str(folder / "slots"), str(folder / "heads")
-    sampled = {"temperature": 0.9, "top_k": 20, "seed": 4}
+    sampled = {"temperature": 3.0, "seed": 4}
     return [
         {"adapter": None, "layout": "plain"},
         {"adapter": None, "layout": "linear", "drafter": "lookup"},

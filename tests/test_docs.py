@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +201,9 @@ def test_a_lie_is_found(reader: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             test_every_block_of_a_page_runs(page, reader)
         page.write_text("<!-- not run: needs a network connection -->\n" + text.split("\n\n")[0] + "\n")
         test_every_block_of_a_page_runs(page, reader)
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    """Mended by `python dev/make_api_page.py`."""
+    names = runpy.run_path(str(ROOT / "dev" / "make_api_page.py"))
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == names["page"]()
