@@ -15,6 +15,13 @@ from .families_parts import Stored
 from .families_table import FAMILIES, OTHERS, Family
 from .heads import ADD_ONE, AS_IT_IS, SWAP, Block, Step, Target
 
+# Where our export writes what the speculators layout has no place for: fields of `HeadConvention`.
+CONVENTION_KEY = "mtp_mlx_convention"
+CONVENTION_FIELDS = {
+    "first_hidden": ("post-norm", "pre-norm"),
+    "recycled_hidden": ("normed", "raw"),
+    "mask_first_position": (False, True),
+}
 # Multi-modal checkpoints put this before the language model's names.
 _ROOT = r"(?:language_model\.)?"
 
@@ -28,6 +35,7 @@ class Found:
         copies: (canonical name, stored name, "embed_tokens" or "lm_head") of those that the file may hold.
         owned: the names that belong to heads.
         config: the language model's configuration.
+        drafts: tokens the heads were trained to draft in a step; 0 for one each.
     """
 
     title: str
@@ -38,6 +46,7 @@ class Found:
     config: dict[str, Any]
     copies: list[tuple[str, str, str]] = field(default_factory=list)
     count: int = 0
+    drafts: int = 0
 
 
 def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None:
@@ -45,13 +54,17 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
 
     Raises ConversionError: a known layout of a model type that is not supported, or of another kind.
     """
+    written = config.get(CONVENTION_KEY)  # by our own export
     inner = config.get("transformer_layer_config")  # speculators keep the model's configuration here
     config = inner if isinstance(inner, dict) else config
     kind = config.get("model_type")
     layouts = [family for family in FAMILIES if _root(family, names, config) is not None]
     for family in layouts:
         if kind in (family.model_types or tuple(BLOCKS)):
-            return _found(family, names, config)
+            found = _found(family, names, config)
+            if found.convention.family == "speculators" and isinstance(written, dict):
+                return _as_written(found, written)
+            return found
     if layouts:
         known = sorted({kind for family in layouts for kind in family.model_types or BLOCKS})
         raise ConversionError(
@@ -68,6 +81,8 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
 
 def _root(family: Family, names: Collection[str], config: dict[str, Any]) -> str | None:
     """What stands before the family's names ("" or "language_model."), or None where it is another family."""
+    if family.setting and config.get(family.setting) is None:
+        return None
     marker = re.compile(f"({_ROOT}){family.marker}")
     trunk = int(config.get("num_hidden_layers") or 0) if family.past_trunk else 0
     for name in names:
@@ -86,7 +101,8 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
     if convention.family == "speculators":  # only renamed, so its norms are as the model stores them
         zero_centred = config["model_type"].startswith(("qwen3_next", "qwen3_5"))
         convention = replace(convention, zero_centred_norms=zero_centred)
-    found = Found(family.title, convention, [], [], set(), config)
+    drafts = int(config.get(family.drafts) or 0) if family.drafts else 0
+    found = Found(family.title, convention, [], [], set(), config, drafts=drafts)
     for i, n in enumerate(layers or [0]):
         z = n + len(nemotron_pattern(config)) - 1 if "{z}" in family.names.norm_out else n
         stored = {
@@ -102,6 +118,17 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
         found.owned |= {name for name in names if name.startswith(root + family.owned.format(n=n))}
     found.count = len(found.blocks)
     return found
+
+
+def _as_written(found: Found, written: dict[str, Any]) -> Found:
+    """`found` with the fields that our export wrote down.
+
+    Raises ConversionError: a field or a value that is none.
+    """
+    for name, value in written.items():
+        if value not in CONVENTION_FIELDS.get(name, ()):
+            raise ConversionError(f"config.json: {CONVENTION_KEY} says {name} {value!r}, which is not known")
+    return replace(found, convention=replace(found.convention, **written))
 
 
 def _head(

@@ -26,6 +26,7 @@ from .families_parts import (
 from .heads import Block, Target
 
 Builder = Callable[[Stored], Block]
+_NEMOTRON_WORDS = {"attention": "*", "moe": "E"}
 
 
 def _block(
@@ -124,6 +125,11 @@ def glm4_moe(s: Stored) -> Block:
 
 def mimo_v2(s: Stored) -> Block:
     """MiMo-V2's head: a dense layer with the sliding-window attention's sizes."""
+    if s.has("self_attn.qkv_proj.weight"):
+        raise ConversionError(
+            "its queries, keys and values are one tensor, as in MiMo-V2-Pro, which is not supported; those of "
+            "MiMo-V2-Flash are"
+        )
     heads = s.number("swa_num_attention_heads")
     sink = s.has("self_attn.attention_sink_bias")
     targets = norms(s, "pre_mlp_layernorm") + attention(
@@ -190,12 +196,15 @@ def nemotron_h(s: Stored) -> Block:
 
 
 def nemotron_pattern(config: dict[str, Any]) -> str:
-    """The letters of a head's layers."""
+    """The letters of a head's layers; some checkpoints have words for them."""
     pattern = "".join(config.get("mtp_hybrid_override_pattern") or "")
+    words = config.get("mtp_layers_block_type") or []
+    if not pattern and set(words) <= _NEMOTRON_WORDS.keys():
+        pattern = "".join(_NEMOTRON_WORDS[word] for word in words)
     if not pattern or set(pattern) - set("*E"):
         raise ConversionError(
-            f"config.json: mtp_hybrid_override_pattern is {pattern!r}; it must say with * (attention) and E "
-            "(experts) what the layers of an MTP head are"
+            f"config.json: mtp_hybrid_override_pattern is {pattern!r} and mtp_layers_block_type {words!r}; one must "
+            "say with * (attention) and E (experts), or 'attention' and 'moe', what the layers of an MTP head are"
         )
     return pattern
 

@@ -1,7 +1,8 @@
 """The families of released cascade heads as data: what they call their tensors, and how they run.
 
-What is known only from other runtimes' behaviour is marked in `HeadConvention.unsettled`. `families` finds the
-family of a checkpoint; Medusa, Meta's parallel heads and PEFT adapters, whose form differs, are in `families_other`.
+Where published runtimes disagree the field is in `HeadConvention.unsettled`; docs/checkpoints.md says who does what.
+`families` finds the family of a checkpoint; Medusa, Meta's parallel heads and PEFT adapters, whose form differs, are
+in `families_other`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Family:
         owned: what every name of a head begins with ({n}: each of its layers).
         model_types: those it is restricted to; empty means any that `BLOCKS` knows.
         past_trunk: the heads lie behind the trunk's layers, as if they were more of them.
+        setting: one of config.json that it is restricted to; empty means none.
+        drafts: the setting that says how many tokens the heads were trained to draft; empty means one for each head.
     """
 
     title: str
@@ -48,6 +51,8 @@ class Family:
     names: Names
     model_types: tuple[str, ...] = ()
     past_trunk: bool = False
+    setting: str = ""
+    drafts: str = ""
 
 
 _NEXTN = Names(
@@ -94,6 +99,20 @@ def _fc(title: str, convention: HeadConvention, model_types: tuple[str, ...]) ->
     )
 
 
+def _mimo(title: str, convention: HeadConvention, setting: str = "", drafts: str = "") -> Family:
+    return Family(
+        title,
+        convention,
+        r"model\.mtp_layers\.\d+\.",
+        r"model\.mtp_layers\.(\d+)\.input_proj\.weight",
+        "model.mtp_layers.",
+        _MIMO,
+        ("mimo", "qwen2"),
+        setting=setting,
+        drafts=drafts,
+    )
+
+
 FAMILIES: tuple[Family, ...] = (
     _fc(
         "Qwen3-Next / 3.5 / 3.6",
@@ -116,14 +135,22 @@ FAMILIES: tuple[Family, ...] = (
         ),
         ("nemotron_h",),
     ),
-    Family(
-        "MiMo-7B / FastMTP",
-        HeadConvention("mimo", stored_order="hidden", mask_first_position=True),
-        r"model\.mtp_layers\.\d+\.",
-        r"model\.mtp_layers\.(\d+)\.input_proj\.weight",
-        "model.mtp_layers.",
-        _MIMO,
-        ("mimo", "qwen2"),
+    # One head, fine-tuned to draft several tokens one after another; its training code zeroes no embedding.
+    _mimo(
+        "FastMTP",
+        HeadConvention("fastmtp", stored_order="hidden"),
+        setting="mtp_loss_step_weights",
+        drafts="num_speculative_steps",
+    ),
+    _mimo(
+        "MiMo-7B",
+        HeadConvention(
+            "mimo",
+            stored_order="hidden",
+            first_hidden="pre-norm",
+            mask_first_position=True,
+            unsettled=("first_hidden", "recycled_hidden"),
+        ),
     ),
     Family(
         "LongCat-Flash",
@@ -176,9 +203,10 @@ FAMILIES: tuple[Family, ...] = (
         HeadConvention(
             "step-3.5",
             zero_centred_norms=True,
+            first_hidden="pre-norm",
             recycled_hidden="raw",
             lm_head="own",
-            unsettled=("recycled_hidden",),
+            unsettled=("first_hidden",),
         ),
         ("step3p5",),
         replace(
@@ -194,12 +222,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _nextn(
         "DeepSeek-V3 / R1, or a dense model with heads under DeepSeek's names",
-        HeadConvention(
-            "deepseek-v3",
-            recycled_hidden="raw",
-            mask_first_position=True,
-            unsettled=("first_hidden", "recycled_hidden"),
-        ),
+        HeadConvention("deepseek-v3", mask_first_position=True, unsettled=("first_hidden",)),
         ("deepseek_v3", "llama", "mistral", "qwen2", "qwen3"),
     ),
     Family(

@@ -126,6 +126,7 @@ class HeadPlan:
         dropped: (stored tensor, the trunk's tensor it equals byte for byte).
         notes: what else was decided, and why.
         model_config: the language model's configuration, as far as a block needs it.
+        drafts: tokens the heads were trained to draft in a step; 0 for one each.
     """
 
     title: str
@@ -136,3 +137,4 @@ class HeadPlan:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     model_config: dict[str, Any] = field(default_factory=dict)
+    drafts: int = 0

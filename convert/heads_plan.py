@@ -72,13 +72,17 @@ def _announced(config: Mapping[str, Any]) -> int:
 
 
 def plan_heads(
-    checkpoint: Checkpoint, norms: str = "auto", order: str = "auto", hidden: str = "auto"
+    checkpoint: Checkpoint,
+    norms: str = "auto",
+    order: str = "auto",
+    hidden: str = "auto",
+    recycled: str = "auto",
 ) -> HeadPlan:
     """The plan of the heads of `checkpoint`.
 
     norms: how the file stores its norms ("plain" or "zero-centred"), order: which half its fuse weights begin with
-    ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"); "auto" for
-    the family's way.
+    ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"), recycled: which
+    of their own the next draft takes ("normed" or "raw"); "auto" for the family's way.
 
     Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
     """
@@ -90,7 +94,7 @@ def plan_heads(
             "the kinds that are known"
         )
     found, notes = _settle_norms(checkpoint, found, norms)
-    found, told = _as_asked(checkpoint, found, order, hidden)
+    found, told = _as_asked(checkpoint, found, order, hidden, recycled)
     notes += told
     copies, dropped, convention = _copies(checkpoint, found)
     _check(checkpoint, found, [*found.targets, *copies])
@@ -112,6 +116,7 @@ def plan_heads(
         dropped=dropped,
         notes=notes,
         model_config=config,
+        drafts=found.drafts,
     )
 
 
@@ -145,7 +150,7 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
         t.shape for name, t in tensors.items() if name.endswith("conv1d.weight") and len(t.shape) == 3
     ]
     if not convolutions:
-        return True, "the family's own form; the file has no trunk that could say otherwise"
+        return True, "the family's own form; the file has no convolutions that could say otherwise"
     if convolutions[0][-1] != 1:
         return True, "the trunk's convolutions have the original layout"
     gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
@@ -164,12 +169,14 @@ def _mean(tensors: Mapping[str, LazyTensor], names: list[str]) -> float | None:
     return float(np.mean([tensors[name].float32().mean() for name in names])) if names else None
 
 
-def _as_asked(checkpoint: Checkpoint, found: Found, order: str, hidden: str) -> tuple[Found, list[str]]:
-    """`found` with another order or hidden state than its family's, and what was changed."""
+def _as_asked(
+    checkpoint: Checkpoint, found: Found, order: str, hidden: str, recycled: str
+) -> tuple[Found, list[str]]:
+    """`found` with another order or other states than its family's, and what was changed."""
     convention, targets, notes = found.convention, found.targets, []
-    if (order, hidden) != ("auto", "auto") and convention.kind != "cascade":
+    if {order, hidden, recycled} != {"auto"} and convention.kind != "cascade":
         raise ConversionError(
-            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden state can "
+            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden states can "
             "be chosen"
         )
     if order not in ("auto", convention.stored_order):
@@ -180,6 +187,9 @@ def _as_asked(checkpoint: Checkpoint, found: Found, order: str, hidden: str) -> 
     if hidden not in ("auto", convention.first_hidden):
         convention = replace(convention, first_hidden=hidden)
         notes.append(f"heads take the {hidden} state (as asked for)")
+    if recycled not in ("auto", convention.recycled_hidden):
+        convention = replace(convention, recycled_hidden=recycled)
+        notes.append(f"the next draft takes the {recycled} state (as asked for)")
     return replace(found, convention=convention, targets=targets), notes
 
 

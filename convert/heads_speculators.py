@@ -5,7 +5,8 @@
 
 The layout is embedding-first; norms stay as the model stores them (around zero for Qwen3-Next); experts are fused
 to [E, 2F, D] and [E, D, F]; embedding and LM head are the base model's. So nothing but order and names changes.
-The rest of a convention (which state is recycled, whether position 0 is masked) has no place in this layout.
+The rest of a convention (which state goes in first, which is recycled, whether position 0 is masked) has no place in
+this layout: it is written under a key of our own, which `convert` reads back and other runtimes do not know.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import new_folder
 
 from .checkpoint import Checkpoint
+from .families import CONVENTION_FIELDS, CONVENTION_KEY
 from .heads import AS_IT_IS, Block, HeadPlan, Step, Target
 from .heads_plan import plan_heads
 from .heads_write import WEIGHTS_NAME, check_out, save_targets
@@ -190,4 +192,5 @@ def _config(checkpoint: Checkpoint, plan: HeadPlan, base: str) -> dict[str, Any]
             "verifier": {"name_or_path": base, "architectures": checkpoint.config.get("architectures", [])},
         },
         "transformer_layer_config": plan.model_config,
+        CONVENTION_KEY: {name: getattr(plan.convention, name) for name in CONVENTION_FIELDS},
     }

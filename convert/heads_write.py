@@ -4,7 +4,8 @@ mtp_config.json (format 1, method "mtp-heads"):
 
     base.name, base.fingerprint     the trunk; the fingerprint (see `mtp_mlx.adapter`) is null where the checkpoint
                                     has no trunk that mlx-lm can load, and then cannot be compared
-    heads.count                     number of heads; head i predicts i + 2 tokens after the hidden state's own
+    heads.count, heads.drafts       number of heads, and of tokens that they draft in a step; head i predicts i + 2
+                                    tokens after the hidden state's own
     heads.convention                every field of `heads.HeadConvention`
     heads.blocks                    for each head the mlx-lm class of its decoder layer(s), built as
                                     class(args_class.from_dict({**model_config, **overrides}), **layers[j]),
@@ -111,6 +112,7 @@ def heads_config(
         "base": {"name": base, "fingerprint": fingerprint},
         "heads": {
             "count": plan.count,
+            "drafts": plan.drafts or plan.count,
             "convention": plan.convention.to_json(),
             "blocks": [block.to_json() for block in plan.blocks],
             "model_config": plan.model_config,

@@ -13,10 +13,7 @@ slot its own prediction. All names may begin with base_model.model., as PEFT's d
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,26 +24,9 @@ from mtp_mlx.model.attach import embedding_shape, new_adapter
 from mtp_mlx.model.mask_adapter import MaskAdapterConfig
 
 from .checkpoint import Checkpoint
-from .families_other import find_lora
 from .heads_write import check_out
 from .lazy_tensor import LazyTensor
-
-_PREFIX = re.compile(r"^(base_model\.model\.)?")
-_EMBEDDING = re.compile(r"(model\.)?embed_tokens(\.modules_to_save\.default)?\.weight")
-# Settings of PEFT that change what the factors mean, and what they are if they change nothing.
-_PLAIN: dict[str, Any] = {
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-
-
-def is_peft(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint holds LoRA factors under PEFT's names."""
-    return any(".lora_A." in name or ".lora_B." in name for name in checkpoint.tensors)
+from .peft_plan import SLOTS, check_settings, factor_targets, no_slots, slot_tables, split
 
 
 def write_peft(
@@ -60,16 +40,12 @@ def write_peft(
     out = Path(out)
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
     config = checkpoint.config
-    _check_settings(checkpoint)
-    others, factors = _split(checkpoint.tensors)
-    tensors = _low_rank(checkpoint, factors)
+    check_settings(checkpoint)
+    others, factors = split(checkpoint.tensors)
+    targets = factor_targets(checkpoint, factors)
+    tensors = {target.name: mx.array(factors[target.sources[0][0]].float32()).T for target in targets}
     slots = _slots(checkpoint, others, embedding_shape(base.model.embed_tokens)[0])
-    ranks = {array.shape[1] for name, array in tensors.items() if name.endswith(".down")}
-    if len(ranks) != 1:
-        raise ConversionError(
-            f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read"
-        )
-    rank = ranks.pop()
+    rank = targets[0].shape[1]
     alpha = float(config.get("lora_alpha", rank))
     sampler = {name: value for name, value in others.items() if name.startswith("sampler.")}
     draft_ids = _array(others.pop("draft_ids")).astype(mx.int32) if "draft_ids" in others else None
@@ -103,67 +79,18 @@ def write_peft(
     return out
 
 
-def _check_settings(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    kind = config.get("peft_type", "LORA")
-    odd = [f"peft_type {kind}"] if kind != "LORA" else []
-    odd += [
-        f"{name} {config[name]!r}"
-        for name, plain in _PLAIN.items()
-        if config.get(name, plain) not in (plain, None)
-    ]
-    if odd:
-        raise ConversionError(
-            f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train "
-            "a plain LoRA without it"
-        )
-
-
-def _split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """Those that are no factors, by names without PEFT's prefix; and the factors."""
-    factors = {name: tensor for name, tensor in tensors.items() if re.search(r"\.lora_[AB]\.", name)}
-    return {_PREFIX.sub("", name): t for name, t in tensors.items() if name not in factors}, factors
-
-
-def _low_rank(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
-    """`low_rank.<layer>.down` [in, r] and `.up` [r, out] of every layer.
-
-    Raises ConversionError: a layer has only one of its two factors, or they do not fit each other.
-    """
-    found = find_lora(factors, checkpoint.config)
-    assert found is not None
-    problems: list[str] = []
-    for target in found.targets:
-        name, shape = target.sources[0]
-        if name not in factors:
-            problems.append(f"missing {name}")
-        elif factors[name].shape != shape:
-            problems.append(f"{name} is {list(factors[name].shape)}, {list(shape)} expected")
-        elif factors[name].dtype not in ("F64", "F32", "F16", "BF16"):
-            problems.append(f"{name} is of type {factors[name].dtype}, a float type expected")
-    if problems:
-        raise ConversionError(
-            f"{checkpoint.path}: its factors do not fit each other: {'; '.join(problems[:8])}"
-        )
-    return {target.name: mx.array(factors[target.sources[0][0]].float32()).T for target in found.targets}
-
-
 def _slots(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: int) -> mx.array:
     """[k, D] slot embeddings, taken out of `others`.
 
     Raises ConversionError: there are none.
     """
-    if "slot_embeddings.weight" in others:
-        return _array(others.pop("slot_embeddings.weight"))
-    for name in [name for name in others if _EMBEDDING.fullmatch(name)]:
+    for name in slot_tables(others):
         table = others.pop(name)
+        if name == SLOTS:
+            return _array(table)
         if table.shape[0] > vocab_size:
             return _array(table)[vocab_size:]
-    raise ConversionError(
-        f"{checkpoint.path}: a LoRA adapter without slot embeddings cannot draft: the file has neither "
-        f"slot_embeddings.weight nor an embed_tokens.weight with rows beyond the base's {vocab_size}; train an "
-        "adapter with 'mtp-mlx train'"
-    )
+    raise no_slots(checkpoint, f"the base's {vocab_size}")
 
 
 def _array(tensor: LazyTensor) -> mx.array:

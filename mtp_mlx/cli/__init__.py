@@ -18,19 +18,27 @@ from typing import Any
 import click
 
 from mtp_mlx.blas import HOW_TO_MEND, prefer_openblas
+from mtp_mlx.distributed import refuse_if_many, whose
 from mtp_mlx.errors import MTPError
 
 # Verb -> its line in `mtp-mlx --help`; written here so that the list needs no verb's module.
 VERBS = {
     "generate": "Write text, several tokens per forward pass",
+    "chat": "Talk with a model, answer by answer",
+    "serve": "Answer requests of OpenAI's and Anthropic's clients",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
     "bench": "Compare the speed and text with plain mlx-lm",
-    "eval": "Measure what unverified emission gains and costs",
+    "eval": "Measure acceptance, speed and answers by category",
+    "tune": "Find the fastest layout on this machine, for auto",
+    "plan": "Project the speed-up on another machine's costs",
+    "push": "Publish an adapter folder on the model hub",
+    "pull": "Get an adapter folder from the model hub",
 }
+SHARING_VERBS = ("train", "generate")  # several processes of mlx.launch share one such command's work
 _MENDABLE_OS_ERRORS = (
     FileNotFoundError,
     PermissionError,
@@ -68,7 +76,7 @@ class LazyGroup(click.Group):
             message = explain(error)
             if message is None or os.environ.get("MTP_MLX_RAISE") == "1":
                 raise
-            click.echo(f"Error: {message}", err=True)
+            click.echo(f"Error{whose()}: {message}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             if os.environ.get("MTP_MLX_RAISE") == "1":
@@ -106,3 +114,6 @@ def main() -> None:
     """Make dense mlx-lm models write several tokens per forward pass."""
     if prefer_openblas() == "missing":
         print(HOW_TO_MEND, file=sys.stderr)
+    verb = click.get_current_context().invoked_subcommand
+    if verb not in SHARING_VERBS:
+        refuse_if_many(str(verb))

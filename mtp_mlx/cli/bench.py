@@ -20,6 +20,7 @@ EPILOG = """\b
 Examples:
   mtp-mlx bench
   mtp-mlx bench --prompts prompts.jsonl --layout auto --layout quadratic --max-tokens 128
+  mtp-mlx bench --layout linear --limit 4 --plot bench.svg
   mtp-mlx bench --layout plain --json
 """
 
@@ -58,6 +59,7 @@ Examples:
 )
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits, embedded model only")
 @click.option("--exact", is_flag=True, help="Same bits as plain decoding, also in near ties; slower")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw speed and acceptance into this SVG file")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
 def command(
     model: str,
@@ -75,15 +77,18 @@ def command(
     max_tokens: int,
     quantize: str | None,
     exact: bool,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Measure tokens per second, tokens per step and identical text, by category."""
     from mtp_mlx import plain_speed
     from mtp_mlx.api import load
+    from mtp_mlx.bench.plot import svg
     from mtp_mlx.bench.prompts import read_prompts
     from mtp_mlx.bench.report import summarise, table
     from mtp_mlx.bench.runner import Bench, Lane
     from mtp_mlx.decode.emission import Emission
+    from mtp_mlx.files import write_text
 
     emissions = [Emission(emit, threshold) for threshold in tau or (None,)]
     if lookup and emit != "verified":
@@ -127,10 +132,14 @@ def command(
         sum(timed.timed_tokens for timed in plain),
         quantize=int(quantize) if quantize else None,
     )
+    if plot is not None:
+        write_text(plot, svg(rows, f"{model}, mtp-mlx against mlx-lm plain"))
     if as_json:
         mismatches = [_mismatch(m) for m in done if not m.comparison.identical]
         report = {
             "model": model,
+            "adapter": adapter,
+            "method": None if attached.info is None else attached.info.to_json()["method"],
             "max_tokens": max_tokens,
             "loop": loop,
             "rows": [row.to_json() for row in rows],

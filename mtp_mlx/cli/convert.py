@@ -73,6 +73,13 @@ Examples:
     show_default=True,
     help="Which state of the trunk the heads were trained on",
 )
+@click.option(
+    "--head-recycled",
+    type=click.Choice(["auto", "normed", "raw"]),
+    default="auto",
+    show_default=True,
+    help="Which state of a head the next draft takes: after its norm, or before",
+)
 @click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
 @click.option(
     "--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention"
@@ -119,6 +126,7 @@ class ConvertOptions:
     head_norms: str
     head_order: str
     head_hidden: str
+    head_recycled: str
     base: str | None
     verify: bool
     force: bool
@@ -132,7 +140,7 @@ class ConvertOptions:
         """The plan of a checkpoint's heads."""
         from mtp_mlx.convert.heads_plan import plan_heads
 
-        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden)
+        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
 
 
 def _local(source: str, dry_run: bool) -> Path:
@@ -189,6 +197,7 @@ def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
         head_norms=how.head_norms,
         head_order=how.head_order,
         head_hidden=how.head_hidden,
+        head_recycled=how.head_recycled,
         heads=not how.trunk_only,
         force=how.force,
     )
@@ -244,7 +253,7 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_speculators import write_speculators
-    from mtp_mlx.convert.peft import is_peft
+    from mtp_mlx.convert.peft_plan import is_peft
     from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
 
     if (source / "mtp_config.json").is_file():
@@ -341,11 +350,15 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_plan import find_heads
     from mtp_mlx.convert.heads_report import plan_lines, source_line
+    from mtp_mlx.convert.peft_plan import is_peft
+    from mtp_mlx.convert.peft_plan import plan_lines as peft_lines
     from mtp_mlx.convert.ptp_names import is_ptp_checkpoint, student_line
 
     checkpoint = open_checkpoint(source)
     if is_ptp_checkpoint(checkpoint):
         return [source_line(checkpoint), student_line(checkpoint)]
+    if is_peft(checkpoint):
+        return peft_lines(checkpoint)
     found = None if how.trunk_only else find_heads(checkpoint)
     if how.heads_only or found is not None:
         lines = plan_lines(checkpoint, how.plan(checkpoint))

@@ -1,11 +1,12 @@
-"""`mtp-mlx eval --sweep-tau`: what unverified emission gains and what it costs, tau by tau."""
+"""`mtp-mlx eval`: acceptance, speed and right answers by category; with --sweep-tau, what each tau gives."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -16,12 +17,19 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
+    from mtp_mlx.bench.runner import Lane
+    from mtp_mlx.eval.evaluation import Answer
+    from mtp_mlx.eval.report import EvaluationRow
+    from mtp_mlx.eval.tasks import Task
     from mtp_mlx.eval.tau_sweep import Measured, TauRow
+    from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
 Examples:
+  mtp-mlx eval --limit 4 --layout auto --layout quadratic
+  mtp-mlx eval --gsm8k gsm8k.jsonl --humaneval humaneval.jsonl --emit conf-adapt --tau 0.9 -n 384 --plot eval.svg
   mtp-mlx eval --sweep-tau --adapter ./adapter
-  mtp-mlx eval --sweep-tau --questions gsm8k.jsonl --limit 100 --out sweep.jsonl --svg sweep.svg
+  mtp-mlx eval --sweep-tau --questions gsm8k.jsonl --limit 100 --out sweep.jsonl --plot sweep.svg
 """
 
 
@@ -32,46 +40,197 @@ class EvalSettings:
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
     questions: Path | None = setting(None, help="JSONL: question or prompt, optional answer", flag="-q")
-    limit: int | None = setting(None, help="At most this many questions, spread over the file", minimum=1)
+    gsm8k: Path | None = setting(None, help="JSONL of GSM8K: exact match of the last number")
+    humaneval: Path | None = setting(None, help="JSONL of HumanEval: pass@1, run in a sandbox")
+    mbpp: Path | None = setting(None, help="JSONL of MBPP: pass@1, run in a sandbox")
+    limit: int | None = setting(None, help="At most this many of each file, spread over it", minimum=1)
+    layout: tuple[Literal["auto", "linear", "quadratic"], ...] = setting(
+        (), help="Verified layout, may be repeated (default: auto)"
+    )
+    emit: Literal["verified", "conf-adapt", "static"] = setting(
+        "verified", help="Also unverified (lossy), beside the verified"
+    )
     tau: tuple[float, ...] = setting(
-        (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995), help="Threshold to measure, may be repeated"
+        (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995),
+        help="Threshold, may be repeated (with --emit: 0.9)",
     )
     slots: int | None = setting(None, help="Mask slots of a pass (default: all)", minimum=1)
     max_tokens: int = setting(128, help="Tokens per question", minimum=2, flag="-n")
     out: Path | None = setting(None, help="Keep every measurement here, to go on after a stop", flag="-o")
-    svg: Path | None = setting(None, help="Draw the curve into this file")
+    plot: Path | None = setting(None, help="Draw the result into this SVG file", flag="--svg")
 
 
-@click.command(epilog=EPILOG, short_help="Measure what unverified emission gains and costs")
+@click.command(epilog=EPILOG, short_help="Measure acceptance, speed and answers by category")
 @options_for(EvalSettings)
 @click.option("--sweep-tau", is_flag=True, help="Measure ConfAdapt at every --tau against plain decoding")
 @click.option("--raw", is_flag=True, help="Use questions as they are, without the chat template")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
 @click.pass_context
 def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, **options: Any) -> None:
-    """Measure tokens per pass of ConfAdapt against agreement with the model's own text.
+    """Measure speed, acceptance, agreement, perplexity and right answers against the model alone, by category.
 
-    The built-in prompts have no answers; a file of --questions may have them, as GSM8K's does. With --out the same
-    command goes on after a stop.
+    Without a file the built-in prompts are used, which have no answers. Code that the model writes for --humaneval
+    and --mbpp runs in a sandbox. With --out the same command goes on after a stop. With --sweep-tau: tokens per pass
+    of ConfAdapt at every --tau, and what it costs.
     """
-    if not sweep_tau:
-        raise click.UsageError("nothing to measure: give --sweep-tau.")
     settings = from_yaml(EvalSettings, None, options)
-    rows, whole = sweep(settings, raw, Console(stderr=True))
-    if settings.svg is not None and rows:
-        from mtp_mlx.eval.plot import svg
-        from mtp_mlx.files import write_text
+    console = Console(stderr=True)
+    if sweep_tau:
+        if settings.gsm8k or settings.humaneval or settings.mbpp:
+            raise MTPError(
+                "a sweep of tau reads --questions only: give the file there, or leave --sweep-tau out"
+            )
+        rows, whole = sweep(settings, raw, console)
+        _show(settings, rows, whole, as_json, table, _draw_sweep, {})
+    else:
+        results, whole, facts = evaluate(settings, options["tau"], raw, console)
+        from mtp_mlx.eval.report import table as evaluation_table
 
-        write_text(settings.svg, svg(rows, f"ConfAdapt, {settings.model}"))
-    if as_json:
-        report = {"model": settings.model, "adapter": settings.adapter, "max_tokens": settings.max_tokens}
-        click.echo(json.dumps({**report, "finished": whole, "rows": [row.to_json() for row in rows]}))
-    elif rows:
-        Console().print(table(rows))
+        _show(settings, results, whole, as_json, evaluation_table, _draw_bars, facts)
     if not whole:
         more = "; the same command goes on from here" if settings.out else ""
         click.echo(f"Stopped before the end{more}.", err=True)
         context.exit(130)
+
+
+def _show(
+    settings: EvalSettings,
+    rows: list[Any],
+    whole: bool,
+    as_json: bool,
+    as_table: Callable[[list[Any]], Table],
+    draw: Callable[[list[Any], str], str],
+    facts: dict[str, Any],
+) -> None:
+    """The rows as JSON or as a table, and as a plot."""
+    if settings.plot is not None and rows:
+        from mtp_mlx.files import write_text
+
+        write_text(settings.plot, draw(rows, settings.model))
+    if as_json:
+        report = {
+            "model": settings.model,
+            "adapter": settings.adapter,
+            "max_tokens": settings.max_tokens,
+            **facts,
+        }
+        click.echo(json.dumps({**report, "finished": whole, "rows": [row.to_json() for row in rows]}))
+    elif rows:
+        Console().print(as_table(rows))
+
+
+def _draw_sweep(rows: list[TauRow], model: str) -> str:
+    from mtp_mlx.eval.plot import svg
+
+    return svg(rows, f"ConfAdapt, {model}")
+
+
+def _draw_bars(rows: list[EvaluationRow], model: str) -> str:
+    from mtp_mlx.bench.plot import svg
+
+    return svg(rows, f"{model}, greedy")
+
+
+# --- tasks in lanes -----------------------------------------------------------------------------------------
+
+
+def evaluate(
+    settings: EvalSettings, taus: tuple[float, ...], raw: bool, console: Console
+) -> tuple[list[EvaluationRow], bool, dict[str, Any]]:
+    """The rows of what was measured, whether that is all, and what else the report says."""
+    from mtp_mlx.api import load
+    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.eval.evaluation import Evaluation, EvaluationSettings
+    from mtp_mlx.eval.report import summarise
+
+    tasks, layers = read_tasks(settings, console)
+    resolve_model(settings.model)
+    model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
+    plan = EvaluationSettings(settings.max_tokens, raw)
+    name = f"{settings.model} {settings.adapter} {_identity(model)}"
+    lanes = lanes_of(settings, taus, model)
+    evaluation = Evaluation(model, tokenizer, tasks, lanes, plan, settings.out, name)
+    answers: list[Answer] = []
+    whole = False
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=evaluation.total)
+
+        def on_answer(answer: Answer) -> None:
+            answers.append(answer)
+            progress.advance(task)
+
+        try:
+            evaluation.warm_up()
+            evaluation.run(on_answer)
+            whole = True
+        except KeyboardInterrupt:
+            pass
+    facts = {"method": _method(model), "sandbox": list(layers) if layers else None}
+    return summarise(answers), whole, facts
+
+
+def read_tasks(settings: EvalSettings, console: Console) -> tuple[list[Task], tuple[str, ...]]:
+    """What is asked, and the layers of the sandbox that code will run in."""
+    from mtp_mlx.eval import tasks
+    from mtp_mlx.eval.sandbox import KERNEL_LAYERS, Sandbox
+
+    sandbox = Sandbox()
+    layers: tuple[str, ...] = ()
+    if settings.humaneval or settings.mbpp:
+        layers = sandbox.check()
+        if not set(layers) & set(KERNEL_LAYERS):
+            console.print(
+                f"note: no layer of the operating system shuts the sandbox here, only {', '.join(layers)}; do not "
+                "run the code of a model that you do not trust"
+            )
+    found: list[Task] = []
+    if settings.gsm8k:
+        found += tasks.read_gsm8k(settings.gsm8k, settings.limit)
+    if settings.humaneval:
+        found += tasks.read_humaneval(settings.humaneval, settings.limit, sandbox)
+    if settings.mbpp:
+        found += tasks.read_mbpp(settings.mbpp, settings.limit, sandbox)
+    if settings.questions or not found:
+        found += tasks.read_prompt_tasks(settings.questions, settings.limit)
+    return found, layers
+
+
+def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedModel) -> list[Lane]:
+    """The verified layouts, then the lossy emission that was asked for.
+
+    Raises:
+        MTPError: an emission without a mask-token adapter, or a tau that does not go with it.
+    """
+    from mtp_mlx.bench.runner import Lane
+    from mtp_mlx.decode.emission import Emission
+
+    if taus and settings.emit != "conf-adapt":
+        raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
+    slots = settings.slots if model.most_drafts else None
+    lanes = [
+        Lane(layout, layout, slots if layout != "auto" else None)
+        for layout in dict.fromkeys(settings.layout or ("auto",))
+    ]
+    if settings.emit != "verified":
+        thresholds: list[float | None] = list(dict.fromkeys(taus)) or [None]
+        for tau in thresholds:
+            emission = Emission(settings.emit, tau)
+            lanes.append(Lane(emission.label("linear"), "linear", settings.slots, emission=emission))
+    return lanes
+
+
+def _identity(model: AttachedModel) -> str:
+    from mtp_mlx.decode.tuned import tuned_key
+
+    key = tuned_key(model)
+    return f"{key['model']} {key['weights']} {key['device']}"
+
+
+def _method(model: AttachedModel) -> str | None:
+    return None if model.info is None else str(model.info.to_json()["method"])
+
+
+# --- tau ----------------------------------------------------------------------------------------------------
 
 
 def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[TauRow], bool]:

@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, to_dict
+from mtp_mlx.distributed import launched_rank, launched_size
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
+    from mtp_mlx.decode.pick import SamplingConfig
+    from mtp_mlx.distributed import Peers
+    from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
 Examples:
   mtp-mlx generate --prompt "Why is the sky blue?"
   mtp-mlx generate -m ./model --adapter ./adapter --prompt-file question.txt --temp 0.7
+  mlx.launch -n 2 -- mtp-mlx generate -m ./model --prompt "Why is the sky blue?"
   cat notes.txt | mtp-mlx generate --raw --max-tokens 50 --color --histogram
 """
 
@@ -83,9 +88,14 @@ def command(
 
     The prompt comes from --prompt, --prompt-file or stdin.
     """
+    from mtp_mlx.distributed import join
+
     settings = from_yaml(GenerateSettings, None, options)
     prompt = read_prompt(settings, raw)
-    run = generate(settings, prompt, raw, _Printer(streaming=not as_json, color=color))
+    peers = join()
+    run = generate(settings, prompt, raw, _Printer(peers.leads and not as_json, color=color), peers)
+    if not peers.leads:
+        context.exit(130 if run.interrupted else 0)
     if as_json:
         click.echo(json.dumps(report(settings, run)))
     if color and not as_json and run.adapter_slots:
@@ -116,6 +126,8 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
             raise MTPError(f"{settings.prompt_file} is not UTF-8 at byte {error.start}") from error
     elif settings.prompt is not None and settings.prompt != "-":
         text = settings.prompt
+    elif launched_size() > 1:
+        raise MTPError("mlx.launch never closes stdin: give --prompt TEXT or --prompt-file FILE")
     elif settings.prompt == "-" or not sys.stdin.isatty():
         text = sys.stdin.read()
     else:
@@ -151,35 +163,33 @@ class _Printer:
             click.echo()
 
 
-def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer) -> Run:
+def generate(
+    settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer, peers: Peers | None = None
+) -> Run:
     """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
     from mtp_mlx import plain_speed
     from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
     from mtp_mlx.decode.calibrate import step_cost
     from mtp_mlx.decode.emission import Emission
-    from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.demo import resolve_model
 
-    sampling = SamplingConfig(
-        temperature=settings.temp,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        repetition_context_size=settings.repetition_context_size,
-        seed=settings.seed,
-        noise=settings.noise,
-    )
+    sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
     if not emission.lossless:
         emission.greedy(sampling)  # refuses before the model is loaded what it would refuse after
     resolve_model(settings.model, settings.quantize, tell)
     adapter = None if settings.adapter == "none" else settings.adapter
     model, tokenizer = load(
-        settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop
+        settings.model,
+        adapter,
+        quantize=settings.quantize,
+        exact=settings.exact,
+        loop=settings.loop,
+        peers=peers,
     )
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
+    _same_work(model, settings, ids)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
     run = Run(DecodeStats(), model.most_drafts, known)
     if not raw and not tokenizer.has_chat_template:
@@ -208,14 +218,46 @@ def generate(settings: GenerateSettings, prompt: str, raw: bool, printer: _Print
     )
     _consume(responses, run, printer)
     run.kernels = {} if model.kernels is None else model.kernels.report()
-    if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
+    alone = model.peers.alone  # the speed of several processes is not that of this machine
+    if (
+        alone
+        and settings.layout == "plain"
+        and settings.kv_bits is None
+        and run.tok_per_s
+        and not run.interrupted
+    ):
         plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
     return run
 
 
+def sampling_of(settings: GenerateSettings) -> SamplingConfig:
+    """How these settings pick tokens."""
+    from mtp_mlx.decode.pick import SamplingConfig
+
+    return SamplingConfig(
+        temperature=settings.temp,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        repetition_context_size=settings.repetition_context_size,
+        seed=settings.seed,
+        noise=settings.noise,
+    )
+
+
+def _same_work(model: AttachedModel, settings: GenerateSettings, prompt: list[int]) -> None:
+    """Raises MTPError where processes that share a model were not given the same command."""
+    adapter = None if model.info is None else model.info.base_fingerprint
+    given = {**to_dict(settings), "the prompt's ids": prompt, "the adapter's base": adapter}
+    given.pop("prompt_file")  # may lie elsewhere on every machine
+    model.peers.must_agree(given, "start all of them with the same command")
+
+
 def tell(stage: str) -> None:
-    """What takes long, on stderr."""
-    click.echo(f"{stage} ...", err=True)
+    """What takes long, on stderr; one of several processes says it."""
+    if launched_rank() == 0:
+        click.echo(f"{stage} ...", err=True)
 
 
 def _consume(responses: Any, run: Run, printer: _Printer) -> None:

@@ -126,8 +126,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
     parts.append(f"{way} {slots}" if slots else way)
     if run.stats.looped:
         parts[-1] += f" ({run.stats.looped})"
-    if run.stats.verdict:
-        parts[-1] += f" ({run.stats.verdict})"
+    for remark in (run.stats.tuned, run.stats.verdict):
+        parts[-1] += f" ({remark})" if remark else ""
     if not emission_of(settings).lossless:
         parts.append("lossless: false")
     parts.append(f"prompt {run.last.prompt_tokens} tok {run.prompt_s:.1f} s")

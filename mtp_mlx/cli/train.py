@@ -22,6 +22,7 @@ from mtp_mlx.config import from_yaml, options_for
 from mtp_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from mtp_mlx.distributed import Peers
     from mtp_mlx.train.agreement import Agreement
     from mtp_mlx.train.trainer import StepReport, Trainer
 
@@ -32,6 +33,7 @@ Examples:
   mtp-mlx train --config train.yaml --steps 2000
   mtp-mlx train --data answers.jsonl --out heads --method mtp-heads --hidden-cache states
   mtp-mlx train --data answers.jsonl --out heads8 --method mtp-heads --start-from heads --extend 2x
+  mlx.launch -n 2 -- mtp-mlx train --data answers.jsonl --out adapter
 """
 
 
@@ -46,21 +48,25 @@ def command(context: click.Context, config: Path | None, as_json: bool, **option
     Rows of DATA have "messages", "prompt" with "completion", or "text". Checkpoint and metrics lie beside
     OUT; after a stop the same command goes on from there, with the losses of a run that never stopped.
     """
+    from mtp_mlx.distributed import join
+
     settings = from_yaml(TrainSettings, config, options)
-    console = Console(stderr=True)
-    summary = run(settings, console)
-    if as_json:
+    peers = join()
+    console = Console(stderr=True, quiet=not peers.leads)
+    summary = run(settings, console, peers)
+    if as_json and peers.leads:
         click.echo(json.dumps(summary))
     console.print(summary_line(summary), highlight=False, soft_wrap=True)
+    peers.gather("done")  # mlx.launch ends the others as soon as one of them exits with an error
     if summary["interrupted"]:
         context.exit(130)
 
 
-def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
+def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -> dict[str, Any]:
     """Load model and data, train with a progress bar on `console`, and say what was done."""
     started = time.monotonic()
     with ProgressListener(console) as listener:
-        trainer = prepare(settings, listener)
+        trainer = prepare(settings, listener, peers)
         resumed = trainer.resume()
         first = trainer.step
         if resumed:
@@ -80,7 +86,7 @@ def run(settings: TrainSettings, console: Console) -> dict[str, Any]:
     }
 
 
-def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
+def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | None = None) -> Trainer:
     """The trainer of these settings; says what the data are and what memory the run may need."""
     # What is cheap to refuse is refused before the model is loaded.
     from mtp_mlx.demo import resolve_model
@@ -102,7 +108,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener) -> Trainer:
         cut_at_tokens=settings.cut_at_tokens or None,
     )
     listener.on_message(f"data: {data.report}; {len(data.held_out)} held out")
-    trainer = Trainer(model, data.train, data.held_out, settings, listener)
+    trainer = Trainer(model, data.train, data.held_out, settings, listener, peers)
     estimate = trainer.method.estimate_memory(data.train)
     listener.on_message(str(estimate))
     warning = too_much(estimate, remedy=trainer.method.less_memory)

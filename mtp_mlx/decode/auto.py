@@ -42,7 +42,7 @@ def build_policy(
     if layout == "plain":
         return FixedPolicy("plain", 0)
     if layout == "auto":
-        prior = _recorded_acceptance(model, most)
+        prior = recorded_acceptance(model, most)
         return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)
 
@@ -100,12 +100,12 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, s
     if chain > count:
         stats.looped = f"{count} heads to {chain} drafts"
     if layout == "auto":
-        prior = _recorded_acceptance(model, chain)
+        prior = recorded_acceptance(model, chain)
         return HeadsBudgetPolicy(step_cost(model), chain, prior, experience=model.experience)
     return ChainPolicy(chain)
 
 
-def _recorded_acceptance(model: AttachedModel, drafts: int) -> list[float]:
+def recorded_acceptance(model: AttachedModel, drafts: int) -> list[float]:
     """Acceptance per depth that the adapter records; gives a model without any an experience to go on from."""
     prior = list(model.info.acceptance) if model.info is not None else []
     if model.experience is None:

@@ -46,10 +46,12 @@ def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / "costs" / f"{digest}.json"
     cost = read_cost(path, key)
-    if cost is None:
+    if not all(model.peers.gather(cost is not None)):  # a measurement takes all processes
         (tell or log.warning)("measuring what a step costs on this machine (once per model)")
-        cost = measure(model)
+        with model.peers.waiting():
+            cost = measure(model)
         save_cost(path, cost, key)
+    assert cost is not None
     return cost
 
 
@@ -70,7 +72,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "mlx": importlib.metadata.version("mlx"),
         "model": base_fingerprint(model.model),
         "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'}",
-        "adapter": shape,
+        "adapter": shape if model.peers.alone else f"{shape}, part {model.peers.rank} of {model.peers.size}",
         "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy
-from mtp_mlx.decode.budget import BudgetPolicy, Experience
+from mtp_mlx.decode.auto import LAYOUT_NAMES, MOST_CHAIN, build_policy, recorded_acceptance
+from mtp_mlx.decode.batch_plan import BatchDrafting
+from mtp_mlx.decode.budget import BudgetPolicy
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.policy import FixedPolicy, LayoutName, LookupPolicy, Policy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.tuned import recall
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 
@@ -78,7 +80,8 @@ def plan_drafting(
 ) -> Drafting:
     """What `--layout`, `--slots`, `--lookup` or `--drafter`, and `--emit` with `--tau` stand for together.
 
-    A lookup that was asked for and that the layout cannot use is counted in `stats.fallbacks`.
+    A lookup that was asked for and that the layout cannot use is counted in `stats.fallbacks`. Layout "auto" with
+    nothing else asked for is what `mtp-mlx tune` found, where it has run, and `stats.tuned` says so.
 
     Raises:
         MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or a drafter with another emission.
@@ -88,6 +91,11 @@ def plan_drafting(
         if drafter is not None:
             raise MTPError("--emit and --tau are about mask slots alone: leave --drafter out")
         lookup = bool(lookup)  # the text itself drafts only where it is asked for
+    if layout == "auto" and (slots, lookup, drafter, emission) == (None, None, None, Emission()):
+        tuned = recall(model)
+        if tuned is not None:
+            layout, slots, drafter = tuned.layout, tuned.slots, tuned.drafter
+            stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
     if chosen.own:
         policy = build_policy(model, layout, slots, stats, emission)
@@ -122,6 +130,31 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
         return FixedPolicy("plain", 0)
     if layout == "linear":
         return LookupPolicy(drafts or LOOKUP_DRAFTS)
-    if model.experience is None:
-        model.experience = Experience.fresh(model.most_drafts, [])
+    recorded_acceptance(
+        model, model.most_drafts
+    )  # what is learnt here goes on to generations that use the adapter
     return BudgetPolicy(step_cost(model), 0, [], experience=model.experience)
+
+
+def batch_drafting(
+    model: AttachedModel,
+    layout: LayoutName,
+    slots: int | None,
+    lookup: bool | None = None,
+    drafter: str | None = None,
+) -> BatchDrafting:
+    """What the same options stand for where several sequences share passes. "auto" looks nothing up there."""
+    chosen = choose_drafters(model, drafter, lookup, layout)
+    if layout == "plain":
+        return BatchDrafting("plain")
+    own = (slots or model.most_drafts) if chosen.own else 0
+    heads = model.mtp_heads is not None
+    looked_up = own or slots or LOOKUP_DRAFTS
+    if not own and (layout == "auto" or not chosen.lookup):
+        return BatchDrafting("plain")
+    return BatchDrafting(
+        layout,
+        slots=0 if heads else own,
+        chain=own if heads else 0,
+        lookup=looked_up if chosen.lookup and layout != "auto" else 0,
+    )

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.stats import DecodeStats
@@ -94,8 +95,8 @@ class EmitLoop:
             hidden, shape, mx.array(last), pick[0], position[0], None if history is None else history[0]
         )
         alone = pick if self._sampler is None else self._sampler.pick(logits, position, history)
-        integers = mx.concatenate([alone, pick, fresh])
-        confidences = mx.concatenate([sure, confidences])
+        integers = led(session.attached.peers, mx.concatenate([alone, pick, fresh]))
+        confidences = led(session.attached.peers, mx.concatenate([sure, confidences]))
         mx.eval(integers, confidences)  # the pass's one host read
         own, *run = cast("list[int]", integers.tolist())
         count = self._emission.count(cast("list[float]", confidences.tolist()))

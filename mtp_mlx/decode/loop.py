@@ -16,6 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
@@ -26,6 +27,7 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.step_result import StepResult
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
@@ -50,6 +52,7 @@ def mtp_generate_step(
     quantized_kv_start: int = 5000,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     stats: DecodeStats | None = None,
+    constraint: Constraint | None = None,
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`.
 
@@ -70,42 +73,73 @@ def mtp_generate_step(
             beginning of them, as many as its offset says. MTP heads do not know what was in it already (hidden states
             are not kept): they draft from what follows, so a long reused prefix makes their drafts worse.
         stats: filled while decoding.
+        constraint: what every token must satisfy, such as a grammar; verified emission only.
 
     Raises:
         MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back, or an emission that
             the model or the sampling does not go with.
     """
     settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
+    keep = prompt_cache is not None
+    session, loop = open_loop(
+        token_ids(prompt),
+        model,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        policy=policy,
+        lookup=lookup,
+        emission=emission,
+        cache=prompt_cache if prompt_cache is not None else model.make_cache(),
+        settings=settings,
+        stats=stats,
+        constraint=constraint,
+    )
+    n_prompt = len(session.tokens)
+    try:
+        session.prefill(prompt_progress_callback)
+        try:
+            yield from loop.tokens()
+        except GeneratorExit:  # closed by the consumer
+            if keep:
+                session.settle(n_prompt + loop.n_yielded)
+            raise
+        if keep:
+            session.settle(n_prompt + loop.n_yielded)
+    except BaseException:  # Ctrl-C too, and inside `settle`
+        session.rewind()
+        raise
+
+
+def open_loop(
+    ids: list[int],
+    model: AttachedModel,
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig | None,
+    policy: Policy | None,
+    lookup: LookupDrafter | None,
+    emission: Emission | None,
+    cache: list[Any],
+    settings: CacheSettings,
+    stats: DecodeStats | None,
+    constraint: Constraint | None,
+) -> tuple[Session, DecodeLoop | EmitLoop]:
+    """A generation before its prompt has run; arguments and errors as `mtp_generate_step`."""
     policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
+    if constraint is not None and not emission.lossless:
+        raise MTPError("a grammar needs verified drafts: use --emit verified")
     verifying = emission.lossless and policy.max_drafts > 0
     sampling = sampling_for(model, sampling or SamplingConfig(), verifying)
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
     drafter = slot_drafter(model, picker) if model.adapter is not None else None
     stats = DecodeStats() if stats is None else stats
-    if isinstance(drafter, PTPSlotDrafter) and policy.max_drafts and drafter.other_sampling:
+    if drafter is not None and policy.max_drafts and drafter.other_sampling:
         stats.fallbacks[drafter.other_sampling] += 1
-    keep = prompt_cache is not None
-    cache = prompt_cache if prompt_cache is not None else model.make_cache()
-    ids = token_ids(prompt)
-    session = Session(model, picker, drafter, ids, cache, settings, policy.chain)
-    loop: _Loop | EmitLoop
+    session = Session(model, picker, drafter, ids, cache, settings, policy.chain, constraint)
     if emission.lossless:
-        loop = _Loop(session, policy, lookup, stats, max_tokens)
-    else:
-        sampler = Picker(sampling) if emission.first_token_sampling else None
-        loop = EmitLoop(session, emission, policy.max_drafts, sampler, stats, max_tokens)
-    try:
-        session.prefill(prompt_progress_callback)
-        yield from loop.tokens()
-    except GeneratorExit:
-        if keep:
-            session.settle(len(ids) + loop.n_yielded)
-        raise
-    except BaseException:  # Ctrl-C too
-        session.rewind()
-        raise
-    if keep:
-        session.settle(len(ids) + loop.n_yielded)
+        return session, DecodeLoop(session, policy, lookup, stats, max_tokens)
+    sampler = Picker(sampling) if emission.first_token_sampling else None
+    return session, EmitLoop(session, emission, policy.max_drafts, sampler, stats, max_tokens)
 
 
 def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
@@ -144,8 +178,14 @@ def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
         raise MTPError("the prompt must be one sequence of whole token ids") from None
 
 
-class _Loop:
-    """The state of one generation between steps."""
+class DecodeLoop:
+    """The state of one generation between steps.
+
+    Attributes:
+        n_yielded: tokens yielded so far.
+        leaving: `tokens` is to end as soon as every committed token is yielded and no pass runs ahead; it can be
+            called again later.
+    """
 
     def __init__(
         self,
@@ -158,6 +198,7 @@ class _Loop:
         self._session, self._policy, self._lookup, self._stats = session, policy, lookup, stats
         self._max_tokens = max_tokens
         self.n_yielded = 0
+        self.leaving = False
         self._own = "heads" if policy.chain else "slots"  # the adapter's drafts
         self._proposal = Proposal(self._own, [], [])
         if lookup is not None:
@@ -165,10 +206,10 @@ class _Loop:
 
     def tokens(self) -> Generator[Token, None, None]:
         """Steps until max_tokens; the consumer closes the generator to stop earlier."""
-        while self._left() > 0:
+        while self._left() > 0 and not self.leaving:
             started = time.perf_counter()
             proposal, layout = self._plan()
-            if layout == Layout.plain():
+            if layout == Layout.plain() and self._session.constraint is None:  # a mask cannot run ahead
                 yield from self._plain_stretch(started)
             else:
                 yield from self._step(proposal, layout, started)
@@ -183,22 +224,28 @@ class _Loop:
 
     def _plan(self) -> tuple[Proposal, Layout]:
         """Which drafts to verify and in which layout."""
+        return self._policy.choose(self.proposals(self._policy.max_drafts))
+
+    def proposals(self, most: int) -> list[Proposal]:
+        """What the drafters propose, at most `most` drafts each and no more than may be verified now."""
         proposals = [self._proposal]
         if self._lookup is not None:
-            drafts, match = self._lookup.propose(self._policy.max_drafts)
+            drafts, match = self._lookup.propose(most)
             if drafts:
                 proposals.append(Proposal("lookup", drafts, [match / self._lookup.longest] * len(drafts)))
         limit = self._session.draft_limit()
         most = self._left() - 1 if limit is None else min(limit, self._left() - 1)
-        return self._policy.choose([proposal.cut(most) for proposal in proposals])
+        return [proposal.cut(most) for proposal in proposals]
 
     def _step(self, proposal: Proposal, layout: Layout, started: float) -> Generator[Token, None, None]:
         drafts = proposal.drafts[: layout.drafts]
         result = self._session.step(layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
-        self._stats.record(
-            layout.drafts, layout.slots, result.n_accepted, proposal.source, layout.chain, result.rows
-        )
+        yield from self.take(proposal.source, layout, result)
+
+    def take(self, source: str, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
+        """The tokens of a step that `session` has committed; `source` made its drafts."""
+        self._stats.record(layout.drafts, layout.slots, result.n_accepted, source, layout.chain, result.rows)
         self._proposal = Proposal(self._own, result.drafts, result.confidences)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)
@@ -219,7 +266,8 @@ class _Loop:
         last = False
         while not last:
             pick, logits = ahead
-            last = self._left() <= 1 or self._policy.interrupts_plain() or self._lookup_wanted()
+            last = self.leaving or self._left() <= 1
+            last = last or self._policy.interrupts_plain() or self._lookup_wanted()
             if not last:
                 ahead = session.plain_pass(pick, 1)
                 mx.async_eval(ahead[0])

@@ -1,8 +1,8 @@
 """The caches of all layers, from which the newest pass can be taken back: `mark` before a pass, `keep` after.
 
-While a session runs, the list that mlx-lm's prompt cache is holds `WindowCache` for sliding windows and `StateCache`
-for recurrent state; `hand_back` puts mlx-lm's own objects back, with what they would hold. Ordinary caches stay as
-they are, and what is not kept of them leaves by their own `trim`.
+From a session's first pass on, the list that mlx-lm's prompt cache is holds `WindowCache` for sliding windows and
+`StateCache` for recurrent state; `hand_back` puts mlx-lm's own objects back, with what they would hold. Ordinary
+caches stay as they are, and what is not kept of them leaves by their own `trim`.
 """
 
 from __future__ import annotations
@@ -36,28 +36,26 @@ class LayerCaches:
     def __init__(self, layers: list[Any], model_name: str) -> None:
         check_caches(layers, model_name)
         self.layers, self._name = layers, model_name
-        theirs = list(layers)
-        layers[:] = [_taken_over(layer) for layer in theirs]
-        self._theirs = [(index, layer) for index, layer in enumerate(theirs) if layers[index] is not layer]
-        self._states = [leaf for leaf in self._leaves() if isinstance(leaf, StateCache)]
-        self._rows = 0  # cached, where no cache counts them
-        if all(isinstance(leaf, StateCache) for leaf in self._leaves()) and not all(
-            state.empty() for state in self._states
-        ):
+        made = [(index, layer, _ours(layer)) for index, layer in enumerate(layers)]
+        self._exchanged = [(index, theirs, ours) for index, theirs, ours in made if ours is not theirs]
+        leaves = [leaf for _, _, ours in made for leaf in _leaves(ours)]
+        self._states = [leaf for leaf in leaves if isinstance(leaf, StateCache)]
+        if len(self._states) == len(leaves) and not all(state.empty() for state in self._states):
             raise MTPError(
                 "this prompt cache holds recurrent state only, which does not say how many tokens it has read: "
                 "give the whole text as the prompt"
             )
+        self._rows = 0  # cached, where no cache counts them
         self._mark: tuple[int, list[list[Any]]] = (self.length, [])
 
     def _leaves(self) -> Iterator[Any]:
         for layer in self.layers:
-            yield from layer.caches if isinstance(layer, CacheList) else (layer,)
+            yield from _leaves(layer)
 
     @property
     def length(self) -> int:
         """Rows cached."""
-        counting = (leaf for leaf in self._leaves() if not isinstance(leaf, StateCache))
+        counting = (leaf for leaf in self._leaves() if not isinstance(leaf, ArraysCache))
         leaf = next(counting, None)
         return self._rows if leaf is None else int(leaf.offset)
 
@@ -69,10 +67,12 @@ class LayerCaches:
     @property
     def windowed(self) -> bool:
         """Some layer sees a sliding window only."""
-        return any(isinstance(leaf, WindowCache) for leaf in self._leaves())
+        return any(isinstance(leaf, WindowCache | RotatingKVCache) for leaf in self._leaves())
 
     def mark(self, n_rows: int) -> None:
-        """Before a pass over `n_rows` rows."""
+        """Before a pass over `n_rows` rows; the list holds our caches from the first one on."""
+        for index, _, ours in self._exchanged:
+            self.layers[index] = ours
         length = self.length
         self._mark = (
             length,
@@ -98,7 +98,7 @@ class LayerCaches:
     def keep(self, n_rows: int) -> None:
         """Keeps the first `n_rows` of the newest pass; the others were never there."""
         for leaf in self._leaves():
-            if not isinstance(leaf, StateCache):
+            if not isinstance(leaf, ArraysCache):
                 surplus = int(leaf.offset) - self.marked - n_rows
                 if surplus > 0:
                     leaf.trim(surplus)
@@ -107,23 +107,28 @@ class LayerCaches:
         self._rows = self.marked + n_rows
 
     def hand_back(self) -> None:
-        """Makes the list mlx-lm's own again."""
-        for index, layer in self._theirs:
-            for leaf in self.layers[index].caches if isinstance(layer, CacheList) else (self.layers[index],):
-                if isinstance(leaf, WindowCache):
-                    leaf.hand_back()
-            self.layers[index] = layer
-        self._theirs = []
+        """Makes the list mlx-lm's own again. Where Ctrl-C cuts it short, a second call does the rest."""
+        for index, theirs, ours in self._exchanged:
+            if self.layers[index] is ours:
+                for leaf in _leaves(ours):
+                    if isinstance(leaf, WindowCache):
+                        leaf.hand_back()
+                self.layers[index] = theirs
 
 
-def _taken_over(cache: Any) -> Any:
+def _leaves(layer: Any) -> tuple[Any, ...]:
+    """The caches of one layer, which may have a list of them."""
+    return tuple(layer.caches) if isinstance(layer, CacheList) else (layer,)
+
+
+def _ours(cache: Any) -> Any:
     """The cache of ours that takes the place of mlx-lm's, or the same object where none does."""
     if isinstance(cache, RotatingKVCache):
         return WindowCache(cache)
     if isinstance(cache, ArraysCache):
         return StateCache(cache)
     if isinstance(cache, CacheList):
-        parts = [_taken_over(part) for part in cache.caches]
+        parts = [_ours(part) for part in cache.caches]
         changed = any(new is not old for new, old in zip(parts, cache.caches, strict=True))
         return CacheList(*parts) if changed else cache
     return cache

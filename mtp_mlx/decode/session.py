@@ -9,14 +9,15 @@ before the next pass, which is the same unless rows are taken back in between: t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
+from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.decode.drafters.head_drafter import HeadDrafter
 from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.drafters.medusa import MedusaDrafter
@@ -24,44 +25,16 @@ from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
 from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.decode.step_result import CacheSettings, LazyStep, StepResult
 from mtp_mlx.decode.verify import leading_run
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 from mtp_mlx.model.medusa_head import MedusaHeads
 from mtp_mlx.model.parallel_head import ParallelHeads
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """KV-cache options, named and meant as in mlx-lm. kv_bits None keeps the cache unquantised."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step, read on the host.
-
-    Attributes:
-        tokens: accepted drafts, then the target's own pick.
-        n_accepted: number of accepted drafts.
-        drafts, confidences: fresh drafts for the next positions.
-        logits: [1 + d, V], row i predicts tokens[i]; lazy.
-        rows: rows of the pass.
-    """
-
-    tokens: list[int]
-    n_accepted: int
-    drafts: list[int]
-    confidences: list[float]
-    logits: mx.array
-    rows: int
 
 
 def _head_drafter(attached: AttachedModel, picker: Picker, chain: int, start: int) -> HeadDrafter:
@@ -84,6 +57,7 @@ class Session:
         cache: mlx-lm prompt cache, possibly holding an earlier prefix; updated in place.
         settings: cache options.
         chain: longest chain of MTP heads that layouts will ask for; 0 for none.
+        constraint: what every token must satisfy; None for nothing. Not with `plain_pass`, which runs ahead of it.
 
     Raises:
         MTPError: the prompt is empty, has ids outside the vocabulary, or the cache cannot give rows back.
@@ -98,24 +72,26 @@ class Session:
         cache: list[Any],
         settings: CacheSettings,
         chain: int = 0,
+        constraint: Constraint | None = None,
     ) -> None:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
         if max(prompt) >= attached.vocab_size or min(prompt) < 0:
             raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size}")
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
+        self.attached, self.picker, self.drafter = attached, picker, drafter
+        self.cache, self._settings = cache, settings
+        self.start = self.cached  # tokens of an earlier prefix
         if self._caches.windowed and settings.kv_bits is not None:
-            self._caches.hand_back()
             raise MTPError(
                 "this model's layers with a sliding window cannot have a quantised cache, in mlx-lm either: "
                 "leave kv_bits out"
             )
-        self.attached, self.picker, self.drafter = attached, picker, drafter
-        self.cache, self._settings = cache, settings
-        self.start = self.cached  # tokens of an earlier prefix
+        self.constraint = constraint
         self.chain = _head_drafter(attached, picker, chain, self.start) if chain else None
-        self._has_run = False
+        self._has_run = self._settled = False
         self.tokens = list(prompt)  # committed since then, the pending one last
+        self._n_prompt = len(prompt)
 
     @property
     def cached(self) -> int:
@@ -124,6 +100,14 @@ class Session:
 
     def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Runs all of the prompt but its last token, in chunks."""
+        for done in self.prefill_chunks():
+            if progress is not None:
+                progress(done, len(self.tokens))
+        if progress is not None:
+            progress(len(self.tokens), len(self.tokens))
+
+    def prefill_chunks(self) -> Iterator[int]:
+        """As `prefill`; yields how many tokens of the prompt have run, after every chunk."""
         total = len(self.tokens)
         done = 0
         while done < total - 1:
@@ -133,21 +117,18 @@ class Session:
                 self.chain.observe(self.attached.head_input, self.tokens)
             self._evaluate_cache()
             done += len(chunk)
-            if progress is not None:
-                progress(done, total)
             mx.clear_cache()
+            yield done
         if self.chain is not None:
             self.chain.catch_up(self.tokens)
-        if progress is not None:
-            progress(total, total)
 
     def _forward(self, block: Block) -> mx.array:
         """[B, R, D] latents of a pass that appends the block's rows to the cache."""
+        n_rows = block.ids.shape[1]
+        self._caches.mark(n_rows)  # first: rows that are quantised are not taken back
         if self._has_run:  # mlx-lm never quantises before the first pass
             self._quantize()
         self._has_run = True
-        n_rows = block.ids.shape[1]
-        self._caches.mark(n_rows)
         hidden = self.attached.forward(block, self.cache)
         self._caches.check_pass(n_rows)
         return hidden
@@ -198,7 +179,8 @@ class Session:
             known = self._recent(self.tokens, self.picker.history_size - n_ahead)
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
-        return self.picker.pick(logits, mx.array([position]), history), logits
+        pick = self.picker.pick(logits, mx.array([position]), history)
+        return led(self.attached.peers, pick), logits
 
     # --- unverified emission --------------------------------------------------------------------------------
 
@@ -225,40 +207,87 @@ class Session:
 
     def step(self, layout: Layout, drafts: list[int]) -> StepResult:
         """Verifies `drafts` (layout.drafts of them), commits what is accepted and drafts again."""
-        shape = self._shape(layout)
         start = self.cached
+        hidden = self._forward(self.block(layout, drafts, start))[0]  # [R, D]
+        logits = self.attached.head(hidden[None, : layout.real_rows])[0]  # [1 + d, V]
+        found = self.judge(layout, drafts, start, hidden, logits, self.attached.head_input)
+        mx.eval(found.integers, found.confidences)  # the step's one host read
+        result = self.commit(layout, found)
+        self._caches.keep(1 + result.n_accepted)
+        return result
+
+    def block(self, layout: Layout, drafts: list[int], start: int) -> Block:
+        """The rows of a step whose pending token stands at position `start`."""
+        shape = self.shape(layout)
         rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
         block = Block.decode(rows, shape, start, self.attached.vocab_size)
         if isinstance(self.drafter, PTPSlotDrafter) and layout.slot_rows:
             block = replace(block, uniforms=self.drafter.uniforms(shape, start))
-        hidden = self._forward(block)[0]  # [R, D]
-        logits = self.attached.head(hidden[None, : shape.n_real])[0]  # [1 + d, V]
-        positions = mx.arange(start + 1, start + 1 + shape.n_real)
+        return block
+
+    def judge(
+        self,
+        layout: Layout,
+        drafts: list[int],
+        start: int,
+        hidden: mx.array,
+        logits: mx.array,
+        head_input: mx.array,
+    ) -> LazyStep:
+        """What a pass says about `drafts`, and fresh drafts; lazily.
+
+        Args:
+            layout: of the pass. It may have room for more drafts than there are.
+            drafts: d token ids.
+            start: absolute position of the pending token.
+            hidden: [R, D] latents of the pass.
+            logits: [>= 1 + d, V] of its real rows.
+            head_input: [1, >= 1 + d, D] what MTP heads take of them.
+        """
+        n_real = 1 + len(drafts)
+        logits, head_input = logits[:n_real], head_input[:, :n_real]
+        rows = mx.array([self.tokens[-1], *drafts], dtype=mx.int32)
+        positions = mx.arange(start + 1, start + 1 + n_real)
         history = self._histories(drafts)
-        picks, accepted = self._verify(logits, positions, history, rows)
+        picks, accepted = self._verify(self._allowed(logits, drafts), positions, history, rows)
         own = None if history is None else history[accepted]
-        fresh, confidences = self._draft(layout, hidden, picks, accepted, positions[accepted], own)
-        integers = mx.concatenate([accepted.reshape(1), picks, fresh])
-        mx.eval(integers, confidences)  # the step's one host read
-        n_accepted, *values = cast("list[int]", integers.tolist())
+        fresh, confidences = self._draft(
+            layout, hidden, head_input, picks, accepted, positions[accepted], own
+        )
+        integers = led(self.attached.peers, mx.concatenate([accepted.reshape(1), picks, fresh]))
+        confidences = led(self.attached.peers, confidences)
+        return LazyStep(integers, confidences, logits, head_input, hidden.shape[0])
+
+    def commit(self, layout: Layout, found: LazyStep) -> StepResult:
+        """Commits what was accepted and the target's own pick; the caches' rows are the caller's business."""
+        n_accepted, *values = cast("list[int]", found.integers.tolist())
+        n_real = found.logits.shape[0]
         count = layout.chain or layout.slots[n_accepted]
         tokens = values[: n_accepted + 1]
-        self._caches.keep(1 + n_accepted)
         self.tokens += tokens
         if self.chain is not None and layout.chain:
             self.chain.commit(n_accepted)
         elif self.chain is not None:
-            self.chain.observe(self.attached.head_input[:, : n_accepted + 1], self.tokens)
+            self.chain.observe(found.head_input[:, : n_accepted + 1], self.tokens)
+        if self.constraint is not None:
+            self.constraint.commit(tokens)
         return StepResult(
             tokens=tokens,
             n_accepted=n_accepted,
-            drafts=values[shape.n_real : shape.n_real + count],
-            confidences=cast("list[float]", confidences.tolist())[:count],
-            logits=logits,
-            rows=shape.rows,
+            drafts=values[n_real : n_real + count],
+            confidences=cast("list[float]", found.confidences.tolist())[:count],
+            logits=found.logits,
+            rows=found.rows,
         )
 
-    def _shape(self, layout: Layout) -> BlockShape:
+    def _allowed(self, logits: mx.array, drafts: list[int]) -> mx.array:
+        """[1 + d, V] logits, -inf where the constraint forbids a token after the drafts before it."""
+        if self.constraint is None:
+            return logits
+        allowed = mx.array(self.constraint.allowed(drafts))
+        return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
+
+    def shape(self, layout: Layout) -> BlockShape:
         """The rows of a layout, with what the drafter's slot groups start with."""
         lead = self.drafter.lead if isinstance(self.drafter, PTPSlotDrafter) else 0
         return block_shape(layout.drafts, layout.slots, lead)
@@ -267,6 +296,7 @@ class Session:
         self,
         layout: Layout,
         hidden: mx.array,
+        head_input: mx.array,
         picks: mx.array,
         accepted: mx.array,
         position: mx.array,
@@ -276,6 +306,7 @@ class Session:
 
         Args:
             hidden: [R, D] latents of the block.
+            head_input: [1, 1 + d, D] what MTP heads take.
             picks: [1 + d] int32, the target's picks.
             accepted: int32 scalar a.
             position: int32 scalar, of picks[a].
@@ -287,12 +318,13 @@ class Session:
         if layout.chain:
             if self.chain is None:
                 raise MTPError("this layout drafts with MTP heads, which the policy has not announced")
-            real = self.attached.head_input[:, : layout.real_rows]
-            return self.chain.propose(real, picks, accepted, position, history, self.tokens, layout.chain)
+            return self.chain.propose(
+                head_input, picks, accepted, position, history, self.tokens, layout.chain
+            )
         if layout.slot_rows:
             if self.drafter is None:
                 raise MTPError("this layout has mask slots, and this model no mask-token adapter to use them")
-            shape = self._shape(layout)
+            shape = self.shape(layout)
             return self.drafter.propose(hidden, shape, accepted, picks[accepted], position, history)
         return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
 
@@ -308,7 +340,8 @@ class Session:
             tokens: [1 + d] int32, the pending token and the drafts.
         """
         kernels, picker = self.attached.kernels, self.picker
-        if kernels is not None and picker.draws_plainly(logits.shape[-1]):
+        plainly = self.constraint is None and picker.draws_plainly(logits.shape[-1])
+        if kernels is not None and plainly:
             found = kernels.attempt(
                 "verify_tail", logits, tokens, picker.config.temperature, picker.noise_keys(positions)
             )
@@ -321,29 +354,51 @@ class Session:
         """Takes the newest rows back from every layer's cache; at most those of the newest pass."""
         self._caches.keep(self.cached - self._caches.marked - rows)
 
+    @property
+    def next_position(self) -> int:
+        """Absolute position of the token after the pending one."""
+        return self.start + len(self.tokens)
+
+    def lend_caches(self) -> list[Any]:
+        """Every layer's cache, which somebody else goes on with; this session's are empty until `take_caches`."""
+        lent = list(self.cache)
+        self.cache[:] = self.attached.make_cache()
+        return lent
+
+    def take_caches(self, layers: list[Any]) -> None:
+        """The caches after steps that were run elsewhere: all committed tokens but the pending one."""
+        self.cache[:] = layers
+        self._caches.mark(0)
+
+    @property
+    def generated(self) -> list[int]:
+        """Committed tokens that are not of the prompt."""
+        return self.tokens[self._n_prompt :]
+
     def settle(self, n_committed: int) -> None:
-        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`."""
+        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`.
+
+        Where it is cut short, as by Ctrl-C, `rewind` must follow.
+        """
         surplus = self.cached - (self.start + n_committed)
-        try:
-            if surplus > 0:
-                self.trim(surplus)
-            elif surplus < 0:
-                self._forward(Block.real(mx.array([self.tokens[n_committed + surplus : n_committed]])))
-            if self._has_run:
-                self._quantize()
-            self._evaluate_cache()
-        except BaseException:
-            self.rewind()
-            raise
+        if surplus > 0:
+            self.trim(surplus)
+        elif surplus < 0:
+            self._forward(Block.real(mx.array([self.tokens[n_committed + surplus : n_committed]])))
+        if self._has_run:
+            self._quantize()
+        self._evaluate_cache()
+        self._settled = True
         self._caches.hand_back()
         self._evaluate_cache()
 
     def rewind(self) -> None:
         """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.
 
-        The cache then holds what it held before that pass.
+        The cache then holds what it held before that pass; where the session was settled, it stays as it is.
         """
-        self._caches.keep(0)
+        if not self._settled:
+            self._caches.keep(0)
         self._caches.hand_back()
 
     def _histories(self, drafts: list[int]) -> mx.array | None:

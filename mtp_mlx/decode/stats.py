@@ -25,6 +25,7 @@ class DecodeStats:
         lossless: every token was the model's own pick; False once drafts are emitted unverified.
         looped: "4 heads to 8 drafts" where MTP heads are applied more than once in a step, else empty.
         verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
+        tuned: what `mtp-mlx tune` made of layout "auto", else empty.
     """
 
     tokens: int = 0
@@ -40,6 +41,7 @@ class DecodeStats:
     lossless: bool = True
     looped: str = ""
     verdict: str = ""
+    tuned: str = ""
 
     def record(
         self,
@@ -111,6 +113,7 @@ class DecodeStats:
         self.fallbacks.update(other.fallbacks)
         self.lossless &= other.lossless
         self.looped = self.looped or other.looped
+        self.tuned = self.tuned or other.tuned
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -128,4 +131,5 @@ class DecodeStats:
             "lossless": self.lossless,
             "looped": self.looped,
             "verdict": self.verdict,
+            "tuned": self.tuned,
         }

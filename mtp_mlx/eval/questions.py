@@ -50,7 +50,7 @@ def read_questions(path: Path | None, limit: int | None) -> list[Question]:
     if path is None:
         found = [Question(prompt.text) for prompt in BUILT_IN]
     else:
-        found = [_question(path, number, row) for number, row in read_jsonl(path)]
+        found = [question_of(path, number, row) for number, row in read_jsonl(path)]
     if not found:
         raise MTPError(f"{path}: no question. Write one JSON object with a `question` or `prompt` per line.")
     if limit is not None and limit < len(found):
@@ -58,7 +58,8 @@ def read_questions(path: Path | None, limit: int | None) -> list[Question]:
     return found
 
 
-def _question(path: Path, number: int, row: dict[str, Any]) -> Question:
+def question_of(path: Path, number: int, row: dict[str, Any]) -> Question:
+    """The question of one row. Raises MTPError as `read_questions`."""
     turns = row.get("turns")
     text = (
         row.get("question") or row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)

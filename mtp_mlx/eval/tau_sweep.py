@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.errors import MTPError
+from mtp_mlx.eval.kept import KeptRows
 from mtp_mlx.eval.questions import Question
-from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 
@@ -90,11 +89,11 @@ class TauSweep:
         name: str = "",
     ) -> None:
         self._model, self._tokenizer, self._questions = model, tokenizer, list(questions)
-        self._settings, self._out = settings, out
+        self._settings = settings
         for tau in settings.taus:
             Emission("conf-adapt", tau)
-        self._key = self._fingerprint(name)
-        self._done = {(row.tau, row.question): row for row in self._kept()}
+        self._kept = KeptRows(out, Measured, self._fingerprint(name), "a tau sweep")
+        self._done = {(row.tau, row.question): row for row in self._kept.read()}
         self._plain: dict[int, list[int]] = {}
 
     @property
@@ -110,7 +109,7 @@ class TauSweep:
                 row = self._done.get((tau, index))
                 if row is None:
                     row = self._measure(tau, index)
-                    self._keep(row)
+                    self._kept.keep(row)
                 results.append(row)
                 if on_measured is not None:
                     on_measured(row)
@@ -155,8 +154,6 @@ class TauSweep:
                 text += response.text
         return tokens, text, stats
 
-    # --- the file -----------------------------------------------------------------------------------------
-
     def _fingerprint(self, name: str) -> str:
         """Of everything that a measurement depends on, the list of taus aside: more of them may follow."""
         settings = {key: value for key, value in asdict(self._settings).items() if key != "taus"}
@@ -166,39 +163,6 @@ class TauSweep:
         questions = [(question.text, str(question.answer)) for question in self._questions]
         content = json.dumps([name, settings, questions], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def _kept(self) -> Iterator[Measured]:
-        """Measurements of an earlier run. A last line that was cut off is dropped."""
-        if self._out is None or not self._out.exists():
-            return
-        lines = self._out.read_text(encoding="utf-8").splitlines()
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                key, measured = row.pop("key"), Measured(**row)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                if number == len(lines):
-                    break
-                raise MTPError(
-                    f"{self._out}, line {number}: no measurement of a tau sweep; give another --out"
-                ) from error
-            if key != self._key:
-                raise MTPError(
-                    f"{self._out} holds a sweep of another model, adapter, questions or settings: give another --out"
-                )
-            kept.append(line + "\n")
-            yield measured
-        if len(kept) < len(lines):
-            write_text(self._out, "".join(kept))
-
-    def _keep(self, row: Measured) -> None:
-        if self._out is None:
-            return
-        with clear_errors(self._out):
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._out, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self._key, **asdict(row)}) + "\n")
 
 
 def own_path(model: AttachedModel, prompt: list[int], tokens: list[int]) -> tuple[int, float]:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model import block_attention
@@ -59,6 +60,7 @@ class AttachedModel:
             `mtp_mlx.heads_adapter.HeadsInfo`), or None.
         name: how the user named the model.
         experience: what earlier generations learnt (`mtp_mlx.decode.budget.Experience`), or None.
+        peers: the processes that share this model, each with a part of it.
         kernels: what may run in place of stock MLX, or None.
         exact: rows of decoding steps are computed as plain decoding computes them, bit for bit.
     """
@@ -77,6 +79,7 @@ class AttachedModel:
         self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
+        self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
         self.kernels = kernels if kernels is not None and kernels.active else None

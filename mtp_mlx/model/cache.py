@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.rows import RowContext
@@ -40,6 +40,8 @@ class BlockCache:
             return window.make_mask(N, return_array, window_size, most)
         if visibility is None:
             return self.inner.make_mask(N, return_array=return_array, window_size=window_size)
+        if isinstance(self.inner, BatchKVCache):
+            return self._batch_mask(N, visibility)
         offset = int(self.inner.offset)
         cached = offset
         if window is not None:
@@ -51,6 +53,14 @@ class BlockCache:
         assert positions is not None, "explicit visibility comes with explicit positions"
         key_positions = mx.concatenate([mx.arange(offset - cached, offset, dtype=positions.dtype), positions])
         return mask & (positions[:, None] < key_positions[None] + window_size)
+
+    def _batch_mask(self, n_rows: int, visibility: mx.array) -> mx.array:
+        """[B, 1, N, cached + N] bool: of the cached rows, a sequence's own are those behind its padding."""
+        padding = self.inner.left_padding
+        own = padding[:, None] <= mx.arange(self.inner.size())  # [B, cached]
+        shape = (padding.shape[0], 1, n_rows)
+        before = mx.broadcast_to(own[:, None, None], (*shape, own.shape[1]))
+        return mx.concatenate([before, mx.broadcast_to(visibility, (*shape, n_rows))], axis=-1)
 
 
 def block_view(cache: Any, rows: RowContext) -> Any:

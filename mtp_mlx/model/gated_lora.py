@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mtp_mlx.distributed import Peers
 from mtp_mlx.model.rows import RowContext
 
 
@@ -32,6 +33,11 @@ class LowRank(nn.Module):
         self.down = mx.random.uniform(-bound, bound, (input_size, rank))  # [D_in, r]
         self.up = mx.zeros((rank, output_size))  # [r, D_out]; zero, so an untrained adapter is the identity
         self._scale = alpha / rank
+        self._peers = Peers()
+
+    def sum_over(self, peers: Peers) -> None:
+        """From now on each process has a part of the input, and `down` the rows for it."""
+        self._peers = peers
 
     def add_to(self, y: mx.array, x: mx.array, n_real: int) -> mx.array:
         """y with the update of rows n_real.. added; rows before get an exact zero.
@@ -42,6 +48,8 @@ class LowRank(nn.Module):
             n_real: first slot row.
         """
         hidden = x[..., n_real:, :] @ self.down.astype(x.dtype)  # [B, R - n_real, r]
+        if not self._peers.alone:
+            hidden = mx.distributed.all_sum(hidden, group=self._peers.group)
         if n_real:
             hidden = mx.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(n_real, 0), (0, 0)])
         # One fused call: slicing y apart and joining it again costs more than the update itself.

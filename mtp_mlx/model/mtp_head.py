@@ -16,7 +16,8 @@ Legend: B batch, T tokens, D hidden size, K heads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -127,6 +128,18 @@ class MTPHeads(DraftHeads):
                 f"a loop of {drafts} drafts is shorter than the {len(self.heads)} heads: use slots to draft fewer"
             )
         self._drafts = drafts
+
+    @contextmanager
+    def recycling(self, state: str) -> Iterator[None]:
+        """Inside the block every head passes this state on, "normed" or "raw"."""
+        before = [head._recycled for head in self.heads]
+        for head in self.heads:
+            head._recycled = state
+        try:
+            yield
+        finally:
+            for head, own in zip(self.heads, before, strict=True):
+                head._recycled = own
 
     def at_depth(self, depth: int) -> MTPHead:
         """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""

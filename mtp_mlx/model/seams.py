@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.nn as nn
+from mlx.nn.layers.distributed import (
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    QuantizedShardedToAllLinear,
+    ShardedToAllLinear,
+)
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
@@ -15,6 +21,16 @@ from mtp_mlx.model.state_cache import find_mixers
 # send slot rows to experts the base never chose. Experts themselves are no plain linear layers.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
+
+# Whole layers, and the parts of them that a process has (`mtp_mlx.model.sharded`).
+LINEAR = (
+    nn.Linear,
+    nn.QuantizedLinear,
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    QuantizedShardedToAllLinear,
+    ShardedToAllLinear,
+)
 
 # What mlx-lm's model files call the trunk and its embedding.
 TRUNK_NAMES = ("model", "backbone")
@@ -115,7 +131,7 @@ def cache_leaves(caches: list) -> list[tuple[int, Any]]:
 
 def _classify(seams: Seams, path: str, module: nn.Module) -> None:
     last = path.rsplit(".", 1)[-1]
-    if isinstance(module, nn.Linear | nn.QuantizedLinear):
+    if isinstance(module, LINEAR):
         if last not in ROUTER_NAMES:
             seams.linears[path] = module
     elif last == "rope":

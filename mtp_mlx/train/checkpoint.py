@@ -81,8 +81,7 @@ def save_checkpoint(
     Raises:
         MTPError: the file cannot be written; the previous checkpoint is then still there.
     """
-    tensors = {f"adapter/{name}": value for name, value in adapter.tensors().items()}
-    tensors |= {f"optimizer/{name}": value for name, value in flat_state(optimizer).items()}
+    tensors = state_tensors(adapter, optimizer)
     metadata = {
         "step": str(step),
         "settings": json.dumps(comparable(settings)),
@@ -96,6 +95,12 @@ def save_checkpoint(
             os.fsync(file.fileno())  # renamed only once its content is on the disk
 
     write_file(path, write)
+
+
+def state_tensors(adapter: Trained, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """Weights and optimizer state by the names they have in a checkpoint."""
+    tensors = {f"adapter/{name}": value for name, value in adapter.tensors().items()}
+    return tensors | {f"optimizer/{name}": value for name, value in flat_state(optimizer).items()}
 
 
 def remove_leftovers(path: Path) -> None:

@@ -11,9 +11,9 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mtp_mlx.adapter import CONFIG_NAME
+from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
@@ -31,6 +32,7 @@ from mtp_mlx.train.data import Example, fingerprint
 from mtp_mlx.train.methods import method_class
 from mtp_mlx.train.order import EpochOrder
 from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.together import number, start_as_one, step_mean
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,6 @@ def build_optimizer(settings: TrainSettings) -> optim.AdamW:
     )
 
 
-def number(scalar: mx.array) -> float:
-    """A scalar array as a Python number."""
-    return float(cast("float", scalar.item()))
-
-
 def check_out(out: Path) -> None:
     """Refuses to write an adapter where something else is.
 
@@ -108,6 +105,8 @@ class Trainer:
         train, held_out: examples.
         settings: see `TrainSettings`.
         listener: told about steps, measurements and messages.
+        peers: the processes that train together; each computes its own micro-batches of every step. All must be
+            given the same model, data and settings.
 
     Raises:
         MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is something
@@ -121,8 +120,12 @@ class Trainer:
         held_out: Sequence[Example],
         settings: TrainSettings,
         listener: Listener,
+        peers: Peers | None = None,
     ) -> None:
         self.settings, self.listener = settings, listener
+        self.peers = peers or Peers()
+        # The run as one process would do it: this is what a checkpoint and an adapter remember.
+        self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
         check_out(settings.out)
         kind = method_class(settings.method)
         self._train, self._held_out = kind.usable(train, settings, listener.on_message), held_out
@@ -144,7 +147,13 @@ class Trainer:
         self.loss: float | None = None
         self.agreement: Agreement | None = None
         self._measured_step = -1
-        self._stop = False
+        self._stop = False  # this process was asked to stop
+        self._all_stop = False  # some process was, and all know
+
+    @property
+    def _ending(self) -> bool:
+        """Whether to stop now: processes that train together must all do so after the same step."""
+        return self._stop if self.peers.alone else self._all_stop
 
     @property
     def adapter(self) -> Any:
@@ -183,6 +192,8 @@ class Trainer:
         Raises:
             MTPError: the checkpoint is damaged or belongs to other settings, data or base model.
         """
+        if not self.peers.leads:
+            return False  # process 0 has the files; `run` shares what it read
         checkpoints.remove_leftovers(self.checkpoint_path)
         if not self.checkpoint_path.exists():
             if self.metrics_path.exists():
@@ -190,7 +201,7 @@ class Trainer:
             return False
         state = checkpoints.load_checkpoint(self.checkpoint_path)
         checkpoints.check_resumable(
-            state, self.checkpoint_path, self.settings, self._data_fingerprint, self.method.fingerprint
+            state, self.checkpoint_path, self._whole, self._data_fingerprint, self.method.fingerprint
         )
         checkpoints.restore(state, self.method, self._optimizer)
         self.step = state.step
@@ -217,26 +228,30 @@ class Trainer:
         return kept
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
+        if not self.peers.leads:
+            return
         with clear_errors(self.metrics_path):
             self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint; of several processes the first does."""
+        if not self.peers.leads:
+            return
         checkpoints.save_checkpoint(
             self.checkpoint_path,
             self.method,
             self._optimizer,
             self.step,
-            self.settings,
+            self._whole,
             self._data_fingerprint,
             self.method.fingerprint,
         )
 
     def provenance(self) -> dict[str, Any]:
         """What the adapter folder says about its training."""
-        settings = self.settings
+        settings = self._whole
         return {
             **checkpoints.comparable(settings),
             "steps": self.step,
@@ -247,7 +262,9 @@ class Trainer:
         }
 
     def export(self) -> None:
-        """Writes the adapter folder."""
+        """Writes the adapter folder; of several processes the first does."""
+        if not self.peers.leads:
+            return
         check_out(self.settings.out)
         acceptance = self.agreement.acceptance if self.agreement else []
         self.method.export(self.settings.out, self.provenance(), acceptance)
@@ -261,7 +278,13 @@ class Trainer:
             MTPError: the loss is no longer finite, or a file cannot be written.
         """
         with self._interruptible(), closing(self.method):
-            while self.step < self.settings.steps and not self._stop:
+            given = {
+                **checkpoints.comparable(self.settings),
+                "the data's fingerprint": self._data_fingerprint,
+                "the model's fingerprint": self.method.fingerprint,
+            }
+            self.step = start_as_one(self.peers, given, self.step, self.method, self._optimizer)
+            while self.step < self.settings.steps and not self._ending:
                 self._one_step()
                 due = self.settings.measure_every and self.step % self.settings.measure_every == 0
                 if due and self.step < self.settings.steps:
@@ -269,28 +292,31 @@ class Trainer:
                 if self.step % self.settings.save_every == 0:
                     self.save()
             self.save()
-            if not self._stop and self._measured_step != self.step:
+            if not self._ending and self._measured_step != self.step:
                 self.measure()
             self.export()
-        if self._stop:
+        if self._ending:
             self.listener.on_message(f"stopped after step {self.step}; the same command continues from there")
-        return not self._stop
+        return not self._ending
 
     def _one_step(self) -> None:
         started = time.perf_counter()
         settings = self.settings
-        first = self.step * settings.micro_batches
+        part = self.step * self.peers.size + self.peers.rank  # numbers micro-batches as one process would
+        first = part * settings.micro_batches
         examples = [
             [self._train[index] for index in self._order.batch(first + offset)]
             for offset in range(settings.micro_batches)
         ]
-        loss, gradients, rows = self.method.gradients(examples, self.step)
-        gradients, norm = optim.clip_grad_norm(gradients, settings.clip or float("inf"))
+        loss, gradients, rows = self.method.gradients(examples, part)
+        mean = step_mean(self.peers, loss, gradients, rows, self._stop)
+        self._all_stop = mean.stop
+        gradients, norm = optim.clip_grad_norm(mean.gradients, settings.clip or float("inf"))
         rate = learning_rate(settings, self.step)
         self._optimizer.learning_rate = rate
         self.method.apply_update(self._optimizer, gradients)
-        mx.eval(self.method.module.parameters(), self._optimizer.state, loss.total, norm)
-        value, length = number(loss.total), number(norm)
+        mx.eval(self.method.module.parameters(), self._optimizer.state, norm)
+        value, length = mean.loss, number(norm)
         if not (np.isfinite(value) and np.isfinite(length)):
             raise MTPError(
                 f"in step {self.step + 1} the loss is {value} and the gradient norm {length}: lower "
@@ -298,8 +324,9 @@ class Trainer:
             )
         self.step += 1
         self.loss = value
-        parts = {name: number(part) for name, part in loss.parts.items()}
-        report = StepReport(self.step, value, parts, rate, length, rows, time.perf_counter() - started)
+        report = StepReport(
+            self.step, value, mean.parts, rate, length, mean.rows, time.perf_counter() - started
+        )
         self._append_metrics(vars(report))
         self.listener.on_step(report, settings.steps)
 

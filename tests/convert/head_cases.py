@@ -335,6 +335,11 @@ def variant(name: str, settings: dict[str, Any], **changes: Any) -> Case:
 
 
 CASES |= {
+    "fastmtp": variant(
+        "mimo-7b",
+        {"num_speculative_steps": 3, "mtp_loss_step_weights": [0.51, 0.31, 0.18]},
+        family="fastmtp",
+    ),
     "qwen3-next dense": variant("qwen3-next experts", {"num_experts": 0}),
     "deepseek-v3 dense": variant("deepseek-v3", {"n_routed_experts": None}),
     "deepseek-v3 without low-rank queries": variant(

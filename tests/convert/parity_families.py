@@ -1,4 +1,4 @@
-"""What the reference tables say of each family of MTP heads, in terms of the numpy oracle.
+"""What docs/checkpoints.md says of each family of MTP heads, in terms of the numpy oracle.
 
 Sizes are those of `head_configs`: D 48, four heads of 16, two of keys and values, four layers in the trunk.
 """
@@ -97,14 +97,14 @@ FAMILIES: dict[str, Family] = {
         "deepseek-v3",
         [nextn(L)],
         [[DEEPSEEK_EXPERTS]],
-        Rules(recycled="raw", mask_first=True),
+        Rules(mask_first=True),
         [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
     ),
     "deepseek-v3 without low-rank queries": Family(
         "deepseek-v3 without low-rank queries",
         [nextn(L)],
         [[DEEPSEEK_EXPERTS]],
-        Rules(recycled="raw", mask_first=True),
+        Rules(mask_first=True),
         [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
     ),
     "glm-4.5": Family(
@@ -119,14 +119,21 @@ FAMILIES: dict[str, Family] = {
         "llama with own heads",
         [nextn(L), nextn(L + 1)],
         [[LLAMA], [LLAMA]],
-        Rules(recycled="raw", mask_first=True),
+        Rules(mask_first=True),
         [LLAMA] * L,
     ),
     "mimo-7b": Family(
         "mimo-7b",
         [mimo_names(0, "model.mtp_layers.")],
         [[MIMO]],
-        Rules(hidden_first=True, mask_first=True),
+        Rules(hidden_first=True, first="pre-norm", mask_first=True),
+        [MIMO] * L,
+    ),
+    "fastmtp": Family(
+        "fastmtp",
+        [mimo_names(0, "model.mtp_layers.")],
+        [[MIMO]],
+        Rules(hidden_first=True),
         [MIMO] * L,
     ),
     "ernie-4.5": Family(
@@ -314,7 +321,7 @@ FAMILIES |= {
         "step-3.5",
         [_step_names(L + i) for i in range(3)],
         [[Layer(STEP_FULL)], [Layer(STEP_SLIDING)], [Layer(STEP_FULL)]],
-        Rules(plus=1, recycled="raw"),
+        Rules(plus=1, first="pre-norm", recycled="raw"),
         [
             Layer(STEP_FULL),
             *[Layer(kind, _STEP_EXPERTS, mlp_name="") for kind in (STEP_SLIDING, STEP_FULL, STEP_SLIDING)],

@@ -22,6 +22,7 @@ from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.heads_adapter import HeadsInfo, load_heads
 from mtp_mlx.model.attach import attach
+from mtp_mlx.model.block import Block
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.seams import find_seams
 
@@ -32,16 +33,31 @@ from .numpy_heads import Rules, greedy_chain, head_logits
 from .numpy_layers import Array, Tensors
 from .parity_checkpoints import parity_checkpoint, trunk_arrays, trunk_config
 from .parity_families import FAMILIES, Family
+from .torch_files import write_torch
+from .whole_checkpoints import with_tokenizer
 
 TOLERANCE = 1e-4
 TOKENS = np.random.default_rng(7).integers(0, V, 20).tolist()
 
 
-def convert_heads(source: Path, out: Path) -> Path:
-    """`mtp-mlx convert SOURCE OUT --heads-only`."""
-    result = CliRunner().invoke(cli.main, ["convert", str(source), str(out), "--heads-only"])
+def convert(source: Path, out: Path, *options: str) -> Path:
+    """`mtp-mlx convert SOURCE OUT`."""
+    result = CliRunner().invoke(cli.main, ["convert", str(source), str(out), *options])
     assert result.exit_code == 0, result.output
     return out
+
+
+def convert_heads(source: Path, out: Path, *options: str) -> Path:
+    """`mtp-mlx convert SOURCE OUT --heads-only`."""
+    return convert(source, out, "--heads-only", *options)
+
+
+def write_pytorch(made: Made, folder: Path) -> Path:
+    """A checkpoint as a PyTorch file, with its configuration and a tokenizer."""
+    with_tokenizer(folder)
+    write_torch(folder / "pytorch_model.bin", made.stored)
+    (folder / "config.json").write_text(json.dumps(made.config))
+    return folder
 
 
 @dataclass
@@ -49,34 +65,44 @@ class Parity:
     """One family, converted.
 
     Attributes:
-        made: the checkpoint. model: its trunk as mlx-lm loads it. heads, info: as mtp-mlx loads them.
+        made: the checkpoint. folder, heads_folder: what it was converted to.
+        model: the trunk as mlx-lm loads it. heads, info: as mtp-mlx loads them.
     """
 
     family: Family
     made: Made
     folder: Path
+    heads_folder: Path
     model: Any
     heads: MTPHeads
     info: HeadsInfo
 
     @staticmethod
     def of(name: str, folder: Path, **convention: Any) -> Parity:
-        """Writes, converts and loads; `convention` is what to change in the converted folder's."""
+        """Writes, converts and loads; `convention` is what to change in the converted folder's.
+
+        The checkpoint is a PyTorch file, converted whole; speculators keep heads alone, so they are converted for a
+        base that was converted before them.
+        """
         family = FAMILIES[name]
         made = parity_checkpoint(family.case, family.settings)
-        trunk = trunk_arrays(CASES[family.case], trunk_config(made)).keys()
-        whole = "transformer_layer_config" not in made.config  # speculators keep heads alone
-        stored = {key: value for key, value in made.stored.items() if whole or key not in trunk}
-        out = convert_heads(replace(made, stored=stored).write(folder / "model"), folder / "heads")
-        # Loaded from a folder of its own: mlx-lm knows DeepSeek's head at layer 61 only, and none of llama.
-        alone = Made({key: made.stored[key] for key in trunk}, trunk_config(made), {})
-        model, _ = load_model(alone.write(folder / "trunk"))
-        config = json.loads((out / "mtp_config.json").read_text())
+        out, heads_folder = folder / "out", folder / "out" / "mtp"
+        if "transformer_layer_config" in made.config:
+            names = trunk_arrays(CASES[family.case], trunk_config(made)).keys()
+            trunk = Made({key: made.stored[key] for key in names}, trunk_config(made), {})
+            convert(write_pytorch(trunk, folder / "trunk"), out)
+            alone = {key: value for key, value in made.stored.items() if key not in names}
+            source = write_pytorch(replace(made, stored=alone), folder / "heads-source")
+            heads_folder = convert_heads(source, folder / "heads", "--base", str(out))
+        else:
+            convert(write_pytorch(made, folder / "model"), out)
+        config = json.loads((heads_folder / "mtp_config.json").read_text())
         config["heads"]["convention"] |= convention
-        (out / "mtp_config.json").write_text(json.dumps(config))
-        heads, info = load_heads(out, model)
+        (heads_folder / "mtp_config.json").write_text(json.dumps(config))
+        model, _ = load_model(out)
+        heads, info = load_heads(heads_folder, model)
         heads.set_dtype(mx.float32)
-        return Parity(family, made, out, model, heads, info)
+        return Parity(family, made, out, heads_folder, model, heads, info)
 
     @property
     def trunk(self) -> Any:
@@ -124,8 +150,10 @@ class Parity:
     def logits(self) -> list[Array]:
         """Logits of the loaded heads over TOKENS, [T - k, V] for each depth."""
         ids = mx.array([TOKENS])
-        hidden = self.trunk(ids)
-        found = self.heads.cascade(self.embed(ids), hidden, self.family.depths)
+        attached = attach(self.model, mtp_heads=self.heads)
+        attached.forward(Block.real(ids), attached.make_cache())
+        attached.detach()
+        found = self.heads.cascade(self.embed(ids), attached.head_input, self.family.depths)
         return [np.array(self.unembed(z, depth)[0]) for depth, z in enumerate(found, start=1)]
 
     def embed(self, ids: mx.array) -> mx.array:

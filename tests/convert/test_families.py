@@ -62,25 +62,27 @@ def test_the_written_block_builds_in_mlx_lm(tmp_path: Path, name: str) -> None:
         assert here == wanted
 
 
-# What the reference notes say of each family: state that goes in first, state recycled, embedding of position 0
+# What docs/checkpoints.md says of each family: state that goes in first, state recycled, embedding of position 0
 # zeroed, output norm, embedding, LM head.
 CONVENTIONS = {
     "qwen": ("post-norm", "normed", False, "own", "shared", "shared"),
-    "deepseek-v3": ("post-norm", "raw", True, "own", "shared", "shared"),
+    "deepseek-v3": ("post-norm", "normed", True, "own", "shared", "shared"),
     "glm-4.5": ("post-norm", "normed", True, "own", "shared", "shared"),
-    "mimo": ("post-norm", "normed", True, "own", "shared", "shared"),
+    "mimo": ("pre-norm", "normed", True, "own", "shared", "shared"),
+    "fastmtp": ("post-norm", "normed", False, "own", "shared", "shared"),
     "mimo-v2": ("post-norm", "normed", False, "own", "shared", "shared"),
     "ernie-4.5": ("post-norm", "raw", True, "identity", "shared", "shared"),
     "exaone-moe": ("post-norm", "normed", False, "own", "shared", "shared"),
     "longcat-flash": ("post-norm", "normed", False, "own", "own", "shared"),
     "nemotron-h": ("post-norm", "normed", False, "own", "shared", "shared"),
-    "step-3.5": ("post-norm", "raw", False, "own", "shared", "own"),
+    "step-3.5": ("pre-norm", "raw", False, "own", "shared", "own"),
     "speculators": ("post-norm", "normed", False, "own", "shared", "shared"),
 }
 UNSETTLED = {
-    "deepseek-v3": {"first_hidden", "recycled_hidden"},
+    "deepseek-v3": {"first_hidden"},
     "glm-4.5": {"first_hidden"},
-    "step-3.5": {"recycled_hidden"},
+    "mimo": {"first_hidden", "recycled_hidden"},
+    "step-3.5": {"first_hidden"},
 }
 
 
@@ -266,6 +268,34 @@ def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path) -> None:
 def test_a_configuration_of_nonsense_is_one_sentence(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(ConversionError, match="does not describe such a model|the configuration lacks"):
         converted(make("step-3.5").write(tmp_path / "model", **settings))
+
+
+def test_what_sets_fastmtp_apart(tmp_path: Path) -> None:
+    """MiMo-7B's names, other conventions: settings of its training say which it is, and how many drafts it makes."""
+    plan, _ = converted(make("fastmtp").write(tmp_path / "fast"))
+    assert (plan.convention.family, plan.count, plan.drafts) == ("fastmtp", 1, 3)
+    plan, _ = converted(make("fastmtp").write(tmp_path / "plain", mtp_loss_step_weights=None))
+    assert (plan.convention.family, plan.drafts) == ("mimo", 0)
+    plan, _ = converted(make("mimo-7b").write(tmp_path / "mimo"))
+    assert (plan.convention.family, plan.count, plan.drafts) == ("mimo", 1, 0)
+
+
+def test_words_for_the_layers_of_nemotron_heads(tmp_path: Path) -> None:
+    made = make("nemotron-h")
+    words = {"mtp_hybrid_override_pattern": None, "mtp_layers_block_type": ["attention", "moe"]}
+    _, found = converted(made.write(tmp_path / "words", **words))
+    assert found.keys() == made.canonical.keys()
+    for odd in (["attention", "mamba"], []):
+        folder = made.write(tmp_path / "odd", **words | {"mtp_layers_block_type": odd})
+        with pytest.raises(ConversionError, match="one must say with"):
+            converted(folder)
+
+
+def test_fused_queries_of_mimo_v2_pro_are_refused(tmp_path: Path) -> None:
+    made = make("mimo-v2")
+    made.stored["model.mtp.layers.0.self_attn.qkv_proj.weight"] = numbers("qkv", (4, 48))
+    with pytest.raises(ConversionError, match="one tensor, as in MiMo-V2-Pro, which is not supported"):
+        converted(made.write(tmp_path / "model"))
 
 
 def test_another_number_of_heads_is_noted(tmp_path: Path) -> None:

@@ -97,6 +97,23 @@ def test_an_existing_folder_stays_unless_forced(tmp_path: Path) -> None:
         write_speculators(checkpoint, tmp_path / "photos", force=True)
 
 
+def test_the_rest_of_the_convention_comes_back(tmp_path: Path) -> None:
+    """MiMo-7B's heads take the state before the norm, and zeros at position 0: other runtimes' folders do not."""
+    out = write_speculators(open_checkpoint(make("mimo-7b").write(tmp_path / "m")), tmp_path / "out")
+    found = plan_heads(open_checkpoint(out)).convention
+    assert (found.first_hidden, found.mask_first_position) == ("pre-norm", True)
+    config = json.loads((out / "config.json").read_text())
+    written = config.pop("mtp_mlx_convention")
+    (out / "config.json").write_text(json.dumps(config))
+    found = plan_heads(open_checkpoint(out)).convention
+    assert (found.first_hidden, found.mask_first_position) == ("post-norm", False)
+    (out / "config.json").write_text(
+        json.dumps(config | {"mtp_mlx_convention": written | {"first_hidden": 3}})
+    )
+    with pytest.raises(MTPError, match="mtp_mlx_convention says first_hidden 3, which is not known"):
+        plan_heads(open_checkpoint(out))
+
+
 # --- from adapter folders -----------------------------------------------------------------------------------
 
 

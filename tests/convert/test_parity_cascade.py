@@ -1,6 +1,6 @@
 """Proves that each family's heads, converted and run, compute what an independent numpy forward computes.
 
-A tiny checkpoint with the family's own names is converted as from the command line and loaded for its trunk as
+A tiny PyTorch file with the family's own names is converted whole from the command line and loaded for its trunk as
 mlx-lm loads it; logits of trunk and heads are compared, the drafts of a decoding step too, and the comparison is
 shown to fail for every convention that could be mistaken.
 """
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
 
+from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.model.mtp_head import MTPHeads
 
 from .numpy_heads import Rules
 from .parity_families import FAMILIES
@@ -23,7 +27,9 @@ from .parity_setup import TOKENS, TOLERANCE, Parity, drafts_of_two_steps, same_t
 WRONG: dict[str, Callable[[Rules], Rules]] = {
     "order of concatenation": lambda rules: replace(rules, hidden_first=not rules.hidden_first),
     "norms around zero or not": lambda rules: replace(rules, plus=1 - rules.plus),
-    "first hidden state": lambda rules: replace(rules, first="pre-norm"),
+    "first hidden state": lambda rules: replace(
+        rules, first="pre-norm" if rules.first == "post-norm" else "post-norm"
+    ),
     "recycled hidden state": lambda rules: replace(
         rules, recycled="raw" if rules.recycled == "normed" else "normed"
     ),
@@ -91,6 +97,21 @@ def test_drafts_of_a_step(parity: Parity) -> None:
 @pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
 def test_the_text_is_that_of_plain_decoding(parity: Parity) -> None:
     same_text(parity, SamplingConfig())
+
+
+@pytest.mark.parametrize("parity", list(FAMILIES), indirect=True)
+def test_the_converted_folder_is_loaded_and_decoded(parity: Parity) -> None:
+    """As a user does it: `load(OUT)` finds the heads beside the trunk, and the text is mlx-lm's own."""
+    beside = parity.heads_folder.name == "mtp"
+    model, tokenizer = load(str(parity.folder), "auto" if beside else parity.heads_folder)
+    assert isinstance(model.mtp_heads, MTPHeads) and model.info.convention == parity.info.convention
+    options: dict[str, Any] = {"max_tokens": 10, "layout": "linear", "slots": parity.family.depths}
+    found = [item.token for item in stream_generate(model, tokenizer, TOKENS[:9], **options)]
+    theirs = generate_step(mx.array(TOKENS[:9]), parity.model, max_tokens=10)
+    assert (
+        found == [int(token) for token, _ in theirs][: len(found)] and len(found) > 1
+    )  # or one that ends the text
+    assert model.info.base_fingerprint is not None
 
 
 @pytest.mark.parametrize("parity", SAMPLED, indirect=True)

@@ -14,8 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
+from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import mtp_generate_step
@@ -29,14 +31,14 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from tests.tiny import tiny_model
 
-from .checkpoints import write_safetensors
+from .head_checkpoints import Made
 from .head_configs import BASE, D, L, V
 from .numpy_layers import Array, GroupedQueries, Layer, Tensors, silu
 from .parity_checkpoints import drawn
 from .parity_families import LLAMA
-from .parity_setup import TOKENS, TOLERANCE, convert_heads
-from .test_families_other import split_pairs
+from .parity_setup import TOKENS, TOLERANCE, convert, convert_heads, write_pytorch
 from .torch_files import write_torch
+from .whole_checkpoints import with_tokenizer
 
 CONFIG = BASE | {"model_type": "llama"}
 COUNT = 3
@@ -92,14 +94,6 @@ def llama_tensors(layers: int, width: int, head_dim: int) -> dict[str, Array]:
         shapes |= {f"{p}mlp.{name}_proj.weight": (width, D) for name in ("gate", "up")}
         shapes[f"{p}mlp.down_proj.weight"] = (D, width)
     return {name: drawn(name, shape) for name, shape in shapes.items()}
-
-
-def loaded(folder: Path, tensors: dict[str, Array], config: dict[str, Any]) -> Any:
-    """The model that mlx-lm makes of a folder."""
-    folder.mkdir()
-    write_safetensors(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    return load_model(folder)[0]
 
 
 @dataclass
@@ -161,19 +155,19 @@ def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[AttachedModel, Oracle]:
     """A model with converted heads attached, and its oracle."""
-    folder = tmp_path_factory.mktemp(request.param)
     make = medusa if request.param == "medusa" else meta
-    model, oracle = make(folder)
-    heads, info = load_heads(convert_heads(folder / "heads-source", folder / "heads"), model)
+    out, heads_folder, oracle = make(tmp_path_factory.mktemp(request.param))
+    model, _ = load_model(out)
+    heads, info = load_heads(heads_folder, model)
     assert info.count == heads.drafts == heads.most_drafts == COUNT
     heads.set_dtype(mx.float32)
     attached = attach(model, mtp_heads=heads)
-    attached.info = info
+    attached.info, attached.name = info, str(heads_folder)
     return attached, oracle
 
 
-def medusa(folder: Path) -> tuple[Any, Oracle]:
-    """medusa_lm_head.pt of three heads with two residual layers, and the llama that it is for."""
+def medusa(folder: Path) -> tuple[Path, Path, Oracle]:
+    """medusa_lm_head.pt of three heads with two residual layers, converted for the llama that it is for."""
     trunk = llama_tensors(L, 56, 16)
     heads: dict[str, Array] = {}
     for i in range(COUNT):
@@ -181,15 +175,17 @@ def medusa(folder: Path) -> tuple[Any, Oracle]:
             heads[f"{i}.{j}.linear.weight"] = drawn(f"{i}.{j}.w", (D, D))
             heads[f"{i}.{j}.linear.bias"] = drawn(f"{i}.{j}.bias", (D,))
         heads[f"{i}.2.weight"] = drawn(f"{i}.2.weight", (V, D))
+    base = convert(write_pytorch(Made(trunk, CONFIG, {}), folder / "trunk"), folder / "out")
     source = folder / "heads-source"
     source.mkdir()
     write_torch(source / "medusa_lm_head.pt", heads)
     (source / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    return loaded(folder / "trunk", trunk, CONFIG), Oracle("medusa", trunk, L, LLAMA, heads)
+    converted = convert_heads(source, folder / "heads", "--base", str(base))
+    return base, converted, Oracle("medusa", trunk, L, LLAMA, heads)
 
 
-def meta(folder: Path) -> tuple[Any, Oracle]:
-    """consolidated.pth with three trunk layers and three extra heads, and the llama that mlx-lm runs of it."""
+def meta(folder: Path) -> tuple[Path, Path, Oracle]:
+    """consolidated.pth with three trunk layers and three extra heads, converted whole."""
     blocks = [f"layers.{i}" for i in range(3)] + [f"extra_heads.{i}" for i in range(COUNT)]
     stored = {
         f"{b}.{name}.weight": drawn(f"{b}.{name}.weight", shape)
@@ -198,8 +194,7 @@ def meta(folder: Path) -> tuple[Any, Oracle]:
     }
     stored |= {"tok_embeddings.weight": drawn("embed", (V, D)), "norm.weight": drawn("norm", (D,))}
     stored["output.weight"] = drawn("output.weight", (V, D))
-    source = folder / "heads-source"
-    source.mkdir()
+    source = with_tokenizer(folder / "model")
     write_torch(source / "consolidated.pth", stored)
     (source / "params.json").write_text(json.dumps(PARAMS))
     renamed = dict(stored)
@@ -209,13 +204,9 @@ def meta(folder: Path) -> tuple[Any, Oracle]:
     whole["output.weight"] = "lm_head.weight"
     heads = {key: value for key, value in renamed.items() if key.startswith("extra_heads")}
     trunk = {whole.get(key, f"model.{key}"): value for key, value in renamed.items() if key not in heads}
-    halved = {
-        key: split_pairs(value, 4 if "q_proj" in key else 2) if "q_proj" in key or "k_proj" in key else value
-        for key, value in trunk.items()
-    }
-    config = CONFIG | {"num_hidden_layers": 3, "intermediate_size": 128, "head_dim": 12}
     layer = Layer(GroupedQueries(4, 2, 12, 12, neighbours=True))
-    return loaded(folder / "trunk", halved, config), Oracle("meta", trunk, 3, layer, heads)
+    out = convert(source, folder / "out")
+    return out, out / "mtp", Oracle("meta", trunk, 3, layer, heads)
 
 
 def head_logits(attached: AttachedModel, tokens: list[int]) -> list[Array]:
@@ -286,16 +277,31 @@ def test_more_drafts_than_heads_are_refused(case: tuple[AttachedModel, Oracle]) 
         list(mtp_generate_step(TOKENS, attached, max_tokens=4, policy=ChainPolicy(4)))
 
 
+def test_the_converted_folder_is_loaded_and_decoded(case: tuple[AttachedModel, Oracle]) -> None:
+    """As a user does it, and compared with mlx-lm's own text."""
+    attached, _ = case
+    heads_folder = Path(attached.name)
+    base = heads_folder.parent if heads_folder.name == "mtp" else heads_folder.parent / "out"
+    model, tokenizer = load(str(base), "auto" if heads_folder.name == "mtp" else heads_folder)
+    assert model.most_drafts == COUNT and model.info.base_fingerprint is not None
+    found = [
+        item.token for item in stream_generate(model, tokenizer, TOKENS[:9], layout="linear", max_tokens=10)
+    ]
+    theirs = generate_step(mx.array(TOKENS[:9]), load_model(base)[0], max_tokens=10)
+    assert found == [int(token) for token, _ in theirs][: len(found)] and len(found) > 1
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """Heads for another vocabulary, more drafts than heads, and a convention that Medusa's heads cannot have."""
-    model, _ = medusa(tmp_path)
-    out = convert_heads(tmp_path / "heads-source", tmp_path / "heads")
+    base, out, _ = medusa(tmp_path)
+    model, _ = load_model(base)
+    path = out / "mtp_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"base": {"name": "another", "fingerprint": None}}))
     with pytest.raises(
         MTPError, match=r"heads\.0\.lm_head\.weight is \(40, 48\) in the file, \(157, 48\) expected"
     ):
         load_heads(out, tiny_model("llama", seed=3))
-    path = out / "mtp_config.json"
-    raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"drafts": 4}}))
     with pytest.raises(MTPError, match=r"3 head\(s\) of the kind 'medusa' cannot draft 4 tokens in a step"):
         load_heads(out, model)

@@ -13,7 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mtp_mlx.adapter import load_adapter
 from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.peft import is_peft, write_peft
+from mtp_mlx.convert.peft import write_peft
+from mtp_mlx.convert.peft_plan import is_peft, plan_lines
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
@@ -162,7 +163,26 @@ def test_what_is_missing_is_said(
     with pytest.raises(MTPError) as caught:
         write(source, tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    if "unexpected" not in message and "missing low_rank" not in message:  # which only the base says
+        with pytest.raises(MTPError) as planned:
+            plan_lines(open_checkpoint(source))
+        assert message.split("the file has")[0] in str(planned.value)
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    plan = "\n".join(plan_lines(open_checkpoint(folder(tmp_path / "lora", factors() | SLOTS | SAMPLER))))
+    for part in (
+        "layers: 4 of rank 4",
+        "slots: 3",
+        "sampler head: of the file",
+        "becomes a mask-token adapter",
+    ):
+        assert part in plan
+    assert "low_rank.layers.0.self_attn.q_proj.down [48, 4] <- base_model" in plan
+    table = {f"{PREFIX}model.embed_tokens.weight": numbers("table", (VOCABULARY + 2, 48))}
+    plan = "\n".join(plan_lines(open_checkpoint(folder(tmp_path / "rows", factors() | table))))
+    assert "slots: rows of model.embed_tokens.weight beyond" in plan and "an untrained one stands in" in plan
 
 
 def test_two_ranks_are_refused(tmp_path: Path) -> None:

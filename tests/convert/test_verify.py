@@ -23,7 +23,7 @@ from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.convert.verify import Variant, verify_folder, verify_heads
 from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
 from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHeads, new_heads
+from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, new_heads
 from tests.tiny import tiny_model
 
 V, D, STEP = 40, 48, 7
@@ -142,6 +142,52 @@ def test_deeper_depths_are_given_those_before() -> None:
     )
     # What follows a wrong draft is wrong too, and no draft of depth 2: among the others every one is right.
     assert swapped.acceptance[0] == pytest.approx(0.5, abs=0.05) and swapped.acceptance[1] == 1.0
+
+
+@pytest.mark.parametrize("truth", ["normed", "raw"])
+@pytest.mark.parametrize("written", ["normed", "raw"])
+def test_the_state_of_the_second_draft_is_found(truth: str, written: str) -> None:
+    """The head's last norm turns the sign of every other number, so that one state is not the other."""
+    model = table()
+    plain, sign = (
+        Variant("post-norm", "embedding", False),
+        np.where(np.arange(D) % 2, -1.0, 1.0).astype(np.float32),
+    )
+    first, second = (trained_for(model, plain, plain).heads[0] for _ in range(2))
+    for head in (first, second):
+        head.norm_out.weight = mx.array(0.5 * sign)
+        head.fuse.weight = head.fuse.weight * mx.array(sign)[:, None]
+    if truth == "raw":
+        second.fuse.weight = second.fuse.weight * mx.array(np.concatenate([np.ones(D, np.float32), sign]))
+    heads = MTPHeads([first, second], HeadConvention("test", recycled_hidden=written))
+    for head in heads.heads:
+        head._recycled = written
+    result = verify_heads(model, Numbers(), heads, ("some text",), 40)
+    assert result.acceptance[0] == 1.0 and result.second[truth] == 1.0 and min(result.second.values()) < 0.6
+    assert result.recycles_better == (None if truth == written else truth)
+    mend = f"verify: convert again with --head-recycled {truth}"
+    assert (result.lines()[-1] == mend) == (truth != written)
+    assert [head._recycled for head in heads.heads] == [written] * 2
+    assert result.to_json()["second draft by its state"] == result.second
+
+
+def test_heads_with_their_own_embedding_and_lm_head() -> None:
+    """Step-3.5's and LongCat's: the trunk's would be wrong, since theirs are in another order."""
+    model, plain = table(), Variant("post-norm", "embedding", False)
+    shared = trained_for(model, plain, plain).heads[0]
+    convention = HeadConvention("test", embedding="own", lm_head="own")
+    head = MTPHead(shared.block, D, 1e-5, convention, V)
+    weights = [(name, value) for name, value in tree_flatten(shared.parameters())]
+    order = mx.array(np.random.default_rng(0).permutation(D))
+    # The head's states are in another order, which only its own LM head undoes.
+    head.update(tree_unflatten(weights))
+    head.fuse.weight = head.fuse.weight[order]
+    head.lm_head.weight = model.lm_head.weight[:, order]
+    found = verify_heads(model, Numbers(), MTPHeads([head], convention), ("some text",), 16)
+    assert found.acceptance == [1.0]
+    head.lm_head.weight = model.lm_head.weight
+    wrong = verify_heads(model, Numbers(), MTPHeads([head], convention), ("some text",), 16)
+    assert wrong.acceptance[0] < 0.5
 
 
 def test_a_trained_head(own_text: Callable[..., Any]) -> None:

@@ -51,6 +51,8 @@ class KnowingDrafter:
     The slot rows of the block are there as ever; only what is drafted from them is replaced.
     """
 
+    lead, other_sampling = 0, ""
+
     def __init__(self, truth: Sequence[int], start: int, probability: float, seed: int) -> None:
         """truth[i] is the token at absolute position start + i."""
         self.max_drafts = MOST_SLOTS

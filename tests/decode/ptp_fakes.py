@@ -74,8 +74,9 @@ class KnowingPTPDrafter(PTPSlotDrafter):
 def ptp_drafting(truth: Sequence[int], start: int, probability: float, seed: int) -> Iterator[None]:
     """The loop's PTP drafter knows the text."""
 
-    def make(model: AttachedModel, picker: Picker) -> KnowingPTPDrafter:
-        return KnowingPTPDrafter(model, picker, truth, start, probability, seed)
+    class Knowing(KnowingPTPDrafter):  # a class, because the loop asks whether its drafter is one of these
+        def __init__(self, model: AttachedModel, picker: Picker) -> None:
+            super().__init__(model, picker, truth, start, probability, seed)
 
-    with mock.patch("mtp_mlx.decode.loop.PTPSlotDrafter", make):
+    with mock.patch("mtp_mlx.decode.loop.PTPSlotDrafter", Knowing):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from tests.decode.fakes import untouched
 from tests.decode.test_budget import cost_of
 from tests.decode.test_head_chain import model_with_heads
 from tests.decode.test_hybrid_loop import with_heads
+from tests.model.test_mtp_head import random_heads
 from tests.tiny import tiny_model
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
@@ -78,6 +80,16 @@ def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         with pytest.raises(MTPError, match=message):
             lookup_policy(model, layout, drafts)  # type: ignore[arg-type]
+
+
+def test_lookup_alone_does_not_forget_what_the_adapter_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experience it begins is that of later generations, which draft with the heads."""
+    monkeypatch.setattr("mtp_mlx.decode.drafter_choice.step_cost", lambda model: cost_of(0.1))
+    base = tiny_model("llama", seed=3)
+    model = attach(base, mtp_heads=random_heads(base, 2))
+    model.info = SimpleNamespace(acceptance=[0.9, 0.4])
+    lookup_policy(model, "auto", None)
+    assert model.experience.acceptance["heads"].summary() == pytest.approx([0.9, 0.4])
 
 
 def test_a_match_goes_first() -> None:

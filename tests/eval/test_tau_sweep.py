@@ -115,9 +115,9 @@ def test_another_sweep_s_file_is_refused(
     tmp_path: Path, settings: SweepSettings, changes: dict[str, Any]
 ) -> None:
     out = tmp_path / "sweep.jsonl"
-    sweep(out)._keep(Measured(0.3, 0, 1, 1, 1, 0.0, True, None))
+    sweep(out)._kept.keep(Measured(0.3, 0, 1, 1, 1, 0.0, True, None))
     assert sweep(out)._done
-    with pytest.raises(MTPError, match="a sweep of another model, adapter, questions or settings"):
+    with pytest.raises(MTPError, match="a tau sweep of another model, adapter, questions or settings"):
         sweep(out, settings, **changes)
 
 

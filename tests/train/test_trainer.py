@@ -553,10 +553,17 @@ def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:
         Trainer(model, [short], [], settings_for(tmp_path / "b"), listener)
 
 
-def test_a_model_that_cannot_roll_back_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "ptp"])
+def test_rows_longer_than_a_sliding_window_are_refused_before_training(tmp_path: Path, method: str) -> None:
     overrides = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
-    with pytest.raises(MTPError, match="RotatingKVCache"):
-        trainer_for(tmp_path / "adapter", model=tiny_model("llama", **overrides))
+    with pytest.raises(MTPError, match="sliding window of 4.*--max-length 4"):
+        trainer_for(tmp_path / "adapter", model=tiny_model("llama", **overrides), method=method)
+
+
+@pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "ptp"])
+def test_recurrent_trunks_are_refused_before_training(tmp_path: Path, method: str) -> None:
+    with pytest.raises(MTPError, match="recurrent state"):
+        trainer_for(tmp_path / "adapter", model=tiny_model("qwen3_next"), method=method)
 
 
 # --- memory -------------------------------------------------------------------------------------------------

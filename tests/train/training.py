@@ -32,6 +32,8 @@ def examples(count: int = 14, seed: int = 0) -> list[Example]:
 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "mask-tokens": {"slots": 3, "rank": 4, "alpha": 8.0, "sampler_width": 16, "chunk_blocks": 4},
+    "ptp": {"slots": 3, "rank": 4, "alpha": 8.0, "chunk_blocks": 4},
+    "conf-adapt": {"slots": 3, "rank": 4, "alpha": 8.0},
     "mtp-heads": {"heads": 3, "top_share": 0.2, "loss_rows": 32},
 }
 

@@ -24,6 +24,7 @@ class MaskSlotDrafter:
     """
 
     lead = 0  # slots at the start of a group that draft nothing
+    other_sampling = ""  # what they were not trained for: they learnt no particular sampling
 
     def __init__(self, attached: AttachedModel, picker: Picker) -> None:
         if attached.adapter is None:

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx_lm.models.cache import RotatingKVCache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import SMALLER_STEPS, MemoryEstimate
@@ -126,3 +128,28 @@ class Method(ABC):
 
     def close(self) -> None:  # noqa: B027 - nothing to end is fine
         """Ends threads; another step starts them again."""
+
+
+def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:
+    """Refuses, before any time is spent, recurrent trunks, and rows that are longer than a sliding window.
+
+    Args:
+        bare: the base model; its caches tell how far layers look back.
+        examples: the training rows.
+
+    Raises:
+        MTPError: recurrent state, a row longer than a layer's window, or a cache that gives no rejected draft back.
+    """
+    if is_recurrent(bare.make_cache()):
+        raise MTPError(
+            f"model type '{bare.name}' keeps recurrent state, which the rows of slots would change: train MTP heads "
+            "for it (--method mtp-heads)"
+        )
+    caches = [cache for _, cache in cache_leaves(bare.make_cache())]
+    windows = [cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)]
+    longest = max(len(example) for example in examples)
+    if windows and longest > min(windows):
+        raise MTPError(
+            f"the longest training row has {longest} tokens, more than this model's sliding window of "
+            f"{min(windows)}, past which slots cannot be trained: give --max-length {min(windows)}"
+        )

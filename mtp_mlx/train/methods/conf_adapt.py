@@ -29,7 +29,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.online import Online
 from mtp_mlx.train.online_step import OnlineRunner
@@ -57,7 +57,7 @@ class ConfAdapt(Method):
         self.depth = settings.slots
         self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
         bare = attach(model)
-        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        check_slot_caches(bare, train)
         if not self._gated:
             _check_unquantised(model, settings.tuning)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size) if self._gated else None

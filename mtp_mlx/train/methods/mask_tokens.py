@@ -19,7 +19,7 @@ from mtp_mlx.train.agreement import Agreement, measure_agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
 from mtp_mlx.train.objectives.apple import Apple
 from mtp_mlx.train.objectives.base import LossParts, Objective
 from mtp_mlx.train.objectives.self_distil import SelfDistil
@@ -52,7 +52,7 @@ class MaskTokens(Method):
         self.fingerprint = base_fingerprint(model)
         self.depth = settings.slots
         bare = attach(model)
-        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        check_slot_caches(bare, train)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
         self.adapter: MaskAdapter = new_adapter(model, settings.adapter_shape(), draft_ids)
         if settings.start_from is not None:

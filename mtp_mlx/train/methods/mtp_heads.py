@@ -109,7 +109,8 @@ class TrainHeads(Method):
                 f"give --heads {len(heads)}, or --extend to grow them"
             )
         self._info.convention, self._info.model_config = info.convention, info.model_config
-        self._info.blocks, self._info.drafts = blocks, len(heads)
+        self._info.blocks = blocks
+        self._info.count = self._info.drafts = len(heads)
         theirs = loaded.draft_ids
         if ([] if draft_ids is None else draft_ids.tolist()) != ([] if theirs is None else theirs.tolist()):
             # No weight depends on which ids may be drafted.

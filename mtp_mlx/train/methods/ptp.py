@@ -18,7 +18,7 @@ from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell
+from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.ptp import PTPLoss
 from mtp_mlx.train.ptp_step import PTPRunner, measure_ptp
@@ -71,7 +71,7 @@ class TrainPTP(Method):
         self.fingerprint = base_fingerprint(model)
         self.depth = settings.slots
         bare = attach(model)
-        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        check_slot_caches(bare, train)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
         self.adapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
         if settings.start_from is not None:

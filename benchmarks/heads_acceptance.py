@@ -1,0 +1,89 @@
+"""Acceptance of MTP heads per depth, on the base model's own greedy answers: the tables of arXiv 2603.23911.
+
+AR of depth k is how often draft k is right when the drafts before it are; CAR is how often the first k are right.
+The answers must be the base's greedy ones: then a chain of right drafts is what decoding accepts. Every position of
+the answers counts once, while decoding visits fewer where acceptance is high.
+
+    mtp-mlx distill --prompts prompts.jsonl --out answers.jsonl --max-tokens 128
+    python benchmarks/heads_acceptance.py --data answers.jsonl --heads heads:4 --heads heads:8
+
+`FOLDER:N` applies the folder's heads again in turn up to N drafts (the loop without training).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mtp_mlx.blas import prefer_openblas
+
+
+def folder_and_drafts(value: str) -> tuple[Path, int | None]:
+    """("FOLDER:N") -> (folder, N); without a number, as many as there are heads."""
+    folder, separator, count = value.rpartition(":")
+    return (Path(folder), int(count)) if separator and count.isdigit() else (Path(value), None)
+
+
+def table_rows(row: dict[str, Any], most: int) -> list[str]:
+    """Two lines of the table, with `most` columns of depths."""
+    lines = []
+    for rate, last in (("ar", ""), ("car", f"{row['tokens_per_step']:.2f}")):
+        cells = [f"{value:.3f}" for value in row[rate]] + [""] * (most - row["drafts"])
+        lines.append(f"| {row['heads']} | {rate.upper()} | " + " | ".join(cells) + f" | {last} |")
+    return lines
+
+
+@click.command()
+@click.option("--model", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Greedy answers of the model")
+@click.option("--heads", "entries", multiple=True, required=True, help="Folder of heads, or FOLDER:DRAFTS")
+@click.option("--max-length", default=1024, show_default=True, help="Rows are cut to this many tokens")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
+def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_json: bool) -> None:
+    """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
+    prefer_openblas()
+    from mtp_mlx import load
+    from mtp_mlx.heads_adapter import read_heads_info
+    from mtp_mlx.train.data import load_examples
+    from mtp_mlx.train.heads_agreement import measure_heads
+    from mtp_mlx.train.trunk_states import ComputedStates
+
+    chosen = [folder_and_drafts(entry) for entry in entries]
+    most = max(
+        drafts or read_heads_info(folder).drafts for folder, drafts in chosen
+    )  # reads all before any work
+    if not as_json:
+        click.echo(
+            "| heads | rate | " + " | ".join(str(depth) for depth in range(1, most + 1)) + " | tok/step |"
+        )
+        click.echo("|---|---|" + "---|" * (most + 1))
+    found = []
+    for entry, (folder, drafts) in zip(entries, chosen, strict=True):
+        attached, tokenizer = load(model, folder)
+        examples, _ = load_examples(data, tokenizer, max_length)
+        if attached.mtp_heads is None:
+            raise click.UsageError(f"{folder} holds no MTP heads")
+        depths = drafts or attached.most_drafts
+        batches = [[example] for example in examples]
+        result = measure_heads(attached, batches, depths, ComputedStates(attached))
+        row = {
+            "heads": entry,
+            "drafts": depths,
+            "ar": result.acceptance,
+            "car": [float(value) for value in np.cumprod(result.acceptance)],
+            "tokens_per_step": result.tokens_per_step,
+            "positions": result.blocks,
+        }
+        found.append(row)
+        if not as_json:
+            click.echo("\n".join(table_rows(row, most)))
+        attached.detach()
+    click.echo(json.dumps(found) if as_json else f"\n{found[0]['positions']} positions of {data.name}")
+
+
+if __name__ == "__main__":
+    main()

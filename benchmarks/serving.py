@@ -1,0 +1,103 @@
+"""Tokens per second of the server's engine: one request after another, taking turns, and sharing passes.
+
+    python benchmarks/serving.py --clients 4 --max-tokens 48 --layout plain --layout linear
+
+Prompts are the same in all runs, and so must the texts be; where one differs (a near tie), the table says how many.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any
+
+import click
+
+from mtp_mlx.api import chat_prompt, load
+from mtp_mlx.bench.prompts import BUILT_IN
+from mtp_mlx.decode.calibrate import step_cost
+from mtp_mlx.serve.engine import Engine, EngineSettings
+from mtp_mlx.serve.request import Event, Failure, GenerationRequest
+from mtp_mlx.serve.sequence import DecodeSettings
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one by one": {"concurrent": 1},
+    "by turns": {"batch": False},
+    "shared passes": {},
+}
+
+
+@click.command()
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--adapter", default="auto", show_default=True)
+@click.option("--clients", default=4, show_default=True)
+@click.option("--max-tokens", default=48, show_default=True)
+@click.option("--layout", "layouts", multiple=True, default=("plain", "linear", "auto"), show_default=True)
+@click.option("--slots", type=int, default=None)
+def main(
+    model: str, adapter: str, clients: int, max_tokens: int, layouts: tuple[Any, ...], slots: int | None
+) -> None:
+    """Print a Markdown table."""
+    loaded, tokenizer = load(model, adapter)
+    if "auto" in layouts:
+        step_cost(loaded)
+    prompts = [chat_prompt(tokenizer, prompt.text) for prompt in BUILT_IN[:clients]]
+    requests = [GenerationRequest(prompt, max_tokens) for prompt in prompts]
+    click.echo(
+        "| layout | way | tokens/s | over one by one | tokens per step | other texts |\n|---|---|---|---|---|---|"
+    )
+    for layout in layouts:
+        decode = DecodeSettings(layout=layout, slots=None if layout in ("plain", "auto") else slots)
+        first: tuple[float, list[str]] | None = None
+        for way, settings in WAYS.items():
+            engine = Engine(
+                loaded,
+                tokenizer,
+                EngineSettings(
+                    **{"queue": clients, "concurrent": clients, "prefix_cache_bytes": 0} | settings,
+                    decode=decode,
+                ),
+            )
+            seconds, tokens, steps, texts = run(engine, requests)
+            speed = tokens / seconds
+            first = first or (speed, texts)
+            other = sum(one != two for one, two in zip(texts, first[1], strict=True))
+            click.echo(
+                f"| {layout} | {way} | {speed:.1f} | {speed / first[0]:.2f} | {tokens / steps:.2f} | {other} |"
+            )
+
+
+def run(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, int, float, list[str]]:
+    """Seconds, tokens, steps of sequences, and texts; after a request that warms up."""
+    engine.start()
+    try:
+        answer(engine, [GenerationRequest(requests[0].prompt, 4)])
+        before = engine.metrics.value("mtp_mlx_steps_total")
+        started = time.perf_counter()
+        texts, tokens = answer(engine, requests)
+        seconds = time.perf_counter() - started
+        return seconds, tokens, engine.metrics.value("mtp_mlx_steps_total") - before, texts
+    finally:
+        engine.stop()
+
+
+def answer(engine: Engine, requests: list[GenerationRequest]) -> tuple[list[str], int]:
+    """The texts of requests that come together, and how many tokens they have."""
+    queues: list[queue.Queue[Event]] = [queue.Queue() for _ in requests]
+    for request, events in zip(requests, queues, strict=True):
+        engine.submit(request, events.put)
+    texts, tokens = [], 0
+    for events in queues:
+        text, summary = "", None
+        while summary is None:
+            event = events.get()
+            if isinstance(event, Failure):
+                raise event.error
+            text, summary = text + event.text, event.summary
+        texts.append(text)
+        tokens += summary.generation_tokens
+    return texts, tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What is known of a PEFT LoRA folder from its names and settings alone; no mlx. `peft` carries the plan out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from mtp_mlx.errors import ConversionError
+
+from .checkpoint import Checkpoint
+from .families_other import find_lora
+from .heads import Target
+from .heads_report import source_line
+from .lazy_tensor import FLOATS, LazyTensor
+
+SLOTS = "slot_embeddings.weight"
+_PREFIX = re.compile(r"^(base_model\.model\.)?")
+_EMBEDDING = re.compile(r"(model\.)?embed_tokens(\.modules_to_save\.default)?\.weight")
+# Settings of PEFT that change what the factors mean, and what they are if they change nothing.
+_PLAIN: dict[str, object] = {
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+def is_peft(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint holds LoRA factors under PEFT's names."""
+    return any(".lora_A." in name or ".lora_B." in name for name in checkpoint.tensors)
+
+
+def check_settings(checkpoint: Checkpoint) -> None:
+    """Raises ConversionError for a setting that gated LoRA has no form for; all are named."""
+    config = checkpoint.config
+    kind = config.get("peft_type", "LORA")
+    odd = [f"peft_type {kind}"] if kind != "LORA" else []
+    odd += [
+        f"{name} {config[name]!r}"
+        for name, plain in _PLAIN.items()
+        if config.get(name, plain) not in (plain, None)
+    ]
+    if odd:
+        raise ConversionError(
+            f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train "
+            "a plain LoRA without it"
+        )
+
+
+def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Those that are no factors, by names without PEFT's prefix; and the factors."""
+    factors = {name: tensor for name, tensor in tensors.items() if re.search(r"\.lora_[AB]\.", name)}
+    return {_PREFIX.sub("", name): t for name, t in tensors.items() if name not in factors}, factors
+
+
+def factor_targets(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) -> list[Target]:
+    """`low_rank.<layer>.down` [in, r] and `.up` [r, out] of every layer.
+
+    Raises ConversionError: a layer has only one of its two factors, they do not fit each other, or ranks differ.
+    """
+    found = find_lora(factors, checkpoint.config)
+    assert found is not None
+    problems: list[str] = []
+    for target in found.targets:
+        name, shape = target.sources[0]
+        if name not in factors:
+            problems.append(f"missing {name}")
+        elif factors[name].shape != shape:
+            problems.append(f"{name} is {list(factors[name].shape)}, {list(shape)} expected")
+        elif factors[name].dtype not in FLOATS:
+            problems.append(f"{name} is of type {factors[name].dtype}, a float type expected")
+    if problems:
+        raise ConversionError(
+            f"{checkpoint.path}: its factors do not fit each other: {'; '.join(problems[:8])}"
+        )
+    ranks = {target.shape[1] for target in found.targets if target.name.endswith(".down")}
+    if len(ranks) != 1:
+        raise ConversionError(
+            f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read"
+        )
+    return found.targets
+
+
+def slot_tables(others: Mapping[str, LazyTensor]) -> list[str]:
+    """Names of what may hold slot embeddings, the surest first."""
+    return [SLOTS] if SLOTS in others else [name for name in others if _EMBEDDING.fullmatch(name)]
+
+
+def no_slots(checkpoint: Checkpoint, beyond: str) -> ConversionError:
+    """The refusal of an adapter without slot embeddings; `beyond` what an embedding would have them."""
+    return ConversionError(
+        f"{checkpoint.path}: a LoRA adapter without slot embeddings cannot draft: the file has neither "
+        f"slot_embeddings.weight nor an embed_tokens.weight with rows beyond {beyond}; train an adapter with "
+        "'mtp-mlx train'"
+    )
+
+
+def plan_lines(checkpoint: Checkpoint) -> list[str]:
+    """The plan, in words.
+
+    Raises ConversionError: as far as it can be seen without the base, what the conversion would raise.
+    """
+    check_settings(checkpoint)
+    others, factors = split(checkpoint.tensors)
+    targets = factor_targets(checkpoint, factors)
+    tables = slot_tables(others)
+    if not tables:
+        raise no_slots(checkpoint, "the base's vocabulary")
+    slots = (
+        f"{others[SLOTS].shape[0]}"
+        if tables == [SLOTS]
+        else f"rows of {tables[0]} beyond the base's vocabulary"
+    )
+    sampler = any(name.startswith("sampler.") for name in others)
+    return [
+        source_line(checkpoint),
+        "family: PEFT LoRA adapter, becomes a mask-token adapter of the model that --base names",
+        f"layers: {len(targets) // 2} of rank {targets[0].shape[1]}",
+        f"slots: {slots}",
+        f"sampler head: {'of the file' if sampler else 'none in the file, an untrained one stands in'}",
+        "tensors:",
+        *[f"  {t.name} {list(t.shape)} <- {t.sources[0][0]}, transposed" for t in targets],
+    ]

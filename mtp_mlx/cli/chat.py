@@ -1,0 +1,151 @@
+"""`mtp-mlx chat`: a conversation in the terminal, or over a pipe, one message a line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import click
+
+from mtp_mlx.cli.generate import GenerateSettings, sampling_of, tell
+from mtp_mlx.config import from_yaml, options_for, setting
+
+EPILOG = """\b
+Examples:
+  mtp-mlx chat
+  mtp-mlx chat -m ./model --adapter ./adapter --system "Answer in one sentence." --color
+  printf 'Why is the sky blue?\\nAnd at night?\\n/stats\\n' | mtp-mlx chat --max-tokens 60
+"""
+HISTORY_NAME = "chat_history"
+HISTORY_LINES = 1000
+PROMPT = "> "
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Options of `mtp-mlx chat`; all mean what they mean for `mtp-mlx generate`."""
+
+    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
+    system: str | None = setting(None, help="System message of the chat")
+    max_tokens: int = setting(512, help="Tokens of an answer, -1 for no limit", minimum=-1, flag="-n")
+    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
+    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
+    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
+    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
+    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
+    seed: int = setting(0, help="Seed of the noise", minimum=0)
+    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
+    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
+    loop: int | None = setting(
+        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
+    )
+    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
+    emit: Literal["verified", "conf-adapt", "static"] = setting(
+        "verified", help="Drafts: verified, or unverified (lossy)"
+    )
+    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
+    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
+
+
+@click.command(epilog=EPILOG, short_help="Talk with a model, answer by answer")
+@options_for(ChatSettings)
+@click.option("--color", is_flag=True, help="Tint accepted drafts by depth")
+def command(color: bool, **options: Any) -> None:
+    """Talk with a model; every line is a message, and /help lists what else there is.
+
+    Of each turn only what is new is run through the model. Ctrl-C stops an answer, /quit or Ctrl-D leaves. Answers
+    go to stdout, everything else to stderr. In a terminal, what you typed is kept in the cache folder for the arrow
+    keys.
+    """
+    settings = GenerateSettings(**asdict(from_yaml(ChatSettings, None, options)))
+    with lines() as read:
+        prepare(settings, color, read).run()
+
+
+def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
+    """Loads the model and refuses options that do not go with it; the loop that is then run."""
+    from mtp_mlx import plain_speed
+    from mtp_mlx.api import load
+    from mtp_mlx.cli.chat_repl import Chat, Repl
+    from mtp_mlx.conversation import Conversation
+    from mtp_mlx.decode.drafter_choice import plan_drafting
+    from mtp_mlx.decode.emission import Emission
+    from mtp_mlx.decode.stats import DecodeStats
+    from mtp_mlx.demo import resolve_model
+
+    sampling, emission = sampling_of(settings), Emission(settings.emit, settings.tau)
+    if not emission.lossless:
+        emission.greedy(sampling)
+        tell("unverified drafts: answers are lossy, lossless: false")
+    resolve_model(settings.model, settings.quantize, tell)
+    adapter = None if settings.adapter == "none" else settings.adapter
+    model, tokenizer = load(
+        settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop
+    )
+    plan_drafting(
+        model, settings.layout, settings.slots, DecodeStats(), settings.lookup, settings.drafter, emission
+    )
+    if not tokenizer.has_chat_template:
+        tell("no chat template in this tokenizer: messages are joined line by line")
+    conversation = Conversation(model, tokenizer, settings.system)
+    known = plain_speed.recall(settings.model, quantize=settings.quantize)
+    chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color, known)
+    if sys.stdin.isatty():
+        tell(f"{settings.model}; /help for commands, /quit to leave")
+    return Repl(chat, read)
+
+
+@contextmanager
+def lines() -> Iterator[Callable[[], str | None]]:
+    """What reads the next line: with line editing and history in a terminal, as it is from a pipe."""
+    if not sys.stdin.isatty():
+        yield _piped
+        return
+    with _history():
+        yield _typed
+
+
+def _piped() -> str | None:
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _typed() -> str | None:
+    try:
+        return input(PROMPT)
+    except EOFError:
+        click.echo()
+        return None
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Arrow keys go through what was typed, in this session and earlier ones; only the user can read the file."""
+    from mtp_mlx.demo import cache_dir
+
+    try:
+        import readline
+    except ImportError:  # a Python built without it: plain input
+        yield
+        return
+    path = cache_dir() / HISTORY_NAME
+    try:
+        readline.read_history_file(path)
+    except OSError:
+        pass  # none yet, or not readable: history is a convenience
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LINES)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+        except OSError:
+            pass

@@ -1,0 +1,230 @@
+"""The loop of `mtp-mlx chat`: lines in, answers out, and commands that begin with a slash.
+
+Answers go to stdout, everything else to stderr. A mistake is one sentence and the conversation goes on. Ctrl-C stops
+the answer; at the prompt it clears the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtp_mlx.cli.generation_report import Run, legend, statistics_line, tint
+from mtp_mlx.conversation import Conversation, Turn
+from mtp_mlx.decode.auto import LAYOUT_NAMES
+from mtp_mlx.decode.drafter_choice import plan_drafting
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import write_text
+from mtp_mlx.model.attach import AttachedModel
+
+if TYPE_CHECKING:
+    from mtp_mlx.cli.generate import GenerateSettings
+
+HELP = """\
+  /stats        what the last answer and all of them took
+  /color        tint accepted drafts by depth, on or off
+  /layout NAME  auto, linear, quadratic or plain; without a name, which it is
+  /save FILE    write the conversation as a line of JSON that `mtp-mlx train` reads
+  /reset        forget everything said
+  /help         this list
+  /quit         leave, as Ctrl-D does
+  //text        a message that begins with a slash
+Ctrl-C stops an answer; what it said so far stays in the conversation."""
+
+
+@dataclass
+class Chat:
+    """What the loop works with; `settings` and `color` change with /layout and /color.
+
+    Attributes:
+        options: of `stream_generate`, apart from those in `settings`: sampling and emission.
+        plain_tok_per_s: remembered speed of plain decoding, or None.
+    """
+
+    model: AttachedModel
+    conversation: Conversation
+    settings: GenerateSettings
+    options: dict[str, Any]
+    color: bool = False
+    plain_tok_per_s: float | None = None
+
+
+class Repl:
+    """Reads lines until there are none.
+
+    Args:
+        chat: the conversation and its settings.
+        read: the next line without its end; None at the end of input. May raise KeyboardInterrupt.
+    """
+
+    def __init__(self, chat: Chat, read: Callable[[], str | None]) -> None:
+        self._chat, self._read = chat, read
+        self._saved: set[Path] = set()
+        self._noted: set[str] = set()
+        self._commands: dict[str, Callable[[str], bool]] = {
+            "stats": self._stats,
+            "color": self._color,
+            "layout": self._layout,
+            "save": self._save,
+            "reset": self._reset,
+            "help": self._help,
+            "quit": lambda _: False,
+        }
+
+    def run(self) -> None:
+        """Until /quit or the end of input."""
+        going = True
+        while going:
+            try:
+                line = self._read()
+                going = line is not None and self._line(line)
+            except KeyboardInterrupt:
+                _say("\n/quit or Ctrl-D leaves.")
+            except MTPError as error:
+                _say(f"Error: {error}")
+
+    def _line(self, line: str) -> bool:
+        """One line; False to leave."""
+        text = line.strip()
+        if not text:
+            return True
+        if text.startswith("/") and not text.startswith("//"):
+            return self._command(*text[1:].partition(" ")[::2])
+        self._answer(text.removeprefix("/") if text.startswith("//") else text)
+        return True
+
+    def _command(self, name: str, argument: str) -> bool:
+        if name in self._commands:
+            return self._commands[name](argument.strip())
+        near = difflib.get_close_matches(name, self._commands, n=1)
+        names = ", ".join(f"/{known}" for known in self._commands)
+        raise MTPError(
+            f"no command /{name}: " + (f"did you mean /{near[0]}?" if near else f"there is {names}")
+        )
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def _answer(self, text: str) -> None:
+        chat, settings = self._chat, self._chat.settings
+        known = len(chat.conversation.turns)
+        responses = chat.conversation.ask(
+            text,
+            settings.max_tokens,
+            layout=settings.layout,
+            slots=settings.slots,
+            lookup=settings.lookup,
+            drafter=settings.drafter,
+            **chat.options,
+        )
+        stopped = False
+        try:
+            with closing(responses):
+                for response in responses:
+                    tinted = chat.color and response.from_draft
+                    part = click.style(response.text, fg=tint(response.depth)) if tinted else response.text
+                    click.echo(part, nl=False, color=chat.color or None)
+        except KeyboardInterrupt:
+            stopped = True
+        answers = chat.conversation.turns[known:]
+        if answers or stopped:
+            click.echo()
+        if stopped:
+            _say("Stopped." if answers else "Stopped before the first token: the message is not kept.")
+        for turn in answers:
+            self._notes(turn)
+
+    def _notes(self, turn: Turn) -> None:
+        if turn.last is not None and turn.last.finish_reason == "length":
+            _say(f"Cut at {len(turn.tokens)} tokens: --max-tokens allows more.")
+        for reason in turn.stats.fallbacks:
+            if reason not in self._noted:
+                _say(f"note: {reason}")
+            self._noted.add(reason)
+
+    # --- commands -----------------------------------------------------------------------------------------
+
+    def _stats(self, _: str) -> bool:
+        turns = self._chat.conversation.turns
+        if not turns:
+            raise MTPError("no answer yet: /stats is about answers")
+        last = turns[-1]
+        _say(f"{self._statistics(last)} · {last.prompt_tokens - last.prefilled} tok of the prompt reused")
+        whole = DecodeStats()
+        for turn in turns:
+            whole.add(turn.stats)
+        tokens, prompts = sum(len(turn.tokens) for turn in turns), sum(turn.prompt_tokens for turn in turns)
+        restarts = self._chat.conversation.restarts
+        _say(
+            f"{len(turns)} answers, {tokens} tok, {whole.tokens_per_step:.2f} tok/step, "
+            f"{sum(turn.prefilled for turn in turns)} of {prompts} prompt tok prefilled"
+            + (f", cache made anew {restarts} times" if restarts else "")
+        )
+        return True
+
+    def _statistics(self, turn: Turn) -> str:
+        run = Run(turn.stats, self._chat.model.most_drafts, self._chat.plain_tok_per_s)
+        run.tokens, run.last, run.interrupted = turn.tokens, turn.last, turn.stopped
+        return statistics_line(self._chat.settings, run)
+
+    def _color(self, _: str) -> bool:
+        self._chat.color = not self._chat.color
+        _say(f"colour is {'on' if self._chat.color else 'off'}")
+        if self._chat.color and self._chat.model.most_drafts:
+            click.echo(legend(self._chat.model.most_drafts), err=True, color=True)
+        return True
+
+    def _layout(self, name: str) -> bool:
+        if not name:
+            _say(f"layout {self._chat.settings.layout}")
+            return True
+        known = {str(layout): layout for layout in LAYOUT_NAMES}
+        if name not in known:
+            raise MTPError(f"unknown layout '{name}': choose one of {', '.join(known)}")
+        settings = replace(self._chat.settings, layout=known[name])
+        plan_drafting(
+            self._chat.model,
+            settings.layout,
+            settings.slots,
+            DecodeStats(),
+            settings.lookup,
+            settings.drafter,
+            self._chat.options["emission"],
+        )
+        self._chat.settings = settings
+        _say(f"layout {name}")
+        return True
+
+    def _save(self, name: str) -> bool:
+        if not name:
+            raise MTPError("where to? /save FILE")
+        messages = self._chat.conversation.messages
+        if not self._chat.conversation.turns:
+            raise MTPError("nothing was said yet: there is nothing to save")
+        path = Path(name).expanduser()
+        if path.exists() and path.resolve() not in self._saved:
+            raise MTPError(f"{path} is there already: give another name, or remove it first")
+        write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        self._saved.add(path.resolve())
+        _say(f"{len(messages)} messages -> {path}")
+        return True
+
+    def _reset(self, _: str) -> bool:
+        self._chat.conversation.reset()
+        _say("Forgotten.")
+        return True
+
+    def _help(self, _: str) -> bool:
+        _say(HELP)
+        return True
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

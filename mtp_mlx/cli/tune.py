@@ -1,0 +1,162 @@
+"""`mtp-mlx tune`: measures every layout and drafter on this machine and keeps the fastest for layout "auto"."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    from mtp_mlx.bench.runner import Measurement
+    from mtp_mlx.bench.tune import LaneResult
+    from mtp_mlx.decode.tuned import TunedChoice
+    from mtp_mlx.model.attach import AttachedModel
+
+EPILOG = """\b
+Examples:
+  mtp-mlx tune
+  mtp-mlx tune -m ./model --adapter ./adapter --prompts prompts.jsonl --limit 10
+  mtp-mlx tune --forget
+"""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Options of `mtp-mlx tune`."""
+
+    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    prompts: Path | None = setting(None, help="JSONL with prompt (or turns) (default: built-in)", flag="-p")
+    limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
+    max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")
+    loop: int | None = setting(
+        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
+    )
+    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+    exact: bool = setting(False, help="Tune decoding with --exact, which is kept apart")
+
+
+@click.command(epilog=EPILOG, short_help="Find the fastest layout on this machine, for auto")
+@options_for(TuneSettings)
+@click.option("--forget", is_flag=True, help="Drop what was found: auto plans again")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
+def command(forget: bool, as_json: bool, **options: Any) -> None:
+    """Measure plain decoding and every layout and drafter that the model has, and keep the fastest.
+
+    Layout "auto" then uses it for this model and adapter on this machine, unless --layout, --slots, --lookup or
+    --drafter say otherwise. Where nothing is faster than plain decoding by 5 %, that is said and kept. Greedy; each
+    lane's text must be mlx-lm's own.
+    """
+    settings = from_yaml(TuneSettings, None, options)
+    if forget:
+        click.echo(_forget(settings, as_json))
+        return
+    from mtp_mlx.bench.prompts import read_prompts
+    from mtp_mlx.bench.tune import choose, results
+    from mtp_mlx.decode.tuned import remember
+
+    prompts = read_prompts(settings.prompts, settings.limit, None)
+    model, measured = measure(settings, prompts, Console(stderr=True))
+    rows, choice = results(measured), choose(measured)
+    if not choice.tokens_per_second:
+        raise MTPError(
+            "every answer ended within the first step, so nothing was measured: give other --prompts"
+        )
+    when = datetime.date.today().isoformat()
+    kept = {"date": when, "prompts": len(prompts), "max_tokens": settings.max_tokens}
+    path = remember(model, choice, {**kept, "lanes": [row.to_json() for row in rows]})
+    if as_json:
+        click.echo(json.dumps(report(settings, rows, choice, path)))
+    else:
+        Console().print(table(rows))
+        click.echo(verdict(choice))
+
+
+def _load(settings: TuneSettings) -> tuple[AttachedModel, Any]:
+    from mtp_mlx.api import load
+
+    adapter = None if settings.adapter == "none" else settings.adapter
+    return load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop)
+
+
+def _forget(settings: TuneSettings, as_json: bool) -> str:
+    from mtp_mlx.decode.tuned import forget
+
+    known = forget(_load(settings)[0])
+    if as_json:
+        return json.dumps({"model": settings.model, "adapter": settings.adapter, "forgotten": known})
+    return "Forgotten: auto plans again." if known else "Nothing was tuned for this model and adapter."
+
+
+def measure(
+    settings: TuneSettings, prompts: list[Any], console: Console
+) -> tuple[AttachedModel, list[Measurement]]:
+    """The model, and every prompt in every lane."""
+    from mtp_mlx.bench.runner import Bench
+    from mtp_mlx.bench.tune import candidates
+
+    model, tokenizer = _load(settings)
+    lanes = candidates(model)
+    bench = Bench(model, tokenizer, lanes, settings.max_tokens)
+    with Progress(console=console) as progress:
+        task = progress.add_task("warming up", total=len(prompts))
+        bench.warm_up()
+        progress.update(task, description=f"measuring {len(lanes)} lanes")
+        measured = bench.run(prompts, lambda *_: progress.advance(task))
+    return model, measured
+
+
+def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, path: Path) -> dict[str, Any]:
+    """The object that --json prints."""
+    return {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "max_tokens": settings.max_tokens,
+        "choice": {
+            "name": choice.name,
+            "layout": choice.layout,
+            "slots": choice.slots,
+            "drafter": choice.drafter,
+        },
+        "beats_plain": choice.layout != "plain",
+        "tok_per_s": round(choice.tokens_per_second, 3),
+        "plain_tok_per_s": round(choice.plain_tokens_per_second, 3),
+        "lanes": [row.to_json() for row in rows],
+        "kept_in": str(path),
+    }
+
+
+def table(rows: list[LaneResult]) -> Table:
+    """The rows as a rich table, fastest first."""
+    out = Table(title="every lane on this machine, against plain decoding of the same weights")
+    for name in ("lane", "tok/s", "ratio", "tok/step", "same text"):
+        out.add_column(name, justify="left" if name == "lane" else "right")
+    for row in rows:
+        same = f"no: {row.refused} DIFFER" if row.refused else "yes"
+        out.add_row(
+            row.lane,
+            f"{row.tokens_per_second:.2f}",
+            f"{row.speed_up:.2f}x",
+            f"{row.tokens_per_step:.2f}",
+            same,
+        )
+    return out
+
+
+def verdict(choice: TunedChoice) -> str:
+    """The sentence at the end."""
+    plain = f"{choice.plain_tokens_per_second:.1f} tok/s"
+    if choice.layout == "plain":
+        return f"Nothing beats plain decoding here ({plain}); auto now decodes plainly for this model and adapter."
+    factor = choice.tokens_per_second / choice.plain_tokens_per_second
+    return f"{choice.name} is fastest, {factor:.2f}x plain ({plain}); auto now uses it for this model and adapter."

@@ -1,0 +1,171 @@
+"""A conversation of several turns over one prompt cache: each turn prefills only what the cache does not hold yet.
+
+Invariant between turns: the cache holds exactly `_cached`, a list of token ids. A turn encodes the whole
+conversation with the chat template, keeps the part of the cache that it shares with it, and gives the rest to
+`stream_generate`; so the text is what `generate` writes on the same messages. Where rows cannot be taken back out of
+the cache (recurrent state, a sliding window that has moved on), the turn starts with an empty one, which is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
+from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
+
+Message = dict[str, str]
+
+
+@dataclass
+class Turn:
+    """One answer.
+
+    Attributes:
+        prompt_tokens: of the conversation up to the answer.
+        prefilled: of those, the ones that were not in the cache.
+        stats: counts of decoding.
+        tokens: ids of the answer, the end-of-text id included if it came.
+        text: the answer.
+        last: the last response, or None before the first token.
+        stopped: Ctrl-C, or the consumer, ended it.
+    """
+
+    prompt_tokens: int
+    prefilled: int
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    last: GenerationResponse | None = None
+    stopped: bool = False
+
+
+class Conversation:
+    """Messages and the cache that goes with them.
+
+    Args:
+        model, tokenizer: from `mtp_mlx.load`.
+        system: system message, or None for what the chat template says.
+
+    Attributes:
+        messages: what was said, the system message first; an answer that was stopped is in it as far as it came.
+        turns: one per answer.
+        restarts: how often the cache could not be cut back, or did not say what it holds, and was made anew.
+    """
+
+    def __init__(self, model: AttachedModel, tokenizer: TokenizerWrapper, system: str | None = None) -> None:
+        self._model, self._tokenizer, self._system = model, tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything said, the system message aside."""
+        self.messages: list[Message] = []
+        if self._system:
+            self.messages.append({"role": "system", "content": self._system})
+        self.turns: list[Turn] = []
+        self.restarts = 0
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
+        self._cache: list[Any] = self._model.make_cache()
+        self._cached: list[int] = []
+
+    def ask(
+        self, text: str, max_tokens: int = 512, **options: Any
+    ) -> Generator[GenerationResponse, None, None]:
+        """Yields the answer to `text`, token by token; closing the generator, or Ctrl-C inside of it, stops it.
+
+        A stopped answer stays in the conversation as far as it came; where nothing came, nor does the question. The
+        newest of `turns` is the answer's, from the first token on.
+
+        Args:
+            text: the user's message.
+            max_tokens: of the answer, at most; -1 for no limit.
+            options: as `stream_generate`; prompt_cache and stats are this conversation's.
+
+        Raises:
+            MTPError: an empty message or a bad option; the conversation is then as it was before.
+        """
+        if not text.strip():
+            raise MTPError("the message is empty: write some text")
+        question: Message = {"role": "user", "content": text}
+        ids = self._encode([*self.messages, question])
+        shared = self._keep_shared(ids)
+        turn = Turn(len(ids), len(ids) - shared)
+        responses = stream_generate(
+            self._model,
+            self._tokenizer,
+            ids[shared:],
+            max_tokens,
+            prompt_cache=self._cache,
+            stats=turn.stats,
+            **options,
+        )
+        try:
+            with closing(responses):
+                for response in responses:
+                    turn.tokens.append(response.token)
+                    turn.text += response.text
+                    turn.last = response
+                    yield response
+        except (KeyboardInterrupt, GeneratorExit):
+            turn.stopped = True
+            raise
+        finally:
+            self._take(question, ids, turn)
+
+    def _take(self, question: Message, ids: list[int], turn: Turn) -> None:
+        """The answer, whole or stopped, and what the cache holds now."""
+        held = self._held()
+        said = [*ids, *turn.tokens]
+        if held is None or held > len(said):
+            self.restarts += 1
+            self._empty_cache()
+        else:
+            self._cached = said[:held]
+        if turn.tokens:
+            self.messages += [question, {"role": "assistant", "content": turn.text}]
+            self.turns.append(turn)
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """Ids of the conversation with the template's beginning of an answer."""
+        if not self._tokenizer.has_chat_template:
+            return encode_prompt(self._tokenizer, "\n".join(message["content"] for message in messages))
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+
+    def _keep_shared(self, ids: list[int]) -> int:
+        """Cuts the cache back to what it shares with `ids`, the last of which is always left to be run."""
+        shared = 0
+        for cached, wanted in zip(self._cached, ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        surplus = len(self._cached) - shared
+        if surplus and can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, surplus)
+        elif surplus:
+            self.restarts += 1
+            self._empty_cache()
+            return 0
+        self._cached = ids[:shared]
+        return shared
+
+    def _held(self) -> int | None:
+        """Tokens in the cache; None where it does not say."""
+        try:
+            caches = LayerCaches(self._cache, "")
+        except MTPError:
+            return None
+        try:
+            return caches.length
+        finally:
+            caches.hand_back()

@@ -1,0 +1,127 @@
+"""The common layout of a batch's steps.
+
+A fixed layout stays what it is. "auto" takes the number of slots (or of drafts of MTP heads) and the form for which
+expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
+(design 2.5), so batches draft less than single sequences do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_mlx.decode.budget import MARGIN, Experience
+from mtp_mlx.decode.cost import StepCost
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.policy import LayoutName, Proposal
+
+PLAN_EVERY = 32  # steps
+
+
+@dataclass(frozen=True)
+class BatchDrafting:
+    """What a batch may draft with.
+
+    Attributes:
+        form: "plain", "linear" and "quadratic" are fixed, "auto" plans.
+        slots: most slots behind one position; 0 without an adapter with slots.
+        chain: most drafts of MTP heads; 0 without heads.
+        lookup: most drafts from the text itself; 0 where it does not draft.
+    """
+
+    form: LayoutName
+    slots: int = 0
+    chain: int = 0
+    lookup: int = 0
+
+
+class BatchPlan:
+    """Chooses the layout of every step of a batch.
+
+    Args:
+        drafting: what may draft.
+        cost: measured seconds of steps; needed for "auto".
+        experience: acceptance learnt so far, shared with single sequences; needed for "auto".
+    """
+
+    def __init__(
+        self, drafting: BatchDrafting, cost: StepCost | None = None, experience: Experience | None = None
+    ) -> None:
+        self._drafting, self._cost, self._experience = drafting, cost, experience
+        if drafting.form == "auto" and (cost is None or experience is None):
+            raise ValueError("a planned layout needs costs and experience")
+        own = drafting.chain or drafting.slots
+        self.max_drafts = 0 if drafting.form == "plain" else max(own, drafting.lookup)
+        self._chosen: BatchDrafting = drafting
+        self._planned_for = 0
+        self._steps = 0
+
+    def choose(self, at_hand: Sequence[int]) -> Layout:
+        """The next step's layout, for sequences that have so many drafts at hand; it may verify fewer."""
+        if self._drafting.form == "auto":
+            self._plan(len(at_hand))
+        chosen = self._chosen
+        own = chosen.chain or chosen.slots
+        drafts = min(max(at_hand, default=0), max(own, chosen.lookup))
+        if chosen.form == "plain":
+            return Layout.plain()
+        if chosen.chain:
+            return Layout.chained(drafts, chosen.chain)
+        if not chosen.slots:
+            return Layout(drafts, (0,) * (drafts + 1))
+        build = Layout.linear if chosen.form == "linear" else Layout.quadratic
+        return build(drafts, chosen.slots)
+
+    def observe(self, proposal: Proposal, n_accepted: int) -> None:
+        """Learns from one sequence's share of a step."""
+        if self._experience is not None and proposal.drafts:
+            known = self._experience.acceptance[proposal.source]
+            known.update(len(proposal.drafts), n_accepted, proposal.confidences)
+
+    # --- "auto" ---------------------------------------------------------------------------------------------
+
+    def _plan(self, n_sequences: int) -> None:
+        self._steps += 1
+        if self._planned_for == n_sequences and self._steps % PLAN_EVERY:
+            return
+        self._planned_for = n_sequences
+        plain = BatchDrafting("plain")
+        best, best_rate = plain, 1.0 / self._seconds(n_sequences, Layout.plain()) * MARGIN
+        for candidate in self._candidates():
+            rate = self.rate(n_sequences, candidate)
+            if rate > best_rate:
+                best, best_rate = candidate, rate
+        self._chosen = best
+
+    def _candidates(self) -> list[BatchDrafting]:
+        drafting = self._drafting
+        if drafting.chain:
+            return [BatchDrafting("linear", chain=k) for k in range(1, drafting.chain + 1)]
+        forms: tuple[LayoutName, ...] = ("linear", "quadratic")
+        return [BatchDrafting(form, slots=k) for k in range(1, drafting.slots + 1) for form in forms]
+
+    def rate(self, n_sequences: int, drafting: BatchDrafting) -> float:
+        """Expected tokens per second of each of B sequences in a steady state."""
+        assert self._experience is not None
+        count = drafting.chain or drafting.slots
+        known = self._experience.acceptance["heads" if drafting.chain else "slots"]
+        reach = [1.0]
+        for depth in range(1, count + 1):
+            reach.append(reach[-1] * known.probability(depth))
+        accepted = sum(reach[1:])
+        if drafting.chain:
+            return (1 + accepted) / self._seconds(n_sequences, Layout.chained(count, count))
+        if drafting.form == "quadratic":
+            return (1 + accepted) / self._seconds(n_sequences, Layout.quadratic(count, count))
+        # Linear: drafts are at hand only after a step that accepted all, or had none.
+        share = 1.0 / (2.0 - reach[count])  # of steps with drafts
+        empty = self._seconds(n_sequences, Layout.linear(0, count))
+        full = self._seconds(n_sequences, Layout.linear(count, count))
+        return (1 - share + share * (1 + accepted)) / ((1 - share) * empty + share * full)
+
+    def _seconds(self, n_sequences: int, layout: Layout) -> float:
+        """Of one pass; drafting is done for one sequence after another."""
+        assert self._cost is not None
+        drafts = max(*layout.slots, layout.chain)
+        as_one = Layout(n_sequences * layout.rows - 1, (0,) * (n_sequences * layout.rows))
+        return self._cost.seconds(as_one, 0) + n_sequences * self._cost.draft * drafts

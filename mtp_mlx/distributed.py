@@ -1,0 +1,276 @@
+"""The processes that `mlx.launch` started together: what they agree on, and what ends them when one is lost.
+
+Nothing home-made goes over the wire: every exchange is a collective of `mx.distributed`, on whatever backend
+`mlx.launch` chose. Every process must make the same calls in the same order; what decides the next call therefore
+comes out of `Peers.gather`, never out of one process alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Item = TypeVar("Item")
+
+TIMEOUT_VARIABLE = "MTP_MLX_PEER_TIMEOUT"
+DEFAULT_TIMEOUT = (
+    600.0  # seconds; longer than the slowest pause of a healthy process, such as a first compilation
+)
+SIZE_VARIABLES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
+LIST_VARIABLES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files that hold a JSON list with an entry per process
+BACKENDS = ("[ring]", "[jaccl]", "[nccl]", "[mpi]", "[distributed]")
+
+
+def launched_size() -> int:
+    """How many processes `mlx.launch` started, told from the environment without importing MLX; 1 without it."""
+    for name in SIZE_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    if "MLX_RANK" not in os.environ:
+        return 1
+    for name in LIST_VARIABLES:
+        try:
+            with open(os.environ.get(name, ""), encoding="utf-8") as file:
+                return max(1, len(json.load(file)))
+        except (OSError, ValueError, TypeError):  # mlx.launch writes an empty file for one process
+            continue
+    return 1
+
+
+def launched_rank() -> int:
+    """This process's number among them, from 0; told from the environment."""
+    values = (os.environ.get(name, "") for name in RANK_VARIABLES)
+    return next((int(value) for value in values if value.isdigit()), 0)
+
+
+def whose() -> str:
+    """ "" for one process alone, else " (process 2 of 2)": put into messages."""
+    size = launched_size()
+    return f" (process {launched_rank() + 1} of {size})" if size > 1 else ""
+
+
+def refuse_if_many(verb: str) -> None:
+    """Refuses a command that several processes would only do several times.
+
+    Raises:
+        MTPError: `mlx.launch` started more than one.
+    """
+    size = launched_size()
+    if size > 1:
+        raise MTPError(
+            f"mtp-mlx {verb} is for one process, and mlx.launch started {size}: only train and generate "
+            "share their work; run it without mlx.launch"
+        )
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those of a run; `Peers()` is one process alone, for which every call is free.
+
+    Attributes:
+        rank: its number, from 0. Process 0 leads: it alone prints and writes files.
+        size: how many there are.
+        group: MLX's group, None for one process alone.
+        timeout: seconds to wait for the others before giving up.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: mx.distributed.Group | None = None
+    timeout: float = DEFAULT_TIMEOUT
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gave, in order of rank; JSON values.
+
+        Raises:
+            MTPError: another process was lost.
+        """
+        if self.alone:
+            return [value]
+        import mlx.core as mx
+        import numpy as np
+
+        data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        with self.waiting():
+            sizes = self._all_gather(mx.array([len(data)], dtype=mx.int32))
+            longest = max(sizes)
+            padded = np.pad(data, (0, longest - len(data)))
+            flat = bytes(self._all_gather(mx.array(padded).astype(mx.int32)))
+        pieces = (flat[rank * longest : rank * longest + size] for rank, size in enumerate(sizes))
+        return [json.loads(piece) for piece in pieces]
+
+    def _all_gather(self, values: mx.array) -> list[int]:
+        import mlx.core as mx
+
+        gathered = mx.distributed.all_gather(values, group=self.group, stream=cast("mx.Stream", mx.cpu))
+        return cast("list[int]", gathered.tolist())
+
+    def share(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Process 0's arrays, for all; the others' must have the same names, shapes and types.
+
+        Raises:
+            MTPError: they have not, or another process was lost.
+        """
+        if self.alone:
+            return arrays
+        import mlx.core as mx
+
+        shapes = [[name, list(array.shape), str(array.dtype)] for name, array in sorted(arrays.items())]
+        every = self.gather(shapes)
+        if any(own != every[0] for own in every):
+            raise MTPError(
+                "the processes hold different tensors: give all of them the same model and settings"
+            )
+        stream = cast("mx.Stream", mx.cpu)
+        out = {}
+        with self.waiting():
+            for name in sorted(arrays):
+                own = arrays[name] if self.leads else mx.zeros_like(arrays[name])
+                out[name] = mx.distributed.all_sum(own, group=self.group, stream=stream)
+            mx.eval(out)
+        return out
+
+    def weighted_mean(self, gradients: dict, share: float) -> dict:
+        """The sum over processes of share * gradients, where the shares sum to 1.
+
+        Raises:
+            MTPError: another process was lost.
+        """
+        if self.alone:
+            return gradients
+        import mlx.core as mx
+        from mlx.nn.utils import average_gradients
+        from mlx.utils import tree_map
+
+        scaled: list[
+            mx.array
+        ] = []  # a list, because `average_gradients` reads a dot in a name as another level
+        tree_map(lambda leaf: scaled.append(leaf * (share * self.size)), gradients)
+        with self.waiting():
+            mean = average_gradients(scaled, group=self.group)
+            mx.eval(mean)
+        leaves = iter(mean)
+        return cast("dict", tree_map(lambda _: next(leaves), gradients))
+
+    def must_agree(self, values: dict[str, Any], remedy: str) -> None:
+        """Compares JSON values with those of process 0.
+
+        Raises:
+            MTPError: names the first that differs and the process, with `remedy`; or another process was lost.
+        """
+        every = self.gather(values)
+        for rank, theirs in enumerate(every):
+            for name, first in every[0].items():
+                if theirs.get(name) != first:
+                    raise MTPError(
+                        f"{name} of process {rank + 1} is {theirs.get(name)!r}, of process 1 {first!r}: {remedy}"
+                    )
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A stretch in which the others are waited for: ends with a sentence if one is lost or never answers.
+
+        A lost connection raises MTPError. A process that hangs cannot be told from a slow one, and a collective that
+        waits for it cannot be called off: after `timeout` seconds the message is printed and this process ends.
+        """
+        if self.alone:
+            yield
+            return
+        timer = threading.Timer(self.timeout, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith(BACKENDS):
+                raise
+            raise MTPError(
+                f"the connection to another process of this run was lost ({error}): see its own message; the same "
+                "command starts or continues the run"
+            ) from error
+        finally:
+            timer.cancel()
+
+    def each(self, items: Iterator[Item]) -> Iterator[Item]:
+        """`items`, each of which takes all processes.
+
+        Raises:
+            MTPError: another process was lost.
+        """
+        while True:
+            with self.waiting():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def _give_up(self) -> None:
+        os.write(
+            sys.stderr.fileno(),
+            (
+                f"Error{whose()}: another process of this run has not answered for {self.timeout:g} seconds, so "
+                f"this one ends; {TIMEOUT_VARIABLE} sets how long to wait\n"
+            ).encode(),
+        )
+        os._exit(2)  # the thread that waits is inside MLX and hears no exception
+
+
+def _ended(*_: Any) -> None:
+    """What SIGTERM means under `mlx.launch`, which sends it to all others when one process has ended badly."""
+    raise MTPError(
+        "mlx.launch has ended this process, because another process of this run was lost: see its message"
+    )
+
+
+def join() -> Peers:
+    """Connects the processes that `mlx.launch` started; `Peers()` where it started one, or was not used.
+
+    Raises:
+        MTPError: they cannot be connected, or the time to wait is no number.
+    """
+    size = launched_size()
+    if size == 1:
+        return Peers()
+    import mlx.core as mx
+
+    given = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT))
+    try:
+        timeout = float(given)
+    except ValueError:
+        timeout = 0.0
+    if not timeout > 0:
+        raise MTPError(f"{TIMEOUT_VARIABLE} is {given!r}: give a number of seconds above 0")
+    with suppress(ValueError):  # not the main thread: signals are the caller's business
+        signal.signal(signal.SIGTERM, _ended)
+    with Peers(launched_rank(), size, None, timeout).waiting():
+        group = mx.distributed.init()
+    if group.size() != size:
+        raise MTPError(
+            f"mlx.launch started {size} processes, and MLX connected {group.size()}: name a backend that this "
+            "machine has, as in mlx.launch --backend ring"
+        )
+    return Peers(group.rank(), size, group, timeout)

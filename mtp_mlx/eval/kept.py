@@ -1,0 +1,71 @@
+"""Measurements kept line by line in a file, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import clear_errors, write_text
+
+Row = TypeVar("Row")
+
+
+class KeptRows(Generic[Row]):
+    """A JSONL file of measurements, each a flat dataclass.
+
+    Args:
+        path: the file, or None for none.
+        row: the dataclass.
+        key: fingerprint of everything that a measurement depends on.
+        kind: what they are of, for messages: "a tau sweep".
+    """
+
+    def __init__(self, path: Path | None, row: Callable[..., Row], key: str, kind: str) -> None:
+        self._path, self._row, self._key, self._kind = path, row, key, kind
+
+    def read(self) -> Iterator[Row]:
+        """Measurements of an earlier run. A last line that was cut off is dropped.
+
+        Raises:
+            MTPError: a damaged line, or measurements of something else.
+        """
+        if self._path is None or not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values = json.loads(line)
+                key, measured = values.pop("key"), self._row(**values)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if number == len(lines):
+                    break
+                raise MTPError(
+                    f"{self._path}, line {number}: no measurement of {self._kind}; give another --out"
+                ) from error
+            if key != self._key:
+                raise MTPError(
+                    f"{self._path} holds {self._kind} of another model, adapter, questions or settings: "
+                    "give another --out"
+                )
+            kept.append(line + "\n")
+            yield measured
+        if len(kept) < len(lines):
+            write_text(self._path, "".join(kept))
+
+    def keep(self, row: Row) -> None:
+        """Appends one measurement.
+
+        Raises:
+            MTPError: the file cannot be written.
+        """
+        if self._path is None:
+            return
+        values: dict[str, Any] = dict(vars(row))
+        with clear_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": self._key, **values}) + "\n")

@@ -1,0 +1,92 @@
+"""A base model shared out among processes by its own `shard` (tensor parallel), and adapters that go with it.
+
+Every process has a part of each sharded layer: of its outputs ("all to sharded") or of its inputs ("sharded to all",
+whose sums are added up over the processes). A gated-LoRA update has the matching part of one of its factors.
+Legend: N processes, r rank of the LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import (
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    QuantizedShardedToAllLinear,
+    ShardedToAllLinear,
+)
+from mlx_lm.models.cache import make_prompt_cache
+
+from mtp_mlx.distributed import Peers
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import find_seams, is_recurrent, module_at
+from mtp_mlx.model.slot_adapter import SlotAdapter
+
+OUTPUT_PARTS = (AllToShardedLinear, QuantizedAllToShardedLinear)
+INPUT_PARTS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
+
+
+def shard(model: nn.Module, adapter: SlotAdapter | None, peers: Peers) -> None:
+    """Leaves each process its part of `model` and of the LoRA of `adapter`; both are changed in place.
+
+    Args:
+        model: an mlx-lm model, not attached; may be lazy, then only the part is ever in memory.
+        adapter: made for the whole model, or None.
+
+    Raises:
+        MTPError: the model has no `shard`, keeps recurrent state, or cannot be divided among so many processes; or
+            the adapter's layers are divided in a way that its LoRA cannot follow.
+    """
+    name = str(getattr(model, "model_type", type(model).__name__))
+    if not hasattr(model, "shard"):
+        raise MTPError(
+            f"model type '{name}' has no `shard` in mlx-lm, so several processes cannot share it: run it without "
+            "mlx.launch"
+        )
+    if is_recurrent(make_prompt_cache(model)):
+        raise MTPError(
+            f"model type '{name}' keeps recurrent state, which drafting does not take back in parts yet: run it "
+            "without mlx.launch"
+        )
+    whole = dict(find_seams(model).linears)
+    try:
+        model.shard(peers.group)
+    except ValueError as error:
+        raise MTPError(
+            f"model type '{name}' cannot be divided among {peers.size} processes ({error}): use another number"
+        ) from error
+    mx.eval(model.parameters())
+    trunk = find_seams(model).trunk
+    for path, low_rank in ({} if adapter is None else adapter.low_rank).items():
+        layer, before = module_at(trunk, path), whole[path]
+        if isinstance(layer, OUTPUT_PARTS):
+            _check_part(before, layer, path, 0, peers)
+            low_rank.up = _part(low_rank.up, 1, peers)  # [r, D_out / N]
+        elif isinstance(layer, INPUT_PARTS):
+            _check_part(before, layer, path, 1, peers)
+            low_rank.down = _part(low_rank.down, 0, peers)  # [D_in / N, r]
+            low_rank.sum_over(peers)
+
+
+def _part(tensor: mx.array, axis: int, peers: Peers) -> mx.array:
+    return mx.contiguous(mx.split(tensor, peers.size, axis=axis)[peers.rank])
+
+
+def _check_part(before: nn.Module, layer: nn.Module, path: str, axis: int, peers: Peers) -> None:
+    """Raises MTPError unless the layer's weight is one run of rows (axis 0) or columns (axis 1) of the whole one.
+
+    Fused layers (queries, keys and values in one) are divided piece by piece; their first and last row show it.
+    """
+    weight = cast(mx.array, before.weight)
+    length = weight.shape[axis] // peers.size
+    first = peers.rank * length
+    ends = mx.array([first, first + length - 1])
+    expected = mx.take(weight, ends, axis=axis)
+    own = mx.take(cast(mx.array, layer.weight), mx.array([0, length - 1]), axis=axis)
+    if weight.shape[axis] != length * peers.size or not mx.array_equal(own, expected).item():
+        raise MTPError(
+            f"layer {path} is divided among processes in pieces that this adapter's LoRA cannot follow: use "
+            "--adapter none, or run without mlx.launch"
+        )

@@ -1,0 +1,270 @@
+"""The HTTP application: routes, who may ask, limits on what is read, and the way from the engine to a response."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from mtp_mlx.serve import anthropic_api, openai_api
+from mtp_mlx.serve.engine import Engine, Ticket
+from mtp_mlx.serve.fields import parse_object
+from mtp_mlx.serve.prompts import Answer, Prompts
+from mtp_mlx.serve.request import Event, Failure, Piece, RequestError
+
+BODY_SECONDS = 30.0  # a client that sends its body more slowly is not waited for
+CLIENT_CLOSED = 499  # what logs call a request whose client went away
+LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
+
+Reader = Callable[[dict[str, Any], Prompts], Answer]
+ErrorBody = Callable[[RequestError], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """Who may ask, and how much.
+
+    Attributes:
+        api_key: what clients must show, or None.
+        max_body_bytes: of a request.
+        hosts: names by which the server may be addressed, None for any. On loopback this keeps web pages out whose
+            name was made to point here.
+    """
+
+    api_key: str | None = None
+    max_body_bytes: int = 4 << 20
+    hosts: tuple[str, ...] | None = tuple(LOOPBACK_NAMES)
+
+
+class Application:
+    """Routes in front of an engine. `starlette` is the ASGI application; its lifespan starts and stops the engine."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, settings: AppSettings | None = None) -> None:
+        self._engine, self._prompts = engine, prompts
+        self._settings = settings or AppSettings()
+        self._created = int(time.time())
+        # Reading a request means templates and tokenising: in one thread, beside the event loop.
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="mtp-mlx-reader")
+        openai, anthropic = openai_api.error_body, anthropic_api.error_body
+        routes = [
+            self._route("/health", self._health, "GET", openai, open_to_all=True),
+            self._route("/metrics", self._metrics, "GET", openai),
+            self._route("/v1/models", self._models, "GET", openai),
+            self._route("/v1/models/{name:path}", self._model, "GET", openai),
+            self._route("/v1/chat/completions", self._answering(openai_api.chat), "POST", openai),
+            self._route("/v1/completions", self._answering(openai_api.completion), "POST", openai),
+            self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
+            self._route("/v1/messages/count_tokens", self._count_tokens, "POST", anthropic),
+        ]
+        hosts = self._settings.hosts
+        middleware = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
+        self.starlette = Starlette(routes=routes, middleware=middleware, lifespan=self._lifespan)
+
+    @property
+    def model_name(self) -> str:
+        """How requests call the model."""
+        return self._prompts.model_name
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self._engine.stop)
+            self._readers.shutdown(wait=False)
+
+    def _route(
+        self,
+        path: str,
+        handle: Callable[[Request], Awaitable[Response]],
+        method: str,
+        error_body: ErrorBody,
+        open_to_all: bool = False,
+    ) -> Route:
+        """A route whose errors have the form of its interface and which asks for the key."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                if not open_to_all:
+                    self._check_key(request)
+                response = await handle(request)
+            except RequestError as error:
+                headers = {"Retry-After": "1"} if error.status == 429 else None
+                response = JSONResponse(error_body(error), error.status, headers)
+            except ClientDisconnect:
+                response = Response(status_code=CLIENT_CLOSED)
+            self._engine.metrics.add("mtp_mlx_requests_total", path=path, status=response.status_code)
+            return response
+
+        return Route(path, endpoint, methods=[method])
+
+    # --- who may ask, and how much --------------------------------------------------------------------------
+
+    def _check_key(self, request: Request) -> None:
+        """Raises RequestError 401 unless the request shows the key, compared in constant time."""
+        key = self._settings.api_key
+        if key is None:
+            return
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        shown = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode("utf-8")):
+            raise RequestError("a valid API key is needed", 401)
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of the body, which is never read beyond the limit."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a form on some web page could send any other
+            raise RequestError("the body must be sent as application/json", 415)
+        most = self._settings.max_body_bytes
+        too_large = RequestError(f"the body has more than {most} bytes (--max-body-bytes)", 413)
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > most:
+            raise too_large
+        try:
+            return parse_object(await asyncio.wait_for(_collect(request, most, too_large), BODY_SECONDS))
+        except asyncio.TimeoutError:
+            raise RequestError("the body did not arrive in time", 408) from None
+
+    async def _read(self, read: Callable[[dict[str, Any], Prompts], Any], body: dict[str, Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, read, body, self._prompts)
+
+    # --- routes ---------------------------------------------------------------------------------------------
+
+    async def _health(self, _: Request) -> Response:
+        waiting, active = self._engine.load
+        alive = self._engine.alive
+        state = {"status": "ok" if alive else "stopped", "waiting": waiting, "active": active}
+        state["batching"] = self._engine.batching
+        return JSONResponse({**state, "model": self._prompts.model_name}, 200 if alive else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return PlainTextResponse(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse(openai_api.models(self._prompts, self._created))
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.model_name:
+            raise RequestError(f"this server has the model {self.model_name!r}", 404, "model")
+        return JSONResponse(openai_api.models(self._prompts, self._created)["data"][0])
+
+    async def _count_tokens(self, request: Request) -> Response:
+        return JSONResponse(await self._read(anthropic_api.count_tokens, await self._body(request)))
+
+    def _answering(self, read: Reader) -> Callable[[Request], Awaitable[Response]]:
+        """A handler of requests that the engine answers."""
+
+        async def handle(request: Request) -> Response:
+            answer: Answer = await self._read(read, await self._body(request))
+            events: asyncio.Queue[Event] = asyncio.Queue()
+            ticket = self._engine.submit(answer.request, _deliverer(events))
+            handed_over = False
+            try:
+                # A failure before the first token still gets its own status.
+                first = await _next_or_gone(request, events)
+                if answer.stream:
+                    handed_over = True
+                    return _EventStream(_events(answer, first, events), ticket)
+                pieces = [first]
+                while pieces[-1].summary is None:
+                    pieces.append(await _next_or_gone(request, events))
+                return JSONResponse(answer.whole(pieces))
+            finally:
+                if not handed_over:
+                    ticket.cancel()
+
+        return handle
+
+
+async def _collect(request: Request, most: int, too_large: RequestError) -> bytes:
+    """The body; raises `too_large` as soon as it has more than `most` bytes."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of one ticket, which ends with the response, however that ends."""
+
+    def __init__(self, events: AsyncIterator[str], ticket: Ticket) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ticket.cancel()
+
+
+def _deliverer(events: asyncio.Queue[Event]) -> Callable[[Event], None]:
+    """Takes events from the engine's thread to the event loop."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    return deliver
+
+
+def _piece(event: Event) -> Piece:
+    if isinstance(event, Failure):
+        raise event.error
+    return event
+
+
+async def _next_or_gone(request: Request, events: asyncio.Queue[Event]) -> Piece:
+    """The next piece.
+
+    Raises:
+        RequestError: what the engine failed with.
+        ClientDisconnect: the client went away first.
+    """
+    if not events.empty():
+        return _piece(events.get_nowait())
+    coming = asyncio.ensure_future(events.get())
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise ClientDisconnect
+        return _piece(coming.result())
+    finally:
+        coming.cancel()
+        leaving.cancel()
+
+
+async def _events(answer: Answer, first: Piece, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+    """The text of server-sent events."""
+    piece = first
+    try:
+        if text := answer.opening():
+            yield text
+        while True:
+            if text := answer.events(piece):
+                yield text
+            if piece.summary is not None:
+                return
+            piece = _piece(await events.get())
+    except RequestError as error:
+        yield answer.failure(error)

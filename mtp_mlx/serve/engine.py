@@ -1,0 +1,370 @@
+"""The one thread that owns the model: requests wait in a queue, and those being answered take turns.
+
+Order is first come, first served; `concurrent` requests are answered at once. Between two turns of a sequence that
+is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text.
+Sequences that are decoding at the same time share their passes (`mtp_mlx.decode.batch`) where the model can;
+otherwise they take turns, a token each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+from mlx_lm.generate import wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.decode.batch import Batch, Member, why_not_batch
+from mtp_mlx.decode.batch_plan import BatchDrafting, BatchPlan
+from mtp_mlx.decode.budget import Experience
+from mtp_mlx.decode.calibrate import step_cost
+from mtp_mlx.decode.drafter_choice import batch_drafting
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.serve.grammar import Grammars
+from mtp_mlx.serve.metrics import Metrics
+from mtp_mlx.serve.prefix_cache import PrefixCache
+from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError, Summary
+from mtp_mlx.serve.sequence import DecodeSettings, Sequence
+
+log = logging.getLogger("mtp_mlx.serve")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Bounds of the engine.
+
+    Attributes:
+        queue: most requests that wait; one more is refused.
+        concurrent: most requests answered at once.
+        prefix_cache_bytes: most bytes of keys and values kept between requests.
+        batch: sequences that are decoding share their passes, where the model can.
+        decode: how texts are decoded.
+    """
+
+    queue: int = 32
+    concurrent: int = 4
+    prefix_cache_bytes: int = 1 << 30
+    batch: bool = True
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+
+
+@dataclass
+class Ticket:
+    """One request in the engine.
+
+    Attributes:
+        deliver: called on the engine's thread with every event; must not block.
+        cancelled: set by anybody; the engine looks at it before every step.
+    """
+
+    request: GenerationRequest
+    deliver: Callable[[Event], None]
+    arrived: float = field(default_factory=time.perf_counter)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    answered: bool = False
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+        self.cancelled.set()
+
+
+@dataclass
+class _Active:
+    """A ticket whose text is being written."""
+
+    ticket: Ticket
+    sequence: Sequence
+    reading: bool = True  # its prompt has not run yet
+    member: Member | None = None  # of the batch, while it shares steps
+
+
+class Engine:
+    """Answers requests with one model.
+
+    Args:
+        model, tokenizer: from `mtp_mlx.load`; not to be used by anybody else while the engine runs.
+        settings: bounds.
+        metrics: where to count.
+        grammars: compiles and starts grammars; None where the grammar library is not there.
+    """
+
+    def __init__(
+        self,
+        model: AttachedModel,
+        tokenizer: TokenizerWrapper,
+        settings: EngineSettings | None = None,
+        metrics: Metrics | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.settings = settings or EngineSettings()
+        self.metrics = metrics or Metrics()
+        self.grammars = grammars
+        self.prefixes = PrefixCache(self.settings.prefix_cache_bytes)
+        self._waiting: deque[Ticket] = deque()
+        self._active: list[_Active] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._batch: Batch | None = None
+        self.batching = "off"  # or "on", or why not
+
+    # --- from any thread ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mtp-mlx-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends what is being written with an error, and the thread. Returns when it has ended."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests waiting, and being answered."""
+        return len(self._waiting), len(self._active)
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> Ticket:
+        """Queues a request.
+
+        Raises:
+            RequestError: 429 the queue is full, 503 the server is stopping.
+        """
+        ticket = Ticket(request, deliver)
+        with self._changed:
+            if self._stopping or not self.alive:
+                raise RequestError("the server is stopping", 503)
+            self._forget_cancelled()
+            if len(self._waiting) >= self.settings.queue:
+                raise RequestError(
+                    f"the queue is full: {self.settings.queue} requests are waiting; try again later", 429
+                )
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def _forget_cancelled(self) -> None:
+        wanted = deque(ticket for ticket in self._waiting if not ticket.cancelled.is_set())
+        self.metrics.add("mtp_mlx_cancelled_total", len(self._waiting) - len(wanted))
+        self._waiting = wanted
+
+    # --- on the engine's thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with wired_limit(self.model.model):
+                self._batch = self._make_batch()
+                while self._work_to_do():
+                    self._admit()
+                    self._turn()
+                    self._gauge()
+        except Exception:
+            log.exception("the engine failed; the server answers nothing any more")
+        finally:
+            self._end_all()
+            self._gauge()
+
+    def _work_to_do(self) -> bool:
+        """Waits for something to do; False when there will be nothing more."""
+        with self._changed:
+            while not (self._waiting or self._active or self._stopping):
+                self._changed.wait()
+            return not self._stopping
+
+    def _make_batch(self) -> Batch | None:
+        """Where sequences share passes; None where they are not to, or cannot."""
+        settings = self.settings.decode
+        if not self.settings.batch or self.settings.concurrent < 2:
+            return None
+        reason, drafting = why_not_batch(self.model), BatchDrafting("plain")
+        if not reason and settings.kv_bits is not None:
+            reason = "a quantised cache cannot be rolled"
+        try:
+            drafting = batch_drafting(
+                self.model, settings.layout, settings.slots, settings.lookup, settings.drafter
+            )
+        except MTPError as error:  # which every request will be told as well
+            reason = str(error)
+        if reason:
+            log.warning("requests take turns instead of sharing passes: %s", reason)
+            self.batching = reason
+            return None
+        self.batching = "on"
+        cost = step_cost(self.model) if drafting.form == "auto" else None
+        if cost is not None and self.model.experience is None:
+            self.model.experience = Experience.fresh(self.model.most_drafts, [])
+        return Batch(self.model, BatchPlan(drafting, cost, self.model.experience))
+
+    def _admit(self) -> None:
+        """Takes requests out of the queue while there is room."""
+        while len(self._active) < self.settings.concurrent:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            if ticket.cancelled.is_set():
+                self.metrics.add("mtp_mlx_cancelled_total")
+                continue
+            with self._guarded(ticket):
+                self._active.append(_Active(ticket, self._sequence(ticket.request)))
+
+    def _sequence(self, request: GenerationRequest) -> Sequence:
+        constraint = None
+        if request.grammar is not None:
+            if self.grammars is None:
+                raise MTPError("JSON schema needs llguidance: pip install 'mtp-mlx[serve]'")
+            constraint = self.grammars.start(request.grammar)
+        return Sequence(self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint)
+
+    def _turn(self) -> None:
+        """One turn of everybody: a token each, and one chunk of the prompt that came first."""
+        self._drop_cancelled()
+        reading = next((active for active in self._active if active.reading), None)
+        if reading is not None:
+            with self._guarded(reading.ticket, reading):
+                reading.reading = not reading.sequence.prefill()
+        ready = [active for active in self._active if not active.reading]
+        if self._batch is not None and len(ready) > 1:
+            self._share(self._batch, ready)
+            return
+        for active in ready:
+            with self._guarded(active.ticket, active):
+                self._alone(active)
+                self._hand_out(active, active.sequence.advance())
+
+    def _alone(self, active: _Active) -> None:
+        """The sequence goes on by itself."""
+        if active.member is not None and self._batch is not None:
+            self._batch.leave(active.member)
+            active.member = None
+
+    def _share(self, batch: Batch, ready: list[_Active]) -> None:
+        """One pass over all sequences that are decoding."""
+        for active in ready:
+            if active.member is None:
+                with self._guarded(active.ticket, active):
+                    self._hand_out(active, active.sequence.pause())
+                    if not active.sequence.done:
+                        active.member = batch.join(active.sequence.session, active.sequence.loop)
+        sharing = [active for active in self._active if active.member is not None]
+        if len(sharing) < 2:
+            return
+        try:
+            committed = batch.step()
+        except Exception as error:
+            log.exception("a shared pass failed")
+            self._batch = self._make_batch()
+            for active in sharing:
+                active.member = None
+                self._fail(active, error)
+            return
+        self.metrics.add("mtp_mlx_batched_passes_total")
+        by_member = {id(member): tokens for member, tokens in zip(batch.members, committed, strict=True)}
+        for active in sharing:
+            active.sequence.batched_steps += 1
+            with self._guarded(active.ticket, active):
+                self._hand_out(active, active.sequence.take(by_member[id(active.member)]))
+
+    def _drop_cancelled(self) -> None:
+        for active in [active for active in self._active if active.ticket.cancelled.is_set()]:
+            self.metrics.add("mtp_mlx_cancelled_total")
+            self._drop(active)
+
+    def _drop(self, active: _Active) -> None:
+        """Ends a sequence without a trace."""
+        if active.member is not None and self._batch is not None:
+            self._batch.forget(active.member)
+        active.sequence.drop()
+        self._remove(active)
+
+    def _fail(self, active: _Active, error: Exception) -> None:
+        self._drop(active)
+        active.ticket.deliver(Failure(failure_of(error)))
+
+    def _hand_out(self, active: _Active, pieces: list[Piece]) -> None:
+        ticket = active.ticket
+        for piece in pieces:
+            if not ticket.answered:
+                ticket.answered = True
+                self.metrics.first_token(time.perf_counter() - ticket.arrived)
+            if piece.summary is not None:
+                self._alone(active)
+                active.sequence.finish()
+                self._remove(active)
+                self._count(active.sequence, piece.summary)
+            ticket.deliver(piece)
+
+    def _remove(self, active: _Active) -> None:
+        self._active.remove(active)
+        mx.clear_cache()
+
+    @contextlib.contextmanager
+    def _guarded(self, ticket: Ticket, active: _Active | None = None):  # type: ignore[no-untyped-def]
+        """Turns an error of one request into its failure; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, MTPError):
+                log.exception("a request failed")
+            if active is None:
+                ticket.deliver(Failure(failure_of(error)))
+            elif active in self._active:
+                self._fail(active, error)
+
+    def _end_all(self) -> None:
+        with self._changed:
+            self._stopping = True
+            waiting, self._waiting = list(self._waiting), deque()
+        for ticket in [*waiting, *(active.ticket for active in self._active)]:
+            ticket.deliver(Failure(RequestError("the server is stopping", 503)))
+        for active in list(self._active):
+            self._drop(active)
+
+    # --- counts ---------------------------------------------------------------------------------------------
+
+    def _count(self, sequence: Sequence, summary: Summary) -> None:
+        add, stats = self.metrics.add, sequence.stats
+        add("mtp_mlx_prompt_tokens_total", summary.prompt_tokens)
+        add("mtp_mlx_cached_prompt_tokens_total", summary.cached_tokens)
+        add("mtp_mlx_generated_tokens_total", summary.generation_tokens)
+        add("mtp_mlx_steps_total", stats.steps)
+        for depth, (reached, accepted) in enumerate(
+            zip(stats.submitted, stats.accepted, strict=True), start=1
+        ):
+            add("mtp_mlx_drafts_reached_total", reached, depth=depth)
+            add("mtp_mlx_drafts_accepted_total", accepted, depth=depth)
+
+    def _gauge(self) -> None:
+        waiting, active = self.load
+        self.metrics.set("mtp_mlx_waiting", waiting)
+        self.metrics.set("mtp_mlx_active", active)
+        self.metrics.set("mtp_mlx_prefix_cache_bytes", self.prefixes.nbytes)
+        self.metrics.set("mtp_mlx_prefix_cache_entries", len(self.prefixes))
+        self.metrics.set("mtp_mlx_mlx_memory_bytes", mx.get_active_memory())
+
+
+def failure_of(error: Exception) -> RequestError:
+    """What the client is told; only sentences that were written for people leave the server."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, MTPError):
+        return RequestError(str(error), 400)
+    return RequestError("the server failed at this request; its log says why", 500)

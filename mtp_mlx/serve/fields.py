@@ -1,0 +1,175 @@
+"""Reading a request's JSON: every field is checked, and one that nobody reads is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.errors import MTPError
+from mtp_mlx.serve.request import RequestError
+
+MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        RequestError: not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is not JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class Fields:
+    """The fields of a JSON object, taken one by one. A field that is null is not there.
+
+    Args:
+        values: the object.
+        ignored: names that change nothing here and are let through.
+    """
+
+    def __init__(self, values: dict[str, Any], ignored: frozenset[str] = frozenset()) -> None:
+        self._left = {k: v for k, v in values.items() if v is not None and k not in ignored}
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Any JSON value."""
+        return self._left.pop(name, default)
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        """A string."""
+        value = self._left.pop(name, default)
+        return value if value is None else checked_text(value, name)
+
+    def flag(self, name: str) -> bool:
+        """true or false; false if it is not there."""
+        value = self._left.pop(name, False)
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} must be true or false", field=name)
+        return value
+
+    def integer(
+        self, name: str, default: int | None = None, minimum: int = 0, most: int = 2**64
+    ) -> int | None:
+        """A whole number in [minimum, most]."""
+        value = self._left.pop(name, default)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise RequestError(f"{name} must be a whole number", field=name)
+        if not minimum <= value <= most:
+            raise RequestError(f"{name} must be from {minimum} to {most}, not {value}", field=name)
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        value = self._left.pop(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise RequestError(f"{name} must be a number", field=name)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise RequestError(f"{name} must be a finite number", field=name)
+        return value
+
+    def stops(self, name: str) -> tuple[str, ...]:
+        """Stop strings: one, or a list of them."""
+        value = self._left.pop(name, [])
+        strings = [value] if isinstance(value, str) else value
+        if not isinstance(strings, list) or len(strings) > MOST_STOPS:
+            raise RequestError(
+                f"{name} must be a string or a list of at most {MOST_STOPS} strings", field=name
+            )
+        for string in strings:
+            if not checked_text(string, name) or len(string) > LONGEST_STOP:
+                raise RequestError(f"{name}: a stop string has 1 to {LONGEST_STOP} characters", field=name)
+        return tuple(strings)
+
+    def refuse(self, name: str, why: str, *harmless: Any) -> None:
+        """Refuses a field by name unless its value is one of the harmless ones."""
+        value = self._left.pop(name, None)
+        if value is not None and value not in harmless:
+            raise RequestError(f"{name} is not supported: {why}", field=name)
+
+    def end(self) -> None:
+        """Refuses what was not taken."""
+        if self._left:
+            name = sorted(self._left)[0]
+            raise RequestError(f"{name} is not supported", field=name)
+
+    def sampling(self, default_temperature: float, seed: int) -> SamplingConfig:
+        """Everything that says how tokens are picked. `seed` is taken where none is given.
+
+        Raises:
+            RequestError: a value out of range.
+        """
+        plain = SamplingConfig()
+        try:
+            return SamplingConfig(
+                temperature=self.number("temperature", default_temperature),
+                top_k=self._whole("top_k", plain.top_k),
+                top_p=self.number("top_p", plain.top_p),
+                min_p=self.number("min_p", plain.min_p),
+                repetition_penalty=self.number("repetition_penalty", plain.repetition_penalty),
+                repetition_context_size=self._context("repetition_context_size"),
+                presence_penalty=self.number("presence_penalty", plain.presence_penalty),
+                presence_context_size=self._context("presence_context_size"),
+                frequency_penalty=self.number("frequency_penalty", plain.frequency_penalty),
+                frequency_context_size=self._context("frequency_context_size"),
+                seed=self._whole("seed", seed, 2**64 - 1),
+            )
+        except MTPError as error:
+            raise RequestError(str(error)) from None
+
+    def _whole(self, name: str, default: int, most: int = 2**31) -> int:
+        value = self.integer(name, default, most=most)
+        assert value is not None
+        return value
+
+    def _context(self, name: str) -> int:
+        value = self.integer(name, 20, minimum=1, most=4096)
+        assert value is not None
+        return value
+
+
+def checked_text(value: Any, name: str) -> str:
+    """`value` if it is a string of Unicode characters (JSON can spell halves of some)."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be a string", field=name)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} has half of a surrogate pair", field=name) from None
+    return value
+
+
+def message_text(content: Any, name: str) -> str:
+    """The text of a message's content: a string, or a list of parts of type text."""
+    if isinstance(content, str):
+        return checked_text(content, name)
+    if not isinstance(content, list):
+        raise RequestError(f"{name} must be a string or a list of parts", field=name)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise RequestError(f"{name}: only parts of type text are supported, not {kind!r}", field=name)
+        texts.append(checked_text(part.get("text"), name))
+    return "".join(texts)

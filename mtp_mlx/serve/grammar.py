@@ -1,0 +1,112 @@
+"""JSON schema as a constraint on tokens, by llguidance (extra `[serve]`).
+
+The library says which tokens may come next; the decode loop masks the model's logits with it
+(`mtp_mlx.decode.constraint`). Drafting stays on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.errors import MTPError
+
+# A weak model likes to write spaces for ever where JSON allows them; this is enough for indented objects.
+WHITESPACE = r"[ \n\t\r]{0,24}"
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer.
+
+    Args:
+        tokenizer: the Hugging Face tokenizer; a fast one.
+        vocab_size: columns of the model's logits.
+        eos_ids: tokens that end a text.
+
+    Raises:
+        MTPError: llguidance is not installed, or cannot read this tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> None:
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError as error:
+            raise MTPError("JSON schema needs llguidance: pip install 'mtp-mlx[serve]'") from error
+        self._library = llguidance
+        self._vocab_size, self._eos_ids = vocab_size, sorted(eos_ids)
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(
+                tokenizer, n_vocab=vocab_size, eos_token=self._eos_ids
+            )
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise MTPError(f"this model's tokenizer cannot be used with JSON schema: {error}") from error
+
+    def from_schema(self, schema: dict[str, Any]) -> str:
+        """The grammar of a JSON schema; `{"type": "object"}` is any object.
+
+        Raises:
+            MTPError: not a schema that the library can follow.
+        """
+        matcher = self._library.LLMatcher
+        try:
+            grammar = matcher.grammar_from_json_schema(
+                json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+            )
+        except (ValueError, TypeError) as error:
+            raise MTPError(f"the JSON schema cannot be used: {error}") from error
+        problem = matcher.validate_grammar(grammar, self._tokenizer)
+        if problem and not problem.startswith("WARNING"):
+            raise MTPError(f"the JSON schema cannot be used: {' '.join(problem.split())[:300]}")
+        return str(grammar)
+
+    def start(self, grammar: str) -> GrammarConstraint:
+        """The constraint on one text."""
+        matcher = self._library.LLMatcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            raise MTPError(f"the grammar cannot be used: {matcher.get_error()}")
+        return GrammarConstraint(matcher, self._vocab_size, self._eos_ids)
+
+
+class GrammarConstraint:
+    """A `mtp_mlx.decode.constraint.Constraint` by an llguidance matcher, which it moves along the text."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos_ids: list[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._only_eos = np.zeros(vocab_size, dtype=bool)
+        self._only_eos[eos_ids] = True
+
+    def allowed(self, drafts: list[int]) -> np.ndarray:
+        """See `Constraint.allowed`."""
+        masks = [self._mask()]
+        consumed = 0
+        for draft in drafts:
+            ends = self._only_eos[draft] or self._matcher.is_stopped()  # nothing behind it will be read
+            if ends or not self._matcher.try_consume_tokens([draft]):
+                break
+            consumed += 1
+            masks.append(self._mask())
+        if consumed and not self._matcher.rollback(consumed):
+            raise MTPError(f"the grammar library failed: {self._matcher.get_error()}")
+        unread = np.ones((1 + len(drafts) - len(masks), self._vocab_size), dtype=bool)
+        return np.concatenate([np.stack(masks), unread])
+
+    def _mask(self) -> np.ndarray:
+        """[V] bool."""
+        if self._matcher.is_error():
+            raise MTPError(f"the grammar library failed: {self._matcher.get_error()}")
+        if self._matcher.is_stopped():
+            return self._only_eos
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+
+    def commit(self, tokens: list[int]) -> None:
+        """See `Constraint.commit`."""
+        for token in tokens:
+            if self._matcher.is_stopped():
+                return
+            if not self._matcher.consume_token(token):
+                raise MTPError(f"the grammar library failed: {self._matcher.get_error()}")

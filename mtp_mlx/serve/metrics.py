@@ -1,0 +1,88 @@
+"""Counts of the server, in Prometheus' text format."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+
+HELP = {
+    "mtp_mlx_requests_total": ("counter", "HTTP requests answered, by path and status"),
+    "mtp_mlx_cancelled_total": ("counter", "Requests whose client went away"),
+    "mtp_mlx_prompt_tokens_total": ("counter", "Prompt tokens"),
+    "mtp_mlx_cached_prompt_tokens_total": ("counter", "Prompt tokens taken from the prefix cache"),
+    "mtp_mlx_generated_tokens_total": ("counter", "Tokens written"),
+    "mtp_mlx_steps_total": ("counter", "Forward passes of single sequences after their prompts"),
+    "mtp_mlx_drafts_reached_total": ("counter", "Drafts reached by verification, by depth"),
+    "mtp_mlx_drafts_accepted_total": ("counter", "Drafts accepted, by depth"),
+    "mtp_mlx_batched_passes_total": ("counter", "Forward passes shared by several sequences"),
+    "mtp_mlx_waiting": ("gauge", "Requests in the queue"),
+    "mtp_mlx_active": ("gauge", "Requests being answered"),
+    "mtp_mlx_prefix_cache_bytes": ("gauge", "Bytes in the prefix cache"),
+    "mtp_mlx_prefix_cache_entries": ("gauge", "Entries of the prefix cache"),
+    "mtp_mlx_mlx_memory_bytes": ("gauge", "Memory that MLX holds arrays in"),
+}
+
+
+class Metrics:
+    """Counts and gauges by name and labels; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: Counter[tuple[str, str]] = Counter()
+        self._first: Counter[float] = Counter()
+        self._first_sum = 0.0
+        self._first_count = 0
+
+    def add(self, name: str, amount: float = 1, **labels: str | int) -> None:
+        """Adds to a counter."""
+        with self._lock:
+            self._values[name, _labels(labels)] += amount  # type: ignore[assignment]
+
+    def set(self, name: str, value: float) -> None:
+        """Sets a gauge."""
+        with self._lock:
+            self._values[name, ""] = value  # type: ignore[assignment]
+
+    def value(self, name: str, **labels: str | int) -> float:
+        """The current value; 0 if there is none."""
+        with self._lock:
+            return self._values[name, _labels(labels)]
+
+    def first_token(self, seconds: float) -> None:
+        """One request's seconds from its arrival to its first token."""
+        with self._lock:
+            self._first_sum += seconds
+            self._first_count += 1
+            for bound in BUCKETS:
+                if seconds <= bound:
+                    self._first[bound] += 1
+
+    def text(self) -> str:
+        """Everything, in Prometheus' text format 0.0.4."""
+        with self._lock:
+            lines: list[str] = []
+            for name, (kind, about) in HELP.items():
+                lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+                found = sorted((labels, v) for (known, labels), v in self._values.items() if known == name)
+                lines += [f"{name}{labels} {_number(value)}" for labels, value in found]
+            name = "mtp_mlx_first_token_seconds"
+            lines += [f"# HELP {name} Seconds until the first token", f"# TYPE {name} histogram"]
+            lines += [f'{name}_bucket{{le="{bound:g}"}} {self._first[bound]}' for bound in BUCKETS]
+            lines += [f'{name}_bucket{{le="+Inf"}} {self._first_count}']
+            lines += [f"{name}_sum {self._first_sum}", f"{name}_count {self._first_count}"]
+        return "\n".join(lines) + "\n"
+
+
+def _labels(labels: dict[str, str | int]) -> str:
+    pairs = (f'{key}="{_escaped(str(value))}"' for key, value in sorted(labels.items()))
+    return "{" + ",".join(pairs) + "}" if labels else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

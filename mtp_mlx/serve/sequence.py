@@ -1,0 +1,200 @@
+"""One request being answered: prompt, decoding, text. Lives on the engine's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.drafter_choice import plan_drafting
+from mtp_mlx.decode.loop import DecodeLoop, open_loop
+from mtp_mlx.decode.policy import LayoutName
+from mtp_mlx.decode.session import CacheSettings
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.token import Token
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.serve.prefix_cache import PrefixCache
+from mtp_mlx.serve.request import GenerationRequest, Piece, Summary, TokenLogprob
+from mtp_mlx.text import AnswerText
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How every request is decoded; fields as `mtp_mlx.api.stream_generate` and mlx-lm."""
+
+    layout: LayoutName = "auto"
+    slots: int | None = None
+    lookup: bool | None = None
+    drafter: str | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    prefill_step_size: int = 512
+
+    @property
+    def cache(self) -> CacheSettings:
+        """The part that is about keys and values."""
+        return CacheSettings(
+            self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.prefill_step_size
+        )
+
+
+class Sequence:
+    """One text on its way.
+
+    Args:
+        model, tokenizer: as everywhere.
+        request: what is asked.
+        settings: how it is decoded.
+        prefixes: where the beginning of the prompt may lie, and where the end is kept.
+        constraint: what its grammar asks of tokens, or None.
+
+    Attributes:
+        loop: the decode loop, whose session has the text so far.
+        done: the last piece is out.
+        batched_steps: steps that it shared with other sequences.
+
+    Raises:
+        MTPError: a prompt or sampling that the model or its adapter does not go with.
+    """
+
+    def __init__(
+        self,
+        model: AttachedModel,
+        tokenizer: TokenizerWrapper,
+        request: GenerationRequest,
+        settings: DecodeSettings,
+        prefixes: PrefixCache,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.request = request
+        self.stats = DecodeStats()
+        drafting = plan_drafting(
+            model, settings.layout, settings.slots, self.stats, settings.lookup, settings.drafter
+        )
+        self.policy = drafting.policy
+        # Penalties look at the last tokens of the prompt, so those always run again.
+        spare = max(1, request.sampling.history_size)
+        cache, self.n_cached = prefixes.fetch(request.prompt, spare)
+        self._prefixes = prefixes
+        self.cache: list[Any] = model.make_cache() if cache is None else cache
+        self.session, loop = open_loop(
+            request.prompt[self.n_cached :],
+            model,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            policy=self.policy,
+            lookup=drafting.lookup,
+            emission=None,
+            cache=self.cache,
+            settings=settings.cache,
+            stats=self.stats,
+            constraint=constraint,
+        )
+        assert isinstance(loop, DecodeLoop)
+        self.loop = loop
+        self._chunks = self.session.prefill_chunks()
+        self._tokens: Generator[Token, None, None] | None = None
+        self._text = AnswerText(tokenizer, request.stop, request.max_tokens)
+        self._started = time.perf_counter()
+        self.done = False
+        self.batched_steps = 0
+
+    def prefill(self) -> bool:
+        """Runs the next chunk of the prompt; True when there is none left."""
+        return next(self._chunks, None) is None
+
+    def advance(self) -> list[Piece]:
+        """The next token by itself; a step of decoding where none is at hand."""
+        if self._tokens is None:
+            self._tokens = self.loop.tokens()
+        token = next(self._tokens, None)
+        return [] if token is None else self.take([token])
+
+    def take(self, tokens: Iterable[Token]) -> list[Piece]:
+        """Pieces of committed tokens, up to the end of the text."""
+        pieces = []
+        for token in tokens:
+            pieces.append(self._piece(token))
+            if self.done:
+                break
+        return pieces
+
+    def pause(self) -> list[Piece]:
+        """Ends decoding by itself between two steps, where its steps can be shared; `advance` goes on from there."""
+        if self._tokens is None:
+            return []
+        self.loop.leaving = True
+        pieces = self.take(self._tokens)
+        self._tokens.close()
+        self._tokens, self.loop.leaving = None, False
+        return pieces
+
+    def finish(self) -> None:
+        """Ends the sequence; its keys and values go to the prefix cache."""
+        if self._tokens is not None:
+            self._tokens.close()
+        n_own = len(self.request.prompt) - self.n_cached + self._text.count
+        kept = min(n_own, self.session.cached - self.session.start)  # the last token may not have run
+        self.session.settle(kept)
+        self._prefixes.store(
+            (self.request.prompt + self.session.generated)[: self.n_cached + kept], self.cache
+        )
+
+    def drop(self) -> None:
+        """Ends the sequence without a trace."""
+        if self._tokens is not None:
+            self._tokens.close()
+        self.cache.clear()
+
+    def _piece(self, token: Token) -> Piece:
+        text, reason = self._text.feed(token.token)
+        summary = None
+        if reason is not None:
+            self.done = True
+            self.stats.verdict = self.policy.verdict
+            summary = self._summary(reason)
+        return Piece(text, self._logprob(token), summary)
+
+    def _logprob(self, token: Token) -> TokenLogprob | None:
+        count = self.request.top_logprobs
+        if count is None:
+            return None
+        logits = token.logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits)
+        own = cast(float, logprobs[token.token].item())
+        if not count:
+            return TokenLogprob(token.token, own, ())
+        ids = mx.argpartition(-logprobs, kth=count - 1)[:count]
+        found = zip(cast("list[int]", ids.tolist()), cast("list[float]", logprobs[ids].tolist()))
+        pairs = sorted(found, key=lambda pair: (-pair[1], pair[0]))
+        return TokenLogprob(token.token, own, tuple(pairs))
+
+    def _summary(self, reason: str) -> Summary:
+        counts = self.stats.to_json()
+        mtp = {
+            name: counts[name]
+            for name in ("tokens_per_step", "rows_per_step", "steps", "acceptance", "drafted_by", "fallbacks")
+        }
+        sampling = self.request.sampling
+        mtp |= {
+            "lossless": counts["lossless"],
+            "verdict": counts["verdict"],
+            "batched_steps": self.batched_steps,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "seed": sampling.seed,
+            "temperature": sampling.temperature,
+        }
+        return Summary(
+            finish_reason=reason,
+            stop=self._text.stops.found,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.n_cached,
+            generation_tokens=self._text.count,
+            mtp=mtp,
+        )

@@ -1,0 +1,293 @@
+"""The engine's queue, turns and ends: order, bounds, cancellation, memory, and errors that hit one request only."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.errors import MTPError
+from mtp_mlx.serve.engine import Engine, EngineSettings, Ticket
+from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError
+from mtp_mlx.serve.sequence import DecodeSettings, Sequence
+from tests.serve.running import load_model, save_model
+
+PLAIN = DecodeSettings(layout="plain", prefill_step_size=4)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    root: Path = save_model(tmp_path_factory.mktemp("engine"))
+    model, tokenizer = load_model(root)
+    tokenizer.eos_token_ids = set()  # texts are as long as they are asked to be
+    return model, tokenizer
+
+
+@contextmanager
+def running(loaded: tuple[Any, Any], **settings: Any) -> Iterator[Engine]:
+    engine = Engine(*loaded, EngineSettings(**{"decode": PLAIN, **settings}))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        assert not engine.alive
+
+
+class Client:
+    """Collects the events of one request."""
+
+    def __init__(
+        self, engine: Engine, request: GenerationRequest, slow: Callable[[Event], None] | None = None
+    ) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self._slow = slow
+        self.ticket: Ticket = engine.submit(request, self._deliver)
+
+    def _deliver(self, event: Event) -> None:
+        self.events.put(event)
+        if self._slow is not None:
+            self._slow(event)
+
+    def next(self) -> Event:
+        return self.events.get(timeout=30)
+
+    def text(self) -> str:
+        found = ""
+        while True:
+            event = self.next()
+            assert isinstance(event, Piece), event
+            found += event.text
+            if event.summary is not None:
+                return found
+
+
+def asked(start: int = 5, length: int = 6, max_tokens: int = 8, **more: Any) -> GenerationRequest:
+    return GenerationRequest([start + i for i in range(length)], max_tokens, **more)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Gate:
+    """Holds the engine's thread at the first event of a request."""
+
+    def __init__(self) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, _: Event) -> None:
+        self.reached.set()
+        assert self.open.wait(30)
+
+
+def test_first_come_first_served_and_429(loaded: Any) -> None:
+    with running(loaded, queue=3, concurrent=1) as engine:
+        gate, order = Gate(), []
+        first = Client(engine, asked(), gate)
+        assert gate.reached.wait(30)
+
+        def ends(number: int) -> Callable[[Event], None]:
+            return lambda event: order.append(number) if isinstance(event, Piece) and event.summary else None
+
+        others = [Client(engine, asked(6 + n), ends(n)) for n in range(3)]
+        with pytest.raises(RequestError, match="3 requests are waiting") as refused:
+            Client(engine, asked())
+        assert refused.value.status == 429
+        others[1].ticket.cancel()  # makes room
+        last = Client(engine, asked(20), ends(3))
+        gate.open.set()
+        for client in (first, others[0], others[2], last):
+            assert client.text()
+        assert order == [0, 2, 3] and others[1].events.empty()
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_everybody_gets_a_turn(loaded: Any, batch: bool) -> None:
+    """A long text does not keep a short one waiting."""
+    with running(loaded, concurrent=2, batch=batch) as engine:
+        long = Client(engine, asked(5, max_tokens=400))
+        long.next()
+        short = Client(engine, asked(30, max_tokens=5))
+        short.text()
+        assert engine.load[1] == 1, "the long one is still being written"
+        long.ticket.cancel()
+
+
+def test_a_long_prompt_does_not_stop_the_others_text(loaded: Any) -> None:
+    with running(loaded, concurrent=2) as engine:
+        talking = Client(engine, asked(5, max_tokens=300))
+        talking.next()
+        before = talking.events.qsize()
+        reading = Client(engine, asked(7, length=240, max_tokens=1))  # 60 chunks
+        assert isinstance(reading.next(), Piece)
+        assert talking.events.qsize() - before >= 40
+        talking.ticket.cancel()
+
+
+def test_cancelled_at_the_next_step_and_memory_freed(loaded: Any) -> None:
+    with running(loaded, concurrent=2, prefix_cache_bytes=0) as engine:
+        Client(engine, asked()).text()
+        wait_for(lambda: engine.load == (0, 0))
+        gc.collect()
+        before = mx.get_active_memory()
+        gate = Gate()
+        held = Client(engine, asked(5, length=250, max_tokens=100_000), gate)
+        assert gate.reached.wait(30) and mx.get_active_memory() > before
+        held.ticket.cancel()
+        gate.open.set()
+        wait_for(lambda: engine.load == (0, 0))
+        gc.collect()
+        assert held.events.qsize() <= 3
+        assert mx.get_active_memory() <= before * 1.01
+        assert engine.metrics.value("mtp_mlx_cancelled_total") == 1
+
+
+def test_cancelled_while_its_prompt_is_read_or_it_waits(loaded: Any) -> None:
+    with running(loaded, concurrent=1) as engine:
+        long = Client(engine, asked(5, length=280, max_tokens=1))
+        waiting = Client(engine, asked(9))
+        waiting.ticket.cancel()
+        long.ticket.cancel()
+        assert Client(engine, asked(11)).text()
+        assert long.events.empty() and waiting.events.empty()
+
+
+def test_one_that_fails_fails_alone(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, while reading and while decoding, in a batch or not; the client is told a sentence, not a traceback."""
+    real = Sequence._piece
+
+    def broken(self: Sequence, token: Any) -> Piece:
+        if self.request.max_tokens == 77 and self._text.count == 3:
+            raise ZeroDivisionError("secret detail")
+        return real(self, token)
+
+    monkeypatch.setattr(Sequence, "_piece", broken)
+    for batch in (True, False):
+        with running(loaded, concurrent=3, batch=batch) as engine:
+            right = Client(engine, asked(5, max_tokens=30)).text()
+            good = Client(engine, asked(5, max_tokens=30))
+            bad = Client(engine, asked(9, max_tokens=77))
+            outside = Client(engine, GenerationRequest([5, 10**6], 5))
+            while isinstance(event := bad.next(), Piece):
+                assert event.summary is None
+            assert event.error.status == 500 and "secret" not in event.error.message
+            event = outside.next()
+            assert isinstance(event, Failure) and event.error.status == 400
+            assert "vocabulary" in event.error.message
+            assert good.text() == right
+            wait_for(lambda: engine.load == (0, 0))
+
+
+def test_a_failing_batch_fails_its_members_and_the_engine_goes_on(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_mlx.decode.batch import Batch
+
+    with running(loaded, concurrent=2) as engine:
+        right = Client(engine, asked(5)).text()
+        real = Batch.step
+        calls = []
+
+        def broken(self: Batch) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+            return real(self)
+
+        monkeypatch.setattr(Batch, "step", broken)
+        clients = [Client(engine, asked(5 + n, max_tokens=50)) for n in range(2)]
+        for client in clients:
+            while isinstance(event := client.next(), Piece):
+                pass
+            assert event.error.status == 500
+        assert Client(engine, asked(5)).text() == right
+
+
+def test_stopping_ends_everything(loaded: Any) -> None:
+    engine = Engine(*loaded, EngineSettings(concurrent=1, decode=PLAIN))
+    engine.start()
+    clients = [Client(engine, asked(5 + n, max_tokens=100_000)) for n in range(3)]
+    clients[0].next()
+    engine.stop()
+    for client in clients:
+        while isinstance(event := client.next(), Piece):
+            pass
+        assert event.error.status == 503
+    with pytest.raises(RequestError, match="stopping"):
+        Client(engine, asked())
+    assert not engine.alive and engine.load == (0, 0)
+
+
+@pytest.mark.parametrize("layout", ["plain", "linear", "quadratic", "auto"])
+def test_sharing_and_taking_turns_write_the_same(
+    loaded: Any, layout: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Requests that come while others are being written: in a batch, by turns, and one after another."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
+    requests = [
+        asked(
+            5 + 3 * n,
+            length=1 + 4 * n,
+            max_tokens=10 + 7 * n,
+            sampling=SamplingConfig(temperature=0.8 * (n % 2), seed=n),
+        )
+        for n in range(5)
+    ]
+    decode = DecodeSettings(layout=layout, prefill_step_size=4)
+    written: dict[str, list[str]] = {}
+    for name, settings in {
+        "alone": {"concurrent": 1},
+        "turns": {"concurrent": 3, "batch": False},
+        "shared": {"concurrent": 3},
+    }.items():
+        with running(loaded, decode=decode, prefix_cache_bytes=0, **settings) as engine:
+            clients = [Client(engine, request) for request in requests]
+            written[name] = [client.text() for client in clients]
+            passes = engine.metrics.value("mtp_mlx_batched_passes_total")
+            assert (passes > 5) == (name == "shared")
+    assert written["alone"] == written["turns"] == written["shared"]
+
+
+def test_the_prefix_cache_keeps_its_budget_and_changes_no_text(loaded: Any) -> None:
+    with running(loaded, concurrent=1, prefix_cache_bytes=0) as engine:
+        prompts = [[5 + (i * n) % 90 for i in range(40 + n)] for n in range(1, 8)]
+        turns = [*prompts, *[prompt + [7, 8, 9] for prompt in prompts]]
+        sampling = SamplingConfig(temperature=0.7, seed=1, repetition_penalty=1.3, presence_penalty=0.3)
+        right = [Client(engine, GenerationRequest(turn, 6, sampling)).text() for turn in turns]
+        assert len(engine.prefixes) == 0 and engine.prefixes.hits == 0
+    # keys and values, layers, heads, size, float32; mlx-lm's caches grow by 256 rows; room for three
+    room = 3 * 256 * 2 * 2 * 2 * 16 * 4
+    with running(loaded, concurrent=1, prefix_cache_bytes=room) as engine:
+        clients = [Client(engine, GenerationRequest(turn, 6, sampling)) for turn in turns]
+        assert [client.text() for client in clients] == right
+        assert 0 < engine.prefixes.nbytes <= room
+        assert 0 < engine.prefixes.hits
+        engine.prefixes.clear()
+        assert engine.prefixes.nbytes == 0
+
+
+def test_grammar_without_the_library(loaded: Any) -> None:
+    with running(loaded) as engine:
+        event = Client(engine, asked(grammar="{}")).next()
+    assert isinstance(event, Failure) and "llguidance" in event.error.message
+
+
+def test_bad_settings_are_found_at_the_request_at_latest(loaded: Any) -> None:
+    with running(loaded, decode=DecodeSettings(layout="plain", drafter="heads")) as engine:
+        event = Client(engine, asked()).next()
+        assert isinstance(event, Failure) and "heads" in event.error.message
+    with pytest.raises(MTPError):
+        Sequence(*loaded, asked(), DecodeSettings(drafter="magic"), engine.prefixes)

@@ -1,0 +1,170 @@
+"""Text under a JSON schema is that of plain constrained decoding, whatever drafts: against a brute-force search that
+asks a fresh matcher about every token in order of its logit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mtp_mlx.api import load
+from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.decode.policy import FixedPolicy
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.errors import MTPError
+from tests.decode.fakes import KnowingDrafter, drafting
+from tests.serve.running import VOCABULARY, save_model
+from tests.tiny import tiny_model
+
+llguidance = pytest.importorskip("llguidance")
+from mtp_mlx.serve.grammar import Grammars  # noqa: E402
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "integer", "maximum": 999}}, "required": ["a"]},
+    {"enum": ["red", "blue", "green"]},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4},
+    {"type": "string", "maxLength": 6},
+]
+LIMIT = 30
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Grammars, set[int]]:
+    """Attached model, tokenizer, grammars, end-of-text ids."""
+    root: Path = save_model(tmp_path_factory.mktemp("grammar"))
+    model, tokenizer = load(str(root / "model"), root / "adapter")
+    eos = set(tokenizer.eos_token_ids)
+    return model, tokenizer, Grammars(tokenizer._tokenizer, model.vocab_size, sorted(eos)), eos
+
+
+def brute_force(loaded: Any, grammar: str, prompt: list[int], sampling: SamplingConfig) -> list[int]:
+    """Plain decoding, one forward per token on an untouched model; tokens tried by falling score."""
+    _, _, grammars, eos = loaded
+    bare, picker = tiny_model("qwen3", seed=3, vocab_size=VOCABULARY), Picker(sampling)
+    tokens: list[int] = []
+    while len(tokens) < LIMIT and not (tokens and tokens[-1] in eos):
+        logits = bare(mx.array([[*prompt, *tokens]]))[0, -1:]
+        position = mx.array([len(prompt) + len(tokens)])
+        forbidden = np.zeros((1, VOCABULARY), dtype=np.float32)
+        fresh = llguidance.LLMatcher(grammars._tokenizer, grammar)
+        assert fresh.consume_tokens(tokens) or not tokens
+        while True:
+            pick = int(picker.pick(logits + mx.array(forbidden), position).item())
+            if pick in eos:
+                allowed = fresh.is_accepting() or fresh.is_stopped()
+            else:
+                allowed = not fresh.is_stopped() and fresh.try_consume_tokens([pick]) == 1
+            if allowed:
+                break
+            forbidden[0, pick] = -np.inf
+        tokens.append(pick)
+    return tokens
+
+
+def constrained(loaded: Any, grammar: str, prompt: list[int], sampling: SamplingConfig, layout: str) -> Any:
+    model, _, grammars, eos = loaded
+    stats = DecodeStats()
+    tokens: list[int] = []
+    name: Any = layout
+    for item in mtp_generate_step(
+        prompt,
+        model,
+        max_tokens=LIMIT,
+        sampling=sampling,
+        policy=FixedPolicy(name, 0 if layout == "plain" else 3),
+        constraint=grammars.start(grammar),
+        stats=stats,
+    ):
+        tokens.append(item.token)
+        if item.token in eos:
+            break
+    return tokens, stats
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(SCHEMAS),
+    st.sampled_from([SamplingConfig(), SamplingConfig(temperature=0.9, seed=4)]),
+    st.sampled_from(["plain", "linear", "quadratic"]),
+    st.sampled_from([0.0, 0.7, 1.0]),
+    st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=12),
+)
+def test_constrained_text(
+    loaded: Any, schema: Any, sampling: SamplingConfig, layout: str, probability: float, prompt: list[int]
+) -> None:
+    grammar = loaded[2].from_schema(schema)
+    truth = brute_force(loaded, grammar, prompt, sampling)
+    with drafting(KnowingDrafter(truth, len(prompt), probability, seed=1)):
+        found, _ = constrained(loaded, grammar, prompt, sampling, layout)
+    assert found == truth
+    if truth[-1] in loaded[3]:
+        json.loads(loaded[1].decode(truth[:-1]))
+
+
+def test_good_drafts_are_accepted(loaded: Any) -> None:
+    grammar, prompt = loaded[2].from_schema(SCHEMAS[0]), [5, 6, 7]
+    truth = brute_force(loaded, grammar, prompt, SamplingConfig())
+    with drafting(KnowingDrafter(truth, len(prompt), 1.0, seed=1)):
+        _, stats = constrained(loaded, grammar, prompt, SamplingConfig(), "quadratic")
+    assert stats.steps < 0.5 * len(truth)
+
+
+def test_masks_along_drafts_are_those_of_the_text_and_the_drafts(loaded: Any) -> None:
+    """Row i equals the mask after committing the first i drafts; the state is as before afterwards."""
+    grammars, tokenizer = loaded[2], loaded[1]
+    grammar = grammars.from_schema(SCHEMAS[0])
+    drafts = tokenizer.encode('{"a": 12}', add_special_tokens=False)
+    along = grammars.start(grammar)
+    rows = along.allowed(drafts)
+    assert rows.shape == (1 + len(drafts), VOCABULARY)
+    for count in range(1 + len(drafts)):
+        fresh = grammars.start(grammar)
+        fresh.commit(drafts[:count])
+        assert (fresh.allowed([])[0] == rows[count]).all() and rows[count].any()
+    assert (along.allowed([])[0] == rows[0]).all()
+
+
+def test_rows_behind_a_refused_draft_and_the_end(loaded: Any) -> None:
+    grammars, tokenizer, eos = loaded[2], loaded[1], loaded[3]
+    constraint = grammars.start(grammars.from_schema(SCHEMAS[1]))
+    refused = tokenizer.encode("x", add_special_tokens=False)
+    rows = constraint.allowed([*refused, *refused])
+    assert not rows[0].all() and rows[1:].all()
+    constraint.commit(tokenizer.encode('"red"', add_special_tokens=False))
+    assert set(np.flatnonzero(constraint.allowed([])[0])) == eos
+    constraint.commit([next(iter(eos)), 5, 5])
+    assert set(np.flatnonzero(constraint.allowed([5])[0])) == eos
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"type": "object", "properties": 5},
+        {"$ref": "http://example.com/schema.json"},
+        {"type": "object", "patternProperties": {"(": {}}},
+    ],
+)
+def test_bad_schemas_are_refused(loaded: Any, schema: Any) -> None:
+    with pytest.raises(MTPError, match="JSON schema cannot be used"):
+        loaded[2].from_schema(schema)
+
+
+def test_unverified_emission_is_refused(loaded: Any) -> None:
+    constraint: Constraint = loaded[2].start(loaded[2].from_schema(SCHEMAS[0]))
+    policy = FixedPolicy("linear", 3)
+    with pytest.raises(MTPError, match="verified"):
+        next(
+            mtp_generate_step(
+                [1], loaded[0], policy=policy, emission=Emission("static"), constraint=constraint
+            )
+        )

@@ -1,0 +1,90 @@
+"""The prefix cache finds the longest common prefix, leaves what must run again, and keeps to its budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
+
+from mtp_mlx.serve.prefix_cache import PrefixCache, reusable
+
+LAYER = 4 * 2 * 4 * 2  # bytes of a token: 2 heads of 4 float32, keys and values
+
+
+def filled(tokens: list[int]) -> list[Any]:
+    """Two layers whose keys say which token stands where."""
+    rows = mx.broadcast_to(mx.array(tokens, dtype=mx.float32)[None, None, :, None], (1, 2, len(tokens), 4))
+    layers = [KVCache(), KVCache()]
+    for layer in layers:
+        layer.update_and_fetch(rows, rows)
+        layer.keys, layer.values = layer.keys_and_values()  # no room beyond
+    return layers
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TOKENS, max_size=6), TOKENS, st.integers(1, 3))
+def test_the_longest_common_prefix(stored: list[list[int]], prompt: list[int], spare: int) -> None:
+    cache = PrefixCache(1 << 20)
+    for tokens in stored:
+        cache.store(tokens, filled(tokens))
+    found, length = cache.fetch(prompt, spare)
+    usable = prompt[: max(0, len(prompt) - spare)]
+    common = max((_common(tokens, usable) for tokens in stored), default=0)
+    # mlx-lm's search leaves out prefixes of a single token
+    assert length in ((0, 1) if common == 1 else (common,))
+    assert (found is None) == (length == 0)
+    for layer in found or []:
+        assert layer.offset == length
+        assert np.array(layer.keys_and_values()[0])[0, 0, :, 0].tolist() == prompt[:length]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    return next(
+        (i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other))
+    )
+
+
+def test_what_is_fetched_is_a_copy() -> None:
+    cache = PrefixCache(1 << 20)
+    cache.store([1, 2, 3, 4], filled([1, 2, 3, 4]))
+    for _ in range(2):
+        found, length = cache.fetch([1, 2, 3, 9, 9], 1)
+        assert length == 3 and found is not None
+        for layer in found:
+            layer.update_and_fetch(mx.ones((1, 2, 1, 4)), mx.ones((1, 2, 1, 4)))
+    assert (cache.hits, cache.reused_tokens) == (2, 6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(TOKENS, max_size=12), st.integers(0, 20))
+def test_the_budget_holds(stored: list[list[int]], tokens_of_room: int) -> None:
+    budget = tokens_of_room * 2 * LAYER
+    cache = PrefixCache(budget)
+    for tokens in stored:
+        cache.store(tokens, filled(tokens))
+        assert cache.nbytes <= budget
+        assert cache.nbytes == 0 or len(cache) > 0
+
+
+def test_one_that_is_too_large_pushes_nothing_out() -> None:
+    cache = PrefixCache(6 * 2 * LAYER)
+    cache.store([1, 2, 3], filled([1, 2, 3]))
+    cache.store([5] * 7, filled([5] * 7))
+    assert len(cache) == 1 and cache.fetch([1, 2, 3, 4], 1)[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "fits"),
+    [([KVCache()], True), ([ArraysCache(2)], False), ([ArraysCache(2), KVCache()], True)],
+)
+def test_recurrent_state_alone_is_not_kept(layers: list[Any], fits: bool) -> None:
+    """It does not say how many tokens it has read."""
+    assert reusable(layers) == fits and reusable([CacheList(*layers)]) == fits

@@ -1,0 +1,74 @@
+"""Proves that `mtp-mlx plan` labels all that it prints a projection, with its source, and refuses clearly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import mtp_mlx.cli as cli
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(cli.main, ["plan", *args])
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mtp_config.json").write_text(
+        '{"method": "mask-tokens", "acceptance": [0.9, 0.8]}'
+    )
+    return tmp_path / "adapter"
+
+
+def test_text(adapter: Path) -> None:
+    result = run("--curve", "m5-max", "--adapter", str(adapter))
+    assert result.exit_code == 0, result.output
+    assert "m5-max: projection, not a measurement" in result.stdout and "(projected)" in result.stdout
+    assert "https://github.com/ml-explore/mlx/pull/3791" in result.stdout and str(adapter) in result.stdout
+    assert "Best projected: " in result.stdout
+
+
+def test_json_and_all_curves(adapter: Path) -> None:
+    result = run("--adapter", str(adapter), "--json", "--draft-cost", "0.1")
+    report = json.loads(result.stdout)
+    assert report["label"] == "projection, not a measurement" and report["draft_cost"] == 0.1
+    assert [plan["curve"] for plan in report["plans"]] == ["m3-ultra", "m4-pro", "m5-max"]
+    for plan in report["plans"]:
+        assert plan["source"].startswith("https://") and plan["acceptance"] == [0.9, 0.8]
+        assert {p["label"] for p in plan["projections"]} == {"projection, not a measurement"}
+        assert plan["best"]["low"] == max(p["low"] for p in plan["projections"] if p["low"])
+
+
+def test_categories_of_a_report(tmp_path: Path) -> None:
+    rows = [{"lane": "linear", "category": c, "acceptance": [a]} for c, a in (("math", 0.9), ("chat", 0.01))]
+    (tmp_path / "report.json").write_text(json.dumps({"rows": rows}))
+    result = run("--curve", "m5-max", "--bench", str(tmp_path / "report.json"))
+    assert "math" in result.stdout and "plain is best" in result.stdout
+
+
+def test_nothing_beats_plain_is_said(adapter: Path) -> None:
+    (adapter / "mtp_config.json").write_text('{"method": "mask-tokens", "acceptance": [0.01]}')
+    assert (
+        "Nothing is projected to beat plain decoding here."
+        in run("--curve", "m5-max", "-a", str(adapter)).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--curve", "m9"], "choose one of m3-ultra, m4-pro, m5-max"),
+        (["--adapter", "nowhere"], "nowhere is no adapter folder"),
+        (["--adapter", "a", "--bench", "b"], "from one of them"),
+        (["--lane", "x"], "give that with --bench"),
+        (["--bench", "none.json"], "none.json does not exist"),
+        (["--draft-cost", "-1"], "--draft-cost must be at least 0"),
+    ],
+)
+def test_errors_are_one_sentence(args: list[str], message: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 2 and message in result.stderr and result.stdout == "", result.output

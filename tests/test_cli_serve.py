@@ -1,0 +1,139 @@
+"""`mtp-mlx serve`: starts, answers, stops when told; refuses with a sentence what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import mtp_mlx.cli as cli
+from mtp_mlx.cli.serve import KEY_VARIABLE, is_loopback
+from tests.serve.running import save_model
+
+pytest.importorskip("starlette")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+
+
+def serve(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli.main, ["serve", *map(str, arguments)])
+
+
+def refused(*arguments: Any) -> str:
+    """The sentence with which it refuses."""
+    result = serve(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return result.output
+
+
+def test_help_has_an_example_to_run() -> None:
+    result = serve("--help")
+    assert result.exit_code == 0 and "mtp-mlx serve" in result.output and "curl" in result.output
+
+
+def test_the_first_mistakes(root: Path, tmp_path: Path) -> None:
+    assert "no model" in refused("-m", tmp_path / "nothing", "--port", 0)
+    assert "'linear'" in refused("--layout", "linaer")
+    assert "--port must be at most 65535" in refused("--port", 70000)
+    model = root / "model"
+    assert "needs an adapter" in refused("-m", model, "--layout", "quadratic", "--port", 0)
+    assert "heads" in refused("-m", model, "--drafter", "heads", "--layout", "plain", "--port", 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "choose another --port" in refused("-m", model, "--port", taken.getsockname()[1])
+    assert "cannot listen on nowhere.invalid" in refused("--host", "nowhere.invalid", "--open-to-all")
+
+
+def test_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--api-key-file" in refused("--host", "0.0.0.0")
+    path = tmp_path / "key"
+    for content in ("", "  \n", "two words", "schlüssel"):
+        path.write_text(content)
+        assert "must hold a key" in refused("--api-key-file", path)
+    path.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused("--api-key-file", path)
+    assert "no such file" in refused("--api-key-file", tmp_path / "missing")
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert KEY_VARIABLE in refused()
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "localhost", "::1", "127.1.2.3"]))
+    assert not any(
+        map(is_loopback, ["0.0.0.0", "::", "192.168.0.1", "example.com", "127.0.0.1.evil.example"])
+    )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_told_to_stop(root: Path, tmp_path: Path, stop: signal.Signals) -> None:
+    """A stream that is running when the signal comes is still finished."""
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    command = [
+        sys.executable,
+        "-c",
+        "from mtp_mlx.cli import main; main()",
+        "serve",
+        "-m",
+        str(root / "model"),
+    ]
+    command += [
+        "--adapter",
+        str(root / "adapter"),
+        "--layout",
+        "linear",
+        "--port",
+        "0",
+        "--api-key-file",
+        str(key),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"MTP_MLX_CACHE": str(tmp_path)}
+    )
+    try:
+        assert process.stderr is not None
+        address = _address(process.stderr)
+        body = {"prompt": "The sky", "max_tokens": 150, "stream": True, "temperature": 0}
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
+        request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            first = response.readline()
+            process.send_signal(stop)
+            rest = response.read().decode()
+        assert first.startswith(b"data: ") and rest.endswith("data: [DONE]\n\n")
+        assert process.wait(30) == 0
+        assert "Traceback" not in (said := process.stderr.read()) and "stopped" in said
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(lines: Any) -> str:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        line = lines.readline()
+        if found := re.search(r"serving model on (http://127\.0\.0\.1:\d+/v1)", line):
+            return found[1]
+        assert line, "the server ended"
+    raise AssertionError("no address")

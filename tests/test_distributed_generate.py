@@ -1,0 +1,144 @@
+"""Proves that processes which share a model by its own `shard` write the text of one process, and say it once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.cli import main
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.led import LedPolicy, led, led_policy
+from mtp_mlx.decode.policy import FixedPolicy, Proposal
+from mtp_mlx.distributed import Peers
+from mtp_mlx.errors import MTPError
+from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.sharded import shard
+from tests.decode.fakes import random_adapter
+from tests.launched import Launched
+from tests.model.test_mtp_head import random_heads
+from tests.sharded_script import answers
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama, an adapter and heads for it."""
+    root = tmp_path_factory.mktemp("sharded")
+    save_tiny(root / "llama", "llama", seed=3)
+    base = tiny_model("llama", seed=3)
+    adapter = random_adapter(base)
+    save_adapter(root / "slots", adapter, AdapterInfo("tiny", base_fingerprint(base), adapter.config))
+    convention = HeadConvention("test")
+    heads = MTPHeads(random_heads(base, 3, convention).heads, convention)
+    info = HeadsInfo("tiny", base_fingerprint(base), convention, [dict(LAST_LAYER)] * 3)
+    save_heads(root / "heads", heads, info)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+
+
+def requests(folder: Path) -> list[dict[str, Any]]:
+    slots, heads = str(folder / "slots"), str(folder / "heads")
+    sampled = {"temperature": 0.9, "top_k": 20, "seed": 4}
+    return [
+        {"adapter": None, "layout": "plain"},
+        {"adapter": None, "layout": "linear", "drafter": "lookup"},
+        {"adapter": slots, "layout": "quadratic", "slots": 3},
+        {"adapter": slots, "layout": "quadratic", "slots": 2, "sampling": sampled, "lookup": True},
+        {"adapter": slots, "emit": "static", "slots": 2},  # the drafts themselves, so LoRA is in the text
+        {"adapter": heads, "layout": "linear", "sampling": sampled},
+        {"adapter": slots, "layout": "auto"},
+    ]
+
+
+def test_a_shared_model_writes_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    given = tmp_path / "requests.json"
+    given.write_text(json.dumps(requests(folder)))
+    model = str(folder / "llama")
+    stdout, stderr = Launched(2, ["tests.sharded_script", model, str(given)], tmp_path).finish()
+    found = sorted((json.loads(line) for line in stdout.splitlines()), key=lambda one: one["rank"])
+    assert [one["rank"] for one in found] == [0, 1], stderr
+    alone = answers(model, requests(folder), Peers())
+    for one in found:
+        assert one["tokens"] == alone["tokens"]
+        assert one["bytes"] < 0.6 * alone["bytes"]
+    assert found[0]["accepted"] == found[1]["accepted"]
+    assert found[0]["accepted"][:6] == alone["accepted"][:6]  # drafts too; auto plans by measured time
+    assert alone["accepted"][4] > 0 and len(set(alone["tokens"][4])) > 4
+    assert alone["tokens"][3] != alone["tokens"][2] != alone["tokens"][4]
+
+
+def test_the_command_prints_once(folder: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        "-m",
+        str(folder / "llama"),
+        "-a",
+        str(folder / "slots"),
+        "-p",
+        "The sky",
+        "-n",
+        "8",
+    ]
+    words += ["--layout", "quadratic"]
+    stdout, stderr = Launched(2, ["cli", *words, "--json"], tmp_path).finish()
+    result = CliRunner().invoke(main, [*words, "--json"])
+    assert json.loads(stdout)["tokens"] == json.loads(result.stdout)["tokens"], stderr
+    assert stderr.count(" tok/s ") == 1
+
+
+def test_a_number_that_does_not_divide_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    words = ["generate", "-m", str(folder / "llama"), "-a", "none", "-p", "a"]
+    stdout, stderr = Launched(3, ["cli", *words], tmp_path).finish()
+    assert stdout == "" and "model type 'llama' cannot be divided among 3 processes (" in stderr
+
+
+def test_stdin_and_exact_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_WORLD_SIZE", "2")
+    for words in ([], ["-p", "-"]):
+        result = CliRunner().invoke(main, ["generate", "-m", str(folder / "llama"), *words])
+        assert result.exit_code == 2 and "mlx.launch never closes stdin: give --prompt TEXT" in result.stderr
+    from mtp_mlx import load
+
+    with pytest.raises(MTPError, match="exact decoding is for one process"):
+        load(str(folder / "llama"), None, exact=True, peers=Peers(size=2))
+
+
+def test_models_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(MTPError, match="model type 'gemma2' has no `shard` in mlx-lm"):
+        shard(tiny_model("gemma2", seed=3), None, Peers(size=2))
+    with pytest.raises(MTPError, match="keeps recurrent state"):
+        shard(tiny_model("qwen3_5", seed=3), None, Peers(size=2))
+
+
+class Told(Peers):
+    """Process 1 of two, told what the first said."""
+
+    def gather(self, value: Any) -> list[Any]:
+        assert not value
+        return json.loads(json.dumps([self.__dict__["said"], value]))
+
+
+def test_the_first_process_decides() -> None:
+    proposals = [Proposal("slots", [1, 2, 3], [0.5] * 3), Proposal("lookup", [7, 8], [1.0, 1.0])]
+    follower = Told(rank=1, size=2)
+    follower.__dict__["said"] = ["lookup", 1, 1, (2, 3), 0]
+    policy = LedPolicy(FixedPolicy("plain", 0), follower)
+    assert policy.choose(proposals) == (Proposal("lookup", [7], [1.0]), Layout(1, (2, 3)))
+    follower.__dict__["said"] = True
+    assert policy.interrupts_plain() is True
+    own = FixedPolicy("quadratic", 2)
+    assert led_policy(own, Peers()) is own and led_policy(own, follower) is not own
+    values = mx.array([1, 2])
+    assert led(Peers(), values) is values

@@ -1,0 +1,115 @@
+"""Writes docs/cli.md from the commands themselves: `python tools/cli_page.py`; `--check` compares only.
+
+Made of what click knows of each command (arguments, options, defaults, help, examples), not of its rendered help, so
+that the page does not depend on the version of click or the width of a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mtp_mlx.cli as cli
+
+NOT_RUN = "<!-- not run: {} -->\n"  # for the test that runs the blocks of other pages
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+HEAD = """# Command line
+
+Written by `python tools/cli_page.py` from the commands themselves; a test holds it against them.
+
+Text and JSON go to stdout, everything else to stderr. A mistake that you can mend is one sentence and exit code 2;
+after Ctrl-C the code is 130. `MTP_MLX_RAISE=1` shows the traceback instead of the sentence.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    context = click.Context(cli.main, info_name="mtp-mlx")
+    verbs = cli.main.list_commands(context)
+    parts = [HEAD, "| command | does |\n|---|---|"]
+    parts[-1] += "".join(f"\n| [`mtp-mlx {verb}`](#mtp-mlx-{verb}) | {cli.VERBS[verb]} |" for verb in verbs)
+    for verb in verbs:
+        command = cli.main.get_command(context, verb)
+        assert command is not None, verb
+        parts.append(section(verb, command))
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def section(verb: str, command: click.Command) -> str:
+    """One command: usage, text, options, examples."""
+    usage = " ".join(
+        [f"mtp-mlx {verb}", "[OPTIONS]", *(_argument(p) for p in command.params if _is_argument(p))]
+    )
+    usage = NOT_RUN.format("usage, not a command") + f"```\n{usage}\n```"
+    parts = [f"## mtp-mlx {verb}", usage, _prose(command.help or "")]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    rows = [f"| {_names(option)} | {_default(option)} | {_cell(option.help or '')} |" for option in options]
+    parts.append("\n".join(["| option | default | does |", "|---|---|---|", *rows]))
+    examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
+    if examples:
+        reason = NOT_RUN.format("examples name files of yours; tests/test_cli_page.py reads them")
+        parts.append(reason + "```\n" + "\n".join(examples) + "\n```")
+    return "\n\n".join(parts)
+
+
+def _is_argument(parameter: click.Parameter) -> bool:
+    return isinstance(parameter, click.Argument)
+
+
+def _argument(parameter: click.Parameter) -> str:
+    name = (parameter.name or "").upper() + ("..." if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _names(option: click.Option) -> str:
+    """Such as `-m`, `--model TEXT`, or `--exact` / `--no-exact`."""
+    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len))
+    if option.secondary_opts:
+        return f"{names} / " + ", ".join(f"`{name}`" for name in option.secondary_opts)
+    if option.is_flag:
+        return names
+    if isinstance(option.type, click.Choice):
+        return f"{names} " + _cell(" | ".join(str(choice) for choice in option.type.choices))
+    return f"{names} {option.type.name.upper()}".replace(" RANGE", "")
+
+
+def _default(option: click.Option) -> str:
+    """As `--help` shows it; settings give theirs as a text, since the value given is told apart from it."""
+    shown: Any = option.show_default
+    if isinstance(shown, str):
+        return _cell(shown)
+    if not shown or option.default in (None, (), []):
+        return ""
+    return _cell(str(option.default))
+
+
+def _prose(text: str) -> str:
+    """A docstring's paragraphs, each on one line."""
+    paragraphs = text.strip().split("\n\n")
+    return "\n\n".join(" ".join(line.strip() for line in paragraph.splitlines()) for paragraph in paragraphs)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the page, or with --check compares it; 1 where it is not current."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python tools/cli_page.py [--check]", file=sys.stderr)
+        return 2
+    current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    if current == page():
+        return 0
+    if arguments:
+        print(f"{PAGE} is not current: run python tools/cli_page.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
