@@ -5,7 +5,7 @@ Storage, search and order of eviction are mlx-lm's own `LRUPromptCache`; here ar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -55,7 +55,7 @@ class PrefixCache:
         cache, rest = self._store.fetch_nearest_cache("model", tokens[: usable + 1])
         found = usable + 1 - len(rest)
         if cache is not None and found > usable and can_trim_prompt_cache(cache):
-            found -= trim_prompt_cache(cache, found - usable)
+            found -= cast(int, trim_prompt_cache(cache, found - usable))  # annotated as a list there
         if cache is None or not 1 <= found <= usable:
             return None, 0
         self.hits += 1
