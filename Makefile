@@ -22,7 +22,7 @@ demo: env ## Write text with the embedded model, several tokens per forward pass
 test: pytest lint ## Run every check
 
 pytest: env clang
-	$(WITH_BLAS) $(BIN)/python -m pytest --ignore tests/metal_kernels --ignore tests/tools
+	OPENBLAS_NUM_THREADS=1 $(WITH_BLAS) $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/metal_kernels --ignore tests/tools
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/metal_kernels tests/tools
 
 lint: env ## Check style and types
