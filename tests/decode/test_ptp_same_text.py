@@ -5,6 +5,7 @@ softmax unless uniforms are drawn again after a rejection."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -211,7 +212,7 @@ def test_the_adapters_noise_is_used_unless_asked_otherwise() -> None:
         tokens(model, replace(hot, noise="gumbel"), FixedPolicy("linear", 2))
 
 
-SEEDS = 160
+SEEDS = 360
 
 
 class _Likeliest(PTPSlotDrafter):
@@ -282,7 +283,7 @@ def test_committed_tokens_follow_the_warped_softmax(planted: bool, monkeypatch: 
             policy=FixedPolicy("linear", 1),
             stats=stats,
         )
-        tokens = [item.token for item in steps]
+        tokens = [item.token for item in islice(steps, 2)]  # a third would not be counted
         counts[tokens[0], tokens[1]] += 1
     assert stats.submitted[0] == SEEDS and 0 < stats.accepted[0] < SEEDS
     assert counts[expected == 0].sum() == 0
