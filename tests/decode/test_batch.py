@@ -265,7 +265,9 @@ def test_padding_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchKVCache, "filter", counting)
     policies: list[Policy] = [FixedPolicy("quadratic", 2) for _ in cases]
     check(model, together(model, cases, plan_for("quadratic", 2, False), policies, known, False), truths)
-    assert cut and not any(cut)  # once or more in every layer  # the first that leaves makes two calls, one a layer
+    assert cut and not any(
+        cut
+    )  # once or more in every layer  # the first that leaves makes two calls, one a layer
 
 
 # --- who can share ------------------------------------------------------------------------------------------
