@@ -41,21 +41,23 @@ def table_rows(row: dict[str, Any], most: int) -> list[str]:
 @click.option("--model", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Greedy answers of the model")
 @click.option("--heads", "entries", multiple=True, required=True, help="Folder of heads, or FOLDER:DRAFTS")
-@click.option("--max-length", default=1024, show_default=True, help="Rows are cut to this many tokens")
+@click.option(
+    "--max-length", default=1024, show_default=True, help="Longer rows are cut, longer prompts left out"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
 def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_json: bool) -> None:
     """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
+    from mtp_mlx.demo import named_adapter
     from mtp_mlx.heads_adapter import read_heads_info
     from mtp_mlx.train.data import load_examples
     from mtp_mlx.train.heads_agreement import measure_heads
     from mtp_mlx.train.trunk_states import ComputedStates
 
     chosen = [folder_and_drafts(entry) for entry in entries]
-    most = max(
-        drafts or read_heads_info(folder).drafts for folder, drafts in chosen
-    )  # reads all before any work
+    # Reads all before any work.
+    most = max(drafts or read_heads_info(named_adapter(folder)).drafts for folder, drafts in chosen)
     if not as_json:
         click.echo(
             "| heads | rate | " + " | ".join(str(depth) for depth in range(1, most + 1)) + " | tok/step |"
@@ -64,7 +66,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     found = []
     for entry, (folder, drafts) in zip(entries, chosen, strict=True):
         attached, tokenizer = load(model, folder)
-        examples, _ = load_examples(data, tokenizer, max_length)
+        examples, report = load_examples(data, tokenizer, max_length)
         if attached.mtp_heads is None:
             raise click.UsageError(f"{folder} holds no MTP heads")
         depths = drafts or attached.most_drafts
@@ -82,7 +84,14 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         if not as_json:
             click.echo("\n".join(table_rows(row, most)))
         attached.detach()
-    click.echo(json.dumps(found) if as_json else f"\n{found[0]['positions']} positions of {data.name}")
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        fewest, largest = min(row["positions"] for row in found), max(row["positions"] for row in found)
+        click.echo(
+            f"\n{fewest} to {largest} positions (fewer with more drafts) of {len(examples)} rows of {data.name}; "
+            f"{report.dropped} rows left out, their prompts fill {max_length} tokens; {report.truncated} cut"
+        )
 
 
 if __name__ == "__main__":

@@ -268,9 +268,14 @@ def test_blas_threads_are_put_back() -> None:
 
 
 def test_blas_threads_without_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block runs all the same, and its errors come out."""
     monkeypatch.setattr("mtp_mlx.blas.LIBRARY", "libnone.so.0")
+    ran = 0
     with blas_threads(1):
-        pass
+        ran += 1
+    assert ran == 1
+    with pytest.raises(KeyError), blas_threads(1):
+        raise KeyError
 
 
 # --- resume -------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
 from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
+from mtp_mlx.train.methods.slots import check_base
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.online import Online
 from mtp_mlx.train.online_step import OnlineRunner
@@ -103,11 +104,7 @@ class ConfAdapt(Method):
                 "that model with --model instead"
             )
         info = read_info(folder)
-        if info.base_fingerprint != self.fingerprint:
-            raise MTPError(
-                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
-                f"{self.fingerprint}"
-            )
+        check_base(folder, info, self.fingerprint)
         self.adapter.load_tensors(read_tensors(folder))
 
     @classmethod

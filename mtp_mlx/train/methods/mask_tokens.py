@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, read_info, read_tensors, save_adapter
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach, new_adapter
 from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.train.agreement import Agreement, measure_agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
+from mtp_mlx.train.methods.base import Tell, check_slot_caches
+from mtp_mlx.train.methods.slots import SlotMethod, check_base
 from mtp_mlx.train.objectives.apple import Apple
 from mtp_mlx.train.objectives.base import LossParts, Objective
 from mtp_mlx.train.objectives.self_distil import SelfDistil
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.slot_layout import candidate_anchors
 from mtp_mlx.train.step import BlockChoice, StepRunner
 
 
@@ -35,7 +33,7 @@ def build_objective(settings: TrainSettings) -> Objective:
     return SelfDistil(chunk_rows=settings.loss_rows)
 
 
-class MaskTokens(Method):
+class MaskTokens(SlotMethod):
     """Trains a mask-token adapter.
 
     Raises:
@@ -81,42 +79,12 @@ class MaskTokens(Method):
             MTPError: no adapter there, another base or another shape.
         """
         info, tensors = read_info(folder), read_tensors(folder)
-        if info.base_fingerprint != self.fingerprint:
-            raise MTPError(
-                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
-                f"{self.fingerprint}"
-            )
+        check_base(folder, info, self.fingerprint)
         own = self.adapter.tensors().get("draft_ids")
         theirs = tensors.get("draft_ids")
         if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
             # No weight depends on which ids may be drafted.
             tell(f"{folder} was trained with another draft vocabulary; this data's is used")
-        self.adapter.load_tensors(tensors)
-
-    @classmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
-        """See `Method`: a response of one token has none for a slot to predict."""
-        return len(candidate_anchors(len(example), example.loss_start)) > 0
-
-    @classmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
-        """See `Method`."""
-        return (
-            "slots need responses of two tokens or more",
-            "their responses have one token, slots need two",
-        )
-
-    @property
-    def module(self) -> nn.Module:
-        """See `Method`."""
-        return self.adapter
-
-    def tensors(self) -> dict[str, mx.array]:
-        """See `Method`."""
-        return self.adapter.tensors()
-
-    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
-        """See `Method`."""
         self.adapter.load_tensors(tensors)
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:

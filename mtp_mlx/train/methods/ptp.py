@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.adapter import base_fingerprint, read_tensors
@@ -18,13 +17,13 @@ from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
+from mtp_mlx.train.methods.base import Tell, check_slot_caches
+from mtp_mlx.train.methods.slots import SlotMethod, check_base
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.ptp import PTPLoss
 from mtp_mlx.train.ptp_step import PTPRunner, measure_ptp
 from mtp_mlx.train.ptp_targets import UniformChoice
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.slot_layout import candidate_anchors
 from mtp_mlx.train.step import BlockChoice
 
 
@@ -54,7 +53,7 @@ def ptp_loss(settings: TrainSettings) -> PTPLoss:
     return PTPLoss(settings.ptp_loss, scale or 1.0, settings.loss_rows)
 
 
-class TrainPTP(Method):
+class TrainPTP(SlotMethod):
     """Trains a PTP adapter.
 
     Raises:
@@ -101,42 +100,12 @@ class TrainPTP(Method):
             MTPError: no such adapter there, or another base, variant or shape.
         """
         info, tensors = read_ptp_info(folder), read_tensors(folder)
-        if info.base_fingerprint != self.fingerprint:
-            raise MTPError(
-                f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has "
-                f"{self.fingerprint}"
-            )
+        check_base(folder, info, self.fingerprint)
         if info.shape.variant != self.settings.variant:
             raise MTPError(
                 f"--start-from {folder}: it is variant '{info.shape.variant}', and --variant is "
                 f"'{self.settings.variant}'"
             )
-        self.adapter.load_tensors(tensors)
-
-    @classmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
-        """See `Method`: a response of one token has none for a slot to predict."""
-        return len(candidate_anchors(len(example), example.loss_start)) > 0
-
-    @classmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
-        """See `Method`."""
-        return (
-            "slots need responses of two tokens or more",
-            "their responses have one token, slots need two",
-        )
-
-    @property
-    def module(self) -> nn.Module:
-        """See `Method`."""
-        return self.adapter
-
-    def tensors(self) -> dict[str, mx.array]:
-        """See `Method`."""
-        return self.adapter.tensors()
-
-    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
-        """See `Method`."""
         self.adapter.load_tensors(tensors)
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
