@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mtp_mlx.adapter import base_fingerprint, read_tensors
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach, new_ptp_adapter
-from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
+from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig, TeacherSampling
 from mtp_mlx.ptp_adapter import PTPInfo, read_ptp_info, save_ptp
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
@@ -72,7 +72,7 @@ class TrainPTP(SlotMethod):
         bare = attach(model)
         check_slot_caches(bare, train)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
-        self.adapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
+        self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
         if settings.start_from is not None:
             self._start_from(settings.start_from)
         self.attached = attach(model, self.adapter)
