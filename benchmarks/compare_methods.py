@@ -87,6 +87,9 @@ class CompareSettings:
     block_share: float = setting(0.5, help="Share of positions that are supervised", minimum=0, maximum=1)
     cut_at_tokens: int = setting(0, help="Answers of this length were cut, 0 for none", minimum=0)
     learning_rate: float = setting(1e-3, help="Peak learning rate", minimum=0)
+    warmup: int | None = setting(
+        None, help="Steps of rising learning rate, of training's own choice without", minimum=0
+    )
     held_out: int = setting(32, help="Held-out rows of training", minimum=0)
     seed: int = setting(0, help="Seed of training and of sampled text", minimum=0)
     prompts: Path | None = setting(None, help="JSONL with prompt (or turns) to decode", flag="-p")
@@ -179,7 +182,7 @@ class Comparison:
 
         assert self.settings.seconds is not None
         folder = self.settings.out / f"timing-{contestant.name}"
-        settings = replace(self._plan.training(contestant, folder, TIMED_STEPS), held_out=0)
+        settings = replace(self._plan.training(contestant, folder, TIMED_STEPS), held_out=0, warmup=0)
         seconds: list[float] = []
 
         class Timing(ProgressListener):
@@ -326,7 +329,7 @@ class Plan:
             name: getattr(own, name)
             for name in (
                 "model", "data", "slots", "rank", "draft_vocab", "batch_size", "micro_batches", "max_length",
-                "cut_at_tokens", "learning_rate", "held_out", "seed",
+                "cut_at_tokens", "learning_rate", "warmup", "held_out", "seed",
             )
         }  # fmt: skip
         if contestant.name != LOSSY:  # regions have their own way to choose positions
