@@ -50,6 +50,8 @@ __all__ = [
 # What a chat template raises for a chat it does not take: jinja's errors, or a renderer's own.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError)
 
+DEFAULT_HELD_OUT = 32
+
 ROW_FORMATS = '"messages", "prompt" with "completion" or "response", or "text"'
 
 
@@ -364,21 +366,26 @@ def load_splits(
     tokenizer: Any,
     max_length: int,
     *,
-    held_out: int,
+    held_out: int | None,
     seed: int,
     cut_at_tokens: int | None = None,
 ) -> Splits:
     """Training and held-out examples of a file or an mlx-lm data folder.
 
     A folder with `valid.jsonl` gives its first `held_out` rows as held-out examples; otherwise `held_out`
-    examples are taken out of the training rows (see `split_held_out`). Errors as `load_examples`.
+    examples are taken out of the training rows (see `split_held_out`). None stands for `DEFAULT_HELD_OUT`, and for a
+    tenth of the training rows if that is less. Errors as `load_examples`.
     """
     path = Path(path)
     train, report = load_examples(path, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
     valid_file = path / "valid.jsonl"
     if path.is_dir() and valid_file.exists():
         valid, valid_report = load_examples(valid_file, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
-        return Splits(train, valid[:held_out], report + valid_report)
+        return Splits(
+            train, valid[: DEFAULT_HELD_OUT if held_out is None else held_out], report + valid_report
+        )
+    if held_out is None:
+        held_out = min(DEFAULT_HELD_OUT, len(train) // 10)
     train, valid = split_held_out(train, held_out, seed)
     return Splits(train, valid, report)
 

@@ -141,7 +141,11 @@ class TrainSettings:
     grad_checkpoint: bool = setting(False, help="recompute layers in the backward pass to save memory")
     loss_rows: int = setting(2048, help="rows whose logits exist at once", minimum=1)
 
-    held_out: int = setting(32, help="held-out rows that acceptance is measured on", minimum=0)
+    held_out: int | None = setting(
+        None,
+        help="held-out rows that acceptance is measured on; 32, or a tenth of the rows if that is less, without",
+        minimum=0,
+    )
     measure_every: int = setting(100, help="steps between measurements, 0 = only at the end", minimum=0)
     save_every: int = setting(50, help="steps between checkpoints", minimum=1)
     seed: int = setting(0, help="seed of initial weights, data order, blocks", minimum=0)

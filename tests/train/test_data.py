@@ -175,6 +175,19 @@ def test_a_folder_is_train_and_valid(tmp_path):
     assert load_splits(tmp_path / "train.jsonl", TOKENIZER, 99, held_out=2, seed=5).train == alone.train
 
 
+def test_few_rows_hold_out_a_tenth_unless_told(tmp_path):
+    def sizes(rows: int, held_out: int | None = None) -> tuple[int, int]:
+        path = write(tmp_path / "data.jsonl", *({"text": f"The fox {number}"} for number in range(rows)))
+        splits = load_splits(path, TOKENIZER, 99, held_out=held_out, seed=5)
+        return len(splits.train), len(splits.held_out)
+
+    assert [sizes(rows) for rows in (5, 20, 400)] == [(5, 0), (18, 2), (368, 32)]
+    assert sizes(20, 7) == (13, 7)
+    write(tmp_path / "train.jsonl", *({"text": f"The fox {number}"} for number in range(3)))
+    write(tmp_path / "valid.jsonl", *({"text": f"The fox {number}"} for number in range(40)))
+    assert len(load_splits(tmp_path, TOKENIZER, 99, held_out=None, seed=5).held_out) == 32
+
+
 @given(st.integers(1, 60), st.data())
 def test_held_out_rows_are_a_part_that_depends_on_the_seed_alone(total, data):
     n, seed = data.draw(st.integers(0, total - 1)), data.draw(st.integers(-5, 2**70))
