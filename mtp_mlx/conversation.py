@@ -17,6 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
+from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
@@ -98,7 +99,9 @@ class Conversation:
             raise MTPError("the message is empty: write some text")
         question: Message = {"role": "user", "content": text}
         ids = self._encode([*self.messages, question])
-        shared = self._keep_shared(ids)
+        sampling = options.get("sampling") or SamplingConfig()
+        # Penalties look at the last tokens of the prompt, so those always run again.
+        shared = self._keep_shared(ids, max(1, sampling.history_size))
         turn = Turn(len(ids), len(ids) - shared)
         responses = stream_generate(
             self._model,
@@ -142,10 +145,10 @@ class Conversation:
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
-    def _keep_shared(self, ids: list[int]) -> int:
-        """Cuts the cache back to what it shares with `ids`, the last of which is always left to be run."""
+    def _keep_shared(self, ids: list[int], spare: int) -> int:
+        """Cuts the cache back to what it shares with `ids`, the last `spare` of which are always left to be run."""
         shared = 0
-        for cached, wanted in zip(self._cached, ids[:-1], strict=False):
+        for cached, wanted in zip(self._cached, ids[:-spare], strict=False):
             if cached != wanted:
                 break
             shared += 1

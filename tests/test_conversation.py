@@ -9,6 +9,7 @@ import pytest
 
 from mtp_mlx.api import generate
 from mtp_mlx.conversation import Conversation
+from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import random_adapter
@@ -72,6 +73,22 @@ def test_text_is_generate_s_and_only_the_new_part_is_run(
         before = conversation._held() or 0
     assert conversation.restarts == 0 and len(conversation.turns) == 3
     assert conversation.turns[2].prefilled < conversation.turns[2].prompt_tokens / 2
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.5}, {"frequency_penalty": 0.7, "frequency_context_size": 200}]
+)
+def test_penalties_look_at_what_the_cache_holds(penalty: dict[str, Any]) -> None:
+    attached, tokenizer = model(), tiny_tokenizer()
+    conversation = Conversation(attached, tokenizer)
+    sampling = SamplingConfig(temperature=0.7, seed=2, **penalty)
+    messages = []
+    for question in [*QUESTIONS, "Again", "and again"]:
+        answer = said(conversation, question, sampling=sampling)
+        messages.append({"role": "user", "content": question})
+        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        assert answer == generate(attached, tokenizer, ids, 16, layout="plain", sampling=sampling)
+        messages.append({"role": "assistant", "content": answer})
 
 
 @pytest.mark.parametrize("after", [1, 5])

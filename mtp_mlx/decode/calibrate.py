@@ -94,7 +94,7 @@ def _is_quantised(model: AttachedModel) -> bool:
 def measure(model: AttachedModel) -> StepCost:
     """Times steps of every size in the table; medians of a few runs."""
     picker = Picker()
-    drafter = None if model.adapter is None else slot_drafter(model, picker)
+    drafter = None if model.adapter is None else slot_drafter(model, picker, model.draft_vocabulary)
     prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
     real: dict[int, list[float]] = {}
     plain = {}

@@ -31,6 +31,7 @@ from mtp_mlx.decode.step_result import StepResult
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.head import Vocabulary
 from mtp_mlx.model.ptp_slots import PTPAdapter
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
@@ -131,7 +132,9 @@ def open_loop(
     verifying = emission.lossless and policy.max_drafts > 0
     sampling = sampling_for(model, sampling or SamplingConfig(), verifying)
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
-    drafter = slot_drafter(model, picker) if model.adapter is not None else None
+    # Drafts that nobody verifies compete with all tokens.
+    vocabulary = model.draft_vocabulary if emission.lossless else model.whole_vocabulary
+    drafter = slot_drafter(model, picker, vocabulary) if model.adapter is not None else None
     stats = DecodeStats() if stats is None else stats
     if drafter is not None and policy.max_drafts and drafter.other_sampling:
         stats.fallbacks[drafter.other_sampling] += 1
@@ -158,11 +161,13 @@ def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool)
     return sampling if sampling.noise else replace(sampling, noise="inverse-cdf")
 
 
-def slot_drafter(model: AttachedModel, picker: Picker) -> MaskSlotDrafter | PTPSlotDrafter:
-    """Who drafts with the adapter of `model`."""
+def slot_drafter(
+    model: AttachedModel, picker: Picker, vocabulary: Vocabulary
+) -> MaskSlotDrafter | PTPSlotDrafter:
+    """Who drafts with the adapter of `model`; mask slots draft from `vocabulary`."""
     if isinstance(model.adapter, PTPAdapter):
         return PTPSlotDrafter(model, picker)
-    return MaskSlotDrafter(model, picker)
+    return MaskSlotDrafter(model, picker, vocabulary)
 
 
 def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:

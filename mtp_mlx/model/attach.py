@@ -24,7 +24,7 @@ from mtp_mlx.model.block_linear import BlockLinear, is_quantised
 from mtp_mlx.model.cache import block_view
 from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
-from mtp_mlx.model.head import HeadView
+from mtp_mlx.model.head import HeadView, Vocabulary
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from mtp_mlx.model.positions import PositionedRoPE
 from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
@@ -217,13 +217,24 @@ class AttachedModel:
     def draft_head(self) -> HeadView:
         """The head drafts are picked with: the draft vocabulary's columns, or all."""
         if self._draft_head is None:
-            ids = self.draft_ids
-            self._draft_head = (
-                self.head
-                if ids is None and not self.exact
-                else HeadView(self.model, self._embed, ids, self.kernels)
-            )
+            self._draft_head = self._head_over(self.draft_ids)
         return self._draft_head
+
+    @property
+    def draft_vocabulary(self) -> Vocabulary:
+        """What drafts that will be verified are picked from."""
+        return Vocabulary(self.draft_head, self.draft_ids)
+
+    @property
+    def whole_vocabulary(self) -> Vocabulary:
+        """What drafts are picked from whose probability must be that of the model: among all tokens."""
+        return self.draft_vocabulary if self.draft_ids is None else Vocabulary(self._head_over(None), None)
+
+    def _head_over(self, ids: mx.array | None) -> HeadView:
+        """The head for drafts, whose rows need not be exact."""
+        if ids is None and not self.exact:
+            return self.head
+        return HeadView(self.model, self._embed, ids, self.kernels)
 
 
 def embedding_shape(embed_tokens: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ applied here too (granite, gemma2). The user's model is not touched.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +63,19 @@ def select_rows(layer: nn.Module, ids: mx.array) -> nn.Module:
     mx.eval(rows.parameters())
     rows.freeze()
     return rows
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a draft is picked from.
+
+    Attributes:
+        head: logits of hidden states over these tokens.
+        ids: [N] int32, the token of each column, or None for all in order.
+    """
+
+    head: HeadView
+    ids: mx.array | None
 
 
 class HeadView:

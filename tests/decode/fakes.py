@@ -87,5 +87,5 @@ def drafting(drafter: KnowingDrafter | None) -> Iterator[None]:
     if drafter is None:
         yield
         return
-    with mock.patch("mtp_mlx.decode.loop.MaskSlotDrafter", lambda model, picker: drafter):
+    with mock.patch("mtp_mlx.decode.loop.MaskSlotDrafter", lambda model, picker, vocabulary: drafter):
         yield

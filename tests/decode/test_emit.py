@@ -122,6 +122,26 @@ def test_gated_lora_acts_on_masks_only(tau: float | None) -> None:
     assert run(model, PROMPT, 20, emission(tau)) == expected.tokens
 
 
+@pytest.mark.parametrize("tau", [None, 0.02, 0.05, 0.1])
+def test_a_draft_vocabulary_is_for_verified_drafts(tau: float | None) -> None:
+    """What nobody checks competes with all tokens, in the pick and in the probability that tau is compared with."""
+    model = tiny_model("llama", seed=3)
+    shape = MaskAdapterConfig(SLOTS, rank=0, sampler_width=0, shared_mask=True, draft_vocab_size=20)
+    adapter = new_adapter(model, shape, mx.arange(20))
+    adapter.load_tensors(
+        {"slot_embeddings.weight": model.model.embed_tokens(mx.array([MASK])), "draft_ids": mx.arange(20)}
+    )
+    attached = attach(model, adapter)
+    blocks = 0
+    for first in range(0, 60, 7):
+        prompt = [first, first + 1]
+        expected = naive_emit.emit(by_mlx_lm("llama"), prompt, 14, SLOTS + 1, tau)
+        if expected.margin > NEAR:
+            assert run(attached, prompt, 14, emission(tau)) == expected.tokens
+            blocks += len(expected.blocks)
+    assert blocks > 10
+
+
 def test_the_cases_above_emit_runs_of_every_length() -> None:
     """Guards the property test against never leaving runs of one."""
     lengths = {

@@ -1,4 +1,4 @@
-"""Picking a draft from what is to be unembedded: with the target's noise, from the draft vocabulary."""
+"""Picking a draft from what is to be unembedded, with the target's noise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.head import Vocabulary
 
 
 def pick_draft(
@@ -16,21 +17,24 @@ def pick_draft(
     position: mx.array,
     history: mx.array | None,
     unembedding: nn.Module | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[mx.array, mx.array]:
     """(id int32 [1], confidence float32 [1]) of one draft, lazily.
 
     Args:
-        attached: the model; its draft head and draft vocabulary are used.
+        attached: the model.
         picker: the target's picker; the same noise at the same position couples drafts to the target.
         refined: [1, D] what the draft head reads.
         position: [1] int32, absolute position of the draft.
         history: [C] int32 tokens before the draft, or None without penalties.
         unembedding: an LM head of the drafter's own, over the draft vocabulary; None for the model's.
+        vocabulary: what to pick from with the model's head; None for the draft vocabulary.
     """
     row = None if history is None else history[None]
     if unembedding is not None:
         return picker.pick_with_confidence(unembedding(refined), position, row, attached.draft_ids)
-    head, kernels, token_ids = attached.draft_head, attached.kernels, attached.draft_ids
+    vocabulary = vocabulary or attached.draft_vocabulary
+    head, kernels, token_ids = vocabulary.head, attached.kernels, vocabulary.ids
     if kernels is not None and head.matrix is not None and picker.draws_plainly(head.columns):
         found = kernels.attempt(
             "lm_head_pick",

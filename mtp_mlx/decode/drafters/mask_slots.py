@@ -13,6 +13,7 @@ from mtp_mlx.decode.drafters.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
+from mtp_mlx.model.head import Vocabulary
 
 
 class MaskSlotDrafter:
@@ -21,15 +22,17 @@ class MaskSlotDrafter:
     Args:
         attached: a model with an adapter.
         picker: the target's picker; drafts use the same noise, which couples them to the target.
+        vocabulary: what to pick drafts from; None for the draft vocabulary. Confidences are probabilities within it.
     """
 
     lead = 0  # slots at the start of a group that draft nothing
     other_sampling = ""  # what they were not trained for: they learnt no particular sampling
 
-    def __init__(self, attached: AttachedModel, picker: Picker) -> None:
+    def __init__(self, attached: AttachedModel, picker: Picker, vocabulary: Vocabulary | None = None) -> None:
         if attached.adapter is None:
             raise ValueError("mask slots need an adapter")
         self._attached, self._picker = attached, picker
+        self._vocabulary = vocabulary or attached.draft_vocabulary
         self._sampler = attached.adapter.sampler
         self._together = attached.adapter.config.sampler_width == 0  # no draft waits for the one before it
         self.max_drafts = attached.adapter.config.slots
@@ -72,7 +75,12 @@ class MaskSlotDrafter:
                 history = mx.concatenate([history[1:], token])
             refined = self._sampler(self._attached.embed(token), latents[slot][None])
             token, confidence = pick_draft(
-                self._attached, self._picker, refined, (position + slot + 1).reshape(1), history
+                self._attached,
+                self._picker,
+                refined,
+                (position + slot + 1).reshape(1),
+                history,
+                vocabulary=self._vocabulary,
             )
             ids.append(token)
             confidences.append(confidence)
@@ -81,5 +89,5 @@ class MaskSlotDrafter:
     def _pick_together(self, latents: mx.array, position: mx.array) -> tuple[mx.array, mx.array]:
         """Ids and confidences of slot latents [k, D] whose first stands for the token at `position` + 1."""
         positions = position + 1 + mx.arange(latents.shape[0])
-        logits = self._attached.draft_head(latents[None])[0]  # [k, C]
-        return self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
+        logits = self._vocabulary.head(latents[None])[0]  # [k, C]
+        return self._picker.pick_with_confidence(logits, positions, None, self._vocabulary.ids)
