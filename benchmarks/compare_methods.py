@@ -63,7 +63,8 @@ CONTESTANTS = (
     Contestant("o-ptp", "O-PTP", {**_PTP, "variant": "o"}),
     Contestant("c-ptp", "C-PTP", {**_PTP, "variant": "c"}),
     Contestant("self-distil", "gated-LoRA self-distillation", {"method": "mask-tokens"}),
-    Contestant("conf-adapt", "one mask token, online objective", {"method": "conf-adapt"}),
+    # Where drafts are emitted unverified, a probability must be one among all tokens.
+    Contestant("conf-adapt", "one mask token, online objective", {"method": "conf-adapt", "draft_vocab": 0}),
 )
 LOSSY = "conf-adapt"  # the contestant whose tau is swept
 
@@ -160,19 +161,23 @@ class Comparison:
             if self._plan.steps_of(contestant) is None:
                 self._plan.keep(contestant, self._steps_in_time(contestant))
             settings = self._plan.training(contestant, self.folder(contestant))
-            if trained_steps(settings.out) == settings.steps:
-                continue
-            self._console.rule(f"training {contestant.title}, {settings.steps} steps")
+            self._console.rule(f"{contestant.title}, {settings.steps} steps")
             if not self._run(settings):
                 raise KeyboardInterrupt
 
     def _run(self, settings: TrainSettings) -> bool:
-        """Whether it got to its last step."""
+        """Whether it got to its last step; what is trained already is only checked to be of these settings.
+
+        Raises:
+            MTPError: it was trained, so far or to the end, with other settings, on other data or another model.
+        """
         from mtp_mlx.cli.train import ProgressListener, prepare
 
         with ProgressListener(self._console) as listener:
             trainer = prepare(settings, listener)
             trainer.resume()
+            if trained_steps(settings.out) == settings.steps == trainer.step:
+                return True
             listener.start(trainer.step, settings.steps)
             return trainer.run()
 
@@ -307,7 +312,12 @@ class Plan:
         self._settings, self._path = settings, settings.out / "plan.json"
         self._steps: dict[str, int] = {}
         if self._path.exists():
-            self._steps = json.loads(self._path.read_text(encoding="utf-8"))
+            plan = json.loads(self._path.read_text(encoding="utf-8"))
+            if plan["seconds"] != settings.seconds:
+                raise MTPError(
+                    f"{self._path} was made for --seconds {plan['seconds']:g}: say so again, or give another --out"
+                )
+            self._steps = plan["steps"]
 
     def steps_of(self, contestant: Contestant) -> int | None:
         """None while it is not known how many fit into the time."""
@@ -318,7 +328,8 @@ class Plan:
         from mtp_mlx.files import write_text
 
         self._steps[contestant.name] = steps
-        write_text(self._path, json.dumps(self._steps) + "\n")
+        plan = {"seconds": self._settings.seconds, "steps": self._steps}
+        write_text(self._path, json.dumps(plan) + "\n")
 
     def training(self, contestant: Contestant, out: Path, steps: int | None = None) -> TrainSettings:
         """The settings of its training."""
@@ -335,8 +346,7 @@ class Plan:
         if contestant.name != LOSSY:  # regions have their own way to choose positions
             common["block_share"] = own.block_share
         return TrainSettings(
-            **common,
-            **contestant.settings,
+            **common | contestant.settings,
             out=out,
             alpha=2.0 * own.rank,
             steps=total,

@@ -112,10 +112,25 @@ def test_equal_time_is_planned_once(inputs: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Trainer, "run", remembered)
     options = ("--seconds", "30", "--only", "c-ptp")
     assert run(inputs, out, *options).exit_code == 130
-    (planned,) = json.loads((out / "plan.json").read_text()).values()
+    (planned,) = json.loads((out / "plan.json").read_text())["steps"].values()
     assert trained == [compare.TIMED_STEPS, planned] and planned > compare.TIMED_STEPS
     assert not list(out.glob("timing*"))
     assert run(inputs, out, *options).exit_code == 130 and trained == [compare.TIMED_STEPS, planned, planned]
+    other = run(inputs, out, "--seconds", "60", "--only", "c-ptp")
+    assert isinstance(other.exception, MTPError) and "--seconds 30" in str(other.exception)
+
+
+def test_what_was_trained_otherwise_is_refused(inputs: Path, tmp_path: Path) -> None:
+    options = ("--steps", "2", "--only", "o-ptp")
+    assert run(inputs, tmp_path / "out", *options).exit_code == 0
+    (tmp_path / "out" / "measured.jsonl").unlink()  # stopped before anything was measured
+    other = run(inputs, tmp_path / "out", *options, "--learning-rate", "0.02")
+    assert isinstance(other.exception, MTPError) and "learning_rate" in str(other.exception)
+    (inputs / "data.jsonl").rename(tmp_path / "kept.jsonl")
+    (inputs / "data.jsonl").write_text((tmp_path / "kept.jsonl").read_text().replace("sum", "total"))
+    other = run(inputs, tmp_path / "out", *options)
+    (tmp_path / "kept.jsonl").rename(inputs / "data.jsonl")
+    assert isinstance(other.exception, MTPError) and "data" in str(other.exception)
 
 
 @pytest.mark.parametrize(
