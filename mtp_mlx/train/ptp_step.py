@@ -124,7 +124,8 @@ class PTPRunner(MicroBatchRunner):
             values, gradients = nn.value_and_grad(self._trained, loss)()
             self._trained.update(parameters)  # tracing leaves this thread's lazy copies in the module
         mx.eval(values, gradients)
-        return len(layout.rows), LossParts(values[0], dict(zip(names, values[1:], strict=True))), gradients
+        used = int(np.count_nonzero(targets.weight))  # the loss is a mean over these
+        return used, LossParts(values[0], dict(zip(names, values[1:], strict=True))), gradients
 
 
 def measure_ptp(

@@ -228,7 +228,7 @@ class StepRunner(MicroBatchRunner):
 def _mean(totals: list[Totals]) -> tuple[LossParts, dict, int]:
     """Mean over micro-batches, each weighted by its supervised rows; of parts, over those that have them."""
     rows = sum(count for count, _, _ in totals)
-    shares = [count / rows for count, _, _ in totals]
+    shares = [count / max(rows, 1) for count, _, _ in totals]  # no row at all: a step without gradients
     losses = [loss for _, loss, _ in totals]
     total = sum((share * loss.total for share, loss in zip(shares, losses, strict=True)), mx.zeros(()))
     parts = {}
@@ -238,7 +238,7 @@ def _mean(totals: list[Totals]) -> tuple[LossParts, dict, int]:
             for share, loss in zip(shares, losses, strict=True)
             if name in loss.parts
         ]
-        weight = sum(share for share, _ in have) if len(have) < len(losses) else 1.0
+        weight = (sum(share for share, _ in have) if len(have) < len(losses) else 1.0) or 1.0
         parts[name] = sum((share / weight * part for share, part in have), mx.zeros(()))
     gradients = tree_map(
         lambda *leaves: sum(share * leaf for share, leaf in zip(shares, leaves, strict=True)),

@@ -50,17 +50,17 @@ def step_mean(peers: Peers, loss: LossParts, gradients: dict, rows: int, stop: b
     mx.eval(loss.total, loss.parts, gradients)  # outside the time that others are waited for
     own = {name: number(part) for name, part in loss.parts.items()}
     every = peers.gather({"loss": number(loss.total), "parts": own, "rows": rows, "stop": stop})
-    total = sum(one["rows"] for one in every)
+    total = max(sum(one["rows"] for one in every), 1)
     parts = {}
     for name in dict.fromkeys(name for one in every for name in one["parts"]):
         have = [one for one in every if name in one["parts"]]
-        weight = sum(one["rows"] for one in have)
+        weight = max(sum(one["rows"] for one in have), 1)
         parts[name] = sum(one["rows"] / weight * one["parts"][name] for one in have)
     return StepMean(
         loss=sum(one["rows"] / total * one["loss"] for one in every),
         parts=parts,
         gradients=peers.weighted_mean(gradients, rows / total),
-        rows=total,
+        rows=sum(one["rows"] for one in every),
         stop=any(one["stop"] for one in every),
     )
 

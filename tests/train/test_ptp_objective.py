@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
@@ -16,10 +17,12 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
 from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
+from mtp_mlx.train.data import Example
 from mtp_mlx.train.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
 from mtp_mlx.train.objectives.ptp import PTPLoss, divergence
 from mtp_mlx.train.own_uniforms import with_own_uniforms
-from mtp_mlx.train.ptp_targets import slot_targets
+from mtp_mlx.train.ptp_step import PTPRunner
+from mtp_mlx.train.ptp_targets import UniformChoice, slot_targets
 from mtp_mlx.train.ptp_uniforms import (
     TeacherRows,
     carried_uniforms,
@@ -29,6 +32,7 @@ from mtp_mlx.train.ptp_uniforms import (
     text_uniforms,
 )
 from mtp_mlx.train.slot_layout import SlotLayout, build_layout
+from mtp_mlx.train.step import BlockChoice
 from mtp_mlx.train.two_pass import prefix_pass, slot_pass
 from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, tiny_model
@@ -189,6 +193,26 @@ def test_rows_behind_an_unreachable_token_are_left_out() -> None:
                 anchor = predicted - depth - 1
                 expected.append(known[s, anchor + 1 : predicted + own].all())
             assert known_so_far(layout, known, own).tolist() == expected
+
+
+def test_micro_batches_count_by_the_rows_that_something_is_learnt_from() -> None:
+    """Two texts in one micro-batch or in two: the same step, although nothing of the second can be learnt."""
+    attached = dressed("llama", teacher=TeacherSampling(top_k=1), independent=True)
+    likely = [item.token for item in mtp_generate_step([4, 5], attached, max_tokens=9)]
+    reachable = Example([4, 5, *likely], 2)
+    unlikely = [item.token for item in mtp_generate_step([6, 7], attached, max_tokens=1)]
+    behind = [(unlikely[0] + 1) % VOCABULARY, 9, 8, 9, 8]  # the first token is not the likeliest
+    unreachable = Example([6, 7, *behind], 2)
+    runner = PTPRunner(attached, PTPLoss("ce", 1.0, 64), BlockChoice(slots=SLOTS), UniformChoice(), seed=1)
+    together, gradients, rows = runner([[reachable, unreachable]], 0)
+    apart, other_gradients, other_rows = runner([[reachable], [unreachable]], 0)
+    assert rows == other_rows > 0
+    np.testing.assert_allclose(apart.total.item(), together.total.item(), rtol=1e-5)
+    for (name, one), (_, other) in zip(tree_flatten(gradients), tree_flatten(other_gradients), strict=True):
+        np.testing.assert_allclose(np.array(other), np.array(one), rtol=1e-3, atol=2e-5, err_msg=name)
+    nothing, gradients, rows = runner([[unreachable], [unreachable]], 0)
+    assert rows == 0 and nothing.total.item() == 0
+    assert not any(np.array(leaf).any() for _, leaf in tree_flatten(gradients))
 
 
 def test_greedy_and_independent_blocks_carry_nothing() -> None:
