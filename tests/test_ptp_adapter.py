@@ -175,10 +175,19 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         TrainSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
 
 
-def test_start_from_another_variant_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "c"}, "variant o, these settings say c"),
+        ({"u_embedding": "ieee-bits"}, "embedding bits, "),
+    ],
+)
+def test_start_from_weights_of_another_meaning_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     written(tmp_path / "o", "qwen3", variant="o", slots=3)
-    with pytest.raises(MTPError, match="variant 'o'"):
-        trainer_for(tmp_path / "new", **{**RUN, "variant": "c", "start_from": tmp_path / "o"})
+    with pytest.raises(MTPError, match=message):
+        trainer_for(tmp_path / "new", **{**RUN, **changes, "start_from": tmp_path / "o"})
 
 
 def test_config_refuses_values_out_of_range() -> None:

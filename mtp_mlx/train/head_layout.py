@@ -99,8 +99,10 @@ def _positions(
     example: Example, depths: Sequence[int], share: float, random: np.random.Generator | None
 ) -> np.ndarray:
     """Positions of an example at which heads are supervised, rising."""
-    first = min(first_position(example.loss_start, depth) for depth in depths)
-    candidates = np.arange(first, len(example) - 1 - min(depths))
+    supervised = np.zeros(len(example), dtype=bool)
+    for depth in depths:
+        supervised[first_position(example.loss_start, depth) : max(len(example) - 1 - depth, 0)] = True
+    candidates = np.flatnonzero(supervised)
     if share >= 1 or not len(candidates):
         return candidates
     if random is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,31 @@ def test_rows_too_short(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "a", method="mtp-heads", steps=3, warmup=0)
     trainer = Trainer(model, [*examples(4), short], [short], settings, listener)
     assert listener.messages == [
-        "1 rows left out: heads predict from the third token on, and they have none in a response"
+        "1 rows left out: head 1 predicts from token 3 on, and they have none in a response"
     ]
     assert trainer.run() and trainer.agreement is None
     assert any("no held-out response has 4 tokens" in message for message in listener.messages)
-    with pytest.raises(MTPError, match="no training row is long enough: heads need rows of three tokens"):
+    with pytest.raises(MTPError, match="no training row is long enough: head 1 needs rows of 3 tokens"):
         Trainer(tiny_model("qwen3", seed=3), [short], [], settings, listener)
+
+
+def test_rows_too_short_for_a_copy(tmp_path: Path) -> None:
+    """In looped extension the first head that is trained is a copy, which looks further than head 1."""
+    first = heads_trainer(tmp_path / "first", steps=3)
+    assert first.run()
+    count, listener = len(first.method.module.heads), Remembering()
+    settings = replace(
+        first.settings,
+        start_from=tmp_path / "first",
+        extend="2x",
+        heads=4,
+        out=tmp_path / "second",
+        batch_size=1,
+    )
+    short = Example(list(range(5, 5 + count + 2)), 0)
+    trainer = Trainer(tiny_model("qwen3", seed=3), [*examples(2), short, short], [], settings, listener)
+    assert f"2 rows left out: head {count + 1} predicts from token {count + 3} on" in str(listener.messages)
+    assert trainer.run()
 
 
 def test_starting_from_other_heads(tmp_path: Path) -> None:

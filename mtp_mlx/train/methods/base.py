@@ -53,8 +53,8 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
-        """Whether the example has anything to learn from."""
+    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+        """Tells whether an example has anything to learn from."""
 
     @classmethod
     @abstractmethod
@@ -68,7 +68,7 @@ class Method(ABC):
         Raises:
             MTPError: none.
         """
-        kept = [example for example in examples if cls.can_train_on(example, settings)]
+        kept = list(filter(cls.can_train_on(settings), examples))
         needs, because = cls.too_short(settings)
         if not kept:
             raise MTPError(f"no training row is long enough: {needs}")

@@ -7,7 +7,7 @@ other two change real rows, so what they write is a model folder of its own with
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
 from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import check_base
+from mtp_mlx.train.methods.slots import check_base, check_shape
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.online import Online
 from mtp_mlx.train.online_step import OnlineRunner
@@ -105,12 +105,13 @@ class ConfAdapt(Method):
             )
         info = read_info(folder)
         check_base(folder, info, self.fingerprint)
+        check_shape(folder, info.shape, self.adapter.config)
         self.adapter.load_tensors(read_tensors(folder))
 
     @classmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
+    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
         """See `Method`: a response of one token has none for a mask to predict."""
-        return len(candidate_anchors(len(example), example.loss_start)) > 0
+        return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
 
     @classmethod
     def too_short(cls, settings: TrainSettings) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
 from mtp_mlx.train.methods.base import Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import SlotMethod, check_base
+from mtp_mlx.train.methods.slots import SlotMethod, check_base, check_shape
 from mtp_mlx.train.objectives.apple import Apple
 from mtp_mlx.train.objectives.base import LossParts, Objective
 from mtp_mlx.train.objectives.self_distil import SelfDistil
@@ -80,6 +80,7 @@ class MaskTokens(SlotMethod):
         """
         info, tensors = read_info(folder), read_tensors(folder)
         check_base(folder, info, self.fingerprint)
+        check_shape(folder, info.shape, self.adapter.config)
         own = self.adapter.tensors().get("draft_ids")
         theirs = tensors.get("draft_ids")
         if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):

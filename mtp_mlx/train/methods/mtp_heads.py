@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, load_heads, save_heads
+from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, load_heads, read_heads_info, save_heads
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHeads, new_heads
@@ -33,6 +33,17 @@ from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, TrunkStates
 
 CONVENTION = HeadConvention("mtp-mlx")
+
+
+def first_trained_depth(settings: TrainSettings) -> int:
+    """Depth of the first head that is trained: 1, or that of the first copy in looped extension.
+
+    Raises:
+        MTPError: no heads in `settings.start_from`.
+    """
+    if settings.extend is None or settings.start_from is None:
+        return 1
+    return read_heads_info(settings.start_from).count + 1
 
 
 class TrainHeads(Method):
@@ -118,16 +129,18 @@ class TrainHeads(Method):
         return MTPHeads(heads, info.convention, draft_ids)
 
     @classmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
-        """See `Method`: a row of one or two tokens has none that a head predicts."""
-        return can_supervise(example, [1])
+    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+        """See `Method`: a row of one or two tokens has none that a first head predicts, copies look further."""
+        first = first_trained_depth(settings)
+        return lambda example: can_supervise(example, [first])
 
     @classmethod
     def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
         """See `Method`."""
+        first = first_trained_depth(settings)
         return (
-            "heads need rows of three tokens or more",
-            "heads predict from the third token on, and they have none in a response",
+            f"head {first} needs rows of {first + 2} tokens or more",
+            f"head {first} predicts from token {first + 2} on, and they have none in a response",
         )
 
     @property

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.nn as nn
 
 from mtp_mlx.adapter import base_fingerprint, read_tensors
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach, new_ptp_adapter
 from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig, TeacherSampling
 from mtp_mlx.ptp_adapter import PTPInfo, read_ptp_info, save_ptp
@@ -18,7 +17,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
 from mtp_mlx.train.methods.base import Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import SlotMethod, check_base
+from mtp_mlx.train.methods.slots import SlotMethod, check_base, check_shape
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.objectives.ptp import PTPLoss
 from mtp_mlx.train.ptp_step import PTPRunner, measure_ptp
@@ -101,11 +100,7 @@ class TrainPTP(SlotMethod):
         """
         info, tensors = read_ptp_info(folder), read_tensors(folder)
         check_base(folder, info, self.fingerprint)
-        if info.shape.variant != self.settings.variant:
-            raise MTPError(
-                f"--start-from {folder}: it is variant '{info.shape.variant}', and --variant is "
-                f"'{self.settings.variant}'"
-            )
+        check_shape(folder, info.shape, self.adapter.config)
         self.adapter.load_tensors(tensors)
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:

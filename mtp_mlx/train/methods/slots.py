@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ class SlotMethod(Method):
     adapter: SlotAdapter
 
     @classmethod
-    def can_train_on(cls, example: Example, settings: TrainSettings) -> bool:
+    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
         """See `Method`: a response of one token has none for a slot to predict."""
-        return len(candidate_anchors(len(example), example.loss_start)) > 0
+        return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
 
     @classmethod
     def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
@@ -50,6 +52,25 @@ class SlotMethod(Method):
     def load_tensors(self, tensors: dict[str, mx.array]) -> None:
         """See `Method`."""
         self.adapter.load_tensors(tensors)
+
+
+def check_shape(folder: Path, shape: Any, own: Any) -> None:
+    """Refuses to start from weights that mean something else here, even where their tensors would fit.
+
+    Args:
+        folder: where they are.
+        shape, own: the adapter's config there and here; which ids may be drafted and which teacher it had change no
+            weight's meaning.
+
+    Raises:
+        MTPError: another setting; both values are named.
+    """
+    there, here = asdict(shape), asdict(own)
+    for name in there:
+        if name not in ("draft_vocab_size", "teacher") and there[name] != here[name]:
+            raise MTPError(
+                f"--start-from {folder}: it was trained with {name} {there[name]}, these settings say {here[name]}"
+            )
 
 
 def check_base(folder: Path, info: Any, fingerprint: str) -> None:
