@@ -54,12 +54,18 @@ class BatchPlan:
         self.max_drafts = 0 if drafting.form == "plain" else max(own, drafting.lookup)
         self._chosen: BatchDrafting = drafting
         self._planned_for = 0
+        self._context = 0
         self._steps = 0
 
-    def choose(self, at_hand: Sequence[int]) -> Layout:
-        """The next step's layout, for sequences that have so many drafts at hand; it may verify fewer."""
+    def choose(self, at_hand: Sequence[int], contexts: Sequence[int]) -> Layout:
+        """The next step's layout; it may verify fewer drafts than there are.
+
+        Args:
+            at_hand: [B] drafts of each sequence.
+            contexts: [B] cached tokens of each sequence.
+        """
         if self._drafting.form == "auto":
-            self._plan(len(at_hand))
+            self._plan(len(at_hand), round(sum(contexts) / max(len(contexts), 1)))
         chosen = self._chosen
         own = chosen.chain or chosen.slots
         drafts = min(max(at_hand, default=0), max(own, chosen.lookup))
@@ -80,11 +86,11 @@ class BatchPlan:
 
     # --- "auto" ---------------------------------------------------------------------------------------------
 
-    def _plan(self, n_sequences: int) -> None:
+    def _plan(self, n_sequences: int, context: int) -> None:
         self._steps += 1
         if self._planned_for == n_sequences and self._steps % PLAN_EVERY:
             return
-        self._planned_for = n_sequences
+        self._planned_for, self._context = n_sequences, context
         plain = BatchDrafting("plain")
         best, best_rate = plain, 1.0 / self._seconds(n_sequences, Layout.plain()) * MARGIN
         for candidate in self._candidates():
@@ -101,7 +107,7 @@ class BatchPlan:
         return [BatchDrafting(form, slots=k) for k in range(1, drafting.slots + 1) for form in forms]
 
     def rate(self, n_sequences: int, drafting: BatchDrafting) -> float:
-        """Expected tokens per second of each of B sequences in a steady state."""
+        """Expected tokens per second of each of B sequences in a steady state, of the lengths last planned for."""
         assert self._experience is not None
         count = drafting.chain or drafting.slots
         known = self._experience.acceptance["heads" if drafting.chain else "slots"]
@@ -124,4 +130,4 @@ class BatchPlan:
         assert self._cost is not None
         drafts = max(*layout.slots, layout.chain)
         as_one = Layout(n_sequences * layout.rows - 1, (0,) * (n_sequences * layout.rows))
-        return self._cost.seconds(as_one, 0) + n_sequences * self._cost.draft * drafts
+        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts

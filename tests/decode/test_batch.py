@@ -33,7 +33,7 @@ from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.ptp_slots import PTPAdapter
-from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
+from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.decode.ptp_fakes import ptp_attached, ptp_drafting
 from tests.decode.test_head_chain import model_with_heads
 from tests.decode.test_heads_loop import Knowing
@@ -314,12 +314,45 @@ def plan(rows_cost: float, prior: float = 0.8, **drafting: int) -> BatchPlan:
 
 
 def test_a_planned_batch_drafts_less_the_more_rows_cost() -> None:
-    free = plan(0.0001, slots=4).choose([4, 4])
+    free = plan(0.0001, slots=4).choose([4, 4], [0, 0])
     assert max(free.slots) == 4
-    dear = plan(0.6, slots=4).choose([4, 4])
+    dear = plan(0.6, slots=4).choose([4, 4], [0, 0])
     assert dear == Layout.plain()
-    chains = [plan(0.05, chain=4).choose([4] * n).chain for n in (1, 4, 16)]
+    chains = [plan(0.05, chain=4).choose([4] * n, [0] * n).chain for n in (1, 4, 16)]
     assert chains[0] >= chains[1] >= chains[2] and chains[0] > chains[2]
+
+
+def test_a_planned_batch_knows_how_long_its_texts_are() -> None:
+    """Rows that are free behind short texts and dear behind long ones: the mean length decides."""
+    short, long = (1.0, 1.0), (1.0, 60.0)
+    dearer = StepCost((1, 100), (0, 1000), short, long, (1,), (0.0,), 0.0, (1.0, 1.0))
+    found = BatchPlan(BatchDrafting("auto", slots=4), dearer, Experience.fresh(4, [0.8] * 4))
+    assert found.choose([4, 4], [10, 20]).slot_rows
+    assert found.choose([4, 4, 4], [0, 4000, 2000]) == Layout.plain()
+
+
+def test_a_batch_tells_its_planner_how_long_its_texts_are() -> None:
+    """Prompts of different lengths; the pending token is not cached."""
+    model = attached("llama")
+    planned = plan_for("plain", 0, False)
+    lengths: list[list[int]] = []
+    choose = planned.choose
+
+    def watched(at_hand: Any, contexts: Any) -> Layout:
+        lengths.append(list(contexts))
+        return choose(at_hand, contexts)
+
+    cases = [Text((5,) * length, 3, SamplingConfig(), 0, None) for length in (9, 4)]
+    with mock.patch.object(planned, "choose", watched):
+        together(model, cases, planned, [FixedPolicy("plain", 0)] * 2, [[], []], False)
+    assert lengths == [[8, 3], [9, 4], [10, 5]]
+
+
+def test_a_text_that_leaves_a_batch_tells_its_own_planner_how_long_it_is() -> None:
+    model, policies = attached("llama"), [PlainWatching(), PlainWatching()]
+    cases = [Text((5, 9, 2), 8, SamplingConfig(), 0, None, alone) for alone in (3, None)]
+    together(model, cases, plan_for("plain", 0, False), [*policies], [[], []], False)
+    assert [policy.contexts for policy in policies] == [[5], []]
 
 
 def test_planned_rates_are_those_of_the_chain_of_states() -> None:
@@ -341,10 +374,10 @@ def test_planned_rates_are_those_of_the_chain_of_states() -> None:
 
 def test_a_planned_batch_learns() -> None:
     found = plan(0.05, prior=0.9, slots=2)
-    assert found.choose([2, 2]).slot_rows
+    assert found.choose([2, 2], [0, 0]).slot_rows
     for _ in range(400):
         found.observe(Proposal("slots", [1, 2], [0.5, 0.5]), 0)
-    assert any(found.choose([2, 2]) == Layout.plain() for _ in range(64))
+    assert any(found.choose([2, 2], [0, 0]) == Layout.plain() for _ in range(64))
 
 
 def test_options_become_what_a_batch_drafts_with() -> None:

@@ -62,6 +62,9 @@ class SometimesChain:
         self.max_drafts = self.chain = chain
         self.verdict, self._asked, self._plain = "", 0, 0
 
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
+
     def choose(self, proposals: list[Proposal]) -> tuple[Proposal, Layout]:
         self._asked += 1
         best = max(proposals, key=lambda proposal: len(proposal.drafts)).cut(self.max_drafts)
