@@ -119,5 +119,5 @@ def recorded_acceptance(model: AttachedModel) -> list[float]:
     prior = list(model.info.acceptance) if model.info is not None else []
     if model.experience is None:
         most = 0 if model.mtp_heads is None else _most_chain(model.mtp_heads)
-        model.experience = Experience.fresh(max(most, model.most_drafts), prior)
+        model.experience = Experience.fresh(max(most, model.most_drafts), prior, model.lead)
     return prior

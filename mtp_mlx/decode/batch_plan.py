@@ -129,5 +129,6 @@ class BatchPlan:
         """Of one pass; drafting is done for one sequence after another."""
         assert self._cost is not None
         drafts = max(*layout.slots, layout.chain)
-        as_one = Layout(n_sequences * layout.rows - 1, (0,) * (n_sequences * layout.rows))
+        rows = n_sequences * self._cost.rows_of(layout)
+        as_one = Layout(rows - 1, (0,) * rows)
         return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts

@@ -52,14 +52,20 @@ class Experience:
     cost: CostCorrection
 
     @classmethod
-    def fresh(cls, slots: int, prior: Sequence[float]) -> Experience:
-        """Before anything was seen; `prior` is the adapter's recorded acceptance per depth."""
+    def fresh(cls, slots: int, prior: Sequence[float], lead: int = 0) -> Experience:
+        """Before anything was seen.
+
+        Args:
+            slots: most drafts of the adapter in a step.
+            prior: the adapter's recorded acceptance per depth.
+            lead: rows at the start of every slot group that draft nothing.
+        """
         acceptance = {
             "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
             "heads": AcceptanceEstimate(max(slots, 1), list(prior) or None),
             "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
         }
-        return cls(acceptance, CostCorrection())
+        return cls(acceptance, CostCorrection(lead))
 
 
 class BudgetPolicy:
@@ -84,7 +90,7 @@ class BudgetPolicy:
         self._cost, self._slots, self._context = cost, slots, 0
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
         self.chain = 0
-        experience = experience or Experience.fresh(slots, prior)
+        experience = experience or Experience.fresh(slots, prior, cost.lead)
         self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
         self._plain_steps = 0

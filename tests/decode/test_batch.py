@@ -4,7 +4,7 @@ leaving at any time; and models that cannot share passes are told apart."""
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +32,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import block_shape
 from mtp_mlx.model.ptp_slots import PTPAdapter
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.decode.ptp_fakes import ptp_attached, ptp_drafting
@@ -370,6 +371,15 @@ def test_planned_rates_are_those_of_the_chain_of_states() -> None:
         tokens += 1 + accepted
         at_hand = 2 if accepted == at_hand else 0
     assert found.rate(3, BatchDrafting("linear", slots=2)) == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_planned_rates_count_rows_that_draft_nothing() -> None:
+    found = BatchPlan(
+        BatchDrafting("auto", slots=2), replace(cost(0.1), lead=1), Experience.fresh(2, [0.5] * 2, 1)
+    )
+    rows = 3 * block_shape(2, (2, 2, 2), lead=1).rows
+    expected = (1 + 0.5 + 0.25) / (1 + 0.1 * (rows - 1))
+    assert found.rate(3, BatchDrafting("quadratic", slots=2)) == pytest.approx(expected)
 
 
 def test_a_planned_batch_learns() -> None:
