@@ -2,13 +2,18 @@
 
 A fixed layout stays what it is. "auto" takes the number of slots (or of drafts of MTP heads) and the form for which
 expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
-(design 2.5), so batches draft less than single sequences do.
+(design 2.5), so batches draft less than single sequences do. In the linear form sequences wait for each other: the
+one slot group stands behind all drafts of the pass, out of reach of sequences that bring fewer; so its rate is that
+of the whole batch, and falls with every further sequence even where rows are free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mtp_mlx.decode.budget import MARGIN, Experience
 from mtp_mlx.decode.cost import StepCost
@@ -119,11 +124,14 @@ class BatchPlan:
             return (1 + accepted) / self._seconds(n_sequences, Layout.chained(count, count))
         if drafting.form == "quadratic":
             return (1 + accepted) / self._seconds(n_sequences, Layout.quadratic(count, count))
-        # Linear: drafts are at hand only after a step that accepted all, or had none.
-        share = 1.0 / (2.0 - reach[count])  # of steps with drafts
+        # Linear: the one slot group stands behind all drafts. A sequence that rejects one is without drafts until no
+        # sequence has any; then one pass that verifies nothing gives drafts to all, and passes with drafts follow
+        # while at least one sequence has accepted everything so far.
         empty = self._seconds(n_sequences, Layout.linear(0, count))
         full = self._seconds(n_sequences, Layout.linear(count, count))
-        return (1 - share + share * (1 + accepted)) / ((1 - share) * empty + share * full)
+        passes = _longest_run(n_sequences, reach[count])
+        tokens = 1 + passes + accepted / (1 - reach[count])
+        return tokens / (empty + passes * full)
 
     def _seconds(self, n_sequences: int, layout: Layout) -> float:
         """Of one pass; drafting is done for one sequence after another."""
@@ -132,3 +140,10 @@ class BatchPlan:
         rows = n_sequences * self._cost.rows_of(layout)
         as_one = Layout(rows - 1, (0,) * rows)
         return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts
+
+
+def _longest_run(n_sequences: int, chance: float) -> float:
+    """Expected number of passes until each of B sequences has failed once, if each succeeds with `chance` < 1."""
+    most = math.ceil(math.log(1e-9) / math.log(chance)) + 1  # further passes are that unlikely for a sequence
+    survives = chance ** np.arange(most)  # [passes] P(a sequence is still to fail)
+    return float((1 - (1 - survives) ** n_sequences).sum())

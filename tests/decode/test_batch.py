@@ -356,21 +356,24 @@ def test_a_text_that_leaves_a_batch_tells_its_own_planner_how_long_it_is() -> No
     assert [policy.contexts for policy in policies] == [[5], []]
 
 
-def test_planned_rates_are_those_of_the_chain_of_states() -> None:
-    """The linear layout's steady state, simulated."""
-    found = plan(0.1, prior=0.7, slots=2)
+@pytest.mark.parametrize(
+    ("n_sequences", "slots", "chance"), [(1, 2, 0.7), (3, 2, 0.7), (4, 4, 0.8), (16, 3, 0.9)]
+)
+def test_planned_rates_are_those_of_the_chain_of_states(n_sequences: int, slots: int, chance: float) -> None:
+    """The linear layout's steady state, simulated as `Batch` decodes: sequences wait for each other."""
+    found = plan(0.1, prior=chance, slots=slots)
     rng = np.random.default_rng(0)
     tokens = seconds = 0.0
-    at_hand = 0
-    for _ in range(60_000):
-        rows = 1 + at_hand + 2
-        seconds += 1.0 + 0.1 * (3 * rows - 1)
-        accepted = 0
-        while accepted < at_hand and rng.random() < 0.7:
-            accepted += 1
-        tokens += 1 + accepted
-        at_hand = 2 if accepted == at_hand else 0
-    assert found.rate(3, BatchDrafting("linear", slots=2)) == pytest.approx(tokens / seconds, rel=0.02)
+    at_hand = np.zeros(n_sequences, dtype=int)
+    for _ in range(40_000):
+        layout = Layout.linear(int(at_hand.max()), slots)
+        seconds += 1.0 + 0.1 * (n_sequences * layout.rows - 1)
+        right = rng.random((n_sequences, slots)) < chance
+        accepted = np.minimum(np.logical_and.accumulate(right, axis=1).sum(axis=1), at_hand)
+        tokens += float((1 + accepted).mean())
+        at_hand = np.array(layout.slots)[accepted]
+    drafting = BatchDrafting("linear", slots=slots)
+    assert found.rate(n_sequences, drafting) == pytest.approx(tokens / seconds, rel=0.02)
 
 
 def test_planned_rates_count_rows_that_draft_nothing() -> None:
