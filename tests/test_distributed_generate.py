@@ -21,7 +21,7 @@ from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
 from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.sharded import shard
-from tests.decode.fakes import random_adapter
+from tests.decode.fakes import PlainWatching, random_adapter
 from tests.launched import Launched
 from tests.model.test_mtp_head import random_heads
 from tests.sharded_script import answers
@@ -138,6 +138,10 @@ def test_the_first_process_decides() -> None:
     assert policy.choose(proposals) == (Proposal("lookup", [7], [1.0]), Layout(1, (2, 3)))
     follower.__dict__["said"] = True
     assert policy.interrupts_plain() is True
+    for peers, told in ((follower, []), (Told(rank=0, size=2), [7])):
+        watching = PlainWatching()
+        LedPolicy(watching, peers).begin(7)
+        assert watching.contexts == told
     own = FixedPolicy("quadratic", 2)
     assert led_policy(own, Peers()) is own and led_policy(own, follower) is not own
     values = mx.array([1, 2])

@@ -10,6 +10,7 @@ from mtp_mlx.decode.policy import ChainPolicy, ConfidencePolicy, FixedPolicy, La
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.ptp_slots import PTPAdapter
 
 MOST_CHAIN = 16  # drafts of a chain of heads; the heads are applied again in turn where they are fewer
@@ -42,7 +43,7 @@ def build_policy(
     if layout == "plain":
         return FixedPolicy("plain", 0)
     if layout == "auto":
-        prior = recorded_acceptance(model, most)
+        prior = recorded_acceptance(model)
         return BudgetPolicy(step_cost(model), slots or most, prior, experience=model.experience)
     return FixedPolicy(layout, slots or most)
 
@@ -89,25 +90,34 @@ def _heads_policy(model: AttachedModel, layout: LayoutName, slots: int | None, s
             "layout 'quadratic' places groups of mask slots, which MTP heads do not need: they draft after every "
             "outcome; use --layout linear, auto or plain"
         )
-    most = (model.mtp_heads and model.mtp_heads.most_drafts) or MOST_CHAIN
+    assert model.mtp_heads is not None
+    most = _most_chain(model.mtp_heads)
     if slots is not None and not 1 <= slots <= most:
         raise MTPError(f"with these MTP heads, slots are drafts in each step, from 1 to {most}; got {slots}")
     if layout == "plain":
         return FixedPolicy("plain", 0)
     chain = slots or model.most_drafts
-    assert model.mtp_heads is not None
     count = len(model.mtp_heads.heads)
     if chain > count:
         stats.looped = f"{count} heads to {chain} drafts"
     if layout == "auto":
-        prior = recorded_acceptance(model, chain)
+        prior = recorded_acceptance(model)
         return HeadsBudgetPolicy(step_cost(model), chain, prior, experience=model.experience)
     return ChainPolicy(chain)
 
 
-def recorded_acceptance(model: AttachedModel, drafts: int) -> list[float]:
-    """Acceptance per depth that the adapter records; gives a model without any an experience to go on from."""
+def _most_chain(heads: DraftHeads) -> int:
+    """Most drafts that a generation can ask of these heads in a step."""
+    return heads.most_drafts or MOST_CHAIN
+
+
+def recorded_acceptance(model: AttachedModel) -> list[float]:
+    """Acceptance per depth that the adapter records; gives a model without any an experience to go on from.
+
+    The experience goes on to generations that ask for more drafts than this one, so it has room for the most.
+    """
     prior = list(model.info.acceptance) if model.info is not None else []
     if model.experience is None:
-        model.experience = Experience.fresh(drafts, prior)
+        most = 0 if model.mtp_heads is None else _most_chain(model.mtp_heads)
+        model.experience = Experience.fresh(max(most, model.most_drafts), prior, model.lead)
     return prior

@@ -110,9 +110,9 @@ class Batch:
     def step(self) -> list[list[Token]]:
         """One pass over all members: the tokens that each of them commits, in order of `members`."""
         offered = [preferred(member.loop.proposals(self._plan.max_drafts)) for member in self.members]
-        layout = self._plan.choose([len(proposal.drafts) for proposal in offered])
-        offered = [proposal.cut(layout.drafts) for proposal in offered]
         starts = [member.session.next_position - 1 for member in self.members]
+        layout = self._plan.choose([len(proposal.drafts) for proposal in offered], starts)
+        offered = [proposal.cut(layout.drafts) for proposal in offered]
         hidden = self._attached.forward(self._block(layout, offered, starts), self._caches)  # [B, R, D]
         head_input = self._attached.head_input
         logits = self._attached.head(hidden[:, : layout.real_rows])  # [B, 1 + d, V]

@@ -2,13 +2,18 @@
 
 A fixed layout stays what it is. "auto" takes the number of slots (or of drafts of MTP heads) and the form for which
 expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
-(design 2.5), so batches draft less than single sequences do.
+(design 2.5), so batches draft less than single sequences do. In the linear form sequences wait for each other: the
+one slot group stands behind all drafts of the pass, out of reach of sequences that bring fewer; so its rate is that
+of the whole batch, and falls with every further sequence even where rows are free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mtp_mlx.decode.budget import MARGIN, Experience
 from mtp_mlx.decode.cost import StepCost
@@ -54,12 +59,18 @@ class BatchPlan:
         self.max_drafts = 0 if drafting.form == "plain" else max(own, drafting.lookup)
         self._chosen: BatchDrafting = drafting
         self._planned_for = 0
+        self._context = 0
         self._steps = 0
 
-    def choose(self, at_hand: Sequence[int]) -> Layout:
-        """The next step's layout, for sequences that have so many drafts at hand; it may verify fewer."""
+    def choose(self, at_hand: Sequence[int], contexts: Sequence[int]) -> Layout:
+        """The next step's layout; it may verify fewer drafts than there are.
+
+        Args:
+            at_hand: [B] drafts of each sequence.
+            contexts: [B] cached tokens of each sequence.
+        """
         if self._drafting.form == "auto":
-            self._plan(len(at_hand))
+            self._plan(len(at_hand), round(sum(contexts) / max(len(contexts), 1)))
         chosen = self._chosen
         own = chosen.chain or chosen.slots
         drafts = min(max(at_hand, default=0), max(own, chosen.lookup))
@@ -80,11 +91,11 @@ class BatchPlan:
 
     # --- "auto" ---------------------------------------------------------------------------------------------
 
-    def _plan(self, n_sequences: int) -> None:
+    def _plan(self, n_sequences: int, context: int) -> None:
         self._steps += 1
         if self._planned_for == n_sequences and self._steps % PLAN_EVERY:
             return
-        self._planned_for = n_sequences
+        self._planned_for, self._context = n_sequences, context
         plain = BatchDrafting("plain")
         best, best_rate = plain, 1.0 / self._seconds(n_sequences, Layout.plain()) * MARGIN
         for candidate in self._candidates():
@@ -101,7 +112,7 @@ class BatchPlan:
         return [BatchDrafting(form, slots=k) for k in range(1, drafting.slots + 1) for form in forms]
 
     def rate(self, n_sequences: int, drafting: BatchDrafting) -> float:
-        """Expected tokens per second of each of B sequences in a steady state."""
+        """Expected tokens per second of each of B sequences in a steady state, of the lengths last planned for."""
         assert self._experience is not None
         count = drafting.chain or drafting.slots
         known = self._experience.acceptance["heads" if drafting.chain else "slots"]
@@ -113,15 +124,26 @@ class BatchPlan:
             return (1 + accepted) / self._seconds(n_sequences, Layout.chained(count, count))
         if drafting.form == "quadratic":
             return (1 + accepted) / self._seconds(n_sequences, Layout.quadratic(count, count))
-        # Linear: drafts are at hand only after a step that accepted all, or had none.
-        share = 1.0 / (2.0 - reach[count])  # of steps with drafts
+        # Linear: the one slot group stands behind all drafts. A sequence that rejects one is without drafts until no
+        # sequence has any; then one pass that verifies nothing gives drafts to all, and passes with drafts follow
+        # while at least one sequence has accepted everything so far.
         empty = self._seconds(n_sequences, Layout.linear(0, count))
         full = self._seconds(n_sequences, Layout.linear(count, count))
-        return (1 - share + share * (1 + accepted)) / ((1 - share) * empty + share * full)
+        passes = _longest_run(n_sequences, reach[count])
+        tokens = 1 + passes + accepted / (1 - reach[count])
+        return tokens / (empty + passes * full)
 
     def _seconds(self, n_sequences: int, layout: Layout) -> float:
         """Of one pass; drafting is done for one sequence after another."""
         assert self._cost is not None
         drafts = max(*layout.slots, layout.chain)
-        as_one = Layout(n_sequences * layout.rows - 1, (0,) * (n_sequences * layout.rows))
-        return self._cost.seconds(as_one, 0) + n_sequences * self._cost.draft * drafts
+        rows = n_sequences * self._cost.rows_of(layout)
+        as_one = Layout(rows - 1, (0,) * rows)
+        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts
+
+
+def _longest_run(n_sequences: int, chance: float) -> float:
+    """Expected number of passes until each of B sequences has failed once, if each succeeds with `chance` < 1."""
+    most = math.ceil(math.log(1e-9) / math.log(chance)) + 1  # further passes are that unlikely for a sequence
+    survives = chance ** np.arange(most)  # [passes] P(a sequence is still to fail)
+    return float((1 - (1 - survives) ** n_sequences).sum())

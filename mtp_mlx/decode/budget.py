@@ -52,14 +52,20 @@ class Experience:
     cost: CostCorrection
 
     @classmethod
-    def fresh(cls, slots: int, prior: Sequence[float]) -> Experience:
-        """Before anything was seen; `prior` is the adapter's recorded acceptance per depth."""
+    def fresh(cls, slots: int, prior: Sequence[float], lead: int = 0) -> Experience:
+        """Before anything was seen.
+
+        Args:
+            slots: most drafts of the adapter in a step.
+            prior: the adapter's recorded acceptance per depth.
+            lead: rows at the start of every slot group that draft nothing.
+        """
         acceptance = {
             "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
             "heads": AcceptanceEstimate(max(slots, 1), list(prior) or None),
             "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
         }
-        return cls(acceptance, CostCorrection())
+        return cls(acceptance, CostCorrection(lead))
 
 
 class BudgetPolicy:
@@ -69,7 +75,6 @@ class BudgetPolicy:
         cost: measured seconds of steps.
         slots: most slots behind one position, or drafts of a chain of heads; 0 without an adapter.
         prior: the adapter's recorded acceptance per depth.
-        context: tokens cached when decoding starts.
         experience: of earlier generations, to go on from.
     """
 
@@ -80,21 +85,27 @@ class BudgetPolicy:
         cost: StepCost,
         slots: int,
         prior: Sequence[float],
-        context: int = 0,
         experience: Experience | None = None,
     ) -> None:
-        self._cost, self._slots, self._context = cost, slots, context
+        self._cost, self._slots, self._context = cost, slots, 0
         self.max_drafts = max(LOOKUP_DRAFTS, slots)
         self.chain = 0
-        experience = experience or Experience.fresh(slots, prior)
+        experience = experience or Experience.fresh(slots, prior, cost.lead)
         self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
         self._probing = False
         self._worth = [0.0] * (slots + 1)
-        self.rate = 0.0
-        self._solve()
+        self._rate = 0.0
+        self._planned = False  # not before the context is known, or somebody asks
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that it expects."""
+        if not self._planned:
+            self._solve()
+        return self._rate
 
     @property
     def verdict(self) -> str:
@@ -106,8 +117,16 @@ class BudgetPolicy:
 
     # --- Policy -------------------------------------------------------------------------------------------
 
+    def begin(self, context: int) -> None:
+        """Plans for steps behind so many cached tokens; see `Policy`."""
+        if context != self._context or not self._planned:
+            self._context = context
+            self._solve()
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """The proposal and layout worth most; see `Policy`."""
+        if not self._planned:
+            self._solve()
         if self._probing and self._slots:
             self._probing = False
             return proposals[0].cut(0), self._fullest(0)
@@ -199,21 +218,22 @@ class BudgetPolicy:
 
     def _solve(self) -> None:
         """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
+        self._planned = True
         known = self._acceptance[self.own]
         chances = [known.probability(depth + 1) for depth in range(self._slots)]
         plain = 1.0 / self._seconds(Layout.plain())
         policy = [self._fullest(held) for held in range(self._slots + 1)]
         best, last = (plain, [0.0] * (self._slots + 1)), 0.0
         for _ in range(MOST_ITERATIONS):
-            self.rate, self._worth = self._valued(policy, chances)
+            self._rate, self._worth = self._valued(policy, chances)
             self._runs = _best_runs(self._worth)
-            if self.rate > best[0] * MARGIN or best[0] > plain and self.rate > best[0]:
-                best = (self.rate, self._worth)
-            if self.rate <= last * (1 + 1e-9):
+            if self._rate > best[0] * MARGIN or best[0] > plain and self._rate > best[0]:
+                best = (self._rate, self._worth)
+            if self._rate <= last * (1 + 1e-9):
                 break
-            last = self.rate
+            last = self._rate
             policy = [self._best_layout(chances[:held])[1] for held in range(self._slots + 1)]
-        self.rate, self._worth = best
+        self._rate, self._worth = best
         self._runs = _best_runs(self._worth)
 
     def _valued(self, policy: Sequence[Layout], chances: Sequence[float]) -> tuple[float, list[float]]:

@@ -33,7 +33,7 @@ from mtp_mlx.model.block import block_shape
 from mtp_mlx.model.draft_heads import DraftHeads
 
 REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-SLOT_ROWS = (1, 2, 4, 8, 12, 20)
+SLOT_ROWS = (1, 2, 4, 8, 12, 20)  # without those that draft nothing
 SHORT_CONTEXT, LONG_CONTEXT = 64, 768
 REPEATS = 3
 
@@ -65,7 +65,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     if model.mtp_heads is not None:
         shape = _heads_shape(model.mtp_heads, model.draft_head.columns)
     embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
-    return {
+    key = {
         "version": "2",
         "device": f"{device} {name} {os.cpu_count()}",
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
@@ -76,6 +76,8 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }
+    # Only there: measurements without it that are older than this entry counted too few rows.
+    return {**key, "lead": str(model.lead)} if model.lead else key
 
 
 def _heads_shape(heads: DraftHeads, columns: int) -> str:
@@ -104,6 +106,7 @@ def measure(model: AttachedModel) -> StepCost:
         real[context] = [_seconds(session, Layout(rows - 1, (0,) * rows)) for rows in REAL_ROWS]
         plain[context] = _plain_seconds(session)
     surcharge: list[float] = []
+    slot_rows: list[int] = []
     draft = 0.0
     if drafter is not None:
         one, four = (_propose_seconds(model, drafter, count) for count in (1, 1 + drafter.max_drafts))
@@ -112,7 +115,9 @@ def measure(model: AttachedModel) -> StepCost:
         for count in SLOT_ROWS:
             groups = tuple(min(most, max(0, count - most * group)) for group in range(-(-count // most)))
             layout = Layout(len(groups) - 1, groups)
-            as_real = _interpolated(real[SHORT_CONTEXT], layout.rows)
+            lead_rows = layout.lead_rows(model.lead)
+            as_real = _interpolated(real[SHORT_CONTEXT], layout.rows + lead_rows)
+            slot_rows.append(layout.slot_rows + lead_rows)
             surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
     if model.mtp_heads is not None:
         draft = _chain_seconds(model, picker, prompt[: SHORT_CONTEXT + 1], model.mtp_heads.drafts)
@@ -121,10 +126,11 @@ def measure(model: AttachedModel) -> StepCost:
         contexts=(SHORT_CONTEXT, LONG_CONTEXT),
         short=tuple(real[SHORT_CONTEXT]),
         long=tuple(real[LONG_CONTEXT]),
-        slot_rows=SLOT_ROWS if surcharge else (1,),
+        slot_rows=tuple(slot_rows) or (1,),
         surcharge=tuple(surcharge) or (0.0,),
         draft=draft,
         plain=(plain[SHORT_CONTEXT], plain[LONG_CONTEXT]),
+        lead=model.lead,
     )
 
 

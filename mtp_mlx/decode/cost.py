@@ -29,10 +29,11 @@ class StepCost:
         rows: numbers of real rows measured, increasing, from 1.
         contexts: the short and the long context, in cached tokens.
         short, long: seconds of a step with that many real rows and no slots, per entry of `rows`.
-        slot_rows: numbers of slot rows measured, increasing.
+        slot_rows: numbers of slot rows measured, increasing; those that draft nothing count.
         surcharge: seconds that many slot rows cost beyond as many real rows.
         draft: seconds of drafting one token, with the sampler head or with MTP heads.
         plain: seconds of a plain step that overlaps with the host, at the two contexts.
+        lead: rows at the start of every slot group that draft nothing.
     """
 
     rows: tuple[int, ...]
@@ -43,17 +44,23 @@ class StepCost:
     surcharge: tuple[float, ...]
     draft: float
     plain: tuple[float, float]
+    lead: int = 0
 
     def seconds(self, layout: Layout, context: int) -> float:
         """Of one step in `layout` behind `context` cached tokens."""
         if layout == Layout.plain():
             return self._at(context, *self.plain)
-        rows = layout.rows
+        rows = self.rows_of(layout)
         body = self._at(
             context, interpolate(self.rows, self.short, rows), interpolate(self.rows, self.long, rows)
         )
-        extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), layout.slot_rows))
+        slot_rows = layout.slot_rows + layout.lead_rows(self.lead)
+        extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), slot_rows))
         return body + extra + self.draft * max(*layout.slots, layout.chain)
+
+    def rows_of(self, layout: Layout) -> int:
+        """All rows of a step's pass, those that draft nothing among them."""
+        return layout.rows + layout.lead_rows(self.lead)
 
     def _at(self, context: int, short: float, long: float) -> float:
         low, high = self.contexts
@@ -100,7 +107,7 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
             name: tuple(value) if isinstance(value, list) else float(value)
             for name, value in stored["cost"].items()
         }
-        return StepCost(**values)
+        return StepCost(**{**values, "lead": int(values.get("lead", 0))})
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s is damaged: step costs are measured again", path)
         return None

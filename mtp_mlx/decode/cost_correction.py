@@ -27,9 +27,14 @@ Cell = tuple[str | int, ...]
 
 
 class CostCorrection:
-    """Learns the factor between measured and predicted seconds of a step. Starts at 1 for every layout."""
+    """Learns the factor between measured and predicted seconds of a step. Starts at 1 for every layout.
 
-    def __init__(self) -> None:
+    Args:
+        lead: rows at the start of every slot group that draft nothing.
+    """
+
+    def __init__(self, lead: int = 0) -> None:
+        self._lead = lead
         self._cells: dict[Cell, tuple[float, float]] = {}  # (weight, weighted sum of log ratios)
         self._kept = 0.5 ** (1.0 / MEMORY_OBSERVATIONS)
 
@@ -42,7 +47,7 @@ class CostCorrection:
         if not (predicted > 0 and seconds > 0):
             raise ValueError(f"a step takes time: {seconds} s, predicted {predicted} s")
         ratio = math.log(seconds / predicted)
-        path = _path(layout)
+        path = self._path(layout)
         expected = self._log_factor(path)
         ratio = min(max(ratio, expected - LARGEST_SURPRISE), expected + LARGEST_SURPRISE)
         for depth in range(len(path) + 1):
@@ -51,7 +56,7 @@ class CostCorrection:
 
     def factor(self, layout: Layout) -> float:
         """What to multiply the curve's seconds of `layout` with."""
-        return math.exp(self._log_factor(_path(layout)))
+        return math.exp(self._log_factor(self._path(layout)))
 
     def _log_factor(self, path: Cell) -> float:
         estimate = 0.0
@@ -60,10 +65,9 @@ class CostCorrection:
             estimate = (total + PRIOR_STRENGTH * estimate) / (weight + PRIOR_STRENGTH)
         return estimate
 
-
-def _path(layout: Layout) -> Cell:
-    """From the kind of step to its number of rows."""
-    if layout == Layout.plain():
-        return ("plain",)
-    kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"
-    return (kind, bisect_right(ROW_EDGES, layout.rows))
+    def _path(self, layout: Layout) -> Cell:
+        """From the kind of step to its number of rows."""
+        if layout == Layout.plain():
+            return ("plain",)
+        kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"
+        return (kind, bisect_right(ROW_EDGES, layout.rows + layout.lead_rows(self._lead)))

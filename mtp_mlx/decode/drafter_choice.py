@@ -130,9 +130,7 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
         return FixedPolicy("plain", 0)
     if layout == "linear":
         return LookupPolicy(drafts or LOOKUP_DRAFTS)
-    recorded_acceptance(
-        model, model.most_drafts
-    )  # what is learnt here goes on to generations that use the adapter
+    recorded_acceptance(model)  # what is learnt here goes on to generations that use the adapter
     return BudgetPolicy(step_cost(model), 0, [], experience=model.experience)
 
 

@@ -52,8 +52,12 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """All rows of the block, real and slot."""
+        """All rows of the block, real and slot, without those of `lead_rows`."""
         return self.real_rows + self.slot_rows
+
+    def lead_rows(self, lead: int) -> int:
+        """Rows that draft nothing where every slot group that is not empty starts with `lead` of them."""
+        return lead * sum(count > 0 for count in self.slots)
 
     @classmethod
     def plain(cls) -> Layout:

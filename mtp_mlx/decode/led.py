@@ -37,6 +37,11 @@ class LedPolicy:
         """See `Policy`."""
         return self._own.verdict
 
+    def begin(self, context: int) -> None:
+        """See `Policy`."""
+        if self._peers.leads:
+            self._own.begin(context)
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`; the proposals are the same in every process."""
         told = None

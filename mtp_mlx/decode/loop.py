@@ -211,6 +211,7 @@ class DecodeLoop:
 
     def tokens(self) -> Generator[Token, None, None]:
         """Steps until max_tokens; the consumer closes the generator to stop earlier."""
+        self._policy.begin(self._session.next_position - 1)
         while self._left() > 0 and not self.leaving:
             started = time.perf_counter()
             proposal, layout = self._plan()

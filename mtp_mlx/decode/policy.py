@@ -51,6 +51,14 @@ class Policy(Protocol):
         """What it found out, for people; empty if there is nothing to find out."""
         ...
 
+    def begin(self, context: int) -> None:
+        """Told before the first step that it decides, and again after steps that others decided.
+
+        Args:
+            context: tokens cached by now.
+        """
+        ...
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """The proposal to verify and the layout; proposals[0] is the adapter's (possibly empty)."""
         ...
@@ -81,6 +89,9 @@ class FixedPolicy:
         self.chain = 0
         self.verdict = ""
 
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         best = preferred(proposals).cut(self.max_drafts)
@@ -107,6 +118,9 @@ class ConfidencePolicy:
         self._fixed, self._tau = fixed, tau
         self.max_drafts, self.chain, self.verdict = fixed.max_drafts, 0, ""
 
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         own, *others = proposals
@@ -130,6 +144,9 @@ class ChainPolicy:
         self.max_drafts = self.chain = chain
         self.verdict = ""
 
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
+
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         best = preferred(proposals).cut(self.max_drafts)
@@ -148,6 +165,9 @@ class LookupPolicy:
 
     def __init__(self, drafts: int) -> None:
         self.max_drafts, self.chain, self.verdict = drafts, 0, ""
+
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""

@@ -214,6 +214,11 @@ class AttachedModel:
         return 0 if self.adapter is None else self.adapter.config.slots
 
     @property
+    def lead(self) -> int:
+        """Rows at the start of every slot group that draft nothing."""
+        return self.adapter.config.lead if isinstance(self.adapter, PTPAdapter) else 0
+
+    @property
     def draft_head(self) -> HeadView:
         """The head drafts are picked with: the draft vocabulary's columns, or all."""
         if self._draft_head is None:

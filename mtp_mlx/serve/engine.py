@@ -20,9 +20,9 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.decode.auto import recorded_acceptance
 from mtp_mlx.decode.batch import Batch, Member, why_not_batch
 from mtp_mlx.decode.batch_plan import BatchDrafting, BatchPlan
-from mtp_mlx.decode.budget import Experience
 from mtp_mlx.decode.calibrate import step_cost
 from mtp_mlx.decode.drafter_choice import batch_drafting
 from mtp_mlx.errors import MTPError
@@ -209,8 +209,8 @@ class Engine:
             return None
         self.batching = "on"
         cost = step_cost(self.model) if drafting.form == "auto" else None
-        if cost is not None and self.model.experience is None:
-            self.model.experience = Experience.fresh(self.model.most_drafts, [])
+        if cost is not None:
+            recorded_acceptance(self.model)  # an experience to go on from
         return Batch(self.model, BatchPlan(drafting, cost, self.model.experience))
 
     def _admit(self) -> None:

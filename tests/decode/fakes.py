@@ -11,6 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
 from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from tests.tiny import VOCABULARY, tiny_model
@@ -89,3 +90,15 @@ def drafting(drafter: KnowingDrafter | None) -> Iterator[None]:
         return
     with mock.patch("mtp_mlx.decode.loop.MaskSlotDrafter", lambda model, picker, vocabulary: drafter):
         yield
+
+
+class PlainWatching(FixedPolicy):
+    """Plain steps, and what they were told when they began."""
+
+    def __init__(self) -> None:
+        super().__init__("plain", 0)
+        self.contexts: list[int] = []
+
+    def begin(self, context: int) -> None:
+        """See `Policy`."""
+        self.contexts.append(context)

@@ -4,7 +4,7 @@ leaving at any time; and models that cannot share passes are told apart."""
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -32,8 +32,9 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.token import Token
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import block_shape
 from mtp_mlx.model.ptp_slots import PTPAdapter
-from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
+from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.decode.ptp_fakes import ptp_attached, ptp_drafting
 from tests.decode.test_head_chain import model_with_heads
 from tests.decode.test_heads_loop import Knowing
@@ -314,37 +315,82 @@ def plan(rows_cost: float, prior: float = 0.8, **drafting: int) -> BatchPlan:
 
 
 def test_a_planned_batch_drafts_less_the_more_rows_cost() -> None:
-    free = plan(0.0001, slots=4).choose([4, 4])
+    free = plan(0.0001, slots=4).choose([4, 4], [0, 0])
     assert max(free.slots) == 4
-    dear = plan(0.6, slots=4).choose([4, 4])
+    dear = plan(0.6, slots=4).choose([4, 4], [0, 0])
     assert dear == Layout.plain()
-    chains = [plan(0.05, chain=4).choose([4] * n).chain for n in (1, 4, 16)]
+    chains = [plan(0.05, chain=4).choose([4] * n, [0] * n).chain for n in (1, 4, 16)]
     assert chains[0] >= chains[1] >= chains[2] and chains[0] > chains[2]
 
 
-def test_planned_rates_are_those_of_the_chain_of_states() -> None:
-    """The linear layout's steady state, simulated."""
-    found = plan(0.1, prior=0.7, slots=2)
+def test_a_planned_batch_knows_how_long_its_texts_are() -> None:
+    """Rows that are free behind short texts and dear behind long ones: the mean length decides."""
+    short, long = (1.0, 1.0), (1.0, 60.0)
+    dearer = StepCost((1, 100), (0, 1000), short, long, (1,), (0.0,), 0.0, (1.0, 1.0))
+    found = BatchPlan(BatchDrafting("auto", slots=4), dearer, Experience.fresh(4, [0.8] * 4))
+    assert found.choose([4, 4], [10, 20]).slot_rows
+    assert found.choose([4, 4, 4], [0, 4000, 2000]) == Layout.plain()
+
+
+def test_a_batch_tells_its_planner_how_long_its_texts_are() -> None:
+    """Prompts of different lengths; the pending token is not cached."""
+    model = attached("llama")
+    planned = plan_for("plain", 0, False)
+    lengths: list[list[int]] = []
+    choose = planned.choose
+
+    def watched(at_hand: Any, contexts: Any) -> Layout:
+        lengths.append(list(contexts))
+        return choose(at_hand, contexts)
+
+    cases = [Text((5,) * length, 3, SamplingConfig(), 0, None) for length in (9, 4)]
+    with mock.patch.object(planned, "choose", watched):
+        together(model, cases, planned, [FixedPolicy("plain", 0)] * 2, [[], []], False)
+    assert lengths == [[8, 3], [9, 4], [10, 5]]
+
+
+def test_a_text_that_leaves_a_batch_tells_its_own_planner_how_long_it_is() -> None:
+    model, policies = attached("llama"), [PlainWatching(), PlainWatching()]
+    cases = [Text((5, 9, 2), 8, SamplingConfig(), 0, None, alone) for alone in (3, None)]
+    together(model, cases, plan_for("plain", 0, False), [*policies], [[], []], False)
+    assert [policy.contexts for policy in policies] == [[5], []]
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "slots", "chance"), [(1, 2, 0.7), (3, 2, 0.7), (4, 4, 0.8), (16, 3, 0.9)]
+)
+def test_planned_rates_are_those_of_the_chain_of_states(n_sequences: int, slots: int, chance: float) -> None:
+    """The linear layout's steady state, simulated as `Batch` decodes: sequences wait for each other."""
+    found = plan(0.1, prior=chance, slots=slots)
     rng = np.random.default_rng(0)
     tokens = seconds = 0.0
-    at_hand = 0
-    for _ in range(60_000):
-        rows = 1 + at_hand + 2
-        seconds += 1.0 + 0.1 * (3 * rows - 1)
-        accepted = 0
-        while accepted < at_hand and rng.random() < 0.7:
-            accepted += 1
-        tokens += 1 + accepted
-        at_hand = 2 if accepted == at_hand else 0
-    assert found.rate(3, BatchDrafting("linear", slots=2)) == pytest.approx(tokens / seconds, rel=0.02)
+    at_hand = np.zeros(n_sequences, dtype=int)
+    for _ in range(40_000):
+        layout = Layout.linear(int(at_hand.max()), slots)
+        seconds += 1.0 + 0.1 * (n_sequences * layout.rows - 1)
+        right = rng.random((n_sequences, slots)) < chance
+        accepted = np.minimum(np.logical_and.accumulate(right, axis=1).sum(axis=1), at_hand)
+        tokens += float((1 + accepted).mean())
+        at_hand = np.array(layout.slots)[accepted]
+    drafting = BatchDrafting("linear", slots=slots)
+    assert found.rate(n_sequences, drafting) == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_planned_rates_count_rows_that_draft_nothing() -> None:
+    found = BatchPlan(
+        BatchDrafting("auto", slots=2), replace(cost(0.1), lead=1), Experience.fresh(2, [0.5] * 2, 1)
+    )
+    rows = 3 * block_shape(2, (2, 2, 2), lead=1).rows
+    expected = (1 + 0.5 + 0.25) / (1 + 0.1 * (rows - 1))
+    assert found.rate(3, BatchDrafting("quadratic", slots=2)) == pytest.approx(expected)
 
 
 def test_a_planned_batch_learns() -> None:
     found = plan(0.05, prior=0.9, slots=2)
-    assert found.choose([2, 2]).slot_rows
+    assert found.choose([2, 2], [0, 0]).slot_rows
     for _ in range(400):
         found.observe(Proposal("slots", [1, 2], [0.5, 0.5]), 0)
-    assert any(found.choose([2, 2]) == Layout.plain() for _ in range(64))
+    assert any(found.choose([2, 2], [0, 0]) == Layout.plain() for _ in range(64))
 
 
 def test_options_become_what_a_batch_drafts_with() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_it_stays_below_a_step_in_the_cost() -> None:
     layout = cheap.choose([slot_proposal(4)])[1]
     assert 4 <= layout.rows <= 7  # interpolation starts to climb after 6 rows
     assert BudgetPolicy(cost_of(0.01), 4, [0.7] * 4).choose([slot_proposal(4)])[1].rows > 8
+
+
+def test_rows_that_get_dear_behind_a_long_text_are_left_out_there() -> None:
+    """The curve has rows that are free behind nothing and cost a step each behind 1000 tokens."""
+    free, dear = cost_of(0.0), cost_of(1.0)
+    planner = BudgetPolicy(replace(free, long=dear.short, plain=(1.0, 1.5)), 4, [0.9] * 4)
+    assert planner.choose([slot_proposal(4)])[1].rows > 8
+    planner.begin(4000)
+    assert planner.choose([slot_proposal(0)])[1] == Layout.plain() and "do not pay" in planner.verdict
+    planner.observe(slot_proposal(0), Layout.plain(), 0, seconds=3.0)
+    assert planner._correction.factor(Layout.plain()) == pytest.approx(
+        1.0
+    )  # the text is long, not the machine slow
+    planner.begin(0)
+    assert planner.choose([slot_proposal(4)])[1].rows > 8
 
 
 def test_lookup_is_verified_when_slots_do_not_pay() -> None:

@@ -42,6 +42,15 @@ def test_rows_are_told_apart() -> None:
     assert correction.factor(Layout(20, (0,) * 21)) == pytest.approx(3.0, rel=0.15)
 
 
+def test_rows_that_draft_nothing_count() -> None:
+    """With one at the start of each slot group, five groups of one and one group of nine make 15 rows alike."""
+    correction, five, one = CostCorrection(lead=1), Layout(4, (1,) * 5), Layout(4, (9, 0, 0, 0, 0))
+    for _ in range(30):
+        correction.observe(Layout(2, (7, 0, 0)), 1.0, 1.0)  # 11 rows
+        correction.observe(five, 1.0, 3.0)
+    assert correction.factor(one) == correction.factor(five) == pytest.approx(3.0, rel=0.15)
+
+
 def test_one_outlier_moves_little() -> None:
     correction = CostCorrection()
     for _ in range(20):

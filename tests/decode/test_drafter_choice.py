@@ -89,7 +89,7 @@ def test_lookup_alone_does_not_forget_what_the_adapter_records(monkeypatch: pyte
     model = attach(base, mtp_heads=random_heads(base, 2))
     model.info = SimpleNamespace(acceptance=[0.9, 0.4])
     lookup_policy(model, "auto", None)
-    assert model.experience.acceptance["heads"].summary() == pytest.approx([0.9, 0.4])
+    assert model.experience.acceptance["heads"].summary()[:2] == pytest.approx([0.9, 0.4])
 
 
 def test_a_match_goes_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -23,12 +24,14 @@ from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
 from tests.decode.fakes import attached as with_mask_adapter
 from tests.decode.fakes import untouched
 from tests.decode.test_budget import cost_of
 from tests.decode.test_head_chain import model_with_heads
 from tests.decode.test_loop import Case, certified, plain_tokens
-from tests.tiny import VOCABULARY
+from tests.model.test_mtp_head import random_heads
+from tests.tiny import VOCABULARY, tiny_model
 
 EXAMPLES = 100
 
@@ -58,6 +61,9 @@ class SometimesChain:
     def __init__(self, chain: int) -> None:
         self.max_drafts = self.chain = chain
         self.verdict, self._asked, self._plain = "", 0, 0
+
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
 
     def choose(self, proposals: list[Proposal]) -> tuple[Proposal, Layout]:
         self._asked += 1
@@ -228,6 +234,21 @@ def test_policies_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
         build_policy(model, "quadratic", None, stats)
     with pytest.raises(MTPError, match="from 1 to 16; got 17"):
         build_policy(model, "linear", 17, stats)
+
+
+def test_a_short_chain_leaves_room_to_learn_about_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one generation with one draft begins, later ones with more go on with."""
+    monkeypatch.setattr("mtp_mlx.decode.auto.step_cost", lambda model: cost_of(0.1))
+    base = tiny_model("llama", seed=3)
+    model, recorded = attach(base, mtp_heads=random_heads(base, 2)), [0.9, 0.4, 0.1, 0.05]
+    model.info = SimpleNamespace(acceptance=recorded)
+    build_policy(model, "auto", 1, DecodeStats())
+    planner = build_policy(model, "auto", 4, DecodeStats())
+    known = model.experience.acceptance["heads"]
+    assert [known.probability(depth) for depth in range(1, 5)] == pytest.approx(recorded)
+    for _ in range(200):
+        planner.observe(Proposal("heads", [7] * 4, [0.5] * 4), Layout.chained(4, 4), 4, 1.0)
+    assert known.probability(4) > 0.9
 
 
 def test_layouts_that_the_model_has_no_drafter_for() -> None:

@@ -80,6 +80,9 @@ class Uneven:
     def __init__(self, most: int) -> None:
         self.max_drafts, self._asked = most, 0
 
+    def begin(self, context: int) -> None:
+        """Nothing to plan."""
+
     def choose(self, proposals: list[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         self._asked += 1

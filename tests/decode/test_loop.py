@@ -26,7 +26,7 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
-from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
+from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.tiny import ARCHITECTURES, VOCABULARY
 
 NEAR_TIE = 1e-4  # logits closer than this may swap places by rounding
@@ -281,6 +281,15 @@ def test_closing_early_leaves_mlx_lm_s_cache(layout: str, stop_after: int) -> No
             )
             ours = [item.token for item in second]
         assert ours == [t for t, _ in generate_step(mx.array([7, 8]), plain, prompt_cache=theirs, **more)]
+
+
+def test_the_policy_is_told_how_many_tokens_are_cached() -> None:
+    """All of the prompt but its last token, and what the cache held before."""
+    model, policy = attached("llama"), PlainWatching()
+    cache = model.make_cache()
+    for prompt in ([3, 1, 4], [1, 5]):
+        list(mtp_generate_step(prompt, model, max_tokens=4, policy=policy, prompt_cache=cache))
+    assert policy.contexts == [2, 3 + 4 + 1]
 
 
 @pytest.mark.parametrize("layout", ["plain", "quadratic"])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.engine import Engine, EngineSettings, Ticket
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
+from tests.decode.test_budget import cost_of
 from tests.serve.running import load_model, save_model
 
 PLAIN = DecodeSettings(layout="plain", prefill_step_size=4)
@@ -259,6 +261,19 @@ def test_sharing_and_taking_turns_write_the_same(
             passes = engine.metrics.value("mtp_mlx_batched_passes_total")
             assert (passes > 5) == (name == "shared")
     assert written["alone"] == written["turns"] == written["shared"]
+
+
+def test_planned_batches_begin_with_the_acceptance_that_the_adapter_records(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is made before the first request, so what it begins is what every request goes on with."""
+    model = loaded[0]
+    monkeypatch.setattr("mtp_mlx.serve.engine.step_cost", lambda _: cost_of(0.1))
+    monkeypatch.setattr(model, "info", SimpleNamespace(acceptance=[0.9, 0.3]))
+    monkeypatch.setattr(model, "experience", None)
+    engine = Engine(*loaded, EngineSettings(decode=DecodeSettings(layout="auto"), concurrent=2))
+    assert engine._make_batch() is not None
+    assert model.experience.acceptance["slots"].summary()[:2] == pytest.approx([0.9, 0.3])
 
 
 def test_the_prefix_cache_keeps_its_budget_and_changes_no_text(loaded: Any) -> None:
