@@ -27,22 +27,28 @@ class KeptRows(Generic[Row]):
         self._path, self._row, self._key, self._kind = path, row, key, kind
 
     def read(self) -> Iterator[Row]:
-        """Measurements of an earlier run. A last line that was cut off is dropped.
+        """Measurements of an earlier run. A last line of its own that was cut off is dropped from the file.
 
         Raises:
-            MTPError: a damaged line, or measurements of something else.
+            MTPError: not UTF-8, a line that is no measurement, or measurements of something else; the file is then
+                left as it is.
         """
         if self._path is None or not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        kept = []
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise MTPError(
+                f"{self._path} is not UTF-8, so it holds no measurements of {self._kind}; give another --out"
+            ) from error
+        lines = text.splitlines(keepends=True)
+        if lines and self._is_cut(lines[-1]):
+            lines.pop()
         for number, line in enumerate(lines, start=1):
             try:
                 values = json.loads(line)
                 key, measured = values.pop("key"), self._row(**values)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                if number == len(lines):
-                    break
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise MTPError(
                     f"{self._path}, line {number}: no measurement of {self._kind}; give another --out"
                 ) from error
@@ -51,10 +57,23 @@ class KeptRows(Generic[Row]):
                     f"{self._path} holds {self._kind} of another model, adapter, questions or settings: "
                     "give another --out"
                 )
-            kept.append(line + "\n")
             yield measured
-        if len(kept) < len(lines):
-            write_text(self._path, "".join(kept))
+        whole = "".join(line.rstrip("\n") + "\n" for line in lines)
+        if whole != text:
+            write_text(self._path, whole)
+
+    def _is_cut(self, line: str) -> bool:
+        """Whether a file's last line is the beginning of one that `keep` was writing when the run was stopped."""
+        if line.endswith("\n"):
+            return False
+        begins = json.dumps({"key": self._key})[:-1]
+        if not (line.startswith(begins) or begins.startswith(line)):
+            return False
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            return True
+        return False
 
     def keep(self, row: Row) -> None:
         """Appends one measurement.

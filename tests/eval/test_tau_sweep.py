@@ -86,7 +86,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         sweep(out).run(stop_after_five)
     with out.open("a") as file:
-        file.write('{"key": "cut o')  # the line being written when it was killed
+        file.write('{"key": "')  # the line being written when it was killed
     measured = 0
     original = TauSweep._measure
 
@@ -127,6 +127,31 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path / "sweep.jsonl")
     with pytest.raises(MTPError, match="at most 1; got 1.5"):
         sweep(None, SweepSettings((1.5,), 14))
+
+
+NOT_ITS_OWN = [b"my notes", b"my notes\n", b'{"a": 1}', b"[" * 5000, b"caf\xe9\n", b'{"key": "other", "tau']
+
+
+@pytest.mark.parametrize("content", NOT_ITS_OWN, ids=["text", "line", "json", "deep", "latin-1", "cut"])
+def test_somebody_else_s_file_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(MTPError, match="give another --out"):
+        sweep(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kept", [1, 20, -2, -1], ids=["brace", "key", "end", "newline"])
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path, kept: int) -> None:
+    """Only that one; where nothing but the end of the line is missing, it counts, and the next has its own line."""
+    path, row = tmp_path / "sweep.jsonl", Measured(0.3, 0, 1, 1, 1, 0.0, True, None)
+    for _ in range(2):
+        sweep(path)._kept.keep(row)
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2] + whole[len(whole) // 2 :][:kept])
+    sweep(path)._kept.keep(row)
+    assert path.read_text() == whole + (whole[: len(whole) // 2] if kept == -1 else "")
+    assert sweep(path)._done == {(0.3, 0): row}
 
 
 # --- questions ------------------------------------------------------------------------------------------------
