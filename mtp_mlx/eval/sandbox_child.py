@@ -13,6 +13,7 @@ import os
 import platform
 import struct
 import sys
+import types
 from typing import Any
 
 EPERM, ENOSYS = 1, 38
@@ -51,8 +52,10 @@ def main() -> None:
     os.write(result, (json.dumps(layers) + "\n").encode())
     token, program = request["token"], request["program"]
     del request
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # where dataclasses and pickle look for the program's own names
     try:
-        exec(compile(program, "program.py", "exec"), {"__name__": "program"})
+        exec(compile(program, "program.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:  # SystemExit too: a program that leaves early has not passed
         os.write(result, type(error).__name__.encode()[:100])
         os._exit(1)

@@ -48,6 +48,24 @@ print("much " * 100_000)
     assert "limits" in outcome.layers or sys.platform == "darwin"
 
 
+def test_a_program_is_a_module_of_its_own() -> None:
+    """It finds its own names as an imported one does, and nothing of what runs it: no future import either."""
+    program = """
+import dataclasses, pickle, sys, typing
+@dataclasses.dataclass
+class Point:
+    x: int
+    kind: typing.ClassVar[int] = 5
+def name(number: int) -> str: ...
+assert name.__annotations__ == {"number": int, "return": str} and typing.get_type_hints(Point)["x"] is int
+assert [field.name for field in dataclasses.fields(Point)] == ["x"]
+assert pickle.loads(pickle.dumps(Point(1))) == Point(1) and sys.modules[__name__].Point is Point
+assert not {"json", "REFUSED", "token"} & set(globals())
+"""
+    assert ended(program) == "passed"
+    assert ended("def name(number: Number): ...") == "NameError"
+
+
 @pytest.mark.parametrize("layers", EITHER)
 def test_no_file_outside_is_read_or_written(layers: tuple[str, ...], tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
