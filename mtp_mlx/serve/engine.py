@@ -41,7 +41,7 @@ class EngineSettings:
     """Bounds of the engine.
 
     Attributes:
-        queue: most requests that wait; one more is refused.
+        queue: most requests that wait while `concurrent` are being answered; one more is refused.
         concurrent: most requests answered at once.
         prefix_cache_bytes: most bytes of keys and values kept between requests.
         batch: sequences that are decoding share their passes, where the model can.
@@ -110,6 +110,7 @@ class Engine:
         self.prefixes = PrefixCache(self.settings.prefix_cache_bytes)
         self._waiting: deque[Ticket] = deque()
         self._active: list[_Active] = []
+        self._admitting = 0  # taken out of the queue, and not active yet: 0 or 1
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -140,22 +141,27 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Requests waiting, and being answered."""
-        return len(self._waiting), len(self._active)
+        with self._changed:
+            return len(self._waiting), len(self._active) + self._admitting
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> Ticket:
         """Queues a request.
 
         Raises:
-            RequestError: 429 the queue is full, 503 the server is stopping.
+            RequestError: 429 the queue and all places are full, 503 the server is stopping.
         """
         ticket = Ticket(request, deliver)
         with self._changed:
             if self._stopping or not self.alive:
                 raise RequestError("the server is stopping", 503)
             self._forget_cancelled()
-            if len(self._waiting) >= self.settings.queue:
+            queue, concurrent = self.settings.queue, self.settings.concurrent
+            active = sum(not active.ticket.cancelled.is_set() for active in self._active)
+            if len(self._waiting) + self._admitting + active >= queue + concurrent:
                 raise RequestError(
-                    f"the queue is full: {self.settings.queue} requests are waiting; try again later", 429
+                    f"the queue is full: {queue} requests are waiting and {concurrent} are being answered; try again "
+                    "later",
+                    429,
                 )
             self._waiting.append(ticket)
             self._changed.notify_all()
@@ -220,11 +226,16 @@ class Engine:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
-            if ticket.cancelled.is_set():
-                self.metrics.add("mtp_mlx_cancelled_total")
-                continue
+                if ticket.cancelled.is_set():
+                    self.metrics.add("mtp_mlx_cancelled_total")
+                    continue
+                self._admitting = 1
+            admitted: list[_Active] = []
             with self._guarded(ticket):
-                self._active.append(_Active(ticket, self._sequence(ticket.request)))
+                admitted.append(_Active(ticket, self._sequence(ticket.request)))
+            with self._changed:
+                self._active += admitted
+                self._admitting = 0
 
     def _sequence(self, request: GenerationRequest) -> Sequence:
         constraint = None

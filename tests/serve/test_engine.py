@@ -116,6 +116,32 @@ def test_first_come_first_served_and_429(loaded: Any) -> None:
         assert order == [0, 2, 3] and others[1].events.empty()
 
 
+def test_free_places_are_no_queue(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the engine's thread gets to them, and while it makes the sequence of one, which is in neither list."""
+    started, go_on, real = threading.Event(), threading.Event(), Engine._sequence
+
+    def slow(self: Engine, request: GenerationRequest) -> Sequence:
+        started.set()
+        assert go_on.wait(30)
+        return real(self, request)
+
+    monkeypatch.setattr(Engine, "_sequence", slow)
+    for queue_length, concurrent in ((0, 1), (1, 3)):
+        started.clear()
+        go_on.clear()
+        with running(loaded, queue=queue_length, concurrent=concurrent) as engine:
+            clients = [Client(engine, asked())]
+            assert started.wait(30) and engine.load == (0, 1)
+            clients += [Client(engine, asked(6 + n)) for n in range(queue_length + concurrent - 1)]
+            with pytest.raises(RequestError, match=f"{concurrent} are being answered") as refused:
+                Client(engine, asked())
+            assert refused.value.status == 429
+            go_on.set()
+            assert all(client.text() for client in clients)
+            wait_for(lambda: engine.load == (0, 0))
+            assert Client(engine, asked()).text()
+
+
 @pytest.mark.parametrize("batch", [True, False])
 def test_everybody_gets_a_turn(loaded: Any, batch: bool) -> None:
     """A long text does not keep a short one waiting."""
