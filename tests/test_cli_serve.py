@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,35 +90,36 @@ def test_loopback() -> None:
     )
 
 
+@contextmanager
+def process_of(root: Path, cache: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `serve` on a free port, and its address."""
+    command = [sys.executable, "-c", "from mtp_mlx.cli import main; main()", "serve", "--port", "0"]
+    command += ["-m", str(root / "model"), "--adapter", str(root / "adapter"), *more]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"MTP_MLX_CACHE": str(cache)}
+    )
+    try:
+        assert process.stderr is not None
+        yield process, _address(process.stderr)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def said_at_the_end(process: subprocess.Popen[str]) -> str:
+    """Its stderr after it ended well."""
+    assert process.wait(30) == 0 and process.stderr is not None
+    said = process.stderr.read()
+    assert "Traceback" not in said and "stopped" in said
+    return said
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_told_to_stop(root: Path, tmp_path: Path, stop: signal.Signals) -> None:
     """A stream that is running when the signal comes is still finished."""
     key = tmp_path / "key"
     key.write_text("s3cret\n")
-    command = [
-        sys.executable,
-        "-c",
-        "from mtp_mlx.cli import main; main()",
-        "serve",
-        "-m",
-        str(root / "model"),
-    ]
-    command += [
-        "--adapter",
-        str(root / "adapter"),
-        "--layout",
-        "linear",
-        "--port",
-        "0",
-        "--api-key-file",
-        str(key),
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"MTP_MLX_CACHE": str(tmp_path)}
-    )
-    try:
-        assert process.stderr is not None
-        address = _address(process.stderr)
+    with process_of(root, tmp_path, "--layout", "linear", "--api-key-file", str(key)) as (process, address):
         body = {"prompt": "The sky", "max_tokens": 150, "stream": True, "temperature": 0}
         headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
         request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
@@ -122,18 +128,47 @@ def test_it_serves_until_told_to_stop(root: Path, tmp_path: Path, stop: signal.S
             process.send_signal(stop)
             rest = response.read().decode()
         assert first.startswith(b"data: ") and rest.endswith("data: [DONE]\n\n")
-        assert process.wait(30) == 0
-        assert "Traceback" not in (said := process.stderr.read()) and "stopped" in said
-    finally:
-        process.kill()
-        process.wait()
+        said_at_the_end(process)
+
+
+def test_answers_longer_than_the_grace_end_with_an_error(root: Path, tmp_path: Path) -> None:
+    """An event in a stream and 503 elsewhere, each response whole; the process says nothing of it."""
+    endless = tmp_path / "endless"
+    shutil.copytree(root, endless)
+    config = endless / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 10**6}))  # never picked
+    options = ["--layout", "plain", "--grace", "1"]
+    with process_of(endless, tmp_path, *options) as (process, address), ThreadPoolExecutor(1) as pool:
+
+        def ask(stream: bool) -> Any:
+            body = {"prompt": "The sky", "max_tokens": 32768, "stream": stream}
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+            return urllib.request.urlopen(request, timeout=60)
+
+        def status() -> int:
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask(stream=False)
+            assert "stopping" in json.loads(refused.value.read())["error"]["message"]
+            return refused.value.code
+
+        whole = pool.submit(status)
+        with ask(stream=True) as response:
+            assert response.readline().startswith(b"data: ")
+            while '"active":2' not in urllib.request.urlopen(f"{address[:-3]}/health").read().decode():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            events = response.read().decode().split("\n\n")
+        assert "stopping" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+        assert events[-1] == "" and whole.result(30) == 503
+        said_at_the_end(process)
 
 
 def _address(lines: Any) -> str:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         line = lines.readline()
-        if found := re.search(r"serving model on (http://127\.0\.0\.1:\d+/v1)", line):
+        if found := re.search(r"serving model on (http://127\.0\.0\.\d:\d+/v1)", line):
             return found[1]
         assert line, "the server ended"
     raise AssertionError("no address")

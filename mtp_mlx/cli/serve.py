@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import ipaddress
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from mtp_mlx.serve.app import Application
 
 KEY_VARIABLE = "MTP_MLX_API_KEY"
+GOODBYE_SECONDS = (
+    5  # after the grace: for the engine to end its pass, and for the errors to reach the clients
+)
 EPILOG = """\b
 Examples:
   mtp-mlx serve
@@ -196,7 +201,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
 
 
 def run(settings: ServeSettings, app: Application, listener: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM; running answers then get `grace` seconds."""
+    """Serves until SIGINT or SIGTERM; running answers then get `grace` seconds, and an error after that."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -210,6 +215,15 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
                 for name, handler in before.items():
                     signal.signal(name, handler)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """uvicorn's own cancels answers after the grace without a word; here the engine ends them before."""
+            ending = threading.Thread(target=app.stop, daemon=True)
+            timer = asyncio.get_running_loop().call_later(settings.grace, ending.start)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                timer.cancel()
+
     host, port = listener.getsockname()[:2]
     listener.listen()  # whoever reads the next line may connect
     tell(f"serving {app.model_name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
@@ -218,7 +232,7 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
         app.starlette,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=settings.grace,
+        timeout_graceful_shutdown=settings.grace + GOODBYE_SECONDS,
         timeout_keep_alive=30,
         limit_concurrency=4 * most + 64,
         server_header=False,

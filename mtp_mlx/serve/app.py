@@ -78,13 +78,17 @@ class Application:
         """How requests call the model."""
         return self._prompts.model_name
 
+    def stop(self) -> None:
+        """Ends what is being answered with an error, and answers nothing more. Returns when that has been done."""
+        self._engine.stop()
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self._engine.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(self._engine.stop)
+            await asyncio.to_thread(self.stop)
             self._readers.shutdown(wait=False)
 
     def _route(
