@@ -1,7 +1,8 @@
 """The one thread that owns the model: requests wait in a queue, and those being answered take turns.
 
 Order is first come, first served; `concurrent` requests are answered at once. Between two turns of a sequence that
-is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text.
+is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text;
+prompts are read in turn, a chunk each, so it does not stop a short prompt either.
 Sequences that are decoding at the same time share their passes (`mtp_mlx.decode.batch`) where the model can;
 otherwise they take turns, a token each.
 """
@@ -246,12 +247,13 @@ class Engine:
         return Sequence(self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint)
 
     def _turn(self) -> None:
-        """One turn of everybody: a token each, and one chunk of the prompt that came first."""
+        """One turn of everybody: a token each, and one chunk of the prompt that has waited longest."""
         self._drop_cancelled()
         reading = next((active for active in self._active if active.reading), None)
         if reading is not None:
             with self._guarded(reading.ticket, reading):
                 reading.reading = not reading.sequence.prefill()
+                self._active = [*(other for other in self._active if other is not reading), reading]
         ready = [active for active in self._active if not active.reading]
         if self._batch is not None and len(ready) > 1:
             self._share(self._batch, ready)

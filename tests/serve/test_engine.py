@@ -165,6 +165,27 @@ def test_a_long_prompt_does_not_stop_the_others_text(loaded: Any) -> None:
         talking.ticket.cancel()
 
 
+def test_a_long_prompt_does_not_stop_a_short_one(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do short ones stop the long one: each gets a chunk in turn."""
+    reached, go_on, read, real = threading.Event(), threading.Event(), [], Sequence.prefill
+
+    def counting(self: Sequence) -> bool:
+        read.append(len(self.request.prompt))
+        reached.set()
+        assert go_on.wait(30)
+        return real(self)
+
+    with running(loaded, concurrent=4, prefix_cache_bytes=0) as engine:
+        monkeypatch.setattr(Sequence, "prefill", counting)
+        long = Client(engine, asked(5, length=240, max_tokens=1))  # 60 chunks
+        assert reached.wait(30)
+        short = [Client(engine, asked(30, max_tokens=1)) for _ in range(3)]
+        go_on.set()
+        assert all(client.text() for client in [*short, long])
+    assert read.count(240) >= 60 and {*read[:20]} == {240, 6} and {*read[20:]} == {240}
+    assert read[:20].count(240) >= 5
+
+
 def test_cancelled_at_the_next_step_and_memory_freed(loaded: Any) -> None:
     with running(loaded, concurrent=2, prefix_cache_bytes=0) as engine:
         Client(engine, asked()).text()
