@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.cli.serve import KEY_VARIABLE, is_loopback
+from mtp_mlx.cli.serve import KEY_VARIABLE, host_names, is_loopback
 from tests.serve.running import save_model
 
 pytest.importorskip("starlette")
@@ -88,6 +89,28 @@ def test_loopback() -> None:
     assert not any(
         map(is_loopback, ["0.0.0.0", "::", "192.168.0.1", "example.com", "127.0.0.1.evil.example"])
     )
+
+
+def test_a_loopback_address_is_a_name_of_the_server() -> None:
+    """As the middleware reads it; other names stay out."""
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
+
+    def status(asked: str) -> int:
+        found: list[int] = []
+
+        async def send(message: Any) -> None:
+            found.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+        scope = {"type": "http", "method": "GET", "headers": [(b"host", asked.encode())]}
+        reached = TrustedHostMiddleware(PlainTextResponse("here"), list(host_names("127.0.0.2") or ()))
+        asyncio.run(reached(scope, None, send))  # type: ignore[arg-type]
+        return found[0]
+
+    assert [status(name) for name in ("127.0.0.2:8080", "127.0.0.2", "localhost:1")] == [200] * 3
+    assert [status(name) for name in ("evil.example", "127.0.0.3")] == [400] * 2
+    assert {"[::1]", "::1", "[0:0:0:0:0:0:0:1]"} <= set(host_names("0:0:0:0:0:0:0:1") or ())
+    assert host_names("192.168.0.1") is None
 
 
 @contextmanager

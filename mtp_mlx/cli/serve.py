@@ -125,6 +125,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def host_names(host: str) -> tuple[str, ...] | None:
+    """Names by which a server on `host` may be addressed; None for any, beyond loopback."""
+    from mtp_mlx.serve.app import LOOPBACK_NAMES
+
+    if not is_loopback(host):
+        return None
+    try:
+        spellings = [host, str(ipaddress.ip_address(host))]
+    except ValueError:
+        spellings = [host]
+    in_brackets = [
+        f"[{spelling}]" for spelling in spellings if ":" in spelling
+    ]  # as they stand in an address
+    return tuple(dict.fromkeys([*LOOPBACK_NAMES, *spellings, *in_brackets]))
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, before anything takes long.
 
@@ -150,7 +166,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.decode.drafter_choice import plan_drafting
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.demo import resolve_model
-    from mtp_mlx.serve.app import LOOPBACK_NAMES, Application, AppSettings
+    from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
     from mtp_mlx.serve.grammar import Grammars
     from mtp_mlx.serve.prompts import Limits, Prompts
@@ -192,11 +208,10 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         settings.max_prompt_tokens, settings.max_output_tokens, settings.max_tokens, settings.temp
     )
     name = settings.name or Path(settings.model).name
-    hosts = tuple(LOOPBACK_NAMES) if is_loopback(settings.host) else None
     return Application(
         engine,
         Prompts(tokenizer, name, model.vocab_size, limits, grammars),
-        AppSettings(key, settings.max_body_bytes, hosts),
+        AppSettings(key, settings.max_body_bytes, host_names(settings.host)),
     )
 
 
