@@ -142,12 +142,15 @@ def evaluate(
     from mtp_mlx.demo import resolve_model
     from mtp_mlx.eval.evaluation import Evaluation, EvaluationSettings
     from mtp_mlx.eval.report import summarise
+    from mtp_mlx.eval.sandbox import Limits
 
     tasks, layers = read_tasks(settings, console)
     resolve_model(settings.model)
     model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
     plan = EvaluationSettings(settings.max_tokens, raw)
     name = f"{settings.model} {settings.adapter} {_identity(model)}"
+    if layers:
+        name += f" {' '.join(layers)} {Limits()}"  # what they refuse or cut short is judged wrong
     lanes = lanes_of(settings, taus, model)
     evaluation = Evaluation(model, tokenizer, tasks, lanes, plan, settings.out, name)
     answers: list[Answer] = []
@@ -196,7 +199,7 @@ def read_tasks(settings: EvalSettings, console: Console) -> tuple[list[Task], tu
 
 
 def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedModel) -> list[Lane]:
-    """The verified layouts, then the lossy emission that was asked for.
+    """The verified layouts, then the lossy emission that was asked for; --slots is part of a lane's name.
 
     Raises:
         MTPError: an emission without a mask-token adapter, or a tau that does not go with it.
@@ -207,15 +210,18 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
     if taus and settings.emit != "conf-adapt":
         raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
     slots = settings.slots if model.most_drafts else None
+    with_slots = "" if slots is None else f" slots {slots}"
     lanes = [
-        Lane(layout, layout, slots if layout != "auto" else None)
+        Lane(layout, layout) if layout == "auto" else Lane(layout + with_slots, layout, slots)
         for layout in dict.fromkeys(settings.layout or ("auto",))
     ]
     if settings.emit != "verified":
         thresholds: list[float | None] = list(dict.fromkeys(taus)) or [None]
         for tau in thresholds:
             emission = Emission(settings.emit, tau)
-            lanes.append(Lane(emission.label("linear"), "linear", settings.slots, emission=emission))
+            lanes.append(
+                Lane(emission.label("linear") + with_slots, "linear", settings.slots, emission=emission)
+            )
     return lanes
 
 

@@ -187,7 +187,7 @@ class Evaluation:
     def _fingerprint(self, name: str) -> str:
         """Of everything that an answer depends on but its lane and its task: more of both may follow."""
         tasks = {
-            task.name: hashlib.sha256(f"{task.message}\0{task.raw}".encode()).hexdigest()
+            task.name: json.dumps([task.category, task.message, task.raw, task.reference])
             for task in self._tasks
         }
         content = json.dumps([name, self._settings.max_tokens, self._settings.raw, tasks], sort_keys=True)

@@ -10,6 +10,7 @@ Code is only ever run in `mtp_mlx.eval.sandbox`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Task(Protocol):
         """The text to go on from where there is no chat template."""
         ...
 
+    @property
+    def reference(self) -> str:
+        """All that a verdict depends on beside the answer, "" for nothing: with another one, verdicts are others."""
+        ...
+
     def judge(self, answer: str) -> Verdict:
         """The verdict on an answer to `message`."""
         ...
@@ -93,6 +99,11 @@ class QuestionTask:
     def raw(self) -> str:
         """See `Task`."""
         return self.question.text
+
+    @property
+    def reference(self) -> str:
+        """See `Task`."""
+        return "" if self.question.answer is None else str(self.question.answer)
 
     def judge(self, answer: str) -> Verdict:
         """See `Task`."""
@@ -129,6 +140,11 @@ class HumanEvalTask:
     def raw(self) -> str:
         """See `Task`."""
         return self.prompt
+
+    @property
+    def reference(self) -> str:
+        """See `Task`."""
+        return json.dumps([self.test, self.entry_point])
 
     def judge(self, answer: str) -> Verdict:
         """The first block of code; where it does not define the function, it is taken for the function's body."""
@@ -170,6 +186,11 @@ class MBPPTask:
         """See `Task`."""
         tests = "\n".join(self.tests)
         return f'"""\n{self.text}\nYour code should pass these tests:\n\n{tests}\n"""\n'
+
+    @property
+    def reference(self) -> str:
+        """See `Task`."""
+        return json.dumps([self.setup, self.tests])
 
     def judge(self, answer: str) -> Verdict:
         """The first block of code, or all of the answer where there is none."""

@@ -19,7 +19,8 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.eval.evaluation import PLAIN, Answer, Evaluation, EvaluationSettings
 from mtp_mlx.eval.questions import Question
 from mtp_mlx.eval.report import summarise
-from mtp_mlx.eval.tasks import QuestionTask, Verdict
+from mtp_mlx.eval.sandbox import Sandbox
+from mtp_mlx.eval.tasks import HumanEvalTask, MBPPTask, QuestionTask, Task, Verdict
 from mtp_mlx.eval.tau_sweep import own_path
 from tests.decode.fakes import attached, random_adapter
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -31,6 +32,9 @@ TASKS = [
     QuestionTask("b", "chat", Question("The sky is")),
 ]
 SETTINGS = EvaluationSettings(14)
+
+
+NOBODY = Sandbox()  # not asked here
 
 
 def evaluation(out: Path | None = None, **changes: Any) -> Evaluation:
@@ -146,6 +150,30 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         evaluation(out, settings=EvaluationSettings(15))
 
 
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [
+        (TASKS[0], QuestionTask("a", "math", Question("add(1, 2)", Decimal(4)))),
+        (TASKS[0], QuestionTask("a", "sums", Question("add(1, 2)", Decimal(3)))),
+        (
+            HumanEvalTask("h", "code", "def f():\n", "f", "def check(c): assert c() == 1", NOBODY),
+            HumanEvalTask("h", "code", "def f():\n", "f", "def check(c): assert c() == 2", NOBODY),
+        ),
+        (
+            MBPPTask("m", "code", "Add.", "import math", ("assert True",), NOBODY),
+            MBPPTask("m", "code", "Add.", "import cmath", ("assert True",), NOBODY),
+        ),
+    ],
+    ids=["answer", "category", "test", "setup"],
+)
+def test_verdicts_of_another_reference_are_not_taken_over(tmp_path: Path, task: Task, other: Task) -> None:
+    out = tmp_path / "e.jsonl"
+    evaluation(out, tasks=[task])._kept.keep(answer("plain", task.name, task.category))
+    assert evaluation(out, tasks=[task])._done
+    with pytest.raises(MTPError, match="another model, adapter, questions or settings"):
+        evaluation(out, tasks=[other])
+
+
 def test_names_must_differ() -> None:
     with pytest.raises(MTPError, match="the lane 'quadratic' is there twice"):
         evaluation(lanes=[LANES[0], LANES[0]])
@@ -198,6 +226,33 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0 and len((tmp_path / "e.jsonl").read_text().splitlines()) == 9
     assert "speed against the model alone" in again.stdout and "…" not in again.stdout
     assert "conf-adapt tau 0.05 (lossy)" in again.stdout and "100.0%" in again.stdout
+
+
+def test_slots_are_measured_again(folder: Path, tmp_path: Path) -> None:
+    """Rows of other slots are of other lanes; auto has its own slots and is taken over."""
+    options = ["--limit", "1", "--layout", "quadratic", "--layout", "auto", "--emit", "static"]
+    options += ["--out", str(tmp_path / "e.jsonl"), "--json"]
+    lanes = []
+    for slots in ("2", "1"):
+        result = run(folder, *options, "--slots", slots)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)["rows"]
+        lanes.append(list(dict.fromkeys(row["lane"] for row in rows)))
+        assert max(len(row["acceptance"]) for row in rows if row["lane"].startswith("quad")) == int(slots)
+    quadratic, _, static = lanes[0][1:]
+    assert quadratic == "quadratic slots 2" and static.endswith(" slots 2")
+    assert lanes[1] == ["plain", "quadratic slots 1", "auto", static.replace("2", "1")]
+    assert len((tmp_path / "e.jsonl").read_text().splitlines()) == 4 + 2
+
+
+def test_verdicts_of_another_sandbox_are_not_taken_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"--mbpp={folder / 'mbpp'}.jsonl", "--out", str(tmp_path / "e.jsonl")]
+    assert run(folder, *options).exit_code == 0
+    monkeypatch.setattr(Sandbox, "check", lambda self: ("audit",))
+    again = run(folder, *options)
+    assert again.exit_code == 2 and "another model, adapter, questions or settings" in again.stderr
 
 
 def test_plan_reads_its_report(folder: Path, tmp_path: Path) -> None:
