@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mtp_mlx.serve import anthropic_api, openai_api
-from mtp_mlx.serve.engine import Engine, Ticket
+from mtp_mlx.serve.engine import FAILED, Engine, Ticket
 from mtp_mlx.serve.fields import parse_object
 from mtp_mlx.serve.prompts import Answer, Prompts
 from mtp_mlx.serve.request import Event, Failure, Piece, RequestError
+
+log = logging.getLogger("mtp_mlx.serve")
 
 BODY_SECONDS = 30.0  # a client that sends its body more slowly is not waited for
 CLIENT_CLOSED = 499  # what logs call a request whose client went away
@@ -101,16 +104,24 @@ class Application:
     ) -> Route:
         """A route whose errors have the form of its interface and which asks for the key."""
 
-        async def endpoint(request: Request) -> Response:
+        async def answer(request: Request) -> Response:
             try:
                 if not open_to_all:
                     self._check_key(request)
-                response = await handle(request)
+                return await handle(request)
             except RequestError as error:
                 headers = {"Retry-After": "1"} if error.status == 429 else None
-                response = JSONResponse(error_body(error), error.status, headers)
+                return JSONResponse(error_body(error), error.status, headers)
             except ClientDisconnect:
-                response = Response(status_code=CLIENT_CLOSED)
+                return Response(status_code=CLIENT_CLOSED)
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                response = await answer(request)
+            except Exception:
+                log.exception("a request failed")
+                error = RequestError(FAILED, 500)
+                response = JSONResponse(error_body(error), error.status)
             self._engine.metrics.add("mtp_mlx_requests_total", path=path, status=response.status_code)
             return response
 

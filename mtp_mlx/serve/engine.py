@@ -36,6 +36,10 @@ from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 
 log = logging.getLogger("mtp_mlx.serve")
 
+FAILED = (
+    "the server failed at this request; its log says why"  # where the reason is not the client's business
+)
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -380,4 +384,4 @@ def failure_of(error: Exception) -> RequestError:
         return error
     if isinstance(error, MTPError):
         return RequestError(str(error), 400)
-    return RequestError("the server failed at this request; its log says why", 500)
+    return RequestError(FAILED, 500)

@@ -40,9 +40,14 @@ class Fields:
     Args:
         values: the object.
         ignored: names that change nothing here and are let through.
+
+    Raises:
+        RequestError: a name that is no Unicode text.
     """
 
     def __init__(self, values: dict[str, Any], ignored: frozenset[str] = frozenset()) -> None:
+        for name in values:
+            checked_text(name, "the name of a field")
         self._left = {k: v for k, v in values.items() if v is not None and k not in ignored}
 
     def take(self, name: str, default: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"temprature": 0.5}, "temprature is not supported"),
+    ({"\ud800": 1}, "the name of a field has half of a surrogate pair"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "JSON schema"),
@@ -205,6 +207,27 @@ def test_wrong_fields(server: Server, change: dict[str, Any], says: str) -> None
     status, answer = server.ask("/v1/chat/completions", CHAT | change)
     assert says in sentence(status, answer)
     assert status == (404 if "model" in change else 400)
+
+
+def test_a_failure_of_the_server_has_the_form_of_its_interface(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log with its reason, which the client is not told; and counted."""
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(server.prompts, "conversation", fail)
+    with caplog.at_level(logging.ERROR, logger="mtp_mlx.serve"):
+        answers = [server.ask(path, CHAT) for path in ("/v1/chat/completions", "/v1/messages")]
+    assert (
+        [status for status, _ in answers] == [500, 500]
+        and len(caplog.records) == 2
+        and "secret detail" in caplog.text
+    )
+    assert [set(answer) for _, answer in answers] == [{"error"}, {"type", "error"}]
+    assert all("its log says why" in answer["error"]["message"] for _, answer in answers)
+    assert 'path="/v1/messages",status="500"} 1' in server.ask("/metrics")[1]
 
 
 @pytest.mark.parametrize("depth", [60, 120, 400])
