@@ -62,7 +62,7 @@ def _conversation(fields: Fields, prompts: Prompts) -> list[int]:
     fields.refuse("tool_choice", NO_TOOLS, {"type": "none"}, {"type": "auto"})
     fields.refuse("thinking", "the model has no such setting", {"type": "disabled"})
     messages, system = fields.take("messages"), fields.take("system")
-    if system is not None and isinstance(messages, list):
+    if system is not None and isinstance(messages, list) and messages:  # it does not stand for a message
         messages = [{"role": "system", "content": message_text(system, "system")}, *messages]
     return prompts.conversation(messages, ROLES)
 

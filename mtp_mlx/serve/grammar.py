@@ -48,7 +48,7 @@ class Grammars:
         """The grammar of a JSON schema; `{"type": "object"}` is any object.
 
         Raises:
-            MTPError: not a schema that the library can follow.
+            MTPError: not a schema that the library can follow, or one that no text satisfies.
         """
         matcher = self._library.LLMatcher
         try:
@@ -60,6 +60,9 @@ class Grammars:
         problem = matcher.validate_grammar(grammar, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
             raise MTPError(f"the JSON schema cannot be used: {' '.join(problem.split())[:300]}")
+        # Such as {"$ref": "#"}, which the library compiles: the text would end before its first token.
+        if not (self.start(str(grammar)).allowed([])[0] & ~self._only_eos()).any():
+            raise MTPError("the JSON schema cannot be used: no text satisfies it")
         return str(grammar)
 
     def start(self, grammar: str) -> GrammarConstraint:
@@ -67,17 +70,26 @@ class Grammars:
         matcher = self._library.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise MTPError(f"the grammar cannot be used: {matcher.get_error()}")
-        return GrammarConstraint(matcher, self._vocab_size, self._eos_ids)
+        return GrammarConstraint(matcher, self._only_eos())
+
+    def _only_eos(self) -> np.ndarray:
+        """[V] bool: tokens that end a text."""
+        mask = np.zeros(self._vocab_size, dtype=bool)
+        mask[self._eos_ids] = True
+        return mask
 
 
 class GrammarConstraint:
-    """A `mtp_mlx.decode.constraint.Constraint` by an llguidance matcher, which it moves along the text."""
+    """A `mtp_mlx.decode.constraint.Constraint` by an llguidance matcher, which it moves along the text.
 
-    def __init__(self, matcher: Any, vocab_size: int, eos_ids: list[int]) -> None:
+    Args:
+        matcher: at the beginning of the text.
+        only_eos: [V] bool, tokens that end a text.
+    """
+
+    def __init__(self, matcher: Any, only_eos: np.ndarray) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._only_eos = np.zeros(vocab_size, dtype=bool)
-        self._only_eos[eos_ids] = True
+        self._only_eos, self._vocab_size = only_eos, len(only_eos)
 
     def allowed(self, drafts: list[int]) -> np.ndarray:
         """See `Constraint.allowed`."""

@@ -274,6 +274,20 @@ def test_anthropic_wants_max_tokens(server: Server) -> None:
     assert answer["type"] == "error" and "max_tokens is missing" in sentence(status, answer)
 
 
+def test_anthropic_s_system_is_no_message(server: Server) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        more = {"max_tokens": 1} if path == "/v1/messages" else {}
+        status, answer = server.ask(path, {"messages": [], "system": "x", **more})
+        assert "messages" in sentence(status, answer)
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}])
+def test_a_schema_that_no_text_satisfies(server: Server, schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, answer = server.ask("/v1/chat/completions", CHAT | {"response_format": form})
+    assert status == 400 and "no text satisfies it" in sentence(status, answer)
+
+
 def test_errors_before_a_stream_have_their_status(server: Server) -> None:
     status, answer = server.ask("/v1/chat/completions", CHAT | {"stream": True, "top_k": -1})
     assert status == 400 and "top_k" in sentence(status, answer)
