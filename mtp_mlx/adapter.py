@@ -122,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MTPError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MTPError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise MTPError(f"{path} is damaged: it does not hold a config")

@@ -13,6 +13,24 @@ from pathlib import Path
 from mtp_mlx.errors import MTPError
 
 
+def user_path(name: str) -> Path:
+    """The path that a person wrote, with "~" for a home folder.
+
+    Raises:
+        MTPError: "~" of nobody, or a name that no file can have.
+    """
+    if "\0" in name:
+        raise MTPError("a file name cannot hold the character 0: give another one")
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # an OSError where a part of it is too long
+    except RuntimeError:
+        raise MTPError(f"{name}: there is no such home folder; give the whole path") from None
+    except OSError as error:
+        raise MTPError(f"{name}: {(error.strerror or str(error)).lower()}; give another file") from None
+    return path
+
+
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
     """Turns an operating-system error about `path` into a sentence.

@@ -132,3 +132,10 @@ def test_openblas_is_preferred_only_before_mlx() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = done.stdout.split()
     assert first in ("loaded", "missing") and second == "late"
+
+
+def test_names_that_no_file_can_have() -> None:
+    assert cli.explain(OSError(errno.ENAMETOOLONG, "File name too long", "xx")) == "xx: file name too long."
+    assert cli.explain(OSError(errno.EIO, "Input/output error", "xx")) is None
+    assert "no such home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
+    assert cli.explain(RuntimeError("something else")) is None

@@ -257,6 +257,7 @@ def test_a_closed_pipe_is_quiet(folder: Path) -> None:
 
 
 ERRORS: list[tuple[list[str], str]] = [
+    (["-m", "~nosuchuser/x"], "no such home folder"),
     (["-m", "nowhere"], "no model 'nowhere'"),
     (["--prompt", "  "], "the prompt is empty"),
     (["--prompt", "", "--raw"], "the prompt is empty"),

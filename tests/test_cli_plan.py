@@ -62,6 +62,7 @@ def test_nothing_beats_plain_is_said(adapter: Path) -> None:
     ("args", "message"),
     [
         (["--curve", "m9"], "choose one of m3-ultra, m4-pro, m5-max"),
+        (["--curve", "~nosuchuser/x"], "no such home folder"),
         (["--adapter", "nowhere"], "nowhere is no adapter folder"),
         (["--adapter", "a", "--bench", "b"], "from one of them"),
         (["--lane", "x"], "give that with --bench"),

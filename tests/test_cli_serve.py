@@ -24,7 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.cli.serve import KEY_VARIABLE, host_names, is_loopback
+from mtp_mlx.cli.serve import KEY_VARIABLE, host_names, is_loopback, listen
 from tests.serve.running import save_model
 
 pytest.importorskip("starlette")
@@ -68,6 +68,9 @@ def test_the_first_mistakes(root: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "choose another --port" in refused("-m", model, "--port", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as loading:  # another server whose model is not there yet
+        assert "choose another --port" in refused("-m", model, "--port", loading.getsockname()[1])
+    assert "cannot listen on a..b" in refused("--host", "a..b", "--open-to-all")
     assert "cannot listen on nowhere.invalid" in refused("--host", "nowhere.invalid", "--open-to-all")
 
 

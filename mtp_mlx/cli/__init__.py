@@ -91,12 +91,14 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # mlx saving tensors
         return "the weights could not be written, most likely because the disk is full."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of "~nobody"
+        return 'a path begins with "~" and a name, and there is no such home folder: give the whole path.'
     if not isinstance(error, OSError):
         return None
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full; free some space and run the command again."
-    if isinstance(error, _MENDABLE_OS_ERRORS):
+    if isinstance(error, _MENDABLE_OS_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return f"{where}{(error.strerror or str(error)).lower()}."
     return None
 

@@ -142,7 +142,7 @@ def host_names(host: str) -> tuple[str, ...] | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything takes long.
+    """A listening socket, before anything takes long; whoever connects before the model is loaded waits for it.
 
     Raises:
         MTPError: the address cannot be had.
@@ -152,9 +152,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+        listener.listen()  # two may bind the same port, only one may listen
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise MTPError(
-            f"cannot listen on {host} port {port} ({error.strerror or error}): choose another --port or --host"
+            f"cannot listen on {host} port {port} ({reason}): choose another --port or --host"
         ) from error
     return listener
 
@@ -240,7 +242,6 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
                 timer.cancel()
 
     host, port = listener.getsockname()[:2]
-    listener.listen()  # whoever reads the next line may connect
     tell(f"serving {app.model_name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     most = settings.queue + settings.concurrent
     config = uvicorn.Config(

@@ -77,7 +77,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MTPError(f"{path} does not exist: write it with `mtp-mlx bench --json > {path}`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MTPError(f"{path} cannot be read as JSON: {error}") from error
     rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "lane" in row for row in rows):

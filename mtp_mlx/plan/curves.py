@@ -11,15 +11,16 @@ one row. Nothing is extended beyond the last point.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtp_mlx.decode.cost import interpolate
 from mtp_mlx.errors import MTPError
+from mtp_mlx.files import user_path
 
 _BUILT_IN = Path(__file__).parent / "curves.json"
+MOST_ROWS, LEAST_COST, MOST_COST = 10**6, 1e-100, 1e100  # JSON's numbers have no end; arithmetic on them has
 _TEXTS = ("machine", "of", "source")
 
 
@@ -69,14 +70,14 @@ def read_curve(name: str) -> CostCurve:
     curves = built_in()
     if name in curves:
         return curves[name]
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         raise MTPError(
             f"no cost curve '{name}': choose one of {', '.join(curves)}, or give a JSON file of one"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MTPError(f"{path} cannot be read as JSON: {error}") from error
     return _curve(path.stem, values, str(path))
 
@@ -91,6 +92,8 @@ def _curve(name: str, values: Any, where: str) -> CostCurve:
     high: Any = values.get("high", values.get("cost"))
     if not isinstance(rows, list) or not all(type(row) is int for row in rows) or rows[:1] != [1]:
         raise MTPError(f"{where}: `rows` must be whole numbers that begin with 1")
+    if rows[-1] > MOST_ROWS:
+        raise MTPError(f"{where}: `rows` must be at most {MOST_ROWS}")
     if any(after <= before for before, after in zip(rows, rows[1:])):
         raise MTPError(f"{where}: `rows` must increase")
     for key, costs in (("low", low), ("high", high)):
@@ -104,6 +107,4 @@ def _curve(name: str, values: Any, where: str) -> CostCurve:
 
 
 def _is_cost(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_COST <= value <= MOST_COST

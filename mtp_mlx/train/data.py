@@ -118,7 +118,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, row) of a JSONL file; blank lines are skipped.
 
     Raises MTPError with file and line number for a missing file, text that is not UTF-8, invalid or truncated
-    JSON, and a row that is not an object.
+    JSON, text that is no Unicode, and a row that is not an object.
     """
     path = Path(path)
     try:
@@ -151,6 +151,15 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any] | None:
         raise MTPError(
             f"{where}: invalid JSON at column {error.colno} ({error.msg}). Each line must be one JSON object."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
+        raise MTPError(f"{where}: JSON that cannot be read ({error}). Mend this row.") from error
+    if "\\u" in text:  # JSON can spell half of a character
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MTPError(
+                f"{where}: a text has half of a surrogate pair (\\ud800 to \\udfff). Mend this row."
+            ) from error
     if not isinstance(row, dict):
         raise MTPError(
             f"{where}: a JSON object is needed, this is a {_type_name(row)}. Write one {{...}} per line."

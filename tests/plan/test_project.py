@@ -112,6 +112,9 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
         ({"cost": [1.0]}, "a positive number for each"),
         ({"cost": [1.0, -1]}, "a positive number for each"),
         ({"cost": [1.0, float("inf")]}, "a positive number for each"),
+        ({"cost": [1.0, 10**400]}, "a positive number for each"),
+        ({"cost": [1e-320, 1e90]}, "a positive number for each"),
+        ({"rows": [1, 10**400]}, "at most 1000000"),
         ({"low": [1.0, 4.0], "high": [1.0, 3.0]}, "`low` must not be above"),
     ],
 )
@@ -124,9 +127,22 @@ def test_damaged_curves_are_refused(tmp_path: Path, change: dict[str, Any], mess
 def test_an_unknown_curve_names_the_known(tmp_path: Path) -> None:
     with pytest.raises(MTPError, match="no cost curve 'm9': choose one of m3-ultra, m4-pro, m5-max"):
         read_curve("m9")
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(MTPError, match="cannot be read as JSON"):
-        read_curve(str(tmp_path / "c.json"))
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "c.json").write_text(damaged)
+        with pytest.raises(MTPError, match="cannot be read as JSON"):
+            read_curve(str(tmp_path / "c.json"))
+        with pytest.raises(MTPError, match="cannot be read as JSON"):
+            from_report(tmp_path / "c.json")
+        (tmp_path / "mtp_config.json").write_text(damaged)
+        with pytest.raises(MTPError, match="cannot be read"):
+            from_adapter(tmp_path)
+    for name, message in (
+        ("~nosuchuser/x", "no such home folder"),
+        ("x" * 300, "too long|no cost curve"),
+        ("a\0", "character 0"),
+    ):
+        with pytest.raises(MTPError, match=message):
+            read_curve(name)
 
 
 # --- acceptance -----------------------------------------------------------------------------------------------
