@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -298,7 +299,11 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
 
 
 def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = None) -> list[int]:
-    """Ids of a user's message in the tokenizer's chat template (plain text if it has none)."""
+    """Ids of a user's message in the tokenizer's chat template (plain text if it has none).
+
+    Raises:
+        MTPError: the template refuses the messages.
+    """
     if not tokenizer.has_chat_template:
         return encode_prompt(tokenizer, prompt)
     messages = [{"role": "system", "content": system}] if system else []
@@ -307,6 +312,13 @@ def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = N
 
 
 def chat_ids(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        MTPError: the template refuses the messages, as many do a system message.
+    """
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise MTPError(f"the model's chat template refuses these messages: {error}") from error
     return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

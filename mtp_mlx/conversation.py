@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
+from mtp_mlx.api import GenerationResponse, chat_ids, encode_prompt, stream_generate
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
@@ -93,7 +93,8 @@ class Conversation:
             options: as `stream_generate`; prompt_cache and stats are this conversation's.
 
         Raises:
-            MTPError: an empty message or a bad option; the conversation is then as it was before.
+            MTPError: an empty message, one that the chat template refuses, or a bad option; the conversation is then
+                as it was before.
         """
         if not text.strip():
             raise MTPError("the message is empty: write some text")
@@ -142,8 +143,7 @@ class Conversation:
         """Ids of the conversation with the template's beginning of an answer."""
         if not self._tokenizer.has_chat_template:
             return encode_prompt(self._tokenizer, "\n".join(message["content"] for message in messages))
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        return chat_ids(self._tokenizer, messages)
 
     def _keep_shared(self, ids: list[int], spare: int) -> int:
         """Cuts the cache back to what it shares with `ids`, the last `spare` of which are always left to be run."""

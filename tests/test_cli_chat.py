@@ -90,6 +90,48 @@ def test_save(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [("~nosuchuser/x", "no such home folder"), ("x" * 300, "too long"), ("a\0b", "character 0")],
+)
+def test_a_name_that_no_file_can_have(folder: Path, tmp_path: Path, name: str, message: str) -> None:
+    result = chat(folder, ["a", f"/save {name}", f"/save {tmp_path / 'talk'}"])
+    assert result.exit_code == 0 and message in result.stderr.lower(), result.output
+    assert json.loads((tmp_path / "talk").read_text())["messages"][0]["content"] == "a"
+
+
+def test_a_line_that_is_no_text_is_left_out(folder: Path) -> None:
+    lines = b"a\n\xff\xfe\nb\n"
+    result = CliRunner().invoke(cli.main, arguments(folder), input=lines)
+    assert result.exit_code == 0 and "not UTF-8 at byte 0" in result.stderr, result.output
+    assert result.stdout == chat(folder, ["a", "b"]).stdout
+
+
+def test_a_template_without_a_system_message(folder: Path, tmp_path: Path) -> None:
+    """Is told to refuse it, in a sentence; the conversation is there to go on."""
+    strict = tmp_path / "strict"
+    shutil.copytree(folder, strict)
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = f"{refuses}{{{{ messages[-1]['content'] }}}}"
+    (strict / "model" / "chat_template.jinja").write_text(template)
+    config = strict / "model" / "tokenizer_config.json"
+    values = {**json.loads(config.read_text()), "chat_template": template}
+    config.write_text(json.dumps(values))
+    assert chat(strict, ["a"]).stdout.strip()
+    result = chat(strict, ["a", "/layout", "b"], "--system", "x")
+    assert result.exit_code == 0 and result.stderr.count("no system role") == 2, result.output
+    assert "layout auto" in result.stderr and result.stdout == ""
+    options = ["generate", *arguments(strict)[1:], "-p", "a", "--system", "x"]
+    refused = CliRunner().invoke(cli.main, options)
+    assert refused.exit_code == 2 and "refuses these messages: no system role" in refused.stderr
+
+
+def test_options_that_are_no_text(folder: Path) -> None:
+    for verb, more in (("chat", ["--system", "\udcff"]), ("generate", ["-p", "a", "--system", "\udcff"])):
+        refused = CliRunner().invoke(cli.main, [verb, *arguments(folder)[1:], *more], input="a\n")
+        assert refused.exit_code == 2 and "--system is not UTF-8" in refused.stderr, refused.output
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/layout cubic", "unknown layout 'cubic': choose one of auto, linear, quadratic, plain"),

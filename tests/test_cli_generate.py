@@ -281,6 +281,14 @@ def test_errors_are_one_sentence(folder: Path, args: list[str], message: str) ->
     assert result.exit_code == 2 and message in result.stderr and result.stdout == "", result.output
 
 
+@pytest.mark.parametrize("options", [[], ["--raw"], ["-p", "-"]], ids=" ".join)
+def test_a_prompt_that_is_no_text(folder: Path, options: list[str]) -> None:
+    result = CliRunner().invoke(cli.main, ["generate", "-m", str(folder / "model"), *options], input=b"a\xff")
+    assert result.exit_code == 2 and "stdin is not UTF-8 at byte 1" in result.stderr, result.output
+    result = run(folder, prompt="a\udcff")
+    assert result.exit_code == 2 and "the prompt is not UTF-8" in result.stderr, result.output
+
+
 def test_exact_reaches_the_model(tmp_path: Path) -> None:
     """gemma2 cannot be exact: asked to be, it says so; otherwise it writes."""
     save_tiny(tmp_path / "gemma2", "gemma2", seed=3)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import click
 
-from mtp_mlx.cli.generate import GenerateSettings, sampling_of, tell
+from mtp_mlx.cli.generate import GenerateSettings, checked_unicode, sampling_of, tell
 from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.errors import MTPError
 
 EPILOG = """\b
 Examples:
@@ -64,6 +65,8 @@ def command(color: bool, **options: Any) -> None:
     keys.
     """
     settings = GenerateSettings(**asdict(from_yaml(ChatSettings, None, options)))
+    if settings.system:
+        checked_unicode(settings.system, "--system")
     with lines() as read:
         prepare(settings, color, read).run()
 
@@ -112,16 +115,21 @@ def lines() -> Iterator[Callable[[], str | None]]:
 
 
 def _piped() -> str | None:
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    line = sys.stdin.buffer.readline()  # not the text: an error in it would take the lines behind it along
+    try:
+        return line.decode("utf-8").rstrip("\r\n") if line else None
+    except UnicodeDecodeError as error:
+        raise MTPError(f"the line is not UTF-8 at byte {error.start}, and is left out") from error
 
 
 def _typed() -> str | None:
     try:
-        return input(PROMPT)
+        return checked_unicode(input(PROMPT), "the line")
     except EOFError:
         click.echo()
         return None
+    except UnicodeDecodeError as error:
+        raise MTPError(f"the line is not UTF-8 at byte {error.start}, and is left out") from error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mtp_mlx.decode.auto import LAYOUT_NAMES
 from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import write_text
+from mtp_mlx.files import user_path, write_text
 from mtp_mlx.model.attach import AttachedModel
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Repl:
 
     Args:
         chat: the conversation and its settings.
-        read: the next line without its end; None at the end of input. May raise KeyboardInterrupt.
+        read: the next line without its end; None at the end of input. May raise KeyboardInterrupt, and MTPError for a
+            line that cannot be read.
     """
 
     def __init__(self, chat: Chat, read: Callable[[], str | None]) -> None:
@@ -208,7 +209,7 @@ class Repl:
         messages = self._chat.conversation.messages
         if not self._chat.conversation.turns:
             raise MTPError("nothing was said yet: there is nothing to save")
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.exists() and path.resolve() not in self._saved:
             raise MTPError(f"{path} is there already: give another name, or remove it first")
         write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

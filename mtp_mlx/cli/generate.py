@@ -113,7 +113,7 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
     """The prompt's text from the option, the file or stdin.
 
     Raises:
-        MTPError: none given, two given, or an empty one.
+        MTPError: none given, two given, an empty one, or one that is no text.
     """
     if settings.prompt is not None and settings.prompt_file is not None:
         raise MTPError("both --prompt and --prompt-file were given: give one of them")
@@ -129,13 +129,32 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
     elif launched_size() > 1:
         raise MTPError("mlx.launch never closes stdin: give --prompt TEXT or --prompt-file FILE")
     elif settings.prompt == "-" or not sys.stdin.isatty():
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise MTPError(f"stdin is not UTF-8 at byte {error.start}") from error
     else:
         raise MTPError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe one in")
     if not raw:
         text = text.rstrip("\n")
     if not (text if raw else text.strip()):
         raise MTPError("the prompt is empty: give some text")
+    checked_unicode(text, "the prompt")
+    if settings.system:
+        checked_unicode(settings.system, "--system")
+    return text
+
+
+def checked_unicode(text: str, what: str) -> str:
+    """`text`, which the system may have read from bytes that are no text.
+
+    Raises:
+        MTPError: it has what stands for such bytes.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MTPError(f"{what} is not UTF-8 at character {error.start}") from error
     return text
 
 

@@ -6,7 +6,6 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jinja2.exceptions import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.api import chat_ids, encode_prompt
@@ -79,8 +78,8 @@ class Prompts:
         turns = [_turn(message, f"messages[{i}]", roles) for i, message in enumerate(messages)]
         try:
             return chat_ids(self.tokenizer, turns)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from None
+        except MTPError as error:
+            raise RequestError(str(error)) from None
 
     def text(self, prompt: Any) -> list[int]:
         """Ids of a text, or of a list of ids."""
