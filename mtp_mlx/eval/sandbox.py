@@ -7,7 +7,7 @@ Layers, each used where it is there, and named in every outcome:
     seatbelt  macOS: the same by sandbox-exec (written from its documentation, not run on a Mac yet)
     audit     everywhere: Python's audit hooks refuse files outside, processes, the network and ctypes
 and always: an isolated interpreter without site-packages (`python -I -S`), an empty environment, a temporary folder
-that is removed, no input, no output, an end by the clock.
+that is removed, no input, no output, an end by the clock, and one when the folder has grown too large.
 
 It is made for the mistakes of a language model: endless loops, stray files, much memory. It is not made to hold an
 attacker who knows it, least of all where `audit` is the only layer.
@@ -15,6 +15,7 @@ attacker who knows it, least of all where `audit` is the only layer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +46,22 @@ _SYSTEM = (
     "/dev/urandom",
 )
 _ANSWER_BYTES = 4096
+_WATCH_SECONDS = 0.1  # between two looks at what is on the disk
+_BLOCK = 4096  # what an empty file takes at least, so that their number is bounded too
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take. Seconds by the clock and of the processor; bytes of memory and of one file."""
+    """What a program may take. Seconds by the clock and of the processor; bytes of memory, of one file and of all.
+
+    The system bounds one file; all files in the program's folder are measured from outside while it runs, so it may
+    write somewhat more before it is ended.
+    """
 
     seconds: float = 10.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20
+    disk_bytes: int = 64 << 20
     open_files: int = 64
 
     def rlimits(self) -> dict[str, int]:
@@ -73,7 +82,7 @@ class Outcome:
 
     Attributes:
         passed: it ran to its end.
-        reason: "passed", "time", the name of the exception that ended it, or "killed by signal N".
+        reason: "passed", "time", "disk", the name of the exception that ended it, or "killed by signal N".
         seconds: by the clock, the interpreter's start included.
         layers: that were in place.
     """
@@ -117,13 +126,13 @@ class Sandbox:
         with tempfile.TemporaryDirectory(prefix="mtp-mlx-sandbox-", ignore_cleanup_errors=True) as folder:
             work = os.path.realpath(folder)
             token = secrets.token_hex(16)
-            answer, timed_out, code = self._process(work, self._request(work, token, program))
+            answer, ended, code = self._process(work, self._request(work, token, program))
         layers, _, said = answer.partition("\n")
         in_place = tuple(json.loads(layers)) if said or layers.endswith("]") else ()
         if self._wrapped():
             in_place = (*in_place, "seatbelt")
-        passed = said == token and code == 0 and not timed_out
-        return Outcome(passed, _reason(passed, timed_out, said, code), time.monotonic() - started, in_place)
+        passed = said == token and code == 0 and not ended
+        return Outcome(passed, _reason(passed, ended, said, code), time.monotonic() - started, in_place)
 
     def _request(self, work: str, token: str, program: str) -> bytes:
         request = {
@@ -136,8 +145,8 @@ class Sandbox:
         }
         return json.dumps(request).encode()
 
-    def _process(self, work: str, request: bytes) -> tuple[str, bool, int]:
-        """(what the child wrote, whether time ran out, its exit code)."""
+    def _process(self, work: str, request: bytes) -> tuple[str, str, int]:
+        """(what the child wrote, "time" or "disk" where that ran out or "", its exit code)."""
         reading, writing = os.pipe()
         try:
             command = [*self._wrapper(work), sys.executable, "-I", "-S", "-B", str(CHILD), str(writing)]
@@ -153,19 +162,23 @@ class Sandbox:
             )
             os.close(writing)
             writing = -1
-            timed_out = False
+            ended = ""
+            watch = _DiskWatch(process, work, self.limits.disk_bytes)
             try:
-                process.communicate(request, timeout=self.limits.seconds)
+                with watch:
+                    process.communicate(request, timeout=self.limits.seconds)
             except subprocess.TimeoutExpired:
-                timed_out = True
+                ended = "time"
             finally:
                 _end(process)
+            if watch.exceeded or disk_use(work, self.limits.disk_bytes) > self.limits.disk_bytes:
+                ended = "disk"
             os.set_blocking(reading, False)
             try:
                 answer = os.read(reading, _ANSWER_BYTES)
             except BlockingIOError:
                 answer = b""
-            return answer.decode(errors="replace"), timed_out, process.returncode
+            return answer.decode(errors="replace"), ended, process.returncode
         finally:
             os.close(reading)
             if writing >= 0:
@@ -176,6 +189,48 @@ class Sandbox:
 
     def _wrapper(self, work: str) -> list[str]:
         return [str(_SEATBELT), "-p", seatbelt_profile(work)] if self._wrapped() else []
+
+
+class _DiskWatch:
+    """Ends a process, beside it, when its folder has grown beyond a number of bytes; `exceeded` says so."""
+
+    def __init__(self, process: subprocess.Popen[bytes], work: str, most: int) -> None:
+        self._process, self._work, self._most = process, work, most
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mtp-mlx-sandbox-disk", daemon=True)
+        self.exceeded = False
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_WATCH_SECONDS):
+            if disk_use(self._work, self._most) > self._most:
+                self.exceeded = True
+                self._process.kill()
+                return
+
+
+def disk_use(folder: str, enough: int) -> int:
+    """Bytes that files and folders take on the disk, in blocks; counted up to where there are more than `enough`."""
+    used, folders = 0, [folder]
+    while folders and used <= enough:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # it was removed meanwhile
+                        used += max(entry.stat(follow_symlinks=False).st_blocks * 512, _BLOCK)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                    if used > enough:
+                        break
+        except OSError:
+            continue
+    return used
 
 
 def readable_paths() -> list[str]:
@@ -209,10 +264,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _reason(passed: bool, timed_out: bool, said: str, code: int) -> str:
+def _reason(passed: bool, ended: str, said: str, code: int) -> str:
     if passed:
         return "passed"
-    if timed_out or code == -signal.SIGXCPU:
+    if ended == "disk":
+        return ended
+    if ended == "time" or code == -signal.SIGXCPU:
         return "time"
     if code < 0:
         return f"killed by signal {-code}"

@@ -144,6 +144,28 @@ def test_files_are_bounded() -> None:
     assert ended(many) == "OSError"
 
 
+MANY_FILES = """
+import os, time
+for name in range(COUNT):
+    with open(f"{name}.txt", "wb") as file: file.write(os.urandom(SIZE))
+time.sleep(PAUSE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "pause"), [(2 << 20, 60), (2 << 20, 0), (0, 60)], ids=["runs", "ends", "empty"]
+)
+def test_the_disk_is_bounded(size: int, pause: int) -> None:
+    """By all files together, none of which is too large; also where the program has ended before anybody looked."""
+    limits = Limits(seconds=40.0, disk_bytes=8 << 20)
+    program = MANY_FILES.replace("SIZE", str(size)).replace("PAUSE", str(pause))
+    too_many = 8 if size else 3000
+    outcome = Sandbox(limits).run(program.replace("COUNT", str(too_many)))
+    assert outcome.reason == "disk" and not outcome.passed and outcome.seconds < 30
+    allowed = Sandbox(limits).run(program.replace("COUNT", "3").replace(f"sleep({pause})", "sleep(0.3)"))
+    assert allowed.passed
+
+
 FORGED = """
 import os
 for fd in range(3, 40):
