@@ -100,7 +100,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     questions = [{"prompt": f"What is {n}?", "question": f"What is {n}?", "category": "qa", "answer": str(n)} for n in range(8)]  # fmt: skip  # noqa: E501
     for name in ("data", "answers"):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("prompts", "spec_bench", "gsm8k", "questions"):
+    for name in ("prompts", "spec_bench", "mt_bench", "gsm8k", "questions"):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (home / "question.txt").write_text("Why is the sky blue?\n")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
