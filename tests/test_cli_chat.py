@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import mtp_mlx.cli as cli
 from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from tests.decode.fakes import random_adapter
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import never_end, save_tiny, tiny_model
 
 CODE = "import sys; from mtp_mlx.cli import main; main(sys.argv[1:])"
 
@@ -227,8 +227,7 @@ class Terminal:
 def test_ctrl_c_stops_the_answer_not_the_program(folder: Path, tmp_path: Path) -> None:
     endless = tmp_path / "endless"
     shutil.copytree(folder, endless)
-    config = endless / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 10**6}))  # never picked
+    never_end(endless / "model")
     terminal = Terminal([*arguments(endless), "-n", "100000", "--layout", "plain"])
     try:
         terminal.until("/quit to leave")

@@ -26,6 +26,7 @@ from click.testing import CliRunner, Result
 import mtp_mlx.cli as cli
 from mtp_mlx.cli.serve import KEY_VARIABLE, host_names, is_loopback, listen
 from tests.serve.running import save_model
+from tests.tiny import never_end
 
 pytest.importorskip("starlette")
 
@@ -161,8 +162,7 @@ def test_answers_longer_than_the_grace_end_with_an_error(root: Path, tmp_path: P
     """An event in a stream and 503 elsewhere, each response whole; the process says nothing of it."""
     endless = tmp_path / "endless"
     shutil.copytree(root, endless)
-    config = endless / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 10**6}))  # never picked
+    never_end(endless / "model")
     options = ["--layout", "plain", "--grace", "1"]
     with process_of(endless, tmp_path, *options) as (process, address), ThreadPoolExecutor(1) as pool:
 

@@ -362,3 +362,10 @@ def save_tiny(folder: str | Path, architecture: str = "llama", *, seed: int = 0,
     mx.save_safetensors(str(folder / "model.safetensors"), _parameters(model), metadata={"format": "mlx"})
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def never_end(folder: str | Path) -> None:
+    """Makes texts of a model folder end by length alone: mlx-lm ends at the config's token and at the tokenizer's."""
+    for name, end in (("config", {"eos_token_id": 10**6}), ("tokenizer_config", {"eos_token": "<never>"})):
+        file = Path(folder) / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **end}))
