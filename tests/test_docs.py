@@ -95,12 +95,13 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = tiny_model("llama", seed=3)
     adapter = random_adapter(base)
     info = AdapterInfo("tiny", base_fingerprint(base), adapter.config, acceptance=[0.5, 0.4, 0.3, 0.2])
-    save_adapter(home / "adapter", adapter, info)
+    for folder in ("adapter", "compare/conf-adapt"):
+        save_adapter(home / folder, adapter, info)
     rows = [{"prompt": f"print({n})", "completion": "the fox and the dog " * 2} for n in range(8)]
     questions = [{"prompt": f"What is {n}?", "question": f"What is {n}?", "category": "qa", "answer": str(n)} for n in range(8)]  # fmt: skip  # noqa: E501
     for name in ("data", "answers"):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("prompts", "spec_bench", "mt_bench", "gsm8k", "questions"):
+    for name in ("prompts", "spec_bench", "mt_bench", "gsm8k", "gsm8k_test", "questions"):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (home / "question.txt").write_text("Why is the sky blue?\n")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
