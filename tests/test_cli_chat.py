@@ -187,6 +187,8 @@ class Terminal:
             stderr=other,
             env=environment,
             start_new_session=True,
+            # A job in the background of a shell ignores Ctrl-C, and so would all it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(other)
         self.text = ""
