@@ -99,10 +99,8 @@ def _positions(
     example: Example, depths: Sequence[int], share: float, random: np.random.Generator | None
 ) -> np.ndarray:
     """Positions of an example at which heads are supervised, rising."""
-    supervised = np.zeros(len(example), dtype=bool)
-    for depth in depths:
-        supervised[first_position(example.loss_start, depth) : max(len(example) - 1 - depth, 0)] = True
-    candidates = np.flatnonzero(supervised)
+    first = min(first_position(example.loss_start, depth) for depth in depths)
+    candidates = np.arange(first, len(example) - 1 - min(depths))
     if share >= 1 or not len(candidates):
         return candidates
     if random is None:

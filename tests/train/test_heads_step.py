@@ -298,3 +298,14 @@ def chain(attached: AttachedModel, tokens: list[int], count: int) -> list[int]:
         column = mx.argmax(attached.draft_head(z[None])[0]).item()
         known.append(column if heads.draft_ids is None else heads.draft_ids[column].item())
     return known[len(tokens) :]
+
+
+@pytest.mark.parametrize("depths", [[1], [1, 2, 3], [3, 4]])
+def test_a_share_of_the_positions_is_drawn_where_some_head_predicts(depths: list[int]) -> None:
+    """However short the response and small the share: what has one supervised position keeps one."""
+    for loss_start in range(9):
+        for length in range(loss_start + 1, loss_start + 8):
+            example = Example(list(range(5, 5 + length)), loss_start)
+            if can_supervise(example, depths):
+                for seed in range(4):
+                    assert build_head_layout([example], depths, 0.01, np.random.default_rng(seed)).count > 0
