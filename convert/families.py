@@ -19,7 +19,7 @@ from .heads import ADD_ONE, AS_IT_IS, SWAP, Block, Step, Target
 CONVENTION_KEY = "mtp_mlx_convention"
 CONVENTION_FIELDS = {
     "first_hidden": ("post-norm", "pre-norm"),
-    "recycled_hidden": ("normed", "raw"),
+    "recycled_hidden": ("normed", "raw", "trunk"),
     "mask_first_position": (False, True),
 }
 # Multi-modal checkpoints put this before the language model's names.

@@ -26,7 +26,8 @@ from .families_parts import (
 from .heads import Block, Target
 
 Builder = Callable[[Stored], Block]
-_NEMOTRON_WORDS = {"attention": "*", "moe": "E"}
+_NEMOTRON_WORDS = {"attention": "*", "full_attention": "*", "moe": "E"}
+_NEMOTRON_DEFAULT = "*E"  # what transformers and vLLM take where config.json says nothing
 
 
 def _block(
@@ -199,6 +200,8 @@ def nemotron_pattern(config: dict[str, Any]) -> str:
     """The letters of a head's layers; some checkpoints have words for them."""
     pattern = "".join(config.get("mtp_hybrid_override_pattern") or "")
     words = config.get("mtp_layers_block_type") or []
+    if not pattern and not words:
+        return _NEMOTRON_DEFAULT
     if not pattern and set(words) <= _NEMOTRON_WORDS.keys():
         pattern = "".join(_NEMOTRON_WORDS[word] for word in words)
     if not pattern or set(pattern) - set("*E"):

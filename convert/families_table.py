@@ -149,7 +149,7 @@ FAMILIES: tuple[Family, ...] = (
             stored_order="hidden",
             first_hidden="pre-norm",
             mask_first_position=True,
-            unsettled=("first_hidden", "recycled_hidden"),
+            unsettled=("first_hidden", "recycled_hidden", "mask_first_position"),
         ),
     ),
     Family(
@@ -170,7 +170,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "MiMo-V2",
-        HeadConvention("mimo-v2"),
+        HeadConvention("mimo-v2", recycled_hidden="trunk", unsettled=("first_hidden", "recycled_hidden")),
         r"model\.mtp\.layers\.\d+\.enorm\.weight",
         r"model\.mtp\.layers\.(\d+)\.eh_proj\.weight",
         "model.mtp.",
@@ -185,7 +185,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "ERNIE-4.5",
-        HeadConvention("ernie-4.5", output_norm="identity", recycled_hidden="raw", mask_first_position=True),
+        HeadConvention(
+            "ernie-4.5",
+            output_norm="trunk",
+            unsettled=("first_hidden", "recycled_hidden", "mask_first_position", "output_norm"),
+        ),
         r"model\.mtp_linear_proj\.\d+\.weight",
         r"model\.mtp_linear_proj\.(\d+)\.weight",
         "model.mtp_",
@@ -193,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
             fuse="model.mtp_linear_proj.{n}.weight",
             norm_embedding="model.mtp_emb_norm.{n}.weight",
             norm_hidden="model.mtp_hidden_norm.{n}.weight",
-            norm_out="",
+            norm_out="model.norm.weight",
             block="model.mtp_block.{n}.",
         ),
         ("ernie4_5", "ernie4_5_moe"),
@@ -206,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
             first_hidden="pre-norm",
             recycled_hidden="raw",
             lm_head="own",
-            unsettled=("first_hidden",),
+            unsettled=("first_hidden", "recycled_hidden"),
         ),
         ("step3p5",),
         replace(
@@ -217,12 +221,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _nextn(
         "GLM-4.5 / 4.6",
-        HeadConvention("glm-4.5", mask_first_position=True, unsettled=("first_hidden",)),
+        HeadConvention(
+            "glm-4.5", mask_first_position=True, unsettled=("recycled_hidden", "mask_first_position")
+        ),
         ("glm4_moe",),
     ),
     _nextn(
         "DeepSeek-V3 / R1, or a dense model with heads under DeepSeek's names",
-        HeadConvention("deepseek-v3", mask_first_position=True, unsettled=("first_hidden",)),
+        HeadConvention("deepseek-v3", mask_first_position=True, unsettled=("mask_first_position",)),
         ("deepseek_v3", "llama", "mistral", "qwen2", "qwen3"),
     ),
     Family(

@@ -82,7 +82,7 @@ def plan_heads(
 
     norms: how the file stores its norms ("plain" or "zero-centred"), order: which half its fuse weights begin with
     ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"), recycled: which
-    of their own the next draft takes ("normed" or "raw"); "auto" for the family's way.
+    of their own the next draft takes ("normed" or "raw", or "trunk": that of the trunk); "auto" for the family's way.
 
     Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
     """

@@ -44,6 +44,7 @@ PROMPTS = (
 )
 TOKENS = 64  # of each continuation
 _LAST_NORMS = ("norm", "norm_f")  # what trunks call it
+RECYCLED = ("normed", "raw", "trunk")  # see `HeadConvention.recycled_hidden`
 LOW = 0.5  # acceptance of head 1 below which other conventions are tried
 BETTER = 0.1  # by which another convention must win to be named
 
@@ -75,8 +76,8 @@ class Verification:
         acceptance: of every depth, given that those before it were accepted; shorter where nothing got that far.
         tokens: drafts of head 1 that were compared.
         others: acceptance of head 1 under other conventions; empty where that of the written one is not low.
-        second: acceptance of the second draft by the state it takes, "normed" or "raw"; empty where head 1's is low,
-            or where both are the same.
+        second: acceptance of the second draft by the state it takes, "normed", "raw" or "trunk"; empty where head
+            1's is low, or where there is no output norm.
         recycled: the state that the folder says.
     """
 
@@ -319,9 +320,9 @@ def _acceptance(
 def _second_draft(
     attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str
 ) -> dict[str, float]:
-    """Acceptance of the second draft, where the first was right, by the state of the first head that it takes."""
+    """Acceptance of the second draft, where the first was right, by the state that it takes."""
     found = {}
-    for state in ("normed", "raw"):
+    for state in RECYCLED:
         with heads.recycling(state):
             acceptance = _acceptance(attached, heads, rows, first_hidden, 2)
         if len(acceptance) > 1:

@@ -28,8 +28,8 @@ BLOCK_MODULES = "mlx_lm.models."
 _RUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "cascade": {
         "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
-        "recycled_hidden": ("normed", "raw"),
-        "output_norm": ("own", "identity"),
+        "recycled_hidden": ("normed", "raw", "trunk"),
+        "output_norm": ("own", "identity", "trunk"),
         "embedding": ("shared", "own"),
         "lm_head": ("shared", "own"),
         "rope_position": ("hidden",),

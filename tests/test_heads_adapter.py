@@ -144,7 +144,7 @@ CONVENTIONS = [
     ("kind", "hydra"),
     ("first_hidden", "before the embedding"),
     ("recycled_hidden", "none"),
-    ("output_norm", "trunk"),
+    ("output_norm", "none"),
     ("embedding", "something else"),
 ]
 

@@ -75,10 +75,10 @@ Examples:
 )
 @click.option(
     "--head-recycled",
-    type=click.Choice(["auto", "normed", "raw"]),
+    type=click.Choice(["auto", "normed", "raw", "trunk"]),
     default="auto",
     show_default=True,
-    help="Which state of a head the next draft takes: after its norm, or before",
+    help="Which state the next draft takes: a head's after its norm, or before, or the trunk's",
 )
 @click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
 @click.option(

@@ -19,11 +19,12 @@ class HeadConvention:
             The canonical weight is embedding-first; columns were swapped where this says "hidden".
         first_hidden: the trunk's state that goes in first: "post-norm", "pre-norm" (after or before the trunk's
             last norm) or "before-last-layer".
-        recycled_hidden: what the next draft step takes: "normed" (after norm_out), "raw" (the block's output), or
-            "none" (nothing is recycled).
+        recycled_hidden: what the next draft step takes: "normed" (after norm_out), "raw" (the block's output),
+            "trunk" (the state that the head took itself, so every head has the trunk's), or "none" (no draft step
+            rests on another).
         zero_centred_norms: the norms were stored around zero; the canonical ones have 1 added.
         mask_first_position: the embedding of position 0 is replaced by zeros.
-        output_norm: "own", "identity" or "trunk".
+        output_norm: "own", "identity" or "trunk" (a cascade's head carries a copy of the trunk's last norm).
         embedding, lm_head: "shared" with the trunk, or the head's "own".
         rope_position: a row's position is that of its "hidden" state (the embedding is the next token's).
         unsettled: fields above on which published runtimes disagree; worth measuring.

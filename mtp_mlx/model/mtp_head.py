@@ -6,7 +6,7 @@ trunk) made at position i, and predicts token i + k + 1:
     x = fuse([norm_embedding(E[t[i+k]]) ; norm_hidden(h[k-1][i])])
     y = block(x)                          its own attention over the head's earlier positions, its own KV cache
     z = norm_out(y)                       what the LM head reads
-    h[k][i] = z or y                      `HeadConvention.recycled_hidden`
+    h[k][i] = z, y or h[k-1][i]           `HeadConvention.recycled_hidden`
 
 The block is of the base model's own layer class. Whatever differs between families of heads is in `HeadConvention`.
 
@@ -64,7 +64,7 @@ class MTPHead(nn.Module):
         self.norm_embedding = nn.RMSNorm(hidden_size, eps)
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
         self.block = block
-        if convention.output_norm == "own":
+        if convention.output_norm != "identity":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
         if convention.embedding == "own":
             self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
@@ -103,7 +103,7 @@ class MTPHead(nn.Module):
         x = mx.concatenate([self.norm_embedding(embedding), self.norm_hidden(hidden)], axis=-1)  # [B, T, 2D]
         y = self._through_block(self.fuse(x), mask, cache)
         z = self.norm_out(y) if "norm_out" in self else y
-        return z, z if self._recycled == "normed" else y
+        return z, {"normed": z, "raw": y, "trunk": hidden}[self._recycled]
 
     def _through_block(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
         """[B, T, D] -> [B, T, D]; of several layers, those without attention ignore mask and cache."""
@@ -131,7 +131,7 @@ class MTPHeads(DraftHeads):
 
     @contextmanager
     def recycling(self, state: str) -> Iterator[None]:
-        """Inside the block every head passes this state on, "normed" or "raw"."""
+        """Inside the block every head passes this state on, "normed", "raw" or "trunk"."""
         before = [head._recycled for head in self.heads]
         for head in self.heads:
             head._recycled = state

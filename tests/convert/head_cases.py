@@ -200,6 +200,7 @@ CASES: dict[str, Case] = {
             "fuse": "model.mtp_linear_proj.{n}",
             "norm_embedding": "model.mtp_emb_norm.{n}",
             "norm_hidden": "model.mtp_hidden_norm.{n}",
+            "norm_out": "model.norm",
         },
         "model.mtp_block.{n}.",
     ),

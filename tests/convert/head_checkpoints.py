@@ -72,7 +72,7 @@ def make(name: str) -> Made:
     stored: Arrays = {
         f"{trunk_prefix}.weight": numbers("embed", (V, D)),
         "lm_head.weight": numbers("head", (V, D)),
-        "model.norm.weight": numbers("norm", (D,)),
+        "model.norm.weight": numbers("model.norm.weight", (D,)),
         **case.trunk,
     }
     if case.family == "speculators":
@@ -81,9 +81,12 @@ def make(name: str) -> Made:
     for i in range(case.heads):
         n = L + i if case.past_trunk else i
         for part, stem in case.names.items():
+            key = stem.format(n=n) + ".weight"
             value = numbers(f"{i}{part}", (D, 2 * D) if part == "fuse" else (D,))
-            canonical[f"heads.{i}.{part}.weight"] = value
-            stored[stem.format(n=n) + ".weight"] = _head_part(case, part, value)
+            canonical[f"heads.{i}.{part}.weight"] = stored.get(
+                key, value
+            )  # ERNIE's output norm is the trunk's
+            stored.setdefault(key, _head_part(case, part, value))
         for key, shape in block_shapes(name, i).items():
             canonical[f"heads.{i}.block.{key}"] = numbers(f"{i}{key}", shape)
         block = {key: numbers(f"{i}{key}", shape) for key, shape in block_shapes(name, i).items()}

@@ -36,7 +36,7 @@ class Rules:
         hidden_first: the fuse weight's first columns act on the hidden state.
         plus: added to stored norm weights (1 where they are stored around zero).
         first: the trunk's state that goes in: "post-norm", "pre-norm" or "before-last-layer".
-        recycled: what the next depth takes: "normed" or "raw".
+        recycled: what the next depth takes: "normed", "raw", or "trunk" (what the first took).
         mask_first: the embedding of row 0 is zero.
         out_norm: the block's output is normalised for the LM head.
     """
@@ -83,7 +83,7 @@ def head_logits(
             y = function(t.below(prefix), y)
         z = t.norm(head.out, y) if head.out and rules.out_norm else y
         found.append(z @ t[f"{head.lm_head}.weight"].T)
-        state = z if rules.recycled == "normed" else y
+        state = {"normed": z, "raw": y, "trunk": state}[rules.recycled]
     return found
 
 

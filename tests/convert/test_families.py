@@ -70,8 +70,8 @@ CONVENTIONS = {
     "glm-4.5": ("post-norm", "normed", True, "own", "shared", "shared"),
     "mimo": ("pre-norm", "normed", True, "own", "shared", "shared"),
     "fastmtp": ("post-norm", "normed", False, "own", "shared", "shared"),
-    "mimo-v2": ("post-norm", "normed", False, "own", "shared", "shared"),
-    "ernie-4.5": ("post-norm", "raw", True, "identity", "shared", "shared"),
+    "mimo-v2": ("post-norm", "trunk", False, "own", "shared", "shared"),
+    "ernie-4.5": ("post-norm", "normed", False, "trunk", "shared", "shared"),
     "exaone-moe": ("post-norm", "normed", False, "own", "shared", "shared"),
     "longcat-flash": ("post-norm", "normed", False, "own", "own", "shared"),
     "nemotron-h": ("post-norm", "normed", False, "own", "shared", "shared"),
@@ -79,10 +79,12 @@ CONVENTIONS = {
     "speculators": ("post-norm", "normed", False, "own", "shared", "shared"),
 }
 UNSETTLED = {
-    "deepseek-v3": {"first_hidden"},
-    "glm-4.5": {"first_hidden"},
-    "mimo": {"first_hidden", "recycled_hidden"},
-    "step-3.5": {"first_hidden"},
+    "deepseek-v3": {"mask_first_position"},
+    "glm-4.5": {"recycled_hidden", "mask_first_position"},
+    "mimo": {"first_hidden", "recycled_hidden", "mask_first_position"},
+    "mimo-v2": {"first_hidden", "recycled_hidden"},
+    "ernie-4.5": {"first_hidden", "recycled_hidden", "mask_first_position", "output_norm"},
+    "step-3.5": {"first_hidden", "recycled_hidden"},
 }
 
 
@@ -283,12 +285,12 @@ def test_what_sets_fastmtp_apart(tmp_path: Path) -> None:
 def test_words_for_the_layers_of_nemotron_heads(tmp_path: Path) -> None:
     made = make("nemotron-h")
     words = {"mtp_hybrid_override_pattern": None, "mtp_layers_block_type": ["attention", "moe"]}
-    _, found = converted(made.write(tmp_path / "words", **words))
-    assert found.keys() == made.canonical.keys()
-    for odd in (["attention", "mamba"], []):
-        folder = made.write(tmp_path / "odd", **words | {"mtp_layers_block_type": odd})
-        with pytest.raises(ConversionError, match="one must say with"):
-            converted(folder)
+    for known in (["attention", "moe"], ["full_attention", "moe"], None):  # None: attention, then experts
+        folder = made.write(tmp_path / "words", **words | {"mtp_layers_block_type": known})
+        assert converted(folder)[1].keys() == made.canonical.keys()
+    folder = made.write(tmp_path / "odd", **words | {"mtp_layers_block_type": ["attention", "mamba"]})
+    with pytest.raises(ConversionError, match="one must say with"):
+        converted(folder)
 
 
 def test_fused_queries_of_mimo_v2_pro_are_refused(tmp_path: Path) -> None:

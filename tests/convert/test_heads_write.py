@@ -90,7 +90,7 @@ def test_heads_without_a_trunk_have_no_fingerprint(tmp_path: Path) -> None:
 def test_the_card_tells_the_convention_and_what_was_dropped(tmp_path: Path) -> None:
     card = (write(make("deepseek-v3").write(tmp_path / "m"), tmp_path / "heads") / "README.md").read_text()
     assert "- model.layers.4.embed_tokens.weight = model.embed_tokens.weight" in card
-    assert "- mask first position: yes" in card and "- unsettled: first hidden" in card
+    assert "- mask first position: yes" in card and "- unsettled: mask first position" in card
     card = (
         write(make("qwen3-next experts").write(tmp_path / "q"), tmp_path / "h2") / "README.md"
     ).read_text()

@@ -64,15 +64,18 @@ def silence(layers: Any) -> None:
         layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)
 
 
-def trained_for(model: Any, truth: Variant, written: Variant) -> MTPHeads:
-    """Heads that fit `truth`, converted by a program that believed in `written`."""
+def trained_for(model: Any, truth: Variant, written: Variant, steps: int = 1) -> MTPHeads:
+    """A head that fits `truth`, converted by a program that believed in `written`.
+
+    steps: how much further than its state it looks; a first head looks one step further.
+    """
     heads = new_heads(model, 1, HeadConvention("test", **vars(written)))
     head = heads.heads[0]
     silence([head.block])
     # 1 added to the one, or taken off the other, turns a sign; the other is turned by the weight below.
     head.norm_hidden.weight, head.norm_out.weight = mx.full((D,), -0.5), mx.full((D,), 0.5)
-    # State of v -> that of v + 7, whose answer is v + 14.
-    now, then = np.arange(V), (np.arange(V) + STEP) % V
+    # State of v -> that of v + 7, whose answer is v + 14; or further.
+    now, then = np.arange(V), (np.arange(V) + steps * STEP) % V
     shift = np.zeros((D, D), np.float32)
     shift[then, now] = -GAIN[then] * (1 if truth.first_hidden == "pre-norm" else GAIN[now])
     fuse = np.hstack([np.zeros((D, D), np.float32), shift])
@@ -144,8 +147,8 @@ def test_deeper_depths_are_given_those_before() -> None:
     assert swapped.acceptance[0] == pytest.approx(0.5, abs=0.05) and swapped.acceptance[1] == 1.0
 
 
-@pytest.mark.parametrize("truth", ["normed", "raw"])
-@pytest.mark.parametrize("written", ["normed", "raw"])
+@pytest.mark.parametrize("truth", ["normed", "raw", "trunk"])
+@pytest.mark.parametrize("written", ["normed", "raw", "trunk"])
 def test_the_state_of_the_second_draft_is_found(truth: str, written: str) -> None:
     """The head's last norm turns the sign of every other number, so that one state is not the other."""
     model = table()
@@ -153,7 +156,8 @@ def test_the_state_of_the_second_draft_is_found(truth: str, written: str) -> Non
         Variant("post-norm", "embedding", False),
         np.where(np.arange(D) % 2, -1.0, 1.0).astype(np.float32),
     )
-    first, second = (trained_for(model, plain, plain).heads[0] for _ in range(2))
+    first = trained_for(model, plain, plain).heads[0]
+    second = trained_for(model, plain, plain, 2 if truth == "trunk" else 1).heads[0]
     for head in (first, second):
         head.norm_out.weight = mx.array(0.5 * sign)
         head.fuse.weight = head.fuse.weight * mx.array(sign)[:, None]

@@ -28,6 +28,7 @@ from tests.tiny import VOCABULARY, tiny_model
 CONVENTIONS = [
     HeadConvention("test"),
     HeadConvention("test", recycled_hidden="raw", mask_first_position=True),
+    HeadConvention("test", recycled_hidden="trunk"),
     HeadConvention("test", lm_head="own"),  # and a window, see `model_with_heads`
 ]
 WINDOW = 5
@@ -43,7 +44,7 @@ def model_with_heads(
         model = tiny_model(architecture, seed=3)
         made = random_heads(model, heads, CONVENTIONS[convention])
         for head in made.heads:
-            head.window = WINDOW if convention == 2 else None
+            head.window = WINDOW if CONVENTIONS[convention].lm_head == "own" else None
         attached = attach(model, mtp_heads=MTPHeads(made.heads, CONVENTIONS[convention], draft_ids, drafts))
         if draft_ids is not None:
             return attached
@@ -129,7 +130,7 @@ def journeys(draw: Any) -> dict[str, Any]:
         "architecture": draw(st.sampled_from(["llama", "qwen3"])),
         "heads": heads,
         "drafts": drafts,
-        "convention": draw(st.integers(0, 2)),
+        "convention": draw(st.integers(0, len(CONVENTIONS) - 1)),
         "chunks": draw(st.lists(st.integers(1, 7), max_size=3)),
         "catch_up_at": draw(st.sampled_from([1, 2, 5, 256])),
         "actions": actions,

@@ -47,6 +47,7 @@ CONVENTIONS = [
     HeadConvention("test"),
     HeadConvention("test", recycled_hidden="raw", mask_first_position=True),
     HeadConvention("test", first_hidden="pre-norm", lm_head="own"),
+    HeadConvention("test", recycled_hidden="trunk"),
     HeadConvention("test", first_hidden="pre-norm", recycled_hidden="raw", embedding="own"),
 ]
 
