@@ -55,6 +55,7 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     Raises ConversionError: a known layout of a model type that is not supported, or of another kind.
     """
     written = config.get(CONVENTION_KEY)  # by our own export
+    speculators = config.get("speculators_config")
     inner = config.get("transformer_layer_config")  # speculators keep the model's configuration here
     config = inner if isinstance(inner, dict) else config
     kind = config.get("model_type")
@@ -62,6 +63,9 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     for family in layouts:
         if kind in (family.model_types or tuple(BLOCKS)):
             found = _found(family, names, config)
+            if found.convention.family == "speculators" and isinstance(speculators, dict):
+                drafts = _speculative_tokens(speculators)
+                found.drafts = drafts if drafts >= found.count else 0
             if found.convention.family == "speculators" and isinstance(written, dict):
                 return _as_written(found, written)
             return found
@@ -118,6 +122,14 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
         found.owned |= {name for name in names if name.startswith(root + family.owned.format(n=n))}
     found.count = len(found.blocks)
     return found
+
+
+def _speculative_tokens(speculators: dict[str, Any]) -> int:
+    """How many tokens the one layer of a speculators folder was trained to draft in turn; 0 if it does not say."""
+    methods = speculators.get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else None
+    tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
 def _as_written(found: Found, written: dict[str, Any]) -> Found:

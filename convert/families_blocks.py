@@ -176,7 +176,9 @@ def exaone_moe(s: Stored) -> Block:
     own = s.config.get("mtp_layer_types")
     kind = own[s.index] if isinstance(own, list) and s.index < len(own) else "full_attention"
     overrides = {"layer_types": [kind, *(s.config.get("layer_types") or [])], "is_moe_layer": [sparse]}
-    window = s.number("sliding_window") if kind == "sliding_attention" else None
+    windows = s.config.get("mtp_sliding_windows")
+    own_window = windows[s.index] if isinstance(windows, list) and s.index < len(windows) else 0
+    window = own_window or s.number("sliding_window") if kind == "sliding_attention" else None
     return _block("exaone_moe", "DecoderLayer", targets, overrides=overrides, window=window, layer_idx=0)
 
 

@@ -188,7 +188,9 @@ def _config(checkpoint: Checkpoint, plan: HeadPlan, base: str) -> dict[str, Any]
         "speculators_config": {
             "algorithm": "mtp",
             "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": max(plan.count, 3)}],
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": plan.drafts or plan.count}
+            ],
             "verifier": {"name_or_path": base, "architectures": checkpoint.config.get("architectures", [])},
         },
         "transformer_layer_config": plan.model_config,

@@ -293,6 +293,13 @@ def test_words_for_the_layers_of_nemotron_heads(tmp_path: Path) -> None:
         converted(folder)
 
 
+def test_windows_of_exaone_heads(tmp_path: Path) -> None:
+    made = make("exaone-moe")
+    for said, window in ((None, 8), ([5], 5), ([0], 8), ([], 8)):
+        plan, _ = converted(made.write(tmp_path / "model", mtp_sliding_windows=said))
+        assert [block.window for block in plan.blocks] == [window]
+
+
 def test_fused_queries_of_mimo_v2_pro_are_refused(tmp_path: Path) -> None:
     made = make("mimo-v2")
     made.stored["model.mtp.layers.0.self_attn.qkv_proj.weight"] = numbers("qkv", (4, 48))

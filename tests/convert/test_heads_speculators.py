@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -159,3 +160,15 @@ def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
         export_speculators(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("said", "drafts"), [(3, 3), (0, 0), ("many", 0), (None, 0)])
+def test_tokens_that_the_layer_was_trained_to_draft(tmp_path: Path, said: Any, drafts: int) -> None:
+    out = write_speculators(open_checkpoint(make("mimo-7b").write(tmp_path / "m")), tmp_path / "out")
+    assert plan_heads(open_checkpoint(out)).drafts == 1
+    config = json.loads((out / "config.json").read_text())
+    config["speculators_config"]["proposal_methods"] = (
+        [{"speculative_tokens": said}] if said is not None else []
+    )
+    (out / "config.json").write_text(json.dumps(config))
+    assert plan_heads(open_checkpoint(out)).drafts == drafts
