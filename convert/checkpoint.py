@@ -141,7 +141,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], str]:
             continue
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{path} is not JSON: {error}; get the file again") from error
         if not isinstance(config, dict):
             raise ConversionError(f"{path} does not hold a model's configuration; get the file again")

@@ -7,6 +7,7 @@ before anything is converted; the numbers are mapped from the file when asked fo
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from mtp_mlx.errors import ConversionError
 from .lazy_tensor import FLOATS, STORED_AS, LazyTensor, from_float32
 
 SUFFIX = ".safetensors"
+_MAX_SIZE = 2**62
+_MAX_DIMENSIONS = 64  # numpy's limit
 SCALE = "_scale_inv"  # <name>.weight is fp8, <name>.weight_scale_inv holds one factor for each block
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -41,8 +44,9 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text)
-        entries = {name: _entry(value) for name, value in header.items() if name != "__metadata__"}
+        header = json.loads(text, object_pairs_hook=_once)
+        entries = {name: _entry(value, size) for name, value in header.items() if name != "__metadata__"}
+        _check_apart(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path}: its header is damaged ({error}); download or copy it again"
@@ -50,12 +54,35 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
     return {name: _tensor(path, name, *entry, data=8 + length, size=size) for name, entry in entries.items()}
 
 
-def _entry(value: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different: of two tensors of one name, nobody knows which is meant."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it says '{name}' twice")
+        found[name] = value
+    return found
+
+
+def _entry(value: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, begin and end of a tensor in a file of `size` bytes."""
     begin, end = value["data_offsets"]
-    shape = tuple(value["shape"])
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+    dtype, shape = value["dtype"], value["shape"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError("a type or a shape is not written as the format says")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError("a shape or an offset is no whole number")
-    return value["dtype"], shape, begin, end
+    if any(n > _MAX_SIZE for n in (*shape, begin, end)):
+        raise ValueError(f"a shape or an offset is impossible in a file of {size:,} bytes")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_apart(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> None:
+    """Raise ValueError where two tensors share bytes: then one of them is not what its name says."""
+    spans = sorted((begin, end, name) for name, (_, _, begin, end) in entries.items() if begin < end)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"'{one}' and '{other}' share bytes")
 
 
 def _tensor(
@@ -101,7 +128,7 @@ def shard_files(index: Path) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{index}: the index is damaged ({error!r}); download or copy it again"
         ) from error

@@ -76,9 +76,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", {})
     with pytest.raises(ConversionError, match="holds no tensors"):
         open_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConversionError, match="is not JSON"):
-        open_checkpoint(tmp_path)
+    for text in ("{", '{"a":' * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConversionError, match="is not JSON"):
+            open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConversionError, match="does not hold a model's configuration"):
         open_checkpoint(tmp_path)

@@ -112,6 +112,25 @@ HEADERS = [
     (lambda h: h["w"].update(data_offsets=[96, 192]), "tensor 'w' ends at byte .* but the file has"),
     (lambda h: h["w"].pop("dtype"), "header is damaged"),
     (lambda h: h.update(w=[]), "header is damaged"),
+    (lambda h: h["w"].update(dtype=["F32"]), r"header is damaged \(a type or a shape is not written as"),
+    (lambda h: h["w"].update(shape="46"), r"header is damaged \(a type or a shape is not written as"),
+    (
+        lambda h: h["w"].update(shape=[True, 24]),
+        r"header is damaged \(a shape or an offset is no whole number",
+    ),
+    (
+        lambda h: h["w"].update(shape=[1] * 63 + [4, 6]),
+        r"header is damaged \(a type or a shape is not written",
+    ),
+    (
+        lambda h: h["w"].update(shape=[10**4000] * 2),
+        r"header is damaged \(a shape or an offset is impossible",
+    ),
+    (lambda h: h["w"].update(shape=[0, 10**30], data_offsets=[0, 0]), "header is damaged"),
+    (
+        lambda h: h.update(v={"dtype": "F32", "shape": [2], "data_offsets": [88, 96]}),
+        r"header is damaged \('w' and 'v' share bytes",
+    ),
 ]
 
 
@@ -140,6 +159,10 @@ def test_a_header_of_nonsense_is_refused(tmp_path: Path) -> None:
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(ConversionError, match="damaged"):
             read_safetensors(path)
+    text = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "w": {}}'
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ConversionError, match="it says 'w' twice"):
+        read_safetensors(path)
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(ConversionError, match="truncated or no safetensors"):
         read_safetensors(path)
@@ -160,9 +183,10 @@ def test_indexes_that_do_not_fit_their_files(tmp_path: Path) -> None:
     )
     refused({"a": "../s1.safetensors"}, r"outside its own folder \(\.\./s1\.safetensors\)")
     refused([], "index is damaged")
-    index.write_text("{")
-    with pytest.raises(ConversionError, match="index is damaged"):
-        open_checkpoint(tmp_path)
+    for text in ("{", "[" * 100_000):
+        index.write_text(text)
+        with pytest.raises(ConversionError, match="index is damaged"):
+            open_checkpoint(tmp_path)
     write_safetensors(tmp_path / "s2.safetensors", {"a": one, "b": one})
     refused({"a": "s1.safetensors", "b": "s2.safetensors"}, r"'a' is in s1\.safetensors as well")
 
