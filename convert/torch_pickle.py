@@ -7,6 +7,7 @@ stay on disk until they are asked for. The container is read by `torch_archive`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,11 @@ _STORAGES = {
 }
 _MAX_DEPTH = 100
 _MAX_DIMENSIONS = 64
+_MAX_SIZE = 2**62
 _MAX_MEMBERS = 1_000_000
+_MAX_NAME = 1000  # characters of a tensor's name
+# A tensor may repeat a storage's numbers (stride 0), as some buffers do; a large one must have its own.
+_MAX_REPEATED = 1 << 26
 
 
 @dataclass
@@ -183,6 +188,12 @@ class _Records:
                 f"{self._path}: a tensor of shape {list(shape)} needs {(offset + reach) * itemsize:,} bytes of the "
                 f"storage 'data/{storage.key}', which has {storage.where.n_bytes:,}; get the file again"
             )
+        n_bytes = math.prod(shape) * itemsize
+        if n_bytes > max(storage.where.n_bytes, _MAX_REPEATED):
+            raise ConversionError(
+                f"{self._path}: a tensor of shape {list(shape)} repeats the {storage.where.n_bytes:,} bytes of the "
+                f"storage 'data/{storage.key}' to {n_bytes:,}; {SAVE_AGAIN}"
+            )
         start = storage.where.offset + offset * itemsize
         return LazyTensor(dtype, shape, lambda: _read(self._path, dtype, start, reach, shape, strides))
 
@@ -191,7 +202,7 @@ def _whole_numbers(values: Any) -> tuple[int, ...]:
     if (
         not isinstance(values, (tuple, list))
         or len(values) > _MAX_DIMENSIONS
-        or not all(isinstance(n, int) and n >= 0 for n in values)
+        or not all(isinstance(n, int) and 0 <= n <= _MAX_SIZE for n in values)
     ):
         raise Damaged("a tensor's size or stride is not made of whole numbers")
     return tuple(values)
@@ -247,10 +258,20 @@ def _tensors(
         raise ConversionError(f"{path}: its dictionaries hold each other ('{prefix}'); {SAVE_AGAIN}")
     seen.add(id(mapping))
     for key, value in mapping.items():
+        if not isinstance(value, (LazyTensor, dict)):
+            continue
+        # A few bytes can use one long key again and again, and numbers can have more digits than can be written.
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) <= _MAX_SIZE):
+            raise ConversionError(f"{path}: a tensor's name is neither text nor a number; {SAVE_AGAIN}")
+        name = f"{prefix}{key}"
+        if len(name) > _MAX_NAME:
+            raise ConversionError(
+                f"{path}: a tensor's name has more than {_MAX_NAME} characters; {SAVE_AGAIN}"
+            )
         if isinstance(value, LazyTensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from _tensors(path, value, f"{prefix}{key}.", seen)
+            yield name, value
+        else:
+            yield from _tensors(path, value, f"{name}.", seen)
 
 
 def _is_plain(value: Any) -> bool:

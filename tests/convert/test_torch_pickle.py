@@ -14,7 +14,7 @@ import pytest
 from mtp_mlx.convert.torch_pickle import TorchFile, read_torch
 from mtp_mlx.errors import ConversionError
 
-from .torch_files import Call, Global, Tensor, pickled, write_torch, write_zip
+from .torch_files import Call, Global, Opcodes, Tensor, pickled, write_torch, write_zip
 
 RANDOM = np.random.default_rng(0)
 
@@ -137,6 +137,45 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path, tensor: Tensor)
 def test_negative_sizes_are_refused(tmp_path: Path, tensor: Tensor) -> None:
     with pytest.raises(ConversionError, match="damaged"):
         read_torch(write_torch(tmp_path / "m.pt", {"w": tensor}))
+
+
+def test_a_storage_is_not_repeated_without_end(tmp_path: Path) -> None:
+    """16 bytes that claim to be 40 GB are refused before anyone reads them; a small buffer may repeat."""
+    few = Tensor(np.arange(4, dtype=np.float32), (3, 4), (0, 1))
+    found = read_torch(write_torch(tmp_path / "few.pt", {"w": few}))
+    np.testing.assert_array_equal(values(found, "w"), np.tile(np.arange(4), (3, 1)))
+    many = Tensor(np.ones(4, np.float32), (10**10,), (0,))
+    with pytest.raises(
+        ConversionError, match=r"repeats the 16 bytes of the storage 'data/0' to 40,000,000,000"
+    ):
+        read_torch(write_torch(tmp_path / "many.pt", {"w": many}))
+
+
+NAMES = {
+    "a number of 4,800 digits": (
+        b"\x8b" + (2000).to_bytes(4, "little") + b"\x7f" * 2000,
+        "text nor a number",
+    ),
+    "a tuple": (b"K\x01\x85", "text nor a number"),
+    "a long text": (b"X" + (2000).to_bytes(4, "little") + b"k" * 2000, "more than 1000 characters"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_names_that_are_none(tmp_path: Path, kind: str) -> None:
+    key, message = NAMES[kind]
+    path = write_torch(tmp_path / "m.pt", {Opcodes(key): np.ones(1, np.float32)})
+    with pytest.raises(ConversionError, match=message):
+        read_torch(path)
+
+
+def test_one_long_key_at_every_level(tmp_path: Path) -> None:
+    """Names of dictionaries in dictionaries add up, and the sum counts: a small file has no gigabytes of names."""
+    content: Any = {"w": np.ones(1, np.float32)}
+    for _ in range(20):
+        content = {"k" * 90: content}
+    with pytest.raises(ConversionError, match="more than 1000 characters"):
+        read_torch(write_torch(tmp_path / "m.pt", content))
 
 
 # --- files that are not whole, or of another kind -----------------------------------------------------------

@@ -61,7 +61,7 @@ class Call:
     args: tuple[Any, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Opcodes:
     """Bytes put into the pickle as they are."""
 
