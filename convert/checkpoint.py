@@ -64,8 +64,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises FileNotFoundError, or ConversionError: no checkpoint there, or one that is damaged or incomplete.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    config, config_name = _config(folder)
     if path.is_dir():
         container, parts, values = _folder(path)
     elif path.suffix.lower() in SUFFIXES:
@@ -76,6 +74,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
         )
     stored = merge(parts)
+    config, config_name = _config(path if path.is_dir() else path.parent, stored)
     tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
     if not tensors:
         raise ConversionError(f"{path}: holds no tensors; is the download complete?")
@@ -106,6 +105,11 @@ def _folder(path: Path) -> _Parts:
         weights = [file for file in weights if not file.name.startswith("consolidated")] or weights
         if weights:
             return _files(weights)
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf:
+        raise ConversionError(
+            f"{path}: a folder is no .gguf file: give one of those in it, as in {path / gguf[0]}"
+        )
     raise ConversionError(
         f"{path}: no checkpoint: the folder has no {', '.join(SUFFIXES)} file; is the download complete?"
     )
@@ -134,8 +138,10 @@ def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _config(folder: Path) -> tuple[dict[str, Any], str]:
-    for name in _CONFIGS:
+def _config(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], str]:
+    # Beside an adapter config.json is often its base's, and says nothing of how large the adapter's updates are.
+    is_adapter = any(".lora_A." in name or ".lora_B." in name for name in names)
+    for name in reversed(_CONFIGS) if is_adapter else _CONFIGS:
         path = folder / name
         if not path.is_file():
             continue

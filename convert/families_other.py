@@ -6,6 +6,7 @@ Meta's extra head i is one more layer on the state before the trunk's last layer
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -46,8 +47,9 @@ def find_medusa(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Fo
     owned = {name for name in tensors if re.match(r"\d+\.", name)}
     width = tensors["0.0.linear.weight"].shape[0]
     # The published config's number of heads is not that of the file, so the names count.
-    count = 1 + max(int(name.split(".")[0]) for name in owned)
-    depth = 1 + max((int(m[2]) for m in map(_MEDUSA.fullmatch, owned) if m and "linear" in m[0]), default=0)
+    # One after the other, so that a name with a large number makes no millions of heads: it is unexpected later.
+    count = next(i for i in itertools.count(1) if not any(name.startswith(f"{i}.") for name in owned))
+    depth = next(j for j in itertools.count(1) if f"0.{j}.linear.weight" not in tensors)
     lm_head = tensors.get(f"0.{depth}.weight")
     vocabulary = lm_head.shape[0] if lm_head else int(config.get("vocab_size") or 0)
     targets = []
@@ -152,7 +154,22 @@ def find_lora(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Foun
     layers = sorted({m[1] for m in map(_LORA.fullmatch, tensors) if m})
     if not layers:
         return None
-    by_layer = {(m[1], m[2]): name for name, m in ((name, _LORA.fullmatch(name)) for name in tensors) if m}
+    by_layer: dict[tuple[str, str], str] = {}
+    for name, match in ((name, _LORA.fullmatch(name)) for name in tensors):
+        if not match:
+            continue
+        if len(tensors[name].shape) != 2:
+            raise ConversionError(
+                f"{name} is {list(tensors[name].shape)}, and low-rank factors of linear layers are matrices; an "
+                "adapter of other layers is not read"
+            )
+        other = by_layer.setdefault((match[1], match[2]), name)
+        if other != name:
+            raise ConversionError(f"{other} and {name} are the same factor; keep only one of them")
+    paths = [layer.removeprefix("model.") for layer in layers]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ConversionError(f"the layer {twice} is there twice, once below 'model.'; keep only one of them")
     targets = []
     for layer in layers:
         path = layer.removeprefix("model.")

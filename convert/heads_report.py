@@ -41,6 +41,8 @@ def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
         return f"not usable: {error}"
     if found is None:
         return "none"
+    if found.convention.kind == "lora":  # no heads: neither a number nor a convention of them
+        return {"family": found.title}
     facts: dict[str, Any] = {"family": found.title, "count": found.count}
     return facts | {"convention": convention_facts(found.convention)}
 

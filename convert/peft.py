@@ -17,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mtp_mlx.adapter import CONFIG_NAME, AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.errors import ConversionError, MTPError
@@ -25,7 +26,7 @@ from mtp_mlx.model.mask_adapter import MaskAdapterConfig
 
 from .checkpoint import Checkpoint
 from .heads_write import check_out
-from .lazy_tensor import LazyTensor
+from .lazy_tensor import FLOATS, LazyTensor
 from .peft_plan import SLOTS, check_settings, factor_targets, no_slots, slot_tables, split
 
 
@@ -38,17 +39,18 @@ def write_peft(
     not fit the base (all are named).
     """
     out = Path(out)
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     config = checkpoint.config
     check_settings(checkpoint)
     others, factors = split(checkpoint.tensors)
+    draft_ids = _draft_ids(checkpoint, others, embedding_shape(base.model.embed_tokens)[0])
+    _check_others(checkpoint, others)
     targets = factor_targets(checkpoint, factors)
     tensors = {target.name: mx.array(factors[target.sources[0][0]].float32()).T for target in targets}
     slots = _slots(checkpoint, others, embedding_shape(base.model.embed_tokens)[0])
     rank = targets[0].shape[1]
-    alpha = float(config.get("lora_alpha", rank))
+    alpha = float(config["lora_alpha"])
     sampler = {name: value for name, value in others.items() if name.startswith("sampler.")}
-    draft_ids = _array(others.pop("draft_ids")).astype(mx.int32) if "draft_ids" in others else None
     shape = MaskAdapterConfig(
         slots=slots.shape[0],
         rank=rank,
@@ -77,6 +79,36 @@ def write_peft(
     }
     save_adapter(out, adapter, AdapterInfo(base_name, base_fingerprint(base), shape, training))
     return out
+
+
+def _draft_ids(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: int) -> mx.array | None:
+    """[N] int32 ids that may be drafted, taken out of `others`; None where there are none.
+
+    Raises ConversionError: they are no different ids of the base's vocabulary.
+    """
+    stored = others.pop("draft_ids", None)
+    if stored is None:
+        return None
+    ids = stored.load() if len(stored.shape) == 1 and stored.dtype[:1] in "IU" else np.zeros(0, np.int64)
+    if not len(ids) or len(np.unique(ids)) < len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
+        raise ConversionError(
+            f"{checkpoint.path}: draft_ids must be a list of different whole numbers, all below the {vocab_size} of "
+            "the base's vocabulary; leave them out, or write them again"
+        )
+    return mx.array(ids.astype(np.int32))
+
+
+def _check_others(checkpoint: Checkpoint, others: dict[str, LazyTensor]) -> None:
+    """Raises ConversionError for what is no array of floats, with every name."""
+    odd = [
+        f"{name} is {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in others.items()
+        if tensor.dtype not in FLOATS or not tensor.shape
+    ]
+    if odd:
+        raise ConversionError(
+            f"{checkpoint.path}: {'; '.join(odd[:8])}, and arrays of a float type are expected"
+        )
 
 
 def _slots(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: int) -> mx.array:

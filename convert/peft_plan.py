@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -24,7 +25,14 @@ _PLAIN: dict[str, object] = {
     "bias": "none",
     "rank_pattern": {},
     "alpha_pattern": {},
+    "use_qalora": False,
+    "layer_replication": [],
+    "target_parameters": [],
+    "trainable_token_indices": [],
+    "alora_invocation_tokens": [],
 }
+# Ways of drawing the first factors that take them off the base's weights, so that they are no update of the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def is_peft(checkpoint: Checkpoint) -> bool:
@@ -33,8 +41,19 @@ def is_peft(checkpoint: Checkpoint) -> bool:
 
 
 def check_settings(checkpoint: Checkpoint) -> None:
-    """Raises ConversionError for a setting that gated LoRA has no form for; all are named."""
+    """Raises ConversionError for a setting that gated LoRA has no form for (all are named), or no settings at all."""
     config = checkpoint.config
+    if checkpoint.config_name != "adapter_config.json":
+        raise ConversionError(
+            f"{checkpoint.path}: there is no adapter_config.json beside the factors, and without its lora_alpha "
+            "nobody knows how large an update they make; put the adapter's own there"
+        )
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ConversionError(
+            f"{checkpoint.path}: adapter_config.json says lora_alpha {alpha!r}, a number expected; use the adapter's "
+            "own file"
+        )
     kind = config.get("peft_type", "LORA")
     odd = [f"peft_type {kind}"] if kind != "LORA" else []
     odd += [
@@ -42,6 +61,8 @@ def check_settings(checkpoint: Checkpoint) -> None:
         for name, plain in _PLAIN.items()
         if config.get(name, plain) not in (plain, None)
     ]
+    start = str(config.get("init_lora_weights")).lower()
+    odd += [f"init_lora_weights {start!r}"] if start.startswith(_CHANGES_BASE) else []
     if odd:
         raise ConversionError(
             f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train "
@@ -60,10 +81,14 @@ def factor_targets(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) ->
 
     Raises ConversionError: a layer has only one of its two factors, they do not fit each other, or ranks differ.
     """
-    found = find_lora(factors, checkpoint.config)
-    assert found is not None
-    problems: list[str] = []
-    for target in found.targets:
+    try:
+        found = find_lora(factors, checkpoint.config)
+    except ConversionError as error:  # it does not know where the names come from
+        raise ConversionError(f"{checkpoint.path}: {error}") from error
+    targets = [] if found is None else found.targets
+    known = {name for target in targets for name, _ in target.sources}
+    problems = [f"{name} is no factor that is known" for name in factors if name not in known]
+    for target in targets:
         name, shape = target.sources[0]
         if name not in factors:
             problems.append(f"missing {name}")
@@ -75,12 +100,17 @@ def factor_targets(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) ->
         raise ConversionError(
             f"{checkpoint.path}: its factors do not fit each other: {'; '.join(problems[:8])}"
         )
-    ranks = {target.shape[1] for target in found.targets if target.name.endswith(".down")}
+    ranks = {target.shape[1] for target in targets if target.name.endswith(".down")}
     if len(ranks) != 1:
         raise ConversionError(
             f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read"
         )
-    return found.targets
+    if checkpoint.config.get("r", *ranks) not in ranks:
+        raise ConversionError(
+            f"{checkpoint.path}: adapter_config.json says r {checkpoint.config['r']!r}, its factors have the rank "
+            f"{max(ranks)}; use the adapter's own file"
+        )
+    return targets
 
 
 def slot_tables(others: Mapping[str, LazyTensor]) -> list[str]:

@@ -190,3 +190,69 @@ def test_two_ranks_are_refused(tmp_path: Path) -> None:
     other = {f"{name}A.weight": numbers("a", (2, 48)), f"{name}B.weight": numbers("b", (64, 2))}
     with pytest.raises(MTPError, match=r"the ranks \[2, 4\]"):
         write(folder(tmp_path / "lora", factors() | other | SLOTS), tmp_path / "out")
+
+
+def test_the_scale_is_the_adapters_own(tmp_path: Path) -> None:
+    """config.json beside an adapter is its base's; without the adapter's own file the scale is not guessed."""
+    source = folder(tmp_path / "lora", factors() | SLOTS)
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    _, info = load_adapter(write(source, tmp_path / "out"), tiny_model("llama", seed=3))
+    assert info.shape.alpha == 8
+    (source / "adapter_config.json").unlink()
+    for beside in (True, False):
+        assert (source / "config.json").is_file() == beside
+        with pytest.raises(MTPError, match="no adapter_config.json beside the factors"):
+            write(source, tmp_path / "other")
+        with pytest.raises(MTPError, match="no adapter_config.json beside the factors"):
+            plan_lines(open_checkpoint(source))
+        (source / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha '8', a number expected"),
+        ({"lora_alpha": None}, "lora_alpha None, a number expected"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf, a number expected"),
+        ({"r": 8}, "says r 8, its factors have the rank 4"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"use_qalora": True}, "use_qalora True"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    source = folder(tmp_path / "lora", factors() | SLOTS, **config)
+    with pytest.raises(MTPError, match=message):
+        write(source, tmp_path / "out")
+    with pytest.raises(MTPError, match=message):
+        plan_lines(open_checkpoint(source))
+
+
+STEM = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_"
+ODD: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "a convolution's factor": ({f"{STEM}A.weight": numbers("A", (4, 48, 1, 1))}, "are matrices"),
+    "a vector": ({f"{STEM}A.weight": numbers("A", (4,))}, "are matrices"),
+    "another adapter's name": ({f"{STEM}A.mtp.weight": numbers("A", (4, 48))}, "is no factor that is known"),
+    "a bias": ({f"{STEM}B.bias": numbers("A", (64,))}, "is no factor that is known"),
+    "one factor twice": ({f"{STEM}A.default.weight": numbers("A", (4, 48))}, "are the same factor"),
+    "one layer twice": (
+        {f"{STEM}{part}.weight".replace("model.layers", "layers"): numbers(part, (4, 48)) for part in "AB"},
+        "is there twice",
+    ),
+    "an id twice": ({"draft_ids": np.array([3, 3], np.int64)}, "a list of different whole numbers"),
+    "an id of no token": ({"draft_ids": np.array([3, 10**6], np.int64)}, "a list of different whole numbers"),
+    "half an id": ({"draft_ids": np.array([3.5], np.float32)}, "a list of different whole numbers"),
+    "a single id": ({"draft_ids": np.array(3, np.int64)}, "a list of different whole numbers"),
+    "a sampler of one number": ({"sampler.first.weight": np.array(3, np.float32)}, r"is F32 \[\]"),
+    "slots of whole numbers": ({"slot_embeddings.weight": np.ones((3, 48), np.int64)}, r"is I64 \[3, 48\]"),
+}
+
+
+@pytest.mark.parametrize("what", list(ODD))
+def test_tensors_that_mean_something_else(tmp_path: Path, what: str) -> None:
+    """None of them is left out or taken for something in silence, and none ends in a traceback."""
+    tensors, message = ODD[what]
+    prefixed = {n if n.startswith(PREFIX) else PREFIX + n: value for n, value in tensors.items()}
+    source = folder(tmp_path / "lora", factors() | SLOTS | prefixed)
+    with pytest.raises(MTPError, match=message):
+        write(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
