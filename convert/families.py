@@ -101,6 +101,7 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
     layers = sorted(
         {int(m[1]) for m in (re.fullmatch(re.escape(root) + family.layers, name) for name in names) if m}
     )
+    _check_numbers(family, layers, config)
     convention = family.convention
     if convention.family == "speculators":  # only renamed, so its norms are as the model stores them
         zero_centred = config["model_type"].startswith(("qwen3_next", "qwen3_5"))
@@ -130,6 +131,19 @@ def _speculative_tokens(speculators: dict[str, Any]) -> int:
     first = methods[0] if isinstance(methods, list) and methods else None
     tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
     return tokens if isinstance(tokens, int) and tokens > 0 else 0
+
+
+def _check_numbers(family: Family, layers: list[int], config: dict[str, Any]) -> None:
+    """Raises ConversionError where heads do not follow one another: those behind a lost one would draft for it."""
+    if "{z}" in family.names.norm_out or not layers:  # several layers each, or one that is not numbered
+        return
+    first = int(config.get("num_hidden_layers") or layers[0]) if family.past_trunk else 0
+    lost = [n for n, found in zip(range(first, first + len(layers)), layers, strict=True) if n != found]
+    if lost:
+        raise ConversionError(
+            f"MTP heads are at the layers {', '.join(map(str, layers))}, but that of layer {lost[0]} is missing or "
+            f"incomplete ({family.title}); get the whole checkpoint"
+        )
 
 
 def _as_written(found: Found, written: dict[str, Any]) -> Found:

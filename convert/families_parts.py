@@ -196,6 +196,12 @@ def experts(s: Stored, count: int, width: int) -> list[Target]:
 
 
 def stacked(s: Stored, name: str, shape: Shape, stored: str) -> Target:
+    """Canonical `name` [E, ...] made of one tensor for each expert; {} in `stored` is its number."""
+    if not 0 < shape[0] <= len(s.names):
+        raise ConversionError(
+            f"the configuration says {shape[0]:,} experts, which {len(s.names):,} tensors cannot be; use the model's "
+            "own config.json"
+        )
     sources = tuple((s.prefix + stored.format(e), shape[1:]) for e in range(shape[0]))
     return Target(name, shape, sources, STACK)
 

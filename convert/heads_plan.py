@@ -34,6 +34,8 @@ _TRUNK = {
 _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _NO_CONFIG = ("quantization_config", "text_config", "vision_config", "id2label", "label2id", "auto_map")
 _CHUNK = 1 << 24
+# What a configuration of wrong types or impossible numbers ends in.
+_MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 _SHOWN = 20
 
 
@@ -53,11 +55,8 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
         )
     except ConversionError as error:  # those below know names and settings, not where they come from
         raise ConversionError(f"{checkpoint.path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ConversionError(
-            f"{checkpoint.path}: {checkpoint.config_name or 'its configuration'} does not describe such a model "
-            f"({error!r}); use the model's own config.json"
-        ) from error
+    except _MISFITS as error:
+        raise _undescribed(checkpoint, error) from error
     announced = _announced(config)
     if found is None and announced:
         raise ConversionError(
@@ -65,6 +64,13 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
             "there; they were dropped when this copy was made, use the original checkpoint"
         )
     return found
+
+
+def _undescribed(checkpoint: Checkpoint, error: Exception) -> ConversionError:
+    return ConversionError(
+        f"{checkpoint.path}: {checkpoint.config_name or 'its configuration'} does not describe such a model "
+        f"({error!r}); use the model's own config.json"
+    )
 
 
 def _announced(config: Mapping[str, Any]) -> int:
@@ -96,7 +102,10 @@ def plan_heads(
     found, notes = _settle_norms(checkpoint, found, norms)
     found, told = _as_asked(checkpoint, found, order, hidden, recycled)
     notes += told
-    copies, dropped, convention = _copies(checkpoint, found)
+    try:
+        copies, dropped, convention = _copies(checkpoint, found)
+    except _MISFITS as error:
+        raise _undescribed(checkpoint, error) from error
     _check(checkpoint, found, [*found.targets, *copies])
     announced = _announced(checkpoint.text_config)
     if announced and found.convention.kind == "cascade" and announced != found.count:
@@ -217,6 +226,16 @@ def _copies(
             rows = tensors[trunk].shape[0] if trunk else int(found.config.get("vocab_size") or 0)
             own.append(Target(name, (rows, width), ((stored, (rows, width)),)))
             is_own[part] = True
+    for (
+        name,
+        stored,
+        part,
+    ) in found.copies:  # one convention holds for all heads: where one has its own, all do
+        if is_own[part] and not any(target.name == name for target in own):
+            trunk = _trunk(tensors, part, found)
+            shape = (tensors[trunk].shape[0] if trunk else 0, width)
+            own.append(Target(name, shape, ((stored if stored in tensors else trunk or stored, shape),)))
+            dropped = [pair for pair in dropped if pair[0] != stored]
     says = {part: "own" if value else "shared" for part, value in is_own.items()}
     convention = replace(
         found.convention,

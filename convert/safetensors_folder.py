@@ -198,7 +198,9 @@ def dequantised(
             continue
         scales = tensors.get(name + SCALE)
         wanted = _blocks(tensor.shape, block)
-        if scales is None or scales.dtype not in FLOATS:
+        if len(tensor.shape) < 2:
+            problems.append(f"'{name}' is {list(tensor.shape)}, which has no blocks")
+        elif scales is None or scales.dtype not in FLOATS:
             problems.append(f"'{name}' has no float '{name + SCALE}'")
         elif scales.shape != wanted:
             problems.append(f"'{name + SCALE}' is {list(scales.shape)}, {list(wanted)} expected")

@@ -193,6 +193,23 @@ def test_a_copy_is_dropped_only_if_every_byte_is_the_same(tmp_path: Path) -> Non
     assert ("model.layers.4.shared_head.head.weight", "model.embed_tokens.weight") in plan.dropped
 
 
+@pytest.mark.parametrize("second", ["a copy", "absent"])
+def test_one_head_with_an_lm_head_of_its_own(tmp_path: Path, second: str) -> None:
+    """One convention holds for all heads, so the other's copy of the trunk's is not left out."""
+    made = make("llama with own heads")
+    trunk = made.stored["lm_head.weight"]
+    made.stored["model.layers.4.shared_head.head.weight"] = trunk + (trunk == trunk[0, 0]) * np.float32(2**-9)
+    if second == "a copy":
+        made.stored["model.layers.5.shared_head.head.weight"] = trunk.copy()
+    else:
+        made.stored.pop("model.layers.5.shared_head.head.weight", None)
+    plan, found = converted(made.write(tmp_path / "model"))
+    assert plan.convention.lm_head == "own"
+    assert not [name for name, _ in plan.dropped if "shared_head.head" in name]
+    assert not np.array_equal(found["heads.0.lm_head.weight"], trunk)
+    np.testing.assert_array_equal(found["heads.1.lm_head.weight"], trunk)
+
+
 def test_an_own_embedding_that_is_the_trunks_is_shared(tmp_path: Path) -> None:
     made = make("longcat-flash")
     made.stored["model.mtp.embed_tokens.weight"] = made.stored["model.embed_tokens.weight"]
@@ -265,11 +282,44 @@ def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path) -> None:
         {"layer_types": 3},
         {"num_hidden_layers": "four"},
         {"hidden_size": "48"},
+        {"num_hidden_layers": float("inf")},
     ],
 )
 def test_a_configuration_of_nonsense_is_one_sentence(tmp_path: Path, settings: dict[str, object]) -> None:
     with pytest.raises(ConversionError, match="does not describe such a model|the configuration lacks"):
         converted(make("step-3.5").write(tmp_path / "model", **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("glm-4.5", {"num_attention_heads": 0, "head_dim": None}, "does not describe such a model"),
+        ("longcat-flash", {"q_lora_rank": 0, "mla_scale_q_lora": True}, "does not describe such a model"),
+        (
+            "deepseek-v3",
+            {"n_routed_experts": 10**12},
+            "says 1,000,000,000,000 experts, which 32 tensors cannot be",
+        ),
+        ("deepseek-v3", {"n_routed_experts": 0}, "says 0 experts"),
+    ],
+)
+def test_impossible_numbers_are_one_sentence(
+    tmp_path: Path, name: str, settings: dict[str, object], message: str
+) -> None:
+    """Neither a division by zero nor a list of a million million experts."""
+    with pytest.raises(ConversionError, match=message):
+        converted(make(name).write(tmp_path / "model", **settings))
+
+
+@pytest.mark.parametrize("lost", [4, 5])
+def test_heads_after_a_lost_one_do_not_take_its_place(tmp_path: Path, lost: int) -> None:
+    """Of three heads one has lost its fuse weight, which a head is recognised by."""
+    made = make("llama with own heads")
+    third = {n.replace("layers.5.", "layers.6."): v for n, v in made.stored.items() if "layers.5." in n}
+    made.stored |= third
+    del made.stored[f"model.layers.{lost}.eh_proj.weight"]
+    with pytest.raises(ConversionError, match=f"that of layer {lost} is missing or incomplete"):
+        converted(made.write(tmp_path / "model"))
 
 
 def test_what_sets_fastmtp_apart(tmp_path: Path) -> None:

@@ -75,12 +75,15 @@ def test_fp8_blocks_are_dequantised(shape: tuple[int, ...]) -> None:
 def test_fp8_without_fitting_scales_is_refused(tmp_path: Path) -> None:
     codes = np.zeros((130, 8), np.uint8)
     tensors = {"a.weight": codes, "b.weight": codes, "b.weight_scale_inv": np.ones((1, 1), np.float32)}
-    write_safetensors(tmp_path / "m.safetensors", tensors, {"a.weight": "F8_E4M3", "b.weight": "F8_E4M3"})
+    tensors |= {"c.weight": codes[0], "c.weight_scale_inv": np.ones((), np.float32)}
+    types = {name: "F8_E4M3" for name, value in tensors.items() if value.dtype == np.uint8}
+    write_safetensors(tmp_path / "m.safetensors", tensors, types)
     with pytest.raises(ConversionError) as caught:
         open_checkpoint(tmp_path)
     message = str(caught.value)
     assert "'a.weight' has no float 'a.weight_scale_inv'" in message
     assert "'b.weight_scale_inv' is [1, 1], [2, 1] expected" in message and "128 x 128" in message
+    assert "'c.weight' is [8], which has no blocks" in message
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
