@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,7 +63,8 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        # Two threads of a process may write one file at a time, such as a cached one.
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
         try:
             write(temporary)
             os.replace(temporary, path)

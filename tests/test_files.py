@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import new_folder
+from mtp_mlx.files import new_folder, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -63,3 +65,20 @@ def test_a_failed_exchange_leaves_the_old_folder(
     with new_folder(out) as folder:
         (folder / "new").write_text("1")
     assert names(tmp_path) == ["out", "out/new"]
+
+
+def test_two_threads_that_write_one_file(tmp_path: Path) -> None:
+    """Each into a temporary file of its own: neither takes the other's away, nor is a half of each left."""
+    both = threading.Barrier(2)
+
+    def write(letter: str) -> None:
+        def slowly(temporary: Path) -> None:
+            temporary.write_text(letter * 4)
+            both.wait(60)
+
+        write_file(tmp_path / "states.bin", slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, "ab"))
+    assert (tmp_path / "states.bin").read_text() in ("aaaa", "bbbb")
+    assert [path.name for path in tmp_path.iterdir()] == ["states.bin"]

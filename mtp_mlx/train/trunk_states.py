@@ -136,11 +136,12 @@ def in_half(states: mx.array) -> mx.array:
 
 
 def weights_key(model: nn.Module) -> str:
-    """24 hex digits of names, types, shapes and a sample of the values of all weights.
+    """24 hex digits of the settings, and of names, types, shapes and a sample of the values of all weights.
 
-    Unlike a base's fingerprint it tells apart the precisions of one model.
+    Unlike a base's fingerprint it tells apart the precisions of one model, and settings without weights, such as a
+    scaling of the rotary embedding.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(getattr(model, "args", None)).encode())
     for name, value in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))):
         flat = value.reshape(-1)
         sample = flat[:: max(1, flat.size // SAMPLE)]

@@ -158,8 +158,8 @@ def test_a_run_does_not_depend_on_which_states_were_cached(tmp_path: Path) -> No
 
 
 def test_cached_states_of_another_precision_are_not_used() -> None:
-    def key(change: Any) -> str:
-        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
+    def key(change: Any, **settings: Any) -> str:
+        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96, **settings)
         change(model)
         return weights_key(model)
 
@@ -172,8 +172,9 @@ def test_cached_states_of_another_precision_are_not_used() -> None:
         key(lambda model: nn.quantize(model, group_size=32, bits=8)),
         key(lambda model: nn.quantize(model, group_size=32, bits=4)),
         key(fine_tuned),
+        key(lambda _: None, rope_theta=123.0),  # the same weights, read in another way
     ]
-    assert len(set(keys)) == 5 and key(lambda _: None) == keys[0]
+    assert len(set(keys)) == 6 and key(lambda _: None) == keys[0]
 
 
 def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
