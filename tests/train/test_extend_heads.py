@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mtp_mlx.train.extend_heads import extended_count
 from mtp_mlx.train.heads_agreement import measure_heads
 from mtp_mlx.train.trainer import Trainer
 from mtp_mlx.train.trunk_states import ComputedStates
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model
 from tests.train.training import Remembering, examples, trainer_for
 
 # A linear layer of head i, by which heads are told apart.
@@ -100,6 +102,24 @@ def test_a_loop_without_training_is_an_extension_without_steps(tmp_path: Path, t
     rows = [examples()]
     found = [measure_heads(t.attached, rows, 4, ComputedStates(t.attached)) for t in (looped, extended)]
     assert found[0].acceptance == found[1].acceptance and found[0].blocks > 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("first_hidden", "pre-norm"), ("lm_head", "own")])
+def test_heads_that_training_would_run_in_another_way(
+    tmp_path: Path, two: Path, field: str, value: str
+) -> None:
+    """Training gives heads the state after the trunk's last norm, and the trunk's LM head; converted heads may take
+    others, and would be trained for what nobody runs."""
+    folder = shutil.copytree(two, tmp_path / "heads")
+    config = json.loads((folder / "mtp_config.json").read_text())
+    config["heads"]["convention"][field] = value
+    (folder / "mtp_config.json").write_text(json.dumps(config))
+    if field == "lm_head":
+        model = tiny_model("qwen3", seed=3)
+        own = {f"heads.{i}.lm_head.weight": model.model.embed_tokens.weight for i in range(2)}
+        mx.save_safetensors(str(folder / "mtp.safetensors"), read_tensors(folder) | own)
+    with pytest.raises(MTPError, match="only a cascade on the state 'post-norm' that shares both"):
+        extending(tmp_path / "four", folder)
 
 
 @pytest.mark.parametrize(

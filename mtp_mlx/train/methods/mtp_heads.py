@@ -106,6 +106,17 @@ class TrainHeads(Method):
             MTPError: no heads there, of another base or another number.
         """
         loaded, info = load_heads(folder, model)
+        convention = info.convention
+        if (
+            not isinstance(loaded, MTPHeads)
+            or convention.first_hidden != "post-norm"
+            or "own" in (convention.embedding, convention.lm_head)
+        ):
+            raise MTPError(
+                f"--start-from {folder}: its heads are of the kind {convention.kind!r} on the state "
+                f"{convention.first_hidden!r}, with {convention.embedding} embedding and {convention.lm_head} LM "
+                "head; only a cascade on the state 'post-norm' that shares both with the base can be trained"
+            )
         heads, blocks = loaded.heads, info.blocks
         if self.settings.extend is not None:
             self._frozen = len(heads)
