@@ -31,6 +31,11 @@ def build_config(gguf: GGUFFile) -> dict[str, Any]:
         raise ConversionError(
             f"{gguf.path}: a mixture of experts; only dense models can be converted from GGUF."
         )
+    layers = _whole(gguf, f"{arch}.block_count")
+    if layers > len(gguf.tensors):
+        raise ConversionError(
+            f"{gguf.path}: {layers:,} layers, but only {len(gguf.tensors):,} tensors. Get the file again."
+        )
     n_heads = _whole(gguf, f"{arch}.attention.head_count")
     hidden_size = _whole(gguf, f"{arch}.embedding_length")
     head_dim = gguf.metadata.get(f"{arch}.attention.key_length", hidden_size // n_heads)
@@ -39,7 +44,7 @@ def build_config(gguf: GGUFFile) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "hidden_size": hidden_size,
-        "num_hidden_layers": _whole(gguf, f"{arch}.block_count"),
+        "num_hidden_layers": layers,
         "intermediate_size": _whole(gguf, f"{arch}.feed_forward_length"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": _whole(gguf, f"{arch}.attention.head_count_kv", n_heads),

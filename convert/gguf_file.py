@@ -16,6 +16,7 @@ from mtp_mlx.errors import ConversionError
 # GGUF value types -> struct codes; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # the format's own limit
 
 # Tensor type id -> (name, elements per block, bytes per block). Ids missing here are reported by number.
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
@@ -126,7 +127,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"{path}: the file is truncated: its header goes on after its {size:,} bytes. "
                 "Download or copy it again."
             ) from None
-        except (struct.error, KeyError, RecursionError, OverflowError) as error:
+        except (struct.error, KeyError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
             raise ConversionError(
                 f"{path}: the GGUF header is damaged ({error!r}). Get the file again."
             ) from error
@@ -149,10 +150,17 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
     alignment = int(gguf.metadata.get("general.alignment", 32))
     data_start = -(-reader.stream.tell() // alignment) * alignment
     for name, shape, type_id, offset in infos:
+        if name in gguf.tensors:
+            raise ConversionError(f"{path}: two tensors are called {name!r}. Get the file again.")
         type_name, block, block_bytes = TENSOR_TYPES.get(type_id, (f"type number {type_id}", 0, 0))
         n_elements = 1
         for n in shape:
             n_elements *= n
+        if block and (shape[-1] if shape else 1) % block:
+            raise ConversionError(
+                f"{path}: the rows of tensor {name!r}, {list(shape)}, are no whole blocks of {block} as its type "
+                f"{type_name} needs. Get the file again."
+            )
         n_bytes = n_elements // block * block_bytes if block else None
         info = TensorInfo(name, shape, type_name, data_start + offset, n_bytes)
         if info.offset + (n_bytes or 0) > reader.n_bytes:
@@ -167,5 +175,8 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
 
 def _tensor_header(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     name = reader.string()
-    shape = tuple(reversed(reader.unpack("Q", reader.number("I"))))
+    n_dimensions = reader.number("I")
+    if n_dimensions > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {n_dimensions} dimensions")
+    shape = tuple(reversed(reader.unpack("Q", n_dimensions)))
     return name, shape, reader.number("I"), reader.number("Q")

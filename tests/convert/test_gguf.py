@@ -213,6 +213,14 @@ BAD_METADATA = [
     ),
     ({"llama.block_count": 3}, "missing model.layers.2"),
     ({"llama.feed_forward_length": 128}, "metadata say"),
+    ({"llama.block_count": 10**9}, "1,000,000,000 layers, but only"),
+    ({"llama.attention.head_count": 0}, "do not describe a model"),
+    ({"llama.attention.layer_norm_rms_epsilon": "small"}, "do not describe a model"),
+    ({"tokenizer.ggml.merges": ["x"]}, "do not describe a model"),
+    ({"tokenizer.ggml.merges": ["no such"]}, "do not describe a model"),
+    ({"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}, "do not describe a model"),
+    ({"general.alignment": 0}, "header is damaged"),
+    ({"general.alignment": "wide"}, "header is damaged"),
 ]
 
 
@@ -222,6 +230,31 @@ def test_bad_metadata_are_refused(tmp_path: Path, metadata: dict[str, Any], mess
     with pytest.raises(ConversionError, match=message):
         convert_gguf(written.path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_headers_that_mean_something_else(tmp_path: Path) -> None:
+    """A tensor twice, one of too many dimensions, and rows that are no whole blocks."""
+
+    def refused(message: str, old: bytes, new: bytes) -> None:
+        path = write_model(tmp_path / "m.gguf", kind="Q8_0").path
+        raw = path.read_bytes()
+        assert raw.count(old) == 1 and len(old) == len(new)
+        path.write_bytes(raw.replace(old, new))
+        with pytest.raises(ConversionError, match=message):
+            read_gguf(path)
+
+    refused(
+        r"two tensors are called 'blk\.0\.ffn_norm\.weight'",
+        b"blk.1.ffn_norm.weight",
+        b"blk.0.ffn_norm.weight",
+    )
+    name, rows = b"blk.1.ffn_up.weight", (96).to_bytes(8, "little")
+    two = name + (2).to_bytes(4, "little") + (64).to_bytes(8, "little") + rows
+    odd = name + (2).to_bytes(4, "little") + (63).to_bytes(8, "little") + rows
+    refused(r"rows of tensor 'blk\.1\.ffn_up\.weight', \[96, 63\], are no whole blocks of 32", two, odd)
+    refused(
+        "a tensor of 5000 dimensions", name + (2).to_bytes(4, "little"), name + (5000).to_bytes(4, "little")
+    )
 
 
 def test_missing_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
