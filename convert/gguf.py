@@ -26,6 +26,7 @@ from .gguf_config import build_config, default_dtype
 from .gguf_file import GGUFFile, read_gguf
 from .gguf_tokenizer import build_tokenizer, stop_ids, tokenizer_config
 from .gguf_weights import check_tensors, load_weights
+from .heads_write import check_source_stays
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -52,14 +53,17 @@ def convert_gguf(
     """
     source, out, tell = Path(source), Path(out), progress or (lambda _: None)
     _check_options(out, dtype=dtype, quantize=quantize, group_size=group_size, force=force)
+    check_source_stays(out, source)
     tell("reading the header")
     gguf = read_gguf(source)
-    config = build_config(gguf)
-    check_tensors(gguf)
-    tokenizer = build_tokenizer(gguf)
-    tell("dequantising the weights")
-    weights = load_weights(gguf, config, DTYPES[dtype] if dtype else default_dtype())
-    model = _build_model(gguf, config, weights)
+    with _believed(gguf):
+        config = build_config(gguf)
+        check_tensors(gguf)
+        tokenizer = build_tokenizer(gguf)
+        tell("dequantising the weights")
+        weights = load_weights(gguf, config, DTYPES[dtype] if dtype else default_dtype())
+        model = _build_model(gguf, config, weights)
+        texts = tokenizer_config(gguf), _generation_config(gguf)
     if quantize:
         tell(f"quantising to {quantize} bits")
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
@@ -69,9 +73,24 @@ def convert_gguf(
         save_model(folder, model, donate_model=True)
         save_config(config, folder / "config.json")
         tokenizer.save(str(folder / "tokenizer.json"))
-        _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
-        _write_json(folder / "generation_config.json", _generation_config(gguf))
+        _write_json(folder / "tokenizer_config.json", texts[0])
+        _write_json(folder / "generation_config.json", texts[1])
     return out
+
+
+@contextlib.contextmanager
+def _believed(gguf: GGUFFile) -> Iterator[None]:
+    """Inside the block metadata are taken for what they should be; raises ConversionError where they are not."""
+    try:
+        yield
+    except (MTPError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizers package raises no other class for merges that do not fit
+        reason = " ".join(str(error).split())[:200]
+        raise ConversionError(
+            f"{gguf.path}: its metadata do not describe a model and its tokenizer ({type(error).__name__}: "
+            f"{reason}). Get the file again."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def write_heads(
             f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
             "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
         )
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     fingerprint, reason = trunk_fingerprint(checkpoint) if base is None else fingerprint_of(base)
     if reason:
         plan.notes.append(f"the base's fingerprint is not known: {reason}")
@@ -94,12 +94,23 @@ def fill_folder(
     (folder / "README.md").write_text(heads_card(config, plan), encoding="utf-8")
 
 
-def check_out(out: Path, *, force: bool, mark: str, kind: str) -> None:
-    """Raise MTPError where `out` exists and may not be replaced: without `force`, or not holding the file `mark`."""
+def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Path) -> None:
+    """Raise MTPError where `out` exists and may not be replaced: without `force`, or not holding the file `mark`, or
+    holding `source`, of which a conversion is no copy."""
     if out.exists() and not force:
         raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
     if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
         raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
+    check_source_stays(out, source)
+
+
+def check_source_stays(out: Path, source: str | Path) -> None:
+    """Raise MTPError where replacing `out` would delete `source`."""
+    place = Path(source).resolve()
+    if out.exists() and out.resolve() in (place, *place.parents):
+        raise MTPError(
+            f"{out} holds the source {source} itself, which --force would delete: choose another folder."
+        )
 
 
 def heads_config(

@@ -72,7 +72,7 @@ def convert_ptp(
         MTPError: `out` exists, no such checkpoint, parts that nothing runs, or tensors that do not fit the base.
     """
     out, base = Path(out), Path(base)
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder")
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=source)
     checkpoint = open_checkpoint(source)
     if not is_ptp_checkpoint(checkpoint):
         raise ConversionError(

@@ -90,7 +90,7 @@ def convert_whole(
     fit (all are named); a full disk.
     """
     tell, out = progress or (lambda _: None), Path(out)
-    check_out(out, force=settings.force, mark="config.json", kind="a model folder")
+    check_out(out, force=settings.force, mark="config.json", kind="a model folder", source=source)
     checkpoint = open_checkpoint(source)
     found, plan, problem = _heads(checkpoint, settings)
     _check_trunk(checkpoint, found)
