@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mtp_mlx.files import new_folder
 
 from .checkpoint import Checkpoint
 from .families import CONVENTION_FIELDS, CONVENTION_KEY
-from .heads import AS_IT_IS, Block, HeadPlan, Step, Target
+from .heads import ADD_ONE, AS_IT_IS, Block, HeadPlan, Step, Target
 from .heads_plan import plan_heads
 from .heads_write import WEIGHTS_NAME, check_out, save_targets
 from .safetensors_folder import read_safetensors
@@ -40,15 +41,41 @@ _NAMES = {
 
 
 def write_speculators(
-    checkpoint: Checkpoint, out: str | Path, *, base: str = "", force: bool = False
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    base: str = "",
+    plan: HeadPlan | None = None,
+    force: bool = False,
 ) -> Path:
-    """Write the heads of `checkpoint` into the folder `out`. base: name of the base model, for config.json.
+    """Write the heads of `checkpoint` into the folder `out`.
+
+    base: name of the base model, for config.json. plan: of the heads, by default that of their family.
 
     Raises MTPError: `out` exists, no heads, or heads that the layout cannot hold.
     """
     out = Path(out)
-    check_out(out, force=force, mark="config.json", kind="a model folder")
-    return _write(checkpoint, plan_heads(checkpoint, "plain"), out, base)  # plain: nothing is added to norms
+    check_out(out, force=force, mark="config.json", kind="a model folder", source=checkpoint.path)
+    return _write(checkpoint, _as_modelled(plan or plan_heads(checkpoint)), out, base)
+
+
+def _as_modelled(plan: HeadPlan) -> HeadPlan:
+    """`plan` with norms as the model stores them, whatever the file did: an earlier conversion may have added 1."""
+    if not _zero_centred(plan.model_config):
+        return plan
+    took = {ADD_ONE: AS_IT_IS, AS_IT_IS: _TAKE_ONE}
+    targets = [
+        replace(target, step=took.get(target.step, target.step))
+        if len(target.shape) == 1 and _is_norm(target.name)
+        else target
+        for target in plan.targets
+    ]
+    return replace(plan, targets=targets)
+
+
+def _zero_centred(config: dict[str, Any]) -> bool:
+    """Whether a model of the layout stores its norms around zero."""
+    return str(config.get("model_type")).startswith(("qwen3_next", "qwen3_5"))
 
 
 def export_speculators(
@@ -66,7 +93,7 @@ def export_speculators(
     Raises MTPError: as `write_speculators`, or no base configuration where one is needed.
     """
     out = Path(out)
-    check_out(out, force=force, mark="config.json", kind="a model folder")
+    check_out(out, force=force, mark="config.json", kind="a model folder", source=folder)
     checkpoint, plan, name = _adapter_plan(Path(folder), base_config)
     return _write(checkpoint, plan, out, base or name)
 
@@ -99,7 +126,7 @@ def _adapter_plan(folder: Path, base_config: dict[str, Any] | None) -> tuple[Che
         name: tensor for name, tensor in read_safetensors(folder / WEIGHTS_NAME).items() if name != DRAFT_IDS
     }
     # The layout keeps norms as the model stores them, the adapter as plain gains.
-    zero_centred = str(config.get("model_type")).startswith(("qwen3_next", "qwen3_5"))
+    zero_centred = _zero_centred(config)
     targets = [
         Target(
             name,

@@ -272,10 +272,95 @@ def test_a_peft_adapter(tmp_path: Path) -> None:
     model, _ = load(str(base), tmp_path / "out")
     assert model.most_drafts == 3
     facts = json.loads(run("info", source, "--json").stdout)
-    assert facts["mtp heads"]["family"] == "PEFT LoRA adapter"
+    assert facts["mtp heads"] == {"family": "PEFT LoRA adapter"}  # of no number, and no convention
+
+
+# --- what would be lost, or ignored -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["the same", "above", "through a link"])
+def test_force_does_not_delete_the_source(tmp_path: Path, place: str) -> None:
+    """OUT may not be the folder that SOURCE is or lies in, in whichever layout it is written."""
+    home = tmp_path / "home"
+    source = make("mimo-7b").write(home if place != "above" else home / "model")
+    gguf = write_model(home / "model.gguf").path
+    peft = peft_folder(home / "lora", factors() | SLOTS)
+    for name in ("config.json", "mtp_config.json"):
+        if not (home / name).exists():
+            (home / name).write_text("{}")
+    (tmp_path / "link").symlink_to(home)
+    out = tmp_path / "link" if place == "through a link" else home
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    ways = [(source / "model.safetensors",), (source / "model.safetensors", "--heads-only"), (gguf,)]
+    ways += [(peft, "--heads-only", "--base", save_tiny(tmp_path / "base", seed=3))]
+    ways += [(source / "model.safetensors", "--heads-only", "--heads-as", "speculators")]
+    for first, *options in ways:
+        message = refused("convert", first, out, "--force", *options)
+        assert f"{out} holds the source" in message and "--force would delete" in message
+    assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
+
+
+SILENT = {
+    "--quantize and --dtype are for the trunk": ("--heads-only", "--quantize", "4"),
+    "--quantize and --dtype are": ("--heads-only", "--dtype", "float16"),
+    "the heads that --verify is about": ("--trunk-only", "--verify"),
+    "the heads that --head-order is about": ("--trunk-only", "--head-order", "hidden"),
+    "--dry-run reads no weights": ("--dry-run", "--verify"),
+    "give --heads-only too": ("--heads-as", "speculators"),
+    "leave --heads-as out": ("--heads-only", "--heads-as", "speculators", "--verify"),
+    "--base is for heads and adapters": ("--base", "somewhere"),
+}
+
+
+@pytest.mark.parametrize("expected", list(SILENT))
+def test_no_option_is_ignored_in_silence(tmp_path: Path, expected: str) -> None:
+    source = make("mimo-7b").write(tmp_path / "model")
+    result = run("convert", source, tmp_path / "out", *SILENT[expected])
+    assert result.exit_code == 2 and expected in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "out").exists()
+    assert run("convert", source, "--heads-only", "--verify").exit_code == 2
+
+
+def test_options_of_heads_that_are_not_there(tmp_path: Path) -> None:
+    """They are refused before anything is written, not after."""
+    out, plain = tmp_path / "out", save_tiny(tmp_path / "plain", seed=3)
+    for options in (("--verify",), ("--head-order", "hidden")):
+        assert f"holds no MTP heads; leave {options[0]} out" in refused("convert", plain, out, *options)
+        assert "MTP heads are not read" in refused(
+            "convert", write_model(tmp_path / "m.gguf").path, out, *options
+        )
+    write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa(tmp_path / "medusa"))
+    assert "heads of the kind Medusa have no conv" in refused(
+        "convert", tmp_path / "medusa", out, "--heads-only", "--verify"
+    )
+    lora = peft_folder(tmp_path / "lora", factors() | SLOTS)
+    assert "it is a PEFT adapter" in refused(
+        "convert", lora, out, "--heads-only", "--base", plain, "--verify"
+    )
+    source = make("mimo-7b").write(tmp_path / "model")
+    assert run("convert", source, tmp_path / "heads", "--heads-only").exit_code == 0
+    assert "--head-order comes too late" in refused(
+        "convert",
+        tmp_path / "heads",
+        out,
+        "--heads-only",
+        "--heads-as",
+        "speculators",
+        "--head-order",
+        "hidden",
+    )
+    assert not out.exists()
 
 
 # --- info ---------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_gguf_file(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf").path
+    facts = json.loads(run("info", path, "--json").stdout)
+    assert (facts["container"], facts["type"], facts["size"]) == ("gguf", "llama", path.stat().st_size)
+    assert "none are read" in facts["mtp heads"]
+    assert f"give one of those in it, as in {path}" in refused("convert", tmp_path, tmp_path / "out")
 
 
 def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:

@@ -94,8 +94,7 @@ def command(source: str, out: Path | None, **options: Any) -> None:
     --verify and without OUT, SOURCE is a model folder that was converted before.
     """
     how = ConvertOptions(**options)
-    if how.heads_only and how.trunk_only:
-        raise click.UsageError("--heads-only and --trunk-only leave nothing to convert: give one of them.")
+    how.check(out)
     path = _local(source, how.dry_run)
     gguf = path.suffix.lower() == ".gguf" and not path.is_dir()
     if how.dry_run:
@@ -136,6 +135,77 @@ class ConvertOptions:
         """To quantise to."""
         return int(self.quantize) if self.quantize else None
 
+    @property
+    def conventions(self) -> list[str]:
+        """The options given that say how heads were trained."""
+        asked = {
+            "--head-norms": self.head_norms,
+            "--head-order": self.head_order,
+            "--head-hidden": self.head_hidden,
+            "--head-recycled": self.head_recycled,
+        }
+        return [name for name, value in asked.items() if value != "auto"]
+
+    @property
+    def of_heads(self) -> list[str]:
+        """The options given that mean nothing where there are no heads."""
+        return [*self.conventions, *(["--verify"] if self.verify else [])]
+
+    def check(self, out: Path | None) -> None:
+        """Raises click.UsageError for options of which one would be ignored in silence."""
+        if self.heads_only and self.trunk_only:
+            raise click.UsageError(
+                "--heads-only and --trunk-only leave nothing to convert: give one of them."
+            )
+        if self.heads_only and (self.quantize or self.dtype):
+            raise click.UsageError(
+                "--quantize and --dtype are for the trunk, which --heads-only leaves out: heads keep the type that "
+                "they are stored in."
+            )
+        if self.trunk_only and self.of_heads:
+            raise click.UsageError(f"--trunk-only leaves out the heads that {self.of_heads[0]} is about.")
+        if self.dry_run and self.verify:
+            raise click.UsageError(
+                "--dry-run reads no weights, so it cannot --verify: leave one of them out."
+            )
+        if self.heads_as != "adapter" and not self.heads_only and not self.dry_run:
+            raise click.UsageError(
+                "--heads-as is the layout that --heads-only writes: give --heads-only too."
+            )
+        if self.heads_as != "adapter" and self.verify:
+            raise click.UsageError("--verify measures an adapter folder: leave --heads-as out.")
+        if self.base and not self.heads_only and not self.dry_run:
+            raise click.UsageError(
+                "--base is for heads and adapters that come without it: give --heads-only too."
+            )
+        if out is None and self.verify and self.heads_only:
+            raise click.UsageError(
+                "Missing argument 'OUT' (--verify does without only for converted folders)."
+            )
+
+    def check_heads(self, checkpoint: Checkpoint) -> None:
+        """Raises MTPError where options ask for heads that the checkpoint has not, or for what its kind has not."""
+        from mtp_mlx.convert.heads_plan import find_heads
+        from mtp_mlx.sidecar import sidecar
+
+        if not self.of_heads:
+            return
+        if sidecar(checkpoint.path) is not None:
+            if self.conventions:
+                raise MTPError(
+                    f"{checkpoint.path}: its heads were converted before, so {self.conventions[0]} comes too late; "
+                    "convert the original checkpoint"
+                )
+            return
+        found = find_heads(checkpoint)
+        if found is None:
+            raise MTPError(f"{checkpoint.path}: holds no MTP heads; leave {' and '.join(self.of_heads)} out")
+        if self.verify and found.convention.kind != "cascade":
+            raise MTPError(
+                f"{checkpoint.path}: heads of the kind {found.title} have no conventions that --verify could try; "
+                "leave it out"
+            )
+
     def plan(self, checkpoint: Checkpoint) -> HeadPlan:
         """The plan of a checkpoint's heads."""
         from mtp_mlx.convert.heads_plan import plan_heads
@@ -163,9 +233,9 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a .gguf file."""
     from mtp_mlx.convert.gguf import convert_gguf
 
-    if how.verify:
+    if how.of_heads:
         raise MTPError(
-            f"{source}: --verify measures MTP heads, which are not read from .gguf files; leave it out"
+            f"{source}: MTP heads are not read from .gguf files; leave {' and '.join(how.of_heads)} out"
         )
     with Console(stderr=True).status(f"converting {source.name}") as status:
         return convert_gguf(
@@ -185,11 +255,13 @@ def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
-    if is_ptp_checkpoint(open_checkpoint(source)):
+    checkpoint = open_checkpoint(source)
+    if is_ptp_checkpoint(checkpoint):
         raise MTPError(
             f"{source}: a student of Parallel Token Prediction becomes an adapter of its base model: give "
             "--heads-only, and that model's folder with --base"
         )
+    how.check_heads(checkpoint)
     settings = WholeSettings(
         dtype=how.dtype,
         quantize=how.bits,
@@ -264,8 +336,11 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
             return _convert_ptp(checkpoint, out, how)
         if is_peft(checkpoint):
             return _convert_peft(checkpoint, out, how)
+        how.check_heads(checkpoint)
         if how.heads_as == "speculators":
-            return write_speculators(checkpoint, out, base=how.base or "", force=how.force)
+            return write_speculators(
+                checkpoint, out, base=how.base or "", plan=how.plan(checkpoint), force=how.force
+            )
         return _write_heads(checkpoint, out, how, status.update)
 
 
@@ -303,6 +378,11 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
         raise MTPError(
             f"{source} is an adapter folder already; --heads-as speculators writes it in that layout"
         )
+    if how.of_heads:
+        raise MTPError(
+            f"{source}: its heads were converted before, so {how.of_heads[0]} comes too late; convert the original "
+            "checkpoint"
+        )
     config = None
     if how.base:
         path = Path(resolve_model(how.base)) / "config.json"
@@ -315,6 +395,11 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.peft import write_peft
 
+    if how.of_heads or how.heads_as != "adapter":
+        raise MTPError(
+            f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads: leave --verify, --heads-as and "
+            "--head-... out"
+        )
     named = checkpoint.config.get("base_model_name_or_path")
     name = how.base or (named if isinstance(named, str) and Path(named).is_dir() else None)
     if name is None:
@@ -334,10 +419,10 @@ def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path
             f"{checkpoint.path}: a student of Parallel Token Prediction becomes an adapter of its base model: name "
             "that model's folder with --base"
         )
-    if how.verify or how.heads_as != "adapter":
+    if how.of_heads or how.heads_as != "adapter":
         raise MTPError(
-            f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads: leave --verify and "
-            "--heads-as out"
+            f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads: leave --verify, --heads-as "
+            "and --head-... out"
         )
     return convert_ptp(checkpoint.path, resolve_model(how.base), out, force=how.force)
 

@@ -129,7 +129,26 @@ def checkpoint(path: Path) -> dict[str, Any]:
     from mtp_mlx.convert.checkpoint import open_checkpoint
     from mtp_mlx.convert.heads_report import describe
 
+    if path.suffix.lower() == ".gguf":
+        return _gguf(path)
     return describe(open_checkpoint(path))
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    from mtp_mlx.convert.gguf_file import read_gguf
+
+    header = read_gguf(path)
+    kinds = [info.type_name for info in header.tensors.values()]
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "container": "gguf",
+        "type": header.metadata.get("general.architecture", "?"),
+        "tensors": len(kinds),
+        "size": path.stat().st_size,
+        "types": ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
+        "mtp heads": "none are read from a .gguf file",
+    }
 
 
 def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
@@ -168,7 +187,7 @@ def _is_heads(config: Path) -> bool:
     """Whether an adapter's config is one of MTP heads; a damaged one is left to the reader of adapters."""
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("method") == "mtp-heads"
 
@@ -220,7 +239,7 @@ def model_folder(path: Path) -> dict[str, Any]:
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MTPError(f"{path / 'config.json'} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise MTPError(f"{path / 'config.json'} does not hold a model's config")
@@ -234,13 +253,16 @@ def _seams(path: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_model
 
     from mtp_mlx.adapter import base_fingerprint
+    from mtp_mlx.convert.trunk import LOAD_ERRORS
     from mtp_mlx.model.attach import attach
     from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
     try:
         model, _ = load_model(path, lazy=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        return {"usable": f"no: mlx-lm cannot load it ({type(error).__name__}: {error})"}
+    except LOAD_ERRORS as error:
+        return {
+            "usable": f"no: mlx-lm cannot load it ({type(error).__name__}: {' '.join(str(error).split())})"
+        }
     weights = dict(tree_flatten(model.parameters()))
     facts: dict[str, Any] = {"tensors": len(weights)}
     try:

@@ -78,6 +78,18 @@ def test_names_order_and_norms_of_the_layout(tmp_path: Path) -> None:
     assert config["transformer_layer_config"]["model_type"] == "qwen3_next"
 
 
+def test_norms_that_an_earlier_conversion_changed(tmp_path: Path) -> None:
+    """Of a file whose norms have 1 added already, as is said with --head-norms, it is taken off again."""
+    made = make("qwen3-next dense")
+    checkpoint = open_checkpoint(made.write(tmp_path / "model"))
+    out = write_speculators(checkpoint, tmp_path / "out", plan=plan_heads(checkpoint, "plain"))
+    stored: Any = mx.load(str(out / "model.safetensors"))
+    for name, key in (("final_layernorm", "mtp.norm"), ("self_attn.k_norm", "mtp.layers.0.self_attn.k_norm")):
+        np.testing.assert_array_equal(
+            np.array(stored[f"mtp_layers.0.{name}.weight"]), made.stored[f"{key}.weight"] - 1
+        )
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "ernie-4.5", "nemotron-h", "step-3.5"])
 def test_other_forms_are_refused(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(make(name).write(tmp_path / "model"))
