@@ -137,5 +137,9 @@ def test_openblas_is_preferred_only_before_mlx() -> None:
 def test_names_that_no_file_can_have() -> None:
     assert cli.explain(OSError(errno.ENAMETOOLONG, "File name too long", "xx")) == "xx: file name too long."
     assert cli.explain(OSError(errno.EIO, "Input/output error", "xx")) is None
+    assert cli.explain(OSError(errno.EROFS, "Read-only file system", "xx")) == "xx: read-only file system."
+    assert (
+        cli.explain(OSError(errno.EFBIG, "File too large")) == "a file could not be written: file too large."
+    )
     assert "no such home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
     assert cli.explain(RuntimeError("something else")) is None

@@ -48,6 +48,10 @@ _MENDABLE_OS_ERRORS = (
 )
 
 
+# Without a class of their own: names, and file systems that are read-only or hold no large files.
+_MENDABLE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EFBIG)
+
+
 class LazyGroup(click.Group):
     """A group that imports a verb's module when the verb is asked for."""
 
@@ -98,8 +102,8 @@ def explain(error: Exception) -> str | None:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full; free some space and run the command again."
-    if isinstance(error, _MENDABLE_OS_ERRORS) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return f"{where}{(error.strerror or str(error)).lower()}."
+    if isinstance(error, _MENDABLE_OS_ERRORS) or error.errno in _MENDABLE_NUMBERS:
+        return f"{where or 'a file could not be written: '}{(error.strerror or str(error)).lower()}."
     return None
 
 
