@@ -66,7 +66,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
             "family": config["source"]["family"],
             "heads": heads["count"],
             "convention": {name.replace("_", " "): value for name, value in heads["convention"].items()},
-            "acceptance": config["acceptance"] or "not measured",
+            "acceptance": [float(value) for value in config["acceptance"]] or "not measured",
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{path} is damaged ({error!r}); convert the heads again") from error

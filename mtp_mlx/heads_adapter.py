@@ -30,6 +30,7 @@ __all__ = ["LAST_LAYER", "HeadsInfo", "is_heads", "load_heads", "read_heads_info
 
 METHOD = "mtp-heads"
 DRAFT_IDS = "draft_ids"
+MOST = 1000  # heads, and tokens drafted in a step: far more than any, and few enough to make
 
 log = logging.getLogger("mtp_mlx")
 
@@ -125,9 +126,32 @@ def read_heads_info(folder: Path) -> HeadsInfo:
         )
         if info.convention.kind != "medusa" and len(info.blocks) != heads["count"]:
             raise ValueError(f"{heads['count']} heads, but {len(info.blocks)} blocks")
+        _check_types(info)
         return info
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MTPError(f"{path} is damaged: {error}") from error
+
+
+def _check_types(info: HeadsInfo) -> None:
+    """Raises ValueError for what reading alone does not find: the rest of the package takes these for granted."""
+    if not 1 <= info.count <= MOST or not 1 <= info.drafts <= MOST:
+        raise ValueError(
+            f"{info.count} heads that draft {info.drafts} tokens in a step: 1 to {MOST} of each can be"
+        )
+    if not isinstance(info.base_name, str) or not isinstance(info.base_fingerprint, str | None):
+        raise ValueError("the base's name or fingerprint is no text")
+    if not all(isinstance(block, dict) for block in info.blocks):
+        raise ValueError("a head's block is no description")
+    if not all(isinstance(value, int | float) for value in info.acceptance):
+        raise ValueError("acceptance is not made of numbers")
+    plain = HeadConvention("")
+    odd = [
+        f.name
+        for f in _fields(info)
+        if type(getattr(info.convention, f.name)) is not type(getattr(plain, f.name))
+    ]
+    if odd:
+        raise ValueError(f"the convention's {odd[0]} is {getattr(info.convention, odd[0])!r}")
 
 
 def load_heads(folder: Path, model: nn.Module) -> tuple[DraftHeads, HeadsInfo]:

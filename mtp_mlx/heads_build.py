@@ -156,9 +156,10 @@ def _block(
             raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
         found = importlib.import_module(module)
         arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
-        blocks = [getattr(found, spec["class"])(arguments, **layer) for layer in layers]
-        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-            raise TypeError(f"{spec['class']} is no layer")
+        kind = getattr(found, spec["class"])
+        if not layers or not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            raise TypeError(f"{spec['class']} is no layer")  # and nothing else is called
+        blocks = [kind(arguments, **layer) for layer in layers]
         return blocks if len(blocks) > 1 else blocks[0]
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise MTPError(f"{path}: a head's block cannot be built: {error}") from error

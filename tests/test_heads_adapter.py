@@ -28,7 +28,7 @@ from mtp_mlx.model.head_convention import HeadConvention
 from mtp_mlx.model.mtp_head import MTPHeads, new_heads
 from tests.convert.head_checkpoints import make, numbers
 from tests.model.test_mtp_head import random_heads
-from tests.tiny import DENSE_ARCHITECTURES, tiny_model
+from tests.tiny import DENSE_ARCHITECTURES, tiny_config, tiny_model
 
 DRAFT_IDS = mx.array([3, 9, 64, 100], dtype=mx.int32)
 
@@ -169,15 +169,28 @@ def test_heads_with_two_attentions_are_refused(tmp_path: Path) -> None:
 
 
 BLOCK = {"module": "mlx_lm.models.llama", "class": "TransformerBlock", "args_class": "ModelArgs"}
+CALLED = BLOCK | {"class": "create_attention_mask", "layers": [{}]}
 DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: raw.update(format=9), "format 9, method 'mtp-heads'"),
     (lambda raw: raw.pop("heads"), "is damaged: 'heads'"),
     (lambda raw: raw["heads"].update(count=3), "3 heads, but 2 blocks"),
     (lambda raw: raw["heads"]["convention"].update(colour="red"), "is damaged"),
+    (lambda raw: raw["heads"]["convention"].update(kind=["cascade"]), "the convention's kind is"),
+    (lambda raw: raw["heads"]["convention"].update(zero_centred_norms="no"), "zero_centred_norms is 'no'"),
+    (lambda raw: raw["heads"].update(blocks=[3, 4]), "a head's block is no description"),
+    (lambda raw: raw["heads"].update(drafts=10**9), "draft 1000000000 tokens in a step"),
+    (lambda raw: raw["heads"].update(drafts=-1), "draft -1 tokens in a step"),
+    (lambda raw: raw["heads"].update(drafts=float("inf")), "is damaged"),
+    (lambda raw: raw["base"].update(name=3), "the base's name or fingerprint is no text"),
+    (lambda raw: raw.update(acceptance=["high"]), "acceptance is not made of numbers"),
     (lambda raw: raw["heads"].update(blocks=[{}, {}]), "block cannot be built"),
     (
         lambda raw: raw["heads"].update(blocks=[{**BLOCK, "module": "os", "layers": [{}], "overrides": {}}] * 2),
         "os is no module of mlx_lm.models",
+    ),
+    (
+        lambda raw: raw["heads"].update(blocks=[{**CALLED, "overrides": tiny_config("llama")}] * 2),
+        "create_attention_mask is no layer",
     ),
 ]  # fmt: skip
 
