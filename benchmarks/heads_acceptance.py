@@ -52,7 +52,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     from mtp_mlx.demo import named_adapter
     from mtp_mlx.heads_adapter import read_heads_info
     from mtp_mlx.train.data import load_examples
-    from mtp_mlx.train.heads_agreement import measure_heads
+    from mtp_mlx.train.heads_agreement import check_plain, measure_heads
     from mtp_mlx.train.trunk_states import ComputedStates
 
     chosen = [folder_and_drafts(entry) for entry in entries]
@@ -69,6 +69,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         examples, report = load_examples(data, tokenizer, max_length)
         if attached.mtp_heads is None:
             raise click.UsageError(f"{folder} holds no MTP heads")
+        check_plain(attached.mtp_heads, str(folder))
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples]
         result = measure_heads(attached, batches, depths, ComputedStates(attached))

@@ -7,12 +7,30 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.draft_heads import DraftHeads
+from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.trunk_states import TrunkStates, padded
 
 CHUNK = 512  # rows whose logits exist at once
+
+
+def check_plain(heads: DraftHeads, name: str) -> None:
+    """Raises MTPError for heads that take or read something else than what training and measuring give them."""
+    convention = heads.convention
+    if (
+        not isinstance(heads, MTPHeads)
+        or convention.first_hidden != "post-norm"
+        or "own" in (convention.embedding, convention.lm_head)
+    ):
+        raise MTPError(
+            f"{name}: its heads are of the kind {convention.kind!r} on the state {convention.first_hidden!r}, with "
+            f"{convention.embedding} embedding and {convention.lm_head} LM head; only a cascade on the state "
+            "'post-norm' that shares both with the base can be trained and measured without decoding"
+        )
 
 
 def measure_heads(

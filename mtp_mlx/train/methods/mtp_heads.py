@@ -22,7 +22,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.extend_heads import extend_heads, extended_count
 from mtp_mlx.train.head_layout import can_supervise
-from mtp_mlx.train.heads_agreement import measure_heads
+from mtp_mlx.train.heads_agreement import check_plain, measure_heads
 from mtp_mlx.train.heads_start import start_like_trunk
 from mtp_mlx.train.heads_step import HeadsRunner
 from mtp_mlx.train.memory import MemoryEstimate, estimate_heads_memory
@@ -106,17 +106,7 @@ class TrainHeads(Method):
             MTPError: no heads there, of another base or another number.
         """
         loaded, info = load_heads(folder, model)
-        convention = info.convention
-        if (
-            not isinstance(loaded, MTPHeads)
-            or convention.first_hidden != "post-norm"
-            or "own" in (convention.embedding, convention.lm_head)
-        ):
-            raise MTPError(
-                f"--start-from {folder}: its heads are of the kind {convention.kind!r} on the state "
-                f"{convention.first_hidden!r}, with {convention.embedding} embedding and {convention.lm_head} LM "
-                "head; only a cascade on the state 'post-norm' that shares both with the base can be trained"
-            )
+        check_plain(loaded, f"--start-from {folder}")
         heads, blocks = loaded.heads, info.blocks
         if self.settings.extend is not None:
             self._frozen = len(heads)
