@@ -150,6 +150,8 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
     alignment = int(gguf.metadata.get("general.alignment", 32))
     data_start = -(-reader.stream.tell() // alignment) * alignment
     for name, shape, type_id, offset in infos:
+        if not name.isprintable():
+            raise ValueError(f"a tensor is called {name}")
         if name in gguf.tensors:
             raise ConversionError(f"{path}: two tensors are called {name!r}. Get the file again.")
         type_name, block, block_bytes = TENSOR_TYPES.get(type_id, (f"type number {type_id}", 0, 0))

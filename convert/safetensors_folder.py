@@ -46,6 +46,9 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
     try:
         header = json.loads(text, object_pairs_hook=_once)
         entries = {name: _entry(value, size) for name, value in header.items() if name != "__metadata__"}
+        odd = next((name for name in entries if not name.isprintable()), None)
+        if odd is not None:  # it would break up messages, or give the terminal orders
+            raise ValueError(f"a tensor is called {ascii(odd)}")
         _check_apart(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(

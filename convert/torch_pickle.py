@@ -268,6 +268,8 @@ def _tensors(
             raise ConversionError(
                 f"{path}: a tensor's name has more than {_MAX_NAME} characters; {SAVE_AGAIN}"
             )
+        if not name.isprintable():  # it would break up messages, or give the terminal orders
+            raise ConversionError(f"{path}: a tensor is called {ascii(name)}; {SAVE_AGAIN}")
         if isinstance(value, LazyTensor):
             yield name, value
         else:

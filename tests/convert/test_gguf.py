@@ -248,6 +248,11 @@ def test_headers_that_mean_something_else(tmp_path: Path) -> None:
         b"blk.1.ffn_norm.weight",
         b"blk.0.ffn_norm.weight",
     )
+    refused(
+        r"damaged .*a tensor is called blk\.1\\nffn_norm",
+        b"blk.1.ffn_norm.weight",
+        b"blk.1\nffn_norm.weight",
+    )
     name, rows = b"blk.1.ffn_up.weight", (96).to_bytes(8, "little")
     two = name + (2).to_bytes(4, "little") + (64).to_bytes(8, "little") + rows
     odd = name + (2).to_bytes(4, "little") + (63).to_bytes(8, "little") + rows

@@ -115,6 +115,7 @@ HEADERS = [
     (lambda h: h["w"].update(data_offsets=[96, 192]), "tensor 'w' ends at byte .* but the file has"),
     (lambda h: h["w"].pop("dtype"), "header is damaged"),
     (lambda h: h.update(w=[]), "header is damaged"),
+    (lambda h: h.update({"\x1b[2J": h.pop("w")}), r"header is damaged \(a tensor is called '\\x1b\[2J'\)"),
     (lambda h: h["w"].update(dtype=["F32"]), r"header is damaged \(a type or a shape is not written as"),
     (lambda h: h["w"].update(shape="46"), r"header is damaged \(a type or a shape is not written as"),
     (

@@ -157,6 +157,9 @@ NAMES = {
         "text nor a number",
     ),
     "a tuple": (b"K\x01\x85", "text nor a number"),
+    "an order to the terminal": (b"X\x05\x00\x00\x00\x1b[2Jw", r"a tensor is called '\\x1b\[2Jw'"),
+    "two lines": (b"X\x03\x00\x00\x00a\nb", r"a tensor is called 'a\\nb'"),
+    "half a character": (b"X\x03\x00\x00\x00\xed\xa0\x80", r"a tensor is called '\\ud800'"),
     "a long text": (b"X" + (2000).to_bytes(4, "little") + b"k" * 2000, "more than 1000 characters"),
 }
 
