@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -159,7 +159,7 @@ def _block(
         kind = getattr(found, spec["class"])
         if not layers or not isinstance(kind, type) or not issubclass(kind, nn.Module):
             raise TypeError(f"{spec['class']} is no layer")  # and nothing else is called
-        blocks = [kind(arguments, **layer) for layer in layers]
+        blocks = [cast(Any, kind)(arguments, **layer) for layer in layers]
         return blocks if len(blocks) > 1 else blocks[0]
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise MTPError(f"{path}: a head's block cannot be built: {error}") from error
