@@ -42,7 +42,16 @@ READ_BY: dict[str, frozenset[str]] = {
         frozenset({"ptp"}),
     ),
     **dict.fromkeys(
-        ("heads", "extend", "ce_weight", "kl_weight", "top_share", "temperature", "hidden_cache"),
+        (
+            "heads",
+            "extend",
+            "ce_weight",
+            "kl_weight",
+            "top_share",
+            "temperature",
+            "learn_prompts",
+            "hidden_cache",
+        ),
         frozenset({"mtp-heads"}),
     ),
 }
@@ -113,6 +122,7 @@ class TrainSettings:
         0.08, help="share of the teacher's columns that is distilled (heads)", minimum=0.0, maximum=1.0
     )
     temperature: float = setting(1.0, help="of the distilled distributions (heads)", minimum=0.01)
+    learn_prompts: bool = setting(False, help="learn from the tokens of prompts too (heads)")
     hidden_cache: Path | None = setting(None, help="folder that keeps the base's hidden states (heads)")
 
     steps: int = setting(1000, help="optimizer steps", minimum=1)

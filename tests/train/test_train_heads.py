@@ -312,3 +312,25 @@ def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path) -> None:
     trainer._one_step()
     used = mx.get_peak_memory() - mx.get_active_memory() + estimate.weights + estimate.adapter
     assert 0.5 < estimate.total / used < 2, (str(estimate), used)
+
+
+def test_prompts_are_learnt_from_too(tmp_path: Path) -> None:
+    """A step is that of the same rows without prompts; which ids may be drafted goes by the responses."""
+    rows = [Example([2] * 6 + example.tokens, 6) for example in examples()]  # no response has token 2
+    whole = [replace(example, loss_start=1) for example in rows]
+
+    def first_step(name: str, data: list[Example], draft_vocab: int, **changes: Any) -> tuple[Any, Any]:
+        listener, out = Remembering(), tmp_path / f"{name} {draft_vocab}"
+        settings = settings_for(
+            out, method="mtp-heads", steps=1, warmup=0, draft_vocab=draft_vocab, **changes
+        )
+        trainer = Trainer(tiny_model("qwen3", seed=3), data, rows[:3], settings, listener)
+        assert trainer.run()
+        return listener.steps[0], trainer.method.heads.draft_ids
+
+    found, _ = first_step("prompts too", rows, 0, learn_prompts=True)
+    expected, _ = first_step("whole", whole, 0)
+    assert (found.loss, found.rows) == (expected.loss, expected.rows)
+    assert found.rows > first_step("responses", rows, 0)[0].rows
+    assert 2 in first_step("whole", whole, 9)[1].tolist()
+    assert 2 not in first_step("prompts too", rows, 9, learn_prompts=True)[1].tolist()

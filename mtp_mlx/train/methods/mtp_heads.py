@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,6 +130,16 @@ class TrainHeads(Method):
             tell(f"{folder} was trained with another draft vocabulary; this data's is used")
         return MTPHeads(heads, info.convention, draft_ids)
 
+    def _learnt(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples, from the second token on where prompts are learnt from too.
+
+        Prompts are not the base's own text, but they are more text, whose states are computed anyway. What is held
+        out, and which ids may be drafted, goes by the responses.
+        """
+        if not self.settings.learn_prompts:
+            return list(examples)
+        return [replace(example, loss_start=min(example.loss_start, 1)) for example in examples]
+
     @classmethod
     def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
         """See `Method`: a row of one or two tokens has none that a first head predicts, copies look further."""
@@ -160,7 +171,7 @@ class TrainHeads(Method):
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """See `Method`."""
-        return self._runner(examples, step)
+        return self._runner([self._learnt(batch) for batch in examples], step)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
@@ -173,7 +184,7 @@ class TrainHeads(Method):
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`."""
-        return estimate_heads_memory(self.attached, examples, self.settings, self.workers)
+        return estimate_heads_memory(self.attached, self._learnt(examples), self.settings, self.workers)
 
     def close(self) -> None:
         """See `Method`."""
