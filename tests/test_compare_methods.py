@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import compare_methods
+from method_comparison.contestants import CONTESTANTS
+from method_comparison.training import TIMED_STEPS
 from mtp_mlx.adapter import read_config
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_methods.py"
 NAMES = ["independent", "o-ptp", "c-ptp", "self-distil", "conf-adapt"]
-
-
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_methods", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +37,7 @@ def run(inputs: Path, out: Path, *more: str) -> Result:
         "--micro-batches": 1, "--draft-vocab": 0, "--held-out": 2, "--max-tokens": 8,
     }  # fmt: skip
     arguments = [str(part) for pair in options.items() for part in pair]
-    return CliRunner().invoke(compare.main, [*arguments, "--tau", "0.01", "--tau", "1", *more])
+    return CliRunner().invoke(compare_methods.main, [*arguments, "--tau", "0.01", "--tau", "1", *more])
 
 
 def test_trains_measures_and_goes_on(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +57,7 @@ def test_trains_measures_and_goes_on(inputs: Path, tmp_path: Path, monkeypatch: 
     assert calls == 5, "what is trained is not trained again"
     table = (out / "table.md").read_text()
     assert table.strip() == result.stdout.strip()
-    assert all(one.title in table for one in compare.CONTESTANTS)
+    assert all(one.title in table for one in CONTESTANTS)
     report = json.loads((out / "results.json").read_text())
     assert [row["name"] for row in report["results"]] == NAMES
     for row in report["results"]:
@@ -105,7 +92,7 @@ def test_equal_time_is_planned_once(inputs: Path, tmp_path: Path, monkeypatch: p
 
     def remembered(self: Trainer) -> bool:
         trained.append(self.settings.steps)
-        if self.settings.steps > compare.TIMED_STEPS:
+        if self.settings.steps > TIMED_STEPS:
             raise KeyboardInterrupt  # the real run is not this test's business
         return original(self)
 
@@ -113,9 +100,9 @@ def test_equal_time_is_planned_once(inputs: Path, tmp_path: Path, monkeypatch: p
     options = ("--seconds", "30", "--only", "c-ptp")
     assert run(inputs, out, *options).exit_code == 130
     (planned,) = json.loads((out / "plan.json").read_text())["steps"].values()
-    assert trained == [compare.TIMED_STEPS, planned] and planned > compare.TIMED_STEPS
+    assert trained == [TIMED_STEPS, planned] and planned > TIMED_STEPS
     assert not list(out.glob("timing*"))
-    assert run(inputs, out, *options).exit_code == 130 and trained == [compare.TIMED_STEPS, planned, planned]
+    assert run(inputs, out, *options).exit_code == 130 and trained == [TIMED_STEPS, planned, planned]
     other = run(inputs, out, "--seconds", "60", "--only", "c-ptp")
     assert isinstance(other.exception, MTPError) and "--seconds 30" in str(other.exception)
 

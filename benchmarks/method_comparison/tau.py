@@ -1,0 +1,58 @@
+"""The sweep of tau: the one contestant whose drafts may be emitted unverified, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from method_comparison.contestants import LOSSY
+from method_comparison.settings import CompareSettings
+
+
+def sweep(settings: CompareSettings, console: Console) -> list[Any]:
+    """ConfAdapt tau by tau; no row where it takes no part.
+
+    Raises:
+        KeyboardInterrupt: stopped; what was measured is kept.
+    """
+    from mtp_mlx.cli import eval as evaluation
+
+    contestant = next((one for one in settings.contestants if one.name == LOSSY), None)
+    if contestant is None:
+        return []
+    own = evaluation.EvalSettings(
+        model=settings.model,
+        adapter=str(settings.folder(contestant)),
+        questions=settings.questions,
+        limit=settings.question_limit,
+        tau=settings.tau,
+        max_tokens=settings.max_tokens,
+        out=settings.out / "tau.jsonl",
+    )
+    rows, whole = evaluation.sweep(own, False, console)
+    if not whole:
+        raise KeyboardInterrupt
+    return rows
+
+
+def tau_table(rows: Sequence[Any]) -> list[str]:
+    """Lines of Markdown; nothing without a sweep."""
+    if not rows:
+        return []
+    columns = ("tau", "questions", "tok/pass", "agreement", "nll/token", "same text", "right", "lossless")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (
+            "plain" if row.tau is None else f"{row.tau:g}",
+            str(row.questions),
+            f"{row.tokens_per_pass:.2f}",
+            f"{100 * row.agreement:.1f} %",
+            f"{row.nll:.3f}",
+            f"{100 * row.same:.0f} %",
+            "-" if row.right is None else f"{100 * row.right:.1f} %",
+            str(row.lossless).lower(),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
