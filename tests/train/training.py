@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.settings import TrainSettings
@@ -82,6 +84,16 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     lines = out.with_name(out.name + ".metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    """What is trained, as it is now."""
+    return {name: np.array(value) for name, value in trainer.method.tensors().items()}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Whether these are the same tensors, bit for bit."""
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 class _Printing(Remembering):
