@@ -20,6 +20,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import SMALLER_STEPS, MemoryEstimate
 from mtp_mlx.train.objectives.base import LossParts
 from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.step import MicroBatchRunner
 
 Tell = Callable[[str], None]
 
@@ -45,6 +46,7 @@ class Method(ABC):
     attached: AttachedModel
     fingerprint: str
     depth: int
+    _runner: MicroBatchRunner  # of `module`, made by the subclass
 
     def __init__(
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
@@ -98,9 +100,9 @@ class Method(ABC):
             MTPError: names missing, unexpected or of another shape.
         """
 
-    @abstractmethod
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """Mean loss, mean gradients of `module` and number of supervised rows of a step's micro-batches."""
+        return self._runner(examples, step)
 
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
         """One optimizer step on `module`."""
@@ -126,8 +128,9 @@ class Method(ABC):
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """What training on these examples may need."""
 
-    def close(self) -> None:  # noqa: B027 - nothing to end is fine
+    def close(self) -> None:
         """Ends threads; another step starts them again."""
+        self._runner.close()
 
 
 def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:

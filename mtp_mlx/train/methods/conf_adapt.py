@@ -7,7 +7,7 @@ other two change real rows, so what they write is a model folder of its own with
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, read_info, read_tensors, save_adapter
+from mtp_mlx.adapter import AdapterInfo, read_info, read_tensors, save_adapter
 from mtp_mlx.demo import resolve_model
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
@@ -29,18 +29,16 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import check_base, check_shape
-from mtp_mlx.train.objectives.base import LossParts
+from mtp_mlx.train.methods.base import Tell
+from mtp_mlx.train.methods.slots import SlotMethod, check_base, check_shape
 from mtp_mlx.train.objectives.online import Online
 from mtp_mlx.train.online_step import OnlineRunner
 from mtp_mlx.train.region_layout import real_tokens
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.slot_layout import candidate_anchors
 from mtp_mlx.train.step import MicroBatchRunner, draft_columns
 
 
-class ConfAdapt(Method):
+class ConfAdapt(SlotMethod):
     """Trains a mask token, and what `settings.tuning` says with it.
 
     Raises:
@@ -49,19 +47,16 @@ class ConfAdapt(Method):
     """
 
     name = "conf-adapt"
+    what = "masks"
 
     def __init__(
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
-        self.fingerprint = base_fingerprint(model)
-        self.depth = settings.slots
         self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
-        bare = attach(model)
-        check_slot_caches(bare, train)
         if not self._gated:
             _check_unquantised(model, settings.tuning)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size) if self._gated else None
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size) if self._gated else None
         self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
         if settings.start_from is not None:
             self._start_from(settings.start_from)
@@ -108,19 +103,6 @@ class ConfAdapt(Method):
         check_shape(folder, info.shape, self.adapter.config)
         self.adapter.load_tensors(read_tensors(folder))
 
-    @classmethod
-    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
-        """See `Method`: a response of one token has none for a mask to predict."""
-        return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
-
-    @classmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
-        """See `Method`."""
-        return (
-            "masks need responses of two tokens or more",
-            "their responses have one token, masks need two",
-        )
-
     @property
     def workers(self) -> int:
         """See `Method`; a joint pass runs alone, because its teacher takes the place of the model."""
@@ -129,23 +111,19 @@ class ConfAdapt(Method):
     @property
     def module(self) -> nn.Module:
         """See `Method`: the adapter, or the whole model with the mask in it."""
-        return self.attached.model if self._whole else self.adapter
+        return self.attached.model if self._whole else super().module
 
     def tensors(self) -> dict[str, mx.array]:
         """See `Method`."""
-        return _flat(self.module) if self._whole else self.adapter.tensors()
+        return _flat(self.module) if self._whole else super().tensors()
 
     def load_tensors(self, tensors: dict[str, mx.array]) -> None:
         """See `Method`."""
         if not self._whole:
-            self.adapter.load_tensors(tensors)
+            super().load_tensors(tensors)
             return
         check_fit(_flat(self.module), tensors)
         self.module.update(tree_unflatten(list(tensors.items())))
-
-    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """See `Method`."""
-        return self._runner(examples, step)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`; of the model as trained where real rows change."""
@@ -189,10 +167,6 @@ class ConfAdapt(Method):
         if not self._whole:
             return estimate
         return replace(estimate, adapter=estimate.adapter + 4 * estimate.weights)
-
-    def close(self) -> None:
-        """See `Method`."""
-        self._runner.close()
 
 
 def merged(model: nn.Module, adapter: MaskAdapter) -> nn.Module:

@@ -10,20 +10,19 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, read_info, read_tensors, save_adapter
+from mtp_mlx.adapter import AdapterInfo, read_info, read_tensors, save_adapter
 from mtp_mlx.model.attach import attach, new_adapter
 from mtp_mlx.model.mask_adapter import MaskAdapter
 from mtp_mlx.train.agreement import Agreement, measure_agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
-from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import SlotMethod, check_base, check_shape
+from mtp_mlx.train.methods.base import Tell
+from mtp_mlx.train.methods.slots import SlotMethod, block_choice, check_base, check_shape
 from mtp_mlx.train.objectives.apple import Apple
-from mtp_mlx.train.objectives.base import LossParts, Objective
+from mtp_mlx.train.objectives.base import Objective
 from mtp_mlx.train.objectives.self_distil import SelfDistil
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.step import BlockChoice, StepRunner
+from mtp_mlx.train.step import StepRunner
 
 
 def build_objective(settings: TrainSettings) -> Objective:
@@ -47,26 +46,15 @@ class MaskTokens(SlotMethod):
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
-        self.fingerprint = base_fingerprint(model)
-        self.depth = settings.slots
-        bare = attach(model)
-        check_slot_caches(bare, train)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
         self.adapter: MaskAdapter = new_adapter(model, settings.adapter_shape(), draft_ids)
         if settings.start_from is not None:
             self._start_from(settings.start_from, tell)
         self.attached = attach(model, self.adapter)
-        choice = BlockChoice(
-            slots=settings.slots,
-            share=settings.block_share,
-            most=settings.max_blocks,
-            chunk_blocks=settings.chunk_blocks,
-            depth_decay=settings.depth_decay,
-        )
         self._runner = StepRunner(
             self.attached,
             build_objective(settings),
-            choice,
+            block_choice(settings),
             settings.seed,
             workers=self.workers,
             grad_checkpoint=settings.grad_checkpoint,
@@ -87,10 +75,6 @@ class MaskTokens(SlotMethod):
             # No weight depends on which ids may be drafted.
             tell(f"{folder} was trained with another draft vocabulary; this data's is used")
         self.adapter.load_tensors(tensors)
-
-    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """See `Method`."""
-        return self._runner(examples, step)
 
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
         """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
@@ -118,11 +102,3 @@ class MaskTokens(SlotMethod):
             acceptance=acceptance,
         )
         save_adapter(folder, self.adapter, info)
-
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """See `Method`."""
-        return estimate_memory(self.attached, examples, self.settings, self.workers)
-
-    def close(self) -> None:
-        """See `Method`."""
-        self._runner.close()

@@ -171,7 +171,7 @@ class TrainHeads(Method):
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """See `Method`."""
-        return self._runner([self._learnt(batch) for batch in examples], step)
+        return super().gradients([self._learnt(batch) for batch in examples], step)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
@@ -185,7 +185,3 @@ class TrainHeads(Method):
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`."""
         return estimate_heads_memory(self.attached, self._learnt(examples), self.settings, self.workers)
-
-    def close(self) -> None:
-        """See `Method`."""
-        self._runner.close()

@@ -8,22 +8,19 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mtp_mlx.adapter import base_fingerprint, read_tensors
+from mtp_mlx.adapter import read_tensors
 from mtp_mlx.model.attach import attach, new_ptp_adapter
 from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig, TeacherSampling
 from mtp_mlx.ptp_adapter import PTPInfo, read_ptp_info, save_ptp
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
-from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
-from mtp_mlx.train.methods.base import Tell, check_slot_caches
-from mtp_mlx.train.methods.slots import SlotMethod, check_base, check_shape
-from mtp_mlx.train.objectives.base import LossParts
+from mtp_mlx.train.methods.base import Tell
+from mtp_mlx.train.methods.slots import SlotMethod, block_choice, check_base, check_shape
 from mtp_mlx.train.objectives.ptp import PTPLoss
 from mtp_mlx.train.ptp_step import PTPRunner, measure_ptp
 from mtp_mlx.train.ptp_targets import UniformChoice
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.step import BlockChoice
 
 
 def ptp_shape(settings: TrainSettings) -> PTPConfig:
@@ -66,26 +63,15 @@ class TrainPTP(SlotMethod):
         self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
-        self.fingerprint = base_fingerprint(model)
-        self.depth = settings.slots
-        bare = attach(model)
-        check_slot_caches(bare, train)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
         self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
         if settings.start_from is not None:
             self._start_from(settings.start_from)
         self.attached = attach(model, self.adapter)
-        choice = BlockChoice(
-            slots=settings.slots,
-            share=settings.block_share,
-            most=settings.max_blocks,
-            chunk_blocks=settings.chunk_blocks,
-            depth_decay=settings.depth_decay,
-        )
         self._runner = PTPRunner(
             self.attached,
             ptp_loss(settings),
-            choice,
+            block_choice(settings),
             UniformChoice(settings.u_beta, settings.greedy_share, settings.uniforms),
             settings.seed,
             workers=self.workers,
@@ -103,10 +89,6 @@ class TrainPTP(SlotMethod):
         check_shape(folder, info.shape, self.adapter.config)
         self.adapter.load_tensors(tensors)
 
-    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """See `Method`."""
-        return self._runner(examples, step)
-
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
         return measure_ptp(self.attached, batches, self.settings.slots)
@@ -121,11 +103,3 @@ class TrainPTP(SlotMethod):
             acceptance=acceptance,
         )
         save_ptp(folder, self.adapter, info)
-
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """See `Method`."""
-        return estimate_memory(self.attached, examples, self.settings, self.workers)
-
-    def close(self) -> None:
-        """See `Method`."""
-        self._runner.close()

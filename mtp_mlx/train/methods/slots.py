@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.methods.base import Method
+from mtp_mlx.train.memory import MemoryEstimate, estimate_memory
+from mtp_mlx.train.methods.base import Method, Tell, check_slot_caches
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.slot_layout import candidate_anchors
+from mtp_mlx.train.step import BlockChoice
 
 
 class SlotMethod(Method):
-    """A `Method` whose weights are those of one adapter.
+    """A `Method` that trains an adapter of slots: its weights alone, where a subclass says nothing else.
 
     Attributes:
         adapter: what is trained.
+        vocab_size: of the base.
+        what: slots as the method calls them.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts.
     """
 
     adapter: SlotAdapter
+    what: ClassVar[str] = "slots"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self.fingerprint = base_fingerprint(model)
+        self.depth = settings.slots
+        bare = attach(model)
+        check_slot_caches(bare, train)
+        self.vocab_size = bare.vocab_size
 
     @classmethod
     def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
@@ -36,8 +56,8 @@ class SlotMethod(Method):
     def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
         """See `Method`."""
         return (
-            "slots need responses of two tokens or more",
-            "their responses have one token, slots need two",
+            f"{cls.what} need responses of two tokens or more",
+            f"their responses have one token, {cls.what} need two",
         )
 
     @property
@@ -52,6 +72,21 @@ class SlotMethod(Method):
     def load_tensors(self, tensors: dict[str, mx.array]) -> None:
         """See `Method`."""
         self.adapter.load_tensors(tensors)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        return estimate_memory(self.attached, examples, self.settings, self.workers)
+
+
+def block_choice(settings: TrainSettings) -> BlockChoice:
+    """Which positions carry a block, and how much each depth counts."""
+    return BlockChoice(
+        slots=settings.slots,
+        share=settings.block_share,
+        most=settings.max_blocks,
+        chunk_blocks=settings.chunk_blocks,
+        depth_decay=settings.depth_decay,
+    )
 
 
 def check_shape(folder: Path, shape: Any, own: Any) -> None:
