@@ -6,11 +6,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from mtp_mlx.cli.generate import GenerateSettings, checked_unicode, sampling_of, tell
+from mtp_mlx.cli.options import (
+    DraftingOptions,
+    EmissionOptions,
+    ModelOptions,
+    PrecisionOptions,
+    SamplingOptions,
+)
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -26,32 +33,11 @@ PROMPT = "> "
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(PrecisionOptions, EmissionOptions, DraftingOptions, SamplingOptions, ModelOptions):
     """Options of `mtp-mlx chat`; all mean what they mean for `mtp-mlx generate`."""
 
-    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
-    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
     system: str | None = setting(None, help="System message of the chat")
     max_tokens: int = setting(512, help="Tokens of an answer, -1 for no limit", minimum=-1, flag="-n")
-    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
-    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
-    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
-    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
-    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
-    seed: int = setting(0, help="Seed of the noise", minimum=0)
-    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
-    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
-    loop: int | None = setting(
-        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
-    )
-    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
-    emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Drafts: verified, or unverified (lossy)"
-    )
-    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
 
 
 @click.command(epilog=EPILOG, short_help="Talk with a model, answer by answer")

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
+from mtp_mlx.cli.options import (
+    CacheOptions,
+    DraftingOptions,
+    EmissionOptions,
+    ModelOptions,
+    PrecisionOptions,
+    SamplingOptions,
+)
 from mtp_mlx.config import from_yaml, options_for, setting, to_dict
 from mtp_mlx.distributed import launched_rank, launched_size
 from mtp_mlx.errors import MTPError
@@ -35,43 +43,33 @@ Examples:
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
-    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
+class PromptOptions:
+    """What is answered, and at what length."""
 
-    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
-    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
     prompt: str | None = setting(None, help="Prompt, or - for stdin", flag="-p")
     prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
     system: str | None = setting(None, help="System message of the chat")
     max_tokens: int = setting(256, help="At most this many tokens, -1 for no limit", minimum=-1, flag="-n")
-    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
-    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
-    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
-    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
-    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
+
+
+@dataclass(frozen=True)
+class GenerateSettings(
+    PrecisionOptions,
+    CacheOptions,
+    EmissionOptions,
+    DraftingOptions,
+    SamplingOptions,
+    PromptOptions,
+    ModelOptions,
+):
+    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
+
     repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
-    seed: int = setting(0, help="Seed of the noise", minimum=0)
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
         None, help="How noise picks tokens (default: the adapter's way)"
     )
-    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
-    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
-    loop: int | None = setting(
-        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
-    )
-    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Drafts: verified, or unverified (lossy)"
-    )
-    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
     first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
-    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
-    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
-    kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
-    quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
 
 
 @click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")

@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mtp_mlx.cli.options import CacheOptions, DraftingOptions, ModelOptions, PrecisionOptions
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -38,11 +39,9 @@ Examples:
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(PrecisionOptions, CacheOptions, DraftingOptions, ModelOptions):
     """Options of `mtp-mlx serve`."""
 
-    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
-    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
     name: str | None = setting(None, help="What requests call the model (default: its name or folder)")
     host: str = setting("127.0.0.1", help="Address to listen on")
     port: int = setting(8080, help="Port to listen on, 0 for any free one", minimum=0, maximum=65535)
@@ -50,13 +49,6 @@ class ServeSettings:
         None, help=f"File with the key that clients must show (or set {KEY_VARIABLE})"
     )
     open_to_all: bool = setting(False, help="Listen beyond this machine without a key")
-    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
-    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
-    loop: int | None = setting(
-        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
-    )
-    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
     temp: float = setting(0.0, help="Temperature where a request gives none", minimum=0)
     max_tokens: int = setting(1024, help="Tokens to write where a request gives no number", minimum=1)
     max_output_tokens: int = setting(32768, help="Most tokens a request may ask for", minimum=1)
@@ -67,11 +59,6 @@ class ServeSettings:
     batch: bool = setting(True, help="Requests answered at once share passes, where the model can")
     prefix_cache_mb: int = setting(1024, help="Memory for keys and values of earlier texts", minimum=0)
     grace: int = setting(10, help="Seconds that running answers get when the server stops", minimum=0)
-    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
-    kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
-    quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
 
 
 @click.command(epilog=EPILOG, short_help="Answer requests of OpenAI's and Anthropic's clients")

@@ -1,0 +1,72 @@
+"""Options that several verbs have, in blocks: a verb's settings inherit the blocks it has.
+
+Fields of a later base class stand first, and those of the class itself last; so bases are written from the last block
+of `--help` to the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mtp_mlx.config import setting
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, with which adapter."""
+
+    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are picked, as in mlx-lm."""
+
+    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
+    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
+    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
+    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
+    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
+    seed: int = setting(0, help="Seed of the noise", minimum=0)
+
+
+@dataclass(frozen=True)
+class DraftingOptions:
+    """Who drafts, how much, and how drafts lie in a pass."""
+
+    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
+    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
+    loop: int | None = setting(
+        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
+    )
+    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
+
+
+@dataclass(frozen=True)
+class EmissionOptions:
+    """Whether drafts are verified before they are written."""
+
+    emit: Literal["verified", "conf-adapt", "static"] = setting(
+        "verified", help="Drafts: verified, or unverified (lossy)"
+    )
+    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How keys and values are kept."""
+
+    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
+    kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
+    quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """How exactly the model computes."""
+
+    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
