@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from mtp_mlx.adapter import CONFIG_NAME, base_fingerprint
@@ -79,20 +80,16 @@ def convert_ptp(
             f"{checkpoint.path}: no student of Parallel Token Prediction: low-rank factors and an embedding of "
             "uniforms are needed"
         )
-    try:
-        model, _ = load_model(base)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise MTPError(f"the base model {base} could not be loaded: {error}") from error
+    model = _load_base(base)
     notes: list[str] = []
     low_rank = _low_rank(checkpoint)
-    embedded = _embedding(checkpoint, embedding, notes)
-    rank = low_rank[next(iter(low_rank))].shape[1]
+    kind, embedded = _embedding(checkpoint, embedding, notes)
     config = PTPConfig(
         variant="o",
-        embedding=embedded[0],
-        knots=embedded[1]["weight"].shape[0] if embedded[0] == "linear-interpolation" else 3,
+        embedding=kind,
+        knots=embedded["weight"].shape[0] if kind == "linear-interpolation" else 3,
         slots=slots,
-        rank=rank,
+        rank=low_rank[next(iter(low_rank))].shape[1],
         alpha=_alpha(checkpoint, alpha, notes),
         target_modules=tuple(sorted({path.rsplit(".", 2)[-2] for path in low_rank})),
         teacher=teacher or RELEASED_TEACHER,
@@ -100,17 +97,29 @@ def convert_ptp(
     if teacher is None:
         notes.append("the teacher's sampling is that of the released configurations")
     adapter = new_ptp_adapter(model, config)
-    _fill(adapter, checkpoint.path, low_rank, embedded[1])
+    _fill(adapter, checkpoint.path, low_rank, embedded)
     stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     source_facts = {
         "family": "released code of arXiv 2512.21323",
         "files": ", ".join(checkpoint.files),
-        "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded[1]),
+        "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
     info = PTPInfo(base.name, base_fingerprint(model), config, source=source_facts)
     save_ptp(out, adapter, info, _DTYPES.get(stored, mx.float32))
     return out
+
+
+def _load_base(folder: Path) -> nn.Module:
+    """The model of an mlx-lm folder.
+
+    Raises:
+        MTPError: it cannot be loaded.
+    """
+    try:
+        return load_model(folder)[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise MTPError(f"the base model {folder} could not be loaded: {error}") from error
 
 
 def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -129,27 +130,14 @@ def load(
     try:
         lazy = peers is not None and not peers.alone
         base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config, lazy=lazy)[:2]
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-    ) as error:  # a damaged folder shows as any of them
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        # A damaged folder shows as any of them.
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
     if adapter == "auto":
         folder = bundled_adapter(model) or sidecar(path)
     else:
         folder = None if adapter is None else named_adapter(adapter)
-    info: AdapterInfo | HeadsInfo | PTPInfo | None = None
-    weights: SlotAdapter | None = None
-    heads: DraftHeads | None = None
-    if folder is not None and is_heads(folder):
-        heads, info = load_heads(folder, base)
-    elif folder is not None and is_ptp(folder):
-        weights, info = load_ptp(folder, base)
-    elif folder is not None:
-        weights, info = load_adapter(folder, base)
+    weights, heads, info = (None, None, None) if folder is None else _load_drafting(folder, base)
     if loop is not None:
         if heads is None:
             raise MTPError(
@@ -173,6 +161,20 @@ def load(
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
+
+
+def _load_drafting(
+    folder: Path, base: nn.Module
+) -> tuple[SlotAdapter | None, DraftHeads | None, AdapterInfo | HeadsInfo | PTPInfo]:
+    """What a folder drafts with, slots or heads, and what it says about itself."""
+    if is_heads(folder):
+        heads, heads_info = load_heads(folder, base)
+        return None, heads, heads_info
+    if is_ptp(folder):
+        ptp, ptp_info = load_ptp(folder, base)
+        return ptp, None, ptp_info
+    adapter, info = load_adapter(folder, base)
+    return adapter, None, info
 
 
 def _evaluate(attached: AttachedModel) -> None:

@@ -86,17 +86,13 @@ class Bench:
     def __init__(
         self, model: AttachedModel, tokenizer: TokenizerWrapper, lanes: Sequence[Lane], max_tokens: int
     ) -> None:
-        self._model, self._tokenizer, self._lanes, self._max_tokens = (
-            model,
-            tokenizer,
-            list(lanes),
-            max_tokens,
-        )
+        self._model, self._tokenizer, self._max_tokens = model, tokenizer, max_tokens
+        self.lanes = list(lanes)
 
     def warm_up(self) -> None:
         """One short generation per lane, not counted (it also measures costs that `auto` plans with)."""
         prompt = chat_prompt(self._tokenizer, "Hello")
-        for lane in [Lane("mlx-lm"), *self._lanes]:
+        for lane in [Lane("mlx-lm"), *self.lanes]:
             self._generate(lane, prompt, 12)
 
     def run(
@@ -108,7 +104,7 @@ class Bench:
         results: list[Measurement] = []
         for index, prompt in enumerate(prompts):
             ids = chat_prompt(self._tokenizer, prompt.text)
-            order = [Lane("mlx-lm"), *self._lanes]
+            order = [Lane("mlx-lm"), *self.lanes]
             shift = index % len(order)
             timed = {
                 lane.name: self._generate(lane, ids, self._max_tokens)
@@ -116,7 +112,7 @@ class Bench:
             }
             reference = timed["mlx-lm"]
             rows = []
-            for lane in self._lanes:
+            for lane in self.lanes:
                 with self._model.unwrapped() as bare:
                     comparison = compare(bare, ids, reference.tokens, timed[lane.name].tokens)
                 rows.append(Measurement(prompt, lane, timed[lane.name], reference, comparison))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from rich.progress import Progress
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.bench.runner import Measurement
+    from mtp_mlx.bench.prompts import BenchPrompt
+    from mtp_mlx.bench.runner import Bench, Measurement
     from mtp_mlx.decode.emission import EmitName
 
 EPILOG = """\b
@@ -95,43 +97,18 @@ def command(
         raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
     chosen = read_prompts(prompts, limit, per_category)
     console = Console(stderr=True)
-    attached, tokenizer = load(
-        model,
-        None if adapter == "none" else adapter,
-        quantize=int(quantize) if quantize else None,
-        exact=exact,
-        loop=loop,
-    )
+    bits = int(quantize) if quantize else None
+    folder = None if adapter == "none" else adapter
+    attached, tokenizer = load(model, folder, quantize=bits, exact=exact, loop=loop)
     lanes = [
         Lane(emission.label(layout), layout, slots if layout != "plain" else None, lookup, emission, drafter)  # type: ignore[arg-type]
         for layout in layouts or ("auto",)
         for emission in emissions
     ]
-    bench = Bench(attached, tokenizer, lanes, max_tokens)
-    with Progress(console=console) as progress:
-        task = progress.add_task("warming up", total=len(chosen))
-        bench.warm_up()
-        progress.update(task, description="measuring")
-        done: list[Measurement] = []
-
-        def on_prompt(_: int, rows: list[Measurement]) -> None:
-            done.extend(rows)
-            progress.advance(task)
-
-        try:
-            bench.run(chosen, on_prompt)
-        except KeyboardInterrupt:
-            console.print(f"stopped after {len(done) // len(lanes)} of {len(chosen)} prompts")
-        if not done:
-            raise KeyboardInterrupt
+    done = _measure(Bench(attached, tokenizer, lanes, max_tokens), chosen, console)
     rows = summarise(done)
-    plain = [measurement.reference for measurement in done]
-    plain_speed.remember(
-        model,
-        rows[-1].plain_tokens_per_second,
-        sum(timed.timed_tokens for timed in plain),
-        quantize=int(quantize) if quantize else None,
-    )
+    tokens = sum(measurement.reference.timed_tokens for measurement in done)
+    plain_speed.remember(model, rows[-1].plain_tokens_per_second, tokens, quantize=bits)
     if plot is not None:
         write_text(plot, svg(rows, f"{model}, mtp-mlx against mlx-lm plain"))
     if as_json:
@@ -150,6 +127,31 @@ def command(
         for measurement in done:
             if not measurement.comparison.identical:
                 click.echo(" ".join(f"{key}={value}" for key, value in _mismatch(measurement).items()))
+
+
+def _measure(bench: Bench, prompts: Sequence[BenchPrompt], console: Console) -> list[Measurement]:
+    """Every prompt in every lane; after Ctrl-C what was measured until then.
+
+    Raises:
+        KeyboardInterrupt: stopped before anything was.
+    """
+    done: list[Measurement] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("warming up", total=len(prompts))
+        bench.warm_up()
+        progress.update(task, description="measuring")
+
+        def on_prompt(_: int, rows: list[Measurement]) -> None:
+            done.extend(rows)
+            progress.advance(task)
+
+        try:
+            bench.run(prompts, on_prompt)
+        except KeyboardInterrupt:
+            console.print(f"stopped after {len(done) // len(bench.lanes)} of {len(prompts)} prompts")
+        if not done:
+            raise KeyboardInterrupt
+    return done
 
 
 def _mismatch(measurement: Measurement) -> dict[str, Any]:

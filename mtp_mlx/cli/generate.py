@@ -209,11 +209,8 @@ def generate(
     _same_work(model, settings, ids)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
     run = Run(DecodeStats(), model.most_drafts, known)
-    if not raw and not tokenizer.has_chat_template:
-        run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
-    if not raw and str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
-        note = "this model's makers prompt it without the chat template: --raw may give better text"
-        run.stats.fallbacks[note] += 1
+    if not raw:
+        _note_template(run, model, tokenizer)
     if settings.layout == "auto" and emission == Emission():
         step_cost(model, tell)
     responses = stream_generate(
@@ -235,16 +232,26 @@ def generate(
     )
     _consume(responses, run, printer)
     run.kernels = {} if model.kernels is None else model.kernels.report()
-    alone = model.peers.alone  # the speed of several processes is not that of this machine
-    if (
-        alone
-        and settings.layout == "plain"
-        and settings.kv_bits is None
-        and run.tok_per_s
-        and not run.interrupted
-    ):
-        plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
+    if model.peers.alone:  # the speed of several processes is not that of this machine
+        _remember_plain_speed(settings, run)
     return run
+
+
+def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
+    """Notes where the chat template is missing, or is not how the model's makers prompt it."""
+    if not tokenizer.has_chat_template:
+        run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
+    if str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
+        note = "this model's makers prompt it without the chat template: --raw may give better text"
+        run.stats.fallbacks[note] += 1
+
+
+def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
+    """Keeps the speed of a whole plain run, which later runs are compared with."""
+    from mtp_mlx import plain_speed
+
+    if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
+        plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
 
 
 def sampling_of(settings: GenerateSettings) -> SamplingConfig:

@@ -22,7 +22,9 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
+    from mtp_mlx.model.attach import AttachedModel
     from mtp_mlx.serve.app import Application
+    from mtp_mlx.serve.grammar import Grammars
 
 KEY_VARIABLE = "MTP_MLX_API_KEY"
 GOODBYE_SECONDS = (
@@ -157,7 +159,6 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.demo import resolve_model
     from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
-    from mtp_mlx.serve.grammar import Grammars
     from mtp_mlx.serve.prompts import Limits, Prompts
     from mtp_mlx.serve.sequence import DecodeSettings
 
@@ -180,11 +181,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     plan_drafting(
         model, decode.layout, decode.slots, DecodeStats(), decode.lookup, decode.drafter
     )  # refuses now
-    try:
-        grammars = Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
-    except MTPError as error:
-        tell(f"no JSON schema: {error}")
-        grammars = None
+    grammars = _grammars(model, tokenizer)
     engine = Engine(
         model,
         tokenizer,
@@ -202,6 +199,17 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         Prompts(tokenizer, name, model.vocab_size, limits, grammars),
         AppSettings(key, settings.max_body_bytes, host_names(settings.host)),
     )
+
+
+def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:
+    """What answers in JSON are held to, or None where the tokenizer does not go with that."""
+    from mtp_mlx.serve.grammar import Grammars
+
+    try:
+        return Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
+    except MTPError as error:
+        tell(f"no JSON schema: {error}")
+        return None
 
 
 def run(settings: ServeSettings, app: Application, listener: socket.socket) -> None:
