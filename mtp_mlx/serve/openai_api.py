@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -139,7 +140,7 @@ def usage_of(summary: Summary) -> dict[str, Any]:
     }
 
 
-class _Answer:
+class _Answer(ABC):
     """What both forms share. Arguments: the request, whose words they are, streaming, with usage in the stream."""
 
     kind = ""  # of object, as the answer says
@@ -191,14 +192,17 @@ class _Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._prompts.model_name}
 
+    @abstractmethod
     def _choice(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The only choice of a whole answer, with its text."""
 
+    @abstractmethod
     def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The only choice of an event, with what is new of its text."""
 
+    @abstractmethod
     def _logprobs(self, pieces: Iterable[Piece]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Log-probabilities of the tokens, where they were asked for."""
 
     def _spelt(self, token: int) -> str:
         return str(self._prompts.tokenizer.decode([token]))
