@@ -39,20 +39,11 @@ def sweep(settings: CompareSettings, console: Console) -> list[Any]:
 
 def tau_table(rows: Sequence[Any]) -> list[str]:
     """Lines of Markdown; nothing without a sweep."""
+    from mtp_mlx.eval.tau_sweep import TAU_COLUMNS
+
     if not rows:
         return []
-    columns = ("tau", "questions", "tok/pass", "agreement", "nll/token", "same text", "right", "lossless")
+    columns = (*TAU_COLUMNS, "lossless")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (
-            "plain" if row.tau is None else f"{row.tau:g}",
-            str(row.questions),
-            f"{row.tokens_per_pass:.2f}",
-            f"{100 * row.agreement:.1f} %",
-            f"{row.nll:.3f}",
-            f"{100 * row.same:.0f} %",
-            "-" if row.right is None else f"{100 * row.right:.1f} %",
-            str(row.lossless).lower(),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join((*row.cells(), str(row.lossless).lower())) + " |" for row in rows]
     return [*lines, ""]

@@ -270,17 +270,11 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
 
 def table(rows: list[TauRow]) -> Table:
     """The rows as a rich table."""
+    from mtp_mlx.eval.tau_sweep import TAU_COLUMNS
+
     out = Table(title="ConfAdapt against the model's own path; every row with a tau is lossy")
-    for name in ("tau", "questions", "tok/pass", "agreement", "nll/token", "same text", "right"):
+    for name in TAU_COLUMNS:
         out.add_column(name, justify="right")
     for row in rows:
-        out.add_row(
-            "plain" if row.tau is None else f"{row.tau:g}",
-            str(row.questions),
-            f"{row.tokens_per_pass:.2f}",
-            f"{100 * row.agreement:.1f} %",
-            f"{row.nll:.3f}",
-            f"{100 * row.same:.0f} %",
-            "-" if row.right is None else f"{100 * row.right:.1f} %",
-        )
+        out.add_row(*row.cells())
     return out

@@ -184,6 +184,9 @@ def own_path(model: AttachedModel, prompt: list[int], tokens: list[int]) -> tupl
     return agreeing, nll
 
 
+TAU_COLUMNS = ("tau", "questions", "tok/pass", "agreement", "nll/token", "same text", "right")
+
+
 @dataclass(frozen=True)
 class TauRow:
     """All questions at one tau.
@@ -210,6 +213,18 @@ class TauRow:
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+    def cells(self) -> tuple[str, ...]:
+        """What a table says under `TAU_COLUMNS`."""
+        return (
+            "plain" if self.tau is None else f"{self.tau:g}",
+            str(self.questions),
+            f"{self.tokens_per_pass:.2f}",
+            f"{100 * self.agreement:.1f} %",
+            f"{self.nll:.3f}",
+            f"{100 * self.same:.0f} %",
+            "-" if self.right is None else f"{100 * self.right:.1f} %",
+        )
 
 
 def summarise(measured: Sequence[Measured]) -> list[TauRow]:
