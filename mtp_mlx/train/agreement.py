@@ -41,6 +41,18 @@ def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -
     return column if ids is None else ids[column]
 
 
+def labelled_anchors(
+    examples: Sequence[Example], slots: int, most: int, random: np.random.Generator
+) -> list[np.ndarray]:
+    """For each example at most `most` positions whose whole blocks of `slots` slots have labels, drawn at random."""
+    anchors = []
+    for example in examples:
+        candidates = candidate_anchors(len(example), example.loss_start)
+        candidates = candidates[candidates + 1 + slots < len(example)]
+        anchors.append(np.sort(random.permutation(candidates)[:most]))
+    return anchors
+
+
 def measure_agreement(
     attached: AttachedModel, batches: Iterable[Sequence[Example]], slots: int, most: int = 24, seed: int = 0
 ) -> Agreement:
@@ -50,11 +62,7 @@ def measure_agreement(
     blocks = 0
     random = np.random.default_rng(seed)
     for examples in batches:
-        anchors = []
-        for example in examples:
-            candidates = candidate_anchors(len(example), example.loss_start)
-            candidates = candidates[candidates + 1 + slots < len(example)]  # only blocks with every label
-            anchors.append(np.sort(random.permutation(candidates)[:most]))
+        anchors = labelled_anchors(examples, slots, most, random)
         if not any(len(own) for own in anchors):
             continue
         layout = build_layout(

@@ -18,7 +18,7 @@ import numpy as np
 from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.ptp_slots import PTPConfig
-from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.agreement import Agreement, labelled_anchors
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.objectives.base import LossParts
@@ -26,7 +26,7 @@ from mtp_mlx.train.objectives.ptp import PTPBatch, PTPLoss
 from mtp_mlx.train.own_uniforms import with_own_uniforms
 from mtp_mlx.train.ptp_targets import UniformChoice, slot_targets
 from mtp_mlx.train.ptp_uniforms import known_so_far, picker_of, teacher_rows, text_uniforms
-from mtp_mlx.train.slot_layout import build_layout, candidate_anchors
+from mtp_mlx.train.slot_layout import build_layout
 from mtp_mlx.train.step import BlockChoice, MicroBatchRunner, Totals, draft_columns
 from mtp_mlx.train.two_pass import prefix_pass, slot_pass
 
@@ -142,11 +142,7 @@ def measure_ptp(
     accepted, submitted, blocks = np.zeros(slots), np.zeros(slots), 0
     random = np.random.default_rng(seed)
     for number, examples in enumerate(batches):
-        anchors = []
-        for example in examples:
-            candidates = candidate_anchors(len(example), example.loss_start)
-            candidates = candidates[candidates + 1 + slots < len(example)]  # only blocks with every label
-            anchors.append(np.sort(random.permutation(candidates)[:most]))
+        anchors = labelled_anchors(examples, slots, most, random)
         if not any(len(own) for own in anchors):
             continue
         layout = build_layout(
