@@ -73,3 +73,17 @@ class DraftHeads(nn.Module):
         if index not in self._unembeddings:
             self._unembeddings[index] = select_rows(head.lm_head, self._draft_ids)
         return self._unembeddings[index]
+
+
+class IndependentHeads(DraftHeads):
+    """Heads that do not wait for each other; head i makes draft i, so there are no more drafts than heads."""
+
+    def __init__(
+        self,
+        heads: Sequence[nn.Module],
+        convention: HeadConvention,
+        draft_ids: mx.array | None = None,
+        drafts: int = 0,
+    ) -> None:
+        super().__init__(heads, convention, draft_ids, drafts)
+        self.most_drafts = len(heads)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.draft_heads import IndependentHeads
 
 
 class MedusaHead(nn.Module):
@@ -37,17 +36,7 @@ class MedusaHead(nn.Module):
         return hidden
 
 
-class MedusaHeads(DraftHeads):
-    """All heads of a model; head i makes draft i, so there are no more drafts than heads."""
+class MedusaHeads(IndependentHeads):
+    """All heads of a model."""
 
     heads: list[MedusaHead]
-
-    def __init__(
-        self,
-        heads: list[MedusaHead],
-        convention: HeadConvention,
-        draft_ids: mx.array | None = None,
-        drafts: int = 0,
-    ) -> None:
-        super().__init__(heads, convention, draft_ids, drafts)
-        self.most_drafts = len(heads)

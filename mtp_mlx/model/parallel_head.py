@@ -14,8 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 
-from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.draft_heads import IndependentHeads
 
 
 class ParallelHead(nn.Module):
@@ -30,17 +29,7 @@ class ParallelHead(nn.Module):
         return self.block(hidden, create_attention_mask(hidden, cache, return_array=True), cache)
 
 
-class ParallelHeads(DraftHeads):
-    """All heads of a model; head i makes draft i, so there are no more drafts than heads."""
+class ParallelHeads(IndependentHeads):
+    """All heads of a model."""
 
     heads: list[ParallelHead]
-
-    def __init__(
-        self,
-        heads: list[ParallelHead],
-        convention: HeadConvention,
-        draft_ids: mx.array | None = None,
-        drafts: int = 0,
-    ) -> None:
-        super().__init__(heads, convention, draft_ids, drafts)
-        self.most_drafts = len(heads)

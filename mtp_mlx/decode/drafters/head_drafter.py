@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from mtp_mlx.decode.drafters.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.draft_heads import DraftHeads
+from mtp_mlx.model.draft_heads import DraftHeads, IndependentHeads
 
 
 class HeadDrafter(Protocol):
@@ -61,6 +62,18 @@ class HeadDrafter(Protocol):
     def commit(self, n_accepted: int) -> None:
         """Keeps what has become final of the last `propose`, now that the host knows a."""
         ...
+
+
+def drafts_of(heads: IndependentHeads, asked: int | None) -> int:
+    """How many tokens independent heads draft in a step: what was asked for, else what they are set to.
+
+    Raises:
+        MTPError: more than there are heads.
+    """
+    drafts = asked or heads.drafts
+    if drafts > len(heads.heads):
+        raise MTPError(f"{len(heads.heads)} heads of this form cannot draft {drafts} tokens in a step")
+    return drafts
 
 
 def pick_each(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mtp_mlx.decode.drafters.head_drafter import pick_each
+from mtp_mlx.decode.drafters.head_drafter import drafts_of, pick_each
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.medusa_head import MedusaHeads
 
@@ -21,11 +20,7 @@ class MedusaDrafter:
         if not isinstance(heads, MedusaHeads):
             raise ValueError("this drafter needs Medusa's heads")
         self._attached, self._picker, self._heads = attached, picker, heads
-        self.max_drafts = drafts or heads.drafts
-        if self.max_drafts > len(heads.heads):
-            raise MTPError(
-                f"{len(heads.heads)} heads of this form cannot draft {self.max_drafts} tokens in a step"
-            )
+        self.max_drafts = drafts_of(heads, drafts)
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Nothing to note: earlier rows do not matter."""

@@ -12,9 +12,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mtp_mlx.decode.drafters.head_drafter import pick_each
+from mtp_mlx.decode.drafters.head_drafter import drafts_of, pick_each
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.parallel_head import ParallelHead, ParallelHeads
 
@@ -50,11 +49,7 @@ class ParallelDrafter:
         if not isinstance(heads, ParallelHeads):
             raise ValueError("this drafter needs Meta's parallel heads")
         self._attached, self._picker, self._heads = attached, picker, heads
-        self.max_drafts = drafts or heads.drafts
-        if self.max_drafts > len(heads.heads):
-            raise MTPError(
-                f"{len(heads.heads)} heads of this form cannot draft {self.max_drafts} tokens in a step"
-            )
+        self.max_drafts = drafts_of(heads, drafts)
         self._lanes = [_Lane(head) for head in heads.heads[: self.max_drafts]]
         self._rows = 0  # n
         self._block: mx.array | None = None
