@@ -177,8 +177,11 @@ def exaone_moe(s: Stored) -> Block:
     kind = own[s.index] if isinstance(own, list) and s.index < len(own) else "full_attention"
     overrides = {"layer_types": [kind, *(s.config.get("layer_types") or [])], "is_moe_layer": [sparse]}
     windows = s.config.get("mtp_sliding_windows")
-    own_window = windows[s.index] if isinstance(windows, list) and s.index < len(windows) else 0
-    window = own_window or s.number("sliding_window") if kind == "sliding_attention" else None
+    window = windows[s.index] if isinstance(windows, list) and s.index < len(windows) else None
+    if kind != "sliding_attention":
+        window = None
+    elif not isinstance(window, int) or window < 1:  # 0 stands for the model's
+        window = s.number("sliding_window")
     return _block("exaone_moe", "DecoderLayer", targets, overrides=overrides, window=window, layer_idx=0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mtp_mlx.errors import ConversionError
-from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.head_convention import MOST_HEADS, HeadConvention
 
 from .checkpoint import Checkpoint
 from .families import Found, find_cascade
@@ -57,6 +57,8 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
         raise ConversionError(f"{checkpoint.path}: {error}") from error
     except _MISFITS as error:
         raise _undescribed(checkpoint, error) from error
+    if found is not None and found.drafts > MOST_HEADS:
+        raise _undescribed(checkpoint, ValueError(f"{found.drafts} drafts in a step"))
     announced = _announced(config)
     if found is None and announced:
         raise ConversionError(
@@ -226,11 +228,7 @@ def _copies(
             rows = tensors[trunk].shape[0] if trunk else int(found.config.get("vocab_size") or 0)
             own.append(Target(name, (rows, width), ((stored, (rows, width)),)))
             is_own[part] = True
-    for (
-        name,
-        stored,
-        part,
-    ) in found.copies:  # one convention holds for all heads: where one has its own, all do
+    for name, stored, part in found.copies:  # one convention for all heads: where one has its own, all do
         if is_own[part] and not any(target.name == name for target in own):
             trunk = _trunk(tensors, part, found)
             shape = (tensors[trunk].shape[0] if trunk else 0, width)

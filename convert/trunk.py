@@ -35,8 +35,14 @@ from .trunk_meta import meta_trunk
 
 # What mlx-lm raises for a folder it cannot load: its model files check little and fail where they fail.
 LOAD_ERRORS = (
-    *(ImportError, OSError, ValueError, RuntimeError),
-    *(LookupError, TypeError, AttributeError, ArithmeticError),
+    ImportError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
 )
 _GENERATION = "generation_config.json"
 # Names that only heads have. Where no family is recognised, tensors of such names must not vanish unsaid.

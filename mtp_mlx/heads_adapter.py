@@ -23,14 +23,13 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 from mtp_mlx.heads_build import LAST_LAYER, build_heads, check_runnable
 from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.head_convention import HeadConvention
+from mtp_mlx.model.head_convention import MOST_HEADS, HeadConvention
 from mtp_mlx.model.tensor_fit import check_fit
 
 __all__ = ["LAST_LAYER", "HeadsInfo", "is_heads", "load_heads", "read_heads_info", "save_heads"]
 
 METHOD = "mtp-heads"
 DRAFT_IDS = "draft_ids"
-MOST = 1000  # heads, and tokens drafted in a step: far more than any, and few enough to make
 
 log = logging.getLogger("mtp_mlx")
 
@@ -134,9 +133,9 @@ def read_heads_info(folder: Path) -> HeadsInfo:
 
 def _check_types(info: HeadsInfo) -> None:
     """Raises ValueError for what reading alone does not find: the rest of the package takes these for granted."""
-    if not 1 <= info.count <= MOST or not 1 <= info.drafts <= MOST:
+    if not 1 <= info.count <= MOST_HEADS or not 1 <= info.drafts <= MOST_HEADS:
         raise ValueError(
-            f"{info.count} heads that draft {info.drafts} tokens in a step: 1 to {MOST} of each can be"
+            f"{info.count} heads that draft {info.drafts} tokens in a step: 1 to {MOST_HEADS} of each can be"
         )
     if not isinstance(info.base_name, str) or not isinstance(info.base_fingerprint, str | None):
         raise ValueError("the base's name or fingerprint is no text")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
+from mtp_mlx.cli.convert_options import ConvertOptions
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
     from mtp_mlx.convert.checkpoint import Checkpoint
-    from mtp_mlx.convert.heads import HeadPlan
 
 EPILOG = """\b
 Examples:
@@ -109,108 +108,6 @@ def command(source: str, out: Path | None, **options: Any) -> None:
         click.echo(convert_gguf(path, out, how))
     else:
         click.echo(convert_whole(path, out, how))
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The options of `mtp-mlx convert`, as their help describes them."""
-
-    quantize: str | None
-    group_size: str
-    dtype: str | None
-    heads_only: bool
-    trunk_only: bool
-    heads_as: str
-    dry_run: bool
-    head_norms: str
-    head_order: str
-    head_hidden: str
-    head_recycled: str
-    base: str | None
-    verify: bool
-    force: bool
-
-    @property
-    def bits(self) -> int | None:
-        """To quantise to."""
-        return int(self.quantize) if self.quantize else None
-
-    @property
-    def conventions(self) -> list[str]:
-        """The options given that say how heads were trained."""
-        asked = {
-            "--head-norms": self.head_norms,
-            "--head-order": self.head_order,
-            "--head-hidden": self.head_hidden,
-            "--head-recycled": self.head_recycled,
-        }
-        return [name for name, value in asked.items() if value != "auto"]
-
-    @property
-    def of_heads(self) -> list[str]:
-        """The options given that mean nothing where there are no heads."""
-        return [*self.conventions, *(["--verify"] if self.verify else [])]
-
-    def check(self, out: Path | None) -> None:
-        """Raises click.UsageError for options of which one would be ignored in silence."""
-        if self.heads_only and self.trunk_only:
-            raise click.UsageError(
-                "--heads-only and --trunk-only leave nothing to convert: give one of them."
-            )
-        if self.heads_only and (self.quantize or self.dtype):
-            raise click.UsageError(
-                "--quantize and --dtype are for the trunk, which --heads-only leaves out: heads keep the type that "
-                "they are stored in."
-            )
-        if self.trunk_only and self.of_heads:
-            raise click.UsageError(f"--trunk-only leaves out the heads that {self.of_heads[0]} is about.")
-        if self.dry_run and self.verify:
-            raise click.UsageError(
-                "--dry-run reads no weights, so it cannot --verify: leave one of them out."
-            )
-        if self.heads_as != "adapter" and not self.heads_only and not self.dry_run:
-            raise click.UsageError(
-                "--heads-as is the layout that --heads-only writes: give --heads-only too."
-            )
-        if self.heads_as != "adapter" and self.verify:
-            raise click.UsageError("--verify measures an adapter folder: leave --heads-as out.")
-        if self.base and not self.heads_only and not self.dry_run:
-            raise click.UsageError(
-                "--base is for heads and adapters that come without it: give --heads-only too."
-            )
-        if out is None and self.verify and self.heads_only:
-            raise click.UsageError(
-                "Missing argument 'OUT' (--verify does without only for converted folders)."
-            )
-
-    def check_heads(self, checkpoint: Checkpoint) -> None:
-        """Raises MTPError where options ask for heads that the checkpoint has not, or for what its kind has not."""
-        from mtp_mlx.convert.heads_plan import find_heads
-        from mtp_mlx.sidecar import sidecar
-
-        if not self.of_heads:
-            return
-        if sidecar(checkpoint.path) is not None:
-            if self.conventions:
-                raise MTPError(
-                    f"{checkpoint.path}: its heads were converted before, so {self.conventions[0]} comes too late; "
-                    "convert the original checkpoint"
-                )
-            return
-        found = find_heads(checkpoint)
-        if found is None:
-            raise MTPError(f"{checkpoint.path}: holds no MTP heads; leave {' and '.join(self.of_heads)} out")
-        if self.verify and found.convention.kind != "cascade":
-            raise MTPError(
-                f"{checkpoint.path}: heads of the kind {found.title} have no conventions that --verify could try; "
-                "leave it out"
-            )
-
-    def plan(self, checkpoint: Checkpoint) -> HeadPlan:
-        """The plan of a checkpoint's heads."""
-        from mtp_mlx.convert.heads_plan import plan_heads
-
-        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
 
 
 def _local(source: str, dry_run: bool) -> Path:

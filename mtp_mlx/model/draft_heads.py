@@ -26,11 +26,8 @@ class DraftHeads(nn.Module):
         draft_ids: [N] int32 ids that may be drafted, or None for all.
         drafts: tokens drafted in each step, by default one per head.
 
-    Attributes:
-        most_drafts: tokens that they can draft in a step at most; None where heads can be applied again in turn.
     """
 
-    most_drafts: int | None = None
     heads: list[Any]
 
     def __init__(
@@ -50,6 +47,11 @@ class DraftHeads(nn.Module):
     def drafts(self) -> int:
         """Tokens drafted in each step."""
         return self._drafts
+
+    @property
+    def most_drafts(self) -> int | None:
+        """Tokens that they can draft in a step at most; None where heads can be applied again in turn."""
+        return None
 
     @property
     def convention(self) -> HeadConvention:
@@ -78,12 +80,7 @@ class DraftHeads(nn.Module):
 class IndependentHeads(DraftHeads):
     """Heads that do not wait for each other; head i makes draft i, so there are no more drafts than heads."""
 
-    def __init__(
-        self,
-        heads: Sequence[nn.Module],
-        convention: HeadConvention,
-        draft_ids: mx.array | None = None,
-        drafts: int = 0,
-    ) -> None:
-        super().__init__(heads, convention, draft_ids, drafts)
-        self.most_drafts = len(heads)
+    @property
+    def most_drafts(self) -> int:
+        """See `DraftHeads`."""
+        return len(self.heads)

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+MOST_HEADS = 1000  # and tokens drafted in a step: far more than any, and few enough to make
+
 
 @dataclass(frozen=True)
 class HeadConvention:

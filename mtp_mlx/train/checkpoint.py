@@ -106,9 +106,7 @@ def state_tensors(adapter: Trained, optimizer: optim.Optimizer) -> dict[str, mx.
 def remove_leftovers(path: Path) -> None:
     """Removes what processes killed while writing `path` left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-        owner = leftover.name.removeprefix(f".{path.stem}.").split(".")[
-            0
-        ]  # then the thread, see `write_file`
+        owner = leftover.name.removeprefix(f".{path.stem}.").partition(".")[0]  # a process, then its thread
         if owner.isdigit() and not _is_running(int(owner)):
             leftover.unlink(missing_ok=True)
 

@@ -345,7 +345,7 @@ def test_words_for_the_layers_of_nemotron_heads(tmp_path: Path) -> None:
 
 def test_windows_of_exaone_heads(tmp_path: Path) -> None:
     made = make("exaone-moe")
-    for said, window in ((None, 8), ([5], 5), ([0], 8), ([], 8)):
+    for said, window in ((None, 8), ([5], 5), ([0], 8), ([], 8), (["5"], 8), (5, 8)):
         plan, _ = converted(made.write(tmp_path / "model", mtp_sliding_windows=said))
         assert [block.window for block in plan.blocks] == [window]
 

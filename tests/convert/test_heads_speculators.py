@@ -184,3 +184,7 @@ def test_tokens_that_the_layer_was_trained_to_draft(tmp_path: Path, said: Any, d
     )
     (out / "config.json").write_text(json.dumps(config))
     assert plan_heads(open_checkpoint(out)).drafts == drafts
+    config["speculators_config"]["proposal_methods"] = [{"speculative_tokens": 10**9}]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MTPError, match="1000000000 drafts in a step"):
+        plan_heads(open_checkpoint(out))
