@@ -49,11 +49,11 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
-    from mtp_mlx.demo import named_adapter
-    from mtp_mlx.heads_adapter import read_heads_info
+    from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+    from mtp_mlx.drafters.heads.folder import read_heads_info
+    from mtp_mlx.drafters.heads.trunk_states import ComputedStates
+    from mtp_mlx.models import named_adapter
     from mtp_mlx.train.data import load_examples
-    from mtp_mlx.train.heads_agreement import check_plain, measure_heads
-    from mtp_mlx.train.trunk_states import ComputedStates
 
     chosen = [folder_and_drafts(entry) for entry in entries]
     # Reads all before any work.

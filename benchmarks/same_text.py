@@ -2,7 +2,7 @@
 
 At temperature 0 the reference is mlx-lm's own generation on the bare model; above it, this package's plain
 loop with the same seed. A difference is excused only by a near-tie certificate (see
-`mtp_mlx/bench/certificate.py`), which exists at temperature 0 only.
+`mtp_mlx/measure/certificate.py`), which exists at temperature 0 only.
 
     python benchmarks/same_text.py --prompts prompts.jsonl --limit 40 --max-tokens 64
 """
@@ -35,8 +35,8 @@ def main(model: str, adapter: str, prompts: Path | None, limit: int, max_tokens:
 
     from mtp_mlx import SamplingConfig, chat_prompt, load
     from mtp_mlx.api import stream_generate
-    from mtp_mlx.bench.certificate import compare
-    from mtp_mlx.bench.prompts import read_prompts
+    from mtp_mlx.measure.certificate import compare
+    from mtp_mlx.measure.prompts import read_prompts
 
     chosen = read_prompts(prompts, limit, None)
     attached, tokenizer = load(model, adapter)

@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from mtp_mlx.api import chat_prompt, load
-from mtp_mlx.bench.prompts import BUILT_IN
-from mtp_mlx.decode.calibrate import step_cost
+from mtp_mlx.measure.prompts import BUILT_IN
+from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.serve.engine import Engine, EngineSettings
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest
 from mtp_mlx.serve.sequence import DecodeSettings

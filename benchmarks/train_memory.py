@@ -14,10 +14,10 @@ from pathlib import Path
 import mlx_lm
 import numpy as np
 
-from mtp_mlx.demo import resolve_model
+from mtp_mlx.drafters.registry import method_class
+from mtp_mlx.models import resolve_model
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import gigabytes
-from mtp_mlx.train.methods import method_class
 from mtp_mlx.train.settings import TrainSettings
 
 CASES: dict[str, dict[str, object]] = {

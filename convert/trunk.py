@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +24,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
+from mtp_mlx.convert.heads.families import Found
+from mtp_mlx.convert.heads.other_forms import find_meta
+from mtp_mlx.convert.heads.targets import AS_IT_IS, Target, save_targets
+from mtp_mlx.convert.read.checkpoint import Checkpoint, fp8_block
+from mtp_mlx.convert.read.safetensors import SCALE
 from mtp_mlx.errors import ConversionError, MTPError
-
-from .checkpoint import Checkpoint, fp8_block
-from .families import Found
-from .heads import Target
-from .heads_write import save_targets
-from .safetensors_folder import SCALE
-from .trunk_meta import meta_trunk
+from mtp_mlx.model.fingerprint import fingerprint_of
 
 # What mlx-lm raises for a folder it cannot load: its model files check little and fail where they fail.
 LOAD_ERRORS = (
@@ -254,3 +253,77 @@ def _check(checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.ar
             f"{checkpoint.path}: tensors of the trunk do not fit mlx-lm's model as the configuration describes it "
             f"({len(problems)}): {'; '.join(problems[:_SHOWN])}{more}"
         )
+
+
+_OUTSIDE = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def meta_trunk(checkpoint: Checkpoint) -> tuple[list[Target], dict[str, Any]]:
+    """The tensors of a llama trunk made of Meta's, and its config.json.
+
+    Raises ConversionError: tensors are missing.
+    """
+    # A layer of the trunk is stored as an extra head is: the same names under another prefix.
+    layers = {
+        name.replace("layers.", "extra_heads.", 1): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith("layers.")
+    }
+    found = find_meta(layers, checkpoint.config)
+    if found is None:
+        raise ConversionError(
+            f"{checkpoint.path}: holds no layers under Meta's names (layers.0.attention.wq.weight)"
+        )
+    targets = []
+    for target in found.targets:
+        _, layer, _, rest = target.name.split(".", 3)  # heads.{layer}.block.{rest}
+        name, shape = target.sources[0]
+        stored = name.replace("extra_heads.", "layers.", 1)
+        targets.append(replace(target, name=f"model.layers.{layer}.{rest}", sources=((stored, shape),)))
+    for name, stored in _OUTSIDE.items():
+        if stored in checkpoint.tensors:
+            shape = checkpoint.tensors[stored].shape
+            targets.append(Target(name, shape, ((stored, shape),), AS_IT_IS))
+    _check(checkpoint, targets)
+    vocabulary = checkpoint.tensors["tok_embeddings.weight"].shape[0]  # params.json says -1 in some releases
+    return targets, found.config | {"vocab_size": vocabulary}
+
+
+def _check(checkpoint: Checkpoint, targets: list[Target]) -> None:
+    tensors = checkpoint.tensors
+    stored = {name: shape for target in targets for name, shape in target.sources}
+    problems = [f"missing {name}" for name in [*stored, *_OUTSIDE.values()] if name not in tensors]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, {list(shape)} expected"
+        for name, shape in stored.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ConversionError(
+            f"{checkpoint.path}: tensors of the trunk do not fit params.json: {'; '.join(problems)}"
+        )
+
+
+def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    """The fingerprint of the trunk beside the heads; or None, and why it has none.
+
+    The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
+    the same: whoever attaches them is told what they were made from.
+    """
+    if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
+        return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
+    try:
+        from mtp_mlx.convert.heads.plan import find_heads
+        from mtp_mlx.convert.trunk import open_trunk
+
+        with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+            return fingerprint_of(trunk.model)
+    except (MTPError, ImportError) as error:
+        reason = str(error).replace(
+            f"{checkpoint.path}: ", ""
+        )  # a folder's place on this machine is nobody's business
+        return None, reason if len(reason) < 200 else f"{reason[:200]} ..."

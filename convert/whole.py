@@ -19,17 +19,17 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_tokenizer, quantize_model, save
 
+from mtp_mlx.convert.adapters.single_mask import MaskToken, find_mask, mask_sidecar
+from mtp_mlx.convert.heads.families import Found
+from mtp_mlx.convert.heads.plan import find_heads, plan_heads
+from mtp_mlx.convert.heads.targets import HeadPlan
+from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME, fill_folder
+from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.trunk import Trunk, open_trunk
 from mtp_mlx.errors import ConversionError
-from mtp_mlx.files import new_folder
+from mtp_mlx.files import check_out, new_folder
+from mtp_mlx.model.fingerprint import fingerprint_of
 from mtp_mlx.sidecar import FOLDER, sidecar
-
-from .checkpoint import Checkpoint, open_checkpoint
-from .families import Found
-from .heads import HeadPlan
-from .heads_plan import find_heads, plan_heads
-from .heads_write import CONFIG_NAME, WEIGHTS_NAME, check_out, fill_folder, fingerprint_of
-from .single_mask import MaskToken, find_mask, mask_sidecar
-from .trunk import Trunk, open_trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import small_m_qmm
-from .launch import Factory, Launch, read_kernel
-from .small_m_qmm import sample, shape_key, why_not
+from mtp_mlx.metal_kernels import small_m_qmm
+from mtp_mlx.metal_kernels.launch import Factory, Launch, read_kernel
+from mtp_mlx.metal_kernels.small_m_qmm import sample, shape_key, why_not
 
 __all__ = ["agrees", "launch", "one_row_order", "reference", "run", "samples", "shape_key", "supported"]
 

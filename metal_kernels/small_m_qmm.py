@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .launch import SMALL_INPUT, Factory, Launch, Support, read_kernel
+from mtp_mlx.metal_kernels.launch import SMALL_INPUT, Factory, Launch, Support, read_kernel
 
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)

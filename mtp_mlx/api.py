@@ -24,25 +24,26 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.adapter import AdapterInfo, load_adapter
-from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.demo import bundled_adapter, cache_dir, named_adapter, resolve_model
 from mtp_mlx.distributed import Peers
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.folder import HeadsInfo, is_heads, load_heads
+from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter
+from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import HeadsInfo, is_heads, load_heads
+from mtp_mlx.files import cache_dir
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.draft_heads import DraftHeads
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.model.slot_adapter import SlotAdapter
-from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp
+from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
+from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import AnswerText
 

@@ -121,3 +121,27 @@ def _exchange(new: Path, path: Path) -> None:
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def cache_dir() -> Path:
+    """Where converted models and measurements are kept: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx."""
+    return Path(os.environ.get("MTP_MLX_CACHE") or Path.home() / ".cache" / "mtp-mlx").expanduser()
+
+
+def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Path) -> None:
+    """Raise MTPError where `out` exists and may not be replaced: without `force`, or not holding the file `mark`, or
+    holding `source`, of which a conversion is no copy."""
+    if out.exists() and not force:
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+    if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
+    check_source_stays(out, source)
+
+
+def check_source_stays(out: Path, source: str | Path) -> None:
+    """Raise MTPError where replacing `out` would delete `source`."""
+    place = Path(source).resolve()
+    if out.exists() and out.resolve() in (place, *place.parents):
+        raise MTPError(
+            f"{out} holds the source {source} itself, which --force would delete: choose another folder."
+        )

@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 
-from mtp_mlx.adapter import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
+from mtp_mlx.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from mtp_mlx.config import option_name
-from mtp_mlx.demo import EMBEDDED
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
+from mtp_mlx.models import EMBEDDED
 from mtp_mlx.train.settings import TrainSettings
 
 CARD_NAME = "README.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = "mtp"
-_MARK = "mtp_config.json"  # as in `mtp_mlx.adapter`, whose import needs mlx
+_MARK = "mtp_config.json"  # as in `mtp_mlx.adapter_folder`, whose import needs mlx
 
 
 def sidecar(model: str | Path) -> Path | None:

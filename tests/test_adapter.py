@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, load_adapter, read_info, save_adapter
+from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter, read_info, save_adapter
+from mtp_mlx.drafters.masks.weights import MaskAdapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block, block_shape
-from mtp_mlx.model.mask_adapter import MaskAdapter
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.model.naive import QUANTIZABLE, random_adapter
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -193,7 +194,7 @@ def test_nothing_half_written(tmp_path: Path, existing: bool, monkeypatch: pytes
     def fail(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtp_mlx.adapter.model_card", fail)
+    monkeypatch.setattr("mtp_mlx.drafters.masks.folder.model_card", fail)
     with pytest.raises(MTPError, match="the disk is full: .*adapter could not be written"):
         written(folder, model, ids=None)
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if existing else [])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mtp_mlx import GenerationResponse, SamplingConfig, chat_prompt, generate, load, stream_generate
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 

@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import never_end, save_tiny, tiny_model
 

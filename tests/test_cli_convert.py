@@ -189,7 +189,7 @@ def llama_with_heads(folder: Path) -> Path:
 
 
 def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_mlx.convert.verify.verify_folder.__defaults__", (("The sky",), 6))
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (("The sky",), 6))
     source = llama_with_heads(tmp_path / "model")
     result = run("convert", source, tmp_path / "out", "--verify")
     assert result.exit_code == 0, result.output

@@ -211,12 +211,12 @@ def test_a_full_disk_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for where in ("mtp_mlx.convert.trunk.save_targets", "mtp_mlx.convert.heads_write.save_targets"):
+    for where in ("mtp_mlx.convert.trunk.save_targets", "mtp_mlx.convert.heads.targets.save_targets"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
             assert "disk is full" in refused("convert", source, tmp_path / "new" / "deep" / "out")
         assert below(tmp_path) == before
-    monkeypatch.setattr("mtp_mlx.convert.heads_write.save_targets", full)
+    monkeypatch.setattr("mtp_mlx.convert.heads.targets.save_targets", full)
     assert "disk is full" in refused("convert", source, tmp_path / "new" / "out", "--heads-only")
     assert below(tmp_path) == before
 

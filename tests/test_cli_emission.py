@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
-from mtp_mlx.ptp_adapter import PTPInfo, save_ptp
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.model.naive import random_adapter
 from tests.tiny import save_tiny, tiny_model

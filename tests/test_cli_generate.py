@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx import plain_speed
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.cli.generation_report import BAR_WIDTH, bars, legend
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.measure import plain_speed
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
 from tests.tiny import save_tiny, tiny_model
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mtp_mlx.adapter import read_info
 from mtp_mlx.cli import main
+from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 import compare_methods
 from method_comparison.contestants import CONTESTANTS
 from method_comparison.training import TIMED_STEPS
-from mtp_mlx.adapter import read_config
+from mtp_mlx.adapter_folder import read_config
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny

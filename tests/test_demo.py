@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mtp_mlx.adapter import read_info
 from mtp_mlx.api import chat_prompt, load, stream_generate
-from mtp_mlx.demo import bundled_adapter, cache_dir, named_adapter
+from mtp_mlx.drafters.heads.folder import read_heads_info
+from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import read_heads_info
+from mtp_mlx.files import cache_dir
+from mtp_mlx.models import bundled_adapter, named_adapter
 
 CACHED = list((cache_dir() / "models").glob("smollm2-135m-*")) and "MTP_MLX_CACHE" not in os.environ
 

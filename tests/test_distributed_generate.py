@@ -10,16 +10,17 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.cli import main
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import LedPolicy, led, led_policy
 from mtp_mlx.decode.policy import FixedPolicy, Proposal
 from mtp_mlx.distributed import Peers
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.sharded import shard
 from tests.decode.fakes import PlainWatching, random_adapter
 from tests.launched import Launched

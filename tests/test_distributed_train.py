@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mtp_mlx.adapter import read_info
 from mtp_mlx.cli import main
+from mtp_mlx.drafters.masks.folder import read_info
 from tests.launched import Launched
 from tests.tiny import save_tiny
 

@@ -21,7 +21,8 @@ import pytest
 from click.testing import CliRunner
 
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
 
@@ -105,8 +106,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (home / "question.txt").write_text("Why is the sky blue?\n")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
-    monkeypatch.setattr("mtp_mlx.demo.embedded_model", lambda *_, **__: model)
-    for module in ("mtp_mlx.demo", "mtp_mlx.api"):
+    monkeypatch.setattr("mtp_mlx.models.embedded_model", lambda *_, **__: model)
+    for module in ("mtp_mlx.models", "mtp_mlx.api"):
         monkeypatch.setattr(f"{module}.bundled_adapter", lambda name: home / "adapter" if name == "smollm2-135m" else None)  # fmt: skip  # noqa: E501
     monkeypatch.setattr("mtp_mlx.api.named_adapter", lambda name: home / "adapter" if name == "demo-heads" else Path(name))  # fmt: skip  # noqa: E501
     monkeypatch.chdir(home)
@@ -206,6 +207,6 @@ def test_a_lie_is_found(reader: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_api_page_is_what_the_docstrings_say() -> None:
-    """Mended by `python dev/make_api_page.py`."""
+    """Mended by `python tools/api_page.py`."""
     names = runpy.run_path(str(ROOT / "dev" / "make_api_page.py"))
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == names["page"]()

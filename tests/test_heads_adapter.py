@@ -13,19 +13,26 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.adapter import base_fingerprint
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.heads_plan import plan_heads
-from mtp_mlx.convert.heads_report import describe_folder
-from mtp_mlx.convert.heads_write import write_heads
+from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.report import describe_folder
+from mtp_mlx.convert.heads.write import write_heads
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import (
+    LAST_LAYER,
+    HeadsInfo,
+    is_heads,
+    load_heads,
+    read_heads_info,
+    save_heads,
+)
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, is_heads, load_heads, read_heads_info, save_heads
 from mtp_mlx.model.attach import attach
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHeads, new_heads
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.convert.head_checkpoints import make, numbers
 from tests.model.test_mtp_head import random_heads
 from tests.tiny import DENSE_ARCHITECTURES, tiny_config, tiny_model

@@ -17,10 +17,11 @@ from click.testing import CliRunner, Result
 from huggingface_hub import errors
 
 from mtp_mlx import hub
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, load_adapter, read_info, save_adapter
 from mtp_mlx.cli import main
 from mtp_mlx.config import from_yaml
+from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter, read_info, save_adapter
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.train.settings import TrainSettings
 from tests.decode.fakes import random_adapter
 from tests.tiny import tiny_model

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mtp_mlx.model.block import block_shape
-from mtp_mlx.picture import COLOURS, block_svg, block_text, rows_of
+from mtp_mlx.model.picture import COLOURS, block_svg, block_text, rows_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mtp_mlx.adapter import base_fingerprint, load_adapter
 from mtp_mlx.api import generate, load
 from mtp_mlx.cli import main
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
+from mtp_mlx.drafters.ptp.weights import PTPConfig, TeacherSampling
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
-from mtp_mlx.model.uniform_embedding import UNIFORM_EMBEDDINGS
-from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.train.settings import TrainSettings
 from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model

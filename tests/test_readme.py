@@ -11,7 +11,8 @@ import pytest
 
 import mtp_mlx
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
 

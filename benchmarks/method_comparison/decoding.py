@@ -20,7 +20,7 @@ from mtp_mlx.errors import MTPError
 
 def measure(plan: Plan, console: Console) -> list[Decoded]:
     """Every contestant on every prompt at both temperatures, and plain decoding of the same noise."""
-    from mtp_mlx.bench.prompts import read_prompts
+    from mtp_mlx.measure.prompts import read_prompts
 
     settings = plan.settings
     prompts = [prompt.text for prompt in read_prompts(settings.prompts, settings.limit, None)]

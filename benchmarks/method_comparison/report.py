@@ -15,8 +15,8 @@ from method_comparison.tau import tau_table
 
 def write(plan: Plan, measured: Sequence[Decoded], tau_rows: Sequence[Any]) -> str:
     """Writes `table.md`, `results.json` and `tau.svg`; the table's text."""
-    from mtp_mlx.eval.plot import svg
     from mtp_mlx.files import write_text
+    from mtp_mlx.measure.tau_plot import svg
 
     out = plan.settings.out
     results = [_result(plan, contestant, measured) for contestant in plan.settings.contestants]

@@ -39,7 +39,7 @@ def sweep(settings: CompareSettings, console: Console) -> list[Any]:
 
 def tau_table(rows: Sequence[Any]) -> list[str]:
     """Lines of Markdown; nothing without a sweep."""
-    from mtp_mlx.eval.tau_sweep import TAU_COLUMNS
+    from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
     if not rows:
         return []

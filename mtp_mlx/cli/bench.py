@@ -14,9 +14,9 @@ from rich.progress import Progress
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.bench.prompts import BenchPrompt
-    from mtp_mlx.bench.runner import Bench, Measurement
     from mtp_mlx.decode.emission import EmitName
+    from mtp_mlx.measure.lanes import Bench, Measurement
+    from mtp_mlx.measure.prompts import BenchPrompt
 
 EPILOG = """\b
 Examples:
@@ -83,14 +83,14 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure tokens per second, tokens per step and identical text, by category."""
-    from mtp_mlx import plain_speed
     from mtp_mlx.api import load
-    from mtp_mlx.bench.plot import svg
-    from mtp_mlx.bench.prompts import read_prompts
-    from mtp_mlx.bench.report import summarise, table
-    from mtp_mlx.bench.runner import Bench, Lane
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.files import write_text
+    from mtp_mlx.measure import plain_speed
+    from mtp_mlx.measure.lanes import Bench, Lane
+    from mtp_mlx.measure.prompts import read_prompts
+    from mtp_mlx.measure.speed_plot import svg
+    from mtp_mlx.measure.speed_report import summarise, table
 
     emissions = [Emission(emit, threshold) for threshold in tau or (None,)]
     if lookup and emit != "verified":

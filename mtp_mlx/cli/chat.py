@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from mtp_mlx.cli.generate import GenerateSettings, checked_unicode, sampling_of, tell
+from mtp_mlx.cli.generate import checked_unicode, sampling_of, tell
 from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
+    GenerateSettings,
     ModelOptions,
     PrecisionOptions,
     SamplingOptions,
@@ -59,14 +60,14 @@ def command(color: bool, **options: Any) -> None:
 
 def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
     """Loads the model and refuses options that do not go with it; the loop that is then run."""
-    from mtp_mlx import plain_speed
     from mtp_mlx.api import load
     from mtp_mlx.cli.chat_repl import Chat, Repl
     from mtp_mlx.conversation import Conversation
-    from mtp_mlx.decode.drafter_choice import plan_drafting
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.measure import plain_speed
+    from mtp_mlx.models import resolve_model
+    from mtp_mlx.planning.choose import plan_drafting
 
     sampling, emission = sampling_of(settings), Emission(settings.emit, settings.tau)
     if not emission.lossless:
@@ -121,7 +122,7 @@ def _typed() -> str | None:
 @contextmanager
 def _history() -> Iterator[None]:
     """Arrow keys go through what was typed, in this session and earlier ones; only the user can read the file."""
-    from mtp_mlx.demo import cache_dir
+    from mtp_mlx.files import cache_dir
 
     try:
         import readline

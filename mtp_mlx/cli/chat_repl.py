@@ -18,15 +18,14 @@ import click
 
 from mtp_mlx.cli.generation_report import Run, legend, statistics_line, tint
 from mtp_mlx.conversation import Conversation, Turn
-from mtp_mlx.decode.auto import LAYOUT_NAMES
-from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import user_path, write_text
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting
 
 if TYPE_CHECKING:
-    from mtp_mlx.cli.generate import GenerateSettings
+    from mtp_mlx.cli.options import GenerateSettings
 
 HELP = """\
   /stats        what the last answer and all of them took

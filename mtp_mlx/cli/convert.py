@@ -14,7 +14,7 @@ from mtp_mlx.cli.convert_options import ConvertOptions
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.convert.checkpoint import Checkpoint
+    from mtp_mlx.convert.read.checkpoint import Checkpoint
 
 EPILOG = """\b
 Examples:
@@ -111,7 +111,7 @@ def command(source: str, out: Path | None, **options: Any) -> None:
 
 
 def _local(source: str, dry_run: bool) -> Path:
-    from mtp_mlx.convert.hub import is_hub_id, local_source
+    from mtp_mlx.convert.read.checkpoint import is_hub_id, local_source
 
     if not is_hub_id(source):
         return local_source(source)
@@ -128,7 +128,7 @@ def _local(source: str, dry_run: bool) -> Path:
 
 def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a .gguf file."""
-    from mtp_mlx.convert.gguf import convert_gguf
+    from mtp_mlx.convert.gguf.model import convert_gguf
 
     if how.of_heads:
         raise MTPError(
@@ -148,8 +148,8 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a checkpoint; what there is to say about it goes to stderr."""
-    from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
+    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
     checkpoint = open_checkpoint(source)
@@ -193,7 +193,7 @@ def verify(folder: Path) -> str:
 
 
 def _verified(model: Any, tokenizer: Any, heads: Path) -> str:
-    from mtp_mlx.convert.verify import verify_folder
+    from mtp_mlx.convert.heads.verify import verify_folder
 
     with Console(stderr=True).status(f"verifying {heads}"):
         lines = verify_folder(model, tokenizer, heads).lines()
@@ -204,7 +204,7 @@ def _base(name: str) -> tuple[Any, Any]:
     """A bare model and its tokenizer."""
     import mlx_lm
 
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.models import resolve_model
 
     path = resolve_model(name)
     try:
@@ -220,10 +220,10 @@ def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts heads, or a PEFT adapter, into a folder of their own."""
     if source.suffix.lower() == ".gguf" and source.is_file():
         raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
-    from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_speculators import write_speculators
-    from mtp_mlx.convert.peft_plan import is_peft
-    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
+    from mtp_mlx.convert.adapters.peft import is_peft
+    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint
+    from mtp_mlx.convert.heads.speculators import write_speculators
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
 
     if (source / "mtp_config.json").is_file():
         return _export(source, out, how)
@@ -245,7 +245,7 @@ def _write_heads(
     checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]
 ) -> Path:
     """An adapter folder of heads, for the base that is named or for the trunk beside them."""
-    from mtp_mlx.convert.heads_write import write_heads
+    from mtp_mlx.convert.heads.write import write_heads
     from mtp_mlx.convert.whole import open_base
 
     with ExitStack() as stack:
@@ -268,8 +268,8 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
     """An adapter folder of heads in the speculators layout."""
     import json
 
-    from mtp_mlx.convert.heads_speculators import export_speculators
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.convert.heads.speculators import export_speculators
+    from mtp_mlx.models import resolve_model
 
     if how.heads_as != "speculators":
         raise MTPError(
@@ -290,7 +290,7 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
-    from mtp_mlx.convert.peft import write_peft
+    from mtp_mlx.convert.adapters.peft import write_peft
 
     if how.of_heads or how.heads_as != "adapter":
         raise MTPError(
@@ -308,8 +308,8 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
 
 
 def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
-    from mtp_mlx.convert.ptp import convert_ptp
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.convert.adapters.ptp import convert_ptp
+    from mtp_mlx.models import resolve_model
 
     if how.base is None:
         raise MTPError(
@@ -329,12 +329,12 @@ def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path
 
 def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
     """The plan of a checkpoint's heads and of its trunk; without heads, what the checkpoint is."""
-    from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_plan import find_heads
-    from mtp_mlx.convert.heads_report import plan_lines, source_line
-    from mtp_mlx.convert.peft_plan import is_peft
-    from mtp_mlx.convert.peft_plan import plan_lines as peft_lines
-    from mtp_mlx.convert.ptp_names import is_ptp_checkpoint, student_line
+    from mtp_mlx.convert.adapters.peft import is_peft
+    from mtp_mlx.convert.adapters.peft import plan_lines as peft_lines
+    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint, student_line
+    from mtp_mlx.convert.heads.plan import find_heads
+    from mtp_mlx.convert.heads.report import plan_lines, source_line
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     if is_ptp_checkpoint(checkpoint):
@@ -357,7 +357,7 @@ def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
 
 
 def _gguf_lines(source: Path) -> list[str]:
-    from mtp_mlx.convert.gguf_file import read_gguf
+    from mtp_mlx.convert.gguf.file import read_gguf
 
     header = read_gguf(source)
     kinds = sorted({info.type_name for info in header.tensors.values()})

@@ -11,8 +11,8 @@ import click
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.convert.checkpoint import Checkpoint
-    from mtp_mlx.convert.heads import HeadPlan
+    from mtp_mlx.convert.heads.targets import HeadPlan
+    from mtp_mlx.convert.read.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ConvertOptions:
 
     def check_heads(self, checkpoint: Checkpoint) -> None:
         """Raises MTPError where options ask for heads that the checkpoint has not, or for what its kind has not."""
-        from mtp_mlx.convert.heads_plan import find_heads
+        from mtp_mlx.convert.heads.plan import find_heads
         from mtp_mlx.sidecar import sidecar
 
         if not self.of_heads:
@@ -112,6 +112,6 @@ class ConvertOptions:
 
     def plan(self, checkpoint: Checkpoint) -> HeadPlan:
         """The plan of a checkpoint's heads."""
-        from mtp_mlx.convert.heads_plan import plan_heads
+        from mtp_mlx.convert.heads.plan import plan_heads
 
         return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)

@@ -53,7 +53,7 @@ def run(settings: DistillSettings, console: Console) -> DistillSummary:
     """Load the model and distill with a progress bar on `console`."""
     from mlx_lm import load
 
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.models import resolve_model
 
     model, tokenizer = load(str(resolve_model(settings.model)))[:2]
     columns: tuple[ProgressColumn, ...] = (

@@ -36,7 +36,7 @@ def examine(check: bool, forget: bool = False) -> dict[str, Any]:
         MTPError: MTP_MLX_KERNELS is wrong, or asks for what this machine cannot do.
     """
     from mtp_mlx.cli.info import machine
-    from mtp_mlx.demo import cache_dir
+    from mtp_mlx.files import cache_dir
     from mtp_mlx.metal_kernels.dispatch import KERNELS, default_dispatcher
 
     dispatcher = default_dispatcher(cache_dir)

@@ -17,11 +17,11 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.bench.runner import Lane
-    from mtp_mlx.eval.evaluation import Answer
-    from mtp_mlx.eval.report import EvaluationRow
-    from mtp_mlx.eval.tasks import Task
-    from mtp_mlx.eval.tau_sweep import Measured, TauRow
+    from mtp_mlx.measure.answer_report import EvaluationRow
+    from mtp_mlx.measure.evaluation import Answer
+    from mtp_mlx.measure.lanes import Lane
+    from mtp_mlx.measure.tasks import Task
+    from mtp_mlx.measure.tau_sweep import Measured, TauRow
     from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
@@ -84,7 +84,7 @@ def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, *
         _show(settings, rows, whole, as_json, table, _draw_sweep, {})
     else:
         results, whole, facts = evaluate(settings, options["tau"], raw, console)
-        from mtp_mlx.eval.report import tables
+        from mtp_mlx.measure.answer_report import tables
 
         _show(settings, results, whole, as_json, tables, _draw_bars, facts)
     if not whole:
@@ -120,13 +120,13 @@ def _show(
 
 
 def _draw_sweep(rows: list[TauRow], model: str) -> str:
-    from mtp_mlx.eval.plot import svg
+    from mtp_mlx.measure.tau_plot import svg
 
     return svg(rows, f"ConfAdapt, {model}")
 
 
 def _draw_bars(rows: list[EvaluationRow], model: str) -> str:
-    from mtp_mlx.bench.plot import svg
+    from mtp_mlx.measure.speed_plot import svg
 
     return svg(rows, f"{model}, greedy")
 
@@ -139,10 +139,10 @@ def evaluate(
 ) -> tuple[list[EvaluationRow], bool, dict[str, Any]]:
     """The rows of what was measured, whether that is all, and what else the report says."""
     from mtp_mlx.api import load
-    from mtp_mlx.demo import resolve_model
-    from mtp_mlx.eval.evaluation import Evaluation, EvaluationSettings
-    from mtp_mlx.eval.report import summarise
-    from mtp_mlx.eval.sandbox import Limits
+    from mtp_mlx.measure.answer_report import summarise
+    from mtp_mlx.measure.evaluation import Evaluation, EvaluationSettings
+    from mtp_mlx.measure.sandbox import Limits
+    from mtp_mlx.models import resolve_model
 
     tasks, layers = read_tasks(settings, console)
     resolve_model(settings.model)
@@ -174,8 +174,8 @@ def evaluate(
 
 def read_tasks(settings: EvalSettings, console: Console) -> tuple[list[Task], tuple[str, ...]]:
     """What is asked, and the layers of the sandbox that code will run in."""
-    from mtp_mlx.eval import tasks
-    from mtp_mlx.eval.sandbox import KERNEL_LAYERS, Sandbox
+    from mtp_mlx.measure import tasks
+    from mtp_mlx.measure.sandbox import KERNEL_LAYERS, Sandbox
 
     sandbox = Sandbox()
     layers: tuple[str, ...] = ()
@@ -204,8 +204,8 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
     Raises:
         MTPError: an emission without a mask-token adapter, or a tau that does not go with it.
     """
-    from mtp_mlx.bench.runner import Lane
     from mtp_mlx.decode.emission import Emission
+    from mtp_mlx.measure.lanes import Lane
 
     if taus and settings.emit != "conf-adapt":
         raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
@@ -226,7 +226,7 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
 
 
 def _identity(model: AttachedModel) -> str:
-    from mtp_mlx.decode.tuned import tuned_key
+    from mtp_mlx.planning.tuned import tuned_key
 
     key = tuned_key(model)
     return f"{key['model']} {key['weights']} {key['device']}"
@@ -242,9 +242,9 @@ def _method(model: AttachedModel) -> str | None:
 def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[TauRow], bool]:
     """The rows of what was measured, and whether that is all."""
     from mtp_mlx.api import load
-    from mtp_mlx.eval.questions import read_questions
-    from mtp_mlx.eval.tau_sweep import SweepSettings, TauSweep, summarise
-    from mtp_mlx.model.mask_adapter import MaskAdapter
+    from mtp_mlx.drafters.masks.weights import MaskAdapter
+    from mtp_mlx.measure.prompts import read_questions
+    from mtp_mlx.measure.tau_sweep import SweepSettings, TauSweep, summarise
 
     questions = read_questions(settings.questions, settings.limit)
     model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
@@ -270,7 +270,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
 
 def table(rows: list[TauRow]) -> Table:
     """The rows as a rich table."""
-    from mtp_mlx.eval.tau_sweep import TAU_COLUMNS
+    from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
     out = Table(title="ConfAdapt against the model's own path; every row with a tau is lossy")
     for name in TAU_COLUMNS:

@@ -8,22 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
 from mtp_mlx.cli.options import (
-    CacheOptions,
-    DraftingOptions,
-    EmissionOptions,
-    ModelOptions,
-    PrecisionOptions,
-    SamplingOptions,
+    GenerateSettings,
 )
-from mtp_mlx.config import from_yaml, options_for, setting, to_dict
+from mtp_mlx.config import from_yaml, options_for, to_dict
 from mtp_mlx.distributed import launched_rank, launched_size
 from mtp_mlx.errors import MTPError
 
@@ -40,36 +33,6 @@ Examples:
   mlx.launch -n 2 -- mtp-mlx generate -m ./model --prompt "Why is the sky blue?"
   cat notes.txt | mtp-mlx generate --raw --max-tokens 50 --color --histogram
 """
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """What is answered, and at what length."""
-
-    prompt: str | None = setting(None, help="Prompt, or - for stdin", flag="-p")
-    prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
-    system: str | None = setting(None, help="System message of the chat")
-    max_tokens: int = setting(256, help="At most this many tokens, -1 for no limit", minimum=-1, flag="-n")
-
-
-@dataclass(frozen=True)
-class GenerateSettings(
-    PrecisionOptions,
-    CacheOptions,
-    EmissionOptions,
-    DraftingOptions,
-    SamplingOptions,
-    PromptOptions,
-    ModelOptions,
-):
-    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
-
-    repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
-    noise: Literal["gumbel", "inverse-cdf"] | None = setting(
-        None, help="How noise picks tokens (default: the adapter's way)"
-    )
-    first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
-    stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
 
 
 @click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")
@@ -184,12 +147,12 @@ def generate(
     settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer, peers: Peers | None = None
 ) -> Run:
     """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
-    from mtp_mlx import plain_speed
     from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
-    from mtp_mlx.decode.calibrate import step_cost
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.measure import plain_speed
+    from mtp_mlx.models import resolve_model
+    from mtp_mlx.planning.calibrate import step_cost
 
     sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
@@ -248,7 +211,7 @@ def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
 
 def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
     """Keeps the speed of a whole plain run, which later runs are compared with."""
-    from mtp_mlx import plain_speed
+    from mtp_mlx.measure import plain_speed
 
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
         plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
-    from mtp_mlx.cli.generate import GenerateSettings
+    from mtp_mlx.cli.options import GenerateSettings
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
 

@@ -40,8 +40,9 @@ def machine() -> dict[str, Any]:
     """Versions, device, BLAS, caches and the embedded model."""
     import mlx.core as mx
 
-    from mtp_mlx.demo import EMBEDDED, bundled_adapter, cache_dir
-    from mtp_mlx.plain_speed import device_name
+    from mtp_mlx.files import cache_dir
+    from mtp_mlx.measure.plain_speed import device_name
+    from mtp_mlx.models import EMBEDDED, bundled_adapter
 
     models = cache_dir() / "models"
     return {
@@ -96,8 +97,8 @@ def folder(path: Path) -> dict[str, Any]:
     Raises:
         MTPError: none of them.
     """
-    from mtp_mlx.adapter import CONFIG_NAME
-    from mtp_mlx.demo import EMBEDDED, embedded_model
+    from mtp_mlx.adapter_folder import CONFIG_NAME
+    from mtp_mlx.models import EMBEDDED, embedded_model
 
     if str(path) in EMBEDDED and not path.exists():
         return model_folder(embedded_model(str(path)))
@@ -126,8 +127,8 @@ def checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         MTPError: no checkpoint, or a damaged one.
     """
-    from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_report import describe
+    from mtp_mlx.convert.heads.report import describe
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
 
     if path.suffix.lower() == ".gguf":
         return _gguf(path)
@@ -135,7 +136,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from mtp_mlx.convert.gguf_file import read_gguf
+    from mtp_mlx.convert.gguf.file import read_gguf
 
     header = read_gguf(path)
     kinds = [info.type_name for info in header.tensors.values()]
@@ -153,7 +154,7 @@ def _gguf(path: Path) -> dict[str, Any]:
 
 def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
     """What the checkpoint in a folder without config.json holds, or None where the folder has no weights."""
-    from mtp_mlx.convert.checkpoint import SUFFIXES
+    from mtp_mlx.convert.read.checkpoint import SUFFIXES
 
     has_weights = any(file.suffix in SUFFIXES for file in path.iterdir()) if path.is_dir() else False
     return checkpoint(path) if has_weights else None
@@ -161,8 +162,8 @@ def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
 
 def checkpoint_heads(path: Path) -> dict[str, Any]:
     """The MTP heads beside a model, or among its tensors; nothing where it has none."""
-    from mtp_mlx.convert.checkpoint import open_checkpoint
-    from mtp_mlx.convert.heads_report import describe_heads
+    from mtp_mlx.convert.heads.report import describe_heads
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
     from mtp_mlx.sidecar import sidecar
 
     beside = sidecar(path)
@@ -178,7 +179,7 @@ def checkpoint_heads(path: Path) -> dict[str, Any]:
 
 def heads_folder(path: Path) -> dict[str, Any]:
     """What an adapter folder of converted MTP heads says about itself."""
-    from mtp_mlx.convert.heads_report import describe_folder
+    from mtp_mlx.convert.heads.report import describe_folder
 
     return describe_folder(path)
 
@@ -196,8 +197,9 @@ def adapter_folder(path: Path) -> dict[str, Any]:
     """What an adapter says about itself; its base is not needed."""
     import mlx.core as mx
 
-    from mtp_mlx.adapter import WEIGHTS_NAME, AdapterInfo, read_info
-    from mtp_mlx.ptp_adapter import PTPInfo, is_ptp, read_ptp_info
+    from mtp_mlx.adapter_folder import WEIGHTS_NAME
+    from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info
+    from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, read_ptp_info
 
     info: AdapterInfo | PTPInfo = read_ptp_info(path) if is_ptp(path) else read_info(path)
     try:
@@ -252,9 +254,9 @@ def _seams(path: Path) -> dict[str, Any]:
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
-    from mtp_mlx.adapter import base_fingerprint
     from mtp_mlx.convert.trunk import LOAD_ERRORS
     from mtp_mlx.model.attach import attach
+    from mtp_mlx.model.fingerprint import base_fingerprint
     from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
     try:

@@ -7,9 +7,13 @@ of `--help` to the first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from mtp_mlx.config import setting
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,33 @@ class PrecisionOptions:
 
     quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
     exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is answered, and at what length."""
+
+    prompt: str | None = setting(None, help="Prompt, or - for stdin", flag="-p")
+    prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
+    system: str | None = setting(None, help="System message of the chat")
+    max_tokens: int = setting(256, help="At most this many tokens, -1 for no limit", minimum=-1, flag="-n")
+
+
+@dataclass(frozen=True)
+class GenerateSettings(
+    PrecisionOptions,
+    CacheOptions,
+    EmissionOptions,
+    DraftingOptions,
+    SamplingOptions,
+    PromptOptions,
+    ModelOptions,
+):
+    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
+
+    repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
+    noise: Literal["gumbel", "inverse-cdf"] | None = setting(
+        None, help="How noise picks tokens (default: the adapter's way)"
+    )
+    first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
+    stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")

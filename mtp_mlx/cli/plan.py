@@ -15,9 +15,9 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.plan.acceptance import MeasuredAcceptance
-    from mtp_mlx.plan.curves import CostCurve
-    from mtp_mlx.plan.project import Projection
+    from mtp_mlx.measure.curves import CostCurve
+    from mtp_mlx.measure.projection import Projection
+    from mtp_mlx.measure.recorded import MeasuredAcceptance
 
 EPILOG = """\b
 Examples:
@@ -76,10 +76,10 @@ def make(settings: PlanSettings) -> list[Plan]:
     Raises:
         MTPError: an unknown curve, no acceptance, or options that contradict each other.
     """
-    from mtp_mlx.demo import EMBEDDED, bundled_adapter
-    from mtp_mlx.plan.acceptance import from_adapter, from_report
-    from mtp_mlx.plan.curves import built_in, read_curve
-    from mtp_mlx.plan.project import project
+    from mtp_mlx.measure.curves import built_in, read_curve
+    from mtp_mlx.measure.projection import project
+    from mtp_mlx.measure.recorded import from_adapter, from_report
+    from mtp_mlx.models import EMBEDDED, bundled_adapter
 
     curves = [read_curve(name) for name in settings.curve or built_in()]
     if settings.bench is not None and settings.adapter is not None:
@@ -102,7 +102,7 @@ def make(settings: PlanSettings) -> list[Plan]:
 
 def report(plans: list[Plan], settings: PlanSettings) -> dict[str, Any]:
     """The object that --json prints."""
-    from mtp_mlx.plan.project import LABEL, best
+    from mtp_mlx.measure.projection import LABEL, best
 
     return {
         "label": LABEL,
@@ -126,7 +126,7 @@ def report(plans: list[Plan], settings: PlanSettings) -> dict[str, Any]:
 
 def table(plans: list[Plan]) -> Table:
     """One curve: every layout of a single acceptance, or the best one of several."""
-    from mtp_mlx.plan.project import LABEL, best
+    from mtp_mlx.measure.projection import LABEL, best
 
     curve = plans[0].curve
     out = Table(title=f"{curve.name}: {LABEL}", title_justify="left")
@@ -153,7 +153,7 @@ def _cells(projection: Projection | None, curve: CostCurve) -> tuple[str, ...]:
 
 def notes(plans: list[Plan]) -> list[str]:
     """Where the figures come from, and what they say."""
-    from mtp_mlx.plan.project import best
+    from mtp_mlx.measure.projection import best
 
     curve = plans[0].curve
     lines = [f"cost: {curve.of}; {curve.machine}; {curve.source}"]

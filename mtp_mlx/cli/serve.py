@@ -153,10 +153,10 @@ def listen(host: str, port: int) -> socket.socket:
 def application(settings: ServeSettings, key: str | None) -> Application:
     """The application with its model loaded."""
     from mtp_mlx.api import load
-    from mtp_mlx.decode.calibrate import step_cost
-    from mtp_mlx.decode.drafter_choice import plan_drafting
     from mtp_mlx.decode.stats import DecodeStats
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.models import resolve_model
+    from mtp_mlx.planning.calibrate import step_cost
+    from mtp_mlx.planning.choose import plan_drafting
     from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
     from mtp_mlx.serve.prompts import Limits, Prompts

@@ -89,7 +89,7 @@ def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -
 def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | None = None) -> Trainer:
     """The trainer of these settings; says what the data are and what memory the run may need."""
     # What is cheap to refuse is refused before the model is loaded.
-    from mtp_mlx.demo import resolve_model
+    from mtp_mlx.models import resolve_model
     from mtp_mlx.train.data import load_splits
     from mtp_mlx.train.memory import too_much
     from mtp_mlx.train.trainer import Trainer, check_out

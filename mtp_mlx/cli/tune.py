@@ -17,10 +17,10 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.bench.runner import Measurement
-    from mtp_mlx.bench.tune import LaneResult
-    from mtp_mlx.decode.tuned import TunedChoice
+    from mtp_mlx.measure.lanes import Measurement
+    from mtp_mlx.measure.tune import LaneResult
     from mtp_mlx.model.attach import AttachedModel
+    from mtp_mlx.planning.tuned import TunedChoice
 
 EPILOG = """\b
 Examples:
@@ -61,9 +61,9 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
     if forget:
         click.echo(_forget(settings, as_json))
         return
-    from mtp_mlx.bench.prompts import read_prompts
-    from mtp_mlx.bench.tune import choose, results
-    from mtp_mlx.decode.tuned import remember
+    from mtp_mlx.measure.prompts import read_prompts
+    from mtp_mlx.measure.tune import choose, results
+    from mtp_mlx.planning.tuned import remember
 
     prompts = read_prompts(settings.prompts, settings.limit, None)
     model, measured = measure(settings, prompts, Console(stderr=True))
@@ -90,7 +90,7 @@ def _load(settings: TuneSettings) -> tuple[AttachedModel, Any]:
 
 
 def _forget(settings: TuneSettings, as_json: bool) -> str:
-    from mtp_mlx.decode.tuned import forget
+    from mtp_mlx.planning.tuned import forget
 
     known = forget(_load(settings)[0])
     if as_json:
@@ -102,8 +102,8 @@ def measure(
     settings: TuneSettings, prompts: list[Any], console: Console
 ) -> tuple[AttachedModel, list[Measurement]]:
     """The model, and every prompt in every lane."""
-    from mtp_mlx.bench.runner import Bench
-    from mtp_mlx.bench.tune import candidates
+    from mtp_mlx.measure.lanes import Bench
+    from mtp_mlx.measure.tune import candidates
 
     model, tokenizer = _load(settings)
     lanes = candidates(model)

@@ -15,13 +15,13 @@ from typing import cast
 
 import mlx.core as mx
 
-from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.token import Token
+from mtp_mlx.decode.step import Token
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
 from mtp_mlx.errors import MTPError
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm

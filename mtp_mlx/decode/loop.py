@@ -17,22 +17,21 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.constraint import Constraint
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
-from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
-from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.step_result import StepResult
-from mtp_mlx.decode.token import Token
+from mtp_mlx.decode.step import StepResult, Token
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
-from mtp_mlx.model.ptp_slots import PTPAdapter
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 

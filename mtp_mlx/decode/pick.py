@@ -254,3 +254,19 @@ def _counts(history: mx.array, n_columns: int, token_ids: mx.array | None) -> mx
     dump = mx.where(history < 0, n_columns, history)  # padding counts in a column that is cut off
     rows = mx.broadcast_to(mx.arange(history.shape[0])[:, None], history.shape)
     return mx.zeros((history.shape[0], n_columns + 1)).at[rows, dump].add(1.0)[:, :n_columns]
+
+
+def leading_run(picks: mx.array, drafts: mx.array) -> mx.array:
+    """Number of accepted drafts: the length of the leading run of equal tokens (never a count of matches).
+
+    Args:
+        picks: [d + 1] int32 target picks; picks[i] is for the position of drafts[i].
+        drafts: [d] int32.
+
+    Returns:
+        int32 scalar, lazily.
+    """
+    if drafts.size == 0:
+        return mx.array(0, dtype=mx.int32)
+    equal = (picks[:-1] == drafts).astype(mx.int32)
+    return mx.sum(mx.cumprod(equal)).astype(mx.int32)

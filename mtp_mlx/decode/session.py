@@ -18,23 +18,20 @@ import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mtp_mlx.decode.constraint import Constraint
-from mtp_mlx.decode.drafters.head_drafter import HeadDrafter
-from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
-from mtp_mlx.decode.drafters.medusa import MedusaDrafter
-from mtp_mlx.decode.drafters.mtp_heads import HeadChain
-from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
-from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
+from mtp_mlx.decode.drafter import HeadDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import led
-from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.pick import Picker, leading_run
 from mtp_mlx.decode.rollback import LayerCaches
-from mtp_mlx.decode.step_result import CacheSettings, LazyStep, StepResult
-from mtp_mlx.decode.verify import leading_run
+from mtp_mlx.decode.step import CacheSettings, LazyStep, StepResult
+from mtp_mlx.drafters.heads.chain import HeadChain
+from mtp_mlx.drafters.heads.medusa import MedusaDrafter, MedusaHeads
+from mtp_mlx.drafters.heads.parallel import ParallelDrafter, ParallelHeads
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
-from mtp_mlx.model.medusa_head import MedusaHeads
-from mtp_mlx.model.parallel_head import ParallelHeads
 
 
 def _head_drafter(attached: AttachedModel, picker: Picker, chain: int, start: int) -> HeadDrafter:

@@ -9,30 +9,29 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mtp_mlx.distributed import Peers
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model import block_attention
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.block_linear import BlockLinear, is_quantised
 from mtp_mlx.model.cache import block_view
-from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
+from mtp_mlx.model.gated_lora import GatedLinear
 from mtp_mlx.model.head import HeadView, Vocabulary
-from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
 from mtp_mlx.model.positions import PositionedRoPE
-from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import (
     Seams,
     check_caches,
     check_slot_seams,
+    embedding_shape,
     find_seams,
     is_recurrent,
     module_at,
@@ -41,7 +40,6 @@ from mtp_mlx.model.seams import (
 from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
 from mtp_mlx.model.tap import Tap, tapped_module
-from mtp_mlx.model.uniform_embedding import Start
 
 
 class AttachedModel:
@@ -56,10 +54,10 @@ class AttachedModel:
         head_input: [B, R, D] of the newest pass, the state that the heads take (`HeadConvention.first_hidden`).
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
-        info: what the folder of the adapter or the heads says about it (`mtp_mlx.adapter.AdapterInfo`,
-            `mtp_mlx.heads_adapter.HeadsInfo`), or None.
+        info: what the folder of the adapter or the heads says about it (`mtp_mlx.drafters.masks.folder.AdapterInfo`,
+            `mtp_mlx.drafters.heads.folder.HeadsInfo`), or None.
         name: how the user named the model.
-        experience: what earlier generations learnt (`mtp_mlx.decode.budget.Experience`), or None.
+        experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
         peers: the processes that share this model, each with a part of it.
         kernels: what may run in place of stock MLX, or None.
         exact: rows of decoding steps are computed as plain decoding computes them, bit for bit.
@@ -216,7 +214,7 @@ class AttachedModel:
     @property
     def lead(self) -> int:
         """Rows at the start of every slot group that draft nothing."""
-        return self.adapter.config.lead if isinstance(self.adapter, PTPAdapter) else 0
+        return 0 if self.adapter is None else int(getattr(self.adapter.config, "lead", 0))
 
     @property
     def draft_head(self) -> HeadView:
@@ -240,60 +238,6 @@ class AttachedModel:
         if ids is None and not self.exact:
             return self.head
         return HeadView(self.model, self._embed, ids, self.kernels)
-
-
-def embedding_shape(embed_tokens: nn.Module) -> tuple[int, int]:
-    """(V, D) of an embedding layer, quantised or not."""
-    if isinstance(embed_tokens, nn.QuantizedEmbedding):
-        return int(embed_tokens.num_embeddings), int(embed_tokens.dims)
-    rows, size = embed_tokens.weight.shape
-    return int(rows), int(size)
-
-
-def new_adapter(
-    model: nn.Module, config: MaskAdapterConfig, draft_ids: mx.array | None = None
-) -> MaskAdapter:
-    """An untrained adapter of `config`'s shape for `model`: slot drafts start from the mean embedding.
-
-    Raises:
-        MTPError: the model lacks a seam, or `target_modules` names no layer of it.
-    """
-    sizes, hidden_size = _sizes(model, config.target_modules, config.rank)
-    return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(_embedding_sample(model), axis=0))
-
-
-def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
-    """As `new_adapter`, for Parallel Token Prediction."""
-    sizes, _ = _sizes(model, config.target_modules, config.rank)
-    sample = _embedding_sample(model)
-    start = Start(mx.mean(sample, axis=0), cast(float, mx.mean(mx.std(sample, axis=0)).item()))
-    return PTPAdapter(config, sizes, start, draft_ids)
-
-
-def _sizes(
-    model: nn.Module, target_modules: tuple[str, ...], rank: int
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
-    seams = find_seams(model)
-    check_slot_seams(seams, str(getattr(model, "model_type", "?")))
-    linears = seams.linears if rank else {}
-    if target_modules:
-        known = {path.rsplit(".", 1)[-1] for path in linears}
-        unknown = [name for name in target_modules if name not in known]
-        if unknown:
-            raise MTPError(
-                f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
-            )
-        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in target_modules}
-    sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
-    return sizes, embedding_shape(seams.embedding)[1]
-
-
-def _embedding_sample(model: nn.Module) -> mx.array:
-    """[about 1024, D] float32 rows of the embedding table."""
-    embedding = find_seams(model).embedding
-    vocab_size, _ = embedding_shape(embedding)
-    return embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024))).astype(mx.float32)
 
 
 def attach(

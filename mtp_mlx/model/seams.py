@@ -12,7 +12,13 @@ from mlx.nn.layers.distributed import (
     QuantizedShardedToAllLinear,
     ShardedToAllLinear,
 )
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.state_cache import find_mixers
@@ -187,3 +193,11 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
         owner[int(last)] = module
     else:
         owner[last] = module
+
+
+def embedding_shape(embed_tokens: nn.Module) -> tuple[int, int]:
+    """(V, D) of an embedding layer, quantised or not."""
+    if isinstance(embed_tokens, nn.QuantizedEmbedding):
+        return int(embed_tokens.num_embeddings), int(embed_tokens.dims)
+    rows, size = embed_tokens.weight.shape
+    return int(rows), int(size)

@@ -12,8 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mtp_mlx.model.gated_lora import LowRank
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.gated_lora import LowRank, linear_sizes
 from mtp_mlx.model.rows import RowContext
+from mtp_mlx.model.seams import (
+    check_slot_seams,
+    embedding_shape,
+    find_seams,
+)
 from mtp_mlx.model.tensor_fit import check_fit
 
 
@@ -84,3 +90,29 @@ class SlotAdapter(nn.Module):
         for part in rest.split(".")[:-1]:
             module = module[part]
         return module
+
+
+def _sizes(
+    model: nn.Module, target_modules: tuple[str, ...], rank: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
+    seams = find_seams(model)
+    check_slot_seams(seams, str(getattr(model, "model_type", "?")))
+    linears = seams.linears if rank else {}
+    if target_modules:
+        known = {path.rsplit(".", 1)[-1] for path in linears}
+        unknown = [name for name in target_modules if name not in known]
+        if unknown:
+            raise MTPError(
+                f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
+            )
+        linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in target_modules}
+    sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
+    return sizes, embedding_shape(seams.embedding)[1]
+
+
+def _embedding_sample(model: nn.Module) -> mx.array:
+    """[about 1024, D] float32 rows of the embedding table."""
+    embedding = find_seams(model).embedding
+    vocab_size, _ = embedding_shape(embedding)
+    return embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024))).astype(mx.float32)

@@ -3,7 +3,7 @@
 Order is first come, first served; `concurrent` requests are answered at once. Between two turns of a sequence that
 is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text;
 prompts are read in turn, a chunk each, so it does not stop a short prompt either.
-Sequences that are decoding at the same time share their passes (`mtp_mlx.decode.batch`) where the model can;
+Sequences that are decoding at the same time share their passes (`mtp_mlx.serve.batch`) where the model can;
 otherwise they take turns, a token each.
 """
 
@@ -21,13 +21,12 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.decode.auto import recorded_acceptance
-from mtp_mlx.decode.batch import Batch, Member, why_not_batch
-from mtp_mlx.decode.batch_plan import BatchDrafting, BatchPlan
-from mtp_mlx.decode.calibrate import step_cost
-from mtp_mlx.decode.drafter_choice import batch_drafting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning.calibrate import step_cost
+from mtp_mlx.planning.choose import recorded_acceptance
+from mtp_mlx.serve.batch import Batch, Member, why_not_batch
+from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.metrics import Metrics
 from mtp_mlx.serve.prefix_cache import PrefixCache

@@ -11,13 +11,13 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.decode.constraint import Constraint
-from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.loop import DecodeLoop, open_loop
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.token import Token
+from mtp_mlx.decode.step import Token
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.serve.prefix_cache import PrefixCache
 from mtp_mlx.serve.request import GenerationRequest, Piece, Summary, TokenLogprob
 from mtp_mlx.text import AnswerText

@@ -30,7 +30,7 @@ FREE_SETTINGS = frozenset(
 
 
 class Trained(Protocol):
-    """Whose weights are saved; see `mtp_mlx.train.methods.base.Method`."""
+    """Whose weights are saved; see `mtp_mlx.train.method.Method`."""
 
     def tensors(self) -> dict[str, mx.array]: ...
 

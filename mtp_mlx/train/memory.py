@@ -10,7 +10,6 @@ Legend: S sequences, T tokens, N blocks per sequence, k slots, G blocks per chun
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -21,9 +20,6 @@ from mlx.utils import tree_flatten
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 from mtp_mlx.model.slot_adapter import SlotAdapter
-from mtp_mlx.train.data import Example
-from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.slot_layout import candidate_anchors
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
 ADAPTER_COPIES = 4  # weights, gradients, two moments
@@ -96,71 +92,6 @@ def model_sizes(attached: AttachedModel) -> ModelSizes:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, GatedLinear) else module
-
-
-def estimate_memory(
-    attached: AttachedModel, examples: Sequence[Example], settings: TrainSettings, workers: int = 1
-) -> MemoryEstimate:
-    """The memory of the largest micro-batch the examples can give, times `workers` side by side."""
-    sizes = model_sizes(attached)
-    adapter = attached.adapter
-    assert adapter is not None
-    count = settings.batch_size
-    length = max(len(example) for example in examples)  # T
-    blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)
-    blocks = max(1, round(settings.block_share * blocks))
-    blocks = min(blocks, settings.max_blocks) if settings.max_blocks else blocks  # N
-    per_chunk = min(settings.chunk_blocks, blocks)  # G
-    chunks = count * -(-blocks // per_chunk)
-    keys = length + per_chunk * settings.slots
-    rows = chunks * per_chunk * settings.slots  # R
-    # Attention keeps scores and probabilities, and every chunk its copy of keys and values.
-    layer = rows * sizes.per_row + 2 * rows * sizes.heads * keys + 2 * chunks * keys * sizes.kv
-    layers = sizes.layers * layer
-    if settings.grad_checkpoint:  # one layer's and their gradients, and every layer's input
-        layers = 2 * layer + sizes.layers * rows * sizes.hidden
-    vocabulary = attached.vocab_size
-    drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)
-    in_loss = min(settings.loss_rows, rows) * (1 if rows > settings.loss_rows else 2)  # two heads at once
-    logits = LOGITS_COPIES * in_loss * drafted + count * blocks * drafted + 2 * 512 * vocabulary
-    trained = sum(value.size for _, value in _leaves(adapter.trainable_parameters()))
-    return MemoryEstimate(
-        weights=_nbytes(attached.model) - _nbytes_inside(adapter),
-        adapter=FLOAT * trained * (ADAPTER_COPIES + workers - 1),
-        prefix=workers * sizes.layers * count * length * sizes.kv * sizes.float_bytes,
-        activations=workers * layers * sizes.float_bytes,
-        logits=workers * logits * FLOAT,
-    )
-
-
-def estimate_heads_memory(
-    attached: AttachedModel, examples: Sequence[Example], settings: TrainSettings, workers: int = 1
-) -> MemoryEstimate:
-    """The memory of training MTP heads on the largest micro-batch the examples can give, times `workers`.
-
-    `prefix` is the trunk's pass, of which one layer is in memory at a time.
-    """
-    sizes, heads = model_sizes(attached), attached.mtp_heads
-    assert heads is not None
-    depths = len(heads.heads)
-    length = max(len(example) for example in examples)  # T
-    responses = max(len(example) - example.loss_start for example in examples)
-    rows, supervised = settings.batch_size * length, settings.batch_size * min(responses, length)
-    layer = rows * sizes.per_row + 2 * rows * sizes.heads * length
-    columns = attached.draft_head.columns
-    kept = round(settings.top_share * columns) if settings.kl_weight else 0
-    in_loss = min(settings.loss_rows, supervised * depths)
-    logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
-    trained = sum(value.size for _, value in _leaves(heads.trainable_parameters()))
-    # The fuse layer's inputs and what the LM head reads come on top of a decoder layer's own.
-    activations = depths * (layer + 6 * rows * sizes.hidden)
-    return MemoryEstimate(
-        weights=_nbytes(attached.model),
-        adapter=FLOAT * trained * (ADAPTER_COPIES + workers - 1),
-        prefix=workers * 2 * layer * sizes.float_bytes,
-        activations=workers * activations * FLOAT,
-        logits=workers * logits * FLOAT,
-    )
 
 
 def _nbytes(module: nn.Module) -> int:

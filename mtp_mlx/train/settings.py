@@ -11,7 +11,7 @@ from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+    from mtp_mlx.drafters.masks.weights import MaskAdapterConfig
 
 
 # Settings that only some methods read; every other one is read by all.
@@ -242,7 +242,7 @@ class TrainSettings:
 
     def adapter_shape(self) -> MaskAdapterConfig:
         """Shape of the adapter these settings train."""
-        from mtp_mlx.model.mask_adapter import MaskAdapterConfig  # needs mlx, which --help does not load
+        from mtp_mlx.drafters.masks.weights import MaskAdapterConfig  # needs mlx, which --help does not load
 
         return MaskAdapterConfig(
             slots=self.slots,

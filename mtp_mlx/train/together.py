@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 
 from mtp_mlx.distributed import Peers
 from mtp_mlx.train import checkpoint as checkpoints
-from mtp_mlx.train.objectives.base import LossParts
+from mtp_mlx.train.loss import LossParts
 
 
 @dataclass(frozen=True)

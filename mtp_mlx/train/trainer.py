@@ -20,8 +20,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mtp_mlx.adapter import CONFIG_NAME
+from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.distributed import Peers
+from mtp_mlx.drafters.registry import method_class
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
@@ -29,7 +30,6 @@ from mtp_mlx.sidecar import sidecar
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint
-from mtp_mlx.train.methods import method_class
 from mtp_mlx.train.order import EpochOrder
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.together import number, start_as_one, step_mean

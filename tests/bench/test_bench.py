@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.api import load
-from mtp_mlx.bench.certificate import Comparison
-from mtp_mlx.bench.prompts import BUILT_IN, BenchPrompt, read_prompts
-from mtp_mlx.bench.report import summarise
-from mtp_mlx.bench.runner import Bench, Lane, Measurement, Timed
 from mtp_mlx.cli import main
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.attach import new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from mtp_mlx.measure.certificate import Comparison
+from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
+from mtp_mlx.measure.prompts import BUILT_IN, BenchPrompt, read_prompts
+from mtp_mlx.measure.speed_report import summarise
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.tiny import save_tiny
 
 

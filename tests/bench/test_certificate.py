@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.bench.certificate import TIE_BOUNDS, compare
+from mtp_mlx.measure.certificate import TIE_BOUNDS, compare
 from tests.tiny import tiny_model
 
 PROMPT = [5, 9, 14, 3]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import mtp_mlx.cli as cli
-from mtp_mlx.bench.plot import BAR_HEIGHT, COLOURS, DEPTH_HEIGHT, svg
+from mtp_mlx.measure.speed_plot import BAR_HEIGHT, COLOURS, DEPTH_HEIGHT, svg
 from tests.tiny import save_tiny
 
 SPACE = {"svg": "http://www.w3.org/2000/svg"}

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
-from mtp_mlx.bench.certificate import Comparison
-from mtp_mlx.bench.prompts import BenchPrompt
-from mtp_mlx.bench.runner import Bench, Lane, Measurement, Timed
-from mtp_mlx.bench.tune import MARGIN, candidates, choose, results
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.measure.certificate import Comparison
+from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
+from mtp_mlx.measure.prompts import BenchPrompt
+from mtp_mlx.measure.tune import MARGIN, candidates, choose, results
 from mtp_mlx.model.attach import attach
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.decode.test_head_chain import model_with_heads
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -153,6 +154,6 @@ def test_ctrl_c_keeps_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mtp_mlx.bench.runner.Bench.run", stopped)
+    monkeypatch.setattr("mtp_mlx.measure.lanes.Bench.run", stopped)
     result = run(folder, "tune", "--limit", "1", "-n", "8")
     assert result.exit_code == 130 and not (tmp_path / "tuned").exists()

@@ -20,10 +20,10 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.heads_adapter import HeadsInfo, load_heads
+from mtp_mlx.drafters.heads.folder import HeadsInfo, load_heads
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.mtp_head import MTPHeads
 from mtp_mlx.model.seams import find_seams
 
 from .head_cases import CASES

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.checkpoint import open_checkpoint
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
 
 from .checkpoints import write_safetensors

@@ -13,8 +13,8 @@ import mlx_lm
 import pytest
 
 from mtp_mlx import demo
-from mtp_mlx.demo import EMBEDDED, EmbeddedModel, embedded_model, resolve_model
 from mtp_mlx.errors import ModelNotFound, MTPError
+from mtp_mlx.models import EMBEDDED, EmbeddedModel, embedded_model, resolve_model
 
 from .gguf_files import write_model
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.heads import HeadPlan
-from mtp_mlx.convert.heads_plan import plan_heads
+from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.targets import HeadPlan
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
 
 from .checkpoints import bf16, write_safetensors

@@ -11,8 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.heads_plan import plan_heads
+from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
 
 from .checkpoints import write_safetensors

@@ -15,10 +15,10 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.gguf import convert_gguf
-from mtp_mlx.convert.gguf_blocks import DEQUANTISERS
-from mtp_mlx.convert.gguf_config import llama3_divisors
-from mtp_mlx.convert.gguf_file import TENSOR_TYPES, read_gguf
+from mtp_mlx.convert.gguf.blocks import DEQUANTISERS
+from mtp_mlx.convert.gguf.config import llama3_divisors
+from mtp_mlx.convert.gguf.file import TENSOR_TYPES, read_gguf
+from mtp_mlx.convert.gguf.model import convert_gguf
 from mtp_mlx.errors import ConversionError, MTPError
 
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TOKENS, finish, write_model
@@ -194,7 +194,7 @@ def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
     raw = np.zeros((4, 54), dtype=np.uint8)
     writer.add_tensor("blk.0.attn_q.weight", raw, raw_dtype=gguf.GGMLQuantizationType.TQ1_0)
     finish(writer)
-    from mtp_mlx.convert.gguf_weights import check_tensors
+    from mtp_mlx.convert.gguf.weights import check_tensors
 
     with pytest.raises(ConversionError, match=r"TQ1_0 \(blk\.0\.attn_q\.weight.*Supported are .*Q8_0"):
         check_tensors(read_gguf(tmp_path / "m.gguf"))
@@ -301,7 +301,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtp_mlx.convert.gguf._write_json", full)
+    monkeypatch.setattr("mtp_mlx.convert.gguf.model._write_json", full)
     with pytest.raises(OSError, match="No space"):
         convert_gguf(written.path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]

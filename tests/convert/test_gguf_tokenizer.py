@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import Tokenizer
 
-from mtp_mlx.convert.gguf import convert_gguf
-from mtp_mlx.convert.gguf_file import read_gguf
-from mtp_mlx.convert.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from mtp_mlx.convert.gguf.file import read_gguf
+from mtp_mlx.convert.gguf.model import convert_gguf
+from mtp_mlx.convert.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer
 
 from .gguf_files import TOKENS, add_metadata, default_metadata, finish, write_model
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.adapter import base_fingerprint
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.heads_plan import plan_heads
-from mtp_mlx.convert.heads_speculators import export_speculators, write_speculators
-from mtp_mlx.convert.heads_write import write_heads
-from mtp_mlx.convert.safetensors_folder import read_safetensors
+from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.speculators import export_speculators, write_speculators
+from mtp_mlx.convert.heads.write import write_heads
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
+from mtp_mlx.convert.read.safetensors import read_safetensors
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.mtp_head import new_heads
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import new_heads
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.tiny import tiny_config, tiny_model
 
 from .head_checkpoints import make

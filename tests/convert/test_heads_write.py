@@ -11,12 +11,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.adapter import base_fingerprint
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.heads_plan import plan_heads
-from mtp_mlx.convert.heads_report import describe, describe_folder
-from mtp_mlx.convert.heads_write import write_heads
+from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.report import describe, describe_folder
+from mtp_mlx.convert.heads.write import write_heads
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.fingerprint import base_fingerprint
 
 from .checkpoints import bf16, write_safetensors
 from .head_cases import CASES
@@ -117,7 +117,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtp_mlx.convert.heads_write.heads_card", full)
+    monkeypatch.setattr("mtp_mlx.convert.heads.write.heads_card", full)
     with pytest.raises(MTPError, match="disk is full"):
         write(source, tmp_path / "heads")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.torch_pickle import read_torch
+from mtp_mlx.convert.read.torch_pickle import read_torch
 from mtp_mlx.errors import ConversionError
 
 from .hostile_pickles import hostile
@@ -113,7 +113,7 @@ def test_a_small_file_cannot_take_all_memory(tmp_path: Path, name: str) -> None:
     path = write_zip(tmp_path / "m.pt", BOMBS[name], {})
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
-        "from mtp_mlx.convert.torch_pickle import read_torch\n"
+        "from mtp_mlx.convert.read.torch_pickle import read_torch\n"
         "from mtp_mlx.errors import ConversionError\n"
         "try: read_torch(sys.argv[1])\n"
         "except ConversionError as error: print('refused:', error)"

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from mtp_mlx.convert.hub import is_hub_id, local_source
+from mtp_mlx.convert.read.checkpoint import is_hub_id, local_source
 from mtp_mlx.errors import MTPError
 
 

@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.pick import SamplingConfig
-from mtp_mlx.model.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 
 from .numpy_heads import Rules
 from .parity_families import FAMILIES

@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.tap import Tap, tapped_module
 
 from .parity_setup import TOKENS, Parity, drafts_of_two_steps, same_text

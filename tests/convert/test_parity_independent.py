@@ -18,17 +18,17 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from mtp_mlx import load, stream_generate
-from mtp_mlx.decode.auto import build_policy
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.folder import load_heads
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import load_heads
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.planning.choose import build_policy
 from tests.tiny import tiny_model
 
 from .head_checkpoints import Made

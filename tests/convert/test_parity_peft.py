@@ -18,11 +18,11 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from mtp_mlx import load, stream_generate
-from mtp_mlx.adapter import load_adapter
-from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.masks.folder import load_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 

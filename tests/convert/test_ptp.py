@@ -15,16 +15,15 @@ from click.testing import CliRunner, Result
 
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.ptp import convert_ptp
-from mtp_mlx.convert.ptp_names import is_ptp_checkpoint
+from mtp_mlx.convert.adapters.ptp import convert_ptp, is_ptp_checkpoint
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
+from mtp_mlx.drafters.ptp.folder import read_ptp_info
+from mtp_mlx.drafters.ptp.weights import TeacherSampling
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, block_shape
-from mtp_mlx.model.ptp_slots import TeacherSampling
-from mtp_mlx.ptp_adapter import read_ptp_info
 from tests.ptp_numpy import embed_uniform, logits
 from tests.tiny import save_tiny
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.checkpoint import open_checkpoint
-from mtp_mlx.convert.lazy_tensor import LazyTensor, from_float32, to_float32
-from mtp_mlx.convert.safetensors_folder import dequantised, read_safetensors
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
+from mtp_mlx.convert.read.lazy_tensor import LazyTensor, from_float32, to_float32
+from mtp_mlx.convert.read.safetensors import dequantised, read_safetensors
 from mtp_mlx.errors import ConversionError
 
 from .checkpoints import bf16, write_safetensors, write_shards

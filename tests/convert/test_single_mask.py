@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import mtp_mlx
-from mtp_mlx.adapter import read_info
-from mtp_mlx.convert.single_mask import MASK_TOKEN, find_mask
+from mtp_mlx.convert.adapters.single_mask import MASK_TOKEN, find_mask
 from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.block import Block
 from tests.convert import numpy_trunk

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mtp_mlx
-from mtp_mlx.convert.ptp import convert_ptp
+from mtp_mlx.convert.adapters.ptp import convert_ptp
 from mtp_mlx.convert.whole import convert_whole
 from mtp_mlx.model.block import Block, block_shape
 from tests.convert import test_ptp as ptp

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.torch_pickle import TorchFile, read_torch
+from mtp_mlx.convert.read.torch_pickle import TorchFile, read_torch
 from mtp_mlx.errors import ConversionError
 
 from .torch_files import Call, Global, Opcodes, Tensor, pickled, write_torch, write_zip

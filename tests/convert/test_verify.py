@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter import base_fingerprint
-from mtp_mlx.convert.verify import Variant, verify_folder, verify_heads
-from mtp_mlx.heads_adapter import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHead, MTPHeads, new_heads
+from mtp_mlx.convert.heads.verify import Variant, verify_folder, verify_heads
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads, new_heads
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.tiny import tiny_model
 
 V, D, STEP = 40, 48, 7

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.policy import FixedPolicy
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
+from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
+from mtp_mlx.model.attach import AttachedModel, attach
 from tests.tiny import VOCABULARY, tiny_model
 
 MOST_SLOTS = 4

@@ -11,10 +11,10 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.model.attach import AttachedModel, attach, new_ptp_adapter
-from mtp_mlx.model.ptp_slots import PTPAdapter, PTPConfig
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, new_ptp_adapter
+from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import KnowingDrafter
 from tests.tiny import tiny_model
 

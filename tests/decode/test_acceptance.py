@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.acceptance import DEFAULT_PRIOR, FLOOR, AcceptanceEstimate
+from mtp_mlx.planning.acceptance import DEFAULT_PRIOR, FLOOR, AcceptanceEstimate
 
 
 def test_without_observations_the_prior_speaks() -> None:

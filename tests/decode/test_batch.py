@@ -16,24 +16,23 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from mtp_mlx.decode import batch as batch_module
-from mtp_mlx.decode.batch import Batch, Member, why_not_batch
-from mtp_mlx.decode.batch_plan import BatchDrafting, BatchPlan
-from mtp_mlx.decode.budget import Experience
-from mtp_mlx.decode.cost import StepCost
-from mtp_mlx.decode.drafter_choice import batch_drafting
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import DecodeLoop, mtp_generate_step, open_loop
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.token import Token
+from mtp_mlx.decode.step import Token
+from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import block_shape
-from mtp_mlx.model.ptp_slots import PTPAdapter
+from mtp_mlx.planning.budget import Experience
+from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.serve import batch as batch_module
+from mtp_mlx.serve.batch import Batch, Member, why_not_batch
+from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.decode.ptp_fakes import ptp_attached, ptp_drafting
 from tests.decode.test_head_chain import model_with_heads

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.budget import FIRST_PROBE, MARGIN, BudgetPolicy
-from mtp_mlx.decode.cost import StepCost
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, BudgetPolicy
+from mtp_mlx.planning.cost import StepCost
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mtp_mlx.decode import calibrate
-from mtp_mlx.decode.budget import FIRST_PROBE, MARGIN
-from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
-from mtp_mlx.decode.cost import StepCost
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.planning import calibrate
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, HeadsBudgetPolicy
+from mtp_mlx.planning.cost import StepCost
 from tests.decode.test_budget import cost_of, observe
 from tests.decode.test_head_chain import model_with_heads
 

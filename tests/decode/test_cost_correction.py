@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.cost_correction import CostCorrection
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.planning.cost import CostCorrection
 
 PLAIN, DRAFTS, SLOTS = Layout.plain(), Layout(4, (0,) * 5), Layout(1, (4, 4))
 

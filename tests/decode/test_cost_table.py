@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mtp_mlx.decode import calibrate
-from mtp_mlx.decode.auto import recorded_acceptance
-from mtp_mlx.decode.cost import StepCost, interpolate, read_cost, save_cost
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.model.block import block_shape
+from mtp_mlx.planning import calibrate
+from mtp_mlx.planning.choose import recorded_acceptance
+from mtp_mlx.planning.cost import StepCost, interpolate, read_cost, save_cost
 from tests.decode.ptp_fakes import ptp_attached
 
 COST = StepCost((1, 2, 4), (100, 300), (1.0, 1.5, 2.0), (2.0, 3.0, 5.0), (1, 4), (0.1, 0.7), 0.05, (0.9, 1.7))

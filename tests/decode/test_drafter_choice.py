@@ -9,16 +9,16 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.decode.budget import BudgetPolicy
-from mtp_mlx.decode.drafter_choice import DrafterChoice, choose_drafters, lookup_policy
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, LookupPolicy, Proposal
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.planning.budget import BudgetPolicy
+from mtp_mlx.planning.choose import DrafterChoice, choose_drafters, lookup_policy
 from tests.decode.fakes import attached as with_slots
 from tests.decode.fakes import untouched
 from tests.decode.test_budget import cost_of
@@ -67,7 +67,7 @@ def test_names_that_do_not_go(name: str, lookup: bool | None, message: str) -> N
 
 
 def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_mlx.decode.drafter_choice.step_cost", lambda model: cost_of(0.1))
+    monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     model = bare()
     assert lookup_policy(model, "linear", None).max_drafts == 8
     assert lookup_policy(model, "linear", 3).max_drafts == 3
@@ -84,7 +84,7 @@ def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lookup_alone_does_not_forget_what_the_adapter_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """The experience it begins is that of later generations, which draft with the heads."""
-    monkeypatch.setattr("mtp_mlx.decode.drafter_choice.step_cost", lambda model: cost_of(0.1))
+    monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
     model = attach(base, mtp_heads=random_heads(base, 2))
     model.info = SimpleNamespace(acceptance=[0.9, 0.4])

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
 from mtp_mlx.api import GenerationResponse, stream_generate
-from mtp_mlx.decode.auto import build_policy
-from mtp_mlx.decode.drafters.mask_slots import MaskSlotDrafter
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ConfidencePolicy, FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.planning.choose import build_policy
 from tests.decode import naive_emit
 from tests.decode.fakes import KnowingDrafter, attached, drafting
 from tests.model.naive import NaiveModel, random_adapter

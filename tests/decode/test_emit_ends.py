@@ -17,9 +17,9 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.mtp_head import MTPHeads
 from tests.decode.fakes import attached, untouched
 from tests.decode.ptp_fakes import ptp_attached
 from tests.model.test_mtp_head import random_heads

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.drafters.draft_pick import pick_draft
-from mtp_mlx.decode.drafters.mtp_heads import HeadChain
+from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.heads.chain import HeadChain
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHeads
 from tests.model.test_mtp_head import random_heads
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -82,7 +82,7 @@ class Text:
             picked_from.append(refined)
             return pick_draft(attached, picker, refined, *rest)
 
-        with mock.patch("mtp_mlx.decode.drafters.mtp_heads.pick_draft", spy):
+        with mock.patch("mtp_mlx.drafters.heads.chain.pick_draft", spy):
             position = mx.array(self.first_position + m + 1)
             ids, confidences = self.chain.propose(
                 block, picks, mx.array(accepted), position, None, self.tokens[: self.n + 1], count
@@ -152,7 +152,7 @@ def test_step_by_step_equals_from_scratch(journey: dict[str, Any]) -> None:
         journey["architecture"], journey["heads"], journey["drafts"], journey["convention"]
     )
     text = Text(attached, seed=journey["seed"])
-    with mock.patch("mtp_mlx.decode.drafters.mtp_heads.CATCH_UP_AT", journey["catch_up_at"]):
+    with mock.patch("mtp_mlx.drafters.heads.chain.CATCH_UP_AT", journey["catch_up_at"]):
         prompt = sum(journey["chunks"]) + 1
         for rows in journey["chunks"]:
             text.run(rows, prompt)

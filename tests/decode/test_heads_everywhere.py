@@ -18,19 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads, block_like
+from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.medusa_head import MedusaHead, MedusaHeads
-from mtp_mlx.model.mtp_head import MTPHeads, block_like
-from mtp_mlx.model.parallel_head import ParallelHead, ParallelHeads
+from mtp_mlx.planning.budget import HeadsBudgetPolicy
 from tests.decode import test_heads_loop, test_independent_heads
 from tests.decode.fakes import untouched
 from tests.decode.test_budget import cost_of

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.decode.auto import build_policy
-from mtp_mlx.decode.budget_heads import HeadsBudgetPolicy
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
-from mtp_mlx.decode.drafters.mtp_heads import HeadChain
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.chain import HeadChain
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
+from mtp_mlx.planning.budget import HeadsBudgetPolicy
+from mtp_mlx.planning.choose import build_policy
 from tests.decode.fakes import attached as with_mask_adapter
 from tests.decode.fakes import untouched
 from tests.decode.test_budget import cost_of
@@ -222,7 +222,7 @@ def test_a_reused_cache_goes_on_with_the_same_text(stop_after: int) -> None:
 
 
 def test_policies_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_mlx.decode.auto.step_cost", lambda model: cost_of(0.1))
+    monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     model, stats = model_with_heads("llama", 2, 2), DecodeStats()
     assert isinstance(build_policy(model, "plain", None, stats), FixedPolicy)
     assert build_policy(model, "linear", None, stats).chain == 2
@@ -238,7 +238,7 @@ def test_policies_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_short_chain_leaves_room_to_learn_about_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one generation with one draft begins, later ones with more go on with."""
-    monkeypatch.setattr("mtp_mlx.decode.auto.step_cost", lambda model: cost_of(0.1))
+    monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
     model, recorded = attach(base, mtp_heads=random_heads(base, 2)), [0.9, 0.4, 0.1, 0.05]
     model.info = SimpleNamespace(acceptance=recorded)

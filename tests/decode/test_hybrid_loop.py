@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Proposal
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.mtp_head import MTPHeads
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.decode.test_heads_loop import Knowing, SometimesChain
 from tests.model.test_mtp_head import random_heads

@@ -13,19 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
-from mtp_mlx.decode.drafters.medusa import MedusaDrafter
-from mtp_mlx.decode.drafters.parallel_heads import ParallelDrafter
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.medusa import MedusaDrafter, MedusaHead, MedusaHeads
+from mtp_mlx.drafters.heads.mtp_head import block_like
+from mtp_mlx.drafters.heads.parallel import ParallelDrafter, ParallelHead, ParallelHeads
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.draft_heads import DraftHeads
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.medusa_head import MedusaHead, MedusaHeads
-from mtp_mlx.model.mtp_head import block_like
-from mtp_mlx.model.parallel_head import ParallelHead, ParallelHeads
 from tests.decode.test_heads_loop import SometimesChain
 from tests.decode.test_loop import Case, certified, plain_tokens
 from tests.tiny import VOCABULARY, tiny_model
@@ -173,14 +171,14 @@ def test_parallel_heads_step_by_step_equal_from_scratch(
     states = mx.array(rng.normal(size=(1, 80, 48)).astype(np.float32))
     heads: Any = attached.mtp_heads
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtp_mlx.decode.drafters.parallel_heads.CATCH_UP_AT", catch_up_at)
+        patch.setattr("mtp_mlx.drafters.heads.parallel.CATCH_UP_AT", catch_up_at)
         refined: list[list[mx.array]] = []
 
         def spy(*args: Any) -> tuple[mx.array, mx.array]:
             refined.append(args[3])
             return mx.zeros((len(args[3]),), dtype=mx.int32), mx.zeros((len(args[3]),))
 
-        patch.setattr("mtp_mlx.decode.drafters.parallel_heads.pick_each", spy)
+        patch.setattr("mtp_mlx.drafters.heads.parallel.pick_each", spy)
         drafter, rows = ParallelDrafter(attached, Picker()), 0
         for size in chunks:
             drafter.observe(states[:, rows : rows + size], [])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.lookup import LookupDrafter
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 

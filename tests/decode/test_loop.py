@@ -20,7 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
-from mtp_mlx.decode.drafters.lookup import LookupDrafter
+from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy

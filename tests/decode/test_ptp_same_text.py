@@ -14,18 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.budget import BudgetPolicy
-from mtp_mlx.decode.cost import StepCost
-from mtp_mlx.decode.drafters.ptp_slots import PTPSlotDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy
 from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.uniform_embedding import UNIFORM_EMBEDDINGS
+from mtp_mlx.planning.budget import BudgetPolicy
+from mtp_mlx.planning.cost import StepCost
 from tests.decode.fakes import attached, untouched
 from tests.decode.ptp_fakes import MOST_SLOTS, ptp_attached, ptp_drafting
 from tests.decode.test_pick import warped_softmax

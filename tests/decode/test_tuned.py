@@ -11,12 +11,12 @@ import mlx.core as mx
 import pytest
 
 from mtp_mlx.api import stream_generate
-from mtp_mlx.decode.drafter_choice import plan_drafting
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.tuned import TunedChoice, forget, recall, remember
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.planning.choose import plan_drafting
+from mtp_mlx.planning.tuned import TunedChoice, forget, recall, remember
 from tests.decode.fakes import random_adapter
 from tests.tiny import tiny_model, tiny_tokenizer
 

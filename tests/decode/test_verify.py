@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.decode.verify import leading_run
+from mtp_mlx.decode.pick import leading_run
 
 
 @given(st.data(), st.integers(0, 12))

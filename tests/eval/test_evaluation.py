@@ -12,16 +12,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
-from mtp_mlx.bench.runner import Lane
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.eval.evaluation import PLAIN, Answer, Evaluation, EvaluationSettings
-from mtp_mlx.eval.questions import Question
-from mtp_mlx.eval.report import summarise
-from mtp_mlx.eval.sandbox import Sandbox
-from mtp_mlx.eval.tasks import HumanEvalTask, MBPPTask, QuestionTask, Task, Verdict
-from mtp_mlx.eval.tau_sweep import own_path
+from mtp_mlx.measure.answer_report import summarise
+from mtp_mlx.measure.evaluation import PLAIN, Answer, Evaluation, EvaluationSettings
+from mtp_mlx.measure.lanes import Lane
+from mtp_mlx.measure.prompts import Question
+from mtp_mlx.measure.sandbox import Sandbox
+from mtp_mlx.measure.tasks import HumanEvalTask, MBPPTask, QuestionTask, Task, Verdict
+from mtp_mlx.measure.tau_sweep import own_path
+from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import attached, random_adapter
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

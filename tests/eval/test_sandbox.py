@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.eval.sandbox import KERNEL_LAYERS, LAYERS, Limits, Sandbox, readable_paths, seatbelt_profile
+from mtp_mlx.measure.sandbox import KERNEL_LAYERS, LAYERS, Limits, Sandbox, readable_paths, seatbelt_profile
 
 QUICK = Limits(seconds=20.0, memory_bytes=512 << 20)
 KERNEL = ("limits", "landlock", "seccomp")
@@ -202,7 +202,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_check_refuses_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_mlx.eval.sandbox.CHILD", Path("/nowhere/child.py"))
+    monkeypatch.setattr("mtp_mlx.measure.sandbox.CHILD", Path("/nowhere/child.py"))
     with pytest.raises(MTPError, match="programs cannot be run in the sandbox here"):
         Sandbox(QUICK).check()
 

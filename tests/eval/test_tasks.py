@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.eval.sandbox import Outcome, Sandbox
-from mtp_mlx.eval.tasks import code_of, read_gsm8k, read_humaneval, read_mbpp, read_prompt_tasks
+from mtp_mlx.measure.sandbox import Outcome, Sandbox
+from mtp_mlx.measure.tasks import code_of, read_gsm8k, read_humaneval, read_mbpp, read_prompt_tasks
 
 
 class Recorder:

@@ -15,10 +15,10 @@ import pytest
 
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.errors import MTPError
-from mtp_mlx.eval import tau_sweep
-from mtp_mlx.eval.plot import svg
-from mtp_mlx.eval.questions import Question, last_number, read_questions
-from mtp_mlx.eval.tau_sweep import Measured, SweepSettings, TauSweep, own_path, summarise
+from mtp_mlx.measure import tau_sweep
+from mtp_mlx.measure.prompts import Question, last_number, read_questions
+from mtp_mlx.measure.tau_plot import svg
+from mtp_mlx.measure.tau_sweep import Measured, SweepSettings, TauSweep, own_path, summarise
 from tests.decode.fakes import attached, untouched
 from tests.tiny import tiny_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples import finetune_notes
-from mtp_mlx.adapter import read_info
+from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.errors import MTPError
 from tests.tiny import save_tiny
 

@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mtp_mlx.model.attach import new_adapter
-from mtp_mlx.model.mask_adapter import MaskAdapter, MaskAdapterConfig
+from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.model.seams import replace_module
 from tests.tiny import tiny_model
 

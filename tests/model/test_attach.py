@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 from mlx_lm.models.internlm3 import DynamicNTKScalingRoPE
 
+from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
+from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block, block_shape
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
 from mtp_mlx.model.seams import check_caches, find_seams
 from tests.model.naive import NaiveModel, quantized_model, random_adapter
 from tests.tiny import ARCHITECTURES, MOE_ARCHITECTURES, VOCABULARY, tiny_model

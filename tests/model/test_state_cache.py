@@ -11,12 +11,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList
 
-from mtp_mlx.adapter import base_fingerprint
 from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
+from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block, block_shape
-from mtp_mlx.model.mask_adapter import MaskAdapterConfig
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, find_mixers
 from tests.tiny import RECURRENT, tiny_model
 

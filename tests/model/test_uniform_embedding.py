@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS, Start, uniform_embedding
+from mtp_mlx.drafters.ptp.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS, Start, uniform_embedding
 
 WIDTH = 5
 UNIFORMS = [0.0, 2.0**-24, 0.25, 0.3217, 0.41421, 0.5, 0.618034, 0.73113, 0.912346, 1 - 2.0**-24]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.plan.acceptance import from_adapter, from_report
-from mtp_mlx.plan.curves import CostCurve, built_in, read_curve
-from mtp_mlx.plan.project import LABEL, Projection, best, project
+from mtp_mlx.measure.curves import CostCurve, built_in, read_curve
+from mtp_mlx.measure.projection import LABEL, Projection, best, project
+from mtp_mlx.measure.recorded import from_adapter, from_report
 
 ROWS = (1, 2, 3, 5, 8, 13, 25)
 CURVE = CostCurve("c", "m", "o", "s", ROWS, (1, 1.1, 1.2, 1.5, 1.9, 2.6, 4), (1, 1.2, 1.5, 2, 2.6, 3.5, 6))

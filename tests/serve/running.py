@@ -15,8 +15,9 @@ from typing import Any
 
 import uvicorn
 
-from mtp_mlx.adapter import AdapterInfo, base_fingerprint, save_adapter
 from mtp_mlx.api import load
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.serve.app import Application, AppSettings
 from mtp_mlx.serve.engine import Engine, EngineSettings
 from mtp_mlx.serve.grammar import Grammars

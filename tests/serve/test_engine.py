@@ -243,7 +243,7 @@ def test_one_that_fails_fails_alone(loaded: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_failing_batch_fails_its_members_and_the_engine_goes_on(
     loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_mlx.decode.batch import Batch
+    from mtp_mlx.serve.batch import Batch
 
     with running(loaded, concurrent=2) as engine:
         right = Client(engine, asked(5)).text()

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import mtp_mlx.cli as cli
 from mtp_mlx.cli.serve import ServeSettings, application
-from mtp_mlx.demo import cache_dir
+from mtp_mlx.files import cache_dir
 from tests.serve.running import served
 
 openai = pytest.importorskip("openai")

@@ -106,7 +106,7 @@ def test_the_exported_model_is_the_trained_one(base: Path, tmp_path: Path, tunin
     def spy(attached: Any, *_: Any) -> Any:
         seen.append(attached.head(attached.forward(real, attached.make_cache())))
 
-    with mock.patch("mtp_mlx.train.methods.conf_adapt.measure_agreement", spy):
+    with mock.patch("mtp_mlx.drafters.masks.conf_adapt.measure_agreement", spy):
         trainer.method.measure([])
     assert mx.abs(seen[0] - exported).max().item() < 1e-3, (
         "measured is the model that is written, not its base"

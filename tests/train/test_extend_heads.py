@@ -12,14 +12,14 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mtp_mlx.adapter import read_tensors
+from mtp_mlx.adapter_folder import read_tensors
 from mtp_mlx.api import generate, load
+from mtp_mlx.drafters.heads.agreement import measure_heads
+from mtp_mlx.drafters.heads.folder import read_heads_info
+from mtp_mlx.drafters.heads.start import extended_count
+from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import read_heads_info
-from mtp_mlx.train.extend_heads import extended_count
-from mtp_mlx.train.heads_agreement import measure_heads
 from mtp_mlx.train.trainer import Trainer
-from mtp_mlx.train.trunk_states import ComputedStates
 from tests.tiny import save_tiny, tiny_model
 from tests.train.training import Remembering, examples, trainer_for
 

@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import new_heads
-from mtp_mlx.train.heads_start import last_layer_input, norm_weight, start_like_trunk
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.mtp_head import new_heads
+from mtp_mlx.drafters.heads.start import last_layer_input, norm_weight, start_like_trunk
 from tests.tiny import tiny_model
 
 TOKENS = [5, 9, 2, 77, 140, 3, 9, 21]

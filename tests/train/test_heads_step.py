@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from mtp_mlx.drafters.heads.agreement import measure_heads
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.layout import build_head_layout, can_supervise
+from mtp_mlx.drafters.heads.loss import MTPDistil
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
+from mtp_mlx.drafters.heads.step import HeadsRunner, chunked_loss, head_rows, summary, teacher_targets
+from mtp_mlx.drafters.heads.trunk_states import ComputedStates
+from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.head_convention import HeadConvention
-from mtp_mlx.model.mtp_head import MTPHeads, new_heads
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.head_layout import build_head_layout, can_supervise
-from mtp_mlx.train.heads_agreement import measure_heads
-from mtp_mlx.train.heads_step import HeadsRunner, chunked_loss, head_rows, summary, teacher_targets
-from mtp_mlx.train.objectives.mtp_distil import MTPDistil
-from mtp_mlx.train.step import draft_columns
-from mtp_mlx.train.trunk_states import ComputedStates
 from tests.tiny import VOCABULARY, tiny_model
 from tests.train import naive_heads
 from tests.train.naive_heads import Knobs

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mtp_mlx.drafters.slots.memory import estimate_memory
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.memory import estimate_memory, physical_memory, too_much
+from mtp_mlx.train.memory import physical_memory, too_much
 from mtp_mlx.train.trainer import Trainer
 from tests.model.naive import random_adapter
 from tests.tiny import VOCABULARY, tiny_model

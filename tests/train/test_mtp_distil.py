@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.train.objectives.mtp_distil import MTPDistil, top_kl
+from mtp_mlx.drafters.heads.loss import MTPDistil, top_kl
 
 
 def naive(logits: np.ndarray, teacher: np.ndarray, label: int, settings: MTPDistil) -> float:

@@ -8,14 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.model.attach import AttachedModel, attach, new_adapter
-from mtp_mlx.single_mask import mask_only
+from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, WholeStudent
+from mtp_mlx.drafters.masks.model_folder import mask_only
+from mtp_mlx.drafters.masks.online_loss import Online, Supervision, student_context
+from mtp_mlx.drafters.masks.online_step import OnlineRunner
+from mtp_mlx.drafters.masks.regions import draw_regions
+from mtp_mlx.drafters.masks.weights import new_adapter
+from mtp_mlx.drafters.slots.step import draft_columns
+from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.joint_step import JointRunner, LowRankStudent, WholeStudent
-from mtp_mlx.train.objectives.online import Online, Supervision, student_context
-from mtp_mlx.train.online_step import OnlineRunner
-from mtp_mlx.train.region_layout import draw_regions
-from mtp_mlx.train.step import draft_columns
 from tests.model.naive import NaiveModel, random_adapter
 from tests.tiny import VOCABULARY, tiny_model
 from tests.train import naive_online

@@ -12,18 +12,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.decode.loop import mtp_generate_step
-from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
-from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.block import Block
-from mtp_mlx.model.ptp_slots import PTPConfig, TeacherSampling
-from mtp_mlx.model.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
-from mtp_mlx.train.data import Example
-from mtp_mlx.train.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
-from mtp_mlx.train.objectives.ptp import PTPLoss, divergence
-from mtp_mlx.train.own_uniforms import with_own_uniforms
-from mtp_mlx.train.ptp_step import PTPRunner
-from mtp_mlx.train.ptp_targets import UniformChoice, slot_targets
-from mtp_mlx.train.ptp_uniforms import (
+from mtp_mlx.drafters.ptp.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
+from mtp_mlx.drafters.ptp.loss import PTPLoss, divergence
+from mtp_mlx.drafters.ptp.own_uniforms import with_own_uniforms
+from mtp_mlx.drafters.ptp.step import PTPRunner
+from mtp_mlx.drafters.ptp.targets import UniformChoice, slot_targets
+from mtp_mlx.drafters.ptp.uniform_embedding import NOTHING, UNIFORM_EMBEDDINGS
+from mtp_mlx.drafters.ptp.uniforms import (
     TeacherRows,
     carried_uniforms,
     known_so_far,
@@ -31,9 +26,14 @@ from mtp_mlx.train.ptp_uniforms import (
     teacher_rows,
     text_uniforms,
 )
-from mtp_mlx.train.slot_layout import SlotLayout, build_layout
-from mtp_mlx.train.step import BlockChoice
-from mtp_mlx.train.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.ptp.weights import PTPConfig, TeacherSampling
+from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
+from mtp_mlx.drafters.slots.step import BlockChoice
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import Block
+from mtp_mlx.train.data import Example
 from tests.decode.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, tiny_model
 

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.train.data import Example
-from mtp_mlx.train.joint_step import supervised_rows, tokens_at
-from mtp_mlx.train.region_layout import (
+from mtp_mlx.drafters.masks.joint_step import supervised_rows, tokens_at
+from mtp_mlx.drafters.masks.regions import (
     draw_regions,
     real_tokens,
     region_anchors,
     region_layout,
     regions_over,
 )
-from mtp_mlx.train.slot_layout import build_layout, candidate_anchors
+from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
+from mtp_mlx.train.data import Example
 
 
 def built(

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.adapter import read_config, read_info
+from mtp_mlx.adapter_folder import read_config
+from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.trainer import Trainer

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout, candidate_anchors
+from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.slot_layout import SlotLayout, build_layout, candidate_anchors
-from mtp_mlx.train.step import BlockChoice
 
 
 @st.composite

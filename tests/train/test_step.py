@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mtp_mlx.drafters.masks.losses import SelfDistil
+from mtp_mlx.drafters.masks.step import StepRunner
+from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.model.attach import attach
-from mtp_mlx.train.objectives.self_distil import SelfDistil
-from mtp_mlx.train.step import BlockChoice, StepRunner
 from tests.model.naive import random_adapter
 from tests.tiny import tiny_model
 from tests.train.training import Remembering, examples, trainer_for

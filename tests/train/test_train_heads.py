@@ -16,12 +16,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.api import load, stream_generate
+from mtp_mlx.drafters.heads.folder import load_heads
+from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, weights_key
 from mtp_mlx.errors import MTPError
-from mtp_mlx.heads_adapter import load_heads
 from mtp_mlx.train.checkpoint import load_checkpoint
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.trainer import Trainer
-from mtp_mlx.train.trunk_states import CachedStates, ComputedStates, weights_key
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.training import Remembering, examples, settings_for, trainer_for
 

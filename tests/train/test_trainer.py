@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.adapter import load_adapter
+from mtp_mlx.drafters.masks.folder import load_adapter
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.trainer import learning_rate

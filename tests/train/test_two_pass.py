@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.train.slot_layout import SlotLayout, build_layout
-from mtp_mlx.train.two_pass import prefix_pass, slot_pass
 from tests.model.naive import NaiveModel, quantized_model, random_adapter
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 

@@ -1,0 +1,254 @@
+"""Checkpoints of the released code for Parallel Token Prediction -> a PTP adapter folder (arXiv 2512.21323).
+
+Read are Lightning files (.ckpt, whole or adapter-only) and the same names in safetensors:
+
+    {model,student}.[model.]base_model.model.model.layers.{i}.<layer>.lora_{A,B}[.default].weight   [r, in], [out, r]
+    {model,student}.{u_embed,u_adapter}.embedding.weight                                            [knots, D]
+    {model,student}.{u_embed,u_adapter}.{u_adapter,u_embed}.{weight,bias}                           [D, 32], [D]
+
+The older spelling of each is the second; the code's own loader renames them, and so rewrites the inner name too. The
+released code trains O-PTP only. What the file does not say is asked for or taken from the code's defaults, and noted:
+PEFT's alpha (8), the teacher's sampling, the length of a completion (16 slots, the first of which drafts nothing).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_model
+
+from mtp_mlx.adapter_folder import CONFIG_NAME
+from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.read.lazy_tensor import LazyTensor
+from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
+from mtp_mlx.drafters.ptp.uniform_embedding import TEETH, UniformEmbeddingName
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, TeacherSampling, new_ptp_adapter
+from mtp_mlx.errors import ConversionError, MTPError
+from mtp_mlx.files import check_out
+from mtp_mlx.model.fingerprint import base_fingerprint
+
+PEFT_ALPHA = 8.0
+COMPLETION_SLOTS = 16
+RELEASED_TEACHER = TeacherSampling(temperature=0.7, top_k=50, top_p=0.95)
+# The released code's name of an embedding -> ours.
+EMBEDDINGS: dict[str, UniformEmbeddingName] = {
+    "binary": "ieee-bits",
+    "linear_interpolation": "linear-interpolation",
+    "sawtooth": "sawtooth",
+}
+
+_UNBUILT = re.compile(r".*\.(u_scale_embed|time_embed|adaLN_modulation)\..*")
+_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
+
+
+def convert_ptp(
+    source: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    alpha: float | None = None,
+    embedding: UniformEmbeddingName | None = None,
+    teacher: TeacherSampling | None = None,
+    slots: int = COMPLETION_SLOTS - 1,
+) -> Path:
+    """Write the adapter folder `out`, whole or not at all, and return its path.
+
+    Args:
+        source: the checkpoint.
+        base: mlx-lm folder of the model it was trained for.
+        alpha: of the LoRA; what the file says, else PEFT's default.
+        embedding: of uniforms; what the file says, else told by the tensors' shapes.
+        teacher: sampling of the training text; the released configurations' if not given.
+        slots: most drafts behind one position.
+
+    Raises:
+        MTPError: `out` exists, no such checkpoint, parts that nothing runs, or tensors that do not fit the base.
+    """
+    out, base = Path(out), Path(base)
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=source)
+    checkpoint = open_checkpoint(source)
+    if not is_ptp_checkpoint(checkpoint):
+        raise ConversionError(
+            f"{checkpoint.path}: no student of Parallel Token Prediction: low-rank factors and an embedding of "
+            "uniforms are needed"
+        )
+    model = _load_base(base)
+    notes: list[str] = []
+    low_rank = _low_rank(checkpoint)
+    kind, embedded = _embedding(checkpoint, embedding, notes)
+    config = PTPConfig(
+        variant="o",
+        embedding=kind,
+        knots=embedded["weight"].shape[0] if kind == "linear-interpolation" else 3,
+        slots=slots,
+        rank=low_rank[next(iter(low_rank))].shape[1],
+        alpha=_alpha(checkpoint, alpha, notes),
+        target_modules=tuple(sorted({path.rsplit(".", 2)[-2] for path in low_rank})),
+        teacher=teacher or RELEASED_TEACHER,
+    )
+    if teacher is None:
+        notes.append("the teacher's sampling is that of the released configurations")
+    adapter = new_ptp_adapter(model, config)
+    _fill(adapter, checkpoint.path, low_rank, embedded)
+    stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
+    source_facts = {
+        "family": "released code of arXiv 2512.21323",
+        "files": ", ".join(checkpoint.files),
+        "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
+        "notes": "; ".join(notes) or "none",
+    }
+    info = PTPInfo(base.name, base_fingerprint(model), config, source=source_facts)
+    save_ptp(out, adapter, info, _DTYPES.get(stored, mx.float32))
+    return out
+
+
+def _load_base(folder: Path) -> nn.Module:
+    """The model of an mlx-lm folder.
+
+    Raises:
+        MTPError: it cannot be loaded.
+    """
+    try:
+        return load_model(folder)[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise MTPError(f"the base model {folder} could not be loaded: {error}") from error
+
+
+def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """`<layer>.down` [in, r] and `<layer>.up` [r, out] of every adapted layer.
+
+    Raises:
+        ConversionError: a factor without its partner, ranks that differ, or parts that nothing runs.
+    """
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        unbuilt = _UNBUILT.fullmatch(name)
+        if unbuilt:
+            raise ConversionError(
+                f"{checkpoint.path}: it has {name}; students with {unbuilt[1]} cannot be run, nothing was written"
+            )
+        match = LORA.fullmatch(name)
+        if match:
+            found[f"{match[1]}.{'down' if match[2] == 'A' else 'up'}"] = tensor
+    layers = {path.rsplit(".", 1)[0] for path in found}
+    alone = sorted(path for path in layers if f"{path}.down" not in found or f"{path}.up" not in found)
+    if alone:
+        raise ConversionError(f"{checkpoint.path}: {alone[0]} has only one of its two low-rank factors")
+    ranks = {found[f"{path}.down"].shape[0] for path in layers} | {
+        found[f"{path}.up"].shape[-1] for path in layers
+    }
+    if len(ranks) > 1:
+        raise ConversionError(
+            f"{checkpoint.path}: low-rank factors of ranks {sorted(ranks)}; one rank is needed"
+        )
+    return {path: mx.array(tensor.float32()).T for path, tensor in found.items()}
+
+
+def _embedding(
+    checkpoint: Checkpoint, asked: UniformEmbeddingName | None, notes: list[str]
+) -> tuple[UniformEmbeddingName, dict[str, mx.array]]:
+    """(name, tensors by our names) of the embedding of uniforms.
+
+    Raises:
+        ConversionError: an embedding that is not built, or one that its shape does not tell.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    linear = False
+    for name, tensor in checkpoint.tensors.items():
+        match = LINEAR.fullmatch(name)
+        if match or KNOTS.fullmatch(name):
+            linear = linear or bool(match)
+            tensors[match[1] if match else "weight"] = tensor
+    said = _hyper_parameter(checkpoint.values, "adapter_name")
+    if asked is None and said is not None and said not in EMBEDDINGS:
+        raise ConversionError(
+            f"{checkpoint.path}: uniforms embedded as {said!r} are not built; nothing was written"
+        )
+    kind = asked or EMBEDDINGS.get(str(said))
+    if kind is None and not linear and tensors["weight"].shape[0] == TEETH:
+        raise ConversionError(
+            f"{checkpoint.path}: {TEETH} vectors may be knots to interpolate between or bins to round to, and the "
+            "file does not say; bins are not built, so say that it is 'linear-interpolation' if it is"
+        )
+    if kind is None:
+        kind = "ieee-bits" if linear else "linear-interpolation"
+        notes.append(f"uniforms embedded as {kind}, told by the tensors' shapes")
+    if linear == (kind == "linear-interpolation"):
+        raise ConversionError(
+            f"{checkpoint.path}: its embedding of uniforms does not have the tensors of '{kind}'"
+        )
+    return kind, {key: mx.array(tensor.float32()) for key, tensor in tensors.items()}
+
+
+def _alpha(checkpoint: Checkpoint, asked: float | None, notes: list[str]) -> float:
+    """The LoRA's alpha."""
+    said = _hyper_parameter(checkpoint.values, "lora_alpha")
+    if asked is not None or isinstance(said, int | float):
+        return float(said if asked is None else asked)
+    notes.append(f"the file does not say LoRA's alpha: PEFT's default {PEFT_ALPHA:g} was taken")
+    return PEFT_ALPHA
+
+
+def _hyper_parameter(values: Mapping[str, Any], name: str) -> Any:
+    """A value of that name anywhere in Lightning's hyper-parameters, or None."""
+    stack: list[Any] = [values.get("hyper_parameters")]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Mapping):
+            if item.get(name) is not None:
+                return item[name]
+            stack += item.values()
+    return None
+
+
+def _fill(
+    adapter: PTPAdapter, path: Path, low_rank: dict[str, mx.array], embedded: dict[str, mx.array]
+) -> None:
+    """Puts the tensors in place. The code has no slot that carries nothing: at temperature 0 it is u = 1/2.
+
+    Raises:
+        ConversionError: tensors that do not fit the base.
+    """
+    tensors = {f"low_rank.{name}": value for name, value in low_rank.items()}
+    tensors |= {f"u_embed.{name}": value for name, value in embedded.items()}
+    size = embedded["weight"].shape[-1 if "bias" not in embedded else 0]
+    try:
+        adapter.load_tensors({**tensors, "u_embed.none": mx.zeros((size,))})
+    except MTPError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    adapter.u_embed.none = adapter.u_embed.carried(mx.array([0.5]))[0]
+
+
+_ROOT = r"(?:model|student)\."
+
+
+LORA = re.compile(
+    _ROOT + r"(?:model\.)?base_model\.model\.model\.(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.weight"
+)
+
+
+KNOTS = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.embedding\.weight")
+
+
+LINEAR = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.(?:u_adapter|u_embed)\.(weight|bias)")
+
+
+def is_ptp_checkpoint(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are those of a PTP student: low-rank factors and an embedding of uniforms."""
+    names = list(checkpoint.tensors)
+    return any(map(LORA.fullmatch, names)) and any(KNOTS.fullmatch(n) or LINEAR.fullmatch(n) for n in names)
+
+
+def student_line(checkpoint: Checkpoint) -> str:
+    """What a plan says of a student."""
+    count = sum(bool(LORA.fullmatch(name)) for name in checkpoint.tensors)
+    return (
+        f"student of Parallel Token Prediction: {count} low-rank factors and an embedding of uniforms; it becomes an "
+        "adapter folder with --heads-only and --base"
+    )

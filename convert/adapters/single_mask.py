@@ -1,0 +1,137 @@
+"""Released checkpoints of "Multi-Token Prediction via Self-Distillation" (arXiv 2602.06019).
+
+They are plain llama and qwen3 checkpoints, fine-tuned as a whole, whose tokenizer has 32 added tokens,
+`<|mtp_special_token_0|>` and so on; the first is the mask. The trunk is converted as any other; this file finds the
+mask and writes the sidecar `OUT/mtp` that holds its embedding. The generator that comes with them (remote code) is
+neither needed nor run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.drafters.masks.folder import AdapterInfo
+from mtp_mlx.drafters.masks.model_folder import MaskSidecar, mask_only
+from mtp_mlx.errors import ConversionError
+from mtp_mlx.model.seams import embedding_shape, find_seams
+
+MASK_TOKEN = "<|mtp_special_token_0|>"
+MOST_TOKENS = 16  # k was drawn from 2..16 in training
+# How the published evaluations prompt each of the two models; by model type, because folders are renamed.
+PROMPTS = {
+    "llama": "the chat template",
+    "qwen3": "raw: begin-of-text, the question, a blank line; no chat template",
+}
+
+
+@dataclass(frozen=True)
+class MaskToken:
+    """The mask of a checkpoint.
+
+    Attributes:
+        token_id: its id in the checkpoint's vocabulary.
+        stops: ids that end a text, as the checkpoint's own configuration says.
+    """
+
+    token_id: int
+    stops: tuple[int, ...]
+
+
+def find_mask(folder: Path) -> MaskToken | None:
+    """The mask token of a checkpoint folder, or None where there is none.
+
+    Raises:
+        ConversionError: a tokenizer file that is no JSON, or files that disagree about the mask's id.
+    """
+    found = {
+        **_ids(folder / "tokenizer.json", _from_tokenizer),
+        **_ids(folder / "tokenizer_config.json", _from_config),
+        **_ids(folder / "added_tokens.json", _from_added),
+    }
+    if not found:
+        return None
+    if len(set(found.values())) > 1:
+        says = ", ".join(f"{name} says {token_id}" for name, token_id in found.items())
+        raise ConversionError(
+            f"{folder}: the tokenizer's files disagree about the id of {MASK_TOKEN}: {says}; get them again"
+        )
+    return MaskToken(next(iter(found.values())), _stops(folder))
+
+
+def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidecar:
+    """The sidecar of a converted model, to be put into its folder.
+
+    Args:
+        model: the trunk as mlx-lm loaded it, cast and quantised as it will be in the folder, its weights still there.
+        base_name: what the sidecar calls the model.
+
+    Raises:
+        ConversionError: the embedding matrix has no row for the mask.
+    """
+    embed = find_seams(model).trunk.embed_tokens
+    rows = embedding_shape(embed)[0]
+    if mask.token_id >= rows:
+        raise ConversionError(
+            f"the mask {MASK_TOKEN} has id {mask.token_id}, and the embedding matrix only {rows} rows: the "
+            "weights are not those the tokenizer belongs to"
+        )
+    info = AdapterInfo(
+        base_name=base_name,
+        base_fingerprint="",
+        shape=mask_only(MOST_TOKENS - 1),
+        mask={
+            "token": MASK_TOKEN,
+            "id": mask.token_id,
+            "stops": list(mask.stops),
+            "prompt": PROMPTS.get(str(getattr(model, "model_type", "")), "not known"),
+        },
+    )
+    return MaskSidecar.of(model, embed(mx.array([mask.token_id]))[0], info)
+
+
+def _ids(path: Path, read: Any) -> dict[str, int]:
+    """{file name: the mask's id in it}; empty where it has none."""
+    if not path.is_file():
+        return {}
+    content = _json(path)
+    token_id = read(content)
+    return {} if token_id is None else {path.name: int(token_id)}
+
+
+def _from_tokenizer(content: dict[str, Any]) -> int | None:
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return added.get(MASK_TOKEN)
+
+
+def _from_config(content: dict[str, Any]) -> int | None:
+    decoder = content.get("added_tokens_decoder", {})
+    return next((int(key) for key, token in decoder.items() if token.get("content") == MASK_TOKEN), None)
+
+
+def _from_added(content: dict[str, Any]) -> int | None:
+    return content.get(MASK_TOKEN)
+
+
+def _stops(folder: Path) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        stops = _json(path).get("eos_token_id") if path.is_file() else None
+        if stops is not None:
+            return tuple(stops) if isinstance(stops, list) else (int(stops),)
+    return ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}; get the file again") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} does not hold a JSON object; get the file again")
+    return content

@@ -1,0 +1,168 @@
+"""A GGUF file of a llama- or qwen2-type model -> a normal mlx-lm model folder.
+
+The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is
+written under a temporary name beside its destination and renamed at the end: it is whole, or it is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model, save_config, save_model
+
+from mtp_mlx.convert.gguf.config import build_config, default_dtype
+from mtp_mlx.convert.gguf.file import GGUFFile, read_gguf
+from mtp_mlx.convert.gguf.tokenizer import build_tokenizer, stop_ids, tokenizer_config
+from mtp_mlx.convert.gguf.weights import check_tensors, load_weights
+from mtp_mlx.errors import ConversionError, MTPError
+from mtp_mlx.files import check_source_stays
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def convert_gguf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    group_size: int = 64,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Convert the GGUF file `source` into the mlx-lm model folder `out` and return its path.
+
+    dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 where Metal is
+    available. quantize: 4 or 8 bits, by mlx-lm's own quantiser with `group_size` 32 or 64; layers whose width
+    `group_size` does not divide stay in `dtype`. force: replace an existing `out`. progress: told of each
+    stage in a few words.
+
+    Raises FileNotFoundError where `source` is missing, MTPError where `out` exists, ConversionError for a
+    file that cannot be converted, OSError where writing fails (disk full).
+    """
+    source, out, tell = Path(source), Path(out), progress or (lambda _: None)
+    _check_options(out, dtype=dtype, quantize=quantize, group_size=group_size, force=force)
+    check_source_stays(out, source)
+    tell("reading the header")
+    gguf = read_gguf(source)
+    with _believed(gguf):
+        config = build_config(gguf)
+        check_tensors(gguf)
+        tokenizer = build_tokenizer(gguf)
+        tell("dequantising the weights")
+        weights = load_weights(gguf, config, DTYPES[dtype] if dtype else default_dtype())
+        model = _build_model(gguf, config, weights)
+        texts = tokenizer_config(gguf), _generation_config(gguf)
+    if quantize:
+        tell(f"quantising to {quantize} bits")
+        with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
+            model, config = quantize_model(model, config, group_size, quantize)
+    tell("writing")
+    with atomic_folder(out, force=force) as folder:
+        save_model(folder, model, donate_model=True)
+        save_config(config, folder / "config.json")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_json(folder / "tokenizer_config.json", texts[0])
+        _write_json(folder / "generation_config.json", texts[1])
+    return out
+
+
+@contextlib.contextmanager
+def _believed(gguf: GGUFFile) -> Iterator[None]:
+    """Inside the block metadata are taken for what they should be; raises ConversionError where they are not."""
+    try:
+        yield
+    except (MTPError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizers package raises no other class for merges that do not fit
+        reason = " ".join(str(error).split())[:200]
+        raise ConversionError(
+            f"{gguf.path}: its metadata do not describe a model and its tokenizer ({type(error).__name__}: "
+            f"{reason}). Get the file again."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which takes the name `out` when the block ends well and vanishes
+    otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp makes it private
+        yield folder
+        if force and out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_options(
+    out: Path, *, dtype: str | None, quantize: int | None, group_size: int, force: bool
+) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise MTPError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
+    if quantize not in (None, 4, 8):
+        raise MTPError(f"cannot quantise to {quantize} bits: use 4 or 8.")
+    if group_size not in (32, 64):
+        raise MTPError(f"group size {group_size} is not supported: use 32 or 64.")
+    if out.exists() and not force:
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MTPError(f"{out} is not a model folder, so --force will not replace it: choose another folder.")
+
+
+def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:
+    """mlx-lm's model holding `weights`; raises one ConversionError listing all that do not fit."""
+    if config["model_type"] == "llama":
+        from mlx_lm.models import llama as arch
+    else:
+        from mlx_lm.models import qwen2 as arch  # type: ignore[no-redef]
+    model = arch.Model(arch.ModelArgs.from_dict(config))
+    wanted = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
+    for name in wanted.keys() - weights.keys():
+        if name.endswith(
+            ".o_proj.bias"
+        ):  # llama's attention_bias covers o as well; the file may lack that one
+            weights[name] = mx.zeros(wanted[name], weights["model.norm.weight"].dtype)
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - weights.keys())]
+    problems += [f"unexpected {name}" for name in sorted(weights.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {weights[name].shape}, the metadata say {wanted[name]}"
+        for name in sorted(wanted.keys() & weights.keys())
+        if weights[name].shape != wanted[name]
+    ]
+    if problems:
+        more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ConversionError(f"{gguf.path}: weights and metadata disagree: {'; '.join(problems[:8])}{more}.")
+    model.load_weights(list(weights.items()))
+    return model
+
+
+def _generation_config(gguf: GGUFFile) -> dict[str, Any]:
+    stops = stop_ids(gguf)
+    config: dict[str, Any] = {}
+    if "tokenizer.ggml.bos_token_id" in gguf.metadata:
+        config["bos_token_id"] = gguf.metadata["tokenizer.ggml.bos_token_id"]
+    if stops:
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return config
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,181 @@
+"""Which family of cascade heads a checkpoint has, by its tensors' names and config.json, and what they become."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mtp_mlx.convert.heads.blocks import BLOCKS, nemotron_pattern
+from mtp_mlx.convert.heads.family_table import FAMILIES, OTHERS, Family
+from mtp_mlx.convert.heads.parts import Stored
+from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, Block, Step, Target
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.errors import ConversionError
+
+# Where our export writes what the speculators layout has no place for: fields of `HeadConvention`.
+CONVENTION_KEY = "mtp_mlx_convention"
+CONVENTION_FIELDS = {
+    "first_hidden": ("post-norm", "pre-norm"),
+    "recycled_hidden": ("normed", "raw", "trunk"),
+    "mask_first_position": (False, True),
+}
+# Multi-modal checkpoints put this before the language model's names.
+_ROOT = r"(?:language_model\.)?"
+
+
+@dataclass
+class Found:
+    """A checkpoint's heads, recognised but not yet checked against its tensors.
+
+    Attributes:
+        targets: the canonical tensors of all heads, apart from embeddings and LM heads.
+        copies: (canonical name, stored name, "embed_tokens" or "lm_head") of those that the file may hold.
+        owned: the names that belong to heads.
+        config: the language model's configuration.
+        drafts: tokens the heads were trained to draft in a step; 0 for one each.
+    """
+
+    title: str
+    convention: HeadConvention
+    targets: list[Target]
+    blocks: list[Block]
+    owned: set[str]
+    config: dict[str, Any]
+    copies: list[tuple[str, str, str]] = field(default_factory=list)
+    count: int = 0
+    drafts: int = 0
+
+
+def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None:
+    """The heads of one of FAMILIES in a checkpoint with these tensors and this configuration, or None.
+
+    Raises ConversionError: a known layout of a model type that is not supported, or of another kind.
+    """
+    written = config.get(CONVENTION_KEY)  # by our own export
+    speculators = config.get("speculators_config")
+    inner = config.get("transformer_layer_config")  # speculators keep the model's configuration here
+    config = inner if isinstance(inner, dict) else config
+    kind = config.get("model_type")
+    layouts = [family for family in FAMILIES if _root(family, names, config) is not None]
+    for family in layouts:
+        if kind in (family.model_types or tuple(BLOCKS)):
+            found = _found(family, names, config)
+            if found.convention.family == "speculators" and isinstance(speculators, dict):
+                drafts = _speculative_tokens(speculators)
+                found.drafts = drafts if drafts >= found.count else 0
+            if found.convention.family == "speculators" and isinstance(written, dict):
+                return _as_written(found, written)
+            return found
+    if layouts:
+        known = sorted({kind for family in layouts for kind in family.model_types or BLOCKS})
+        raise ConversionError(
+            f"the tensors are named as in {layouts[0].title}, but config.json says model_type {kind!r}; known with "
+            f"these names are {', '.join(known)}"
+        )
+    for pattern, title in OTHERS.items():
+        if any(re.match(_ROOT + pattern, name) for name in names):
+            raise ConversionError(
+                f"the heads are {title}, which is not supported; see the README for those that are"
+            )
+    return None
+
+
+def _root(family: Family, names: Collection[str], config: dict[str, Any]) -> str | None:
+    """What stands before the family's names ("" or "language_model."), or None where it is another family."""
+    if family.setting and config.get(family.setting) is None:
+        return None
+    marker = re.compile(f"({_ROOT}){family.marker}")
+    trunk = int(config.get("num_hidden_layers") or 0) if family.past_trunk else 0
+    for name in names:
+        match = marker.match(name)
+        if match and (not family.past_trunk or int(match[2]) >= trunk):
+            return match[1]
+    return None
+
+
+def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Found:
+    root = _root(family, names, config) or ""
+    layers = sorted(
+        {int(m[1]) for m in (re.fullmatch(re.escape(root) + family.layers, name) for name in names) if m}
+    )
+    _check_numbers(family, layers, config)
+    convention = family.convention
+    if convention.family == "speculators":  # only renamed, so its norms are as the model stores them
+        zero_centred = config["model_type"].startswith(("qwen3_next", "qwen3_5"))
+        convention = replace(convention, zero_centred_norms=zero_centred)
+    drafts = int(config.get(family.drafts) or 0) if family.drafts else 0
+    found = Found(family.title, convention, [], [], set(), config, drafts=drafts)
+    for i, n in enumerate(layers or [0]):
+        z = n + len(nemotron_pattern(config)) - 1 if "{z}" in family.names.norm_out else n
+        stored = {
+            key: root + value.format(i=i, n=n, z=z) for key, value in vars(family.names).items() if value
+        }
+        where = Stored(config, names, stored["block"], i, n)
+        block = BLOCKS[config["model_type"]](where)
+        found.blocks.append(block)
+        found.targets += _head(i, where.hidden, stored, block, convention)
+        for part in ("embed_tokens", "lm_head"):
+            if part in stored:
+                found.copies.append((f"heads.{i}.{part}.weight", stored[part], part))
+        found.owned |= {name for name in names if name.startswith(root + family.owned.format(n=n))}
+    found.count = len(found.blocks)
+    return found
+
+
+def _speculative_tokens(speculators: dict[str, Any]) -> int:
+    """How many tokens the one layer of a speculators folder was trained to draft in turn; 0 if it does not say."""
+    methods = speculators.get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else None
+    tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
+
+
+def _check_numbers(family: Family, layers: list[int], config: dict[str, Any]) -> None:
+    """Raises ConversionError where heads do not follow one another: those behind a lost one would draft for it."""
+    if "{z}" in family.names.norm_out or not layers:  # several layers each, or one that is not numbered
+        return
+    first = int(config.get("num_hidden_layers") or layers[0]) if family.past_trunk else 0
+    lost = [n for n, found in zip(range(first, first + len(layers)), layers, strict=True) if n != found]
+    if lost:
+        raise ConversionError(
+            f"MTP heads are at the layers {', '.join(map(str, layers))}, but that of layer {lost[0]} is missing or "
+            f"incomplete ({family.title}); get the whole checkpoint"
+        )
+
+
+def _as_written(found: Found, written: dict[str, Any]) -> Found:
+    """`found` with the fields that our export wrote down.
+
+    Raises ConversionError: a field or a value that is none.
+    """
+    for name, value in written.items():
+        if value not in CONVENTION_FIELDS.get(name, ()):
+            raise ConversionError(f"config.json: {CONVENTION_KEY} says {name} {value!r}, which is not known")
+    return replace(found, convention=replace(found.convention, **written))
+
+
+def _head(
+    i: int, width: int, stored: dict[str, str], block: Block, convention: HeadConvention
+) -> list[Target]:
+    """The canonical tensors of head i, norms as the family's convention stores them."""
+    norm = ADD_ONE if convention.zero_centred_norms else AS_IT_IS
+
+    def own(name: str, shape: tuple[int, ...], step: Step) -> Target:
+        return Target(f"heads.{i}.{name}.weight", shape, ((stored[name], shape),), step)
+
+    targets = [
+        own("fuse", (width, 2 * width), SWAP if convention.stored_order == "hidden" else AS_IT_IS),
+        own("norm_embedding", (width,), norm),
+        own("norm_hidden", (width,), norm),
+    ]
+    for target in block.targets:
+        step = norm if _is_norm(target) else target.step
+        targets.append(replace(target, name=f"heads.{i}.block.{target.name}", step=step))
+    return targets + [own("norm_out", (width,), norm)] if "norm_out" in stored else targets
+
+
+def _is_norm(target: Target) -> bool:
+    """Whether a block's tensor is a norm that follows the family's convention (one scaled at conversion is plain)."""
+    return len(target.shape) == 1 and target.name.endswith("norm.weight") and target.step is AS_IT_IS

@@ -1,0 +1,289 @@
+"""From an opened checkpoint to the plan of its heads: recognised, checked tensor by tensor, duplicates found.
+
+Nothing is converted here and mlx is not needed. Only the tensors that may be copies of the trunk's are read, and
+a few norms where the file does not say in what form its norms are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.convert.heads.families import Found, find_cascade
+from mtp_mlx.convert.heads.other_forms import find_lora, find_medusa, find_meta
+from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, HeadPlan, Target
+from mtp_mlx.convert.read.checkpoint import Checkpoint
+from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
+from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
+from mtp_mlx.errors import ConversionError
+
+# Where a trunk keeps its embedding and its LM head.
+_TRUNK = {
+    "embed_tokens": (
+        "model.embed_tokens.weight",
+        "model.language_model.embed_tokens.weight",
+        "language_model.model.embed_tokens.weight",
+        "backbone.embeddings.weight",
+    ),
+    "lm_head": ("lm_head.weight", "language_model.lm_head.weight"),
+}
+_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+_NO_CONFIG = ("quantization_config", "text_config", "vision_config", "id2label", "label2id", "auto_map")
+_CHUNK = 1 << 24
+# What a configuration of wrong types or impossible numbers ends in.
+_MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+_SHOWN = 20
+
+
+def find_heads(checkpoint: Checkpoint) -> Found | None:
+    """The heads of `checkpoint`, or None where it has none.
+
+    Raises ConversionError: heads of an unsupported kind, or heads that the configuration announces are not there.
+    """
+    config = checkpoint.text_config
+    tensors = checkpoint.tensors
+    try:
+        found = (
+            find_cascade(tensors.keys(), config)
+            or find_meta(tensors, config)
+            or find_medusa(tensors, config)
+            or find_lora(tensors, config)
+        )
+    except ConversionError as error:  # those below know names and settings, not where they come from
+        raise ConversionError(f"{checkpoint.path}: {error}") from error
+    except _MISFITS as error:
+        raise _undescribed(checkpoint, error) from error
+    if found is not None and found.drafts > MOST_HEADS:
+        raise _undescribed(checkpoint, ValueError(f"{found.drafts} drafts in a step"))
+    announced = _announced(config)
+    if found is None and announced:
+        raise ConversionError(
+            f"{checkpoint.path}: {checkpoint.config_name} announces {announced} MTP head(s), but no tensor of one is "
+            "there; they were dropped when this copy was made, use the original checkpoint"
+        )
+    return found
+
+
+def _undescribed(checkpoint: Checkpoint, error: Exception) -> ConversionError:
+    return ConversionError(
+        f"{checkpoint.path}: {checkpoint.config_name or 'its configuration'} does not describe such a model "
+        f"({error!r}); use the model's own config.json"
+    )
+
+
+def _announced(config: Mapping[str, Any]) -> int:
+    return next((int(config[key]) for key in _COUNTS if isinstance(config.get(key), int)), 0)
+
+
+def plan_heads(
+    checkpoint: Checkpoint,
+    norms: str = "auto",
+    order: str = "auto",
+    hidden: str = "auto",
+    recycled: str = "auto",
+) -> HeadPlan:
+    """The plan of the heads of `checkpoint`.
+
+    norms: how the file stores its norms ("plain" or "zero-centred"), order: which half its fuse weights begin with
+    ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"), recycled: which
+    of their own the next draft takes ("normed" or "raw", or "trunk": that of the trunk); "auto" for the family's way.
+
+    Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
+    """
+    found = find_heads(checkpoint)
+    if found is None:
+        raise ConversionError(
+            f"{checkpoint.path}: holds no MTP heads of a known kind ({len(checkpoint.tensors)} tensors, model_type "
+            f"{checkpoint.text_config.get('model_type')!r}); train some with 'mtp-mlx train', or see the README for "
+            "the kinds that are known"
+        )
+    found, notes = _settle_norms(checkpoint, found, norms)
+    found, told = _as_asked(checkpoint, found, order, hidden, recycled)
+    notes += told
+    try:
+        copies, dropped, convention = _copies(checkpoint, found)
+    except _MISFITS as error:
+        raise _undescribed(checkpoint, error) from error
+    _check(checkpoint, found, [*found.targets, *copies])
+    announced = _announced(checkpoint.text_config)
+    if announced and found.convention.kind == "cascade" and announced != found.count:
+        notes.append(
+            f"the configuration announces {announced} head(s), the file holds {found.count}: all are taken"
+        )
+    # Keys with an underscore are notes of the program that wrote the file, such as the folder it was in.
+    config = {
+        key: value for key, value in found.config.items() if key not in _NO_CONFIG and not key.startswith("_")
+    }
+    return HeadPlan(
+        title=found.title,
+        convention=convention,
+        count=found.count,
+        targets=[*found.targets, *copies],
+        blocks=found.blocks,
+        dropped=dropped,
+        notes=notes,
+        model_config=config,
+        drafts=found.drafts,
+    )
+
+
+# --- norms --------------------------------------------------------------------------------------------------
+
+
+def _settle_norms(checkpoint: Checkpoint, found: Found, norms: str) -> tuple[Found, list[str]]:
+    """`found` with 1 added to its norms or not, and why."""
+    if not found.convention.zero_centred_norms and norms != "zero-centred":
+        return found, []
+    if norms != "auto":
+        zero_centred, why = norms == "zero-centred", "as asked for"
+    else:
+        zero_centred, why = _zero_centred(checkpoint, found)
+    word = "around zero, 1 is added to each" if zero_centred else "as plain gains already, nothing is added"
+    convention = replace(found.convention, zero_centred_norms=zero_centred)
+    targets = [_with_norm(target, zero_centred) for target in found.targets]
+    return replace(found, convention=convention, targets=targets), [f"norms are stored {word} ({why})"]
+
+
+def _with_norm(target: Target, zero_centred: bool) -> Target:
+    is_norm = len(target.shape) == 1 and "norm" in target.name and target.step in (ADD_ONE, AS_IT_IS)
+    return replace(target, step=ADD_ONE if zero_centred else AS_IT_IS) if is_norm else target
+
+
+def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
+    """Whether the file still has the family's own form of norms. mlx-lm's conversion adds 1 to the trunk's norms
+    and moves the axes of its convolutions, but knows nothing of heads, whose norms may have either form then."""
+    tensors = checkpoint.tensors
+    convolutions = [
+        t.shape for name, t in tensors.items() if name.endswith("conv1d.weight") and len(t.shape) == 3
+    ]
+    if not convolutions:
+        return True, "the family's own form; the file has no convolutions that could say otherwise"
+    if convolutions[0][-1] != 1:
+        return True, "the trunk's convolutions have the original layout"
+    gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
+    head = _mean(tensors, [name for name in gains if name in found.owned])
+    trunk = _mean(tensors, [name for name in gains if name not in found.owned])
+    if head is None or trunk is None:
+        raise ConversionError(
+            f"{checkpoint.path}: the trunk was converted by mlx-lm, and nothing in the file tells whether the heads' "
+            "norms were too; say so with --head-norms plain or --head-norms zero-centred"
+        )
+    why = f"the trunk is mlx-lm's; mean of q and k norms {trunk:.2f} in the trunk, {head:.2f} in the heads"
+    return abs(head - trunk) > abs(head + 1 - trunk), why
+
+
+def _mean(tensors: Mapping[str, LazyTensor], names: list[str]) -> float | None:
+    return float(np.mean([tensors[name].float32().mean() for name in names])) if names else None
+
+
+def _as_asked(
+    checkpoint: Checkpoint, found: Found, order: str, hidden: str, recycled: str
+) -> tuple[Found, list[str]]:
+    """`found` with another order or other states than its family's, and what was changed."""
+    convention, targets, notes = found.convention, found.targets, []
+    if {order, hidden, recycled} != {"auto"} and convention.kind != "cascade":
+        raise ConversionError(
+            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden states can "
+            "be chosen"
+        )
+    if order not in ("auto", convention.stored_order):
+        convention = replace(convention, stored_order=order)
+        fuse = SWAP if order == "hidden" else AS_IT_IS
+        targets = [replace(t, step=fuse) if t.name.endswith(".fuse.weight") else t for t in targets]
+        notes.append(f"fuse weights are stored {order}-first (as asked for)")
+    if hidden not in ("auto", convention.first_hidden):
+        convention = replace(convention, first_hidden=hidden)
+        notes.append(f"heads take the {hidden} state (as asked for)")
+    if recycled not in ("auto", convention.recycled_hidden):
+        convention = replace(convention, recycled_hidden=recycled)
+        notes.append(f"the next draft takes the {recycled} state (as asked for)")
+    return replace(found, convention=convention, targets=targets), notes
+
+
+# --- copies of the trunk's embedding and LM head ------------------------------------------------------------
+
+
+def _copies(
+    checkpoint: Checkpoint, found: Found
+) -> tuple[list[Target], list[tuple[str, str]], HeadConvention]:
+    """Targets of embeddings and LM heads that are the heads' own; (stored name, trunk's name) of those that are the
+    trunk's byte for byte; and the convention that says which they are."""
+    tensors = checkpoint.tensors
+    own: list[Target] = []
+    dropped: list[tuple[str, str]] = []
+    is_own = {part: False for _, _, part in found.copies}
+    width = int(found.config.get("hidden_size") or 0)
+    for name, stored, part in found.copies:
+        trunk = _trunk(tensors, part, found)
+        family_has_own = (
+            found.convention.embedding if part == "embed_tokens" else found.convention.lm_head
+        ) == "own"
+        if stored in tensors and trunk is not None and same_bytes(tensors[stored], tensors[trunk]):
+            dropped.append((stored, trunk))
+        elif stored in tensors or family_has_own:
+            rows = tensors[trunk].shape[0] if trunk else int(found.config.get("vocab_size") or 0)
+            own.append(Target(name, (rows, width), ((stored, (rows, width)),)))
+            is_own[part] = True
+    for name, stored, part in found.copies:  # one convention for all heads: where one has its own, all do
+        if is_own[part] and not any(target.name == name for target in own):
+            trunk = _trunk(tensors, part, found)
+            shape = (tensors[trunk].shape[0] if trunk else 0, width)
+            own.append(Target(name, shape, ((stored if stored in tensors else trunk or stored, shape),)))
+            dropped = [pair for pair in dropped if pair[0] != stored]
+    says = {part: "own" if value else "shared" for part, value in is_own.items()}
+    convention = replace(
+        found.convention,
+        embedding=says.get("embed_tokens", found.convention.embedding),
+        lm_head=says.get("lm_head", found.convention.lm_head),
+    )
+    return own, dropped, convention
+
+
+def _trunk(tensors: Mapping[str, LazyTensor], part: str, found: Found) -> str | None:
+    """The trunk's tensor that `part` may be a copy of; a tied LM head is the embedding."""
+    names = _TRUNK[part]
+    if part == "lm_head" and found.config.get("tie_word_embeddings"):
+        names += _TRUNK["embed_tokens"]
+    return next((name for name in names if name in tensors), None)
+
+
+def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    x, y = (np.ascontiguousarray(t.load()).reshape(-1).view(np.uint8) for t in (a, b))
+    return all(np.array_equal(x[i : i + _CHUNK], y[i : i + _CHUNK]) for i in range(0, len(x), _CHUNK))
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _check(checkpoint: Checkpoint, found: Found, targets: list[Target]) -> None:
+    """Raise one ConversionError with every tensor that is missing, unexpected, misshapen or of a wrong type."""
+    tensors = checkpoint.tensors
+    used: set[str] = {stored for _, stored, _ in found.copies}
+    problems: dict[str, str] = {}
+    for target in targets:
+        for name, shape in target.sources:
+            used.add(name)
+            if name not in tensors:
+                problems[name] = f"missing {name} {list(shape)}"
+            elif tensors[name].shape != shape:
+                problems[name] = f"{name} is {list(tensors[name].shape)}, {list(shape)} expected"
+            elif tensors[name].dtype not in FLOATS:
+                problems[name] = f"{name} is of type {tensors[name].dtype}, a float type expected"
+            elif tensors[name].dtype != tensors[target.sources[0][0]].dtype:
+                problems[name] = f"{name} is of type {tensors[name].dtype}, its siblings are not"
+    for name in sorted(found.owned - used):
+        if not name.endswith("rotary_emb.inv_freq"):
+            problems[name] = f"unexpected {name} {list(tensors[name].shape)}"
+    if problems:
+        shown = "; ".join(list(problems.values())[:_SHOWN])
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ConversionError(
+            f"{checkpoint.path}: tensors of the heads do not fit {found.title} as its configuration describes it "
+            f"({len(problems)}): {shown}{more}"
+        )

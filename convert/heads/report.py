@@ -1,0 +1,128 @@
+"""What a checkpoint holds and what the converter would make of its heads, in words; no mlx."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.convert.heads.plan import find_heads
+from mtp_mlx.convert.heads.targets import HeadPlan, Target
+from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME
+from mtp_mlx.convert.read.checkpoint import Checkpoint
+from mtp_mlx.convert.read.safetensors import read_safetensors
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.errors import ConversionError
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint is, for `mtp-mlx info`: container, size, model type, heads. Reads no weights."""
+    config = checkpoint.text_config
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "container": checkpoint.container,
+        "files": checkpoint.files,
+        "type": config.get("model_type", "?"),
+        "tensors": len(checkpoint.tensors),
+        "size": sum(tensor.n_bytes for tensor in checkpoint.tensors.values()),
+        "types": types(checkpoint),
+    }
+    return facts | {"mtp heads": describe_heads(checkpoint)}
+
+
+def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
+    """Family, number and convention of the heads; "none"; or why they cannot be used."""
+    try:
+        found = find_heads(checkpoint)
+    except ConversionError as error:
+        return f"not usable: {error}"
+    if found is None:
+        return "none"
+    if found.convention.kind == "lora":  # no heads: neither a number nor a convention of them
+        return {"family": found.title}
+    facts: dict[str, Any] = {"family": found.title, "count": found.count}
+    return facts | {"convention": convention_facts(found.convention)}
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """What an adapter folder of converted heads says about itself.
+
+    Raises ConversionError: its mtp_config.json or its tensors are damaged.
+    """
+    tensors = read_safetensors(folder / WEIGHTS_NAME)
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        heads = config["heads"]
+        return {
+            "kind": "adapter",
+            "method": config["method"],
+            "size": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+            "weights": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            "base": config["base"],
+            "family": config["source"]["family"],
+            "heads": heads["count"],
+            "convention": {name.replace("_", " "): value for name, value in heads["convention"].items()},
+            "acceptance": [float(value) for value in config["acceptance"]] or "not measured",
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path} is damaged ({error!r}); convert the heads again") from error
+
+
+def types(checkpoint: Checkpoint) -> str:
+    """How many tensors of each number type."""
+    counts: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
+    return ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))
+
+
+def convention_facts(convention: HeadConvention) -> dict[str, Any]:
+    """A convention's fields that its kind of heads has, by readable names."""
+    facts = convention.to_json()
+    for name in ("family", "kind", "rope_position"):
+        facts.pop(name)
+    return {name.replace("_", " "): value for name, value in facts.items() if value not in ("", [])}
+
+
+def source_line(checkpoint: Checkpoint) -> str:
+    """Where the checkpoint is and what it is stored in."""
+    return (
+        f"source: {checkpoint.path} ({checkpoint.container}, {len(checkpoint.files)} file(s), "
+        f"{len(checkpoint.tensors)} tensors: {types(checkpoint)})"
+    )
+
+
+def plan_lines(checkpoint: Checkpoint, plan: HeadPlan) -> list[str]:
+    """The plan: family, heads, what maps where, what is dropped."""
+    lines = [
+        source_line(checkpoint),
+        f"family: {plan.title}",
+        f"heads: {plan.count}",
+        "convention:",
+        *[f"  {name}: {_text(value)}" for name, value in convention_facts(plan.convention).items()],
+    ]
+    if plan.blocks:
+        block = plan.blocks[0]
+        lines.append(f"block: mlx_lm.models.{block.module}.{block.class_name}")
+    lines += ["tensors:", *[f"  {_line(target, checkpoint)}" for target in plan.targets]]
+    if plan.dropped:
+        lines += ["dropped, equal to the trunk's byte for byte:", *[f"  {a} = {b}" for a, b in plan.dropped]]
+    if plan.notes:
+        lines += ["notes:", *[f"  {note}" for note in plan.notes]]
+    return lines
+
+
+def _line(target: Target, checkpoint: Checkpoint) -> str:
+    names = [name for name, _ in target.sources]
+    stored = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+    how = f", {target.step.text}" if target.step.text else ""
+    return f"{target.name} {list(target.shape)} {target.dtype(checkpoint.tensors)} <- {stored}{how}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,177 @@
+"""MTP heads as data: what a family's convention is, which stored tensors make up each canonical one, and how.
+
+Canonical names, for head i (D = hidden size, V = vocabulary):
+
+    heads.{i}.fuse.weight [D, 2D]        columns 0..D-1 act on the embedding, D..2D-1 on the hidden state
+    heads.{i}.norm_embedding.weight, heads.{i}.norm_hidden.weight [D]
+    heads.{i}.block.<name in mlx-lm's decoder layer>    .block.{j}.<name> where a head has several layers
+    heads.{i}.norm_out.weight [D]        absent: the identity, or the trunk's own (`output_norm` says which)
+    heads.{i}.embed_tokens.weight, heads.{i}.lm_head.weight [V, D]    absent: shared with the trunk
+
+Medusa's heads have `heads.{i}.residual.{j}.weight|bias` and `heads.{i}.lm_head.weight` instead. Norms are plain
+gains: where a family stores them around zero, 1 has been added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.convert.read.lazy_tensor import FLOATS, STORED_AS, LazyTensor, from_float32, to_float32
+from mtp_mlx.drafters.heads.convention import HeadConvention
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What turns stored tensors into a canonical one; `text` says it in words.
+
+    bits: on the arrays as stored, exact in any type. values: on the values of the only one, in float32.
+    """
+
+    text: str
+    bits: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
+    values: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+AS_IT_IS = Step("", bits=lambda arrays: arrays[0])
+SWAP = Step(
+    "columns swapped to [embedding ; hidden]",
+    bits=lambda arrays: np.concatenate(np.split(arrays[0], 2, axis=1)[::-1], axis=1),
+)
+ADD_ONE = Step("1 added", values=lambda norm: norm + np.float32(1))
+STACK = Step("stacked", bits=np.stack)
+TRANSPOSED = Step("transposed", bits=lambda arrays: arrays[0].T)
+
+
+def half(which: int) -> Step:
+    """The first (0) or second (1) half of the rows of each [..., 2N, D] matrix."""
+    name = ("first", "second")[which]
+    return Step(f"{name} half of the rows", bits=lambda arrays: np.split(arrays[0], 2, axis=-2)[which])
+
+
+def scaled(factor: float) -> Step:
+    """Multiplied by a number."""
+    return Step(f"times {factor:.6g}", values=lambda values: values * np.float32(factor))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A canonical tensor: its name and shape, the stored tensors it is made of with their shapes, and how."""
+
+    name: str
+    shape: Shape
+    sources: tuple[tuple[str, Shape], ...]
+    step: Step = AS_IT_IS
+
+    def dtype(self, tensors: Mapping[str, LazyTensor]) -> str:
+        """Its type, that of its sources."""
+        return tensors[self.sources[0][0]].dtype
+
+    def build(self, tensors: Mapping[str, LazyTensor]) -> np.ndarray:
+        """The array as stored (bits where numpy has no such type), of `shape`."""
+        arrays = [tensors[name].load() for name, _ in self.sources]
+        if self.step.values is not None:
+            dtype = self.dtype(tensors)
+            return from_float32(self.step.values(to_float32(arrays[0], dtype)), dtype)
+        assert self.step.bits is not None
+        return np.ascontiguousarray(self.step.bits(arrays)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A head's decoder layer(s): which classes of mlx-lm, made how, from which tensors.
+
+    It is built as `class_name(args_class.from_dict({**model config, **overrides}), **layers[j])`.
+
+    Attributes:
+        module: a module of mlx_lm.models.
+        layers: for each layer the arguments after the model's; one layer except for Nemotron-H.
+        targets: their tensors; target names are below the block, source names whole.
+        window: rows that its attention sees at most, its own included; None for all.
+    """
+
+    module: str
+    class_name: str
+    args_class: str
+    layers: tuple[dict[str, Any], ...]
+    overrides: dict[str, Any]
+    targets: tuple[Target, ...]
+    window: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For mtp_config.json."""
+        return {
+            "module": f"mlx_lm.models.{self.module}",
+            "class": self.class_name,
+            "args_class": self.args_class,
+            "overrides": self.overrides,
+            "layers": list(self.layers),
+            "window": self.window,
+        }
+
+
+@dataclass
+class HeadPlan:
+    """What a checkpoint's heads become. Made by `heads_plan.plan_heads`, carried out by `heads_write`.
+
+    Attributes:
+        title: the family in words.
+        blocks: one for each head; empty for Medusa.
+        dropped: (stored tensor, the trunk's tensor it equals byte for byte).
+        notes: what else was decided, and why.
+        model_config: the language model's configuration, as far as a block needs it.
+        drafts: tokens the heads were trained to draft in a step; 0 for one each.
+    """
+
+    title: str
+    convention: HeadConvention
+    count: int
+    targets: list[Target]
+    blocks: list[Block] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    model_config: dict[str, Any] = field(default_factory=dict)
+    drafts: int = 0
+
+
+def save_targets(
+    path: Path,
+    targets: list[Target],
+    tensors: Mapping[str, LazyTensor],
+    progress: Callable[[str], None] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write a safetensors file of `targets`, building one tensor after the other; floats in `dtype` if given."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for target in targets:
+        kind = _kind(target, tensors, dtype)
+        end = position + math.prod(target.shape) * np.dtype(STORED_AS[kind]).itemsize
+        header[target.name] = {"dtype": kind, "shape": list(target.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for target in targets:
+            if progress is not None:
+                progress(target.name)
+            built, stored = target.build(tensors), target.dtype(tensors)
+            kind = _kind(target, tensors, dtype)
+            if kind != stored:
+                built = from_float32(to_float32(built, stored), kind)
+            file.write(built.tobytes())
+
+
+def _kind(target: Target, tensors: Mapping[str, LazyTensor], dtype: str | None) -> str:
+    """The type a target is written in."""
+    stored = target.dtype(tensors)
+    return dtype if dtype is not None and stored in FLOATS else stored

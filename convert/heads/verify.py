@@ -1,0 +1,358 @@
+"""Which convention converted heads were trained for, measured: acceptance on the base's own greedy text.
+
+RMSNorm hides a wrong hidden state, a wrong order or norms stored around zero: the head still drafts fluently, only
+few drafts are accepted. So the base continues a few prompts greedily, head 1 drafts every token of that text given
+the true tokens before it (teacher-forced), and where few drafts are right the other conventions are tried. Where head
+1 is right, the second draft shows which of a head's states the next one was trained on.
+
+Legend: T tokens of a text, P of them prompt, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import generate_step
+
+from mtp_mlx.adapter_folder import CONFIG_NAME, read_config
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import load_heads
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import write_text
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.seams import find_seams
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short story about a fox and a crow.",
+    "Explain how a bicycle stays upright.",
+    "List five things to pack for a week in the mountains.",
+    "def fibonacci(n):",
+    "Translate into French: The library opens at nine in the morning.",
+    "What is 17 times 23? Show each step.",
+    "The history of the steam engine begins",
+)
+TOKENS = 64  # of each continuation
+_LAST_NORMS = ("norm", "norm_f")  # what trunks call it
+RECYCLED = ("normed", "raw", "trunk")  # see `HeadConvention.recycled_hidden`
+LOW = 0.5  # acceptance of head 1 below which other conventions are tried
+BETTER = 0.1  # by which another convention must win to be named
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The three conventions that a wrong guess leaves unseen, with the names of `HeadConvention`."""
+
+    first_hidden: str
+    stored_order: str
+    zero_centred_norms: bool
+
+    @classmethod
+    def of(cls, convention: HeadConvention) -> Variant:
+        """As a convention says."""
+        return cls(convention.first_hidden, convention.stored_order, convention.zero_centred_norms)
+
+    def __str__(self) -> str:
+        norms = "zero-centred" if self.zero_centred_norms else "plain"
+        return f"{self.first_hidden} hidden, {self.stored_order} first, {norms} norms"
+
+
+@dataclass
+class Verification:
+    """What was measured.
+
+    Attributes:
+        written: the convention that the folder says.
+        acceptance: of every depth, given that those before it were accepted; shorter where nothing got that far.
+        tokens: drafts of head 1 that were compared.
+        others: acceptance of head 1 under other conventions; empty where that of the written one is not low.
+        second: acceptance of the second draft by the state it takes, "normed", "raw" or "trunk"; empty where head
+            1's is low, or where there is no output norm.
+        recycled: the state that the folder says.
+    """
+
+    written: Variant
+    acceptance: list[float]
+    tokens: int
+    others: dict[Variant, float] = field(default_factory=dict)
+    second: dict[str, float] = field(default_factory=dict)
+    recycled: str = ""
+
+    @property
+    def fits_better(self) -> Variant | None:
+        """The convention that the weights were trained for, where that is clearly another than the written one."""
+        best = max(self.others, key=lambda variant: self.others[variant], default=None)
+        return best if best is not None and self.others[best] > self.acceptance[0] + BETTER else None
+
+    @property
+    def recycles_better(self) -> str | None:
+        """The state that the second draft was trained on, where that is clearly another than the written one."""
+        best = max(self.second, key=lambda state: self.second[state], default=None)
+        clear = best is not None and self.second[best] > self.second[self.recycled] + BETTER
+        return best if clear else None
+
+    def lines(self) -> list[str]:
+        """For people."""
+        depths = " / ".join(f"{value:.2f}" for value in self.acceptance)
+        lines = [f"verify: acceptance per depth {depths} on {self.tokens} tokens ({self.written})"]
+        for variant, value in sorted(self.others.items(), key=lambda item: -item[1]):
+            lines.append(f"verify: head 1 would have {value:.2f} with {variant}")
+        better = self.fits_better
+        if better is not None:
+            mend = _how_to_mend(self.written, better)
+            lines.append(f"verify: the weights were trained for {better}, not for {self.written}; {mend}")
+        elif self.others:
+            lines.append(
+                "verify: no convention fits clearly better, so the heads are weak, damaged or of another base"
+            )
+        for state, value in self.second.items():
+            written = " (written)" if state == self.recycled else ""
+            lines.append(f"verify: the second draft has {value:.2f} if it takes the {state} state{written}")
+        if self.recycles_better is not None:
+            lines.append(f"verify: convert again with --head-recycled {self.recycles_better}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """For mtp_config.json."""
+        report: dict[str, Any] = {"tokens": self.tokens, "acceptance": self.acceptance}
+        if self.second:
+            report["second draft by its state"] = self.second
+        if self.others:
+            report["head 1 otherwise"] = {str(variant): value for variant, value in self.others.items()}
+            report["fits better"] = None if self.fits_better is None else str(self.fits_better)
+        return report
+
+
+def _how_to_mend(written: Variant, better: Variant) -> str:
+    options = []
+    if better.zero_centred_norms != written.zero_centred_norms:
+        options.append(f"--head-norms {'zero-centred' if better.zero_centred_norms else 'plain'}")
+    if better.stored_order != written.stored_order:
+        options.append(f"--head-order {better.stored_order}")
+    if better.first_hidden != written.first_hidden:
+        options.append(f"--head-hidden {better.first_hidden}")
+    return f"convert again with {' '.join(options)}"
+
+
+def verify_heads(
+    model: nn.Module,
+    tokenizer: Any,
+    heads: nn.Module,
+    prompts: Sequence[str] = PROMPTS,
+    tokens: int = TOKENS,
+) -> Verification:
+    """Measures `heads` on greedy continuations that a bare `model` writes itself.
+
+    Raises:
+        MTPError: heads of another form than a cascade on the trunk's last state; or every continuation is too short
+            to draft anything.
+    """
+    if not isinstance(heads, MTPHeads) or heads.convention.first_hidden == "before-last-layer":
+        raise MTPError(
+            f"heads of the family {heads.convention.family} are not measured: --verify knows cascades on the state "
+            "before or after the trunk's last norm"
+        )
+    texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
+    attached = attach(model, mtp_heads=heads)
+    try:
+        rows = [_Rows.of(attached, heads, ids, start) for ids, start in texts if len(ids) > start + 1]
+        if not rows:
+            raise MTPError(
+                "the model ends every built-in prompt at once, so that there is nothing to verify heads on"
+            )
+        written = Variant.of(heads.convention)
+        acceptance = _acceptance(attached, heads, rows, written.first_hidden, heads.drafts)
+        result = Verification(written, acceptance, sum(row.count for row in rows))
+        result.recycled = heads.convention.recycled_hidden
+        if acceptance[0] < LOW:
+            for variant in _variants(written, can_be_before_norm=rows[0].before_norm is not None):
+                with _as_if(heads, written, variant):
+                    found = _acceptance(attached, heads, rows, variant.first_hidden, 1)
+                result.others[variant] = found[0]
+        elif "norm_out" in heads.heads[0]:
+            result.second = _second_draft(attached, heads, rows, written.first_hidden)
+        return result
+    finally:
+        attached.detach()
+
+
+def verify_folder(
+    model: nn.Module, tokenizer: Any, folder: Path, prompts: Sequence[str] = PROMPTS, tokens: int = TOKENS
+) -> Verification:
+    """Measures the adapter folder of heads `folder` and writes what was found into its config.
+
+    Raises:
+        MTPError: no heads there, of another base, or of a kind that nothing runs.
+    """
+    heads, info = load_heads(folder, model)
+    if not isinstance(heads, MTPHeads):
+        raise MTPError(
+            f"{folder}: heads of kind '{info.convention.kind}' have no conventions that --verify could try"
+        )
+    bare = attach(model)
+    heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does
+    bare.detach()
+    result = verify_heads(model, tokenizer, heads, prompts, tokens)
+    config = read_config(folder)
+    config["acceptance"] = result.acceptance
+    config["measurements"] = {**config.get("measurements", {}), "verify": result.to_json()}
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    return result
+
+
+# --- texts and states ---------------------------------------------------------------------------------------
+
+
+def _text(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> tuple[list[int], int]:
+    """(ids of the prompt and of the base's greedy continuation, P)."""
+    from mtp_mlx.api import chat_prompt
+
+    ids = chat_prompt(tokenizer, prompt)
+    start = len(ids)
+    for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens):
+        ids.append(int(token))
+        if int(token) in tokenizer.eos_token_ids:
+            break
+    return ids, start
+
+
+@dataclass
+class _Rows:
+    """A text and the trunk's states over it.
+
+    Attributes:
+        ids: [T] int32. start: P.
+        embeddings, after_norm: [1, T, D]. before_norm: [1, T, D], or None where the trunk has no last norm.
+    """
+
+    ids: mx.array
+    start: int
+    embeddings: mx.array
+    after_norm: mx.array
+    before_norm: mx.array | None
+
+    @classmethod
+    def of(cls, attached: AttachedModel, heads: MTPHeads, ids: list[int], start: int) -> _Rows:
+        """Runs the trunk over a text."""
+        array = mx.array(ids, dtype=mx.int32)
+        trunk = find_seams(attached.model).trunk
+        with _last_norm_seen(trunk) as seen:
+            after = trunk(array[None])
+        before = seen[-1] if seen else None
+        embeddings = heads.heads[0].embed(array, attached.embed)[None]
+        mx.eval(after, embeddings, [] if before is None else before)
+        return cls(array, start, embeddings, after, before)
+
+    @property
+    def first(self) -> int:
+        """First row that drafts when decoding: it has the first token of the continuation, and drafts the second."""
+        return self.start - 1
+
+    @property
+    def count(self) -> int:
+        """Drafts of head 1 that are compared."""
+        return len(self.ids) - 2 - self.first
+
+
+class _Seen(nn.Module):
+    """A norm that writes down its input."""
+
+    def __init__(self, norm: nn.Module, seen: list[mx.array]) -> None:
+        super().__init__()
+        self.norm, self._seen = norm, seen
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._seen.append(x)
+        return cast(mx.array, self.norm(x))
+
+
+@contextmanager
+def _last_norm_seen(trunk: nn.Module) -> Iterator[list[mx.array]]:
+    """The inputs of the trunk's last norm while the block runs."""
+    seen: list[mx.array] = []
+    name = next((name for name in _LAST_NORMS if isinstance(trunk.get(name), nn.Module)), None)
+    if name is None:
+        yield seen
+        return
+    norm = trunk[name]
+    trunk[name] = _Seen(norm, seen)
+    try:
+        yield seen
+    finally:
+        trunk[name] = norm
+
+
+# --- acceptance ---------------------------------------------------------------------------------------------
+
+
+def _acceptance(
+    attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str, depths: int
+) -> list[float]:
+    """Acceptance of each depth among the rows where all depths before it were right; at least one number."""
+    right, seen = [0] * depths, [0] * depths
+    for text in rows:
+        hidden = text.before_norm if first_hidden == "pre-norm" else text.after_norm
+        assert hidden is not None
+        alive = mx.ones((text.count,), dtype=mx.bool_)
+        for k, z in enumerate(heads.cascade(text.embeddings, hidden, depths)):
+            known = text.ids[text.first + k + 2 :]  # what depth k + 1 should draft
+            if not len(known):
+                break
+            unembed = heads.at_depth(k + 1).get("lm_head", attached.head)
+            picks = mx.argmax(unembed(z[:, text.first : text.first + len(known)])[0], axis=-1)
+            alive = alive[: len(known)]
+            seen[k] += int(alive.sum())
+            alive = alive & (picks == known)
+            right[k] += int(alive.sum())
+    return [r / s for r, s in zip(right, seen, strict=True) if s]
+
+
+def _second_draft(
+    attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str
+) -> dict[str, float]:
+    """Acceptance of the second draft, where the first was right, by the state that it takes."""
+    found = {}
+    for state in RECYCLED:
+        with heads.recycling(state):
+            acceptance = _acceptance(attached, heads, rows, first_hidden, 2)
+        if len(acceptance) > 1:
+            found[state] = acceptance[1]
+    return found
+
+
+def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:
+    """All other combinations."""
+    hidden = ("post-norm", "pre-norm") if can_be_before_norm else ("post-norm",)
+    every = (Variant(*values) for values in itertools.product(hidden, ("embedding", "hidden"), (False, True)))
+    return [variant for variant in every if variant != written]
+
+
+@contextmanager
+def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None]:
+    """Head 1 as a conversion under `variant` would have made it of the stored weights, inside the block."""
+    head = heads.heads[0]
+    before = cast("list[tuple[str, mx.array]]", tree_flatten(head.parameters()))
+    shift = int(variant.zero_centred_norms) - int(written.zero_centred_norms)
+
+    def changed(name: str, value: mx.array) -> mx.array:
+        if name == "fuse.weight" and variant.stored_order != written.stored_order:
+            return mx.concatenate(list(mx.split(value, 2, axis=1))[::-1], axis=1)
+        if value.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]:
+            return value + shift
+        return value
+
+    try:
+        head.update(tree_unflatten([(name, changed(name, value)) for name, value in before]))
+        yield
+    finally:
+        head.update(tree_unflatten(before))

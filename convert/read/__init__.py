@@ -1,0 +1,1 @@
+"""Files of checkpoints: safetensors, PyTorch, lazily and without running code in them."""

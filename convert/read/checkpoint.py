@@ -1,0 +1,210 @@
+"""A checkpoint, whatever it is stored in: one mapping of lazily read tensors and its configuration.
+
+SOURCE may be a folder (safetensors, sharded or not; PyTorch files, sharded or not; Medusa's head file; Meta's
+consolidated.pth with params.json; a PEFT adapter) or one file of these kinds. Nothing here needs mlx or torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.convert.read.lazy_tensor import LazyTensor
+from mtp_mlx.convert.read.safetensors import (
+    SUFFIX,
+    check_index,
+    dequantised,
+    merge,
+    read_safetensors,
+    shard_files,
+)
+from mtp_mlx.convert.read.torch_pickle import read_torch
+from mtp_mlx.errors import ConversionError
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
+# What files of a training folder that hold no weights begin with.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+# What training programs put before every name of a model.
+_WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
+_CONFIGS = ("config.json", "params.json", "adapter_config.json")
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        path: the folder or file.
+        container: "safetensors" or "pytorch".
+        tensors: by name; fp8 weights with block scales appear as bfloat16.
+        config: the content of config.json (or params.json, adapter_config.json); empty where there is none.
+        config_name: which of these it was, "" where there is none.
+        values: plain values beside the tensors of a PyTorch file (Lightning's hyper_parameters).
+        files: the names of the files the tensors come from.
+        fp8: some of the weights are stored as fp8 with block scales.
+    """
+
+    path: Path
+    container: str
+    tensors: dict[str, LazyTensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    config_name: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    fp8: bool = False
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the configuration (multi-modal models nest it)."""
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the checkpoint at `path`; reads headers and configuration, no weights.
+
+    Raises FileNotFoundError, or ConversionError: no checkpoint there, or one that is damaged or incomplete.
+    """
+    path = Path(path)
+    if path.is_dir():
+        container, parts, values = _folder(path)
+    elif path.suffix.lower() in SUFFIXES:
+        container, parts, values = _files([path])
+    else:
+        path.stat()
+        raise ConversionError(
+            f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
+        )
+    stored = merge(parts)
+    config, config_name = _config(path if path.is_dir() else path.parent, stored)
+    tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
+    if not tensors:
+        raise ConversionError(f"{path}: holds no tensors; is the download complete?")
+    fp8 = any(tensor.dtype == "F8_E4M3" for tensor in stored.values())
+    return Checkpoint(
+        path, container, tensors, config, config_name, values, [file.name for file in parts], fp8
+    )
+
+
+_Parts = tuple[str, dict[Path, dict[str, LazyTensor]], dict[str, Any]]
+
+
+def _folder(path: Path) -> _Parts:
+    """The files of a folder that hold weights: those of an index where there is one, otherwise all of a kind.
+    Safetensors come before PyTorch files, which are often the same weights a second time."""
+    for suffixes, pattern in (((SUFFIX,), "*.safetensors.index.json"), (TORCH_SUFFIXES, "*.bin.index.json")):
+        # "model..." first: Meta's own copy of some models lies beside it, as "consolidated...".
+        for index in sorted(path.glob(pattern), key=lambda file: (not file.name.startswith("model"), file)):
+            files = shard_files(index)
+            found = _files(path / name for name in sorted(files))
+            check_index(index, files, merge(found[1]))
+            return found
+        weights = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix in suffixes and not file.name.startswith(_NO_WEIGHTS)
+        )
+        weights = [file for file in weights if not file.name.startswith("consolidated")] or weights
+        if weights:
+            return _files(weights)
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf:
+        raise ConversionError(
+            f"{path}: a folder is no .gguf file: give one of those in it, as in {path / gguf[0]}"
+        )
+    raise ConversionError(
+        f"{path}: no checkpoint: the folder has no {', '.join(SUFFIXES)} file; is the download complete?"
+    )
+
+
+def _files(paths: Iterable[Path]) -> _Parts:
+    parts: dict[Path, dict[str, LazyTensor]] = {}
+    values: dict[str, Any] = {}
+    container = "safetensors"
+    for path in paths:
+        if path.suffix.lower() == SUFFIX:
+            parts[path] = read_safetensors(path)
+            continue
+        container = "pytorch"
+        found = read_torch(path)
+        parts[path] = found.tensors
+        values |= found.values
+    return container, parts, values
+
+
+def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Names without what a training program puts before all of them: Lightning's attribute, DDP, torch.compile."""
+    for prefix in _WRAPPERS:
+        if prefix + "model.embed_tokens.weight" in tensors and all(n.startswith(prefix) for n in tensors):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def _config(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], str]:
+    # Beside an adapter config.json is often its base's, and says nothing of how large the adapter's updates are.
+    is_adapter = any(".lora_A." in name or ".lora_B." in name for name in names)
+    for name in reversed(_CONFIGS) if is_adapter else _CONFIGS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConversionError(f"{path} is not JSON: {error}; get the file again") from error
+        if not isinstance(config, dict):
+            raise ConversionError(f"{path} does not hold a model's configuration; get the file again")
+        return config, name
+    return {}, ""
+
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
+    """Size of the blocks that share an fp8 scale."""
+    quantisation = config.get("quantization_config")
+    size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    return 128, 128
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+_BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
+_TORCH = [f"*{suffix}" for suffix in TORCH_SUFFIXES]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` names a repository of the hub: owner/name, and nothing of that name is here."""
+    return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def local_source(source: str) -> Path:
+    """The file or folder of `source`. PyTorch files of a repository are fetched only where it has no safetensors.
+
+    Raises ConversionError: the download failed.
+    """
+    if not is_hub_id(source):
+        return Path(source).expanduser()
+    import huggingface_hub
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        except (OSError, ValueError, RuntimeError) as error:  # its errors are subclasses of these
+            reason = " ".join(str(error).split())[:300]
+            raise ConversionError(
+                f"{source}: neither a file or folder here, nor could it be had from the hub "
+                f"({type(error).__name__}: {reason}); check the name, or download it and give the folder"
+            ) from error
+
+    folder = fetch([*_BESIDE, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch([*_BESIDE, *_TORCH])
+    return folder

@@ -1,1 +1,0 @@
-"""Side-by-side measurement against mlx-lm's own plain generation. May import everything but `cli` and `serve`."""

@@ -1,1 +1,0 @@
-"""Who proposes tokens: one file per drafter."""

@@ -1,0 +1,164 @@
+"""From what a folder of heads says about them to modules of the right form, still without their weights."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.adapter_folder import CONFIG_NAME
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import embedding_shape, find_seams
+
+LAST_LAYER = {"like": "last layer"}
+BLOCK_MODULES = "mlx_lm.models."
+
+# For each kind of heads the values of its convention that can be run.
+_RUNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cascade": {
+        "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
+        "recycled_hidden": ("normed", "raw", "trunk"),
+        "output_norm": ("own", "identity", "trunk"),
+        "embedding": ("shared", "own"),
+        "lm_head": ("shared", "own"),
+        "rope_position": ("hidden",),
+    },
+    "medusa": {
+        "first_hidden": ("post-norm", "pre-norm"),
+        "recycled_hidden": ("none",),
+        "output_norm": ("identity",),
+        "lm_head": ("own",),
+    },
+    "parallel": {
+        "first_hidden": ("before-last-layer",),
+        "recycled_hidden": ("none",),
+        "output_norm": ("trunk",),
+        "lm_head": ("shared",),
+    },
+}
+
+
+class Described(Protocol):
+    """What is needed of `mtp_mlx.drafters.heads.folder.HeadsInfo`."""
+
+    convention: HeadConvention
+    blocks: list[dict[str, Any]]
+    model_config: dict[str, Any]
+    drafts: int
+    count: int
+
+
+def check_runnable(folder: Path, convention: HeadConvention) -> None:
+    """Raises MTPError for a convention that the decode loop has no form for."""
+    allowed = {"kind": tuple(_RUNS)} | _RUNS.get(convention.kind, {})
+    for name, runs in allowed.items():
+        value = getattr(convention, name)
+        if value not in runs:
+            raise MTPError(
+                f"the heads in {folder} cannot be run yet: their {name.replace('_', ' ')} is '{value}', and only "
+                f"{' and '.join(repr(run) for run in runs)} has been built; use --adapter none"
+            )
+
+
+def build_heads(
+    folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
+) -> DraftHeads:
+    """Heads for a bare `model`, of the form that their convention says; weights are still to come.
+
+    Args:
+        folder: that they come from, for messages.
+        names: of the tensors there, which say how many residual layers Medusa's heads have.
+        draft_ids: [N] int32 ids that may be drafted, or None for all.
+
+    Raises:
+        MTPError: a block cannot be built, or the model lacks a seam.
+    """
+    build: Callable[..., DraftHeads]
+    build = {"cascade": _cascade, "medusa": _medusa, "parallel": _parallel}[info.convention.kind]
+    return build(folder, info, model, names, draft_ids)
+
+
+def _cascade(
+    folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
+) -> DraftHeads:
+    seams = find_seams(model)
+    vocab_size, size = embedding_shape(seams.embedding)
+    eps = norm_eps(seams.trunk)
+    heads = []
+    for spec in info.blocks:
+        block = _block(folder, spec, info.model_config, seams.trunk)
+        heads.append(MTPHead(block, size, eps, info.convention, vocab_size, spec.get("window")))
+    return MTPHeads(heads, info.convention, draft_ids, info.drafts)
+
+
+def _medusa(
+    folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
+) -> DraftHeads:
+    vocab_size, size = embedding_shape(find_seams(model).embedding)
+    layers = sum(bool(re.fullmatch(r"heads\.0\.residual\.\d+\.weight", name)) for name in names)
+    heads = [MedusaHead(layers, size, vocab_size) for _ in range(info.count)]
+    return MedusaHeads(heads, info.convention, draft_ids, _no_more_than(folder, info))
+
+
+def _parallel(
+    folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
+) -> DraftHeads:
+    trunk = find_seams(model).trunk
+    heads = []
+    for spec in info.blocks:
+        block = _block(folder, spec, info.model_config, trunk)
+        if isinstance(block, list):
+            raise MTPError(f"{folder / CONFIG_NAME}: a parallel head has one layer, not {len(block)}")
+        heads.append(ParallelHead(block))
+    return ParallelHeads(heads, info.convention, draft_ids, _no_more_than(folder, info))
+
+
+def _no_more_than(folder: Path, info: Described) -> int:
+    """The number of drafts, for heads that cannot be applied again."""
+    if info.drafts > info.count:
+        raise MTPError(
+            f"{folder / CONFIG_NAME}: {info.count} head(s) of the kind '{info.convention.kind}' cannot draft "
+            f"{info.drafts} tokens in a step"
+        )
+    return info.drafts
+
+
+def _block(
+    folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module
+) -> nn.Module | list[nn.Module]:
+    """A head's decoder block as its config says: one layer, or a list of several.
+
+    Raises:
+        MTPError: it cannot be built, or more than one of its layers has attention.
+    """
+    if spec == LAST_LAYER:
+        return block_like(trunk)
+    path = Path(folder) / CONFIG_NAME
+    try:
+        module, layers = str(spec["module"]), spec["layers"]
+        if [layer.get("block_type") for layer in layers].count("*") > 1:
+            raise MTPError(
+                f"the heads in {folder} cannot be run yet: each has several layers with attention, and only heads "
+                "with one have been built; use --adapter none"
+            )
+        if not module.startswith(BLOCK_MODULES) or not module.removeprefix(BLOCK_MODULES).isidentifier():
+            raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
+        found = importlib.import_module(module)
+        arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
+        kind = getattr(found, spec["class"])
+        if not layers or not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            raise TypeError(f"{spec['class']} is no layer")  # and nothing else is called
+        blocks = [cast(Any, kind)(arguments, **layer) for layer in layers]
+        return blocks if len(blocks) > 1 else blocks[0]
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MTPError(f"{path}: a head's block cannot be built: {error}") from error

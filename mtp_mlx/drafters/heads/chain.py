@@ -1,0 +1,219 @@
+"""Drafts from MTP heads: a chain of them behind every step, before the step's one host read.
+
+Head k (from 1) at row i takes the embedding of token i + k and the hidden state h[k-1][i] (k = 1: the trunk's),
+and predicts token i + k + 1. Let m be the newest committed row of the trunk and t[m+1] the target's own pick after
+it. Then head k's rows up to m + 1 - k rest on committed tokens only: they are *final*. Its rows m + 2 - k .. m take
+the drafts just made by the heads before it; they are *provisional*, and computed anew in every step:
+
+    head  final rows     provisional      row m takes            row m predicts
+    1     .. m           none             t[m+1], the pick       draft 1, at m + 2
+    2     .. m - 1       m                draft 1                draft 2
+    3     .. m - 2       m - 1, m         draft 2                draft 3
+
+So between steps a head's KV cache holds exactly its final rows, and beside it wait the hidden states of the head
+before for rows that this head has not processed finally: one row in a steady state, more after steps that ran fewer
+heads, or none (plain decoding). A step runs head k over what waits and over the block. Where the chain stands in the
+block is decided by the number of accepted drafts, an array here: rows behind it are computed all the same, nobody
+looks at their output, and they leave the caches once the host knows.
+
+Rows count from the first token that this generation ran itself. Hidden states of a prefix that came in a prompt
+cache are not known, so heads know only what follows it: drafts get worse for it, the text does not.
+
+Legend: n rows of the trunk committed before the block; d drafts verified in it; a of them accepted, m = n + a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads
+from mtp_mlx.model.attach import AttachedModel
+
+CATCH_UP_AT = 256  # rows that may wait before heads run over them
+
+
+@dataclass
+class _Depth:
+    """One depth of the chain between steps.
+
+    Attributes:
+        head: that makes its drafts.
+        cache: keys and values of its final rows; `cache.offset` is their number c.
+        waiting: [1, w, D] each, hidden states of the depth before for rows c, c + 1, ...
+    """
+
+    head: MTPHead
+    cache: Any = field(default_factory=KVCache)
+    waiting: list[mx.array] = field(default_factory=list)
+
+    @property
+    def final(self) -> int:
+        """Number of final rows."""
+        return int(self.cache.offset)
+
+    def inputs(self, new: mx.array | None = None) -> mx.array:
+        """[1, w, D] what waits, followed by `new` rows."""
+        rows = [*self.waiting, *([] if new is None else [new])]
+        return mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one depth did in a step whose outcome the host does not know yet.
+
+    Attributes:
+        start: its first row.
+        inputs, outputs: [1, R, D] hidden states taken and made, of rows start, start + 1, ...
+    """
+
+    start: int
+    inputs: mx.array
+    outputs: mx.array
+
+
+class HeadChain:
+    """Drafts with MTP heads for one generation, whose caches it owns.
+
+    Args:
+        attached: a model with heads.
+        picker: the target's picker; drafts use the same noise, which couples them to the target.
+        drafts: depth of the chain, by default what the heads' config says; beyond the number of heads they are
+            applied again in turn.
+        first_position: absolute position of row 0.
+    """
+
+    def __init__(
+        self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
+    ) -> None:
+        heads = attached.mtp_heads
+        if not isinstance(heads, MTPHeads):
+            raise ValueError("a chain needs a cascade of MTP heads")
+        self._attached, self._picker, self._heads = attached, picker, heads
+        self.max_drafts = drafts or heads.drafts
+        self._depths = [_Depth(heads.at_depth(depth)) for depth in range(1, 1 + self.max_drafts)]
+        self._first_position = first_position
+        self._rows = 0  # n
+        self._ran: list[_Ran] = []
+        self._block: mx.array | None = None
+
+    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
+        """Takes note of trunk rows behind which nothing is drafted, such as the prompt's.
+
+        Args:
+            hidden: [1, R, D] of the R rows after those seen.
+            tokens: committed tokens from row 0 on; the newest may be missing.
+        """
+        self._depths[0].waiting.append(hidden)
+        self._rows += hidden.shape[1]
+        if self._rows - self._depths[0].final >= CATCH_UP_AT:
+            self.catch_up(tokens)
+
+    def catch_up(self, tokens: list[int]) -> None:
+        """Runs every head over the rows that have become final."""
+        known = min(self._rows, len(tokens) - 1)
+        for depth, state in enumerate(self._depths, start=1):
+            start, count = state.final, known + 1 - depth - state.final
+            if count < 1:
+                continue
+            inputs = state.inputs()
+            following = mx.array(tokens[start + depth : start + depth + count], dtype=mx.int32)
+            _, outputs = self._run(state, inputs[:, :count], following)
+            state.waiting = [inputs[:, count:]] if inputs.shape[1] > count else []
+            if depth < self.max_drafts:
+                self._depths[depth].waiting.append(outputs)
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        """A lazy array belongs to the thread that made it, and would keep its whole past alive."""
+        mx.eval([d.waiting for d in self._depths], [d.cache.state for d in self._depths if d.final])
+
+    def _run(self, state: _Depth, hidden: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """(z, h), both [1, R, D]: one head over R rows after its final ones; its cache grows by R.
+
+        Args:
+            hidden: [1, R, D] of the depth before.
+            tokens: [R] int32, which embedding each row takes.
+        """
+        embeddings = state.head.embed(tokens, self._attached.embed)[None]
+        if self._first_position == 0:
+            embeddings = self._heads.first_masked(embeddings, state.final)
+        return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
+
+    def propose(
+        self,
+        hidden: mx.array,
+        picks: mx.array,
+        accepted: mx.array,
+        position: mx.array,
+        history: mx.array | None,
+        tokens: list[int],
+        count: int,
+    ) -> tuple[mx.array, mx.array]:
+        """Drafts for the positions after the target's own pick, lazily; `commit` must follow.
+
+        Args:
+            hidden: [1, 1 + d, D] of the block's real rows.
+            picks: [1 + d] int32, the target's picks; picks[i] follows row i.
+            accepted: int32 scalar a.
+            position: int32 scalar, absolute position of picks[a].
+            history: [C] int32 tokens before picks[a], or None without penalties.
+            tokens: committed tokens from row 0 on, the pending one last.
+            count: how many drafts, at most `max_drafts`.
+
+        Returns:
+            ids [count] int32 and confidences [count] float32.
+        """
+        self._block, self._ran = hidden, []
+        n, block = self._rows, hidden.shape[1]
+        # Tokens after t[n]: accepted drafts, the target's own pick, then the chain's drafts as they are made.
+        following = mx.concatenate([picks, mx.zeros((count - 1,), dtype=mx.int32)])
+        places = mx.arange(block + count - 1)
+        ids, confidences = [], []
+        new, token = hidden, picks[accepted].reshape(1)
+        for depth, state in enumerate(self._depths[:count], start=1):
+            start, inputs = state.final, state.inputs(new)
+            known = mx.array(tokens[start + depth : n + 1], dtype=mx.int32)
+            unread = following[max(0, start + depth - n - 1) : block - 1 + depth]
+            z, outputs = self._run(state, inputs, mx.concatenate([known, unread]))
+            self._ran.append(_Ran(start, inputs, outputs))
+            refined = z[0, n - start + accepted][None]  # [1, D] of row m
+            if history is not None:
+                history = mx.concatenate([history[1:], token])
+            token, confidence = pick_draft(
+                self._attached,
+                self._picker,
+                refined,
+                (position + depth).reshape(1),
+                history,
+                self._heads.unembedding(depth),
+            )
+            following = mx.where(places == accepted + depth, token, following)
+            new = outputs
+            ids.append(token)
+            confidences.append(confidence)
+        return mx.concatenate(ids), mx.concatenate(confidences)
+
+    def commit(self, n_accepted: int) -> None:
+        """Keeps what has become final of the last `propose`, now that the host knows a; the rest is forgotten."""
+        assert self._block is not None
+        self._rows += n_accepted + 1
+        before, made = (
+            self._rows,
+            self._block[:, : n_accepted + 1],
+        )  # rows of the depth before; those just made final
+        self._block = None
+        for depth, (state, ran) in enumerate(zip(self._depths, self._ran, strict=False), start=1):
+            final = max(0, self._rows + 1 - depth)
+            state.cache.trim(state.final - final)
+            rest = ran.inputs[:, final - ran.start : before - ran.start]
+            state.waiting = [rest] if rest.shape[1] else []
+            before, made = final, ran.outputs[:, : final - ran.start]
+        if len(self._ran) < self.max_drafts and made.shape[1]:
+            self._depths[len(self._ran)].waiting.append(made)
+        self._ran = []

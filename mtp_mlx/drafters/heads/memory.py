@@ -1,0 +1,48 @@
+"""How much memory training heads needs: an estimate from the model's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.memory import (
+    ADAPTER_COPIES,
+    FLOAT,
+    LOGITS_COPIES,
+    MemoryEstimate,
+    _leaves,
+    _nbytes,
+    model_sizes,
+)
+from mtp_mlx.train.settings import TrainSettings
+
+
+def estimate_heads_memory(
+    attached: AttachedModel, examples: Sequence[Example], settings: TrainSettings, workers: int = 1
+) -> MemoryEstimate:
+    """The memory of training MTP heads on the largest micro-batch the examples can give, times `workers`.
+
+    `prefix` is the trunk's pass, of which one layer is in memory at a time.
+    """
+    sizes, heads = model_sizes(attached), attached.mtp_heads
+    assert heads is not None
+    depths = len(heads.heads)
+    length = max(len(example) for example in examples)  # T
+    responses = max(len(example) - example.loss_start for example in examples)
+    rows, supervised = settings.batch_size * length, settings.batch_size * min(responses, length)
+    layer = rows * sizes.per_row + 2 * rows * sizes.heads * length
+    columns = attached.draft_head.columns
+    kept = round(settings.top_share * columns) if settings.kl_weight else 0
+    in_loss = min(settings.loss_rows, supervised * depths)
+    logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
+    trained = sum(value.size for _, value in _leaves(heads.trainable_parameters()))
+    # The fuse layer's inputs and what the LM head reads come on top of a decoder layer's own.
+    activations = depths * (layer + 6 * rows * sizes.hidden)
+    return MemoryEstimate(
+        weights=_nbytes(attached.model),
+        adapter=FLOAT * trained * (ADAPTER_COPIES + workers - 1),
+        prefix=workers * 2 * layer * sizes.float_bytes,
+        activations=workers * activations * FLOAT,
+        logits=workers * logits * FLOAT,
+    )

@@ -1,0 +1,187 @@
+"""MTP heads behind a frozen trunk: plain MTP, and MTP-D's self-distillation (arXiv 2603.23911)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, load_heads, read_heads_info, save_heads
+from mtp_mlx.drafters.heads.layout import can_supervise
+from mtp_mlx.drafters.heads.loss import MTPDistil
+from mtp_mlx.drafters.heads.memory import estimate_heads_memory
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
+from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
+from mtp_mlx.drafters.heads.step import HeadsRunner
+from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
+from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.tensor_fit import check_fit
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.loss import LossParts
+from mtp_mlx.train.memory import MemoryEstimate
+from mtp_mlx.train.method import Method, Tell
+from mtp_mlx.train.settings import TrainSettings
+
+CONVENTION = HeadConvention("mtp-mlx")
+
+
+def first_trained_depth(settings: TrainSettings) -> int:
+    """Depth of the first head that is trained: 1, or that of the first copy in looped extension.
+
+    Raises:
+        MTPError: no heads in `settings.start_from`.
+    """
+    if settings.extend is None or settings.start_from is None:
+        return 1
+    return read_heads_info(settings.start_from).count + 1
+
+
+class TrainHeads(Method):
+    """Trains a cascade of heads.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "mtp-heads"
+    less_memory = "lower --batch-size, --max-length, --draft-vocab or --loss-rows"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self.fingerprint = base_fingerprint(model)
+        bare = attach(model)
+        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        self._info = HeadsInfo(settings.model, self.fingerprint, CONVENTION, [LAST_LAYER] * settings.heads)
+        self._frozen = 0  # heads before this one are as they were
+        if settings.start_from is None:
+            heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
+            start_like_trunk(heads, model, train[0].tokens)
+        else:
+            heads = self._start_from(model, settings.start_from, draft_ids, tell)
+        heads.set_dtype(mx.float32)
+        self.heads = heads
+        self.depth = len(heads.heads)
+        self.attached = attach(model, mtp_heads=heads)
+        distil = MTPDistil(
+            ce_weight=settings.ce_weight,
+            kl_weight=settings.kl_weight,
+            top_share=settings.top_share,
+            temperature=settings.temperature,
+            decay=settings.depth_decay,
+        )
+        self._states: TrunkStates = ComputedStates(self.attached)
+        if settings.hidden_cache is not None:
+            cached = CachedStates(self.attached, settings.hidden_cache)
+            tell(cached.report(train))
+            self._states = cached
+        self._runner = HeadsRunner(
+            self.attached,
+            distil,
+            depths=range(self._frozen + 1, self.depth + 1),
+            seed=settings.seed,
+            states=self._states,
+            share=settings.block_share,
+            chunk_rows=settings.loss_rows,
+            workers=self.workers,
+        )
+
+    def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
+        """The heads of a folder, or more made from them (looped extension), with this data's draft vocabulary.
+
+        Raises:
+            MTPError: no heads there, of another base or another number.
+        """
+        loaded, info = load_heads(folder, model)
+        check_plain(loaded, f"--start-from {folder}")
+        heads, blocks = loaded.heads, info.blocks
+        if self.settings.extend is not None:
+            self._frozen = len(heads)
+            heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
+            blocks = [blocks[index % self._frozen] for index in range(len(heads))]
+            tell(
+                f"{self._frozen} heads of {folder} stay as they are; {len(heads) - self._frozen} copies are trained"
+            )
+        elif len(heads) != self.settings.heads:
+            raise MTPError(
+                f"--start-from {folder}: it has {len(heads)} heads, --heads is {self.settings.heads}: "
+                f"give --heads {len(heads)}, or --extend to grow them"
+            )
+        self._info.convention, self._info.model_config = info.convention, info.model_config
+        self._info.blocks = blocks
+        self._info.count = self._info.drafts = len(heads)
+        theirs = loaded.draft_ids
+        if ([] if draft_ids is None else draft_ids.tolist()) != ([] if theirs is None else theirs.tolist()):
+            # No weight depends on which ids may be drafted.
+            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
+        return MTPHeads(heads, info.convention, draft_ids)
+
+    def _learnt(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples, from the second token on where prompts are learnt from too.
+
+        Prompts are not the base's own text, but they are more text, whose states are computed anyway. What is held
+        out, and which ids may be drafted, goes by the responses.
+        """
+        if not self.settings.learn_prompts:
+            return list(examples)
+        return [replace(example, loss_start=min(example.loss_start, 1)) for example in examples]
+
+    @classmethod
+    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+        """See `Method`: a row of one or two tokens has none that a first head predicts, copies look further."""
+        first = first_trained_depth(settings)
+        return lambda example: can_supervise(example, [first])
+
+    @classmethod
+    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+        """See `Method`."""
+        first = first_trained_depth(settings)
+        return (
+            f"head {first} needs rows of {first + 2} tokens or more",
+            f"head {first} predicts from token {first + 2} on, and they have none in a response",
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Method`."""
+        return self.heads
+
+    def tensors(self) -> dict[str, mx.array]:
+        """See `Method`."""
+        return dict(cast("list[tuple[str, mx.array]]", tree_flatten(self.heads.parameters())))
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """See `Method`."""
+        check_fit(self.tensors(), tensors)
+        self.heads.update(tree_unflatten(list(tensors.items())))
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        return super().gradients([self._learnt(batch) for batch in examples], step)
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_heads(self.attached, batches, self.depth, self._states)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        self._info.training, self._info.acceptance = {**training, "heads": self.depth}, acceptance
+        save_heads(folder, self.heads, self._info)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        return estimate_heads_memory(self.attached, self._learnt(examples), self.settings, self.workers)

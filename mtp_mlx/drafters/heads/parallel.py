@@ -1,0 +1,128 @@
+"""Meta's parallel heads (arXiv 2404.19737): a decoder layer each, all on the state before the trunk's last layer.
+
+The trunk's last layer is the next-token head. Extra head i (from 1) runs its layer over the same states, with
+attention over earlier rows and a KV cache of its own; the trunk's last norm and LM head follow, and row r predicts
+token r + 1 + i. No embedding goes in, so rows are final as soon as the trunk's are.
+Legend: B batch, T rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.heads.draft_heads import IndependentHeads
+from mtp_mlx.drafters.heads.independent import drafts_of, pick_each
+from mtp_mlx.model.attach import AttachedModel
+
+
+class ParallelHead(nn.Module):
+    """One head; `block` is a decoder layer, called as mlx-lm calls its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __call__(self, hidden: mx.array, cache: Any = None) -> mx.array:
+        """[B, T, D] -> [B, T, D], before the trunk's last norm; the cache grows by T."""
+        return self.block(hidden, create_attention_mask(hidden, cache, return_array=True), cache)
+
+
+class ParallelHeads(IndependentHeads):
+    """All heads of a model."""
+
+    heads: list[ParallelHead]
+
+
+CATCH_UP_AT = 256  # rows that may wait before heads run over them
+
+
+@dataclass
+class _Lane:
+    """One head between steps.
+
+    Attributes:
+        cache: keys and values of its first rows.
+        waiting: [1, w, D] each, states of the rows after them.
+    """
+
+    head: ParallelHead
+    cache: Any = field(default_factory=KVCache)
+    waiting: list[mx.array] = field(default_factory=list)
+
+    def run(self, new: list[mx.array]) -> mx.array:
+        """[1, w + R, D] what the head makes of the rows that wait and of new ones; the cache grows by them."""
+        rows = [*self.waiting, *new]
+        return self.head(mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0], self.cache)
+
+
+class ParallelDrafter:
+    """A `HeadDrafter` of a model with Meta's heads. Arguments as `HeadChain`."""
+
+    def __init__(
+        self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
+    ) -> None:
+        heads = attached.mtp_heads
+        if not isinstance(heads, ParallelHeads):
+            raise ValueError("this drafter needs Meta's parallel heads")
+        self._attached, self._picker, self._heads = attached, picker, heads
+        self.max_drafts = drafts_of(heads, drafts)
+        self._lanes = [_Lane(head) for head in heads.heads[: self.max_drafts]]
+        self._rows = 0  # n
+        self._block: mx.array | None = None
+        self._ran = 0
+
+    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
+        """See `HeadDrafter.observe`."""
+        self._rows += hidden.shape[1]
+        for lane in self._lanes:
+            lane.waiting.append(hidden)
+        if any(self._rows - lane.cache.offset >= CATCH_UP_AT for lane in self._lanes):
+            self.catch_up(tokens)
+
+    def catch_up(self, tokens: list[int]) -> None:
+        """See `HeadDrafter.catch_up`; all rows are final, whatever the tokens."""
+        for lane in self._lanes:
+            if lane.waiting:
+                lane.run([])
+                lane.waiting = []
+        mx.eval([lane.cache.state for lane in self._lanes if lane.cache.offset])
+
+    def propose(
+        self,
+        hidden: mx.array,
+        picks: mx.array,
+        accepted: mx.array,
+        position: mx.array,
+        history: mx.array | None,
+        tokens: list[int],
+        count: int,
+    ) -> tuple[mx.array, mx.array]:
+        """See `HeadDrafter.propose`."""
+        self._block, self._ran = hidden, count
+        refined = []
+        for lane in self._lanes[:count]:
+            made = lane.run([hidden])
+            newest = made.shape[1] - hidden.shape[1] + accepted
+            refined.append(self._attached.last_norm(made[0, newest][None]))  # [1, D]
+        return pick_each(
+            self._attached, self._picker, self._heads, refined, picks[accepted], position, history
+        )
+
+    def commit(self, n_accepted: int) -> None:
+        """See `HeadDrafter.commit`."""
+        assert self._block is not None
+        self._rows += n_accepted + 1
+        for index, lane in enumerate(self._lanes):
+            if index < self._ran:
+                lane.cache.trim(lane.cache.offset - self._rows)
+                lane.waiting = []
+            else:
+                lane.waiting.append(self._block[:, : n_accepted + 1])
+        self._block, self._ran = None, 0

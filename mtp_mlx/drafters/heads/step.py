@@ -1,0 +1,221 @@
+"""One training step of MTP heads: examples -> trunk states and teacher, once -> cascade -> loss and gradients.
+
+The trunk is frozen, so its hidden states and the teacher's targets are constants of a step. The LM head is frozen
+too: for each chunk of rows the gradient of the loss with respect to what the LM head reads is computed at once and
+the chunk's logits are dropped, so that logits of one chunk at a time exist and none is computed twice.
+
+Legend: S sequences, T padded length, D hidden size, M supervised rows of all depths, Q teacher rows, C columns of
+the draft head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
+from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop, teacher_top
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.trunk_states import TrunkStates
+from mtp_mlx.drafters.slots.step import draft_columns
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.loss import LossParts
+from mtp_mlx.train.step import MicroBatchRunner, Totals
+
+TEACHER_CHUNK = 256  # rows whose teacher logits exist at once
+MOST_CHUNK = 512  # rows of the loss at once: on a CPU more are slower, since they leave its caches
+
+
+def teacher_targets(
+    attached: AttachedModel, hidden: mx.array, layout: HeadLayout, distil: MTPDistil
+) -> TeacherTop | None:
+    """The main head's likeliest draft columns at the Q teacher rows, evaluated; None where nothing reads them.
+
+    Args:
+        hidden: [S, T, D] of the trunk.
+    """
+    if not distil.kl_weight:
+        return None
+    states = hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.teacher_rows)]  # [Q, D]
+    states = states.astype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
+    kept = distil.kept(attached.draft_head.columns)
+    pieces = []
+    for start in range(0, states.shape[0], TEACHER_CHUNK):
+        logits = attached.draft_head(states[start : start + TEACHER_CHUNK])  # [<= chunk, C]
+        pieces.append(teacher_top(logits, kept, distil.temperature))
+        mx.eval(pieces[-1].arrays())
+    columns = [piece.columns for piece in pieces if piece.columns is not None]
+    top = TeacherTop(
+        mx.concatenate([piece.log_probs for piece in pieces]), mx.concatenate(columns) if columns else None
+    )
+    mx.eval(top.arrays())
+    return top
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The supervised rows of a step, depth after depth.
+
+    Attributes:
+        target: [M] index into the teacher rows.
+        label: [M] column of the token that followed, -1 if it has none.
+        weight: [M] float32; weights of all rows sum to 1 if every depth has rows.
+        counts: rows of every depth that has some.
+    """
+
+    target: mx.array
+    label: mx.array
+    weight: mx.array
+    counts: dict[int, int]
+
+
+def head_rows(layout: HeadLayout, columns: np.ndarray, distil: MTPDistil, depths: Sequence[int]) -> HeadRows:
+    """Rows of a layout: each depth has its weight, spread evenly over its rows.
+
+    Args:
+        columns: [V] draft column of every id, -1 for ids that cannot be drafted.
+        depths: all that are trained; a batch of short responses has rows of some of them only.
+    """
+    shares = dict(zip(depths, distil.head_weights(depths), strict=True))
+    counts = {depth: len(rows) for depth, rows in zip(layout.depths, layout.rows, strict=True)}
+    weight = [np.full(count, shares[depth] / count, np.float32) for depth, count in counts.items()]
+    target = np.concatenate(layout.targets)
+    return HeadRows(
+        target=mx.array(target),
+        label=mx.array(columns[layout.label][target]),
+        weight=mx.array(np.concatenate(weight)),
+        counts=counts,
+    )
+
+
+def cascade_rows(heads: MTPHeads, embeddings: mx.array, hidden: mx.array, layout: HeadLayout) -> mx.array:
+    """[M, D] what the LM head reads at the supervised rows, depth after depth. Differentiable in the heads."""
+    found = heads.cascade(embeddings, hidden, layout.depths[-1])
+    pieces = [
+        found[depth - 1].reshape(-1, hidden.shape[-1])[mx.array(rows)]
+        for depth, rows in zip(layout.depths, layout.rows, strict=True)
+    ]
+    return mx.concatenate(pieces)
+
+
+def chunked_loss(
+    attached: AttachedModel,
+    distil: MTPDistil,
+    states: mx.array,
+    rows: HeadRows,
+    teacher: TeacherTop | None,
+    chunk_rows: int,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """A scalar with the gradient of the loss with respect to `states` (its value means nothing), and every part of
+    the loss per row, float32 [M] each, without gradient.
+
+    Args:
+        states: [M, D] from `cascade_rows`.
+        chunk_rows: rows whose logits exist at once.
+    """
+    dtype = attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype
+    constants = mx.stop_gradient(states)
+    gradients: list[mx.array] = []
+    found: list[dict[str, mx.array]] = []
+    for start in range(0, states.shape[0], chunk_rows):
+        own = slice(start, start + chunk_rows)
+        of_rows = None if teacher is None else teacher.rows(rows.target[own])
+
+        def loss(z: mx.array, own: slice = own, of_rows: TeacherTop | None = of_rows) -> tuple:
+            parts = distil.rows_parts(attached.draft_head(z.astype(dtype)), of_rows, rows.label[own])
+            each = sum((distil.weight(name) * part for name, part in parts.items()), mx.zeros(()))
+            return mx.sum(rows.weight[own] * each), parts
+
+        z = constants[own]
+        if gradients:  # MLX evaluates in no particular order: without this, many chunks' logits at once
+            (z,) = mx.depends([z], [gradients[-1]])
+        (_, parts), gradient = mx.value_and_grad(loss)(z)
+        gradients.append(gradient)
+        found.append(dict(zip(parts, mx.depends(list(parts.values()), [gradient]), strict=True)))
+    surrogate = mx.sum(states * mx.stop_gradient(mx.concatenate(gradients)))
+    return surrogate, {name: mx.concatenate([piece[name] for piece in found]) for name in found[0]}
+
+
+def summary(distil: MTPDistil, rows: HeadRows, parts: dict[str, mx.array]) -> LossParts:
+    """The loss, its weighted means "ce" and "kl", and the loss of every head alone ("head 1", ...)."""
+    means = {name: mx.sum(rows.weight * part) for name, part in parts.items()}
+    each = sum((distil.weight(name) * part for name, part in parts.items()), mx.zeros(()))
+    per_head, start = {}, 0
+    for depth, count in rows.counts.items():
+        per_head[f"head {depth}"] = mx.mean(each[start : start + count])
+        start += count
+    total = sum((distil.weight(name) * mean for name, mean in means.items()), mx.zeros(()))
+    return LossParts(total, {**means, **per_head})
+
+
+class HeadsRunner(MicroBatchRunner):
+    """Steps of MTP heads.
+
+    Args:
+        attached: a frozen model with heads, those to be trained unfrozen.
+        depths: which depths have a loss.
+        states: where the trunk's hidden states come from.
+        share: share of the positions that are supervised.
+        seed: of the drawn positions.
+        chunk_rows: rows whose logits exist at once.
+    """
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        distil: MTPDistil,
+        depths: Sequence[int],
+        seed: int,
+        states: TrunkStates,
+        share: float = 1.0,
+        chunk_rows: int = 2048,
+        workers: int = 1,
+    ) -> None:
+        assert isinstance(attached.mtp_heads, MTPHeads)
+        super().__init__(attached.mtp_heads, workers)
+        self._heads = attached.mtp_heads
+        self._attached, self._distil, self._depths = attached, distil, list(depths)
+        self._seed, self._share, self._chunk_rows = seed, share, min(chunk_rows, MOST_CHUNK)
+        self._columns, self._states = draft_columns(attached), states
+        if workers > 1:
+            self._evaluate_constants()
+
+    def _evaluate_constants(self) -> None:
+        """Evaluates every array a step reads: a lazy one belongs to the thread that made it."""
+        tokens = mx.zeros((1, self._depths[-1] + 2), dtype=mx.int32)
+        hidden = self._attached.model.model(tokens)
+        cascade = self._heads.cascade(self._attached.embed(tokens), hidden)
+        mx.eval(self._heads.parameters(), cascade, self._attached.draft_head(hidden))
+
+    def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
+        """See `MicroBatchRunner`."""
+        attached, distil = self._attached, self._distil
+        random = np.random.default_rng((self._seed, number))
+        layout = build_head_layout(examples, self._depths, self._share, random)
+        hidden, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
+        mx.eval(hidden, embeddings)
+        teacher = teacher_targets(attached, hidden, layout, distil)
+        rows = head_rows(layout, self._columns, distil, self._depths)
+        names: list[str] = []
+
+        def loss() -> tuple[mx.array, ...]:
+            states = cascade_rows(
+                self._heads, embeddings.astype(mx.float32), hidden.astype(mx.float32), layout
+            )
+            surrogate, parts = chunked_loss(attached, distil, states, rows, teacher, self._chunk_rows)
+            names[:] = list(parts)
+            return (surrogate, *parts.values())
+
+        with self._building:
+            parameters = self._heads.trainable_parameters()
+            values, gradients = nn.value_and_grad(self._heads, loss)()
+            self._heads.update(parameters)  # tracing leaves this thread's lazy copies in the module
+        mx.eval(values, gradients)
+        parts = summary(distil, rows, dict(zip(names, values[1:], strict=True)))
+        mx.eval(parts.total, parts.parts)
+        return layout.count, parts, gradients

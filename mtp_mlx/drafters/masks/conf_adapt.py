@@ -1,0 +1,197 @@
+"""A single mask token by online self-distillation (arXiv 2602.06019): gated LoRA, ordinary LoRA, or a full fine-tune.
+
+Gated LoRA leaves the base as it is: its folder is an adapter, and verified decoding gives the base's own text. The
+other two change real rows, so what they write is a model folder of its own with a mask token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
+from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
+from mtp_mlx.drafters.masks.model_folder import mask_only, write_model_folder
+from mtp_mlx.drafters.masks.online_loss import Online
+from mtp_mlx.drafters.masks.online_step import OnlineRunner
+from mtp_mlx.drafters.masks.regions import real_tokens
+from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
+from mtp_mlx.drafters.slots.agreement import measure_agreement
+from mtp_mlx.drafters.slots.memory import estimate_memory
+from mtp_mlx.drafters.slots.method import SlotMethod, check_base, check_shape
+from mtp_mlx.drafters.slots.step import draft_columns
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block_linear import is_quantised
+from mtp_mlx.model.tensor_fit import check_fit
+from mtp_mlx.models import resolve_model
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.memory import MemoryEstimate
+from mtp_mlx.train.method import Tell
+from mtp_mlx.train.settings import TrainSettings
+from mtp_mlx.train.step import MicroBatchRunner
+
+
+class ConfAdapt(SlotMethod):
+    """Trains a mask token, and what `settings.tuning` says with it.
+
+    Raises:
+        MTPError: the model cannot be attached to, is quantised where its own weights would change, or
+            `settings.start_from` does not fit.
+    """
+
+    name = "conf-adapt"
+    what = "masks"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
+        if not self._gated:
+            _check_unquantised(model, settings.tuning)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size) if self._gated else None
+        self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from)
+        self.attached: AttachedModel = attach(model, self.adapter)
+        if self._whole:
+            model.unfreeze()
+        self._runner = self._make_runner()
+
+    def _shape(self) -> MaskAdapterConfig:
+        settings = self.settings
+        if self._whole:
+            return mask_only(settings.slots)
+        return replace(settings.adapter_shape(), sampler_width=0, shared_mask=True)
+
+    def _make_runner(self) -> MicroBatchRunner:
+        settings = self.settings
+        columns = mx.array(draft_columns(self.attached))
+        objective = Online(settings.supervision, columns, self.adapter.draft_ids)
+        common = (objective, settings.slots + 1, settings.region_rows, settings.seed)
+        if self._gated:
+            return OnlineRunner(
+                self.attached,
+                *common,
+                chunk_blocks=settings.chunk_blocks,
+                chunk_rows=settings.loss_rows,
+                workers=self.workers,
+            )
+        student: Student = WholeStudent(self.attached) if self._whole else LowRankStudent(self.attached)
+        return JointRunner(student, *common, chunk_rows=settings.loss_rows)
+
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights of another adapter of the same shape and base.
+
+        Raises:
+            MTPError: no adapter there, another base or shape, or a tuning that has no adapter.
+        """
+        if not self._gated:
+            raise MTPError(
+                f"--start-from continues adapters, and tuning {self.settings.tuning} writes whole models: train "
+                "that model with --model instead"
+            )
+        info = read_info(folder)
+        check_base(folder, info, self.fingerprint)
+        check_shape(folder, info.shape, self.adapter.config)
+        self.adapter.load_tensors(read_tensors(folder))
+
+    @property
+    def workers(self) -> int:
+        """See `Method`; a joint pass runs alone, because its teacher takes the place of the model."""
+        return super().workers if self.settings.tuning == "gated-lora" else 1
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Method`: the adapter, or the whole model with the mask in it."""
+        return self.attached.model if self._whole else super().module
+
+    def tensors(self) -> dict[str, mx.array]:
+        """See `Method`."""
+        return _flat(self.module) if self._whole else super().tensors()
+
+    def load_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """See `Method`."""
+        if not self._whole:
+            super().load_tensors(tensors)
+            return
+        check_fit(_flat(self.module), tensors)
+        self.module.update(tree_unflatten(list(tensors.items())))
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`; of the model as trained where real rows change."""
+        if self.settings.tuning != "lora":
+            return measure_agreement(self.attached, batches, self.depth)
+        with self.attached.ungated():
+            return measure_agreement(self.attached, batches, self.depth)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`: an adapter folder for gated LoRA, else a model folder."""
+        info = AdapterInfo(
+            base_name=self.settings.model,
+            base_fingerprint=self.fingerprint,
+            shape=self.adapter.config if self._gated else mask_only(self.depth),
+            training=training,
+            acceptance=acceptance,
+        )
+        if self._gated:
+            save_adapter(folder, self.adapter, info)
+            return
+        source = Path(resolve_model(self.settings.model))
+        info.base_name = folder.name
+        info.training = {"base": source.name, "base_fingerprint": self.fingerprint, **training}
+        mask = self.adapter.slot_embeddings.weight[0]
+        with self.attached.unwrapped() as bare:
+            model = bare if self._whole else merged(bare, self.adapter)
+            write_model_folder(folder, source, model, mask, info)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`: that of as many blocks as there are regions; a full fine-tune has the model's own state."""
+        share = 1 / real_tokens(self.depth + 1, self.settings.region_rows)
+        like = replace(
+            self.settings,
+            method="mask-tokens",
+            tuning="gated-lora",
+            region_rows=32,
+            block_share=share,
+            supervision="hard-teacher",
+        )
+        estimate = estimate_memory(self.attached, examples, like, self.workers)
+        if not self._whole:
+            return estimate
+        return replace(estimate, adapter=estimate.adapter + 4 * estimate.weights)
+
+
+def merged(model: nn.Module, adapter: MaskAdapter) -> nn.Module:
+    """A copy of a bare model with the adapter's LoRA added to its weights; the copy shares all others."""
+    out = copy.deepcopy(model)
+    modules = dict(out.model.named_modules())
+    for path, low_rank in adapter.low_rank.items():
+        linear = modules[path]
+        update = low_rank.product()  # [D_in, D_out]
+        linear.weight = (linear.weight.astype(mx.float32) + update.T).astype(linear.weight.dtype)
+    return out
+
+
+def _flat(module: nn.Module) -> dict[str, mx.array]:
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
+
+
+def _check_unquantised(model: nn.Module, tuning: str) -> None:
+    """Raises MTPError where weights that should change are quantised."""
+    if any(is_quantised(layer) for _, layer in model.named_modules()):
+        raise MTPError(
+            f"tuning {tuning} changes the model's own weights, and these are quantised: train the unquantised "
+            "model, or use --tuning gated-lora"
+        )

@@ -1,0 +1,105 @@
+"""Gated-LoRA mask tokens (arXiv 2507.11851): slots, LoRA that acts on slots only, a sampler head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
+from mtp_mlx.drafters.masks.losses import Apple, SelfDistil
+from mtp_mlx.drafters.masks.step import StepRunner
+from mtp_mlx.drafters.masks.weights import MaskAdapter, new_adapter
+from mtp_mlx.drafters.slots.agreement import measure_agreement
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
+from mtp_mlx.model.attach import attach
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.loss import Objective
+from mtp_mlx.train.method import Tell
+from mtp_mlx.train.settings import TrainSettings
+
+
+def build_objective(settings: TrainSettings) -> Objective:
+    """The objective that `settings.objective` names."""
+    if settings.objective == "apple":
+        return Apple(lcm_weight=settings.lcm_weight, chunk_rows=settings.loss_rows)
+    return SelfDistil(chunk_rows=settings.loss_rows)
+
+
+class MaskTokens(SlotMethod):
+    """Trains a mask-token adapter.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "mask-tokens"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
+        self.adapter: MaskAdapter = new_adapter(model, settings.adapter_shape(), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from, tell)
+        self.attached = attach(model, self.adapter)
+        self._runner = StepRunner(
+            self.attached,
+            build_objective(settings),
+            block_choice(settings),
+            settings.seed,
+            workers=self.workers,
+            grad_checkpoint=settings.grad_checkpoint,
+        )
+
+    def _start_from(self, folder: Path, tell: Tell) -> None:
+        """Takes the weights of another adapter of the same shape and base.
+
+        Raises:
+            MTPError: no adapter there, another base or another shape.
+        """
+        info, tensors = read_info(folder), read_tensors(folder)
+        check_base(folder, info, self.fingerprint)
+        check_shape(folder, info.shape, self.adapter.config)
+        own = self.adapter.tensors().get("draft_ids")
+        theirs = tensors.get("draft_ids")
+        if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
+            # No weight depends on which ids may be drafted.
+            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
+        self.adapter.load_tensors(tensors)
+
+    def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
+        """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
+
+        They need a smaller rate than low-rank factors that start at zero, and with Adam a share of the step is a
+        share of the rate.
+        """
+        sampler, rate = self.adapter.sampler, self.settings.sampler_rate
+        before = sampler.parameters()
+        optimizer.update(self.adapter, gradients)
+        after = sampler.parameters()
+        sampler.update(tree_map(lambda old, new: old + rate * (new - old), before, after))
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_agreement(self.attached, batches, self.settings.slots)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        info = AdapterInfo(
+            base_name=self.settings.model,
+            base_fingerprint=self.fingerprint,
+            shape=self.adapter.config,
+            training=training,
+            acceptance=acceptance,
+        )
+        save_adapter(folder, self.adapter, info)

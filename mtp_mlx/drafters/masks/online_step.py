@@ -1,0 +1,117 @@
+"""A step of online self-distillation of a gated adapter: three passes, the teacher is the base itself.
+
+Pass 1 runs the base over the texts, pass 2 the masks behind the regions' last real tokens (with gradients), pass 3
+the base over the tokens the student picked, in the masks' places. Real rows do not depend on the adapter, so the
+first token of each region, which the last real row predicts, has nothing to learn: a region gives k - 1 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mtp_mlx.drafters.masks.online_loss import Online, student_context
+from mtp_mlx.drafters.masks.regions import draw_regions, region_anchors
+from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
+from mtp_mlx.drafters.slots.step import evaluate_constants
+from mtp_mlx.drafters.slots.two_pass import Prefix, every_slot_pass, prefix_pass, token_pass
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.loss import LossParts, sum_over_chunks
+from mtp_mlx.train.step import MicroBatchRunner, Totals
+
+
+class OnlineRunner(MicroBatchRunner):
+    """Steps of a gated adapter under the online objective.
+
+    Args:
+        attached: the base with the adapter.
+        objective: see `Online`.
+        k_most: most tokens a region predicts; k is drawn from 2 to it.
+        region_rows: rows of a region, real ones and masks.
+        seed: of k and offset; both are functions of it and the number of the micro-batch.
+        chunk_blocks: regions that share a copy of the prefix.
+        chunk_rows: rows whose logits exist at once.
+    """
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        objective: Online,
+        k_most: int,
+        region_rows: int,
+        seed: int,
+        chunk_blocks: int = 16,
+        chunk_rows: int = 2048,
+        workers: int = 1,
+    ) -> None:
+        assert attached.adapter is not None
+        super().__init__(attached.adapter, workers)
+        self._attached, self._objective = attached, objective
+        self._k_most, self._region_rows, self._seed = k_most, region_rows, seed
+        self._chunk_blocks, self._chunk_rows = chunk_blocks, chunk_rows
+        mx.eval(objective.columns)
+        if workers > 1:
+            evaluate_constants(attached)
+
+    def layout(self, examples: Sequence[Example], number: int) -> SlotLayout:
+        """The regions of micro-batch `number`: one k and one offset for all its rows."""
+        random = np.random.default_rng((self._seed, number))
+        k, offset = draw_regions(examples, self._k_most, self._region_rows, random)
+        anchors = [region_anchors(len(e), e.loss_start, k, offset, self._region_rows) for e in examples]
+        return build_layout([e.tokens for e in examples], anchors, k - 1, self._chunk_blocks)
+
+    def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
+        attached, trained = self._attached, self._trained
+        layout = self.layout(examples, number)
+        with self._building:
+            prefix = prefix_pass(attached, layout)
+        mx.eval(prefix.arrays())
+        first = self._first_picks(layout, prefix)
+        mx.eval(first)
+
+        def loss() -> mx.array:
+            hidden = every_slot_pass(attached, layout, prefix)  # [S * N * (k - 1), D]
+            rows = mx.array(layout.rows)
+            arrays = [hidden[rows], mx.array(layout.label)]
+            if self._objective.needs_teacher:
+                arrays.append(self._teacher(layout, prefix, first, hidden)[rows])
+            return sum_over_chunks(self._rows_loss, self._chunk_rows, *arrays) / len(layout.rows)
+
+        with self._building:
+            parameters = trained.trainable_parameters()
+            value, gradients = nn.value_and_grad(trained, loss)()
+            trained.update(parameters)  # tracing leaves this thread's lazy copies in the module
+        mx.eval(value, gradients)
+        return len(layout.rows), LossParts(value, {}), gradients
+
+    def _rows_loss(
+        self, hidden: mx.array, label: mx.array, teacher_hidden: mx.array | None = None
+    ) -> mx.array:
+        """Sum over rows of student latents [m, D], labels [m] and teacher latents [m, D]."""
+        teacher = None if teacher_hidden is None else self._attached.head(teacher_hidden)
+        return mx.sum(self._objective.rows_loss(self._attached.draft_head(hidden), teacher, label))
+
+    def _first_picks(self, layout: SlotLayout, prefix: Prefix) -> mx.array:
+        """[S * N] the base's likeliest token at each region's last real row."""
+        length = layout.tokens.shape[1]
+        rows = (np.arange(len(layout.tokens))[:, None] * length + layout.anchors).reshape(-1)
+        return self._in_chunks(
+            prefix.hidden[mx.array(rows)], lambda h: mx.argmax(self._attached.head(h), axis=-1)
+        )
+
+    def _teacher(self, layout: SlotLayout, prefix: Prefix, first: mx.array, hidden: mx.array) -> mx.array:
+        """[S * N * (k - 1), D] latents of the base where the student's own tokens stand for the masks."""
+        constant = mx.stop_gradient(hidden)
+        picks = self._in_chunks(constant, lambda h: self._objective.picks(self._attached.draft_head(h)))
+        filled = student_context(first, picks.reshape(-1, layout.slots))
+        return mx.stop_gradient(token_pass(self._attached, layout, prefix, filled.reshape(-1)))
+
+    def _in_chunks(self, hidden: mx.array, ids: Callable[[mx.array], mx.array]) -> mx.array:
+        """int32 ids of latents, a chunk's logits at a time."""
+        starts = range(0, len(hidden), self._chunk_rows)
+        pieces = [ids(hidden[start : start + self._chunk_rows]) for start in starts]
+        return mx.concatenate(pieces).astype(mx.int32)

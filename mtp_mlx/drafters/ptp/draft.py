@@ -1,0 +1,114 @@
+"""Drafts from slots that carry uniforms: Parallel Token Prediction (arXiv 2512.21323), both variants.
+
+Every slot carries the uniform of (seed, an absolute position), which is kept across steps, so a draft is what the
+target would pick with that uniform if the student knew the target's distribution. Slots know of each other by
+attention; one pass drafts them all, and no head runs one after another (except with penalties, which go by history).
+At temperature 0 uniforms say nothing: slots then carry nothing and are mask tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.ptp.uniform_embedding import NOTHING
+from mtp_mlx.drafters.ptp.weights import PTPAdapter
+from mtp_mlx.metal_kernels.position_noise import position_uniforms
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.block import BlockShape
+
+
+class PTPSlotDrafter:
+    """Drafts with a PTP adapter.
+
+    Args:
+        attached: a model with such an adapter.
+        picker: the target's picker, by the inverse CDF.
+    """
+
+    def __init__(self, attached: AttachedModel, picker: Picker) -> None:
+        if not isinstance(attached.adapter, PTPAdapter):
+            raise ValueError("slots with uniforms need a PTP adapter")
+        self._attached, self._picker = attached, picker
+        self._config = attached.adapter.config
+        self.max_drafts: int = self._config.slots
+        self.lead: int = self._config.lead
+
+    @property
+    def other_sampling(self) -> str:
+        """What differs from the sampling that the adapter's uniforms were trained on, for people; "" if nothing.
+
+        Greedy decoding is no sampling: slots carry nothing then.
+        """
+        if self._picker.config.temperature == 0:
+            return ""
+        different = [
+            f"{name} {value:g}"
+            for name, value in dataclasses.asdict(self._config.teacher).items()
+            if getattr(self._picker.config, name) != value
+        ]
+        if not different:
+            return ""
+        return f"other sampling than this adapter was trained for ({', '.join(different)}): fewer drafts are right"
+
+    def uniforms(self, shape: BlockShape, start: int) -> mx.array:
+        """What the slot rows of a block carry, float32 [R - n_real].
+
+        Args:
+            shape: the block's rows.
+            start: absolute position of the pending token.
+        """
+        offsets = shape.offsets[shape.n_real :]
+        if self._config.independent or self._picker.config.temperature == 0:
+            return mx.full((len(offsets),), NOTHING)
+        positions = mx.array(offsets + start + self.lead)  # with a lead: of the token that the slot predicts
+        return position_uniforms(self._picker.config.seed, positions)
+
+    def propose(
+        self,
+        hidden: mx.array,
+        shape: BlockShape,
+        accepted: mx.array,
+        pick: mx.array,
+        position: mx.array,
+        history: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """Drafts for the positions after the target's own pick; arguments and result as `MaskSlotDrafter`."""
+        starts = np.array(shape.group_start)
+        count = int(max(np.diff([*starts, shape.rows]))) - shape.lead
+        if count <= 0:
+            return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
+        first = mx.array(starts.astype(np.int32))[accepted] + shape.lead
+        rows = mx.minimum(first + mx.arange(count), shape.rows - 1)
+        logits = self._attached.draft_head(hidden[rows])  # [k, C]
+        if self._config.variant == "o":
+            return self._likeliest(logits)
+        positions = position + 1 + mx.arange(count)
+        if history is None:
+            return self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
+        return self._one_by_one(logits, positions, pick.reshape(1), history)
+
+    def _likeliest(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The likeliest id of each row [k] and its probability: the student knows the pick's uniform already."""
+        scores = logits.astype(mx.float32)
+        columns = mx.argmax(scores, axis=-1)
+        ids = self._attached.draft_ids
+        confidence = mx.exp(mx.max(scores, axis=-1) - mx.logsumexp(scores, axis=-1))
+        return (columns if ids is None else ids[columns]).astype(mx.int32), confidence
+
+    def _one_by_one(
+        self, logits: mx.array, positions: mx.array, token: mx.array, history: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Picks whose penalties count the drafts before them. history: [C] before `token`."""
+        ids, confidences = [], []
+        for slot in range(logits.shape[0]):
+            history = mx.concatenate([history[1:], token])
+            token, confidence = self._picker.pick_with_confidence(
+                logits[slot][None], positions[slot][None], history[None], self._attached.draft_ids
+            )
+            ids.append(token)
+            confidences.append(confidence)
+        return mx.concatenate(ids), mx.concatenate(confidences)

@@ -1,0 +1,103 @@
+"""The losses of Parallel Token Prediction (arXiv 2512.21323, section 3).
+
+    O-PTP   CE of the token that the uniforms pick; it can reach zero, as nothing is left to chance
+    C-PTP   CE of the text's token, or KL(Q || P), or KL(P || Q), with Q the teacher's distribution of the token and P
+            the slot's
+
+Logits of C-PTP are on the base model's own scale: both sides are divided by the teacher's temperature, so that a
+picker may treat a slot's logits as it treats the target's, at any temperature. KL is over the draft columns, both
+sides renormalised over them.
+
+Legend: M rows, C draft columns, Q teacher rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.loss import LossParts, hard_cross_entropy, sum_over_chunks
+
+PTPLossName = Literal["ce", "kl", "reverse-kl"]
+
+
+@dataclass(frozen=True)
+class PTPBatch:
+    """Supervised rows of one step.
+
+    Attributes:
+        hidden: [M, D] slot latents after the final norm; carries gradients.
+        label: [M] int32 column of the token to predict, -1 if it cannot be drafted.
+        weight: [M] float32; 0 for rows that nothing can be learnt from.
+        greedy: [M] bool, rows of blocks that stand for temperature 0: always CE, at temperature 1.
+        teacher_row: [M] int32 index into `teacher_logits`.
+        teacher_logits: [Q, C] of the draft columns, constants; None where the loss is CE.
+    """
+
+    hidden: mx.array
+    label: mx.array
+    weight: mx.array
+    greedy: mx.array
+    teacher_row: mx.array
+    teacher_logits: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class PTPLoss:
+    """Weighted mean over rows.
+
+    Attributes:
+        name: which loss.
+        temperature: both sides' logits are divided by it; 1 for O-PTP.
+        chunk_rows: rows whose logits exist at once.
+    """
+
+    name: PTPLossName = "ce"
+    temperature: float = 1.0
+    chunk_rows: int = 2048
+
+    def __call__(self, attached: AttachedModel, batch: PTPBatch) -> LossParts:
+        """See the module."""
+        norm = mx.maximum(mx.sum(batch.weight), 1e-9)
+        constants = (batch.label, batch.weight, batch.greedy, batch.teacher_row)
+
+        def chunk(
+            hidden: mx.array, label: mx.array, weight: mx.array, greedy: mx.array, row: mx.array
+        ) -> mx.array:
+            logits = attached.draft_head(hidden)
+            teacher = None if batch.teacher_logits is None else batch.teacher_logits[row]
+            return mx.sum(weight * self.rows_loss(logits, label, greedy, teacher))
+
+        total = sum_over_chunks(chunk, self.chunk_rows, batch.hidden, *constants) / norm
+        used = mx.mean((batch.weight > 0).astype(mx.float32))
+        return LossParts(total, {self.name: total, "used": used})
+
+    def rows_loss(
+        self, logits: mx.array, label: mx.array, greedy: mx.array, teacher: mx.array | None
+    ) -> mx.array:
+        """Loss of every row, float32 [m].
+
+        Args:
+            logits: [m, C] of the slots.
+            label, greedy: [m], see `PTPBatch`.
+            teacher: [m, C] logits, or None for CE.
+        """
+        scaled = logits.astype(mx.float32) * (1.0 / self.temperature)
+        if teacher is None:
+            own = hard_cross_entropy(scaled, label)
+        else:
+            own = divergence(teacher.astype(mx.float32) * (1.0 / self.temperature), scaled, self.name)
+        return mx.where(greedy, hard_cross_entropy(logits, label), own)
+
+
+def divergence(teacher: mx.array, student: mx.array, name: PTPLossName) -> mx.array:
+    """KL(Q || P) or, for "reverse-kl", KL(P || Q) of logits [m, C] each, float32 [m]; the teacher Q is a constant."""
+    teacher = mx.stop_gradient(teacher)
+    log_q = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
+    log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)
+    if name == "kl":
+        return mx.sum(mx.exp(log_q) * (log_q - log_p), axis=-1)
+    return mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)

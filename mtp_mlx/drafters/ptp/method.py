@@ -1,0 +1,105 @@
+"""Parallel Token Prediction (arXiv 2512.21323): gated LoRA and an embedding of uniforms, taught by the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.drafters.ptp.folder import PTPInfo, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.loss import PTPLoss
+from mtp_mlx.drafters.ptp.step import PTPRunner, measure_ptp
+from mtp_mlx.drafters.ptp.targets import UniformChoice
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, TeacherSampling, new_ptp_adapter
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
+from mtp_mlx.model.attach import attach
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.method import Tell
+from mtp_mlx.train.settings import TrainSettings
+
+
+def ptp_shape(settings: TrainSettings) -> PTPConfig:
+    """Shape of the adapter these settings train."""
+    return PTPConfig(
+        variant=settings.variant,
+        embedding=settings.u_embedding,
+        slots=settings.slots,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        independent=settings.independent,
+        draft_vocab_size=settings.draft_vocab,
+        teacher=TeacherSampling(
+            temperature=settings.teacher_temperature,
+            top_k=settings.teacher_top_k,
+            top_p=settings.teacher_top_p,
+            min_p=settings.teacher_min_p,
+        ),
+    )
+
+
+def ptp_loss(settings: TrainSettings) -> PTPLoss:
+    """The loss these settings name; only C-PTP's logits are on the scale of the teacher's."""
+    scale = settings.teacher_temperature if settings.variant == "c" else 1.0
+    return PTPLoss(settings.ptp_loss, scale or 1.0, settings.loss_rows)
+
+
+class TrainPTP(SlotMethod):
+    """Trains a PTP adapter.
+
+    Raises:
+        MTPError: the model cannot be attached to or cannot decode with drafts, or `settings.start_from` does not
+            fit.
+    """
+
+    name = "ptp"
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+    ) -> None:
+        super().__init__(model, train, settings, tell)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
+        self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
+        if settings.start_from is not None:
+            self._start_from(settings.start_from)
+        self.attached = attach(model, self.adapter)
+        self._runner = PTPRunner(
+            self.attached,
+            ptp_loss(settings),
+            block_choice(settings),
+            UniformChoice(settings.u_beta, settings.greedy_share, settings.uniforms),
+            settings.seed,
+            workers=self.workers,
+            grad_checkpoint=settings.grad_checkpoint,
+        )
+
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights of another PTP adapter of the same shape, variant and base.
+
+        Raises:
+            MTPError: no such adapter there, or another base, variant or shape.
+        """
+        info, tensors = read_ptp_info(folder), read_tensors(folder)
+        check_base(folder, info, self.fingerprint)
+        check_shape(folder, info.shape, self.adapter.config)
+        self.adapter.load_tensors(tensors)
+
+    def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
+        """See `Method`."""
+        return measure_ptp(self.attached, batches, self.settings.slots)
+
+    def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
+        """See `Method`."""
+        info = PTPInfo(
+            base_name=self.settings.model,
+            base_fingerprint=self.fingerprint,
+            shape=self.adapter.config,
+            training=training,
+            acceptance=acceptance,
+        )
+        save_ptp(folder, self.adapter, info)

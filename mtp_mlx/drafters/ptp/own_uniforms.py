@@ -1,0 +1,69 @@
+"""Inverse-autoregressive training of a gated C-PTP adapter: uniforms from the slots' own intervals, no teacher.
+
+    slot 1      carries a uniform inside the interval of the base's CDF that picks the token where it stands
+    slot j + 1  one inside the interval of slot j's own CDF: k - 1 passes without gradients, one after another
+
+(arXiv 2512.21323, section 3.) The first token of a block is the base's in decoding too. `inverse_ar.py` has the form
+where the whole model learns. Legend as in `ptp_step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.ptp.targets import SlotTargets
+from mtp_mlx.drafters.ptp.uniforms import TextUniforms, drawn_inside
+from mtp_mlx.drafters.slots.layout import SlotLayout
+from mtp_mlx.metal_kernels.inverse_cdf import interval
+from mtp_mlx.model.attach import AttachedModel
+
+# Latents [M, D] of the supervised rows, of what every slot carries.
+SlotPass = Callable[[np.ndarray], mx.array]
+
+
+def with_own_uniforms(
+    attached: AttachedModel,
+    layout: SlotLayout,
+    targets: SlotTargets,
+    text: TextUniforms,
+    slot_pass: SlotPass,
+    picker: Picker,
+    columns: np.ndarray,
+    depth_decay: float,
+    seed: tuple[int, ...],
+) -> SlotTargets:
+    """`targets` with uniforms that pick the text's tokens under the slots' own distributions.
+
+    Rows behind a token that these cannot give have weight 0; greedy blocks stay as they are.
+
+    Args:
+        layout: without a lead.
+        text: under the teacher, for the first slot of every block.
+        picker: of the sampling whose CDF has the intervals.
+        columns: [V] draft column of every id, -1 for ids that cannot be drafted.
+        seed: of NumPy's generator; a resumed run repeats it.
+    """
+    carried = targets.carried.copy()
+    flat = carried.reshape(-1)  # a view
+    place = np.random.default_rng(seed).random(len(layout.rows))
+    stands = np.minimum(layout.positions().reshape(len(layout.tokens), -1), layout.tokens.shape[1] - 1)
+    known = np.take_along_axis(text.reachable, stands, axis=1).reshape(-1)
+    column = columns[layout.label]
+    for depth in range(1, layout.slots):
+        own = np.flatnonzero((layout.depth == depth) & ~targets.greedy)
+        if not len(own):
+            break
+        logits = attached.draft_head(slot_pass(carried)[mx.array(own)])  # [rows of this depth, C]
+        edges = interval(picker.scores(logits), mx.array(np.maximum(column[own], 0)))
+        left, right = (np.array(edge).astype(np.float64) for edge in edges)
+        flat[layout.rows[own] + 1], reachable = drawn_inside(left, right, place[own])
+        known[layout.rows[own] + 1] = reachable & (column[own] >= 0)
+    so_far = np.logical_and.accumulate(known.reshape(-1, layout.slots), axis=1).reshape(-1)[layout.rows]
+    weight = depth_decay ** (layout.depth - 1).astype(np.float32) * so_far
+    weight = np.where(targets.greedy, targets.weight, weight).astype(np.float32)
+    return replace(targets, carried=carried, weight=weight)

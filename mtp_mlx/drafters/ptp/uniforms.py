@@ -1,0 +1,187 @@
+"""Uniforms that pick the tokens of a text: drawn inside the teacher's CDF interval of each token.
+
+Contract: the uniform of a (sequence, position) is a function of the batch and of (seed, number of the batch), so a
+resumed run repeats it. It is one number per position whatever blocks cover the position, as in decoding, and a
+multiple of 2^-24 for which the teacher's pick by the inverse CDF is the text's token.
+A token that the teacher's warped distribution cannot give has no such uniform: it is not `reachable`.
+
+Legend: S sequences, T padded length, Q teacher rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.ptp.uniform_embedding import FIXED_POINT_BITS
+from mtp_mlx.drafters.ptp.weights import TeacherSampling
+from mtp_mlx.drafters.slots.layout import SlotLayout
+from mtp_mlx.drafters.slots.two_pass import Prefix
+from mtp_mlx.metal_kernels.inverse_cdf import interval
+from mtp_mlx.model.attach import AttachedModel
+
+GRID = 2.0**FIXED_POINT_BITS
+TEACHER_CHUNK = 256  # rows whose logits over the whole vocabulary exist at once
+
+
+def picker_of(teacher: TeacherSampling) -> Picker:
+    """Picks by the inverse CDF of the teacher's sampling."""
+    return Picker(
+        SamplingConfig(
+            temperature=teacher.temperature,
+            top_k=teacher.top_k,
+            top_p=teacher.top_p,
+            min_p=teacher.min_p,
+            noise="inverse-cdf",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the base model says at the real rows that some slot must match; constants of a step.
+
+    Attributes:
+        rows: [Q] int index into the S * T real rows, ascending; the token after a row is what it predicts.
+        left, right: [Q] float64 edges of the uniforms that pick the token after the row.
+        likeliest: [Q] int32 the row's likeliest token.
+        logits: [Q, C] of the draft columns, or None where nothing reads them.
+    """
+
+    rows: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    likeliest: np.ndarray
+    logits: mx.array | None = None
+
+
+def teacher_rows(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, picker: Picker, with_logits: bool
+) -> TeacherRows:
+    """The base model's answers at every real row between an anchor and the last token that its slots predict.
+
+    Args:
+        picker: of the teacher's sampling.
+        with_logits: keep the logits of the draft columns.
+    """
+    rows = _covered(layout)
+    flat = layout.tokens.reshape(-1)
+    token = flat[np.minimum(rows + 1, len(flat) - 1)]
+    ids = attached.draft_ids
+    edges, best, kept = [], [], []
+    for start in range(0, len(rows), TEACHER_CHUNK):
+        own = slice(start, start + TEACHER_CHUNK)
+        logits = attached.head(prefix.hidden[mx.array(rows[own])])  # [<= chunk, V]
+        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1)
+        left, right = _edges(picker, logits, likeliest, mx.array(token[own]))
+        if with_logits:
+            kept.append(logits if ids is None else logits[:, ids])
+        mx.eval(left, right, likeliest, kept)
+        edges.append((np.array(left), np.array(right)))
+        best.append(np.array(likeliest))
+    left_edges, right_edges = (np.concatenate(side).astype(np.float64) for side in zip(*edges, strict=True))
+    columns = mx.concatenate(kept) if with_logits else None
+    return TeacherRows(rows, left_edges, right_edges, np.concatenate(best).astype(np.int32), columns)
+
+
+def _edges(
+    picker: Picker, logits: mx.array, likeliest: mx.array, token: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Edges of the uniforms that pick `token` [Q]; at temperature 0 any uniform picks the likeliest."""
+    if picker.config.temperature == 0:
+        return mx.zeros(token.shape), (likeliest == token).astype(mx.float32)
+    return interval(picker.scores(logits), token)
+
+
+def _covered(layout: SlotLayout) -> np.ndarray:
+    """Ascending indices of the real rows from each anchor to the row before the last token its slots predict."""
+    sequences, length = layout.tokens.shape
+    furthest = layout.slots + 1 - layout.lead  # rows anchor .. anchor + drafts
+    covered = np.zeros((sequences, length), dtype=bool)
+    supervised = np.zeros(layout.anchors.size * layout.slots, dtype=bool)
+    supervised[layout.rows] = True
+    real = supervised.reshape(*layout.anchors.shape, layout.slots).any(axis=2)  # blocks that are no padding
+    for offset in range(furthest):
+        row = layout.anchors + offset
+        inside = real & (row < length - 1)
+        sequence = np.broadcast_to(np.arange(sequences)[:, None], row.shape)
+        covered[sequence[inside], row[inside]] = True
+    return np.flatnonzero(covered.reshape(-1))
+
+
+@dataclass(frozen=True)
+class TextUniforms:
+    """Uniforms of a batch's tokens.
+
+    Attributes:
+        values: [S, T] float32, the uniform of the token at each position; 0 where nothing is known of it.
+        reachable: [S, T] bool, the uniform picks the token.
+        greedy: [S, T] bool, the token is the teacher's likeliest.
+    """
+
+    values: np.ndarray
+    reachable: np.ndarray
+    greedy: np.ndarray
+
+
+def text_uniforms(
+    layout: SlotLayout, teacher: TeacherRows, beta: float, seed: tuple[int, ...]
+) -> TextUniforms:
+    """Draws a uniform for every token that a teacher row predicts.
+
+    Args:
+        beta: the place inside the interval is Beta(beta, beta); 1 is uniform, less favours the edges.
+        seed: of NumPy's generator: run, batch.
+    """
+    shape = layout.tokens.shape
+    place = np.random.default_rng(seed).beta(beta, beta, shape).reshape(-1)
+    position = teacher.rows + 1  # of the token that a row predicts
+    values, reachable = np.zeros(place.shape, dtype=np.float32), np.zeros(place.shape, dtype=bool)
+    greedy = np.zeros(place.shape, dtype=bool)
+    values[position], reachable[position] = drawn_inside(teacher.left, teacher.right, place[position])
+    greedy[position] = layout.tokens.reshape(-1)[position] == teacher.likeliest
+    return TextUniforms(values.reshape(shape), reachable.reshape(shape), greedy.reshape(shape))
+
+
+def drawn_inside(left: np.ndarray, right: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uniforms float32, whether there is one) on decoding's grid, inside intervals of a CDF.
+
+    Args:
+        left, right: [n] float64 edges; the uniforms of [left, right) pick the token.
+        place: [n] where inside, in [0, 1).
+    """
+    first, end = np.ceil(left * GRID), np.ceil(right * GRID)  # grid points of [left, right)
+    drawn = np.floor((left + (right - left) * place) * GRID)
+    drawn = np.clip(np.clip(drawn, first, np.maximum(end - 1, first)), 0, GRID - 1)
+    return (drawn / GRID).astype(np.float32), end > first
+
+
+def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:
+    """[S * chunks, G * k] float32, what each slot row carries: with a lead the uniform of the token it predicts,
+    without one that of the token at its own position.
+
+    Args:
+        values: [S, T] of the text.
+    """
+    sequences, length = values.shape
+    position = layout.positions().reshape(sequences, -1) + layout.lead
+    carried = np.take_along_axis(values, np.minimum(position, length - 1), axis=1)
+    return carried.reshape(-1, layout.chunk_blocks * layout.slots)
+
+
+def known_so_far(layout: SlotLayout, known: np.ndarray, own: bool) -> np.ndarray:
+    """[M] bool: whether `known` [S, T] holds for every token from the anchor to the one a supervised row predicts.
+
+    Args:
+        own: the predicted token itself counts too.
+    """
+    sequences, length = known.shape
+    sequence = layout.rows // (layout.anchors.shape[1] * layout.slots)
+    predicted = layout.target - sequence * length + 1  # position of the token
+    anchor = predicted - layout.depth - 1
+    unknown = np.concatenate([np.zeros((sequences, 1), dtype=int), np.cumsum(~known, axis=1)], axis=1)
+    upto = predicted + 1 if own else predicted
+    return unknown[sequence, upto] == unknown[sequence, anchor + 1]

@@ -1,0 +1,59 @@
+"""Acceptance of slot drafts on held-out text, measured without decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.data import Example
+
+
+def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -> mx.array:
+    """Greedy drafts as ids [M] of slot latents [M, D], given the tokens [M] before them."""
+    assert attached.adapter is not None
+    refined = attached.adapter.sampler(attached.embed(previous), hidden)
+    column = mx.argmax(attached.draft_head(refined), axis=-1)
+    ids = attached.adapter.draft_ids
+    return column if ids is None else ids[column]
+
+
+def labelled_anchors(
+    examples: Sequence[Example], slots: int, most: int, random: np.random.Generator
+) -> list[np.ndarray]:
+    """For each example at most `most` positions whose whole blocks of `slots` slots have labels, drawn at random."""
+    anchors = []
+    for example in examples:
+        candidates = candidate_anchors(len(example), example.loss_start)
+        candidates = candidates[candidates + 1 + slots < len(example)]
+        anchors.append(np.sort(random.permutation(candidates)[:most]))
+    return anchors
+
+
+def measure_agreement(
+    attached: AttachedModel, batches: Iterable[Sequence[Example]], slots: int, most: int = 24, seed: int = 0
+) -> Agreement:
+    """Runs over batches of examples with at most `most` blocks of `slots` slots each."""
+    accepted = np.zeros(slots)
+    submitted = np.zeros(slots)
+    blocks = 0
+    random = np.random.default_rng(seed)
+    for examples in batches:
+        anchors = labelled_anchors(examples, slots, most, random)
+        if not any(len(own) for own in anchors):
+            continue
+        layout = build_layout(
+            [example.tokens for example in examples], anchors, slots, chunk_blocks=min(most, 16)
+        )
+        hidden = slot_pass(attached, layout, prefix_pass(attached, layout))
+        right = np.array(draft_picks(attached, hidden, mx.array(layout.previous))) == layout.label
+        alive = np.cumprod(right.reshape(-1, slots), axis=1)  # [blocks, k]
+        accepted += alive.sum(axis=0)
+        submitted += np.concatenate([np.ones((len(alive), 1)), alive[:, :-1]], axis=1).sum(axis=0)
+        blocks += len(alive)
+    return Agreement([float(a / s) if s else 0.0 for a, s in zip(accepted, submitted, strict=True)], blocks)

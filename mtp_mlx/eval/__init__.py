@@ -1,1 +1,0 @@
-"""What lossy decoding costs: measurements of text against the model's own."""

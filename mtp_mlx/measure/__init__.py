@@ -1,0 +1,1 @@
+"""Measuring: speed and text beside mlx-lm, answers, tuning, projections, and their pictures."""

@@ -1,0 +1,142 @@
+"""Answers summed up by lane and category, as plain values for `--json` and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.measure.evaluation import PLAIN, Answer
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One category (or all) in one lane; totals over totals.
+
+    Attributes:
+        tokens_per_second, plain_tokens_per_second, speedup: the plain lane's on the same tasks, and the ratio.
+        tokens_per_step: tokens per forward pass.
+        acceptance: per depth, P(accepted | reached); empty where nothing is verified.
+        agreement: share of tokens that the model's own path would have picked.
+        perplexity: of the texts under the model's own path.
+        same: share of texts that are the plain lane's.
+        right: share of answers that are right, of those that can be judged; None without any.
+        judged, wrong: how many were judged; why those not right are not: {reason: how often}.
+        lossless: False where any text was written unverified.
+    """
+
+    lane: str
+    category: str
+    tasks: int
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    speedup: float | None
+    tokens_per_step: float
+    acceptance: list[float | None]
+    agreement: float
+    perplexity: float
+    same: float
+    right: float | None
+    judged: int
+    wrong: dict[str, int]
+    lossless: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, rounded."""
+        values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        values["acceptance"] = [None if value is None else round(value, 4) for value in self.acceptance]
+        return values
+
+
+def summarise(answers: Sequence[Answer]) -> list[EvaluationRow]:
+    """One row per lane and category, then one per lane over all; of tasks answered in every lane only."""
+    lanes = list(dict.fromkeys(answer.lane for answer in answers))
+    counts = Counter(answer.task for answer in answers)
+    whole = [answer for answer in answers if counts[answer.task] == len(lanes)]
+    categories = list(dict.fromkeys(answer.category for answer in whole))
+    groups = [*categories, None] if len(categories) > 1 else categories
+    return [_row(lane, group, whole) for lane in lanes for group in groups]
+
+
+def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> EvaluationRow:
+    group = [answer for answer in answers if category in (None, answer.category)]
+    own = [answer for answer in group if answer.lane == lane]
+    tokens = max(sum(answer.tokens for answer in own), 1)
+    speed, plain = _rate(own), _rate([answer for answer in group if answer.lane == PLAIN.name])
+    stats = DecodeStats()
+    for answer in own:
+        stats.add(DecodeStats(submitted=list(answer.submitted), accepted=list(answer.accepted)))
+    judged = [answer for answer in own if answer.right is not None]
+    return EvaluationRow(
+        lane=lane,
+        category="all" if category is None else category,
+        tasks=len(own),
+        tokens_per_second=speed,
+        plain_tokens_per_second=plain,
+        speedup=speed / plain if speed and plain else None,
+        tokens_per_step=tokens / max(sum(answer.passes for answer in own), 1),
+        acceptance=stats.acceptance,
+        agreement=sum(answer.agreeing for answer in own) / tokens,
+        perplexity=math.exp(min(sum(answer.nll for answer in own) / tokens, 700.0)),
+        same=sum(answer.same for answer in own) / max(len(own), 1),
+        right=sum(answer.right is True for answer in judged) / len(judged) if judged else None,
+        judged=len(judged),
+        wrong=dict(Counter(answer.reason for answer in judged if not answer.right).most_common()),
+        lossless=all(answer.lossless for answer in own),
+    )
+
+
+def _rate(answers: Sequence[Answer]) -> float:
+    seconds = sum(answer.seconds for answer in answers if answer.timed_tokens)
+    return sum(answer.timed_tokens for answer in answers) / seconds if seconds else 0.0
+
+
+def tables(rows: Sequence[EvaluationRow]) -> Group:
+    """The rows as two rich tables that fit a terminal: speed, and what was written."""
+    speed = _table(
+        "speed against the model alone (lane plain), greedy",
+        ("tasks", "tok/s", "ratio", "tok/step", "accept"),
+        rows,
+        lambda row: (
+            str(row.tasks),
+            f"{row.tokens_per_second:.1f}",
+            "-" if row.speedup is None else f"{row.speedup:.2f}x",
+            f"{row.tokens_per_step:.2f}",
+            "/".join("-" if value is None else f"{value:.2f}" for value in row.acceptance) or "-",
+        ),
+    )
+    text = _table(
+        "text against the model alone",
+        ("agree", "ppl", "same", "right"),
+        rows,
+        lambda row: (
+            f"{100 * row.agreement:.1f}%",
+            f"{row.perplexity:.2f}",
+            f"{100 * row.same:.0f}%",
+            "-" if row.right is None else f"{100 * row.right:.1f}%",
+        ),
+    )
+    return Group(speed, text)
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[EvaluationRow],
+    cells: Callable[[EvaluationRow], Sequence[str]],
+) -> Table:
+    out = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in ("lane", "category"):
+        out.add_column(name, overflow="fold")
+    for name in columns:
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(row.lane + ("" if row.lossless else " (lossy)"), row.category, *cells(row))
+    return out

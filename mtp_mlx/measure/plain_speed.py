@@ -1,0 +1,63 @@
+"""The plain decoding speed last measured of each model on this machine, so that a speed-up can be shown.
+
+Kept in `plain_speed.json` in the cache folder, written by every plain run of enough tokens and by `bench`. It
+is a convenience: a file that is damaged or cannot be written is treated as no measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import mlx.core as mx
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import cache_dir, write_text
+from mtp_mlx.models import EMBEDDED
+
+FEWEST_TOKENS = 32  # shorter runs say little about speed
+_FILE_NAME = "plain_speed.json"
+
+
+def remember(model: str, tok_per_s: float, n_tokens: int, *, quantize: int | None = None) -> bool:
+    """Keeps the speed of a plain run of `n_tokens` tokens; False where it was too short or cannot be kept.
+
+    model     as the user named it: embedded model, folder or hub id
+    quantize  bits the embedded model was quantised to on the way in
+    """
+    if n_tokens < FEWEST_TOKENS or tok_per_s <= 0:
+        return False
+    speeds = _read()
+    speeds[_key(model, quantize)] = round(tok_per_s, 3)
+    try:
+        write_text(cache_dir() / _FILE_NAME, json.dumps(speeds, indent=2, sort_keys=True) + "\n")
+    except MTPError:
+        return False
+    return True
+
+
+def recall(model: str, *, quantize: int | None = None) -> float | None:
+    """Tokens per second of plain decoding with `model` on this machine, or None if never measured."""
+    return _read().get(_key(model, quantize))
+
+
+def device_name() -> str:
+    """The chip that MLX computes on, such as "Apple M2 Max"; "cpu x86_64" where it has no name."""
+    name = dict(mx.device_info()).get("device_name") if mx.default_device() == mx.Device(mx.gpu) else None
+    return str(name) if name else f"cpu {platform.machine()}"
+
+
+def _key(model: str, quantize: int | None) -> str:
+    folder = Path(model).expanduser()
+    name = str(folder.resolve()) if model not in EMBEDDED and folder.is_dir() else model
+    bits = f" {quantize} bits" if quantize else ""
+    return f"{name}{bits} | {device_name()}"
+
+
+def _read() -> dict[str, float]:
+    try:
+        values = json.loads((cache_dir() / _FILE_NAME).read_text(encoding="utf-8"))
+        return {str(key): float(value) for key, value in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

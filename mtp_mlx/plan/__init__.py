@@ -1,1 +1,0 @@
-"""Projections: measured acceptance on published cost curves of other machines. Nothing here is a measurement."""

@@ -1,0 +1,1 @@
+"""Which drafts to verify, and what that costs: the planner behind `--layout auto`."""

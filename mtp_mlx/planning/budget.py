@@ -1,0 +1,298 @@
+"""The planner behind `--layout auto`: as many drafts and slots as pay, none when nothing pays (design 2.5).
+
+Decoding is a Markov decision process whose state is the drafts at hand. A step costs c(rows) seconds and
+earns 1 + accepted tokens; slots behind acceptance length a are the drafts of the next step if exactly a are
+accepted. The rate lambda (tokens per second) and the worth h(n) of holding n slot drafts are found by policy
+iteration (Howard 1960), since value iteration swings on chains that alternate, as linear layouts do; a step
+then takes the layout with the largest
+
+    1 + E[accepted] - lambda * c(layout) + sum_a P(accept exactly a) * h(slots[a]),
+
+slots being given to the group where the next ones are worth most each. Plain decoding is one of the
+layouts: when no slots pay, `auto` decodes plainly and asks the adapter again only now and then, at growing
+distances, because acceptance changes with the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.planning.acceptance import AcceptanceEstimate
+from mtp_mlx.planning.cost import CostCorrection, StepCost
+
+SOLVE_EVERY = 24  # steps between policy iterations
+SOLVE_EARLY = (4, 8, 16)  # and soon after the start, when what was assumed meets what is
+MOST_ITERATIONS = 20
+RESTART = 1e-6  # chance of losing the drafts at hand; gives every policy one recurrent class
+FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: first, and at most
+LOOKUP_DRAFTS = 23
+LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
+PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
+MARGIN = (
+    1.1  # a speculative layout must promise this much more than plain: costs and acceptance are estimates
+)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What decoding has taught about a model on this machine. Shared by its generations, it keeps learning.
+
+    Attributes:
+        acceptance: by drafter.
+        cost: how the cost curve is off.
+    """
+
+    acceptance: dict[str, AcceptanceEstimate]
+    cost: CostCorrection
+
+    @classmethod
+    def fresh(cls, slots: int, prior: Sequence[float], lead: int = 0) -> Experience:
+        """Before anything was seen.
+
+        Args:
+            slots: most drafts of the adapter in a step.
+            prior: the adapter's recorded acceptance per depth.
+            lead: rows at the start of every slot group that draft nothing.
+        """
+        acceptance = {
+            "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
+            "heads": AcceptanceEstimate(max(slots, 1), list(prior) or None),
+            "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
+        }
+        return cls(acceptance, CostCorrection(lead))
+
+
+class BudgetPolicy:
+    """See the module. Implements `mtp_mlx.decode.policy.Policy`.
+
+    Args:
+        cost: measured seconds of steps.
+        slots: most slots behind one position, or drafts of a chain of heads; 0 without an adapter.
+        prior: the adapter's recorded acceptance per depth.
+        experience: of earlier generations, to go on from.
+    """
+
+    own = "slots"  # the source of the drafts that are planned for
+
+    def __init__(
+        self,
+        cost: StepCost,
+        slots: int,
+        prior: Sequence[float],
+        experience: Experience | None = None,
+    ) -> None:
+        self._cost, self._slots, self._context = cost, slots, 0
+        self.max_drafts = max(LOOKUP_DRAFTS, slots)
+        self.chain = 0
+        experience = experience or Experience.fresh(slots, prior, cost.lead)
+        self._acceptance, self._correction = experience.acceptance, experience.cost
+        self._steps = 0
+        self._plain_steps = 0
+        self._probe_after = FIRST_PROBE
+        self._probing = False
+        self._worth = [0.0] * (slots + 1)
+        self._rate = 0.0
+        self._planned = False  # not before the context is known, or somebody asks
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that it expects."""
+        if not self._planned:
+            self._solve()
+        return self._rate
+
+    @property
+    def verdict(self) -> str:
+        """What the planner currently thinks, for people."""
+        plain = 1.0 / self._seconds(Layout.plain())
+        if self.rate <= plain * MARGIN:
+            return f"{self.own} do not pay here, plain unless sure"
+        return f"{self.own} expected to give {self.rate / plain:.2f}x plain"
+
+    # --- Policy -------------------------------------------------------------------------------------------
+
+    def begin(self, context: int) -> None:
+        """Plans for steps behind so many cached tokens; see `Policy`."""
+        if context != self._context or not self._planned:
+            self._context = context
+            self._solve()
+
+    def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
+        """The proposal and layout worth most; see `Policy`."""
+        if not self._planned:
+            self._solve()
+        if self._probing and self._slots:
+            self._probing = False
+            return proposals[0].cut(0), self._fullest(0)
+        best = (self._plain_value(), proposals[0].cut(0), Layout.plain())
+        for proposal in proposals:
+            known = self._acceptance[proposal.source]
+            chances = [known.probability(i + 1, c) for i, c in enumerate(proposal.confidences)]
+            value, layout = self._best_layout(chances)
+            if value > best[0]:
+                best = (value, proposal, layout)
+        return best[1], best[2]
+
+    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+        """Learns acceptance and cost; see `Policy`."""
+        self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
+        self._context += 1 + n_accepted
+        self._steps += 1
+        if layout == Layout.plain():
+            self._plain_steps += 1
+        elif layout.drafts:
+            known = self._acceptance[proposal.source]
+            known.update(layout.drafts, n_accepted, proposal.confidences)
+            if proposal.source == self.own:
+                paid = 1 + n_accepted > self.rate * self._seconds(layout)
+                self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
+        if self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
+            self._solve()
+
+    def interrupts_plain(self) -> bool:
+        """True when slots were not tried for a while; see `Policy`."""
+        if self._slots and self._plain_steps >= self._probe_after:
+            self._plain_steps = 0
+            self._probing = True
+        return self._probing
+
+    # --- values -------------------------------------------------------------------------------------------
+
+    def _seconds(self, layout: Layout) -> float:
+        return self._cost.seconds(layout, self._context) * self._correction.factor(layout)
+
+    def _plain_value(self) -> float:
+        return 1.0 - self.rate * self._seconds(Layout.plain())
+
+    def _best_layout(self, chances: Sequence[float]) -> tuple[float, Layout]:
+        """The layout worth most for drafts that are accepted with these chances, each given the one before."""
+        best = (-1e9, Layout.plain())
+        reach = [1.0]  # P(at least a accepted)
+        for chance in chances:
+            reach.append(reach[-1] * chance)
+        for drafts in _draft_counts(len(chances)):
+            exact = [reach[a] - reach[a + 1] for a in range(drafts)] + [reach[drafts]]
+            value, layout = self._with_slots(sum(reach[1 : drafts + 1]), exact)
+            if value > best[0]:
+                best = (value, layout)
+            if drafts and reach[drafts] < 0.02:
+                break
+        return best
+
+    def _fullest(self, drafts: int) -> Layout:
+        """All slots behind the last of `drafts` drafts."""
+        return Layout.linear(drafts, self._slots)
+
+    def _held_after(self, layout: Layout) -> Sequence[int]:
+        """[drafts + 1] how many drafts are at hand after a step, by the number accepted."""
+        return layout.slots
+
+    def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
+        """Gives slots one by one to the group where the next is worth most, and keeps the best number."""
+        drafts = len(exact) - 1
+        slots = [0] * (drafts + 1)
+        worth, runs = self._worth, self._runs
+        held_worth = 0.0
+        best = (1.0 + accepted - self.rate * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
+        idle = 0
+        while idle < PATIENCE:
+            group = max(range(drafts + 1), key=lambda a: exact[a] * runs[slots[a]][0])
+            start, (gain, last) = slots[group], runs[slots[group]]
+            if exact[group] * gain <= 1e-4:
+                break
+            while slots[group] < last:
+                slots[group] += 1
+                held = held_worth + exact[group] * (worth[slots[group]] - worth[start])
+                value = 1.0 + accepted + held - self.rate * self._seconds(Layout(drafts, tuple(slots)))
+                idle += 1
+                if value > best[0]:
+                    best, idle = (value, tuple(slots)), 0
+            held_worth = held
+        return best[0], Layout(drafts, best[1])
+
+    def _solve(self) -> None:
+        """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
+        self._planned = True
+        known = self._acceptance[self.own]
+        chances = [known.probability(depth + 1) for depth in range(self._slots)]
+        plain = 1.0 / self._seconds(Layout.plain())
+        policy = [self._fullest(held) for held in range(self._slots + 1)]
+        best, last = (plain, [0.0] * (self._slots + 1)), 0.0
+        for _ in range(MOST_ITERATIONS):
+            self._rate, self._worth = self._valued(policy, chances)
+            self._runs = _best_runs(self._worth)
+            if self._rate > best[0] * MARGIN or best[0] > plain and self._rate > best[0]:
+                best = (self._rate, self._worth)
+            if self._rate <= last * (1 + 1e-9):
+                break
+            last = self._rate
+            policy = [self._best_layout(chances[:held])[1] for held in range(self._slots + 1)]
+        self._rate, self._worth = best
+        self._runs = _best_runs(self._worth)
+
+    def _valued(self, policy: Sequence[Layout], chances: Sequence[float]) -> tuple[float, list[float]]:
+        """(rate, worth [slots + 1]) of always decoding by `policy`: one linear system, worth[0] = 0."""
+        states = len(policy)
+        left, tokens = np.zeros((states + 1, states + 1)), np.zeros(states + 1)
+        left[states, 0] = 1.0
+        for held, layout in enumerate(policy):
+            reach = np.cumprod([1.0, *chances[: layout.drafts]])
+            tokens[held] = reach.sum()
+            left[held, held] += 1.0
+            left[held, states] = self._seconds(layout)
+            left[held, 0] -= RESTART
+            for count, chance in zip(
+                self._held_after(layout), np.append(reach[:-1] - reach[1:], reach[-1]), strict=True
+            ):
+                left[held, count] -= (1 - RESTART) * chance
+        solution = np.linalg.solve(left, tokens)
+        return float(solution[states]), solution[:states].tolist()
+
+
+def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
+    """For every number of slots: (gain per slot, last slot) of the most profitable run of further slots.
+
+    A run and not one slot, because a pair may pay where its first alone does not.
+    """
+    runs = []
+    for held, base in enumerate(worth):
+        ends = range(held + 1, len(worth))
+        runs.append(max([((worth[end] - base) / (end - held), end) for end in ends] or [(-1.0, held)]))
+    return runs
+
+
+def _draft_counts(most: int) -> list[int]:
+    """Numbers of drafts worth comparing: every one up to 4, then some, and all."""
+    return [count for count in range(most + 1) if count <= 4 or count in (6, 8, 11, 15, 19) or count == most]
+
+
+class HeadsBudgetPolicy(BudgetPolicy):
+    """See the module. Arguments as `BudgetPolicy`, `slots` being the longest chain."""
+
+    own = "heads"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.chain = self._slots
+
+    def _fullest(self, drafts: int) -> Layout:
+        return Layout.chained(drafts, self._slots)
+
+    def _held_after(self, layout: Layout) -> Sequence[int]:
+        return (layout.chain,) * (layout.drafts + 1)
+
+    def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
+        """The chain worth most behind a block that accepts so many drafts; see `BudgetPolicy._with_slots`."""
+        best = (-1e9, Layout.plain())
+        for chain in range(self._slots + 1):
+            layout = Layout.chained(len(exact) - 1, chain)
+            value = 1.0 + accepted + self._worth[chain] - self.rate * self._seconds(layout)
+            if value > best[0]:
+                best = (value, layout)
+        return best

@@ -1,0 +1,196 @@
+"""Measures `StepCost` on this machine for this model, once, and keeps it in the user's cache.
+
+Keyed by device, mlx version, BLAS threads, model, dtype and adapter shape: a change of any measures again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.loop import slot_drafter
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.session import CacheSettings, Session
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.files import cache_dir
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.block import block_shape
+from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.planning.cost import StepCost, interpolate, read_cost, save_cost
+
+REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+SLOT_ROWS = (1, 2, 4, 8, 12, 20)  # without those that draft nothing
+SHORT_CONTEXT, LONG_CONTEXT = 64, 768
+REPEATS = 3
+
+log = logging.getLogger("mtp_mlx")
+
+
+def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -> StepCost:
+    """The cached measurement for this model on this machine, or a new one (a few seconds)."""
+    key = cost_key(model)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "costs" / f"{digest}.json"
+    cost = read_cost(path, key)
+    if not all(model.peers.gather(cost is not None)):  # a measurement takes all processes
+        (tell or log.warning)("measuring what a step costs on this machine (once per model)")
+        with model.peers.waiting():
+            cost = measure(model)
+        save_cost(path, cost, key)
+    assert cost is not None
+    return cost
+
+
+def cost_key(model: AttachedModel) -> dict[str, str]:
+    """Everything a measurement depends on."""
+    device = mx.default_device()
+    name = platform.processor() or platform.machine()
+    if device == mx.Device(mx.gpu):
+        name = str(mx.device_info().get("device_name", name))
+    shape = "none" if model.adapter is None else str(model.adapter.config)
+    if model.mtp_heads is not None:
+        shape = _heads_shape(model.mtp_heads, model.draft_head.columns)
+    embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
+    key = {
+        "version": "2",
+        "device": f"{device} {name} {os.cpu_count()}",
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "mlx": importlib.metadata.version("mlx"),
+        "model": base_fingerprint(model.model),
+        "dtype": f"{embedded.dtype} {'quantised' if _is_quantised(model) else 'dense'}",
+        "adapter": shape if model.peers.alone else f"{shape}, part {model.peers.rank} of {model.peers.size}",
+        "kernels": "none" if model.kernels is None else model.kernels.description,
+        "exact": str(model.exact),
+    }
+    # Only there: measurements without it that are older than this entry counted too few rows.
+    return {**key, "lead": str(model.lead)} if model.lead else key
+
+
+def _heads_shape(heads: DraftHeads, columns: int) -> str:
+    """Everything about heads that their speed depends on."""
+    blocks = {f"{type(module).__module__}.{type(module).__qualname__}" for module in heads.modules()}
+    weights = sum(
+        value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
+    )
+    return f"{len(heads.heads)} heads, {heads.drafts} drafts, {sorted(blocks)}, {weights} weights, {columns} columns"
+
+
+def _is_quantised(model: AttachedModel) -> bool:
+    return any("scales" in module for _, module in model.model.named_modules())
+
+
+def measure(model: AttachedModel) -> StepCost:
+    """Times steps of every size in the table; medians of a few runs."""
+    picker = Picker()
+    drafter = None if model.adapter is None else slot_drafter(model, picker, model.draft_vocabulary)
+    prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
+    real: dict[int, list[float]] = {}
+    plain = {}
+    for context in (LONG_CONTEXT, SHORT_CONTEXT):
+        session = Session(model, picker, drafter, prompt[: context + 1], model.make_cache(), CacheSettings())
+        session.prefill()
+        real[context] = [_seconds(session, Layout(rows - 1, (0,) * rows)) for rows in REAL_ROWS]
+        plain[context] = _plain_seconds(session)
+    surcharge: list[float] = []
+    slot_rows: list[int] = []
+    draft = 0.0
+    if drafter is not None:
+        one, four = (_propose_seconds(model, drafter, count) for count in (1, 1 + drafter.max_drafts))
+        draft = max(0.0, (four - one) / drafter.max_drafts)
+        most = drafter.max_drafts
+        for count in SLOT_ROWS:
+            groups = tuple(min(most, max(0, count - most * group)) for group in range(-(-count // most)))
+            layout = Layout(len(groups) - 1, groups)
+            lead_rows = layout.lead_rows(model.lead)
+            as_real = _interpolated(real[SHORT_CONTEXT], layout.rows + lead_rows)
+            slot_rows.append(layout.slot_rows + lead_rows)
+            surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
+    if model.mtp_heads is not None:
+        draft = _chain_seconds(model, picker, prompt[: SHORT_CONTEXT + 1], model.mtp_heads.drafts)
+    return StepCost(
+        rows=REAL_ROWS,
+        contexts=(SHORT_CONTEXT, LONG_CONTEXT),
+        short=tuple(real[SHORT_CONTEXT]),
+        long=tuple(real[LONG_CONTEXT]),
+        slot_rows=tuple(slot_rows) or (1,),
+        surcharge=tuple(surcharge) or (0.0,),
+        draft=draft,
+        plain=(plain[SHORT_CONTEXT], plain[LONG_CONTEXT]),
+        lead=model.lead,
+    )
+
+
+def _interpolated(seconds: list[float], rows: int) -> float:
+    return interpolate(REAL_ROWS, seconds, rows)
+
+
+def _seconds(session: Session, layout: Layout) -> float:
+    """Median seconds of a step; the session is left as it was."""
+    length, cached = len(session.tokens), session.cached
+    times = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        session.step(layout, [1] * layout.drafts)
+        times.append(time.perf_counter() - started)
+        session.trim(session.cached - cached)
+        del session.tokens[length:]
+    return median(times[1:])
+
+
+def _chain_seconds(model: AttachedModel, picker: Picker, prompt: list[int], chain: int) -> float:
+    """Seconds of drafting one token with MTP heads behind a block that verifies a whole chain's drafts."""
+    session = Session(model, picker, None, prompt, model.make_cache(), CacheSettings(), chain)
+    session.prefill()
+
+    def seconds(layout: Layout) -> float:
+        times = []
+        for _ in range(1 + REPEATS):  # the text goes on by a token or some, since heads cannot be put back
+            started = time.perf_counter()
+            session.step(layout, [1] * layout.drafts)
+            times.append(time.perf_counter() - started)
+        return median(times[1:])
+
+    with_chain = seconds(Layout.chained(chain, chain))
+    return max(0.0, with_chain - seconds(Layout.chained(chain, 0))) / chain
+
+
+def _plain_seconds(session: Session, steps: int = 6) -> float:
+    """Seconds of a plain step when each is started before the one before it is read; the text goes on by some."""
+    ahead = session.plain_pass(mx.array([1], dtype=mx.int32), 0)[0]
+    mx.async_eval(ahead)
+    times = []
+    for _ in range(steps):
+        following = session.plain_pass(ahead, 1)[0]
+        mx.async_eval(following)
+        mx.eval(ahead)
+        times.append(time.perf_counter())
+        ahead = following
+    mx.eval(ahead)
+    return median([after - before for before, after in zip(times, times[1:], strict=False)])
+
+
+def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter | PTPSlotDrafter, count: int) -> float:
+    """Seconds of drafting `count` tokens from given latents."""
+    shape = block_shape(0, (count,), drafter.lead)
+    zero = mx.array(0, dtype=mx.int32)
+    hidden = mx.zeros((shape.rows, model.hidden_size), dtype=model.embed(zero).dtype)
+    times = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        mx.eval(drafter.propose(hidden, shape, zero, zero, zero, None))
+        times.append(time.perf_counter() - started)
+    return median(times[1:])

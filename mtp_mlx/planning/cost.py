@@ -1,0 +1,179 @@
+"""c(R): seconds of one step as a function of its rows, on this machine, for this model.
+
+Pure arithmetic over a table of measurements; `calibrate.py` makes the table. Rows of a verification step
+are not free and not linear: matmuls step with the number of rows, attention grows with rows times context,
+slots add their low-rank work. So the table has rows at a short and at a long context, and a surcharge for
+slots; in between it is interpolated linearly, beyond it extended with the last slope.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.files import write_text
+
+log = logging.getLogger("mtp_mlx")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Measured seconds.
+
+    Attributes:
+        rows: numbers of real rows measured, increasing, from 1.
+        contexts: the short and the long context, in cached tokens.
+        short, long: seconds of a step with that many real rows and no slots, per entry of `rows`.
+        slot_rows: numbers of slot rows measured, increasing; those that draft nothing count.
+        surcharge: seconds that many slot rows cost beyond as many real rows.
+        draft: seconds of drafting one token, with the sampler head or with MTP heads.
+        plain: seconds of a plain step that overlaps with the host, at the two contexts.
+        lead: rows at the start of every slot group that draft nothing.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, int]
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    slot_rows: tuple[int, ...]
+    surcharge: tuple[float, ...]
+    draft: float
+    plain: tuple[float, float]
+    lead: int = 0
+
+    def seconds(self, layout: Layout, context: int) -> float:
+        """Of one step in `layout` behind `context` cached tokens."""
+        if layout == Layout.plain():
+            return self._at(context, *self.plain)
+        rows = self.rows_of(layout)
+        body = self._at(
+            context, interpolate(self.rows, self.short, rows), interpolate(self.rows, self.long, rows)
+        )
+        slot_rows = layout.slot_rows + layout.lead_rows(self.lead)
+        extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), slot_rows))
+        return body + extra + self.draft * max(*layout.slots, layout.chain)
+
+    def rows_of(self, layout: Layout) -> int:
+        """All rows of a step's pass, those that draft nothing among them."""
+        return layout.rows + layout.lead_rows(self.lead)
+
+    def _at(self, context: int, short: float, long: float) -> float:
+        low, high = self.contexts
+        return max(short + (long - short) * (context - low) / max(1, high - low), 0.5 * short)
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through (xs, ys); beyond the ends the first value, or the last slope (never falling).
+
+    Raises:
+        ValueError: xs is empty.
+    """
+    if not xs:
+        raise ValueError("nothing to interpolate")
+    if x <= xs[0]:
+        return ys[0]
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), zip(xs[1:], ys[1:], strict=True), strict=False):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    if len(xs) == 1:
+        return ys[0]
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    return ys[-1] + slope * (x - xs[-1])
+
+
+def save_cost(path: Path, cost: StepCost, key: dict[str, str]) -> None:
+    """Writes a measurement and what it belongs to."""
+    write_text(path, json.dumps({"key": key, "cost": asdict(cost)}, indent=2) + "\n")
+
+
+def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
+    """Reads a measurement; None if there is none, it belongs to something else, or (said once) is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): step costs are measured again", path, error)
+        return None
+    try:
+        if stored["key"] != key:
+            return None
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else float(value)
+            for name, value in stored["cost"].items()
+        }
+        return StepCost(**{**values, "lead": int(values.get("lead", 0))})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        log.warning("%s is damaged: step costs are measured again", path)
+        return None
+
+
+ROW_EDGES = (2, 4, 6, 9, 13, 19)  # bins of rows: 1, 2-3, 4-5, ...
+
+
+PRIOR_STRENGTH = 3.0  # observations that a cell's parent is worth
+
+
+MEMORY_OBSERVATIONS = 40.0  # half the weight of what a cell saw this many observations ago is gone
+
+
+LARGEST_SURPRISE = math.log(
+    2.0
+)  # a step further off than this counts as this far: someone else had the machine
+
+
+Cell = tuple[str | int, ...]
+
+
+class CostCorrection:
+    """Learns the factor between measured and predicted seconds of a step. Starts at 1 for every layout.
+
+    Args:
+        lead: rows at the start of every slot group that draft nothing.
+    """
+
+    def __init__(self, lead: int = 0) -> None:
+        self._lead = lead
+        self._cells: dict[Cell, tuple[float, float]] = {}  # (weight, weighted sum of log ratios)
+        self._kept = 0.5 ** (1.0 / MEMORY_OBSERVATIONS)
+
+    def observe(self, layout: Layout, predicted: float, seconds: float) -> None:
+        """A step in `layout` took `seconds`; the curve alone says `predicted`.
+
+        Raises:
+            ValueError: a time that is not positive.
+        """
+        if not (predicted > 0 and seconds > 0):
+            raise ValueError(f"a step takes time: {seconds} s, predicted {predicted} s")
+        ratio = math.log(seconds / predicted)
+        path = self._path(layout)
+        expected = self._log_factor(path)
+        ratio = min(max(ratio, expected - LARGEST_SURPRISE), expected + LARGEST_SURPRISE)
+        for depth in range(len(path) + 1):
+            weight, total = self._cells.get(path[:depth], (0.0, 0.0))
+            self._cells[path[:depth]] = (weight * self._kept + 1.0, total * self._kept + ratio)
+
+    def factor(self, layout: Layout) -> float:
+        """What to multiply the curve's seconds of `layout` with."""
+        return math.exp(self._log_factor(self._path(layout)))
+
+    def _log_factor(self, path: Cell) -> float:
+        estimate = 0.0
+        for depth in range(len(path) + 1):
+            weight, total = self._cells.get(path[:depth], (0.0, 0.0))
+            estimate = (total + PRIOR_STRENGTH * estimate) / (weight + PRIOR_STRENGTH)
+        return estimate
+
+    def _path(self, layout: Layout) -> Cell:
+        """From the kind of step to its number of rows."""
+        if layout == Layout.plain():
+            return ("plain",)
+        kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"
+        return (kind, bisect_right(ROW_EDGES, layout.rows + layout.lead_rows(self._lead)))

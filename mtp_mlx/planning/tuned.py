@@ -1,0 +1,124 @@
+"""What `mtp-mlx tune` found to be fastest, kept in the user's cache where layout "auto" reads it.
+
+Keyed like measured step costs (`calibrate.cost_key`: device, mlx version, threads, model, dtype, adapter shape,
+kernels) and by the adapter's weights, since acceptance is theirs. A record of anything else is not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mtp_mlx.decode.policy import LayoutName
+from mtp_mlx.errors import MTPError
+from mtp_mlx.files import cache_dir, clear_errors, write_text
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning.calibrate import cost_key
+
+_SAMPLE = 64  # values of each tensor that tell one training's weights from another's
+_LAYOUTS = ("auto", "linear", "quadratic", "plain")
+
+log = logging.getLogger("mtp_mlx")
+
+
+@dataclass(frozen=True)
+class TunedChoice:
+    """The fastest way that was measured.
+
+    Attributes:
+        name: of the lane, for people.
+        layout, slots, drafter: as the options of the same names; layout "auto" is the planner.
+        tokens_per_second, plain_tokens_per_second: measured, of this lane and of plain decoding.
+    """
+
+    name: str
+    layout: LayoutName
+    slots: int | None
+    drafter: str | None
+    tokens_per_second: float
+    plain_tokens_per_second: float
+
+    @property
+    def description(self) -> str:
+        """What statistics say about it."""
+        if self.layout == "plain":
+            return "tuned: nothing beat plain decoding"
+        return f"tuned: {self.name}, {self.tokens_per_second / self.plain_tokens_per_second:.2f}x plain"
+
+
+def tuned_key(model: AttachedModel) -> dict[str, str]:
+    """Everything that a record depends on."""
+    drafting = model.adapter if model.mtp_heads is None else model.mtp_heads
+    if drafting is None:
+        return {**cost_key(model), "weights": "none"}
+    tensors = sorted(cast("list[tuple[str, mx.array]]", tree_flatten(drafting.parameters())))
+    shapes = json.dumps([(name, tensor.shape) for name, tensor in tensors])
+    samples = [tensor.reshape(-1)[:_SAMPLE].astype(mx.float32) for _, tensor in tensors]
+    values = np.array(mx.concatenate(samples))  # one evaluation, since every generation asks
+    digest = hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
+    return {**cost_key(model), "weights": digest}
+
+
+def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path:
+    """Keeps the choice for this model, adapter and machine; `measured` is kept beside it, for people.
+
+    Raises:
+        MTPError: the record cannot be written.
+    """
+    key = tuned_key(model)
+    path = _path(key)
+    write_text(
+        path, json.dumps({"key": key, "choice": asdict(choice), "measured": measured}, indent=2) + "\n"
+    )
+    return path
+
+
+def recall(model: AttachedModel) -> TunedChoice | None:
+    """The choice for this model, adapter and machine; None if there is none, or (said once a call) it is damaged."""
+    key = tuned_key(model)
+    path = _path(key)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        choice = TunedChoice(**stored["choice"])
+        if stored["key"] != key:
+            return None
+        if choice.layout not in _LAYOUTS or not choice.plain_tokens_per_second > 0:
+            raise ValueError("not a layout and its speed")
+        return choice
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning(
+            "%s is damaged (%s): layout auto plans as if untuned; run mtp-mlx tune again", path, error
+        )
+        return None
+
+
+def forget(model: AttachedModel) -> bool:
+    """Removes the record of this model, adapter and machine; False if there was none.
+
+    Raises:
+        MTPError: it cannot be removed.
+    """
+    path = _path(tuned_key(model))
+    if not path.exists():
+        return False
+    try:
+        with clear_errors(path):
+            path.unlink()
+    except MTPError as error:
+        raise MTPError(f"{path} could not be removed: remove it yourself") from error
+    return True
+
+
+def _path(key: dict[str, str]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "tuned" / f"{digest}.json"

@@ -1,0 +1,181 @@
+"""The common layout of a batch's steps.
+
+A fixed layout stays what it is. "auto" takes the number of slots (or of drafts of MTP heads) and the form for which
+expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
+(design 2.5), so batches draft less than single sequences do. In the linear form sequences wait for each other: the
+one slot group stands behind all drafts of the pass, out of reach of sequences that bring fewer; so its rate is that
+of the whole batch, and falls with every further sequence even where rows are free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.policy import (
+    LayoutName,
+    Proposal,
+)
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning.budget import MARGIN, Experience
+from mtp_mlx.planning.choose import (
+    LOOKUP_DRAFTS,
+    choose_drafters,
+)
+from mtp_mlx.planning.cost import StepCost
+
+PLAN_EVERY = 32  # steps
+
+
+@dataclass(frozen=True)
+class BatchDrafting:
+    """What a batch may draft with.
+
+    Attributes:
+        form: "plain", "linear" and "quadratic" are fixed, "auto" plans.
+        slots: most slots behind one position; 0 without an adapter with slots.
+        chain: most drafts of MTP heads; 0 without heads.
+        lookup: most drafts from the text itself; 0 where it does not draft.
+    """
+
+    form: LayoutName
+    slots: int = 0
+    chain: int = 0
+    lookup: int = 0
+
+
+class BatchPlan:
+    """Chooses the layout of every step of a batch.
+
+    Args:
+        drafting: what may draft.
+        cost: measured seconds of steps; needed for "auto".
+        experience: acceptance learnt so far, shared with single sequences; needed for "auto".
+    """
+
+    def __init__(
+        self, drafting: BatchDrafting, cost: StepCost | None = None, experience: Experience | None = None
+    ) -> None:
+        self._drafting, self._cost, self._experience = drafting, cost, experience
+        if drafting.form == "auto" and (cost is None or experience is None):
+            raise ValueError("a planned layout needs costs and experience")
+        own = drafting.chain or drafting.slots
+        self.max_drafts = 0 if drafting.form == "plain" else max(own, drafting.lookup)
+        self._chosen: BatchDrafting = drafting
+        self._planned_for = 0
+        self._context = 0
+        self._steps = 0
+
+    def choose(self, at_hand: Sequence[int], contexts: Sequence[int]) -> Layout:
+        """The next step's layout; it may verify fewer drafts than there are.
+
+        Args:
+            at_hand: [B] drafts of each sequence.
+            contexts: [B] cached tokens of each sequence.
+        """
+        if self._drafting.form == "auto":
+            self._plan(len(at_hand), round(sum(contexts) / max(len(contexts), 1)))
+        chosen = self._chosen
+        own = chosen.chain or chosen.slots
+        drafts = min(max(at_hand, default=0), max(own, chosen.lookup))
+        if chosen.form == "plain":
+            return Layout.plain()
+        if chosen.chain:
+            return Layout.chained(drafts, chosen.chain)
+        if not chosen.slots:
+            return Layout(drafts, (0,) * (drafts + 1))
+        build = Layout.linear if chosen.form == "linear" else Layout.quadratic
+        return build(drafts, chosen.slots)
+
+    def observe(self, proposal: Proposal, n_accepted: int) -> None:
+        """Learns from one sequence's share of a step."""
+        if self._experience is not None and proposal.drafts:
+            known = self._experience.acceptance[proposal.source]
+            known.update(len(proposal.drafts), n_accepted, proposal.confidences)
+
+    # --- "auto" ---------------------------------------------------------------------------------------------
+
+    def _plan(self, n_sequences: int, context: int) -> None:
+        self._steps += 1
+        if self._planned_for == n_sequences and self._steps % PLAN_EVERY:
+            return
+        self._planned_for, self._context = n_sequences, context
+        plain = BatchDrafting("plain")
+        best, best_rate = plain, 1.0 / self._seconds(n_sequences, Layout.plain()) * MARGIN
+        for candidate in self._candidates():
+            rate = self.rate(n_sequences, candidate)
+            if rate > best_rate:
+                best, best_rate = candidate, rate
+        self._chosen = best
+
+    def _candidates(self) -> list[BatchDrafting]:
+        drafting = self._drafting
+        if drafting.chain:
+            return [BatchDrafting("linear", chain=k) for k in range(1, drafting.chain + 1)]
+        forms: tuple[LayoutName, ...] = ("linear", "quadratic")
+        return [BatchDrafting(form, slots=k) for k in range(1, drafting.slots + 1) for form in forms]
+
+    def rate(self, n_sequences: int, drafting: BatchDrafting) -> float:
+        """Expected tokens per second of each of B sequences in a steady state, of the lengths last planned for."""
+        assert self._experience is not None
+        count = drafting.chain or drafting.slots
+        known = self._experience.acceptance["heads" if drafting.chain else "slots"]
+        reach = [1.0]
+        for depth in range(1, count + 1):
+            reach.append(reach[-1] * known.probability(depth))
+        accepted = sum(reach[1:])
+        if drafting.chain:
+            return (1 + accepted) / self._seconds(n_sequences, Layout.chained(count, count))
+        if drafting.form == "quadratic":
+            return (1 + accepted) / self._seconds(n_sequences, Layout.quadratic(count, count))
+        # Linear: the one slot group stands behind all drafts. A sequence that rejects one is without drafts until no
+        # sequence has any; then one pass that verifies nothing gives drafts to all, and passes with drafts follow
+        # while at least one sequence has accepted everything so far.
+        empty = self._seconds(n_sequences, Layout.linear(0, count))
+        full = self._seconds(n_sequences, Layout.linear(count, count))
+        passes = _longest_run(n_sequences, reach[count])
+        tokens = 1 + passes + accepted / (1 - reach[count])
+        return tokens / (empty + passes * full)
+
+    def _seconds(self, n_sequences: int, layout: Layout) -> float:
+        """Of one pass; drafting is done for one sequence after another."""
+        assert self._cost is not None
+        drafts = max(*layout.slots, layout.chain)
+        rows = n_sequences * self._cost.rows_of(layout)
+        as_one = Layout(rows - 1, (0,) * rows)
+        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts
+
+
+def _longest_run(n_sequences: int, chance: float) -> float:
+    """Expected number of passes until each of B sequences has failed once, if each succeeds with `chance` < 1."""
+    most = math.ceil(math.log(1e-9) / math.log(chance)) + 1  # further passes are that unlikely for a sequence
+    survives = chance ** np.arange(most)  # [passes] P(a sequence is still to fail)
+    return float((1 - (1 - survives) ** n_sequences).sum())
+
+
+def batch_drafting(
+    model: AttachedModel,
+    layout: LayoutName,
+    slots: int | None,
+    lookup: bool | None = None,
+    drafter: str | None = None,
+) -> BatchDrafting:
+    """What the same options stand for where several sequences share passes. "auto" looks nothing up there."""
+    chosen = choose_drafters(model, drafter, lookup, layout)
+    if layout == "plain":
+        return BatchDrafting("plain")
+    own = (slots or model.most_drafts) if chosen.own else 0
+    heads = model.mtp_heads is not None
+    looked_up = own or slots or LOOKUP_DRAFTS
+    if not own and (layout == "auto" or not chosen.lookup):
+        return BatchDrafting("plain")
+    return BatchDrafting(
+        layout,
+        slots=0 if heads else own,
+        chain=own if heads else 0,
+        lookup=looked_up if chosen.lookup and layout != "auto" else 0,
+    )

@@ -1,1 +1,0 @@
-"""What a loss is: one file per objective, all with the call `objective(attached, batch) -> LossParts`."""
