@@ -13,7 +13,7 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import random_adapter
-from tests.decode.test_head_chain import model_with_heads
+from tests.drafters.heads.test_chain import model_with_heads
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ["The sky", "and the dog?", "print(add(1, 2))"]

@@ -23,8 +23,8 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.sharded import shard
 from tests.decode.fakes import PlainWatching, random_adapter
+from tests.drafters.heads.test_mtp_head import random_heads
 from tests.launched import Launched
-from tests.model.test_mtp_head import random_heads
 from tests.sharded_script import answers
 from tests.tiny import save_tiny, tiny_model
 

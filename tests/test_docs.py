@@ -208,5 +208,5 @@ def test_a_lie_is_found(reader: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_api_page_is_what_the_docstrings_say() -> None:
     """Mended by `python tools/api_page.py`."""
-    names = runpy.run_path(str(ROOT / "dev" / "make_api_page.py"))
+    names = runpy.run_path(str(ROOT / "tools" / "api_page.py"))
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == names["page"]()

@@ -50,7 +50,7 @@ def section(verb: str, command: click.Command) -> str:
     parts.append("\n".join(["| option | default | does |", "|---|---|---|", *rows]))
     examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
     if examples:
-        reason = NOT_RUN.format("examples name files of yours; tests/test_cli_page.py reads them")
+        reason = NOT_RUN.format("examples name files of yours; tests/cli/test_page.py reads them")
         parts.append(reason + "```\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(parts)
 

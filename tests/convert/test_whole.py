@@ -15,11 +15,10 @@ from mlx_lm.utils import load_model
 
 from mtp_mlx.convert.whole import DEFAULT, WholeSettings, convert_whole, report_lines
 from mtp_mlx.errors import MTPError
-
-from .checkpoints import bf16, write_safetensors, write_shards
-from .head_checkpoints import numbers
-from .torch_files import write_torch
-from .whole_checkpoints import WHOLE, Whole, config_of, whole, with_tokenizer
+from tests.convert.checkpoints import bf16, write_safetensors, write_shards
+from tests.convert.heads.head_checkpoints import numbers
+from tests.convert.read.torch_files import write_torch
+from tests.convert.whole_checkpoints import WHOLE, Whole, config_of, whole, with_tokenizer
 
 
 def parameters(folder: Path) -> dict[str, mx.array]:

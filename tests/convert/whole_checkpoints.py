@@ -16,10 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from tests.convert.heads.head_cases import CASES, Arrays
+from tests.convert.heads.head_checkpoints import Made, make, numbers, store_block
 from tests.tiny import hf_tokenizer
-
-from .head_cases import CASES, Arrays
-from .head_checkpoints import Made, make, numbers, store_block
 
 TOKENS = 157
 # What mlx-lm's trunk needs to know beyond what the heads do.

@@ -21,8 +21,8 @@ from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import attached, untouched
-from tests.decode.ptp_fakes import ptp_attached
-from tests.model.test_mtp_head import random_heads
+from tests.drafters.heads.test_mtp_head import random_heads
+from tests.drafters.ptp.ptp_fakes import ptp_attached
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5]

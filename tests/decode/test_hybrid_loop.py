@@ -27,8 +27,8 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
-from tests.decode.test_heads_loop import Knowing, SometimesChain
-from tests.model.test_mtp_head import random_heads
+from tests.drafters.heads.test_loop import Knowing, SometimesChain
+from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import RECURRENT, VOCABULARY, WINDOWED, tiny_model
 
 EXAMPLES = 60

@@ -32,9 +32,9 @@ from mtp_mlx.decode.session import Session
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from tests.decode.fakes import untouched
-from tests.decode.test_heads_loop import SometimesChain
 from tests.decode.test_hybrid_loop import KnowingLookup, Uneven, bare, with_heads
-from tests.decode.test_independent_heads import model_with
+from tests.drafters.heads.test_independent import model_with
+from tests.drafters.heads.test_loop import SometimesChain
 from tests.tiny import tiny_model
 
 PROMPT, LENGTH = [3, 5, 7, 11, 90, 2, 4], 14

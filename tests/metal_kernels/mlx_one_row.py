@@ -8,7 +8,7 @@ import mlx.core as mx
 import mslemu
 from mslemu.mlx_kernels import quantized_kernel
 
-from .quantised import Product
+from tests.metal_kernels.quantised import Product
 
 _kernel = cache(quantized_kernel)
 UNBATCHED = "k, n, k, nullptr, nullptr, k, nullptr, nullptr, nullptr, nullptr, threadgroup_position_in_grid"

@@ -13,10 +13,9 @@ import pytest
 
 from mtp_mlx.metal_kernels import row_exact
 from mtp_mlx.metal_kernels.launch import Launch
-
-from . import emulated
-from .mlx_one_row import kernel_name, mlx_one_row
-from .quantised import Product, assert_close, cancelling_product, random_product, same_bits
+from tests.metal_kernels import emulated
+from tests.metal_kernels.mlx_one_row import kernel_name, mlx_one_row
+from tests.metal_kernels.quantised import Product, assert_close, cancelling_product, random_product, same_bits
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 

@@ -12,9 +12,16 @@ import pytest
 
 from mtp_mlx.metal_kernels import small_m_qmm
 from mtp_mlx.metal_kernels.launch import Launch
-
-from . import emulated
-from .quantised import Product, assert_close, bound, doubles, random_product, result, same_bits
+from tests.metal_kernels import emulated
+from tests.metal_kernels.quantised import (
+    Product,
+    assert_close,
+    bound,
+    doubles,
+    random_product,
+    result,
+    same_bits,
+)
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 

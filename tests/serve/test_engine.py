@@ -20,7 +20,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.engine import Engine, EngineSettings, Ticket
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
-from tests.decode.test_budget import cost_of
+from tests.planning.test_budget import cost_of
 from tests.serve.running import load_model, save_model
 
 PLAIN = DecodeSettings(layout="plain", prefill_step_size=4)

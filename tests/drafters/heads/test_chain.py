@@ -1,0 +1,198 @@
+"""Proves that the chain of heads computes, step by step with caches, what the cascade computes from scratch.
+
+Whatever is accepted or rejected, however the prompt is cut and whichever steps draft: what draft k is picked from
+equals row m of head k of `MTPHeads.cascade` over the committed text and the fresh drafts before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.heads.chain import HeadChain
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.model.attach import AttachedModel, attach
+from tests.drafters.heads.test_mtp_head import random_heads
+from tests.tiny import VOCABULARY, tiny_model
+
+CONVENTIONS = [
+    HeadConvention("test"),
+    HeadConvention("test", recycled_hidden="raw", mask_first_position=True),
+    HeadConvention("test", recycled_hidden="trunk"),
+    HeadConvention("test", lm_head="own"),  # and a window, see `model_with_heads`
+]
+WINDOW = 5
+MODELS: dict[tuple[str, int, int, int], AttachedModel] = {}
+
+
+def model_with_heads(
+    architecture: str, heads: int, drafts: int, convention: int = 0, draft_ids: mx.array | None = None
+) -> AttachedModel:
+    """A tiny model with random heads; shared."""
+    key = (architecture, heads, drafts, convention)
+    if draft_ids is not None or key not in MODELS:
+        model = tiny_model(architecture, seed=3)
+        made = random_heads(model, heads, CONVENTIONS[convention])
+        for head in made.heads:
+            head.window = WINDOW if CONVENTIONS[convention].lm_head == "own" else None
+        attached = attach(model, mtp_heads=MTPHeads(made.heads, CONVENTIONS[convention], draft_ids, drafts))
+        if draft_ids is not None:
+            return attached
+        MODELS[key] = attached
+    return MODELS[key]
+
+
+class Text:
+    """A known text with hidden states of a trunk, and the chain going over it."""
+
+    def __init__(self, attached: AttachedModel, first_position: int = 0, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.tokens = rng.integers(0, VOCABULARY, 80).tolist()
+        self.hidden = mx.array(rng.normal(size=(1, 80, attached.hidden_size)).astype(np.float32))
+        self.attached, self.rng, self.n = attached, rng, 0
+        self.picker = Picker(SamplingConfig(temperature=0.8, seed=seed))
+        self.chain = HeadChain(attached, self.picker, first_position=first_position)
+        self.first_position = first_position
+
+    def run(self, rows: int, known: int) -> None:
+        """Trunk rows without drafting, when the first `known` tokens are known."""
+        self.chain.observe(self.hidden[:, self.n : self.n + rows], self.tokens[:known])
+        self.n += rows
+
+    def step(self, drafts: int, accepted: int, count: int) -> None:
+        """A block of which `accepted` drafts are accepted; checks the drafts that follow."""
+        m = self.n + accepted
+        garbage = self.rng.normal(size=(1, drafts - accepted, self.hidden.shape[-1])).astype(np.float32)
+        block = mx.concatenate([self.hidden[:, self.n : m + 1], mx.array(garbage)], axis=1)
+        wrong = self.rng.integers(0, VOCABULARY, drafts - accepted).tolist()
+        picks = mx.array([*self.tokens[self.n + 1 : m + 2], *wrong], dtype=mx.int32)
+        picked_from: list[mx.array] = []
+
+        def spy(attached: Any, picker: Any, refined: mx.array, *rest: Any) -> Any:
+            picked_from.append(refined)
+            return pick_draft(attached, picker, refined, *rest)
+
+        with mock.patch("mtp_mlx.drafters.heads.chain.pick_draft", spy):
+            position = mx.array(self.first_position + m + 1)
+            ids, confidences = self.chain.propose(
+                block, picks, mx.array(accepted), position, None, self.tokens[: self.n + 1], count
+            )
+        self.chain.commit(accepted)
+        self.n = m + 1
+        assert ids.shape == confidences.shape == (count,)
+        self._check(m, ids.tolist(), picked_from)  # type: ignore[arg-type]
+
+    def _check(self, m: int, ids: list[int], picked_from: list[mx.array]) -> None:
+        heads = self.attached.mtp_heads
+        assert isinstance(heads, MTPHeads)
+        text = mx.array([self.tokens[: m + 2] + ids])
+        hidden = mx.concatenate(
+            [self.hidden[:, : m + 1], self.hidden[:, : text.shape[1] - m - 1] * 0], axis=1
+        )
+        convention = heads.convention
+        if self.first_position:  # row 0 is not the text's first
+            convention = replace(convention, mask_first_position=False)
+        with mock.patch.object(heads, "_convention", convention):
+            expected = heads.cascade(self.attached.embed(text), hidden, len(ids))
+        for depth, (found, z) in enumerate(zip(picked_from, expected, strict=True), start=1):
+            np.testing.assert_allclose(np.array(found[0]), np.array(z[0, m]), rtol=1e-3, atol=1e-3)
+            position = mx.array([self.first_position + m + 1 + depth])
+            own = heads.unembedding(depth)
+            unembed = self.attached.draft_head if own is None else own
+            pick = self.picker.pick(unembed(found), position, None, self.attached.draft_ids)
+            assert pick.item() == ids[depth - 1]
+
+
+@st.composite
+def journeys(draw: Any) -> dict[str, Any]:
+    """A prompt cut in chunks, then steps: ("plain", rows) or (drafts, accepted, count of fresh drafts)."""
+    heads = draw(st.integers(1, 4))
+    drafts = draw(st.sampled_from([heads, heads, 3, 5]))
+    actions: list[Any] = []
+    for _ in range(draw(st.integers(1, 8))):
+        if draw(st.integers(0, 3)) == 0:
+            actions.append(("plain", draw(st.integers(1, 3))))
+        else:
+            block = draw(st.integers(0, 5))
+            count = draw(st.sampled_from([drafts, drafts, draw(st.integers(1, drafts))]))
+            actions.append((block, draw(st.integers(0, block)), count))
+    return {
+        "architecture": draw(st.sampled_from(["llama", "qwen3"])),
+        "heads": heads,
+        "drafts": drafts,
+        "convention": draw(st.integers(0, len(CONVENTIONS) - 1)),
+        "chunks": draw(st.lists(st.integers(1, 7), max_size=3)),
+        "catch_up_at": draw(st.sampled_from([1, 2, 5, 256])),
+        "actions": actions,
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(journeys())
+def test_step_by_step_equals_from_scratch(journey: dict[str, Any]) -> None:
+    """The law of the chain."""
+    attached = model_with_heads(
+        journey["architecture"], journey["heads"], journey["drafts"], journey["convention"]
+    )
+    text = Text(attached, seed=journey["seed"])
+    with mock.patch("mtp_mlx.drafters.heads.chain.CATCH_UP_AT", journey["catch_up_at"]):
+        prompt = sum(journey["chunks"]) + 1
+        for rows in journey["chunks"]:
+            text.run(rows, prompt)
+        for action in journey["actions"]:
+            if action[0] == "plain":
+                for _ in range(action[1]):  # one pass ahead of what the host has read
+                    text.run(1, text.n + 1)
+            else:
+                text.step(*action)
+
+
+def test_caches_hold_final_rows_only() -> None:
+    text = Text(model_with_heads("llama", 3, 3))
+    text.run(6, 7)
+    text.chain.catch_up(text.tokens[:7])
+    caches = [state.cache for state in text.chain._depths]
+    assert [cache.offset for cache in caches] == [6, 5, 4]
+    text.step(3, 1, 3)
+    assert [cache.offset for cache in caches] == [8, 7, 6]
+    text.step(3, 3, 1)
+    assert [cache.offset for cache in caches] == [12, 7, 6]
+
+
+def test_behind_a_prefix_that_the_heads_never_saw() -> None:
+    """Rows count from the first that was run, and the first is not the text's first: nothing is masked."""
+    attached = model_with_heads("llama", 2, 2, 1)
+    text = Text(attached, first_position=20)
+    text.run(4, 5)
+    text.step(2, 1, 2)
+    text.step(2, 2, 2)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_drafts_come_from_the_draft_vocabulary(penalty: float) -> None:
+    ids = mx.array([7, 20, 33, 99, 140], dtype=mx.int32)
+    attached = model_with_heads("llama", 3, 3, draft_ids=ids)
+    picker = Picker(SamplingConfig(temperature=1.0, seed=5, repetition_penalty=penalty))
+    chain = HeadChain(attached, picker)
+    hidden = mx.random.normal((1, 3, attached.hidden_size), key=mx.random.key(1))
+    history = mx.array([-1] * 17 + [4, 5, 6], dtype=mx.int32) if penalty != 1 else None
+    found, confidences = chain.propose(hidden, mx.array([5, 6, 8]), mx.array(1), mx.array(2), history, [4], 3)
+    assert set(found.tolist()) <= set(ids.tolist())  # type: ignore[arg-type]
+    assert all(0 < value <= 1 for value in confidences.tolist())  # type: ignore[union-attr]

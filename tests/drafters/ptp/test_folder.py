@@ -1,0 +1,198 @@
+"""PTP adapter folders: written, read and shown as they are, loaded for their base only; a training run of the method
+ends in one, repeats itself after an interruption, and drafts; settings that do not go together are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mtp_mlx.api import generate, load
+from mtp_mlx.cli import main
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.policy import FixedPolicy
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
+from mtp_mlx.drafters.ptp.weights import PTPConfig, TeacherSampling
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.train.settings import TrainSettings
+from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
+from tests.tiny import VOCABULARY, save_tiny, tiny_model
+from tests.train.training import metrics, trainer_for
+
+DRAFT_IDS = mx.array(list(range(5, 65)), dtype=mx.int32)
+
+
+def written(folder: Path, architecture: str = "llama", **config: Any) -> tuple[Any, PTPInfo]:
+    model = tiny_model(architecture, seed=3)
+    adapter = random_ptp_adapter(model, draft_ids=DRAFT_IDS, draft_vocab_size=60, **config)
+    info = PTPInfo(
+        "tiny", base_fingerprint(model), adapter.config, training={"steps": 3}, acceptance=[0.5, 0.25]
+    )
+    save_ptp(folder, adapter, info, mx.float32)
+    return adapter, info
+
+
+@pytest.mark.parametrize("embedding", UNIFORM_EMBEDDINGS)
+@pytest.mark.parametrize("variant", ["o", "c"])
+def test_round_trip(tmp_path: Path, variant: str, embedding: str) -> None:
+    teacher = TeacherSampling(0.7, 50, 0.95, 0.01)
+    adapter, info = written(tmp_path / "a", variant=variant, embedding=embedding, knots=5, teacher=teacher)
+    assert is_ptp(tmp_path / "a")
+    loaded, found = load_ptp(tmp_path / "a", tiny_model("llama", seed=3))
+    assert found == info and loaded.config == adapter.config
+    before, after = adapter.tensors(), loaded.tensors()
+    assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "a")
+    with pytest.raises(MTPError, match="fingerprint"):
+        load_ptp(tmp_path / "a", tiny_model("qwen3", seed=3))
+    with pytest.raises(MTPError, match="method 'ptp'"):
+        load_adapter(tmp_path / "a", tiny_model("llama", seed=3))
+    config = json.loads((tmp_path / "a" / "mtp_config.json").read_text())
+    for key, value, message in (
+        ("variant", "x", "variant is 'x'"),
+        ("slots", 0, "slots must be"),
+        ("teacher", 3, ""),
+    ):
+        spoilt = {**config, "adapter": {**config["adapter"], key: value}}
+        (tmp_path / "a" / "mtp_config.json").write_text(json.dumps(spoilt))
+        with pytest.raises(MTPError, match=message or "damaged"):
+            read_ptp_info(tmp_path / "a")
+
+
+def test_load_generate_and_info(tmp_path: Path) -> None:
+    """Through the package's own calls: the text is plain decoding's, and the folder says what it is."""
+    base = save_tiny(tmp_path / "base", "llama", seed=3)
+    written(tmp_path / "a", variant="o")
+    model, tokenizer = load(str(base), tmp_path / "a")
+    hot = SamplingConfig(temperature=0.8, seed=6)
+    texts = {
+        layout: generate(model, tokenizer, "The sky", 16, sampling=hot, layout=layout)
+        for layout in ("plain", "linear", "quadratic")
+    }
+    alone, _ = load(str(base), None)
+    texts["alone"] = generate(
+        alone,
+        tokenizer,
+        "The sky",
+        16,
+        sampling=dataclasses.replace(hot, noise="inverse-cdf"),
+        layout="plain",
+    )
+    assert len(set(texts.values())) == 1
+    shown = json.loads(CliRunner().invoke(main, ["info", str(tmp_path / "a"), "--json"]).output)
+    assert shown["method"] == "ptp" and shown["shape"]["variant"] == "o"
+    assert "Parallel Token Prediction" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_another_sampling_than_the_teachers_is_told_once() -> None:
+    from mtp_mlx.model.attach import attach
+
+    model = tiny_model("llama", seed=3)
+    adapter = random_ptp_adapter(model, variant="c", teacher=TeacherSampling(0.7, 50))
+    attached = attach(model, adapter)
+
+    def told(**sampling: Any) -> dict[str, int]:
+        stats = DecodeStats()
+        config, policy = SamplingConfig(**sampling), FixedPolicy("linear", 2)
+        list(mtp_generate_step([3, 4], attached, max_tokens=6, sampling=config, policy=policy, stats=stats))
+        return stats.fallbacks
+
+    (reason,) = told(temperature=0.9, top_k=50)
+    assert "temperature 0.7" in reason and "top_k" not in reason
+    assert not told(temperature=0.7, top_k=50) and not told(temperature=0.0)
+
+
+RUN = {"method": "ptp", "steps": 6, "save_every": 2, "measure_every": 3, "warmup": 2, "max_blocks": 3}
+
+
+@pytest.mark.parametrize(("variant", "uniforms"), [("o", "teacher"), ("c", "teacher"), ("c", "own")])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, variant: str, uniforms: str) -> None:
+    """Losses, measurements and the adapter of an interrupted run equal those of one that was not."""
+    settings = {**RUN, "variant": variant, "uniforms": uniforms, "greedy_share": 0.3}
+    whole = trainer_for(tmp_path / "whole", **settings)
+    assert whole.run()
+    first = trainer_for(tmp_path / "parts", **settings)
+    for _ in range(4):
+        first._one_step()
+    first.save()
+    second = trainer_for(tmp_path / "parts", **settings)
+    assert second.resume() and second.step == 4
+    assert second.run()
+    losses = [
+        [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("whole", "parts")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    mine, theirs = whole.adapter.tensors(), second.adapter.tensors()
+    assert all(np.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+    adapter, info = load_ptp(tmp_path / "parts", tiny_model("qwen3", seed=3))
+    assert info.shape.variant == variant and info.training["steps"] == 6
+    assert adapter.config.teacher == TeacherSampling()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ptp_loss": "kl"}, {"ptp_loss": "reverse-kl"}, {"uniforms": "own"}], ids=str
+)
+def test_losses_of_distributions_go_down(tmp_path: Path, changes: dict[str, str]) -> None:
+    """C-PTP's divergences on one batch of text that the base may have written; and inverse-AR training."""
+    trainer = trainer_for(
+        tmp_path / "a",
+        **{**RUN, "variant": "c", "learning_rate": 1e-2, "steps": 12, **changes},
+    )
+    trainer.run()
+    losses = [row["loss"] for row in metrics(tmp_path / "a") if "loss" in row]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ptp", "objective": "apple"}, "objective .* not of ptp"),
+        ({"method": "ptp", "variant": "o", "ptp_loss": "kl"}, "variant o has none"),
+        ({"variant": "c"}, "variant .* not of mask-tokens"),
+        ({"method": "mtp-heads", "greedy_share": 0.5}, "greedy_share .* not of mtp-heads"),
+        ({"method": "ptp", "uniforms": "own"}, "uniforms own need a distribution per slot"),
+        ({"method": "ptp", "variant": "c", "uniforms": "own", "ptp_loss": "kl"}, "do without a teacher"),
+        ({"method": "ptp", "variant": "c", "uniforms": "own", "u_beta": 1.0}, "leave u_beta out"),
+        ({"method": "ptp", "variant": "c", "uniforms": "own", "independent": True}, "leave uniforms out"),
+        ({"method": "conf-adapt", "uniforms": "own"}, "uniforms .* not of conf-adapt"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MTPError, match=message):
+        TrainSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "c"}, "variant o, these settings say c"),
+        ({"u_embedding": "ieee-bits"}, "embedding bits, "),
+    ],
+)
+def test_start_from_weights_of_another_meaning_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    written(tmp_path / "o", "qwen3", variant="o", slots=3)
+    with pytest.raises(MTPError, match=message):
+        trainer_for(tmp_path / "new", **{**RUN, **changes, "start_from": tmp_path / "o"})
+
+
+def test_config_refuses_values_out_of_range() -> None:
+    assert PTPConfig(variant="o").lead == 1 and PTPConfig(variant="c").lead == 0
+    with pytest.raises(MTPError, match="embedding is 'round'"):
+        PTPConfig(embedding="round")  # type: ignore[arg-type]
+    assert VOCABULARY > 65

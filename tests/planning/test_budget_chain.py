@@ -1,0 +1,98 @@
+"""The planner for MTP heads: no policy found by brute force beats it, it knows when to stay plain, and it is used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.planning import calibrate
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, HeadsBudgetPolicy
+from mtp_mlx.planning.cost import StepCost
+from tests.drafters.heads.test_chain import model_with_heads
+from tests.planning.test_budget import cost_of, observe
+
+
+def heads_proposal(count: int) -> Proposal:
+    return Proposal("heads", [7] * count, [0.5] * count)
+
+
+def rate_of(policy: Sequence[Layout], acceptance: Sequence[float], cost: StepCost) -> float:
+    """Tokens per second of a stationary policy [drafts at hand] -> layout; a chain leaves as many as it is long."""
+    held, tokens, seconds = 0, 0.0, 0.0
+    for step in range(80):
+        layout = policy[held]
+        if step >= 20:  # it has come to its cycle
+            tokens += np.cumprod([1.0, *acceptance[: layout.drafts]]).sum()
+            seconds += cost.seconds(layout, 0)
+        held = layout.chain
+    return tokens / seconds
+
+
+def best_rate(chain: int, acceptance: Sequence[float], cost: StepCost) -> float:
+    """Over every stationary policy."""
+    actions = [
+        [Layout.chained(drafts, length) for drafts in range(held + 1) for length in range(chain + 1)]
+        for held in range(chain + 1)
+    ]
+    return max(rate_of(choice, acceptance, cost) for choice in itertools.product(*actions))
+
+
+@pytest.mark.parametrize("draft", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("per_row", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("acceptance", [(0.9, 0.8), (0.5, 0.4), (0.2, 0.1)])
+def test_no_stationary_policy_is_much_better(
+    per_row: float, acceptance: tuple[float, float], draft: float
+) -> None:
+    cost = cost_of(per_row, draft=draft)
+    planner = HeadsBudgetPolicy(cost, 2, acceptance)
+    chosen = [planner.choose([heads_proposal(held)])[1] for held in range(3)]
+    assert rate_of(chosen, acceptance, cost) >= best_rate(2, acceptance, cost) / (MARGIN + 0.01)
+    assert all(not layout.slot_rows for layout in chosen)
+
+
+def test_free_and_sure_heads_are_all_used() -> None:
+    planner = HeadsBudgetPolicy(cost_of(0.0), 4, [0.99] * 4)
+    assert planner.chain == 4 and planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 4)
+    assert planner.choose([heads_proposal(4)])[1] == Layout.chained(4, 4)
+    assert planner.rate > 4 and planner.verdict.startswith("heads expected to give")
+
+
+def test_a_chain_is_no_longer_than_pays() -> None:
+    """The last two heads are never right: each would cost its time and a row for nothing."""
+    planner = HeadsBudgetPolicy(cost_of(0.05, draft=0.05), 4, [0.9, 0.8, 0.01, 0.01])
+    assert planner.choose([heads_proposal(2)])[1] == Layout.chained(2, 2)
+
+
+def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
+    planner = HeadsBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2)
+    assert planner.choose([heads_proposal(2)])[1] == Layout.plain()
+    assert planner.verdict == "heads do not pay here, plain unless sure"
+    for _ in range(FIRST_PROBE):
+        assert not planner.interrupts_plain()
+        observe(planner, heads_proposal(0), Layout.plain(), 0)
+    assert planner.interrupts_plain()
+    assert planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 2)
+
+
+def test_it_learns_that_heads_are_right() -> None:
+    planner = HeadsBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.05] * 2)
+    for _ in range(40):
+        observe(planner, heads_proposal(2), Layout.chained(2, 2), 2)
+    assert planner.choose([heads_proposal(0)])[1].chain == 2
+
+
+def test_measured_costs_know_the_heads() -> None:
+    """A chain's time is in the table, and tables of other heads are not taken for these."""
+    two, three = model_with_heads("llama", 2, 2), model_with_heads("llama", 3, 3)
+    assert calibrate.cost_key(two)["adapter"].startswith("2 heads, 2 drafts")
+    assert calibrate.cost_key(two) != calibrate.cost_key(three)
+    cost = calibrate.measure(two)
+    assert cost.draft >= 0 and cost.surcharge == (0.0,)
+    assert cost.seconds(Layout.chained(2, 2), 64) == pytest.approx(
+        cost.seconds(Layout.chained(2, 0), 64) + 2 * cost.draft
+    )
