@@ -12,7 +12,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -80,6 +82,7 @@ class LazyGroup(click.Group):
             message = explain(error)
             if message is None or os.environ.get("MTP_MLX_RAISE") == "1":
                 raise
+            message = with_options(message, self.get_command(ctx, str(ctx.invoked_subcommand)))
             click.echo(f"Error{whose()}: {message}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
@@ -105,6 +108,34 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, _MENDABLE_OS_ERRORS) or error.errno in _MENDABLE_NUMBERS:
         return f"{where or 'a file could not be written: '}{(error.strerror or str(error)).lower()}."
     return None
+
+
+# Arguments of the library whose option has another name.
+_OPTION_OF = {"temperature": "--temp", "emission": "--emit"}
+_ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)`")
+
+
+def with_options(message: str, command: click.Command | None) -> str:
+    """A library's message in the words of the command line: `kv_bits` becomes --kv-bits.
+
+    Only what the verb has as an option is translated; anything else between backticks stays as it is.
+    """
+    options = set(_options(command))
+
+    def option(found: re.Match[str]) -> str:
+        name = _OPTION_OF.get(found[1], f"--{found[1].replace('_', '-')}")
+        return name if name in options else found[0]
+
+    return _ARGUMENT.sub(option, message)
+
+
+def _options(command: click.Command | None) -> Iterator[str]:
+    """Every option of a verb and of its own verbs."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            yield from _options(inner)
+    for parameter in [] if command is None else command.params:
+        yield from parameter.opts
 
 
 def _version() -> str:

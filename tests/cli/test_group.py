@@ -143,3 +143,12 @@ def test_names_that_no_file_can_have() -> None:
     )
     assert "no such home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
     assert cli.explain(RuntimeError("something else")) is None
+
+
+def test_arguments_of_the_library_are_options_of_the_verb() -> None:
+    """A library says `kv_bits`, the command line --kv-bits; what the verb has no option for stays as it is."""
+    generate = cli.main.get_command(click.Context(cli.main), "generate")
+    message = "leave `kv_bits` out, or give `temperature` 0; `mtp-mlx tune` and `no_such_argument` stay"
+    expected = "leave --kv-bits out, or give --temp 0; `mtp-mlx tune` and `no_such_argument` stay"
+    assert cli.with_options(message, generate) == expected
+    assert cli.with_options(message, None) == message
