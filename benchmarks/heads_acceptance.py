@@ -50,6 +50,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     prefer_openblas()
     from mtp_mlx import load
     from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+    from mtp_mlx.drafters.heads.draft_heads import DraftHeads
     from mtp_mlx.drafters.heads.folder import read_heads_info
     from mtp_mlx.drafters.heads.trunk_states import ComputedStates
     from mtp_mlx.models import named_adapter
@@ -67,9 +68,9 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     for entry, (folder, drafts) in zip(entries, chosen, strict=True):
         attached, tokenizer = load(model, folder)
         examples, report = load_examples(data, tokenizer, max_length)
-        if attached.mtp_heads is None:
+        if not isinstance(attached.speculator, DraftHeads):
             raise click.UsageError(f"{folder} holds no MTP heads")
-        check_plain(attached.mtp_heads, str(folder))
+        check_plain(attached.speculator, str(folder))
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples]
         result = measure_heads(attached, batches, depths, ComputedStates(attached))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -31,17 +30,13 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.distributed import Peers
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
-from mtp_mlx.drafters.heads.folder import HeadsInfo, is_heads, load_heads
-from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter
-from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp
+from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import cache_dir
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.sharded import shard
-from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.sidecar import sidecar
@@ -107,11 +102,11 @@ def load(
     *,
     quantize: int | None = None,
     exact: bool = False,
-    loop: int | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     peers: Peers | None = None,
+    **drafter_options: Any,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
-    """A model with its adapter (mask tokens or MTP heads) attached, and its tokenizer.
+    """A model with what drafts for it attached, and its tokenizer.
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
@@ -120,9 +115,10 @@ def load(
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
             kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
-        loop: drafts in each step of MTP heads that are fewer: all of them are applied again, in order.
         peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), each of which then has a part of the model.
             All must make the same calls.
+        drafter_options: what single drafters take (`mtp_mlx/drafters/<name>/options.py`): loop=8 drafts eight tokens
+            a step, reusing MTP heads in order if there are fewer.
 
     Raises:
         MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
@@ -134,29 +130,24 @@ def load(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         # A damaged folder shows as any of them.
         raise MTPError(f"the model {model} could not be loaded: {error}") from error
-    if adapter == "auto":
-        folder = bundled_adapter(model) or sidecar(path)
-    else:
-        folder = None if adapter is None else named_adapter(adapter)
-    weights, heads, info = (None, None, None) if folder is None else _load_drafting(folder, base)
-    if loop is not None:
-        if heads is None:
-            raise MTPError(
-                "a loop applies MTP heads again, and there are none here: give their folder as adapter"
-            )
-        heads.loop(loop)
+    source, info = None, None
+    wanted = registry.replaces_adapter(drafter_options) and adapter == "auto"
+    folder = None if wanted or adapter is None else _adapter_folder(model, path, adapter)
+    if folder is not None:
+        source, info = registry.load_folder(folder, base)
+    context = registry.LoadContext(base, tokenizer, adapter_named=adapter not in ("auto", None))
+    source = registry.prepare(source, drafter_options, context)
     kernels = None
     if peers is None or peers.alone:
         kernels = default_dispatcher(cache_dir)
     else:
         if exact:
-            raise MTPError("exact decoding is for one process: leave it out, or run without mlx.launch")
-        shard(base, weights, peers)
-    attached = attach(base, weights, kernels, exact, heads)
+            raise MTPError("exact decoding is for one process: leave `exact` out, or run without mlx.launch")
+        shard(base, source, peers)
+    attached = attach(base, source, kernels, exact)
     attached.peers = peers or Peers()
-    for drafting in (weights, heads):
-        if drafting is not None:  # once here, instead of a cast of every factor in every pass
-            drafting.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
+    if source is not None:  # once here, instead of a cast of every factor in every pass
+        source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
     with attached.peers.waiting():
@@ -164,25 +155,17 @@ def load(
     return attached, tokenizer
 
 
-def _load_drafting(
-    folder: Path, base: nn.Module
-) -> tuple[SlotAdapter | None, DraftHeads | None, AdapterInfo | HeadsInfo | PTPInfo]:
-    """What a folder drafts with, slots or heads, and what it says about itself."""
-    if is_heads(folder):
-        heads, heads_info = load_heads(folder, base)
-        return None, heads, heads_info
-    if is_ptp(folder):
-        ptp, ptp_info = load_ptp(folder, base)
-        return ptp, None, ptp_info
-    adapter, info = load_adapter(folder, base)
-    return adapter, None, info
+def _adapter_folder(model: str, path: str | Path, adapter: str | Path) -> Path | None:
+    """The folder that `adapter` means for a model that lies at `path`."""
+    if adapter == "auto":
+        return bundled_adapter(model) or sidecar(path)
+    return named_adapter(adapter)
 
 
 def _evaluate(attached: AttachedModel) -> None:
     """Evaluates weights and constants: a lazy array belongs to the thread that made it."""
-    drafting = attached.mtp_heads if attached.adapter is None else attached.adapter
-    if drafting is not None:
-        mx.eval(drafting.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
+    if attached.speculator is not None:
+        mx.eval(attached.speculator.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
     mx.eval(
         attached.head(attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), attached.make_cache()))
     )
@@ -196,7 +179,7 @@ def stream_generate(
     *,
     sampling: SamplingConfig | None = None,
     layout: LayoutName = "auto",
-    slots: int | None = None,
+    drafts: int | None = None,
     lookup: bool | None = None,
     emission: Emission | None = None,
     drafter: str | None = None,
@@ -213,11 +196,11 @@ def stream_generate(
         sampling: temperature, top-k, ..., seed; greedy by default.
         layout: "auto" plans every step (or does what `mtp-mlx tune` found, where it has run), "linear" and
             "quadratic" are fixed, "plain" is ordinary decoding.
-        slots: most slots k behind one position, or drafts of MTP heads in a step; all the adapter has by default.
+        drafts: drafts per step; by default as many as the drafter makes. `slots` is an older name for it.
         lookup: also draft from the text itself; by default with layout "auto" only.
         emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a
             tau the layout is "quadratic" or "linear" only ("auto" means quadratic); unverified has its own.
-        drafter: who drafts, instead of `lookup`: "heads", "slots" or "lookup", or two of them as in "heads,lookup".
+        drafter: who drafts, instead of `lookup`: "slots", "heads", "lookup", or two of them as in "heads,lookup".
         stop: strings that end the text; they are not part of it.
         stats: filled while decoding; every response carries it.
         kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
@@ -232,7 +215,8 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
     stats = DecodeStats() if stats is None else stats
-    drafting = plan_drafting(model, layout, slots, stats, lookup, drafter, emission)
+    drafts = kwargs.pop("slots", None) if drafts is None else drafts
+    drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission)
     policy = led_policy(drafting.policy, model.peers)
     answer = AnswerText(tokenizer, stop, max_tokens)
     clock = _Clock(len(ids))
@@ -277,7 +261,7 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
     if max_tokens == 0 or max_tokens < -1:
         raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
-        raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
+        raise MTPError("lookup drafts must be verified: leave `lookup` out, or use emission 'verified'")
 
 
 def generate(

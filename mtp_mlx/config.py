@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -44,12 +45,14 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     flag: str | None = None,
+    old_option: str | None = None,
 ) -> Any:
     """A dataclass field with its help text, inclusive bounds and short option (such as "-m").
 
+    `old_option` is what the option was called before: it still works, and no help shows it.
     Without a default the setting must be given, in YAML or as an option.
     """
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "flag": flag}
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "flag": flag, "old_option": old_option}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -311,18 +314,43 @@ def _option(key: str, kind: Any, field: Any, default: Any) -> Callable[[Command]
     kind = get_args(kind)[0] if multiple else kind
     declared = f"{name}/--no-{name[2:]}" if kind is bool else name
     names = [declared, key] if not field.metadata.get("flag") else [field.metadata["flag"], declared, key]
+    old_option = field.metadata.get("old_option")
+    names += [old_option] if old_option else []
     if get_origin(kind) is Literal:
         kind = click.Choice([str(choice) for choice in get_args(kind)])
     elif kind is Path:
         kind = click.Path(path_type=Path)
     return click.option(
         *names,
+        cls=RenamedOption if old_option else click.Option,
         type=kind,
         multiple=multiple,
         default=None,
         show_default=_shown(default),
         help=field.metadata.get("help"),
     )
+
+
+class RenamedOption(click.Option):
+    """An option whose last name is an older one: it works as ever, and nothing shows it."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """See click."""
+        with self._without_old_name():
+            return super().get_help_record(ctx)
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """See click."""
+        with self._without_old_name():
+            return super().get_error_hint(ctx)
+
+    @contextmanager
+    def _without_old_name(self) -> Iterator[None]:
+        names, self.opts = self.opts, self.opts[:-1]
+        try:
+            yield
+        finally:
+            self.opts = names
 
 
 def _shown(default: Any) -> str | bool:

@@ -15,9 +15,9 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import LedPolicy, led, led_policy
 from mtp_mlx.decode.policy import FixedPolicy, Proposal
 from mtp_mlx.distributed import Peers
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint

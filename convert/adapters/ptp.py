@@ -25,9 +25,10 @@ from mlx_lm.utils import load_model
 from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
 from mtp_mlx.convert.read.lazy_tensor import LazyTensor
+from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
 from mtp_mlx.drafters.ptp.uniform_embedding import TEETH, UniformEmbeddingName
-from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, TeacherSampling, new_ptp_adapter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out
 from mtp_mlx.model.fingerprint import base_fingerprint

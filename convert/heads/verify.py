@@ -24,9 +24,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 
 from mtp_mlx.adapter_folder import CONFIG_NAME, read_config
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import load_heads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_text
 from mtp_mlx.model.attach import AttachedModel, attach
@@ -163,7 +163,7 @@ def verify_heads(
             "before or after the trunk's last norm"
         )
     texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
-    attached = attach(model, mtp_heads=heads)
+    attached = attach(model, heads)
     try:
         rows = [_Rows.of(attached, heads, ids, start) for ids, start in texts if len(ids) > start + 1]
         if not rows:

@@ -15,6 +15,7 @@ from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
     GenerateSettings,
+    LoadingOptions,
     ModelOptions,
     PrecisionOptions,
     SamplingOptions,
@@ -34,7 +35,9 @@ PROMPT = "> "
 
 
 @dataclass(frozen=True)
-class ChatSettings(PrecisionOptions, EmissionOptions, DraftingOptions, SamplingOptions, ModelOptions):
+class ChatSettings(
+    PrecisionOptions, EmissionOptions, LoadingOptions, DraftingOptions, SamplingOptions, ModelOptions
+):
     """Options of `mtp-mlx chat`; all mean what they mean for `mtp-mlx generate`."""
 
     system: str | None = setting(None, help="System message of the chat")
@@ -60,8 +63,8 @@ def command(color: bool, **options: Any) -> None:
 
 def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
     """Loads the model and refuses options that do not go with it; the loop that is then run."""
-    from mtp_mlx.api import load
     from mtp_mlx.cli.chat_repl import Chat, Repl
+    from mtp_mlx.cli.loading import load_model
     from mtp_mlx.conversation import Conversation
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
@@ -74,12 +77,9 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
         emission.greedy(sampling)
         tell("unverified drafts: answers are lossy, lossless: false")
     resolve_model(settings.model, settings.quantize, tell)
-    adapter = None if settings.adapter == "none" else settings.adapter
-    model, tokenizer = load(
-        settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop
-    )
+    model, tokenizer = load_model(settings)
     plan_drafting(
-        model, settings.layout, settings.slots, DecodeStats(), settings.lookup, settings.drafter, emission
+        model, settings.layout, settings.drafts, DecodeStats(), settings.lookup, settings.drafter, emission
     )
     if not tokenizer.has_chat_template:
         tell("no chat template in this tokenizer: messages are joined line by line")

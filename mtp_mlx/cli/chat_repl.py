@@ -119,7 +119,7 @@ class Repl:
             text,
             settings.max_tokens,
             layout=settings.layout,
-            slots=settings.slots,
+            drafts=settings.drafts,
             lookup=settings.lookup,
             drafter=settings.drafter,
             **chat.options,
@@ -192,7 +192,7 @@ class Repl:
         plan_drafting(
             self._chat.model,
             settings.layout,
-            settings.slots,
+            settings.drafts,
             DecodeStats(),
             settings.lookup,
             settings.drafter,

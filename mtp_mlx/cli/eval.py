@@ -242,13 +242,14 @@ def _method(model: AttachedModel) -> str | None:
 def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[TauRow], bool]:
     """The rows of what was measured, and whether that is all."""
     from mtp_mlx.api import load
-    from mtp_mlx.drafters.masks.weights import MaskAdapter
+    from mtp_mlx.decode.drafter import source_of
     from mtp_mlx.measure.prompts import read_questions
     from mtp_mlx.measure.tau_sweep import SweepSettings, TauSweep, summarise
 
     questions = read_questions(settings.questions, settings.limit)
     model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
-    if not isinstance(model.adapter, MaskAdapter):
+    source = source_of(model)
+    if source is None or source.why_not_unverified():
         raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
     measured: list[Measured] = []
     plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.slots, raw)

@@ -147,7 +147,8 @@ def generate(
     settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer, peers: Peers | None = None
 ) -> Run:
     """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
-    from mtp_mlx.api import chat_prompt, encode_prompt, load, stream_generate
+    from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
+    from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
@@ -159,15 +160,7 @@ def generate(
     if not emission.lossless:
         emission.greedy(sampling)  # refuses before the model is loaded what it would refuse after
     resolve_model(settings.model, settings.quantize, tell)
-    adapter = None if settings.adapter == "none" else settings.adapter
-    model, tokenizer = load(
-        settings.model,
-        adapter,
-        quantize=settings.quantize,
-        exact=settings.exact,
-        loop=settings.loop,
-        peers=peers,
-    )
+    model, tokenizer = load_model(settings, peers=peers)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     _same_work(model, settings, ids)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
@@ -183,7 +176,7 @@ def generate(
         settings.max_tokens,
         sampling=sampling,
         layout=settings.layout,
-        slots=settings.slots,
+        drafts=settings.drafts,
         lookup=settings.lookup,
         emission=emission,
         drafter=settings.drafter,

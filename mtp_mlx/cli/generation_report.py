@@ -88,7 +88,8 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "layout": settings.layout,
         "emit": settings.emit,
         "tau": emission.threshold,
-        "slots": _slots_in_use(settings, run),
+        "drafts": _drafts_in_use(settings, run),
+        "slots": _drafts_in_use(settings, run),  # what "drafts" was called
         "seed": settings.seed,
         "temperature": settings.temp,
         "lossless": emission.lossless,
@@ -104,7 +105,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
 
 def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
     """Every option that can change text or speed, apart from the prompt and what `report` names itself."""
-    named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "slots", "seed", "temp")
+    named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "drafts", "seed", "temp")
     return {key: value for key, value in asdict(settings).items() if key not in named}
 
 
@@ -121,9 +122,9 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
     parts.append(f"{run.tokens_per_step:.2f} tok/step")
     if run.acceptance:
         parts.append("accept " + "/".join("-" if v is None else f"{v:.2f}" for v in run.acceptance))
-    slots = _slots_in_use(settings, run)
+    drafts = _drafts_in_use(settings, run)
     way = emission_of(settings).label(settings.layout)
-    parts.append(f"{way} {slots}" if slots else way)
+    parts.append(f"{way} {drafts}" if drafts else way)
     if run.stats.looped:
         parts[-1] += f" ({run.stats.looped})"
     for remark in (run.stats.tuned, run.stats.verdict):
@@ -142,10 +143,10 @@ def emission_of(settings: GenerateSettings) -> Emission:
     return Emission(settings.emit, settings.tau, settings.first_token_sampling)
 
 
-def _slots_in_use(settings: GenerateSettings, run: Run) -> int:
+def _drafts_in_use(settings: GenerateSettings, run: Run) -> int:
     if settings.drafter == "lookup":
-        return settings.slots or 0
-    return 0 if settings.layout == "plain" else settings.slots or run.adapter_slots
+        return settings.drafts or 0
+    return 0 if settings.layout == "plain" else settings.drafts or run.adapter_slots
 
 
 def _rounded(value: float | None) -> float | None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from mtp_mlx.config import setting
-
-if TYPE_CHECKING:
-    pass
+from mtp_mlx.drafters import registry
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,13 @@ class DraftingOptions:
     """Who drafts, how much, and how drafts lie in a pass."""
 
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
-    slots: int | None = setting(None, help="Mask slots k, or drafts of MTP heads", minimum=1)
-    loop: int | None = setting(
-        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
-    )
+    drafts: int | None = setting(None, help="Drafts per step", minimum=1, old_option="--slots")
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    drafter: str | None = setting(None, help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
+    drafter: str | None = setting(None, help="Drafters, comma-separated: slots, heads, lookup")
+
+
+# What single drafters take when a model is loaded, as their rooms say.
+LoadingOptions: Any = registry.loading_block()
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class GenerateSettings(
     PrecisionOptions,
     CacheOptions,
     EmissionOptions,
+    LoadingOptions,
     DraftingOptions,
     SamplingOptions,
     PromptOptions,
@@ -100,7 +100,7 @@ class GenerateSettings(
 
     repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
-        None, help="How noise picks tokens (default: the adapter's way)"
+        None, help="Sampling method (default: the adapter's)"
     )
     first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
     stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")

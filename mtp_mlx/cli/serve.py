@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.options import CacheOptions, DraftingOptions, ModelOptions, PrecisionOptions
+from mtp_mlx.cli.options import CacheOptions, DraftingOptions, LoadingOptions, ModelOptions, PrecisionOptions
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -41,7 +41,7 @@ Examples:
 
 
 @dataclass(frozen=True)
-class ServeSettings(PrecisionOptions, CacheOptions, DraftingOptions, ModelOptions):
+class ServeSettings(PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ModelOptions):
     """Options of `mtp-mlx serve`."""
 
     name: str | None = setting(None, help="What requests call the model (default: its name or folder)")
@@ -152,7 +152,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def application(settings: ServeSettings, key: str | None) -> Application:
     """The application with its model loaded."""
-    from mtp_mlx.api import load
+    from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import step_cost
@@ -163,15 +163,12 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.serve.sequence import DecodeSettings
 
     resolve_model(settings.model, settings.quantize, tell)
-    adapter = None if settings.adapter == "none" else settings.adapter
-    model, tokenizer = load(
-        settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop
-    )
+    model, tokenizer = load_model(settings)
     if settings.layout == "auto":
         step_cost(model, tell)
     decode = DecodeSettings(
         layout=settings.layout,
-        slots=settings.slots,
+        drafts=settings.drafts,
         lookup=settings.lookup,
         drafter=settings.drafter,
         kv_bits=settings.kv_bits,
@@ -179,7 +176,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         quantized_kv_start=settings.quantized_kv_start,
     )
     plan_drafting(
-        model, decode.layout, decode.slots, DecodeStats(), decode.lookup, decode.drafter
+        model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
     )  # refuses now
     grammars = _grammars(model, tokenizer)
     engine = Engine(

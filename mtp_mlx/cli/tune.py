@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mtp_mlx.cli.options import LoadingOptions
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -31,7 +32,7 @@ Examples:
 
 
 @dataclass(frozen=True)
-class TuneSettings:
+class TuneSettings(LoadingOptions):
     """Options of `mtp-mlx tune`."""
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
@@ -39,9 +40,6 @@ class TuneSettings:
     prompts: Path | None = setting(None, help="JSONL with prompt (or turns) (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
     max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")
-    loop: int | None = setting(
-        None, help="Apply MTP heads in turn until so many are drafted", minimum=1, maximum=16
-    )
     quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
     exact: bool = setting(False, help="Tune decoding with --exact, which is kept apart")
 
@@ -53,7 +51,7 @@ class TuneSettings:
 def command(forget: bool, as_json: bool, **options: Any) -> None:
     """Measure plain decoding and every layout and drafter that the model has, and keep the fastest.
 
-    Layout "auto" then uses it for this model and adapter on this machine, unless --layout, --slots, --lookup or
+    Layout "auto" then uses it for this model and adapter on this machine, unless --layout, --drafts, --lookup or
     --drafter say otherwise. Where nothing is faster than plain decoding by 5 %, that is said and kept. Greedy; each
     lane's text must be mlx-lm's own.
     """
@@ -83,10 +81,9 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
 
 
 def _load(settings: TuneSettings) -> tuple[AttachedModel, Any]:
-    from mtp_mlx.api import load
+    from mtp_mlx.cli.loading import load_model
 
-    adapter = None if settings.adapter == "none" else settings.adapter
-    return load(settings.model, adapter, quantize=settings.quantize, exact=settings.exact, loop=settings.loop)
+    return load_model(settings)
 
 
 def _forget(settings: TuneSettings, as_json: bool) -> str:
@@ -125,7 +122,8 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
         "choice": {
             "name": choice.name,
             "layout": choice.layout,
-            "slots": choice.slots,
+            "drafts": choice.drafts,
+            "slots": choice.drafts,  # what "drafts" was called
             "drafter": choice.drafter,
         },
         "beats_plain": choice.layout != "plain",

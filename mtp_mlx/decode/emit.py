@@ -15,16 +15,29 @@ from typing import cast
 
 import mlx.core as mx
 
+from mtp_mlx.decode.drafter import DraftSource, Verified, source_of
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
-from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
 from mtp_mlx.errors import MTPError
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
+
+
+def check_unverified(source: DraftSource | None, emission: Emission) -> None:
+    """Raises MTPError where a model has no drafts that can be emitted unverified."""
+    if source is None:
+        raise MTPError(
+            f"emission '{emission.name}' needs an adapter with mask tokens: name one with `adapter`, or leave "
+            "emission and tau out"
+        )
+    reason = source.why_not_unverified()
+    if reason:
+        raise MTPError(f"emission '{emission.name}' {reason}: use emission 'verified'")
 
 
 class EmitLoop:
@@ -42,7 +55,7 @@ class EmitLoop:
         n_yielded: tokens yielded so far.
 
     Raises:
-        MTPError: there is nothing to draft with, or slots that are no mask tokens.
+        MTPError: the model has no drafts that can be emitted unverified.
     """
 
     def __init__(
@@ -54,16 +67,8 @@ class EmitLoop:
         stats: DecodeStats,
         max_tokens: int,
     ) -> None:
-        if session.drafter is None or not slots:
-            raise MTPError(
-                f"emission '{emission.name}' emits the drafts of mask tokens, and this model has none: give an "
-                "adapter with --adapter, or use --emit verified"
-            )
-        if isinstance(session.drafter, PTPSlotDrafter):
-            raise MTPError(
-                f"emission '{emission.name}' is for mask tokens, and this adapter's slots are of Parallel Token "
-                "Prediction: use --emit verified"
-            )
+        check_unverified(source_of(session.attached), emission)
+        assert session.drafter is not None and slots
         self._drafter = session.drafter
         self._session, self._emission, self._slots = session, emission, slots
         self._sampler, self._stats, self._max_tokens = sampler, stats, max_tokens
@@ -91,12 +96,25 @@ class EmitLoop:
         history = session.history()
         logits = session.attached.head(hidden[None, last : last + 1])[0]  # [1, V]
         pick, sure = session.picker.pick_with_confidence(logits, position, history)
-        fresh, confidences = self._drafter.propose(
-            hidden, shape, mx.array(last), pick[0], position[0], None if history is None else history[0]
+        committed = mx.array(session.tokens[len(session.tokens) - last :], dtype=mx.int32)
+        fresh = self._drafter.propose(
+            Verified(
+                layout=Layout.linear(last, slots),
+                shape=shape,
+                hidden=hidden,
+                head_input=session.attached.head_input[:, : last + 1],
+                logits=logits,
+                picks=mx.concatenate([committed, pick]),
+                accepted=mx.array(last),
+                position=position[0],
+                history=None if history is None else history[0],
+                tokens=session.tokens,
+                drafts=[],
+            )
         )
         alone = pick if self._sampler is None else self._sampler.pick(logits, position, history)
-        integers = led(session.attached.peers, mx.concatenate([alone, pick, fresh]))
-        confidences = led(session.attached.peers, mx.concatenate([sure, confidences]))
+        integers = led(session.attached.peers, mx.concatenate([alone, pick, fresh.ids]))
+        confidences = led(session.attached.peers, mx.concatenate([sure, fresh.confidences]))
         mx.eval(integers, confidences)  # the pass's one host read
         own, *run = cast("list[int]", integers.tolist())
         count = self._emission.count(cast("list[float]", confidences.tolist()))

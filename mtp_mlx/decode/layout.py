@@ -1,5 +1,5 @@
-"""How many drafts a step verifies, and what makes the next ones: mask slots behind every possible acceptance length,
-or a chain of MTP heads, which needs no rows.
+"""How many drafts a step verifies, and what makes the next ones: slots behind every possible acceptance length,
+or a chain that is drafted behind the pass and needs no rows in it.
 
 Contract: a `Layout` is counts only. It knows nothing of token ids, positions or visibility; a `Block` builds
 those.
@@ -18,8 +18,8 @@ class Layout:
     """The row counts of one step.
 
     drafts  d, the number of drafts under verification
-    slots   [d + 1] mask slots of each group; slots[a] drafts are made when exactly a drafts were accepted
-    chain   drafts that MTP heads make, whatever was accepted; then there are no slots
+    slots   [d + 1] slots of each group; slots[a] drafts are made when exactly a drafts were accepted
+    chain   drafts made one after another behind the pass, whatever was accepted; then there are no slots
 
     Raises ValueError for a negative count, another number of groups, or slots and a chain at once.
     """
@@ -38,7 +38,7 @@ class Layout:
         if any(count < 0 for count in self.slots):
             raise ValueError(f"slot counts must not be negative: {self.slots}")
         if self.chain < 0 or (self.chain and any(self.slots)):
-            raise ValueError(f"a chain of {self.chain} heads does not go with slots {self.slots}")
+            raise ValueError(f"a chain of {self.chain} drafts does not go with slots {self.slots}")
 
     @property
     def real_rows(self) -> int:
@@ -49,6 +49,11 @@ class Layout:
     def slot_rows(self) -> int:
         """Mask slots of all groups together."""
         return sum(self.slots)
+
+    @property
+    def asks_for_drafts(self) -> bool:
+        """Fresh drafts are to be made, by slots or behind the pass."""
+        return self.chain > 0 or self.slot_rows > 0
 
     @property
     def rows(self) -> int:
@@ -66,7 +71,7 @@ class Layout:
 
     @classmethod
     def chained(cls, drafts: int, chain: int) -> Layout:
-        """`chain` drafts by MTP heads after every outcome: 1 + drafts rows."""
+        """`chain` drafts made behind the pass after every outcome: 1 + drafts rows."""
         return cls(drafts, (0,) * (drafts + 1), chain)
 
     @classmethod

@@ -30,7 +30,7 @@ class LedPolicy:
 
     def __init__(self, own: Policy, peers: Peers) -> None:
         self._own, self._peers = own, peers
-        self.max_drafts, self.chain = own.max_drafts, own.chain
+        self.max_drafts, self.own_drafts = own.max_drafts, own.own_drafts
 
     @property
     def verdict(self) -> str:

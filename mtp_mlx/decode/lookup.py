@@ -5,6 +5,8 @@ Costs no forward pass and no weights. Pays where text repeats itself (summaries,
 
 from __future__ import annotations
 
+LOOKUP = "lookup"  # what `drafter` and statistics call these drafts
+
 
 class LookupDrafter:
     """Finds the longest suffix of the text, of `longest` down to `shortest` tokens, that occurred before.

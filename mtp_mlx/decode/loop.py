@@ -1,8 +1,9 @@
-"""The decode loop: block -> forward -> verify -> commit -> draft, one host read per step.
+"""The decode loop: block -> forward -> verify -> draft -> commit, one host read per step.
 
-`mtp_generate_step` yields tokens one by one with where they came from. Contract: for one seed the tokens are
-those of plain decoding, whatever the policy and the drafters do (unverified emission is another loop and says so:
-`emit.py`). Non-goals: text, stop strings, timing.
+`speculative_step` is the step, `mtp_generate_step` yields tokens one by one with where they came from. Contract: for
+one seed the tokens are those of plain decoding, whatever the policy and the drafters do (unverified emission is
+another loop and says so: `emit.py`). Fresh drafts are proposed before the step is committed, while everything is
+lazy, so that verdict and drafts are read at once. Non-goals: text, stop strings, timing.
 """
 
 from __future__ import annotations
@@ -17,23 +18,34 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.drafter import Drafter, DraftSource, source_of
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.lookup import LookupDrafter
+from mtp_mlx.decode.lookup import LOOKUP, LookupDrafter
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.step import StepResult, Token
-from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
-from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
-from mtp_mlx.drafters.ptp.weights import PTPAdapter
+from mtp_mlx.decode.step import StepResult, Token, block_of, commit, draft, verify
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.head import Vocabulary
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
+
+
+def speculative_step(session: Session, layout: Layout, drafts: list[int]) -> StepResult:
+    """Verifies `drafts` (layout.drafts of them), drafts again behind what is accepted, and commits it."""
+    attached, start = session.attached, session.cached
+    block = block_of(session, layout, drafts, start)
+    hidden = session.forward(block)[0]  # [R, D]
+    logits = attached.head(hidden[None, : layout.real_rows])[0]  # [1 + d, V]
+    verified = verify(session, layout, drafts, start, hidden, logits, attached.head_input)
+    lazy = draft(session, verified)
+    mx.eval(lazy.arrays())  # the step's one host read
+    result = commit(session, lazy)
+    session.keep(1 + result.n_accepted)
+    return result
 
 
 def mtp_generate_step(
@@ -127,46 +139,39 @@ def open_loop(
     """A generation before its prompt has run; arguments and errors as `mtp_generate_step`."""
     policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
     if constraint is not None and not emission.lossless:
-        raise MTPError("a grammar needs verified drafts: use --emit verified")
+        raise MTPError("a grammar needs verified drafts: use emission 'verified'")
+    source = source_of(model)
     verifying = emission.lossless and policy.max_drafts > 0
-    sampling = sampling_for(model, sampling or SamplingConfig(), verifying)
+    sampling = sampling_for(source, sampling or SamplingConfig(), verifying)
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
-    # Drafts that nobody verifies compete with all tokens.
-    vocabulary = model.draft_vocabulary if emission.lossless else model.whole_vocabulary
-    drafter = slot_drafter(model, picker, vocabulary) if model.adapter is not None else None
     stats = DecodeStats() if stats is None else stats
-    if drafter is not None and policy.max_drafts and drafter.other_sampling:
-        stats.fallbacks[drafter.other_sampling] += 1
-    session = Session(model, picker, drafter, ids, cache, settings, policy.chain, constraint)
+
+    def open_drafter(start: int) -> Drafter:
+        assert source is not None
+        drafter = source.open(model, picker, policy.own_drafts, start, verified=emission.lossless)
+        if drafter.other_sampling:
+            stats.fallbacks[drafter.other_sampling] += 1
+        return drafter
+
+    wanted = source is not None and policy.own_drafts > 0
+    session = Session(model, picker, ids, cache, settings, open_drafter if wanted else None, constraint)
     if emission.lossless:
         return session, DecodeLoop(session, policy, lookup, stats, max_tokens)
     sampler = Picker(sampling) if emission.first_token_sampling else None
     return session, EmitLoop(session, emission, policy.max_drafts, sampler, stats, max_tokens)
 
 
-def sampling_for(model: AttachedModel, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
-    """`sampling` with its noise settled: what was asked for, else what the adapter was trained for.
+def sampling_for(source: DraftSource | None, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
+    """`sampling` with its noise settled: what was asked for, else what the drafter was trained for.
 
     Raises:
-        MTPError: slots of Parallel Token Prediction are to draft for picks that are not by the inverse CDF.
+        MTPError: the drafter is to draft for picks that it cannot draft for.
     """
-    if not isinstance(model.adapter, PTPAdapter):
+    if source is None:
         return sampling if sampling.noise else replace(sampling, noise="gumbel")
-    if sampling.noise == "gumbel" and sampling.temperature > 0 and drafting:
-        raise MTPError(
-            "this adapter's slots carry the uniforms of picks by the inverse CDF, which noise 'gumbel' does not "
-            "use: leave the noise out, or decode plainly"
-        )
-    return sampling if sampling.noise else replace(sampling, noise="inverse-cdf")
-
-
-def slot_drafter(
-    model: AttachedModel, picker: Picker, vocabulary: Vocabulary
-) -> MaskSlotDrafter | PTPSlotDrafter:
-    """Who drafts with the adapter of `model`; mask slots draft from `vocabulary`."""
-    if isinstance(model.adapter, PTPAdapter):
-        return PTPSlotDrafter(model, picker)
-    return MaskSlotDrafter(model, picker, vocabulary)
+    if drafting:
+        source.check_sampling(sampling)
+    return sampling if sampling.noise else replace(sampling, noise=source.noise)
 
 
 def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
@@ -203,8 +208,9 @@ class DecodeLoop:
         self._max_tokens = max_tokens
         self.n_yielded = 0
         self.leaving = False
-        self._own = "heads" if policy.chain else "slots"  # the adapter's drafts
-        self._proposal = Proposal(self._own, [], [])
+        source = source_of(session.attached)
+        self._own = "" if source is None else source.name  # the model's own drafter
+        self._proposal = Proposal(self._own)
         if lookup is not None:
             lookup.extend(session.tokens)
 
@@ -237,21 +243,22 @@ class DecodeLoop:
         if self._lookup is not None:
             drafts, match = self._lookup.propose(most)
             if drafts:
-                proposals.append(Proposal("lookup", drafts, [match / self._lookup.longest] * len(drafts)))
+                sure = match / self._lookup.longest
+                proposals.append(Proposal.chain(LOOKUP, drafts, [sure] * len(drafts)))
         limit = self._session.draft_limit()
         most = self._left() - 1 if limit is None else min(limit, self._left() - 1)
         return [proposal.cut(most) for proposal in proposals]
 
     def _step(self, proposal: Proposal, layout: Layout, started: float) -> Generator[Token, None, None]:
         drafts = proposal.drafts[: layout.drafts]
-        result = self._session.step(layout, drafts)
+        result = speculative_step(self._session, layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
         yield from self.take(proposal.source, layout, result)
 
     def take(self, source: str, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
         """The tokens of a step that `session` has committed; `source` made its drafts."""
-        self._stats.record(layout.drafts, layout.slots, result.n_accepted, source, layout.chain, result.rows)
-        self._proposal = Proposal(self._own, result.drafts, result.confidences)
+        self._stats.record(layout, result.n_accepted, source, self._own, result.rows)
+        self._proposal = Proposal(self._own, result.fresh)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)
         for index, token in enumerate(result.tokens):
@@ -267,7 +274,7 @@ class DecodeLoop:
         session = self._session
         ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
         mx.async_eval(ahead[0])
-        self._proposal = Proposal(self._own, [], [])
+        self._proposal = Proposal(self._own)
         last = False
         while not last:
             pick, logits = ahead
@@ -278,7 +285,7 @@ class DecodeLoop:
                 mx.async_eval(ahead[0])
             token = int(cast(int, pick.item()))
             session.tokens.append(token)
-            self._stats.record(0, (0,), 0, "plain")
+            self._stats.record(Layout.plain(), 0, "plain")
             self._policy.observe(self._proposal, Layout.plain(), 0, time.perf_counter() - started)
             if self._lookup is not None:
                 self._lookup.extend([token])

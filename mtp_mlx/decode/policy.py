@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 from mtp_mlx.decode.emission import sure_run
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LOOKUP
+from mtp_mlx.decode.tree import DraftTree
 
 LayoutName = Literal["auto", "linear", "quadratic", "plain"]
 
@@ -21,18 +23,31 @@ class Proposal:
     """Drafts of one drafter for the next positions.
 
     Attributes:
-        source: "slots", "heads" or "lookup".
-        drafts: token ids, nearest position first.
-        confidences: one per draft, in [0, 1]; what they mean is the drafter's business.
+        source: name of the drafter, as in `DraftSource.name`, or "lookup".
+        tree: the drafts.
     """
 
     source: str
-    drafts: list[int]
-    confidences: list[float]
+    tree: DraftTree = DraftTree()
+
+    @classmethod
+    def chain(cls, source: str, drafts: Sequence[int], confidences: Sequence[float]) -> Proposal:
+        """Drafts without branches, nearest position first."""
+        return cls(source, DraftTree.chain(drafts, confidences))
+
+    @property
+    def drafts(self) -> list[int]:
+        """Token ids."""
+        return list(self.tree.tokens)
+
+    @property
+    def confidences(self) -> list[float]:
+        """One per draft, in [0, 1]."""
+        return list(self.tree.chances)
 
     def cut(self, most: int) -> Proposal:
         """At most `most` drafts."""
-        return Proposal(self.source, self.drafts[: max(most, 0)], self.confidences[: max(most, 0)])
+        return Proposal(self.source, self.tree.cut(most))
 
 
 class Policy(Protocol):
@@ -40,11 +55,11 @@ class Policy(Protocol):
 
     Attributes:
         max_drafts: bounds what drafters are asked for.
-        chain: the longest chain of MTP heads that its layouts ask for; 0 where they ask for none.
+        own_drafts: most drafts that its layouts ask of the model's own drafter; 0 where they ask for none.
     """
 
     max_drafts: int
-    chain: int
+    own_drafts: int
 
     @property
     def verdict(self) -> str:
@@ -60,7 +75,7 @@ class Policy(Protocol):
         ...
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
-        """The proposal to verify and the layout; proposals[0] is the adapter's (possibly empty)."""
+        """The proposal to verify and the layout; proposals[0] is the model's own drafter's (possibly empty)."""
         ...
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
@@ -73,8 +88,8 @@ class Policy(Protocol):
 
 
 def preferred(proposals: Sequence[Proposal]) -> Proposal:
-    """The text's own drafts where it has a match, since they cost nothing; otherwise the adapter's."""
-    return next((p for p in proposals if p.source == "lookup" and p.drafts), proposals[0])
+    """The text's own drafts where it has a match, since they cost nothing; otherwise the model's own drafter's."""
+    return next((p for p in proposals if p.source == LOOKUP and p.drafts), proposals[0])
 
 
 class FixedPolicy:
@@ -85,8 +100,7 @@ class FixedPolicy:
 
     def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
         self.name, self.slots = name, slots
-        self.max_drafts = 0 if name == "plain" else slots
-        self.chain = 0
+        self.max_drafts = self.own_drafts = 0 if name == "plain" else slots
         self.verdict = ""
 
     def begin(self, context: int) -> None:
@@ -109,14 +123,14 @@ class FixedPolicy:
 
 
 class ConfidencePolicy:
-    """A fixed layout that submits only the adapter's leading drafts of confidence >= tau for verification.
+    """A fixed layout that submits only the slots' leading drafts of confidence >= tau for verification.
 
     What is not submitted cannot be rejected, so a step has fewer rows; the text is the same (equality rule).
     """
 
     def __init__(self, fixed: FixedPolicy, tau: float) -> None:
         self._fixed, self._tau = fixed, tau
-        self.max_drafts, self.chain, self.verdict = fixed.max_drafts, 0, ""
+        self.max_drafts, self.own_drafts, self.verdict = fixed.max_drafts, fixed.own_drafts, ""
 
     def begin(self, context: int) -> None:
         """Nothing to plan."""
@@ -135,13 +149,13 @@ class ConfidencePolicy:
 
 
 class ChainPolicy:
-    """MTP heads draft `chain` tokens after every step, and all of them are verified.
+    """`drafts` tokens are drafted behind every step, and all of them are verified.
 
-    Where the text has a match its drafts are verified, otherwise the heads'.
+    Where the text has a match its drafts are verified, otherwise the model's own drafter's.
     """
 
-    def __init__(self, chain: int) -> None:
-        self.max_drafts = self.chain = chain
+    def __init__(self, drafts: int) -> None:
+        self.max_drafts = self.own_drafts = drafts
         self.verdict = ""
 
     def begin(self, context: int) -> None:
@@ -150,7 +164,7 @@ class ChainPolicy:
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         best = preferred(proposals).cut(self.max_drafts)
-        return best, Layout.chained(len(best.drafts), self.chain)
+        return best, Layout.chained(len(best.drafts), self.own_drafts)
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
         """Nothing to learn."""
@@ -164,7 +178,7 @@ class LookupPolicy:
     """Verifies what the text drafts, at most `drafts` tokens in a step; where it has no match, decodes plainly."""
 
     def __init__(self, drafts: int) -> None:
-        self.max_drafts, self.chain, self.verdict = drafts, 0, ""
+        self.max_drafts, self.own_drafts, self.verdict = drafts, 0, ""
 
     def begin(self, context: int) -> None:
         """Nothing to plan."""

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtp_mlx.decode.layout import Layout
+
 
 @dataclass
 class DecodeStats:
@@ -44,23 +46,21 @@ class DecodeStats:
     tuned: str = ""
 
     def record(
-        self,
-        drafts: int,
-        slots: tuple[int, ...],
-        n_accepted: int,
-        drafter: str,
-        chain: int = 0,
-        rows: int | None = None,
+        self, layout: Layout, n_accepted: int, drafter: str, own: str = "", rows: int | None = None
     ) -> None:
-        """One step that verified `drafts` drafts of `drafter` and accepted the first `n_accepted`.
+        """One step that verified the drafts of `drafter` and accepted the first `n_accepted`.
 
-        `rows` are those of the pass, where it has more than the layout says.
+        Args:
+            layout: of the step.
+            own: name of the model's own drafter, which makes the fresh drafts.
+            rows: those of the pass, where it has more than the layout says.
         """
+        drafts = layout.drafts
         self.steps += 1
-        self.rows += 1 + drafts + sum(slots) if rows is None else rows
+        self.rows += layout.rows if rows is None else rows
         self.tokens += 1 + n_accepted
         self.histogram[1 + n_accepted] += 1
-        behind = f"{chain} heads" if chain else "+".join(map(str, slots))
+        behind = f"{layout.chain} {own}" if layout.chain else "+".join(map(str, layout.slots))
         self.layouts[f"{drafts}/{behind}"] += 1
         if drafts:
             self.submitted_by[drafter] += drafts

@@ -1,60 +1,26 @@
-"""What a session is told about its cache, and what its steps give."""
+"""The parts of a speculative step: its block, what the pass says about the drafts, fresh drafts, what is committed.
+
+`mtp_mlx.decode.loop.speculative_step` puts them in order for one sequence, `mtp_mlx.serve.batch` for several that
+share a pass. Everything before `read` is lazy, so a step has one host read.
+
+Legend: R rows of the block, d drafts verified, a of them accepted, V vocabulary, D hidden size, C tokens of history.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """KV-cache options, named and meant as in mlx-lm. kv_bits None keeps the cache unquantised."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step, read on the host.
-
-    Attributes:
-        tokens: accepted drafts, then the target's own pick.
-        n_accepted: number of accepted drafts.
-        drafts, confidences: fresh drafts for the next positions.
-        logits: [1 + d, V], row i predicts tokens[i]; lazy.
-        rows: rows of the pass.
-    """
-
-    tokens: list[int]
-    n_accepted: int
-    drafts: list[int]
-    confidences: list[float]
-    logits: mx.array
-    rows: int
-
-
-@dataclass(frozen=True)
-class LazyStep:
-    """One step whose pass has run and whose outcome the host has not read yet.
-
-    Attributes:
-        integers: int32, how many drafts were accepted, then the target's picks [1 + d], then fresh drafts.
-        confidences: of the fresh drafts.
-        logits: [1 + d, V].
-        head_input: [1, 1 + d, D], the real rows' states that MTP heads take.
-        rows: rows of the pass.
-    """
-
-    integers: mx.array
-    confidences: mx.array
-    logits: mx.array
-    head_input: mx.array
-    rows: int
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.led import led
+from mtp_mlx.decode.pick import leading_run
+from mtp_mlx.decode.session import Session
+from mtp_mlx.decode.tree import DraftTree
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.block import Block, BlockShape, block_shape
 
 
 class Token(NamedTuple):
@@ -72,3 +38,163 @@ class Token(NamedTuple):
     logits: mx.array
     from_draft: bool
     depth: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, read on the host.
+
+    Attributes:
+        tokens: accepted drafts, then the target's own pick.
+        n_accepted: number of accepted drafts, a.
+        fresh: drafts for the next positions.
+        logits: [1 + d, V], row i predicts tokens[i]; lazy.
+        rows: rows of the pass, R.
+    """
+
+    tokens: list[int]
+    n_accepted: int
+    fresh: DraftTree
+    logits: mx.array
+    rows: int
+
+
+@dataclass(frozen=True)
+class LazyStep:
+    """One step whose pass has run and whose outcome the host has not read yet.
+
+    Attributes:
+        verified: what the pass says.
+        integers: int32, how many drafts were accepted, then the target's picks [1 + d], then fresh drafts.
+        confidences: of the fresh drafts.
+    """
+
+    verified: Verified
+    integers: mx.array
+    confidences: mx.array
+
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        """What the step's one host read evaluates."""
+        return self.integers, self.confidences
+
+
+def shape_of(session: Session, layout: Layout) -> BlockShape:
+    """The rows of a layout, with what the drafter's slot groups start with."""
+    return block_shape(layout.drafts, layout.slots, session.attached.lead)
+
+
+def block_of(session: Session, layout: Layout, drafts: list[int], start: int) -> Block:
+    """The rows of a step that verifies `drafts` and whose pending token stands at position `start`."""
+    shape = shape_of(session, layout)
+    rows = mx.array([session.tokens[-1], *drafts], dtype=mx.int32)
+    block = Block.decode(rows, shape, start, session.attached.vocab_size)
+    if session.drafter is None or not layout.slot_rows:
+        return block
+    return replace(block, uniforms=session.drafter.uniforms(shape, start))
+
+
+def verify(
+    session: Session,
+    layout: Layout,
+    drafts: list[int],
+    start: int,
+    hidden: mx.array,
+    logits: mx.array,
+    head_input: mx.array,
+) -> Verified:
+    """What a pass says about `drafts`: the target's picks, and how many drafts equal them; lazily.
+
+    Args:
+        layout: of the pass. It may have room for more drafts than there are.
+        drafts: d token ids.
+        start: absolute position of the pending token.
+        hidden: [R, D] latents of the pass.
+        logits: [>= 1 + d, V] of its real rows.
+        head_input: [1, >= 1 + d, D] the state of the real rows that the drafter takes.
+    """
+    n_real = 1 + len(drafts)
+    logits = logits[:n_real]
+    rows = mx.array([session.tokens[-1], *drafts], dtype=mx.int32)
+    positions = mx.arange(start + 1, start + 1 + n_real)
+    history = session.histories(drafts)
+    picks, accepted = _accepted(session, _allowed(session, logits, drafts), positions, history, rows)
+    return Verified(
+        layout=layout,
+        shape=shape_of(session, layout),
+        hidden=hidden,
+        head_input=head_input[:, :n_real],
+        logits=logits,
+        picks=picks,
+        accepted=accepted,
+        position=positions[accepted],
+        history=None if history is None else history[accepted],
+        tokens=session.tokens,
+        drafts=drafts,
+    )
+
+
+def _allowed(session: Session, logits: mx.array, drafts: list[int]) -> mx.array:
+    """[1 + d, V] logits, -inf where the constraint forbids a token after the drafts before it."""
+    if session.constraint is None:
+        return logits
+    allowed = mx.array(session.constraint.allowed(drafts))
+    return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
+
+
+def _accepted(
+    session: Session, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The target's picks [1 + d] and how many drafts they accept (a scalar), lazily.
+
+    Args:
+        logits: [1 + d, V] of the real rows.
+        positions: [1 + d] int32 of the tokens picked.
+        history: [1 + d, C] for penalties, or None.
+        tokens: [1 + d] int32, the pending token and the drafts.
+    """
+    kernels, picker = session.attached.kernels, session.picker
+    plainly = session.constraint is None and picker.draws_plainly(logits.shape[-1])
+    if kernels is not None and plainly:
+        found = kernels.attempt(
+            "verify_tail", logits, tokens, picker.config.temperature, picker.noise_keys(positions)
+        )
+        if found is not None:
+            return found[0], found[1].reshape(())
+    picks = picker.pick(logits, positions, history)
+    return picks, leading_run(picks, tokens[1:])
+
+
+def draft(session: Session, verified: Verified) -> LazyStep:
+    """Fresh drafts for the positions after the target's own pick, lazily; none if the layout asks for none."""
+    layout, fresh = verified.layout, LazyDrafts.none()
+    if layout.asks_for_drafts:
+        if session.drafter is None:
+            raise MTPError("internal error: a layout asks for drafts, and no drafter was opened")
+        fresh = session.drafter.propose(verified)
+    peers = session.attached.peers
+    integers = mx.concatenate([verified.accepted.reshape(1), verified.picks, fresh.ids])
+    return LazyStep(verified, led(peers, integers), led(peers, fresh.confidences))
+
+
+def commit(session: Session, lazy: LazyStep) -> StepResult:
+    """Commits what was accepted and the target's own pick; the caches' rows are the caller's business."""
+    verified, layout = lazy.verified, lazy.verified.layout
+    n_accepted, *values = cast("list[int]", lazy.integers.tolist())
+    n_real = 1 + len(verified.drafts)
+    count = layout.chain or layout.slots[n_accepted]
+    tokens = values[: n_accepted + 1]
+    session.tokens += tokens
+    if session.drafter is not None and layout.asks_for_drafts:
+        session.drafter.commit(n_accepted)
+    elif session.drafter is not None:
+        session.drafter.observe(verified.head_input[:, : n_accepted + 1], session.tokens)
+    if session.constraint is not None:
+        session.constraint.commit(tokens)
+    confidences = cast("list[float]", lazy.confidences.tolist())[:count]
+    return StepResult(
+        tokens=tokens,
+        n_accepted=n_accepted,
+        fresh=DraftTree.chain(values[n_real : n_real + count], confidences),
+        logits=verified.logits,
+        rows=verified.hidden.shape[0],
+    )

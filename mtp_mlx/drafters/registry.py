@@ -10,11 +10,17 @@ What a room `mtp_mlx/drafters/<room>/` holds for the rest of the package, by fix
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mtp_mlx.train.method import Method
+from mtp_mlx.errors import MTPError
+
+if TYPE_CHECKING:
+    from mtp_mlx.train.method import Method
 
 
 @dataclass(frozen=True)
@@ -23,24 +29,114 @@ class Room:
 
     Attributes:
         name: its folder below `mtp_mlx/drafters`.
+        drafts: what `drafter` and statistics call its drafts; rooms may share a name.
+        needs: what a model must have for it, as the end of a sentence.
         adapters: values of `method` in `mtp_config.json` whose folders it reads.
         trains: methods it trains, as in `mtp-mlx train METHOD`.
+        loads: `load` and the command line take options for it (`options.LOADING`).
+        instead: with its options given, the adapter that lies beside a model is left out.
     """
 
     name: str
+    drafts: str
+    needs: str
     adapters: tuple[str, ...] = ()
     trains: tuple[str, ...] = ()
+    loads: bool = False
+    instead: bool = False
 
     def module(self, name: str) -> Any:
         """The room's module `name`."""
         return importlib.import_module(f"mtp_mlx.drafters.{self.name}.{name}")
 
 
+@dataclass(frozen=True)
+class LoadContext:
+    """What a room may need to know while a model is loaded.
+
+    Attributes:
+        model, tokenizer: the bare base model and its tokenizer.
+        adapter_named: the adapter was asked for by name, and not found beside the model.
+    """
+
+    model: Any
+    tokenizer: Any
+    adapter_named: bool
+
+
+_SLOTS = "an adapter with slots: name one with `adapter`"
+
 ROOMS = (
-    Room("masks", adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
-    Room("heads", adapters=("mtp-heads",), trains=("mtp-heads",)),
-    Room("ptp", adapters=("ptp",), trains=("ptp",)),
+    Room("masks", "slots", _SLOTS, adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
+    Room("heads", "heads", "MTP heads: name them with `adapter`", ("mtp-heads",), ("mtp-heads",), loads=True),
+    Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
 )
+
+
+def drafter_names() -> dict[str, str]:
+    """{name of a drafter: what a model must have for it}."""
+    return {room.drafts: room.needs for room in ROOMS}
+
+
+def load_folder(folder: Path, model: Any) -> tuple[Any, Any]:
+    """(`DraftSource`, what the folder says about itself) of an adapter folder for a bare model.
+
+    Raises:
+        MTPError: no adapter there, one for another base, or a damaged one.
+    """
+    from mtp_mlx.adapter_folder import read_config
+    from mtp_mlx.drafters.heads.folder import load_heads
+    from mtp_mlx.drafters.masks.folder import load_adapter
+    from mtp_mlx.drafters.ptp.folder import load_ptp
+
+    loaders = {"mtp-heads": load_heads, "ptp": load_ptp}
+    return loaders.get(str(read_config(folder).get("method")), load_adapter)(folder, model)
+
+
+def loading_options() -> dict[str, Any]:
+    """{room: dataclass of what `load` takes for its drafter}; needs no mlx."""
+    return {room.name: room.module("options").LOADING for room in ROOMS if room.loads}
+
+
+def loading_block() -> type:
+    """A frozen dataclass of every argument that `load` takes for single drafters; needs no mlx."""
+    given = [field for kind in loading_options().values() for field in dataclasses.fields(kind)]
+    kinds = {name: hint for kind in loading_options().values() for name, hint in get_type_hints(kind).items()}
+    fields = [
+        (field.name, kinds[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in given
+    ]
+    return dataclasses.make_dataclass("LoadingOptions", fields, frozen=True)
+
+
+def replaces_adapter(options: Mapping[str, Any]) -> bool:
+    """Whether options of `load` name a drafter that takes the place of an adapter found beside the model."""
+    kinds = loading_options()
+    own = [name for room in ROOMS if room.instead for name in kinds[room.name].__dataclass_fields__]
+    return any(options.get(name) is not None for name in own)
+
+
+def prepare(source: Any, options: Mapping[str, Any], context: LoadContext) -> Any:
+    """The `DraftSource` that `load` ends with, after every room whose options were given had its say.
+
+    Args:
+        source: of the adapter folder, or None.
+        options: {argument of `load`: value}; None means not given.
+        context: what else `load` knows.
+
+    Raises:
+        MTPError: an unknown argument, or one that does not go with the source or with another one.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {name: room for room, kind in loading_options().items() for name in kind.__dataclass_fields__}
+    for name in given:
+        if name not in known:
+            raise MTPError(f"load has no argument '{name}'; drafters take {', '.join(sorted(known))}")
+    for room in ROOMS:
+        own = {name: value for name, value in given.items() if known[name] == room.name}
+        if own:
+            source = room.module("loading").prepare(source, room.module("options").LOADING(**own), context)
+    return source
 
 
 def method_class(name: str) -> type[Method]:

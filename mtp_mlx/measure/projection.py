@@ -16,7 +16,7 @@ from typing import Any
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.measure.curves import CostCurve
-from mtp_mlx.planning.budget import BudgetPolicy, HeadsBudgetPolicy
+from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 
 LABEL = "projection, not a measurement"
@@ -120,5 +120,5 @@ def _rate(
         draft=draft_cost,
         plain=(1.0, 1.0),
     )
-    policy = HeadsBudgetPolicy if heads else BudgetPolicy
-    return policy(cost, len(acceptance), list(acceptance)).rate
+    policy = ChainBudgetPolicy if heads else BudgetPolicy
+    return policy(cost, len(acceptance), list(acceptance), "").rate

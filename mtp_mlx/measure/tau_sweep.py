@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
@@ -26,6 +25,7 @@ from mtp_mlx.measure.kept import KeptRows
 from mtp_mlx.measure.prompts import Question
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
+from mtp_mlx.planning.tuned import weights_digest
 
 LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary exist at once
 PLAIN = None  # the tau of the lane that is the model's own greedy text
@@ -143,7 +143,7 @@ class TauSweep:
             prompt,
             settings.max_tokens,
             layout="plain" if plain else "linear",
-            slots=None if plain else settings.slots,
+            drafts=None if plain else settings.slots,
             emission=Emission() if plain else Emission("conf-adapt", tau),
             stats=stats,
         )
@@ -157,9 +157,7 @@ class TauSweep:
     def _fingerprint(self, name: str) -> str:
         """Of everything that a measurement depends on, the list of taus aside: more of them may follow."""
         settings = {key: value for key, value in asdict(self._settings).items() if key != "taus"}
-        assert self._model.adapter is not None
-        mask = np.array(self._model.adapter.slot_embeddings.weight.astype(mx.float32)).tobytes()
-        name += hashlib.sha256(mask).hexdigest()  # no two trainings end in the same masks
+        name += weights_digest(self._model)
         questions = [(question.text, str(question.answer)) for question in self._questions]
         content = json.dumps([name, settings, questions], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Lane, Measurement, Timed
@@ -42,9 +43,10 @@ class LaneResult:
 def candidates(model: AttachedModel) -> list[Lane]:
     """Plain decoding, every layout with some numbers of drafts, every drafter, and the planner with each of them."""
     lanes = [Lane("plain", "plain")]
-    own = "heads" if model.mtp_heads is not None else "slots" if model.adapter is not None else None
-    if own is not None:
-        layouts: tuple[LayoutName, ...] = ("linear",) if own == "heads" else ("linear", "quadratic")
+    source = source_of(model)
+    if source is not None:
+        own = source.name
+        layouts: tuple[LayoutName, ...] = ("linear", "quadratic") if source.places_slots else ("linear",)
         counts = _counts(model.most_drafts)
         lanes += [
             Lane(f"{layout} {count} {own}", layout, count, drafter=own)

@@ -1,4 +1,4 @@
-"""attach(model, adapter): puts the wrappers on an mlx-lm model; detach restores it exactly.
+"""attach(model, speculator): puts the wrappers on an mlx-lm model; detach restores it exactly.
 
 With wrappers on, the model's own `model(ids, cache)` is unchanged: outside `AttachedModel.forward` every
 wrapper is the module it wraps.
@@ -16,7 +16,6 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mtp_mlx.distributed import Peers
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model import block_attention
@@ -37,25 +36,23 @@ from mtp_mlx.model.seams import (
     module_at,
     replace_module,
 )
-from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.model.speculator import Speculator
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
 from mtp_mlx.model.tap import Tap, tapped_module
 
 
 class AttachedModel:
-    """A model with a mask-token adapter, with MTP heads, or with neither: forward passes over blocks, and the heads.
+    """A model with what drafts for it, or with nothing: forward passes over blocks, and the LM head.
 
     Not safe for two forward passes at once from different threads; one generation at a time per model.
 
     Attributes:
         model: the mlx-lm model.
-        adapter: the adapter attached, or None (then blocks have no slots).
-        mtp_heads: heads that draft behind the trunk, or None. They run beside the model, which stays as it is.
-        head_input: [B, R, D] of the newest pass, the state that the heads take (`HeadConvention.first_hidden`).
+        speculator: what drafts, or None (then blocks have no slots).
+        head_input: [B, R, D] of the newest pass, the state that the speculator takes (`Speculator.first_hidden`).
         vocab_size: V, rows of the embedding table; ids from here on are slots.
         hidden_size: D.
-        info: what the folder of the adapter or the heads says about it (`mtp_mlx.drafters.masks.folder.AdapterInfo`,
-            `mtp_mlx.drafters.heads.folder.HeadsInfo`), or None.
+        info: what the speculator's folder says about it (`mtp_mlx.adapter_folder`), or None.
         name: how the user named the model.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
         peers: the processes that share this model, each with a part of it.
@@ -66,14 +63,12 @@ class AttachedModel:
     def __init__(
         self,
         model: nn.Module,
-        adapter: SlotAdapter | None,
+        speculator: Speculator | None,
         seams: Seams,
         kernels: Dispatcher | None = None,
         exact: bool = False,
-        mtp_heads: DraftHeads | None = None,
     ) -> None:
-        self.model = model
-        self.adapter, self.mtp_heads = adapter, mtp_heads
+        self.model, self.speculator = model, speculator
         self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
@@ -92,7 +87,9 @@ class AttachedModel:
         self._wrap()
 
     def _wrap(self) -> None:
-        first = "post-norm" if self.mtp_heads is None else self.mtp_heads.convention.first_hidden
+        speculator = self.speculator
+        slots = speculator if speculator is not None and speculator.places_slots else None
+        first = "post-norm" if speculator is None else speculator.first_hidden
         listened = tapped_module(self._seams.trunk, first)
         self._tap = None if listened is None else Tap(listened)
         if self.kernels is not None or self.exact:
@@ -100,11 +97,11 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
-        if self.exact or self.adapter is not None:
+        if self.exact or slots is not None:
             for path, rope in self._seams.ropes.items():
                 replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
-        if self.adapter is not None:
-            self._wrap_slots(self.adapter)
+        if slots is not None:
+            self._wrap_slots(slots)
         if self._recurrent:
             self._record_mixers()
 
@@ -122,11 +119,11 @@ class AttachedModel:
             return BlockLinear(linear, self._rows)
         return linear
 
-    def _wrap_slots(self, adapter: SlotAdapter) -> None:
-        for path, low_rank in adapter.low_rank.items():
+    def _wrap_slots(self, speculator: Speculator) -> None:
+        for path, low_rank in speculator.gated_layers().items():
             base = self._for_blocks(self._seams.linears[path])
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
-        layer = adapter.embedding_layer(self._embed, self.vocab_size, self._rows)
+        layer = speculator.embedding_layer(self._embed, self.vocab_size, self._rows)
         self._seams.trunk[self._seams.embedding_name] = layer
 
     def _unwrap(self) -> None:
@@ -146,7 +143,7 @@ class AttachedModel:
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
         self._unwrap()
-        self.adapter = self.mtp_heads = self.kernels = None
+        self.speculator = self.kernels = None
 
     @contextmanager
     def unwrapped(self) -> Iterator[nn.Module]:
@@ -201,20 +198,17 @@ class AttachedModel:
     @property
     def draft_ids(self) -> mx.array | None:
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
-        drafting = self.mtp_heads if self.adapter is None else self.adapter
-        return None if drafting is None else drafting.draft_ids
+        return None if self.speculator is None else self.speculator.draft_ids
 
     @property
     def most_drafts(self) -> int:
-        """Tokens that the adapter or the heads draft at most in a step; 0 without either."""
-        if self.mtp_heads is not None:
-            return self.mtp_heads.drafts
-        return 0 if self.adapter is None else self.adapter.config.slots
+        """Tokens drafted in a step unless another number is asked for; 0 without a speculator."""
+        return 0 if self.speculator is None else self.speculator.drafts
 
     @property
     def lead(self) -> int:
         """Rows at the start of every slot group that draft nothing."""
-        return 0 if self.adapter is None else int(getattr(self.adapter.config, "lead", 0))
+        return 0 if self.speculator is None else self.speculator.lead
 
     @property
     def draft_head(self) -> HeadView:
@@ -230,7 +224,7 @@ class AttachedModel:
 
     @property
     def whole_vocabulary(self) -> Vocabulary:
-        """What drafts are picked from whose probability must be that of the model: among all tokens."""
+        """All tokens: what drafts are picked from that nobody verifies."""
         return self.draft_vocabulary if self.draft_ids is None else Vocabulary(self._head_over(None), None)
 
     def _head_over(self, ids: mx.array | None) -> HeadView:
@@ -242,35 +236,31 @@ class AttachedModel:
 
 def attach(
     model: nn.Module,
-    adapter: SlotAdapter | None = None,
+    speculator: Speculator | None = None,
     kernels: Dispatcher | None = None,
     exact: bool = False,
-    mtp_heads: DraftHeads | None = None,
 ) -> AttachedModel:
-    """Puts the wrappers of `adapter` on `model` (in place; `AttachedModel.detach` undoes it).
+    """Puts the wrappers that `speculator` needs on `model` (in place; `AttachedModel.detach` undoes it).
 
     Args:
         kernels: may run in place of stock MLX. They have no gradients: training attaches without them.
         exact: see `AttachedModel`.
-        mtp_heads: draft with these instead of an adapter.
 
     Raises:
-        MTPError: the model lacks a seam, is already attached, or cannot be exact; an adapter and heads at once.
+        MTPError: the model lacks a seam, is already attached, or cannot be exact.
     """
-    if adapter is not None and mtp_heads is not None:
-        raise MTPError("a mask-token adapter and MTP heads cannot draft for one model at once: choose one")
     seams = find_seams(model)
     wrapped = (PositionedRoPE, BlockLinear, RecordedMixer)
     if any(isinstance(module, wrapped) for _, module in seams.trunk.named_modules()):
         raise MTPError("this model is already attached; detach it first")
-    if adapter is not None:
+    if speculator is not None and speculator.places_slots:
         _check_slots(model, seams)
-        missing = sorted(adapter.low_rank.keys() - seams.linears.keys())
+        missing = sorted(speculator.gated_layers().keys() - seams.linears.keys())
         if missing:
             raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
     if exact:
         _check_exact(seams)
-    attached = AttachedModel(model, adapter, seams, kernels, exact, mtp_heads)
+    attached = AttachedModel(model, speculator, seams, kernels, exact)
     _check_head(attached)
     return attached
 

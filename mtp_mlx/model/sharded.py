@@ -22,18 +22,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import find_seams, is_recurrent, module_at
-from mtp_mlx.model.slot_adapter import SlotAdapter
+from mtp_mlx.model.speculator import Speculator
 
 OUTPUT_PARTS = (AllToShardedLinear, QuantizedAllToShardedLinear)
 INPUT_PARTS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
 
 
-def shard(model: nn.Module, adapter: SlotAdapter | None, peers: Peers) -> None:
-    """Leaves each process its part of `model` and of the LoRA of `adapter`; both are changed in place.
+def shard(model: nn.Module, speculator: Speculator | None, peers: Peers) -> None:
+    """Leaves each process its part of `model` and of the speculator's LoRA; both are changed in place.
 
     Args:
         model: an mlx-lm model, not attached; may be lazy, then only the part is ever in memory.
-        adapter: made for the whole model, or None.
+        speculator: made for the whole model, or None.
 
     Raises:
         MTPError: the model has no `shard`, keeps recurrent state, or cannot be divided among so many processes; or
@@ -59,7 +59,7 @@ def shard(model: nn.Module, adapter: SlotAdapter | None, peers: Peers) -> None:
         ) from error
     mx.eval(model.parameters())
     trunk = find_seams(model).trunk
-    for path, low_rank in ({} if adapter is None else adapter.low_rank).items():
+    for path, low_rank in ({} if speculator is None else speculator.gated_layers()).items():
         layer, before = module_at(trunk, path), whole[path]
         if isinstance(layer, OUTPUT_PARTS):
             _check_part(before, layer, path, 0, peers)
@@ -88,5 +88,5 @@ def _check_part(before: nn.Module, layer: nn.Module, path: str, axis: int, peers
     if weight.shape[axis] != length * peers.size or not mx.array_equal(own, expected).item():
         raise MTPError(
             f"layer {path} is divided among processes in pieces that this adapter's LoRA cannot follow: use "
-            "--adapter none, or run without mlx.launch"
+            "`adapter` none, or run without mlx.launch"
         )

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.planning.acceptance import AcceptanceEstimate
 from mtp_mlx.planning.cost import CostCorrection, StepCost
@@ -34,9 +34,7 @@ FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: f
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
 PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
-MARGIN = (
-    1.1  # a speculative layout must promise this much more than plain: costs and acceptance are estimates
-)
+MARGIN = 1.1  # what a speculative layout must promise beyond plain: costs and acceptance are estimates
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Experience:
     """What decoding has taught about a model on this machine. Shared by its generations, it keeps learning.
 
     Attributes:
-        acceptance: by drafter.
+        acceptance: by name of the drafter.
         cost: how the cost curve is off.
     """
 
@@ -52,18 +50,18 @@ class Experience:
     cost: CostCorrection
 
     @classmethod
-    def fresh(cls, slots: int, prior: Sequence[float], lead: int = 0) -> Experience:
+    def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:
         """Before anything was seen.
 
         Args:
-            slots: most drafts of the adapter in a step.
-            prior: the adapter's recorded acceptance per depth.
+            own: name of the model's own drafter; "" without one.
+            drafts: the most that it drafts in a step.
+            prior: its recorded acceptance per depth.
             lead: rows at the start of every slot group that draft nothing.
         """
         acceptance = {
-            "slots": AcceptanceEstimate(max(slots, 1), list(prior) or None),
-            "heads": AcceptanceEstimate(max(slots, 1), list(prior) or None),
-            "lookup": AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
+            own: AcceptanceEstimate(max(drafts, 1), list(prior) or None),
+            LOOKUP: AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
         }
         return cls(acceptance, CostCorrection(lead))
 
@@ -73,30 +71,30 @@ class BudgetPolicy:
 
     Args:
         cost: measured seconds of steps.
-        slots: most slots behind one position, or drafts of a chain of heads; 0 without an adapter.
+        drafts: most slots behind one position, or drafts made behind a pass; 0 where only the text drafts.
         prior: the adapter's recorded acceptance per depth.
+        own: name of the model's own drafter; "" without one.
         experience: of earlier generations, to go on from.
     """
-
-    own = "slots"  # the source of the drafts that are planned for
 
     def __init__(
         self,
         cost: StepCost,
-        slots: int,
+        drafts: int,
         prior: Sequence[float],
+        own: str,
         experience: Experience | None = None,
     ) -> None:
-        self._cost, self._slots, self._context = cost, slots, 0
-        self.max_drafts = max(LOOKUP_DRAFTS, slots)
-        self.chain = 0
-        experience = experience or Experience.fresh(slots, prior, cost.lead)
+        self._cost, self._drafts, self._context = cost, drafts, 0
+        self.own = own
+        self.max_drafts, self.own_drafts = max(LOOKUP_DRAFTS, drafts), drafts
+        experience = experience or Experience.fresh(own, drafts, prior, cost.lead)
         self._acceptance, self._correction = experience.acceptance, experience.cost
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
         self._probing = False
-        self._worth = [0.0] * (slots + 1)
+        self._worth = [0.0] * (drafts + 1)
         self._rate = 0.0
         self._planned = False  # not before the context is known, or somebody asks
 
@@ -127,7 +125,7 @@ class BudgetPolicy:
         """The proposal and layout worth most; see `Policy`."""
         if not self._planned:
             self._solve()
-        if self._probing and self._slots:
+        if self._probing and self._drafts:
             self._probing = False
             return proposals[0].cut(0), self._fullest(0)
         best = (self._plain_value(), proposals[0].cut(0), Layout.plain())
@@ -157,7 +155,7 @@ class BudgetPolicy:
 
     def interrupts_plain(self) -> bool:
         """True when slots were not tried for a while; see `Policy`."""
-        if self._slots and self._plain_steps >= self._probe_after:
+        if self._drafts and self._plain_steps >= self._probe_after:
             self._plain_steps = 0
             self._probing = True
         return self._probing
@@ -187,7 +185,7 @@ class BudgetPolicy:
 
     def _fullest(self, drafts: int) -> Layout:
         """All slots behind the last of `drafts` drafts."""
-        return Layout.linear(drafts, self._slots)
+        return Layout.linear(drafts, self._drafts)
 
     def _held_after(self, layout: Layout) -> Sequence[int]:
         """[drafts + 1] how many drafts are at hand after a step, by the number accepted."""
@@ -220,10 +218,10 @@ class BudgetPolicy:
         """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
         self._planned = True
         known = self._acceptance[self.own]
-        chances = [known.probability(depth + 1) for depth in range(self._slots)]
+        chances = [known.probability(depth + 1) for depth in range(self._drafts)]
         plain = 1.0 / self._seconds(Layout.plain())
-        policy = [self._fullest(held) for held in range(self._slots + 1)]
-        best, last = (plain, [0.0] * (self._slots + 1)), 0.0
+        policy = [self._fullest(held) for held in range(self._drafts + 1)]
+        best, last = (plain, [0.0] * (self._drafts + 1)), 0.0
         for _ in range(MOST_ITERATIONS):
             self._rate, self._worth = self._valued(policy, chances)
             self._runs = _best_runs(self._worth)
@@ -232,7 +230,7 @@ class BudgetPolicy:
             if self._rate <= last * (1 + 1e-9):
                 break
             last = self._rate
-            policy = [self._best_layout(chances[:held])[1] for held in range(self._slots + 1)]
+            policy = [self._best_layout(chances[:held])[1] for held in range(self._drafts + 1)]
         self._rate, self._worth = best
         self._runs = _best_runs(self._worth)
 
@@ -272,17 +270,17 @@ def _draft_counts(most: int) -> list[int]:
     return [count for count in range(most + 1) if count <= 4 or count in (6, 8, 11, 15, 19) or count == most]
 
 
-class HeadsBudgetPolicy(BudgetPolicy):
-    """See the module. Arguments as `BudgetPolicy`, `slots` being the longest chain."""
+class ChainBudgetPolicy(BudgetPolicy):
+    """`BudgetPolicy` for drafts that are made one after another behind the pass.
 
-    own = "heads"
+    The decision process is the same, the moves are others. A chain of k drafts follows every outcome and adds no rows
+    to the pass, but takes its own time for each; so a step takes the layout with the largest
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.chain = self._slots
+        1 + E[accepted] - lambda * c(drafts, k) + h(k).
+    """
 
     def _fullest(self, drafts: int) -> Layout:
-        return Layout.chained(drafts, self._slots)
+        return Layout.chained(drafts, self._drafts)
 
     def _held_after(self, layout: Layout) -> Sequence[int]:
         return (layout.chain,) * (layout.drafts + 1)
@@ -290,7 +288,7 @@ class HeadsBudgetPolicy(BudgetPolicy):
     def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
         """The chain worth most behind a block that accepts so many drafts; see `BudgetPolicy._with_slots`."""
         best = (-1e9, Layout.plain())
-        for chain in range(self._slots + 1):
+        for chain in range(self._drafts + 1):
             layout = Layout.chained(len(exact) - 1, chain)
             value = 1.0 + accepted + self._worth[chain] - self.rate * self._seconds(layout)
             if value > best[0]:

@@ -13,22 +13,19 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
-from typing import cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from mtp_mlx.decode.drafter import DraftSource, Verified, source_of
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.loop import slot_drafter
+from mtp_mlx.decode.loop import speculative_step
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
-from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
-from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.decode.step import shape_of
 from mtp_mlx.files import cache_dir
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.block import block_shape
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.planning.cost import StepCost, interpolate, read_cost, save_cost
 
@@ -61,9 +58,8 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     if device == mx.Device(mx.gpu):
         name = str(mx.device_info().get("device_name", name))
-    shape = "none" if model.adapter is None else str(model.adapter.config)
-    if model.mtp_heads is not None:
-        shape = _heads_shape(model.mtp_heads, model.draft_head.columns)
+    source = source_of(model)
+    shape = "none" if source is None else source.cost_key(model.draft_head.columns)
     embedded = model.embed(mx.zeros((1,), dtype=mx.int32))
     key = {
         "version": "2",
@@ -80,58 +76,76 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
     return {**key, "lead": str(model.lead)} if model.lead else key
 
 
-def _heads_shape(heads: DraftHeads, columns: int) -> str:
-    """Everything about heads that their speed depends on."""
-    blocks = {f"{type(module).__module__}.{type(module).__qualname__}" for module in heads.modules()}
-    weights = sum(
-        value.size for _, value in cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
-    )
-    return f"{len(heads.heads)} heads, {heads.drafts} drafts, {sorted(blocks)}, {weights} weights, {columns} columns"
-
-
 def _is_quantised(model: AttachedModel) -> bool:
     return any("scales" in module for _, module in model.model.named_modules())
 
 
 def measure(model: AttachedModel) -> StepCost:
     """Times steps of every size in the table; medians of a few runs."""
-    picker = Picker()
-    drafter = None if model.adapter is None else slot_drafter(model, picker, model.draft_vocabulary)
+    source = source_of(model)
+    slots = source if source is not None and source.places_slots else None
     prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
     real: dict[int, list[float]] = {}
     plain = {}
     for context in (LONG_CONTEXT, SHORT_CONTEXT):
-        session = Session(model, picker, drafter, prompt[: context + 1], model.make_cache(), CacheSettings())
-        session.prefill()
+        session = _session(model, slots, prompt[: context + 1])
         real[context] = [_seconds(session, Layout(rows - 1, (0,) * rows)) for rows in REAL_ROWS]
         plain[context] = _plain_seconds(session)
-    surcharge: list[float] = []
-    slot_rows: list[int] = []
-    draft = 0.0
-    if drafter is not None:
-        one, four = (_propose_seconds(model, drafter, count) for count in (1, 1 + drafter.max_drafts))
-        draft = max(0.0, (four - one) / drafter.max_drafts)
-        most = drafter.max_drafts
-        for count in SLOT_ROWS:
-            groups = tuple(min(most, max(0, count - most * group)) for group in range(-(-count // most)))
-            layout = Layout(len(groups) - 1, groups)
-            lead_rows = layout.lead_rows(model.lead)
-            as_real = _interpolated(real[SHORT_CONTEXT], layout.rows + lead_rows)
-            slot_rows.append(layout.slot_rows + lead_rows)
-            surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
-    if model.mtp_heads is not None:
-        draft = _chain_seconds(model, picker, prompt[: SHORT_CONTEXT + 1], model.mtp_heads.drafts)
+    drafting = _Drafting()
+    if slots is not None:
+        drafting = _slot_seconds(session, slots, real[SHORT_CONTEXT])
+    elif source is not None:
+        drafting = _Drafting(draft=_chain_seconds(model, source, prompt[: SHORT_CONTEXT + 1]))
     return StepCost(
         rows=REAL_ROWS,
         contexts=(SHORT_CONTEXT, LONG_CONTEXT),
         short=tuple(real[SHORT_CONTEXT]),
         long=tuple(real[LONG_CONTEXT]),
-        slot_rows=tuple(slot_rows) or (1,),
-        surcharge=tuple(surcharge) or (0.0,),
-        draft=draft,
+        slot_rows=drafting.slot_rows,
+        surcharge=drafting.surcharge,
+        draft=drafting.draft,
         plain=(plain[SHORT_CONTEXT], plain[LONG_CONTEXT]),
         lead=model.lead,
     )
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """What drafting costs beside a pass; the fields of the same names of `StepCost`."""
+
+    draft: float = 0.0
+    slot_rows: tuple[int, ...] = (1,)
+    surcharge: tuple[float, ...] = (0.0,)
+
+
+def _session(model: AttachedModel, source: DraftSource | None, prompt: list[int]) -> Session:
+    """A greedy session whose prompt has run, drafting with `source`."""
+    picker = Picker()
+    opened = None if source is None else lambda start: source.open(model, picker, source.drafts, start)
+    session = Session(model, picker, prompt, model.make_cache(), CacheSettings(), opened)
+    session.prefill()
+    return session
+
+
+def _slot_seconds(session: Session, source: DraftSource, real: list[float]) -> _Drafting:
+    """What slot rows cost beyond as many real rows, and drafting one token from them.
+
+    Args:
+        real: seconds of steps of `REAL_ROWS` rows, in the same context.
+    """
+    model, most = session.attached, source.drafts
+    one, four = (_propose_seconds(session, count) for count in (1, 1 + most))
+    draft = max(0.0, (four - one) / most)
+    surcharge: list[float] = []
+    slot_rows: list[int] = []
+    for count in SLOT_ROWS:
+        groups = tuple(min(most, max(0, count - most * group)) for group in range(-(-count // most)))
+        layout = Layout(len(groups) - 1, groups)
+        lead_rows = layout.lead_rows(model.lead)
+        as_real = _interpolated(real, layout.rows + lead_rows)
+        slot_rows.append(layout.slot_rows + lead_rows)
+        surcharge.append(_seconds(session, layout) - as_real - draft * max(groups))
+    return _Drafting(draft, tuple(slot_rows), tuple(surcharge))
 
 
 def _interpolated(seconds: list[float], rows: int) -> float:
@@ -144,23 +158,22 @@ def _seconds(session: Session, layout: Layout) -> float:
     times = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
-        session.step(layout, [1] * layout.drafts)
+        speculative_step(session, layout, [1] * layout.drafts)
         times.append(time.perf_counter() - started)
         session.trim(session.cached - cached)
         del session.tokens[length:]
     return median(times[1:])
 
 
-def _chain_seconds(model: AttachedModel, picker: Picker, prompt: list[int], chain: int) -> float:
-    """Seconds of drafting one token with MTP heads behind a block that verifies a whole chain's drafts."""
-    session = Session(model, picker, None, prompt, model.make_cache(), CacheSettings(), chain)
-    session.prefill()
+def _chain_seconds(model: AttachedModel, source: DraftSource, prompt: list[int]) -> float:
+    """Seconds of drafting one token behind a block that verifies as many drafts as the source makes."""
+    session, chain = _session(model, source, prompt), source.drafts
 
     def seconds(layout: Layout) -> float:
         times = []
-        for _ in range(1 + REPEATS):  # the text goes on by a token or some, since heads cannot be put back
+        for _ in range(1 + REPEATS):  # the text goes on by a token or some: a drafter cannot be put back
             started = time.perf_counter()
-            session.step(layout, [1] * layout.drafts)
+            speculative_step(session, layout, [1] * layout.drafts)
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
@@ -183,14 +196,31 @@ def _plain_seconds(session: Session, steps: int = 6) -> float:
     return median([after - before for before, after in zip(times, times[1:], strict=False)])
 
 
-def _propose_seconds(model: AttachedModel, drafter: MaskSlotDrafter | PTPSlotDrafter, count: int) -> float:
+def _propose_seconds(session: Session, count: int) -> float:
     """Seconds of drafting `count` tokens from given latents."""
-    shape = block_shape(0, (count,), drafter.lead)
+    model, drafter = session.attached, session.drafter
+    assert drafter is not None
+    layout = Layout(0, (count,))
+    shape = shape_of(session, layout)
     zero = mx.array(0, dtype=mx.int32)
     hidden = mx.zeros((shape.rows, model.hidden_size), dtype=model.embed(zero).dtype)
+    seen = Verified(
+        layout=layout,
+        shape=shape,
+        hidden=hidden,
+        head_input=hidden[None, :1],
+        logits=mx.zeros((1, 1)),
+        picks=zero.reshape(1),
+        accepted=zero,
+        position=zero,
+        history=None,
+        tokens=session.tokens,
+        drafts=[],
+    )
     times = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
-        mx.eval(drafter.propose(hidden, shape, zero, zero, zero, None))
+        fresh = drafter.propose(seen)
+        mx.eval(fresh.ids, fresh.confidences)
         times.append(time.perf_counter() - started)
     return median(times[1:])

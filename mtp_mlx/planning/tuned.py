@@ -35,13 +35,13 @@ class TunedChoice:
 
     Attributes:
         name: of the lane, for people.
-        layout, slots, drafter: as the options of the same names; layout "auto" is the planner.
+        layout, drafts, drafter: as the arguments of the same names; layout "auto" is the planner.
         tokens_per_second, plain_tokens_per_second: measured, of this lane and of plain decoding.
     """
 
     name: str
     layout: LayoutName
-    slots: int | None
+    drafts: int | None
     drafter: str | None
     tokens_per_second: float
     plain_tokens_per_second: float
@@ -56,15 +56,19 @@ class TunedChoice:
 
 def tuned_key(model: AttachedModel) -> dict[str, str]:
     """Everything that a record depends on."""
-    drafting = model.adapter if model.mtp_heads is None else model.mtp_heads
-    if drafting is None:
-        return {**cost_key(model), "weights": "none"}
-    tensors = sorted(cast("list[tuple[str, mx.array]]", tree_flatten(drafting.parameters())))
+    return {**cost_key(model), "weights": weights_digest(model)}
+
+
+def weights_digest(model: AttachedModel) -> str:
+    """16 hex digits that name what a model drafts with; no two trainings end in the same. "none" without weights."""
+    weights = {} if model.speculator is None else model.speculator.parameters()
+    tensors = sorted(cast("list[tuple[str, mx.array]]", tree_flatten(weights)))
+    if not tensors:
+        return "none"
     shapes = json.dumps([(name, tensor.shape) for name, tensor in tensors])
     samples = [tensor.reshape(-1)[:_SAMPLE].astype(mx.float32) for _, tensor in tensors]
     values = np.array(mx.concatenate(samples))  # one evaluation, since every generation asks
-    digest = hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
-    return {**cost_key(model), "weights": digest}
+    return hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
 
 
 def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path:
@@ -87,7 +91,7 @@ def recall(model: AttachedModel) -> TunedChoice | None:
     path = _path(key)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        choice = TunedChoice(**stored["choice"])
+        choice = TunedChoice(**_renamed(stored["choice"]))
         if stored["key"] != key:
             return None
         if choice.layout not in _LAYOUTS or not choice.plain_tokens_per_second > 0:
@@ -100,6 +104,11 @@ def recall(model: AttachedModel) -> TunedChoice | None:
             "%s is damaged (%s): layout auto plans as if untuned; run mtp-mlx tune again", path, error
         )
         return None
+
+
+def _renamed(choice: dict[str, Any]) -> dict[str, Any]:
+    """A stored choice; records of before call `drafts` slots."""
+    return {("drafts" if name == "slots" else name): value for name, value in choice.items()}
 
 
 def forget(model: AttachedModel) -> bool:

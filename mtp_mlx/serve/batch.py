@@ -24,7 +24,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import DecodeLoop
 from mtp_mlx.decode.policy import Proposal, preferred
 from mtp_mlx.decode.session import Session
-from mtp_mlx.decode.step import Token
+from mtp_mlx.decode.step import Token, block_of, commit, draft, verify
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.serve.batch_plan import BatchPlan
@@ -116,16 +116,15 @@ class Batch:
         hidden = self._attached.forward(self._block(layout, offered, starts), self._caches)  # [B, R, D]
         head_input = self._attached.head_input
         logits = self._attached.head(hidden[:, : layout.real_rows])  # [B, 1 + d, V]
-        found = [
-            member.session.judge(
-                layout, proposal.drafts, start, hidden[index], logits[index], head_input[index : index + 1]
-            )
-            for index, (member, proposal, start) in enumerate(zip(self.members, offered, starts, strict=True))
-        ]
-        mx.eval([(lazy.integers, lazy.confidences) for lazy in found])  # the pass's one host read
+        found = []
+        for index, (member, proposal, start) in enumerate(zip(self.members, offered, starts, strict=True)):
+            session, taken = member.session, head_input[index : index + 1]
+            verified = verify(session, layout, proposal.drafts, start, hidden[index], logits[index], taken)
+            found.append(draft(session, verified))
+        mx.eval([lazy.arrays() for lazy in found])  # the pass's one host read
         committed, kept = [], []
         for member, proposal, lazy in zip(self.members, offered, found, strict=True):
-            result = member.session.commit(layout, lazy)
+            result = commit(member.session, lazy)
             self._plan.observe(proposal, result.n_accepted)
             kept.append(1 + result.n_accepted)
             own = Layout(len(proposal.drafts), layout.slots[: len(proposal.drafts) + 1], layout.chain)
@@ -138,7 +137,7 @@ class Batch:
         blocks = []
         for member, proposal, start in zip(self.members, offered, starts, strict=True):
             filler = [FILLER] * (layout.drafts - len(proposal.drafts))
-            blocks.append(member.session.block(layout, proposal.drafts + filler, start))
+            blocks.append(block_of(member.session, layout, proposal.drafts + filler, start))
         first = blocks[0]
         return replace(
             first,

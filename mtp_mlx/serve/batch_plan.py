@@ -1,6 +1,6 @@
 """The common layout of a batch's steps.
 
-A fixed layout stays what it is. "auto" takes the number of slots (or of drafts of MTP heads) and the form for which
+A fixed layout stays what it is. "auto" takes the number of slots (or of drafts behind a pass) and the form for which
 expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
 (design 2.5), so batches draft less than single sequences do. In the linear form sequences wait for each other: the
 one slot group stands behind all drafts of the pass, out of reach of sequences that bring fewer; so its rate is that
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import (
     LayoutName,
@@ -37,15 +38,17 @@ class BatchDrafting:
 
     Attributes:
         form: "plain", "linear" and "quadratic" are fixed, "auto" plans.
-        slots: most slots behind one position; 0 without an adapter with slots.
-        chain: most drafts of MTP heads; 0 without heads.
+        slots: most slots behind one position; 0 where the model's own drafter places none.
+        chain: most drafts that are made behind a pass; 0 where none are.
         lookup: most drafts from the text itself; 0 where it does not draft.
+        own: name of the model's own drafter; "" without one.
     """
 
     form: LayoutName
     slots: int = 0
     chain: int = 0
     lookup: int = 0
+    own: str = ""
 
 
 class BatchPlan:
@@ -123,7 +126,7 @@ class BatchPlan:
         """Expected tokens per second of each of B sequences in a steady state, of the lengths last planned for."""
         assert self._experience is not None
         count = drafting.chain or drafting.slots
-        known = self._experience.acceptance["heads" if drafting.chain else "slots"]
+        known = self._experience.acceptance[self._drafting.own]
         reach = [1.0]
         for depth in range(1, count + 1):
             reach.append(reach[-1] * known.probability(depth))
@@ -160,22 +163,26 @@ def _longest_run(n_sequences: int, chance: float) -> float:
 def batch_drafting(
     model: AttachedModel,
     layout: LayoutName,
-    slots: int | None,
+    drafts: int | None,
     lookup: bool | None = None,
     drafter: str | None = None,
 ) -> BatchDrafting:
-    """What the same options stand for where several sequences share passes. "auto" looks nothing up there."""
+    """What the arguments of `plan_drafting` stand for where several sequences share passes.
+
+    "auto" looks nothing up there.
+    """
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "plain":
         return BatchDrafting("plain")
-    own = (slots or model.most_drafts) if chosen.own else 0
-    heads = model.mtp_heads is not None
-    looked_up = own or slots or LOOKUP_DRAFTS
+    source = source_of(model)
+    own = (drafts or model.most_drafts) if chosen.own else 0
     if not own and (layout == "auto" or not chosen.lookup):
         return BatchDrafting("plain")
+    places_slots = source is not None and source.places_slots
     return BatchDrafting(
         layout,
-        slots=0 if heads else own,
-        chain=own if heads else 0,
-        lookup=looked_up if chosen.lookup and layout != "auto" else 0,
+        slots=own if places_slots else 0,
+        chain=0 if places_slots else own,
+        lookup=(own or drafts or LOOKUP_DRAFTS) if chosen.lookup and layout != "auto" else 0,
+        own="" if source is None else source.name,
     )

@@ -209,7 +209,7 @@ class Engine:
             reason = "a quantised cache cannot be rolled"
         try:
             drafting = batch_drafting(
-                self.model, settings.layout, settings.slots, settings.lookup, settings.drafter
+                self.model, settings.layout, settings.drafts, settings.lookup, settings.drafter
             )
         except MTPError as error:  # which every request will be told as well
             reason = str(error)

@@ -28,7 +28,7 @@ class DecodeSettings:
     """How every request is decoded; fields as `mtp_mlx.api.stream_generate` and mlx-lm."""
 
     layout: LayoutName = "auto"
-    slots: int | None = None
+    drafts: int | None = None
     lookup: bool | None = None
     drafter: str | None = None
     kv_bits: int | None = None
@@ -75,7 +75,7 @@ class Sequence:
         self.request = request
         self.stats = DecodeStats()
         drafting = plan_drafting(
-            model, settings.layout, settings.slots, self.stats, settings.lookup, settings.drafter
+            model, settings.layout, settings.drafts, self.stats, settings.lookup, settings.drafter
         )
         self.policy = drafting.policy
         # Penalties look at the last tokens of the prompt, so those always run again.

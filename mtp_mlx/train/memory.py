@@ -17,9 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
-from mtp_mlx.model.slot_adapter import SlotAdapter
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
 ADAPTER_COPIES = 4  # weights, gradients, two moments

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
 from mtp_mlx import generate, load
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import VOCABULARY, save_tiny, tiny_model

@@ -17,7 +17,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import attached, untouched

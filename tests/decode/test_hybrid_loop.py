@@ -24,7 +24,7 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Proposal
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.drafters.heads.test_loop import Knowing, SometimesChain

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.cascade import MTPHeads
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads, heads_of
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates, padded
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
@@ -56,8 +56,7 @@ def _right(
     attached: AttachedModel, examples: Sequence[Example], depths: int, states: TrunkStates
 ) -> np.ndarray:
     """[blocks, depths] whether head k's greedy draft behind each position is the token of the text."""
-    heads = attached.mtp_heads
-    assert heads is not None
+    heads = heads_of(attached)
     places = []  # (sequence, position) as in decoding: from the last token of the prompt on
     for index, example in enumerate(examples):
         for position in range(max(example.loss_start - 1, 0), len(example) - 1 - depths):

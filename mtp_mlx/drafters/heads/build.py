@@ -12,10 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.adapter_folder import CONFIG_NAME
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads, block_like, norm_eps
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, norm_eps
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import embedding_shape, find_seams

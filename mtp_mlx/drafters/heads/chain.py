@@ -24,6 +24,7 @@ Legend: n rows of the trunk committed before the block; d drafts verified in it;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, first_masked
 from mtp_mlx.model.attach import AttachedModel
 
 CATCH_UP_AT = 256  # rows that may wait before heads run over them
@@ -77,45 +80,41 @@ class _Ran:
     outputs: mx.array
 
 
-class HeadChain:
-    """Drafts with MTP heads for one generation, whose caches it owns.
+class HeadChain(Drafter):
+    """Drafts with a cascade of MTP heads for one generation, whose caches it owns.
 
     Args:
-        attached: a model with heads.
+        attached: the model that they draft for.
         picker: the target's picker; drafts use the same noise, which couples them to the target.
-        drafts: depth of the chain, by default what the heads' config says; beyond the number of heads they are
-            applied again in turn.
+        heads: all heads of the model.
+        depths: the head that makes each draft of a chain, as deep as it goes.
         first_position: absolute position of row 0.
     """
 
     def __init__(
-        self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
+        self,
+        attached: AttachedModel,
+        picker: Picker,
+        heads: DraftHeads,
+        depths: Sequence[MTPHead],
+        first_position: int = 0,
     ) -> None:
-        heads = attached.mtp_heads
-        if not isinstance(heads, MTPHeads):
-            raise ValueError("a chain needs a cascade of MTP heads")
         self._attached, self._picker, self._heads = attached, picker, heads
-        self.max_drafts = drafts or heads.drafts
-        self._depths = [_Depth(heads.at_depth(depth)) for depth in range(1, 1 + self.max_drafts)]
+        self._depths = [_Depth(head) for head in depths]
         self._first_position = first_position
         self._rows = 0  # n
         self._ran: list[_Ran] = []
         self._block: mx.array | None = None
 
-    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
-        """Takes note of trunk rows behind which nothing is drafted, such as the prompt's.
-
-        Args:
-            hidden: [1, R, D] of the R rows after those seen.
-            tokens: committed tokens from row 0 on; the newest may be missing.
-        """
-        self._depths[0].waiting.append(hidden)
-        self._rows += hidden.shape[1]
+    def observe(self, head_input: mx.array, tokens: list[int]) -> None:
+        """See `Drafter`."""
+        self._depths[0].waiting.append(head_input)
+        self._rows += head_input.shape[1]
         if self._rows - self._depths[0].final >= CATCH_UP_AT:
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """Runs every head over the rows that have become final."""
+        """See `Drafter`: runs every head over the rows that have become final."""
         known = min(self._rows, len(tokens) - 1)
         for depth, state in enumerate(self._depths, start=1):
             start, count = state.final, known + 1 - depth - state.final
@@ -125,7 +124,7 @@ class HeadChain:
             following = mx.array(tokens[start + depth : start + depth + count], dtype=mx.int32)
             _, outputs = self._run(state, inputs[:, :count], following)
             state.waiting = [inputs[:, count:]] if inputs.shape[1] > count else []
-            if depth < self.max_drafts:
+            if depth < len(self._depths):
                 self._depths[depth].waiting.append(outputs)
         self._evaluate()
 
@@ -142,40 +141,20 @@ class HeadChain:
         """
         embeddings = state.head.embed(tokens, self._attached.embed)[None]
         if self._first_position == 0:
-            embeddings = self._heads.first_masked(embeddings, state.final)
+            embeddings = first_masked(self._heads.convention, embeddings, state.final)
         return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
 
-    def propose(
-        self,
-        hidden: mx.array,
-        picks: mx.array,
-        accepted: mx.array,
-        position: mx.array,
-        history: mx.array | None,
-        tokens: list[int],
-        count: int,
-    ) -> tuple[mx.array, mx.array]:
-        """Drafts for the positions after the target's own pick, lazily; `commit` must follow.
-
-        Args:
-            hidden: [1, 1 + d, D] of the block's real rows.
-            picks: [1 + d] int32, the target's picks; picks[i] follows row i.
-            accepted: int32 scalar a.
-            position: int32 scalar, absolute position of picks[a].
-            history: [C] int32 tokens before picks[a], or None without penalties.
-            tokens: committed tokens from row 0 on, the pending one last.
-            count: how many drafts, at most `max_drafts`.
-
-        Returns:
-            ids [count] int32 and confidences [count] float32.
-        """
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter`."""
+        hidden, picks, accepted = verified.head_input, verified.picks, verified.accepted
+        history, tokens, count = verified.history, verified.tokens, verified.layout.chain
         self._block, self._ran = hidden, []
         n, block = self._rows, hidden.shape[1]
         # Tokens after t[n]: accepted drafts, the target's own pick, then the chain's drafts as they are made.
         following = mx.concatenate([picks, mx.zeros((count - 1,), dtype=mx.int32)])
         places = mx.arange(block + count - 1)
         ids, confidences = [], []
-        new, token = hidden, picks[accepted].reshape(1)
+        new, token = hidden, verified.pick.reshape(1)
         for depth, state in enumerate(self._depths[:count], start=1):
             start, inputs = state.final, state.inputs(new)
             known = mx.array(tokens[start + depth : n + 1], dtype=mx.int32)
@@ -189,7 +168,7 @@ class HeadChain:
                 self._attached,
                 self._picker,
                 refined,
-                (position + depth).reshape(1),
+                (verified.position + depth).reshape(1),
                 history,
                 self._heads.unembedding(depth),
             )
@@ -197,16 +176,16 @@ class HeadChain:
             new = outputs
             ids.append(token)
             confidences.append(confidence)
-        return mx.concatenate(ids), mx.concatenate(confidences)
+        return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
 
     def commit(self, n_accepted: int) -> None:
-        """Keeps what has become final of the last `propose`, now that the host knows a; the rest is forgotten."""
+        """See `Drafter`: what has become final stays, the rest is forgotten."""
         assert self._block is not None
         self._rows += n_accepted + 1
         before, made = (
             self._rows,
             self._block[:, : n_accepted + 1],
-        )  # rows of the depth before; those just made final
+        )  # rows of the depth before; just made final
         self._block = None
         for depth, (state, ran) in enumerate(zip(self._depths, self._ran, strict=False), start=1):
             final = max(0, self._rows + 1 - depth)
@@ -214,6 +193,6 @@ class HeadChain:
             rest = ran.inputs[:, final - ran.start : before - ran.start]
             state.waiting = [rest] if rest.shape[1] else []
             before, made = final, ran.outputs[:, : final - ran.start]
-        if len(self._ran) < self.max_drafts and made.shape[1]:
+        if len(self._ran) < len(self._depths) and made.shape[1]:
             self._depths[len(self._ran)].waiting.append(made)
         self._ran = []

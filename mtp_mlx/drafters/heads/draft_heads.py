@@ -1,33 +1,38 @@
 """What all heads that draft behind a trunk have in common, whatever their form. Their own forms are in
 
-mtp_head.py        a cascade, each head behind the one before it (DeepSeek-V3's form)
-medusa_head.py     independent residual layers on the trunk's last hidden state
-parallel_head.py   independent decoder layers on the state before the trunk's last layer (Meta)
+cascade.py     a cascade, each head behind the one before it (DeepSeek-V3's form)
+medusa.py      independent residual layers on the trunk's last hidden state
+parallel.py    independent decoder layers on the state before the trunk's last layer (Meta)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from mtp_mlx.decode.drafter import DraftSource
 from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import select_rows
 
 
-class DraftHeads(nn.Module):
-    """Heads of one model.
+class DraftHeads(DraftSource):
+    """Heads of one model: they draft behind the pass, and need no rows in it.
 
     Args:
         heads: K heads, in order.
         convention: how they are run.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
         drafts: tokens drafted in each step, by default one per head.
-
     """
 
+    name = "heads"
+    title = "MTP heads"
     heads: list[Any]
 
     def __init__(
@@ -49,9 +54,9 @@ class DraftHeads(nn.Module):
         return self._drafts
 
     @property
-    def most_drafts(self) -> int | None:
-        """Tokens that they can draft in a step at most; None where heads can be applied again in turn."""
-        return None
+    def first_hidden(self) -> str:
+        """See `Speculator`."""
+        return self._convention.first_hidden
 
     @property
     def convention(self) -> HeadConvention:
@@ -62,6 +67,24 @@ class DraftHeads(nn.Module):
     def draft_ids(self) -> mx.array | None:
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
         return self._draft_ids
+
+    def cost_key(self, columns: int) -> str:
+        """See `DraftSource`."""
+        blocks = {f"{type(module).__module__}.{type(module).__qualname__}" for module in self.modules()}
+        tensors = cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))
+        weights = sum(value.size for _, value in tensors)
+        made_of = f"{sorted(blocks)}, {weights} weights"
+        return f"{len(self.heads)} heads, {self.drafts} drafts, {made_of}, {columns} columns"
+
+    def loop(self, drafts: int) -> None:
+        """Drafts so many tokens in each step, reusing the heads in order.
+
+        Raises:
+            MTPError: heads of this form cannot be applied again, or fewer drafts than there are heads.
+        """
+        raise MTPError(
+            f"heads of the kind '{self._convention.kind}' cannot be applied again: leave `loop` out"
+        )
 
     def unembedding(self, depth: int) -> nn.Module | None:
         """The LM head of the head at `depth` (from 1), [..., D] -> [..., V], or N columns with a draft vocabulary.
@@ -82,5 +105,12 @@ class IndependentHeads(DraftHeads):
 
     @property
     def most_drafts(self) -> int:
-        """See `DraftHeads`."""
+        """See `DraftSource`."""
         return len(self.heads)
+
+
+def heads_of(attached: AttachedModel) -> DraftHeads:
+    """The heads of a model that drafts with heads."""
+    heads = attached.speculator
+    assert isinstance(heads, DraftHeads)
+    return heads

@@ -13,9 +13,10 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.heads.draft_heads import IndependentHeads
-from mtp_mlx.drafters.heads.independent import drafts_of, pick_each
+from mtp_mlx.drafters.heads.independent import pick_each
 from mtp_mlx.model.attach import AttachedModel
 
 
@@ -44,41 +45,22 @@ class MedusaHeads(IndependentHeads):
 
     heads: list[MedusaHead]
 
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> MedusaDrafter:
+        """See `DraftSource`."""
+        self.check_drafts(drafts)
+        return MedusaDrafter(attached, picker, self)
 
-class MedusaDrafter:
-    """A `HeadDrafter` of a model with Medusa's heads. Arguments as `HeadChain`."""
 
-    def __init__(
-        self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
-    ) -> None:
-        heads = attached.mtp_heads
-        if not isinstance(heads, MedusaHeads):
-            raise ValueError("this drafter needs Medusa's heads")
+class MedusaDrafter(Drafter):
+    """Drafts with Medusa's heads for one generation. Earlier rows do not matter, so it keeps nothing."""
+
+    def __init__(self, attached: AttachedModel, picker: Picker, heads: MedusaHeads) -> None:
         self._attached, self._picker, self._heads = attached, picker, heads
-        self.max_drafts = drafts_of(heads, drafts)
 
-    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
-        """Nothing to note: earlier rows do not matter."""
-
-    def catch_up(self, tokens: list[int]) -> None:
-        """Nothing waits."""
-
-    def propose(
-        self,
-        hidden: mx.array,
-        picks: mx.array,
-        accepted: mx.array,
-        position: mx.array,
-        history: mx.array | None,
-        tokens: list[int],
-        count: int,
-    ) -> tuple[mx.array, mx.array]:
-        """See `HeadDrafter.propose`."""
-        newest = hidden[0, accepted][None]  # [1, D]
-        refined = [head(newest) for head in self._heads.heads[:count]]
-        return pick_each(
-            self._attached, self._picker, self._heads, refined, picks[accepted], position, history
-        )
-
-    def commit(self, n_accepted: int) -> None:
-        """Nothing was kept."""
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter`."""
+        newest = verified.head_input[0, verified.accepted][None]  # [1, D]
+        refined = [head(newest) for head in self._heads.heads[: verified.layout.chain]]
+        return pick_each(self._attached, self._picker, self._heads, refined, verified)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtp_mlx.drafters.heads.draft_heads import heads_of
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import (
@@ -25,8 +26,7 @@ def estimate_heads_memory(
 
     `prefix` is the trunk's pass, of which one layer is in memory at a time.
     """
-    sizes, heads = model_sizes(attached), attached.mtp_heads
-    assert heads is not None
+    sizes, heads = model_sizes(attached), heads_of(attached)
     depths = len(heads.heads)
     length = max(len(example) for example in examples)  # T
     responses = max(len(example) - example.loss_start for example in examples)

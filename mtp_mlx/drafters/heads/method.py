@@ -12,12 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, load_heads, read_heads_info, save_heads
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.memory import estimate_heads_memory
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
 from mtp_mlx.drafters.heads.step import HeadsRunner
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
@@ -76,7 +76,7 @@ class TrainHeads(Method):
         heads.set_dtype(mx.float32)
         self.heads = heads
         self.depth = len(heads.heads)
-        self.attached = attach(model, mtp_heads=heads)
+        self.attached = attach(model, heads)
         distil = MTPDistil(
             ce_weight=settings.ce_weight,
             kl_weight=settings.kl_weight,

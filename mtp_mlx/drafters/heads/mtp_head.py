@@ -16,8 +16,7 @@ Legend: B batch, T tokens, D hidden size, K heads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -26,9 +25,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
 
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.seams import embedding_shape, find_seams
 
 
 class MTPHead(nn.Module):
@@ -111,69 +108,11 @@ class MTPHead(nn.Module):
         return x
 
 
-class MTPHeads(DraftHeads):
-    """A cascade of heads. Where more drafts are asked for than there are heads, they are applied again in turn."""
-
-    heads: list[MTPHead]
-
-    def loop(self, drafts: int) -> None:
-        """Drafts so many tokens in each step: all heads in order, then all again, until there are enough.
-
-        Raises:
-            MTPError: fewer than there are heads.
-        """
-        if drafts < len(self.heads):
-            raise MTPError(
-                f"a loop of {drafts} drafts is shorter than the {len(self.heads)} heads: use slots to draft fewer"
-            )
-        self._drafts = drafts
-
-    @contextmanager
-    def recycling(self, state: str) -> Iterator[None]:
-        """Inside the block every head passes this state on, "normed", "raw" or "trunk"."""
-        before = [head._recycled for head in self.heads]
-        for head in self.heads:
-            head._recycled = state
-        try:
-            yield
-        finally:
-            for head, own in zip(self.heads, before, strict=True):
-                head._recycled = own
-
-    def at_depth(self, depth: int) -> MTPHead:
-        """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
-        return self.heads[(depth - 1) % len(self.heads)]
-
-    def cascade(
-        self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
-    ) -> list[mx.array]:
-        """All heads over known text.
-
-        Args:
-            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` where heads have an embedding of their own.
-            hidden: [B, T, D] of the trunk, after its final norm.
-            most_depths: how many depths, by default one per head; see `at_depth` for more.
-
-        Returns:
-            z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths for which no
-            row is left are absent.
-        """
-        found = []
-        for depth in range(1, 1 + (most_depths or len(self.heads))):
-            head = self.at_depth(depth)
-            rows = embeddings.shape[1] - depth
-            if rows < 1:
-                break
-            shifted = self.first_masked(embeddings[:, depth:], 0)
-            z, hidden = head(shifted, hidden[:, :rows], head.mask(shifted))
-            found.append(z)
-        return found
-
-    def first_masked(self, embeddings: mx.array, first_position: int) -> mx.array:
-        """[B, T, D] as a head takes them: zero at position 0, if the convention says so."""
-        if not self._convention.mask_first_position or first_position > 0:
-            return embeddings
-        return mx.concatenate([mx.zeros_like(embeddings[:, :1]), embeddings[:, 1:]], axis=1)
+def first_masked(convention: HeadConvention, embeddings: mx.array, first_position: int) -> mx.array:
+    """[B, T, D] embeddings as a head takes them: zero at position 0, if the convention says so."""
+    if not convention.mask_first_position or first_position > 0:
+        return embeddings
+    return mx.concatenate([mx.zeros_like(embeddings[:, :1]), embeddings[:, 1:]], axis=1)
 
 
 def block_like(trunk: nn.Module) -> nn.Module:
@@ -212,26 +151,3 @@ def norm_eps(trunk: nn.Module) -> float:
     """The epsilon of the trunk's last norm, which the norms of heads share."""
     norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
     return float(getattr(norm, "eps", 1e-5))
-
-
-def new_heads(
-    model: nn.Module, count: int, convention: HeadConvention, draft_ids: mx.array | None = None
-) -> MTPHeads:
-    """`count` heads for a bare mlx-lm model: blocks start as its last layer, and `fuse` passes the hidden state on.
-
-    Raises:
-        MTPError: the model is attached, or count is below 1.
-    """
-    if count < 1:
-        raise MTPError(f"at least one head is needed, got {count}")
-    seams = find_seams(model)
-    trunk = seams.trunk
-    eps = norm_eps(trunk)
-    vocab_size, size = embedding_shape(seams.embedding)
-    heads = []
-    for _ in range(count):
-        head = MTPHead(block_like(trunk), size, eps, convention, vocab_size)
-        # The embedding's half starts small, the hidden half as the identity: an untrained head repeats the trunk.
-        head.fuse.weight = mx.concatenate([0.1 * mx.eye(size), mx.eye(size)], axis=1)
-        heads.append(head)
-    return MTPHeads(heads, convention, draft_ids)

@@ -16,9 +16,10 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
+from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.heads.draft_heads import IndependentHeads
-from mtp_mlx.drafters.heads.independent import drafts_of, pick_each
+from mtp_mlx.drafters.heads.independent import pick_each
 from mtp_mlx.model.attach import AttachedModel
 
 
@@ -38,6 +39,13 @@ class ParallelHeads(IndependentHeads):
     """All heads of a model."""
 
     heads: list[ParallelHead]
+
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> ParallelDrafter:
+        """See `DraftSource`."""
+        self.check_drafts(drafts)
+        return ParallelDrafter(attached, picker, self, drafts)
 
 
 CATCH_UP_AT = 256  # rows that may wait before heads run over them
@@ -62,61 +70,49 @@ class _Lane:
         return self.head(mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0], self.cache)
 
 
-class ParallelDrafter:
-    """A `HeadDrafter` of a model with Meta's heads. Arguments as `HeadChain`."""
+class ParallelDrafter(Drafter):
+    """Drafts with Meta's heads for one generation, whose caches it owns. Arguments as `DraftSource.open`.
 
-    def __init__(
-        self, attached: AttachedModel, picker: Picker, drafts: int | None = None, first_position: int = 0
-    ) -> None:
-        heads = attached.mtp_heads
-        if not isinstance(heads, ParallelHeads):
-            raise ValueError("this drafter needs Meta's parallel heads")
+    A head's rows rest on the trunk's rows alone, never on drafts. So between steps its cache holds every row that it
+    has processed, and beside it wait the states of rows that it has not: those of passes that did not run it.
+    """
+
+    def __init__(self, attached: AttachedModel, picker: Picker, heads: ParallelHeads, drafts: int) -> None:
         self._attached, self._picker, self._heads = attached, picker, heads
-        self.max_drafts = drafts_of(heads, drafts)
-        self._lanes = [_Lane(head) for head in heads.heads[: self.max_drafts]]
+        self._lanes = [_Lane(head) for head in heads.heads[:drafts]]
         self._rows = 0  # n
         self._block: mx.array | None = None
         self._ran = 0
 
-    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
-        """See `HeadDrafter.observe`."""
-        self._rows += hidden.shape[1]
+    def observe(self, head_input: mx.array, tokens: list[int]) -> None:
+        """See `Drafter`."""
+        self._rows += head_input.shape[1]
         for lane in self._lanes:
-            lane.waiting.append(hidden)
+            lane.waiting.append(head_input)
         if any(self._rows - lane.cache.offset >= CATCH_UP_AT for lane in self._lanes):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `HeadDrafter.catch_up`; all rows are final, whatever the tokens."""
+        """See `Drafter`: all rows are final, whatever the tokens."""
         for lane in self._lanes:
             if lane.waiting:
                 lane.run([])
                 lane.waiting = []
         mx.eval([lane.cache.state for lane in self._lanes if lane.cache.offset])
 
-    def propose(
-        self,
-        hidden: mx.array,
-        picks: mx.array,
-        accepted: mx.array,
-        position: mx.array,
-        history: mx.array | None,
-        tokens: list[int],
-        count: int,
-    ) -> tuple[mx.array, mx.array]:
-        """See `HeadDrafter.propose`."""
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter`."""
+        hidden, count = verified.head_input, verified.layout.chain
         self._block, self._ran = hidden, count
         refined = []
         for lane in self._lanes[:count]:
             made = lane.run([hidden])
-            newest = made.shape[1] - hidden.shape[1] + accepted
+            newest = made.shape[1] - hidden.shape[1] + verified.accepted
             refined.append(self._attached.last_norm(made[0, newest][None]))  # [1, D]
-        return pick_each(
-            self._attached, self._picker, self._heads, refined, picks[accepted], position, history
-        )
+        return pick_each(self._attached, self._picker, self._heads, refined, verified)
 
     def commit(self, n_accepted: int) -> None:
-        """See `HeadDrafter.commit`."""
+        """See `Drafter`."""
         assert self._block is not None
         self._rows += n_accepted + 1
         for index, lane in enumerate(self._lanes):

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads
+from mtp_mlx.drafters.heads.cascade import MTPHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead
 from mtp_mlx.errors import MTPError
 
 SMALLEST = 0.1  # weights of the last norm below this share of their mean size are not divided by

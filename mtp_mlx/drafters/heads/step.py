@@ -17,9 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
 from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop, teacher_top
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates
 from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.model.attach import AttachedModel
@@ -176,9 +176,10 @@ class HeadsRunner(MicroBatchRunner):
         chunk_rows: int = 2048,
         workers: int = 1,
     ) -> None:
-        assert isinstance(attached.mtp_heads, MTPHeads)
-        super().__init__(attached.mtp_heads, workers)
-        self._heads = attached.mtp_heads
+        heads = attached.speculator
+        assert isinstance(heads, MTPHeads)
+        super().__init__(heads, workers)
+        self._heads = heads
         self._attached, self._distil, self._depths = attached, distil, list(depths)
         self._seed, self._share, self._chunk_rows = seed, share, min(chunk_rows, MOST_CHUNK)
         self._columns, self._states = draft_columns(attached), states

@@ -17,6 +17,7 @@ import numpy as np
 
 from mtp_mlx.drafters.masks.online_loss import Online, student_context
 from mtp_mlx.drafters.masks.regions import RegionLayout, draw_regions, region_layout, regions_over
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
@@ -50,8 +51,7 @@ class LowRankStudent(Student):
     """Ordinary LoRA: the student has it on every row, the teacher on none."""
 
     def __init__(self, attached: AttachedModel) -> None:
-        assert attached.adapter is not None
-        self.attached, self.trained = attached, attached.adapter
+        self.attached, self.trained = attached, adapter_of(attached)
 
     def teacher_logits(self, block: Block, caches: list[Any], rows: mx.array) -> mx.array:
         """See `Student`."""

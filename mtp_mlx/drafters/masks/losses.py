@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.loss import LossParts, SlotBatch, hard_cross_entropy, soft_cross_entropy, sum_over_chunks
 
@@ -26,8 +27,7 @@ class Apple:
 
     def __call__(self, attached: AttachedModel, batch: SlotBatch) -> LossParts:
         """See the module's formula."""
-        assert attached.adapter is not None
-        sampler = attached.adapter.sampler
+        sampler = adapter_of(attached).sampler
 
         def base_loss(hidden: mx.array, label: mx.array, weight: mx.array) -> mx.array:
             return mx.sum(weight * hard_cross_entropy(attached.draft_head(hidden), label))
@@ -66,8 +66,7 @@ class SelfDistil:
 
     def __call__(self, attached: AttachedModel, batch: SlotBatch) -> LossParts:
         """Weighted mean over the supervised rows; see the module's formula."""
-        assert attached.adapter is not None
-        sampler = attached.adapter.sampler
+        sampler = adapter_of(attached).sampler
         norm = mx.sum(batch.weight)
 
         def base_loss(hidden: mx.array, row: mx.array, weight: mx.array) -> mx.array:

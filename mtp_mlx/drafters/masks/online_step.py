@@ -15,6 +15,7 @@ import numpy as np
 
 from mtp_mlx.drafters.masks.online_loss import Online, student_context
 from mtp_mlx.drafters.masks.regions import draw_regions, region_anchors
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
 from mtp_mlx.drafters.slots.step import evaluate_constants
 from mtp_mlx.drafters.slots.two_pass import Prefix, every_slot_pass, prefix_pass, token_pass
@@ -48,8 +49,7 @@ class OnlineRunner(MicroBatchRunner):
         chunk_rows: int = 2048,
         workers: int = 1,
     ) -> None:
-        assert attached.adapter is not None
-        super().__init__(attached.adapter, workers)
+        super().__init__(adapter_of(attached), workers)
         self._attached, self._objective = attached, objective
         self._k_most, self._region_rows, self._seed = k_most, region_rows, seed
         self._chunk_blocks, self._chunk_rows = chunk_blocks, chunk_rows

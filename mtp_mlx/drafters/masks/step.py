@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout
 from mtp_mlx.drafters.slots.step import BlockChoice, draft_columns, evaluate_constants
 from mtp_mlx.drafters.slots.two_pass import Prefix, prefix_pass, slot_pass
@@ -37,7 +38,7 @@ def teacher_targets(
     """Base probabilities of the draft columns at every real row some slot must match."""
     rows, row = np.unique(layout.target, return_inverse=True)
     hidden = prefix.hidden[mx.array(rows)]  # [Q, D]
-    ids = attached.adapter.draft_ids if attached.adapter is not None else None
+    ids = attached.draft_ids
     pieces = []
     for start in range(0, len(rows), chunk_rows):
         logits = attached.head(hidden[start : start + chunk_rows]).astype(mx.float32)
@@ -86,8 +87,7 @@ class StepRunner(MicroBatchRunner):
         workers: int = 1,
         grad_checkpoint: bool = False,
     ) -> None:
-        assert attached.adapter is not None
-        super().__init__(attached.adapter, workers)
+        super().__init__(adapter_of(attached), workers)
         self._attached, self._objective, self._choice, self._seed = attached, objective, choice, seed
         self._grad_checkpoint = grad_checkpoint
         self._columns = draft_columns(attached)
@@ -113,8 +113,7 @@ class StepRunner(MicroBatchRunner):
             names[:] = list(result.parts)
             return (result.total, *result.parts.values())
 
-        adapter = attached.adapter
-        assert adapter is not None
+        adapter = adapter_of(attached)
         with self._building:
             parameters = adapter.trainable_parameters()
             values, gradients = nn.value_and_grad(adapter, loss)()

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.slots.adapter import SlotAdapter, adapted_sizes, embedding_sample
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.rows import RowContext
-from mtp_mlx.model.slot_adapter import SlotAdapter, _embedding_sample, _sizes
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class MaskAdapter(SlotAdapter):
         initial_slot: [D] start of every slot embedding, or None for small noise.
     """
 
+    title = "mask tokens"
+
     def __init__(
         self,
         config: MaskAdapterConfig,
@@ -69,8 +74,19 @@ class MaskAdapter(SlotAdapter):
         return self.slot_embeddings
 
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
-        """See `SlotAdapter`."""
+        """See `Speculator`."""
         return SlotAwareEmbedding(base, self.slot_embeddings, vocab_size)
+
+    def why_not_unverified(self) -> str:
+        """See `DraftSource`: mask tokens can be, after arXiv 2602.06019."""
+        return ""
+
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> MaskSlotDrafter:
+        """See `DraftSource`."""
+        vocabulary = attached.draft_vocabulary if verified else attached.whole_vocabulary
+        return MaskSlotDrafter(attached, picker, self.sampler, vocabulary, self.config.sampler_width == 0)
 
 
 class SamplerHead(nn.Module):
@@ -169,5 +185,5 @@ def new_adapter(
     Raises:
         MTPError: the model lacks a seam, or `target_modules` names no layer of it.
     """
-    sizes, hidden_size = _sizes(model, config.target_modules, config.rank)
-    return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(_embedding_sample(model), axis=0))
+    sizes, hidden_size = adapted_sizes(model, config.target_modules, config.rank)
+    return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(embedding_sample(model), axis=0))

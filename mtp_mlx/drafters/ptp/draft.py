@@ -13,32 +13,29 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.uniform_embedding import NOTHING
-from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.metal_kernels.position_noise import position_uniforms
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
 
 
-class PTPSlotDrafter:
+class PTPSlotDrafter(Drafter):
     """Drafts with a PTP adapter.
 
     Args:
         attached: a model with such an adapter.
         picker: the target's picker, by the inverse CDF.
+        config: the adapter's.
     """
 
-    def __init__(self, attached: AttachedModel, picker: Picker) -> None:
-        if not isinstance(attached.adapter, PTPAdapter):
-            raise ValueError("slots with uniforms need a PTP adapter")
-        self._attached, self._picker = attached, picker
-        self._config = attached.adapter.config
-        self.max_drafts: int = self._config.slots
-        self.lead: int = self._config.lead
+    def __init__(self, attached: AttachedModel, picker: Picker, config: PTPConfig) -> None:
+        self._attached, self._picker, self._config = attached, picker, config
+        self.other_sampling = self._other_sampling()
 
-    @property
-    def other_sampling(self) -> str:
+    def _other_sampling(self) -> str:
         """What differs from the sampling that the adapter's uniforms were trained on, for people; "" if nothing.
 
         Greedy decoding is no sampling: slots carry nothing then.
@@ -55,53 +52,45 @@ class PTPSlotDrafter:
         return f"other sampling than this adapter was trained for ({', '.join(different)}): fewer drafts are right"
 
     def uniforms(self, shape: BlockShape, start: int) -> mx.array:
-        """What the slot rows of a block carry, float32 [R - n_real].
-
-        Args:
-            shape: the block's rows.
-            start: absolute position of the pending token.
-        """
+        """See `Drafter`."""
         offsets = shape.offsets[shape.n_real :]
         if self._config.independent or self._picker.config.temperature == 0:
             return mx.full((len(offsets),), NOTHING)
-        positions = mx.array(offsets + start + self.lead)  # with a lead: of the token that the slot predicts
+        positions = mx.array(
+            offsets + start + self._config.lead
+        )  # with a lead: of the token that the slot predicts
         return position_uniforms(self._picker.config.seed, positions)
 
-    def propose(
-        self,
-        hidden: mx.array,
-        shape: BlockShape,
-        accepted: mx.array,
-        pick: mx.array,
-        position: mx.array,
-        history: mx.array | None,
-    ) -> tuple[mx.array, mx.array]:
-        """Drafts for the positions after the target's own pick; arguments and result as `MaskSlotDrafter`."""
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter`."""
+        shape, history = verified.shape, verified.history
         starts = np.array(shape.group_start)
         count = int(max(np.diff([*starts, shape.rows]))) - shape.lead
         if count <= 0:
-            return mx.zeros((0,), dtype=mx.int32), mx.zeros((0,))
-        first = mx.array(starts.astype(np.int32))[accepted] + shape.lead
+            return LazyDrafts.none()
+        first = mx.array(starts.astype(np.int32))[verified.accepted] + shape.lead
         rows = mx.minimum(first + mx.arange(count), shape.rows - 1)
-        logits = self._attached.draft_head(hidden[rows])  # [k, C]
+        logits = self._attached.draft_head(verified.hidden[rows])  # [k, C]
         if self._config.variant == "o":
             return self._likeliest(logits)
-        positions = position + 1 + mx.arange(count)
+        positions = verified.position + 1 + mx.arange(count)
         if history is None:
-            return self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
-        return self._one_by_one(logits, positions, pick.reshape(1), history)
+            return LazyDrafts(
+                *self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
+            )
+        return self._one_by_one(logits, positions, verified.pick.reshape(1), history)
 
-    def _likeliest(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+    def _likeliest(self, logits: mx.array) -> LazyDrafts:
         """The likeliest id of each row [k] and its probability: the student knows the pick's uniform already."""
         scores = logits.astype(mx.float32)
         columns = mx.argmax(scores, axis=-1)
         ids = self._attached.draft_ids
         confidence = mx.exp(mx.max(scores, axis=-1) - mx.logsumexp(scores, axis=-1))
-        return (columns if ids is None else ids[columns]).astype(mx.int32), confidence
+        return LazyDrafts((columns if ids is None else ids[columns]).astype(mx.int32), confidence)
 
     def _one_by_one(
         self, logits: mx.array, positions: mx.array, token: mx.array, history: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    ) -> LazyDrafts:
         """Picks whose penalties count the drafts before them. history: [C] before `token`."""
         ids, confidences = [], []
         for slot in range(logits.shape[0]):
@@ -111,4 +100,4 @@ class PTPSlotDrafter:
             )
             ids.append(token)
             confidences.append(confidence)
-        return mx.concatenate(ids), mx.concatenate(confidences)
+        return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))

@@ -23,7 +23,8 @@ from mtp_mlx.adapter_folder import (
     read_config,
     read_tensors,
 )
-from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, TeacherSampling, new_ptp_adapter
+from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 

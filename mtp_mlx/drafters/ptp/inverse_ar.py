@@ -144,7 +144,7 @@ class InverseAR:
     """
 
     def __init__(self, attached: AttachedModel, slots: int, anchors: int, seed: int = 0) -> None:
-        if not isinstance(attached.adapter, PTPAdapter) or attached.adapter.config.variant != "c":
+        if not isinstance(attached.speculator, PTPAdapter) or attached.speculator.config.variant != "c":
             raise ValueError("inverse-autoregressive training is for PTP adapters of variant 'c'")
         self.attached, self.slots, self.anchors, self._seed = attached, slots, anchors, seed
 

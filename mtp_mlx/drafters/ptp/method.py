@@ -9,11 +9,12 @@ from typing import Any
 import mlx.nn as nn
 
 from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, read_ptp_info, save_ptp
 from mtp_mlx.drafters.ptp.loss import PTPLoss
 from mtp_mlx.drafters.ptp.step import PTPRunner, measure_ptp
 from mtp_mlx.drafters.ptp.targets import UniformChoice
-from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, TeacherSampling, new_ptp_adapter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement

@@ -15,11 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.loss import PTPBatch, PTPLoss
 from mtp_mlx.drafters.ptp.own_uniforms import with_own_uniforms
 from mtp_mlx.drafters.ptp.targets import UniformChoice, slot_targets
 from mtp_mlx.drafters.ptp.uniforms import known_so_far, picker_of, teacher_rows, text_uniforms
-from mtp_mlx.drafters.ptp.weights import PTPConfig
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.agreement import labelled_anchors
 from mtp_mlx.drafters.slots.layout import build_layout
 from mtp_mlx.drafters.slots.step import BlockChoice, draft_columns
@@ -57,11 +58,10 @@ class PTPRunner(MicroBatchRunner):
         workers: int = 1,
         grad_checkpoint: bool = False,
     ) -> None:
-        assert attached.adapter is not None
-        super().__init__(attached.adapter, workers)
+        super().__init__(adapter_of(attached), workers)
         self._attached, self._loss, self._choice, self._uniforms = attached, loss, choice, uniforms
         self._seed, self._grad_checkpoint = seed, grad_checkpoint
-        self._config: PTPConfig = attached.adapter.config
+        self._config: PTPConfig = adapter_of(attached).config
         self._picker = picker_of(self._config.teacher)
         self._columns = draft_columns(attached)
         if workers > 1:
@@ -138,8 +138,7 @@ def measure_ptp(
     On text sampled as the adapter's teacher samples this is decoding's acceptance. Blocks with a token that the
     teacher cannot give are left out.
     """
-    assert attached.adapter is not None
-    config: PTPConfig = attached.adapter.config
+    config: PTPConfig = adapter_of(attached).config
     picker = picker_of(config.teacher)
     accepted, submitted, blocks = np.zeros(slots), np.zeros(slots), 0
     random = np.random.default_rng(seed)

@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.uniform_embedding import NOTHING
 from mtp_mlx.drafters.ptp.uniforms import TeacherRows, TextUniforms, carried_uniforms, known_so_far
-from mtp_mlx.drafters.ptp.weights import PTPConfig
 from mtp_mlx.drafters.slots.layout import SlotLayout
 
 UniformSource = Literal["teacher", "own"]

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.ptp.config import TeacherSampling
 from mtp_mlx.drafters.ptp.uniform_embedding import FIXED_POINT_BITS
-from mtp_mlx.drafters.ptp.weights import TeacherSampling
 from mtp_mlx.drafters.slots.layout import SlotLayout
 from mtp_mlx.drafters.slots.two_pass import Prefix
 from mtp_mlx.metal_kernels.inverse_cdf import interval

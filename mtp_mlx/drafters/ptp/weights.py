@@ -14,82 +14,19 @@ pick's uniform and whose own prediction, the pick, is not used (`lead`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.drafters.ptp.uniform_embedding import (
-    UNIFORM_EMBEDDINGS,
-    Start,
-    UniformEmbeddingName,
-    UniformSlotEmbedding,
-    uniform_embedding,
-)
+from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.ptp.config import PTPConfig
+from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
+from mtp_mlx.drafters.ptp.uniform_embedding import Start, UniformSlotEmbedding, uniform_embedding
+from mtp_mlx.drafters.slots.adapter import SlotAdapter, adapted_sizes, embedding_sample
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.rows import RowContext
-from mtp_mlx.model.slot_adapter import SlotAdapter, _embedding_sample, _sizes
-
-Variant = Literal["o", "c"]
-
-
-@dataclass(frozen=True)
-class TeacherSampling:
-    """The sampling whose CDF the uniforms of training belonged to; see `SamplingConfig`.
-
-    Uniforms are conditional on it: decoding with another sampling writes the right text but accepts fewer drafts.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-@dataclass(frozen=True)
-class PTPConfig:
-    """Shape of a PTP adapter.
-
-    Attributes:
-        variant: "o" (one-hot) or "c" (categorical), see the module.
-        embedding: of uniforms, see `uniform_embedding`.
-        knots: vectors of the embedding "linear-interpolation".
-        slots: most drafts behind one position.
-        rank, alpha: of the gated LoRA; the update is scaled by alpha / rank.
-        target_modules: last part of a layer's name; empty = every linear of a layer.
-        independent: slots carry nothing and know nothing of each other's tokens; the control of comparisons.
-        draft_vocab_size: 0 = drafts come from the whole vocabulary.
-        teacher: sampling of the text it was trained on.
-
-    Raises MTPError for a value out of range.
-    """
-
-    variant: Variant = "o"
-    embedding: UniformEmbeddingName = "bits"
-    knots: int = 3
-    slots: int = 8
-    rank: int = 16
-    alpha: float = 32.0
-    target_modules: tuple[str, ...] = ()
-    independent: bool = False
-    draft_vocab_size: int = 0
-    teacher: TeacherSampling = TeacherSampling()
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "rank", "knots"):
-            if getattr(self, name) < 1:
-                raise MTPError(f"adapter config: {name} must be at least 1, got {getattr(self, name)}")
-        for name, known in (("variant", get_args(Variant)), ("embedding", UNIFORM_EMBEDDINGS)):
-            if getattr(self, name) not in known:
-                raise MTPError(
-                    f"adapter config: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}"
-                )
-
-    @property
-    def lead(self) -> int:
-        """Slots at the start of a group that draft nothing."""
-        return 1 if self.variant == "o" else 0
 
 
 class PTPAdapter(SlotAdapter):
@@ -101,6 +38,9 @@ class PTPAdapter(SlotAdapter):
         start: where the embedding of uniforms starts.
         draft_ids: [N] ascending int32 ids that may be drafted, or None for all.
     """
+
+    title = "Parallel Token Prediction"
+    noise = "inverse-cdf"
 
     def __init__(
         self,
@@ -118,13 +58,36 @@ class PTPAdapter(SlotAdapter):
         return self.u_embed
 
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
-        """See `SlotAdapter`."""
+        """See `Speculator`."""
         return UniformSlotEmbedding(base, self.u_embed, vocab_size, rows)
+
+    @property
+    def lead(self) -> int:
+        """See `Speculator`."""
+        return self.config.lead
+
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """See `DraftSource`: slots carry the uniforms of picks by the inverse CDF, which other noise does not use."""
+        if sampling.noise == "gumbel" and sampling.temperature > 0:
+            raise MTPError(
+                "this adapter's slots carry the uniforms of picks by the inverse CDF, which noise 'gumbel' does not "
+                "use: leave the noise out, or decode plainly"
+            )
+
+    def why_not_unverified(self) -> str:
+        """See `DraftSource`."""
+        return "is for mask tokens, and this adapter's slots are of Parallel Token Prediction"
+
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> PTPSlotDrafter:
+        """See `DraftSource`."""
+        return PTPSlotDrafter(attached, picker, self.config)
 
 
 def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
     """As `new_adapter`, for Parallel Token Prediction."""
-    sizes, _ = _sizes(model, config.target_modules, config.rank)
-    sample = _embedding_sample(model)
+    sizes, _ = adapted_sizes(model, config.target_modules, config.rank)
+    sample = embedding_sample(model)
     start = Start(mx.mean(sample, axis=0), cast(float, mx.mean(mx.std(sample, axis=0)).item()))
     return PTPAdapter(config, sizes, start, draft_ids)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
@@ -16,10 +17,9 @@ from mtp_mlx.train.data import Example
 
 def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -> mx.array:
     """Greedy drafts as ids [M] of slot latents [M, D], given the tokens [M] before them."""
-    assert attached.adapter is not None
-    refined = attached.adapter.sampler(attached.embed(previous), hidden)
+    refined = adapter_of(attached).sampler(attached.embed(previous), hidden)
     column = mx.argmax(attached.draft_head(refined), axis=-1)
-    ids = attached.adapter.draft_ids
+    ids = adapter_of(attached).draft_ids
     return column if ids is None else ids[column]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
@@ -25,8 +26,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The memory of the largest micro-batch the examples can give, times `workers` side by side."""
     sizes = model_sizes(attached)
-    adapter = attached.adapter
-    assert adapter is not None
+    adapter = adapter_of(attached)
     count = settings.batch_size
     length = max(len(example) for example in examples)  # T
     blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)

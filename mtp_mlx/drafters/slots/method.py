@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.drafters.slots.memory import estimate_memory
 from mtp_mlx.drafters.slots.step import BlockChoice
@@ -18,7 +19,6 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
-from mtp_mlx.model.slot_adapter import SlotAdapter
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Method, Tell

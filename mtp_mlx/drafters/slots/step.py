@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout, candidate_anchors
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
@@ -61,8 +62,7 @@ def draft_columns(attached: AttachedModel) -> np.ndarray:
 
 def evaluate_constants(attached: AttachedModel) -> None:
     """Evaluates every array the passes read: a lazy one belongs to the thread that made it."""
-    assert attached.adapter is not None
     layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1)
     prefix = prefix_pass(attached, layout)
     hidden = slot_pass(attached, layout, prefix)
-    mx.eval(attached.adapter.parameters(), attached.draft_head(hidden), attached.head(hidden))
+    mx.eval(adapter_of(attached).parameters(), attached.draft_head(hidden), attached.head(hidden))

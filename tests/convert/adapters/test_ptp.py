@@ -20,8 +20,8 @@ from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
+from mtp_mlx.drafters.ptp.config import TeacherSampling
 from mtp_mlx.drafters.ptp.folder import read_ptp_info
-from mtp_mlx.drafters.ptp.weights import TeacherSampling
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, block_shape
 from tests.convert.checkpoints import write_safetensors

@@ -20,8 +20,8 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.folder import HeadsInfo, load_heads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.seams import find_seams

@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.pick import SamplingConfig
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from tests.convert.heads.numpy_heads import Rules
 from tests.convert.heads.parity_families import FAMILIES
 from tests.convert.heads.parity_setup import TOKENS, TOLERANCE, Parity, drafts_of_two_steps, same_text, worst

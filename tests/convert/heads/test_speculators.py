@@ -16,9 +16,9 @@ from mtp_mlx.convert.heads.speculators import export_speculators, write_speculat
 from mtp_mlx.convert.heads.write import write_heads
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.convert.read.safetensors import read_safetensors
+from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.heads.mtp_head import new_heads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.convert.heads.head_checkpoints import make

@@ -20,9 +20,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mtp_mlx.convert.heads.verify import Variant, verify_folder, verify_heads
+from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, MTPHeads, new_heads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.tiny import tiny_model
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.chain import HeadChain
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import VOCABULARY, tiny_model

@@ -24,10 +24,11 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads, block_like
+from mtp_mlx.drafters.heads.mtp_head import block_like
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.planning.budget import HeadsBudgetPolicy

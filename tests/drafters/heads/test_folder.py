@@ -20,6 +20,7 @@ from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import (
     LAST_LAYER,
@@ -29,7 +30,6 @@ from mtp_mlx.drafters.heads.folder import (
     read_heads_info,
     save_heads,
 )
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
+from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads, block_like, new_heads
+from mtp_mlx.drafters.heads.mtp_head import block_like
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from tests.decode.fakes import random_adapter

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.mtp_head import new_heads
 from mtp_mlx.drafters.heads.start import last_layer_input, norm_weight, start_like_trunk
 from tests.tiny import tiny_model
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mtp_mlx.drafters.heads.agreement import measure_heads
+from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.layout import build_head_layout, can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
-from mtp_mlx.drafters.heads.mtp_head import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.step import HeadsRunner, chunked_loss, head_rows, summary, teacher_targets
 from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.drafters.slots.step import draft_columns

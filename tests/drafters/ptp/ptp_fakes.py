@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
-from mtp_mlx.drafters.ptp.weights import PTPAdapter, PTPConfig, new_ptp_adapter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import KnowingDrafter
 from tests.tiny import tiny_model

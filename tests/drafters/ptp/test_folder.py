@@ -20,9 +20,9 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
 from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
-from mtp_mlx.drafters.ptp.weights import PTPConfig, TeacherSampling
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.train.settings import TrainSettings

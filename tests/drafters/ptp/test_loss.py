@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.inverse_ar import InverseAR, JointLayout, inverse_ar_losses, own_uniforms
 from mtp_mlx.drafters.ptp.loss import PTPLoss, divergence
 from mtp_mlx.drafters.ptp.own_uniforms import with_own_uniforms
@@ -26,7 +27,6 @@ from mtp_mlx.drafters.ptp.uniforms import (
     teacher_rows,
     text_uniforms,
 )
-from mtp_mlx.drafters.ptp.weights import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass

@@ -14,8 +14,9 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.inverse_ar import InverseAR, inverse_ar_losses
-from mtp_mlx.drafters.ptp.weights import PTPConfig, new_ptp_adapter
+from mtp_mlx.drafters.ptp.weights import new_ptp_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trainer import Trainer

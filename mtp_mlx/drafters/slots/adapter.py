@@ -12,9 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mtp_mlx.decode.drafter import DraftSource
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import LowRank, linear_sizes
-from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import (
     check_slot_seams,
     embedding_shape,
@@ -23,7 +24,7 @@ from mtp_mlx.model.seams import (
 from mtp_mlx.model.tensor_fit import check_fit
 
 
-class SlotAdapter(nn.Module):
+class SlotAdapter(DraftSource):
     """Base of `MaskAdapter` and `PTPAdapter`.
 
     Args:
@@ -31,6 +32,9 @@ class SlotAdapter(nn.Module):
         linear_sizes: {path of a linear layer below the trunk: (D_in, D_out)}.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
     """
+
+    name = "slots"
+    places_slots = True
 
     def __init__(
         self, config: Any, linear_sizes: dict[str, tuple[int, int]], draft_ids: mx.array | None = None
@@ -49,6 +53,22 @@ class SlotAdapter(nn.Module):
         return self._config
 
     @property
+    def drafts(self) -> int:
+        """See `Speculator`: one token for each of its slots."""
+        return int(self._config.slots)
+
+    def check_drafts(self, drafts: int | None) -> None:
+        """See `DraftSource`."""
+        if drafts is not None and not 1 <= drafts <= self.drafts:
+            raise MTPError(
+                f"drafts per step must be 1 to {self.drafts}, the slots this adapter was trained with; got {drafts}"
+            )
+
+    def cost_key(self, columns: int) -> str:
+        """See `DraftSource`."""
+        return str(self._config)
+
+    @property
     def draft_ids(self) -> mx.array | None:
         """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
         return self._draft_ids
@@ -58,9 +78,9 @@ class SlotAdapter(nn.Module):
         """The weights of slots' embeddings, which an attached model has inside."""
         raise NotImplementedError
 
-    def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
-        """The model's embedding `base` with slot ids (from `vocab_size` on) answered by this adapter."""
-        raise NotImplementedError
+    def gated_layers(self) -> dict[str, LowRank]:
+        """See `Speculator`."""
+        return self.low_rank
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by its dotted name, the draft vocabulary included: what is written to disk."""
@@ -92,7 +112,14 @@ class SlotAdapter(nn.Module):
         return module
 
 
-def _sizes(
+def adapter_of(attached: AttachedModel) -> SlotAdapter:
+    """The adapter of a model that drafts from slots."""
+    adapter = attached.speculator
+    assert isinstance(adapter, SlotAdapter)
+    return adapter
+
+
+def adapted_sizes(
     model: nn.Module, target_modules: tuple[str, ...], rank: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
@@ -111,7 +138,7 @@ def _sizes(
     return sizes, embedding_shape(seams.embedding)[1]
 
 
-def _embedding_sample(model: nn.Module) -> mx.array:
+def embedding_sample(model: nn.Module) -> mx.array:
     """[about 1024, D] float32 rows of the embedding table."""
     embedding = find_seams(model).embedding
     vocab_size, _ = embedding_shape(embedding)

@@ -1,0 +1,118 @@
+"""A cascade of MTP heads for one model: how many depths, which head makes which, and untrained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.heads.chain import HeadChain
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, first_masked, norm_eps
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.seams import embedding_shape, find_seams
+
+MOST_CHAIN = 16  # drafts in a step that can be asked of a cascade
+
+
+class MTPHeads(DraftHeads):
+    """A cascade of heads. Where more drafts are asked for than there are heads, they are applied again in turn."""
+
+    heads: list[MTPHead]
+
+    def loop(self, drafts: int) -> None:
+        """Drafts so many tokens in each step: all heads in order, then all again, until there are enough.
+
+        Raises:
+            MTPError: fewer than there are heads.
+        """
+        if drafts < len(self.heads):
+            raise MTPError(
+                f"a loop of {drafts} drafts is shorter than the {len(self.heads)} heads: use `drafts` to draft fewer"
+            )
+        self._drafts = drafts
+
+    @property
+    def most_drafts(self) -> int:
+        """See `DraftSource`: heads can be applied again in turn."""
+        return MOST_CHAIN
+
+    def looped(self, drafts: int) -> str:
+        """See `DraftSource`."""
+        return f"{len(self.heads)} heads to {drafts} drafts" if drafts > len(self.heads) else ""
+
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> HeadChain:
+        """See `DraftSource`."""
+        depths = [self.at_depth(depth) for depth in range(1, 1 + drafts)]
+        return HeadChain(attached, picker, self, depths, start)
+
+    @contextmanager
+    def recycling(self, state: str) -> Iterator[None]:
+        """Inside the block every head passes this state on, "normed", "raw" or "trunk"."""
+        before = [head._recycled for head in self.heads]
+        for head in self.heads:
+            head._recycled = state
+        try:
+            yield
+        finally:
+            for head, own in zip(self.heads, before, strict=True):
+                head._recycled = own
+
+    def at_depth(self, depth: int) -> MTPHead:
+        """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
+        return self.heads[(depth - 1) % len(self.heads)]
+
+    def cascade(
+        self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
+    ) -> list[mx.array]:
+        """All heads over known text.
+
+        Args:
+            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` where heads have an embedding of their own.
+            hidden: [B, T, D] of the trunk, after its final norm.
+            most_depths: how many depths, by default one per head; see `at_depth` for more.
+
+        Returns:
+            z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths for which no
+            row is left are absent.
+        """
+        found = []
+        for depth in range(1, 1 + (most_depths or len(self.heads))):
+            head = self.at_depth(depth)
+            rows = embeddings.shape[1] - depth
+            if rows < 1:
+                break
+            shifted = first_masked(self.convention, embeddings[:, depth:], 0)
+            z, hidden = head(shifted, hidden[:, :rows], head.mask(shifted))
+            found.append(z)
+        return found
+
+
+def new_heads(
+    model: nn.Module, count: int, convention: HeadConvention, draft_ids: mx.array | None = None
+) -> MTPHeads:
+    """`count` heads for a bare mlx-lm model: blocks start as its last layer, and `fuse` passes the hidden state on.
+
+    Raises:
+        MTPError: the model is attached, or count is below 1.
+    """
+    if count < 1:
+        raise MTPError(f"at least one head is needed, got {count}")
+    seams = find_seams(model)
+    trunk = seams.trunk
+    eps = norm_eps(trunk)
+    vocab_size, size = embedding_shape(seams.embedding)
+    heads = []
+    for _ in range(count):
+        head = MTPHead(block_like(trunk), size, eps, convention, vocab_size)
+        # The embedding's half starts small, the hidden half as the identity: an untrained head repeats the trunk.
+        head.fuse.weight = mx.concatenate([0.1 * mx.eye(size), mx.eye(size)], axis=1)
+        heads.append(head)
+    return MTPHeads(heads, convention, draft_ids)

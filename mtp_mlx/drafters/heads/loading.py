@@ -1,0 +1,25 @@
+"""Looping loaded heads, as `load(..., loop=8)` asks for."""
+
+from __future__ import annotations
+
+from mtp_mlx.decode.drafter import DraftSource
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.options import HeadsLoading
+from mtp_mlx.drafters.registry import LoadContext
+from mtp_mlx.errors import MTPError
+
+
+def prepare(source: DraftSource | None, options: HeadsLoading, context: LoadContext) -> DraftSource | None:
+    """The heads in `source`, set to draft `options.loop` tokens in each step.
+
+    Raises:
+        MTPError: there are no heads, or they cannot be looped to that number.
+    """
+    if options.loop is None:
+        return source
+    if not isinstance(source, DraftHeads):
+        raise MTPError(
+            "`loop` applies MTP heads again, and there are none here: name their folder with `adapter`"
+        )
+    source.loop(options.loop)
+    return source
