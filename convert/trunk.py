@@ -97,12 +97,12 @@ def open_trunk(checkpoint: Checkpoint, found: Found | None, near: Path | None = 
 
 def _stage(checkpoint: Checkpoint, found: Found | None, folder: Path) -> dict[str, Any]:
     """Puts the weights into `folder` under names that mlx-lm looks for; returns the configuration."""
-    home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    home = checkpoint.folder
     if (home / _GENERATION).is_file():
         shutil.copy(home / _GENERATION, folder)
     config = dict(checkpoint.config)
     if checkpoint.config_name == "params.json":
-        targets, config = meta_trunk(checkpoint)
+        targets, config = _meta_trunk(checkpoint)
         save_targets(folder / "model.safetensors", targets, checkpoint.tensors)
     elif checkpoint.container == "safetensors":
         for i, file in enumerate(checkpoint.files):
@@ -124,6 +124,60 @@ def _without_fp8(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_fp8(config["text_config"])
     return config
+
+
+# The tensors outside the layers: llama's name in mlx-lm -> Meta's.
+_META_OUTSIDE = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def _meta_trunk(checkpoint: Checkpoint) -> tuple[list[Target], dict[str, Any]]:
+    """The tensors of a llama trunk made of Meta's, and its config.json.
+
+    Raises ConversionError: tensors are missing.
+    """
+    # A layer of the trunk is stored as an extra head is: the same names under another prefix.
+    layers = {
+        name.replace("layers.", "extra_heads.", 1): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith("layers.")
+    }
+    found = find_meta(layers, checkpoint.config)
+    if found is None:
+        raise ConversionError(
+            f"{checkpoint.path}: holds no layers under Meta's names (layers.0.attention.wq.weight)"
+        )
+    targets = []
+    for target in found.targets:
+        _, layer, _, rest = target.name.split(".", 3)  # heads.{layer}.block.{rest}
+        name, shape = target.sources[0]
+        stored = name.replace("extra_heads.", "layers.", 1)
+        targets.append(replace(target, name=f"model.layers.{layer}.{rest}", sources=((stored, shape),)))
+    for name, stored in _META_OUTSIDE.items():
+        if stored in checkpoint.tensors:
+            shape = checkpoint.tensors[stored].shape
+            targets.append(Target(name, shape, ((stored, shape),), AS_IT_IS))
+    _check_meta(checkpoint, targets)
+    vocabulary = checkpoint.tensors["tok_embeddings.weight"].shape[0]  # params.json says -1 in some releases
+    return targets, found.config | {"vocab_size": vocabulary}
+
+
+def _check_meta(checkpoint: Checkpoint, targets: list[Target]) -> None:
+    tensors = checkpoint.tensors
+    stored = {name: shape for target in targets for name, shape in target.sources}
+    problems = [f"missing {name}" for name in [*stored, *_META_OUTSIDE.values()] if name not in tensors]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, {list(shape)} expected"
+        for name, shape in stored.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ConversionError(
+            f"{checkpoint.path}: tensors of the trunk do not fit params.json: {'; '.join(problems)}"
+        )
 
 
 # --- mlx-lm's loading ---------------------------------------------------------------------------------------
@@ -255,75 +309,24 @@ def _check(checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.ar
         )
 
 
-_OUTSIDE = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-}
+# --- its fingerprint ----------------------------------------------------------------------------------------
 
 
-def meta_trunk(checkpoint: Checkpoint) -> tuple[list[Target], dict[str, Any]]:
-    """The tensors of a llama trunk made of Meta's, and its config.json.
+def trunk_fingerprint(checkpoint: Checkpoint, found: Found | None) -> tuple[str | None, str]:
+    """The fingerprint of the trunk that `checkpoint` holds; or None, and why it has none.
 
-    Raises ConversionError: tensors are missing.
-    """
-    # A layer of the trunk is stored as an extra head is: the same names under another prefix.
-    layers = {
-        name.replace("layers.", "extra_heads.", 1): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith("layers.")
-    }
-    found = find_meta(layers, checkpoint.config)
-    if found is None:
-        raise ConversionError(
-            f"{checkpoint.path}: holds no layers under Meta's names (layers.0.attention.wq.weight)"
-        )
-    targets = []
-    for target in found.targets:
-        _, layer, _, rest = target.name.split(".", 3)  # heads.{layer}.block.{rest}
-        name, shape = target.sources[0]
-        stored = name.replace("extra_heads.", "layers.", 1)
-        targets.append(replace(target, name=f"model.layers.{layer}.{rest}", sources=((stored, shape),)))
-    for name, stored in _OUTSIDE.items():
-        if stored in checkpoint.tensors:
-            shape = checkpoint.tensors[stored].shape
-            targets.append(Target(name, shape, ((stored, shape),), AS_IT_IS))
-    _check(checkpoint, targets)
-    vocabulary = checkpoint.tensors["tok_embeddings.weight"].shape[0]  # params.json says -1 in some releases
-    return targets, found.config | {"vocab_size": vocabulary}
+    Only the norms are read, which the fingerprint is made of. Heads can be used without one: they are then not
+    checked against the model that they are attached to.
 
-
-def _check(checkpoint: Checkpoint, targets: list[Target]) -> None:
-    tensors = checkpoint.tensors
-    stored = {name: shape for target in targets for name, shape in target.sources}
-    problems = [f"missing {name}" for name in [*stored, *_OUTSIDE.values()] if name not in tensors]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, {list(shape)} expected"
-        for name, shape in stored.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise ConversionError(
-            f"{checkpoint.path}: tensors of the trunk do not fit params.json: {'; '.join(problems)}"
-        )
-
-
-def trunk_fingerprint(checkpoint: Checkpoint) -> tuple[str | None, str]:
-    """The fingerprint of the trunk beside the heads; or None, and why it has none.
-
-    The weights stay on disk, apart from the norms that the fingerprint is made of. Heads without it are usable all
-    the same: whoever attaches them is told what they were made from.
+    Args:
+        found: the heads of the checkpoint, as for `open_trunk`.
     """
     if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
         return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
     try:
-        from mtp_mlx.convert.heads.plan import find_heads
-        from mtp_mlx.convert.trunk import open_trunk
-
-        with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+        with open_trunk(checkpoint, found) as trunk:
             return fingerprint_of(trunk.model)
     except (MTPError, ImportError) as error:
-        reason = str(error).replace(
-            f"{checkpoint.path}: ", ""
-        )  # a folder's place on this machine is nobody's business
+        # The folder is published, and where the checkpoint lay on this machine is nobody's business.
+        reason = str(error).replace(f"{checkpoint.path}: ", "")
         return None, reason if len(reason) < 200 else f"{reason[:200]} ..."

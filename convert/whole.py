@@ -21,10 +21,10 @@ from mlx_lm.utils import load_tokenizer, quantize_model, save
 
 from mtp_mlx.convert.adapters.single_mask import MaskToken, find_mask, mask_sidecar
 from mtp_mlx.convert.heads.families import Found
-from mtp_mlx.convert.heads.plan import find_heads, plan_heads
+from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
 from mtp_mlx.convert.heads.targets import HeadPlan
-from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME, fill_folder
-from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME, Base, fill_folder
+from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import Trunk, open_trunk
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import check_out, new_folder
@@ -42,8 +42,9 @@ class WholeSettings:
     Attributes:
         dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
             what is stored.
-        quantize: bits of the trunk's weights, None for none; heads are not quantised. group_size: as mlx-lm's.
-        head_norms, head_order, head_hidden, head_recycled: as `plan_heads`.
+        quantize: bits of the trunk's weights, None for none; heads are not quantised.
+        group_size: weights that share a scale, as in mlx-lm.
+        overrides: how the heads are stored and run, as for `plan_heads`.
         heads: convert the heads too.
         force: replace OUT if it is a model folder.
     """
@@ -51,10 +52,7 @@ class WholeSettings:
     dtype: str | None = None
     quantize: int | None = None
     group_size: int = 64
-    head_norms: str = "auto"
-    head_order: str = "auto"
-    head_hidden: str = "auto"
-    head_recycled: str = "auto"
+    overrides: Overrides = AS_FAMILY
     heads: bool = True
     force: bool = False
 
@@ -68,33 +66,39 @@ class Converted:
 
     Attributes:
         heads: the heads' plan, or None where there are none.
+        notes: what was decided about the heads, and why.
         left_out: the trunk's stored names that mlx-lm's model has no use for.
         mask: the mask token beside the trunk, or None where there is none.
     """
 
     folder: Path
     heads: HeadPlan | None = None
+    notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     mask: MaskToken | None = None
 
 
 def convert_whole(
-    source: str | Path,
+    checkpoint: Checkpoint,
+    found: Found | None,
     out: str | Path,
     settings: WholeSettings = DEFAULT,
     progress: Callable[[str], None] | None = None,
 ) -> Converted:
-    """Convert the checkpoint `source` into the model folder `out`.
+    """Convert `checkpoint` into the model folder `out`.
+
+    Args:
+        found: its heads, as `heads_beside_trunk` found them.
+        progress: called with each stage in a few words.
 
     Raises MTPError: `out` exists; a checkpoint without a trunk, tokenizer or configuration, or whose tensors do not
     fit (all are named); a full disk.
     """
     tell, out = progress or (lambda _: None), Path(out)
-    check_out(out, force=settings.force, mark="config.json", kind="a model folder", source=source)
-    checkpoint = open_checkpoint(source)
-    found, plan, problem = _heads(checkpoint, settings)
+    check_out(out, force=settings.force, mark="config.json", kind="a model folder", source=checkpoint.path)
     _check_trunk(checkpoint, found)
-    mask = find_mask(_home(checkpoint)) if settings.heads else None
+    plan, problem = _plan(checkpoint, found if settings.heads else None, settings.overrides)
+    mask = find_mask(checkpoint.folder) if settings.heads else None
     with contextlib.ExitStack() as stack:
         try:
             tell("loading the trunk")
@@ -105,20 +109,19 @@ def convert_whole(
             raise ConversionError(f"{problem}; and {error}") from error
         if problem:
             raise ConversionError(problem)
-        result = Converted(out, plan, trunk.left_out)
         tokenizer = _tokenizer(checkpoint, trunk)
         _cast(trunk, settings.dtype)
         if settings.quantize:
             tell(f"quantising to {settings.quantize} bits")
             _quantise(checkpoint, trunk, settings)
-        fingerprint, reason = fingerprint_of(trunk.model)
-        if reason and plan is not None:
-            plan.notes.append(f"the base's fingerprint is not known: {reason}")
+        base = Base(out.name, *fingerprint_of(trunk.model))
+        notes = [] if plan is None else [*plan.notes, *base.notes]
+        result = Converted(out, plan, notes, trunk.left_out)
         beside = None if mask is None else mask_sidecar(mask, trunk.model, out.name)
         with new_folder(out) as folder:
             tell("writing the trunk")
-            save(folder, _home(checkpoint), trunk.model, tokenizer, trunk.config)
-            _write_heads(checkpoint, plan, folder / FOLDER, out.name, fingerprint, settings, tell)
+            save(folder, checkpoint.folder, trunk.model, tokenizer, trunk.config)
+            _write_heads(checkpoint, plan, folder / FOLDER, base, settings, tell)
             if beside is not None and not (folder / FOLDER).exists():
                 beside.put_into(folder)
                 result.mask = mask
@@ -126,32 +129,26 @@ def convert_whole(
 
 
 @contextlib.contextmanager
-def open_base(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Any]]:
+def open_base(checkpoint: Checkpoint, found: Found | None) -> Iterator[tuple[nn.Module, Any]]:
     """The bare trunk of `checkpoint` and its tokenizer, usable inside the block.
+
+    Args:
+        found: the heads of the checkpoint, as for `open_trunk`.
 
     Raises ConversionError: as `open_trunk`, or no tokenizer.
     """
-    with open_trunk(checkpoint, find_heads(checkpoint)) as trunk:
+    with open_trunk(checkpoint, found) as trunk:
         yield trunk.model, _tokenizer(checkpoint, trunk)
 
 
-def _heads(checkpoint: Checkpoint, settings: WholeSettings) -> tuple[Found | None, HeadPlan | None, str]:
-    """The heads; their plan unless they are to be left out; and what is wrong with them, to be told with the rest."""
-    if sidecar(checkpoint.path) is not None:  # converted before: the heads lie beside the trunk already
-        return None, None, ""
-    if not settings.heads:
-        try:
-            return find_heads(checkpoint), None, ""
-        except ConversionError:  # announced but not there, which is no reason against the trunk
-            return None, None, ""
-    found = find_heads(checkpoint)
+def _plan(checkpoint: Checkpoint, found: Found | None, overrides: Overrides) -> tuple[HeadPlan | None, str]:
+    """The heads' plan, if there are any; and what is wrong with them, to be told with the trunk's problems."""
     if found is None:
-        return None, None, ""
-    asked = settings.head_norms, settings.head_order, settings.head_hidden, settings.head_recycled
+        return None, ""
     try:
-        return found, plan_heads(checkpoint, *asked), ""
+        return plan_heads(checkpoint, found, overrides), ""
     except ConversionError as error:
-        return found, None, str(error)
+        return None, str(error)
 
 
 def _check_trunk(checkpoint: Checkpoint, found: Found | None) -> None:
@@ -159,26 +156,20 @@ def _check_trunk(checkpoint: Checkpoint, found: Found | None) -> None:
         return
     what = "a LoRA adapter" if found.convention.kind == "lora" else "MTP heads"
     raise ConversionError(
-        f"{checkpoint.path}: holds {what} and no trunk; convert it with --heads-only, and its base model apart "
+        f"{checkpoint.path}: holds {what} and no trunk; convert it with `heads_only`, and its base model apart "
         "from it"
     )
-
-
-def _home(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
 def _tokenizer(checkpoint: Checkpoint, trunk: Trunk) -> Any:
     try:
         # Said in so many words: without it transformers asks on the terminal whether to run the folder's code.
         extra = {"trust_remote_code": False}
-        return load_tokenizer(_home(checkpoint), extra, eos_token_ids=trunk.config.get("eos_token_id"))
-    except (
-        Exception
-    ) as error:  # transformers checks configurations with errors of its own, of no common class
+        return load_tokenizer(checkpoint.folder, extra, eos_token_ids=trunk.config.get("eos_token_id"))
+    except Exception as error:  # transformers' own errors have no common class
         reason = " ".join(str(error).split())[:200]
         raise ConversionError(
-            f"{_home(checkpoint)}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the "
+            f"{checkpoint.folder}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the "
             "model's own tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
 
@@ -204,7 +195,7 @@ def _cast(trunk: Trunk, dtype: str | None) -> None:
 def _quantise(checkpoint: Checkpoint, trunk: Trunk, settings: WholeSettings) -> None:
     if any(isinstance(module, nn.QuantizedLinear) for _, module in trunk.model.named_modules()):
         raise ConversionError(
-            f"{checkpoint.path}: the weights are quantised already; leave --quantize out, or use the original"
+            f"{checkpoint.path}: the weights are quantised already; leave `quantize` out, or use the original"
         )
     with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
         trunk.model, trunk.config = quantize_model(
@@ -216,8 +207,7 @@ def _write_heads(
     checkpoint: Checkpoint,
     plan: HeadPlan | None,
     folder: Path,
-    base: str,
-    fingerprint: str | None,
+    base: Base,
     settings: WholeSettings,
     tell: Callable[[str], None],
 ) -> None:
@@ -233,7 +223,7 @@ def _write_heads(
     elif plan is not None:
         tell("writing the heads")
         dtype = _STORED[settings.dtype] if settings.dtype else None
-        fill_folder(folder, checkpoint, plan, base, fingerprint, dtype=dtype)
+        fill_folder(folder, checkpoint, plan, base, dtype=dtype)
 
 
 def report_lines(result: Converted) -> list[str]:
@@ -241,7 +231,7 @@ def report_lines(result: Converted) -> list[str]:
     lines = []
     if result.heads is not None:
         lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / FOLDER}")
-        lines += [f"heads: {note}" for note in result.heads.notes]
+        lines += [f"heads: {note}" for note in result.notes]
         lines += [
             f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped
         ]

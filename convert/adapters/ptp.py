@@ -1,14 +1,8 @@
-"""Checkpoints of the released code for Parallel Token Prediction -> a PTP adapter folder (arXiv 2512.21323).
+"""A checkpoint of the released code for Parallel Token Prediction -> a PTP adapter folder (see `ptp_plan`).
 
-Read are Lightning files (.ckpt, whole or adapter-only) and the same names in safetensors:
-
-    {model,student}.[model.]base_model.model.model.layers.{i}.<layer>.lora_{A,B}[.default].weight   [r, in], [out, r]
-    {model,student}.{u_embed,u_adapter}.embedding.weight                                            [knots, D]
-    {model,student}.{u_embed,u_adapter}.{u_adapter,u_embed}.{weight,bias}                           [D, 32], [D]
-
-The older spelling of each is the second; the code's own loader renames them, and so rewrites the inner name too. The
-released code trains O-PTP only. What the file does not say is asked for or taken from the code's defaults, and noted:
-PEFT's alpha (8), the teacher's sampling, the length of a completion (16 slots, the first of which drafts nothing).
+The released code trains O-PTP only. What the file does not say is an argument, or taken from the code's defaults and
+noted in the folder: PEFT's alpha (8), the teacher's sampling, and the length of a completion (16 slots, the first of
+which drafts nothing).
 """
 
 from __future__ import annotations
@@ -23,7 +17,8 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from mtp_mlx.adapter_folder import CONFIG_NAME
-from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.adapters.ptp_plan import KNOTS, LINEAR, LORA, is_ptp_checkpoint
+from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import LazyTensor
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
@@ -48,7 +43,7 @@ _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
 
 
 def convert_ptp(
-    source: str | Path,
+    checkpoint: Checkpoint,
     base: str | Path,
     out: str | Path,
     *,
@@ -61,7 +56,7 @@ def convert_ptp(
     """Write the adapter folder `out`, whole or not at all, and return its path.
 
     Args:
-        source: the checkpoint.
+        checkpoint: a student of the released code.
         base: mlx-lm folder of the model it was trained for.
         alpha: of the LoRA; what the file says, else PEFT's default.
         embedding: of uniforms; what the file says, else told by the tensors' shapes.
@@ -72,8 +67,7 @@ def convert_ptp(
         MTPError: `out` exists, no such checkpoint, parts that nothing runs, or tensors that do not fit the base.
     """
     out, base = Path(out), Path(base)
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=source)
-    checkpoint = open_checkpoint(source)
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     if not is_ptp_checkpoint(checkpoint):
         raise ConversionError(
             f"{checkpoint.path}: no student of Parallel Token Prediction: low-rank factors and an embedding of "
@@ -224,32 +218,3 @@ def _fill(
     except MTPError as error:
         raise ConversionError(f"{path}: {error}") from error
     adapter.u_embed.none = adapter.u_embed.carried(mx.array([0.5]))[0]
-
-
-_ROOT = r"(?:model|student)\."
-
-
-LORA = re.compile(
-    _ROOT + r"(?:model\.)?base_model\.model\.model\.(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.weight"
-)
-
-
-KNOTS = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.embedding\.weight")
-
-
-LINEAR = re.compile(_ROOT + r"(?:u_embed|u_adapter)\.(?:u_adapter|u_embed)\.(weight|bias)")
-
-
-def is_ptp_checkpoint(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors are those of a PTP student: low-rank factors and an embedding of uniforms."""
-    names = list(checkpoint.tensors)
-    return any(map(LORA.fullmatch, names)) and any(KNOTS.fullmatch(n) or LINEAR.fullmatch(n) for n in names)
-
-
-def student_line(checkpoint: Checkpoint) -> str:
-    """What a plan says of a student."""
-    count = sum(bool(LORA.fullmatch(name)) for name in checkpoint.tensors)
-    return (
-        f"student of Parallel Token Prediction: {count} low-rank factors and an embedding of uniforms; it becomes an "
-        "adapter folder with --heads-only and --base"
-    )

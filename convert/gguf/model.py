@@ -122,9 +122,9 @@ def _check_options(
     if group_size not in (32, 64):
         raise MTPError(f"group size {group_size} is not supported: use 32 or 64.")
     if out.exists() and not force:
-        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with `force`.")
     if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MTPError(f"{out} is not a model folder, so --force will not replace it: choose another folder.")
+        raise MTPError(f"{out} is not a model folder, so `force` will not replace it: choose another folder.")
 
 
 def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:

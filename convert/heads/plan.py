@@ -7,7 +7,7 @@ a few norms where the file does not say in what form its norms are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
 from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
 from mtp_mlx.errors import ConversionError
+from mtp_mlx.sidecar import sidecar
 
 # Where a trunk keeps its embedding and its LM head.
 _TRUNK = {
@@ -36,6 +37,32 @@ _CHUNK = 1 << 24
 # What a configuration of wrong types or impossible numbers ends in.
 _MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 _SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """How the heads of a checkpoint are stored and run where that is not their family's way ("auto").
+
+    Attributes:
+        head_norms: how the file stores its norms: "plain" or "zero-centred".
+        head_order: which half its fuse weights begin with: "embedding" or "hidden".
+        head_hidden: the state of the trunk that the first draft takes: "post-norm" or "pre-norm".
+        head_recycled: the state that each further draft takes: "normed" or "raw" (a head's own, after or before its
+            output norm), or "trunk".
+    """
+
+    head_norms: str = "auto"
+    head_order: str = "auto"
+    head_hidden: str = "auto"
+    head_recycled: str = "auto"
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the fields that are not "auto"."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != "auto"]
+
+
+AS_FAMILY = Overrides()
 
 
 def find_heads(checkpoint: Checkpoint) -> Found | None:
@@ -67,6 +94,26 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
     return found
 
 
+def heads_beside_trunk(checkpoint: Checkpoint, wanted: bool = True) -> Found | None:
+    """The heads of a checkpoint that is converted whole, or None.
+
+    None too if an earlier conversion moved them to the folder `mtp` beside the trunk.
+
+    Args:
+        wanted: False for a conversion without heads, which heads that cannot be used do not stop.
+
+    Raises ConversionError: as `find_heads`, if they are wanted.
+    """
+    if sidecar(checkpoint.path) is not None:
+        return None
+    try:
+        return find_heads(checkpoint)
+    except ConversionError:
+        if wanted:
+            raise
+        return None
+
+
 def _undescribed(checkpoint: Checkpoint, error: Exception) -> ConversionError:
     return ConversionError(
         f"{checkpoint.path}: {checkpoint.config_name or 'its configuration'} does not describe such a model "
@@ -78,30 +125,23 @@ def _announced(config: Mapping[str, Any]) -> int:
     return next((int(config[key]) for key in _COUNTS if isinstance(config.get(key), int)), 0)
 
 
-def plan_heads(
-    checkpoint: Checkpoint,
-    norms: str = "auto",
-    order: str = "auto",
-    hidden: str = "auto",
-    recycled: str = "auto",
-) -> HeadPlan:
+def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides = AS_FAMILY) -> HeadPlan:
     """The plan of the heads of `checkpoint`.
 
-    norms: how the file stores its norms ("plain" or "zero-centred"), order: which half its fuse weights begin with
-    ("embedding" or "hidden"), hidden: which state of the trunk they take ("post-norm" or "pre-norm"), recycled: which
-    of their own the next draft takes ("normed" or "raw", or "trunk": that of the trunk); "auto" for the family's way.
+    Args:
+        found: its heads, as `find_heads` found them.
+        overrides: what to take instead of their family's way.
 
     Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
     """
-    found = find_heads(checkpoint)
     if found is None:
         raise ConversionError(
             f"{checkpoint.path}: holds no MTP heads of a known kind ({len(checkpoint.tensors)} tensors, model_type "
             f"{checkpoint.text_config.get('model_type')!r}); train some with 'mtp-mlx train', or see the README for "
             "the kinds that are known"
         )
-    found, notes = _settle_norms(checkpoint, found, norms)
-    found, told = _as_asked(checkpoint, found, order, hidden, recycled)
+    found, notes = _settle_norms(checkpoint, found, overrides.head_norms)
+    found, told = _overridden(checkpoint, found, overrides)
     notes += told
     try:
         copies, dropped, convention = _copies(checkpoint, found)
@@ -169,7 +209,7 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
     if head is None or trunk is None:
         raise ConversionError(
             f"{checkpoint.path}: the trunk was converted by mlx-lm, and nothing in the file tells whether the heads' "
-            "norms were too; say so with --head-norms plain or --head-norms zero-centred"
+            "norms were too; say so with `head_norms` plain or `head_norms` zero-centred"
         )
     why = f"the trunk is mlx-lm's; mean of q and k norms {trunk:.2f} in the trunk, {head:.2f} in the heads"
     return abs(head - trunk) > abs(head + 1 - trunk), why
@@ -179,10 +219,9 @@ def _mean(tensors: Mapping[str, LazyTensor], names: list[str]) -> float | None:
     return float(np.mean([tensors[name].float32().mean() for name in names])) if names else None
 
 
-def _as_asked(
-    checkpoint: Checkpoint, found: Found, order: str, hidden: str, recycled: str
-) -> tuple[Found, list[str]]:
+def _overridden(checkpoint: Checkpoint, found: Found, overrides: Overrides) -> tuple[Found, list[str]]:
     """`found` with another order or other states than its family's, and what was changed."""
+    order, hidden, recycled = overrides.head_order, overrides.head_hidden, overrides.head_recycled
     convention, targets, notes = found.convention, found.targets, []
     if {order, hidden, recycled} != {"auto"} and convention.kind != "cascade":
         raise ConversionError(

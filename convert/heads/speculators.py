@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from mtp_mlx.convert.heads.families import CONVENTION_FIELDS, CONVENTION_KEY
-from mtp_mlx.convert.heads.plan import plan_heads
 from mtp_mlx.convert.heads.targets import (
     ADD_ONE,
     AS_IT_IS,
@@ -48,22 +47,20 @@ _NAMES = {
 
 
 def write_speculators(
-    checkpoint: Checkpoint,
-    out: str | Path,
-    *,
-    base: str = "",
-    plan: HeadPlan | None = None,
-    force: bool = False,
+    checkpoint: Checkpoint, plan: HeadPlan, out: str | Path, *, base_name: str = "", force: bool = False
 ) -> Path:
     """Write the heads of `checkpoint` into the folder `out`.
 
-    base: name of the base model, for config.json. plan: of the heads, by default that of their family.
+    Args:
+        plan: of the heads, by `plan_heads`.
+        base_name: of the base model, for config.json; by default the checkpoint's own name.
+        force: replace `out` if it is a model folder already.
 
-    Raises MTPError: `out` exists, no heads, or heads that the layout cannot hold.
+    Raises MTPError: `out` exists, or heads that the layout cannot hold.
     """
     out = Path(out)
     check_out(out, force=force, mark="config.json", kind="a model folder", source=checkpoint.path)
-    return _write(checkpoint, _as_modelled(plan or plan_heads(checkpoint)), out, base)
+    return _write(checkpoint, _as_modelled(plan), out, base_name)
 
 
 def _as_modelled(plan: HeadPlan) -> HeadPlan:
@@ -89,34 +86,37 @@ def export_speculators(
     folder: str | Path,
     out: str | Path,
     *,
-    base: str = "",
-    base_config: dict[str, Any] | None = None,
+    base_name: str = "",
+    base: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
     """Write the heads of the adapter folder `folder` into the folder `out`.
 
-    base, base_config: name and config.json of the base model, needed for heads that were trained here.
+    Args:
+        base_name: of the base model, for config.json; by default what the adapter folder calls it.
+        base: the base model's config.json, needed for heads that were trained here.
+        force: replace `out` if it is a model folder already.
 
     Raises MTPError: as `write_speculators`, or no base configuration where one is needed.
     """
     out = Path(out)
     check_out(out, force=force, mark="config.json", kind="a model folder", source=folder)
-    checkpoint, plan, name = _adapter_plan(Path(folder), base_config)
-    return _write(checkpoint, plan, out, base or name)
+    checkpoint, plan, name = _adapter_plan(Path(folder), base)
+    return _write(checkpoint, plan, out, base_name or name)
 
 
-def _adapter_plan(folder: Path, base_config: dict[str, Any] | None) -> tuple[Checkpoint, HeadPlan, str]:
+def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint, HeadPlan, str]:
     """The tensors of an adapter folder, what the layout makes of them, and the base's name."""
     from mlx_lm.utils import _get_classes
 
     from mtp_mlx.drafters.heads.folder import DRAFT_IDS, LAST_LAYER, read_heads_info
 
     info = read_heads_info(folder)
-    config = base_config or info.model_config
+    config = base or info.model_config
     if not config:
         raise ConversionError(
-            f"{folder}: its heads are copies of their base's last layer, whose configuration they do not hold; name "
-            "the base model with --base"
+            f"{folder}: its heads are copies of their base's last layer, whose configuration they do not hold; give "
+            "the base model's with `base`"
         )
     modules = []
     for spec in info.blocks:
@@ -154,11 +154,11 @@ def _is_norm(name: str) -> bool:
     return "norm" in name.rsplit(".", 2)[-2]
 
 
-def _write(checkpoint: Checkpoint, plan: HeadPlan, out: Path, base: str) -> Path:
+def _write(checkpoint: Checkpoint, plan: HeadPlan, out: Path, base_name: str) -> Path:
     targets = speculators_targets(checkpoint, plan)
     with new_folder(out) as folder:
         save_targets(folder / "model.safetensors", targets, checkpoint.tensors)
-        text = json.dumps(_config(checkpoint, plan, base or checkpoint.path.resolve().name), indent=2)
+        text = json.dumps(_config(checkpoint, plan, base_name or checkpoint.path.resolve().name), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     return out
 
@@ -215,7 +215,7 @@ def _fused(gate: Target, up: Target, name: str) -> Target:
     return Target(name, shape, gate.sources + up.sources, Step("gate and up of all experts fused", bits=both))
 
 
-def _config(checkpoint: Checkpoint, plan: HeadPlan, base: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: HeadPlan, base_name: str) -> dict[str, Any]:
     return {
         "architectures": ["MTPDraftModel"],
         "speculators_model_type": "mtp",
@@ -225,7 +225,10 @@ def _config(checkpoint: Checkpoint, plan: HeadPlan, base: str) -> dict[str, Any]
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": plan.drafts or plan.count}
             ],
-            "verifier": {"name_or_path": base, "architectures": checkpoint.config.get("architectures", [])},
+            "verifier": {
+                "name_or_path": base_name,
+                "architectures": checkpoint.config.get("architectures", []),
+            },
         },
         "transformer_layer_config": plan.model_config,
         CONVENTION_KEY: {name: getattr(plan.convention, name) for name in CONVENTION_FIELDS},

@@ -119,7 +119,7 @@ class Verification:
             written = " (written)" if state == self.recycled else ""
             lines.append(f"verify: the second draft has {value:.2f} if it takes the {state} state{written}")
         if self.recycles_better is not None:
-            lines.append(f"verify: convert again with --head-recycled {self.recycles_better}")
+            lines.append(f"verify: convert again with `head_recycled` {self.recycles_better}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -136,11 +136,11 @@ class Verification:
 def _how_to_mend(written: Variant, better: Variant) -> str:
     options = []
     if better.zero_centred_norms != written.zero_centred_norms:
-        options.append(f"--head-norms {'zero-centred' if better.zero_centred_norms else 'plain'}")
+        options.append(f"`head_norms` {'zero-centred' if better.zero_centred_norms else 'plain'}")
     if better.stored_order != written.stored_order:
-        options.append(f"--head-order {better.stored_order}")
+        options.append(f"`head_order` {better.stored_order}")
     if better.first_hidden != written.first_hidden:
-        options.append(f"--head-hidden {better.first_hidden}")
+        options.append(f"`head_hidden` {better.first_hidden}")
     return f"convert again with {' '.join(options)}"
 
 
@@ -159,7 +159,7 @@ def verify_heads(
     """
     if not isinstance(heads, MTPHeads) or heads.convention.first_hidden == "before-last-layer":
         raise MTPError(
-            f"heads of the family {heads.convention.family} are not measured: --verify knows cascades on the state "
+            f"heads of the family {heads.convention.family} are not measured: only cascades are that take the state "
             "before or after the trunk's last norm"
         )
     texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
@@ -197,7 +197,7 @@ def verify_folder(
     heads, info = load_heads(folder, model)
     if not isinstance(heads, MTPHeads):
         raise MTPError(
-            f"{folder}: heads of kind '{info.convention.kind}' have no conventions that --verify could try"
+            f"{folder}: heads of kind '{info.convention.kind}' have no conventions that could be tried"
         )
     bare = attach(model)
     heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does

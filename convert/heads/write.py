@@ -1,4 +1,4 @@
-"""A planned set of heads -> the sidecar adapter folder: mtp_config.json, mtp.safetensors and a README.md.
+"""Writes planned heads into an adapter folder: mtp_config.json, mtp.safetensors and a README.md. Needs no mlx.
 
 mtp_config.json (format 1, method "mtp-heads"):
 
@@ -23,15 +23,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtp_mlx.convert.heads.targets import HeadPlan, save_targets
 from mtp_mlx.convert.read.checkpoint import Checkpoint
-from mtp_mlx.convert.trunk import trunk_fingerprint
-from mtp_mlx.errors import ConversionError
-from mtp_mlx.files import check_out, new_folder
-from mtp_mlx.model.fingerprint import fingerprint_of
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
@@ -39,66 +36,55 @@ FORMAT_VERSION = 1
 METHOD = "mtp-heads"
 
 
-def write_heads(
-    checkpoint: Checkpoint,
-    plan: HeadPlan,
-    out: str | Path,
-    *,
-    base: Any = None,
-    base_name: str | None = None,
-    force: bool = False,
-    progress: Callable[[str], None] | None = None,
-) -> Path:
-    """Write the adapter folder `out`, whole or not at all, and return its path.
+@dataclass(frozen=True)
+class Base:
+    """The model that heads are for.
 
-    base, base_name: the bare mlx-lm model that the heads are for and its name, where it is not the trunk beside them.
-    progress: told of each tensor.
-
-    Raises MTPError: `out` exists (and is no adapter folder, with `force`), heads that cannot be an adapter of this
-    kind, or a disk that is full.
+    Attributes:
+        name: what the folder calls it.
+        fingerprint: as `mtp_mlx.model.fingerprint` makes it; None if it is not known.
+        unknown_because: why it is not known; empty if it is.
     """
-    out = Path(out)
-    if plan.convention.kind == "lora":
-        raise ConversionError(
-            f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
-            "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
-        )
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
-    fingerprint, reason = trunk_fingerprint(checkpoint) if base is None else fingerprint_of(base)
-    if reason:
-        plan.notes.append(f"the base's fingerprint is not known: {reason}")
-    with new_folder(out) as folder:
-        fill_folder(
-            folder, checkpoint, plan, base_name or trunk_name(checkpoint), fingerprint, progress=progress
-        )
-    return out
+
+    name: str
+    fingerprint: str | None = None
+    unknown_because: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the folder says about it besides."""
+        reason = self.unknown_because
+        return [f"the base's fingerprint is not known: {reason}"] if reason else []
 
 
 def fill_folder(
     folder: Path,
     checkpoint: Checkpoint,
     plan: HeadPlan,
-    base: str,
-    fingerprint: str | None,
+    base: Base,
     *,
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write the files of an adapter folder into `folder`. dtype: "F32", ... instead of the checkpoint's own types."""
-    config = heads_config(checkpoint, plan, base, fingerprint)
+    """Write the files of an adapter folder into the folder `folder`, which is there and empty.
+
+    Args:
+        base: the model that the heads are for.
+        dtype: "F32", "BF16" or "F16" to cast the tensors to; None to keep the types that they are stored in.
+        progress: called with the name of each tensor before it is written.
+    """
+    config = heads_config(checkpoint, plan, base)
     save_targets(folder / WEIGHTS_NAME, plan.targets, checkpoint.tensors, progress, dtype)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(heads_card(config, plan), encoding="utf-8")
 
 
-def heads_config(
-    checkpoint: Checkpoint, plan: HeadPlan, base: str, fingerprint: str | None
-) -> dict[str, Any]:
+def heads_config(checkpoint: Checkpoint, plan: HeadPlan, base: Base) -> dict[str, Any]:
     """The content of mtp_config.json."""
     return {
         "format": FORMAT_VERSION,
         "method": METHOD,
-        "base": {"name": base, "fingerprint": fingerprint},
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
         "heads": {
             "count": plan.count,
             "drafts": plan.drafts or plan.count,
@@ -110,7 +96,7 @@ def heads_config(
             "family": plan.title,
             "files": checkpoint.files,
             "dropped": [{"tensor": name, "same_as": trunk} for name, trunk in plan.dropped],
-            "notes": plan.notes,
+            "notes": [*plan.notes, *base.notes],
         },
         "training": {},
         "acceptance": [],
@@ -123,18 +109,17 @@ def trunk_name(checkpoint: Checkpoint) -> str:
     named = checkpoint.config.get("base_model_name_or_path")
     if isinstance(named, str) and named:
         return named
-    path = checkpoint.path.resolve()
-    return path.name if path.is_dir() else path.parent.name
+    return checkpoint.folder.resolve().name
 
 
 def heads_card(config: Mapping[str, Any], plan: HeadPlan) -> str:
     """The folder's README: what the heads are, where they come from, how to use them."""
     base, convention = config["base"], config["heads"]["convention"]
-    files = ", ".join(config["source"]["files"])
+    source = config["source"]
     lines = [
         f"# MTP heads of {base['name']}",
         "",
-        f"{plan.count} head(s) of the kind {plan.title}, converted by mtp-mlx from {files}.",
+        f"{plan.count} head(s) of the kind {plan.title}, converted by mtp-mlx from {', '.join(source['files'])}.",
         "The base model's own output is unchanged: what the heads draft is verified.",
         "",
         f"- base: {base['name']}, fingerprint "
@@ -149,8 +134,8 @@ def heads_card(config: Mapping[str, Any], plan: HeadPlan) -> str:
     if plan.dropped:
         lines += ["## Left out, equal to the trunk's byte for byte", ""]
         lines += [f"- {name} = {trunk}" for name, trunk in plan.dropped] + [""]
-    if plan.notes:
-        lines += ["## Notes", "", *[f"- {note}" for note in plan.notes], ""]
+    if source["notes"]:
+        lines += ["## Notes", "", *[f"- {note}" for note in source["notes"]], ""]
     lines += [
         "## Use",
         "",

@@ -1,7 +1,8 @@
 """A checkpoint, whatever it is stored in: one mapping of lazily read tensors and its configuration.
 
 SOURCE may be a folder (safetensors, sharded or not; PyTorch files, sharded or not; Medusa's head file; Meta's
-consolidated.pth with params.json; a PEFT adapter) or one file of these kinds. Nothing here needs mlx or torch.
+consolidated.pth with params.json; a PEFT adapter), one file of these kinds, or the id of a repository on the hub,
+which is downloaded first. Nothing here needs mlx or torch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 # What training programs put before every name of a model.
 _WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
 _CONFIGS = ("config.json", "params.json", "adapter_config.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What is downloaded beside the weights.
+_BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 @dataclass
@@ -57,6 +61,11 @@ class Checkpoint:
     values: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     fp8: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the weights, and what lies beside them."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -171,13 +180,7 @@ def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
     return 128, 128
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-_BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-
-
-_TORCH = [f"*{suffix}" for suffix in TORCH_SUFFIXES]
+# --- sources on the hub -------------------------------------------------------------------------------------
 
 
 def is_hub_id(source: str) -> bool:
@@ -192,7 +195,7 @@ def local_source(source: str) -> Path:
     """
     if not is_hub_id(source):
         return Path(source).expanduser()
-    import huggingface_hub
+    import huggingface_hub  # takes a while, and most sources are local
 
     def fetch(patterns: list[str]) -> Path:
         try:
@@ -206,5 +209,5 @@ def local_source(source: str) -> Path:
 
     folder = fetch([*_BESIDE, "*.safetensors"])
     if not any(folder.glob("*.safetensors")):
-        folder = fetch([*_BESIDE, *_TORCH])
+        folder = fetch([*_BESIDE, *(f"*{suffix}" for suffix in TORCH_SUFFIXES)])
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from mtp_mlx.cli import with_options
 from mtp_mlx.cli.convert_options import ConvertOptions
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
+    from mtp_mlx.convert.heads.families import Found
     from mtp_mlx.convert.read.checkpoint import Checkpoint
 
 EPILOG = """\b
@@ -97,17 +100,19 @@ def command(source: str, out: Path | None, **options: Any) -> None:
     path = _local(source, how.dry_run)
     gguf = path.suffix.lower() == ".gguf" and not path.is_dir()
     if how.dry_run:
-        click.echo("\n".join(_gguf_lines(path) if gguf else _plan_lines(path, how)))
+        click.echo(_in_options(_dry_run(path, gguf, how)))
     elif out is None and how.verify:
-        click.echo(verify(path), nl=False)
+        click.echo(_in_options(_verify(path)))
     elif out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run and --verify do without).")
-    elif how.heads_only:
-        click.echo(convert_heads(path, out, how))
     elif gguf:
-        click.echo(convert_gguf(path, out, how))
+        click.echo(_convert_gguf(path, out, how))
+    elif how.heads_only and (path / "mtp_config.json").is_file():
+        click.echo(_export(path, out, how))
+    elif how.heads_only:
+        click.echo(_convert_heads(path, out, how))
     else:
-        click.echo(convert_whole(path, out, how))
+        click.echo(_convert_whole(path, out, how))
 
 
 def _local(source: str, dry_run: bool) -> Path:
@@ -123,13 +128,31 @@ def _local(source: str, dry_run: bool) -> Path:
         return local_source(source)
 
 
+def _in_options(lines: list[str]) -> str:
+    """Lines of the library, which speaks of arguments."""
+    return with_options("\n".join(lines), command)
+
+
+def _dry_run(source: Path, gguf: bool, how: ConvertOptions) -> list[str]:
+    """What the conversion would do."""
+    from mtp_mlx.convert.dry_run import checkpoint_lines, gguf_lines
+    from mtp_mlx.convert.read.checkpoint import open_checkpoint
+
+    if gguf:
+        return gguf_lines(source)
+    return checkpoint_lines(
+        open_checkpoint(source), heads=not how.trunk_only, trunk=not how.heads_only, overrides=how.overrides
+    )
+
+
 # --- models -------------------------------------------------------------------------------------------------
 
 
-def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
-    """Converts a .gguf file."""
+def _convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.gguf.model import convert_gguf
 
+    if how.heads_only:
+        raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
     if how.of_heads:
         raise MTPError(
             f"{source}: MTP heads are not read from .gguf files; leave {' and '.join(how.of_heads)} out"
@@ -146,9 +169,10 @@ def convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
         )
 
 
-def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
+def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts a checkpoint; what there is to say about it goes to stderr."""
-    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint
+    from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
+    from mtp_mlx.convert.heads.plan import heads_beside_trunk
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
     from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
 
@@ -158,28 +182,28 @@ def convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
             f"{source}: a student of Parallel Token Prediction becomes an adapter of its base model: give "
             "--heads-only, and that model's folder with --base"
         )
-    how.check_heads(checkpoint)
+    found = heads_beside_trunk(checkpoint, wanted=not how.trunk_only)
+    how.check_heads(checkpoint, found)
     settings = WholeSettings(
         dtype=how.dtype,
         quantize=how.bits,
         group_size=int(how.group_size),
-        head_norms=how.head_norms,
-        head_order=how.head_order,
-        head_hidden=how.head_hidden,
-        head_recycled=how.head_recycled,
+        overrides=how.overrides,
         heads=not how.trunk_only,
         force=how.force,
     )
     with Console(stderr=True).status(f"converting {source.name}") as status:
-        result = convert_whole(source, out, settings, lambda stage: status.update(f"{source.name}: {stage}"))
+        result = convert_whole(
+            checkpoint, found, out, settings, lambda stage: status.update(f"{source.name}: {stage}")
+        )
     for line in report_lines(result):
         click.echo(line, err=True)
     if how.verify:
-        click.echo(verify(out), nl=False, err=True)
+        click.echo(_in_options(_verify(out)), err=True)
     return result.folder
 
 
-def verify(folder: Path) -> str:
+def _verify(folder: Path) -> list[str]:
     """Lines about the heads beside a converted model, measured with it."""
     from mtp_mlx.sidecar import sidecar
 
@@ -189,15 +213,14 @@ def verify(folder: Path) -> str:
             f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that "
             "has MTP heads first, and give the folder it was converted to"
         )
-    return _verified(*_base(str(folder)), heads)
+    return _measured(*_base(str(folder)), heads)
 
 
-def _verified(model: Any, tokenizer: Any, heads: Path) -> str:
+def _measured(model: Any, tokenizer: Any, heads: Path) -> list[str]:
     from mtp_mlx.convert.heads.verify import verify_folder
 
     with Console(stderr=True).status(f"verifying {heads}"):
-        lines = verify_folder(model, tokenizer, heads).lines()
-    return "".join(f"{line}\n" for line in lines)
+        return verify_folder(model, tokenizer, heads).lines()
 
 
 def _base(name: str) -> tuple[Any, Any]:
@@ -216,58 +239,62 @@ def _base(name: str) -> tuple[Any, Any]:
 # --- heads and adapters alone -------------------------------------------------------------------------------
 
 
-def convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
-    """Converts heads, or a PEFT adapter, into a folder of their own."""
-    if source.suffix.lower() == ".gguf" and source.is_file():
-        raise MTPError(f"{source}: MTP heads are not read from .gguf files; use the original checkpoint")
-    from mtp_mlx.convert.adapters.peft import is_peft
-    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint
+def _convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
+    """Converts heads, or an adapter of another program, into an adapter folder."""
+    from mtp_mlx.convert.adapters.peft_plan import is_peft
+    from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
+    from mtp_mlx.convert.heads.plan import find_heads, plan_heads
     from mtp_mlx.convert.heads.speculators import write_speculators
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
+    from mtp_mlx.sidecar import sidecar
 
-    if (source / "mtp_config.json").is_file():
-        return _export(source, out, how)
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)
         if is_ptp_checkpoint(checkpoint):
             return _convert_ptp(checkpoint, out, how)
         if is_peft(checkpoint):
             return _convert_peft(checkpoint, out, how)
-        how.check_heads(checkpoint)
+        if sidecar(source) is not None:
+            how.check_converted(source)
+        found = find_heads(checkpoint)
+        how.check_heads(checkpoint, found)
         if how.heads_as == "speculators":
-            return write_speculators(
-                checkpoint, out, base=how.base or "", plan=how.plan(checkpoint), force=how.force
-            )
-        return _write_heads(checkpoint, out, how, status.update)
+            plan = plan_heads(checkpoint, found, how.overrides)
+            return write_speculators(checkpoint, plan, out, base_name=how.base or "", force=how.force)
+        return _write_heads(checkpoint, found, out, how, status.update)
 
 
 def _write_heads(
-    checkpoint: Checkpoint, out: Path, how: ConvertOptions, progress: Callable[[str], None]
+    checkpoint: Checkpoint,
+    found: Found | None,
+    out: Path,
+    how: ConvertOptions,
+    progress: Callable[[str], None],
 ) -> Path:
     """An adapter folder of heads, for the base that is named or for the trunk beside them."""
-    from mtp_mlx.convert.heads.write import write_heads
+    from mtp_mlx.convert.heads.write import Base, trunk_name
+    from mtp_mlx.convert.heads_only import convert_heads
     from mtp_mlx.convert.whole import open_base
+    from mtp_mlx.model.fingerprint import fingerprint_of
 
     with ExitStack() as stack:
-        model, tokenizer = None, None
+        model, tokenizer, base = None, None, None
         if how.base:
             model, tokenizer = _base(how.base)
+            base = Base(Path(how.base).name, *fingerprint_of(model))
         elif how.verify:
-            model, tokenizer = stack.enter_context(open_base(checkpoint))
-        name = Path(how.base).name if how.base else None
-        plan = how.plan(checkpoint)
-        folder = write_heads(
-            checkpoint, plan, out, base=model, base_name=name, force=how.force, progress=progress
+            model, tokenizer = stack.enter_context(open_base(checkpoint, found))
+            base = Base(trunk_name(checkpoint), *fingerprint_of(model))
+        folder = convert_heads(
+            checkpoint, found, out, overrides=how.overrides, base=base, force=how.force, progress=progress
         )
         if how.verify:
-            click.echo(_verified(model, tokenizer, folder), nl=False, err=True)
+            click.echo(_in_options(_measured(model, tokenizer, folder)), err=True)
     return folder
 
 
 def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
     """An adapter folder of heads in the speculators layout."""
-    import json
-
     from mtp_mlx.convert.heads.speculators import export_speculators
     from mtp_mlx.models import resolve_model
 
@@ -275,28 +302,20 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
         raise MTPError(
             f"{source} is an adapter folder already; --heads-as speculators writes it in that layout"
         )
-    if how.of_heads:
-        raise MTPError(
-            f"{source}: its heads were converted before, so {how.of_heads[0]} comes too late; convert the original "
-            "checkpoint"
-        )
+    how.check_converted(source)
     config = None
     if how.base:
         path = Path(resolve_model(how.base)) / "config.json"
         if not path.is_file():
             raise MTPError(f"{how.base}: --base must be a local model folder here, whose config.json is read")
         config = json.loads(path.read_text(encoding="utf-8"))
-    return export_speculators(source, out, base=how.base or "", base_config=config, force=how.force)
+    return export_speculators(source, out, base_name=how.base or "", base=config, force=how.force)
 
 
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.adapters.peft import write_peft
 
-    if how.of_heads or how.heads_as != "adapter":
-        raise MTPError(
-            f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads: leave --verify, --heads-as and "
-            "--head-... out"
-        )
+    how.check_no_heads(f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads")
     named = checkpoint.config.get("base_model_name_or_path")
     name = how.base or (named if isinstance(named, str) and Path(named).is_dir() else None)
     if name is None:
@@ -316,53 +335,5 @@ def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path
             f"{checkpoint.path}: a student of Parallel Token Prediction becomes an adapter of its base model: name "
             "that model's folder with --base"
         )
-    if how.of_heads or how.heads_as != "adapter":
-        raise MTPError(
-            f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads: leave --verify, --heads-as "
-            "and --head-... out"
-        )
-    return convert_ptp(checkpoint.path, resolve_model(how.base), out, force=how.force)
-
-
-# --- plans --------------------------------------------------------------------------------------------------
-
-
-def _plan_lines(source: Path, how: ConvertOptions) -> list[str]:
-    """The plan of a checkpoint's heads and of its trunk; without heads, what the checkpoint is."""
-    from mtp_mlx.convert.adapters.peft import is_peft
-    from mtp_mlx.convert.adapters.peft import plan_lines as peft_lines
-    from mtp_mlx.convert.adapters.ptp import is_ptp_checkpoint, student_line
-    from mtp_mlx.convert.heads.plan import find_heads
-    from mtp_mlx.convert.heads.report import plan_lines, source_line
-    from mtp_mlx.convert.read.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(source)
-    if is_ptp_checkpoint(checkpoint):
-        return [source_line(checkpoint), student_line(checkpoint)]
-    if is_peft(checkpoint):
-        return peft_lines(checkpoint)
-    found = None if how.trunk_only else find_heads(checkpoint)
-    if how.heads_only or found is not None:
-        lines = plan_lines(checkpoint, how.plan(checkpoint))
-    else:
-        kind = checkpoint.text_config.get("model_type", "?")
-        lines = [source_line(checkpoint), f"model type: {kind}", "heads: none"]
-    if not how.heads_only:
-        count = len(checkpoint.tensors.keys() - (set() if found is None else found.owned))
-        lines.append(
-            f"trunk: {count} tensors, "
-            + ("through mlx-lm" if count else "so only --heads-only can convert it")
-        )
-    return lines
-
-
-def _gguf_lines(source: Path) -> list[str]:
-    from mtp_mlx.convert.gguf.file import read_gguf
-
-    header = read_gguf(source)
-    kinds = sorted({info.type_name for info in header.tensors.values()})
-    return [
-        f"source: {source} (gguf, {len(header.tensors)} tensors: {', '.join(kinds)})",
-        f"architecture: {header.metadata.get('general.architecture', '?')}",
-        "heads: none are read from a .gguf file",
-    ]
+    how.check_no_heads(f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads")
+    return convert_ptp(checkpoint, resolve_model(how.base), out, force=how.force)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.sidecar import sidecar
 
 if TYPE_CHECKING:
-    from mtp_mlx.convert.heads.targets import HeadPlan
+    from mtp_mlx.convert.heads.families import Found
+    from mtp_mlx.convert.heads.plan import Overrides
     from mtp_mlx.convert.read.checkpoint import Checkpoint
 
 
@@ -40,15 +42,16 @@ class ConvertOptions:
         return int(self.quantize) if self.quantize else None
 
     @property
+    def overrides(self) -> Overrides:
+        """How the heads are stored and run, where that is not their family's way."""
+        from mtp_mlx.convert.heads.plan import Overrides
+
+        return Overrides(self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
+
+    @property
     def conventions(self) -> list[str]:
-        """The options given that say how heads were trained."""
-        asked = {
-            "--head-norms": self.head_norms,
-            "--head-order": self.head_order,
-            "--head-hidden": self.head_hidden,
-            "--head-recycled": self.head_recycled,
-        }
-        return [name for name, value in asked.items() if value != "auto"]
+        """The --head-... options given."""
+        return ["--" + name.replace("_", "-") for name in self.overrides.given]
 
     @property
     def of_heads(self) -> list[str]:
@@ -87,31 +90,27 @@ class ConvertOptions:
                 "Missing argument 'OUT' (--verify does without only for converted folders)."
             )
 
-    def check_heads(self, checkpoint: Checkpoint) -> None:
-        """Raises MTPError where options ask for heads that the checkpoint has not, or for what its kind has not."""
-        from mtp_mlx.convert.heads.plan import find_heads
-        from mtp_mlx.sidecar import sidecar
-
-        if not self.of_heads:
-            return
+    def check_heads(self, checkpoint: Checkpoint, found: Found | None) -> None:
+        """Raises MTPError for options about heads that the checkpoint, or its kind of heads, does not have."""
         if sidecar(checkpoint.path) is not None:
-            if self.conventions:
-                raise MTPError(
-                    f"{checkpoint.path}: its heads were converted before, so {self.conventions[0]} comes too late; "
-                    "convert the original checkpoint"
-                )
-            return
-        found = find_heads(checkpoint)
-        if found is None:
+            self.check_converted(checkpoint.path)
+        elif self.of_heads and found is None:
             raise MTPError(f"{checkpoint.path}: holds no MTP heads; leave {' and '.join(self.of_heads)} out")
-        if self.verify and found.convention.kind != "cascade":
+        elif self.verify and found is not None and found.convention.kind != "cascade":
             raise MTPError(
                 f"{checkpoint.path}: heads of the kind {found.title} have no conventions that --verify could try; "
                 "leave it out"
             )
 
-    def plan(self, checkpoint: Checkpoint) -> HeadPlan:
-        """The plan of a checkpoint's heads."""
-        from mtp_mlx.convert.heads.plan import plan_heads
+    def check_converted(self, folder: Path) -> None:
+        """Raises MTPError for options about how heads are stored, where an earlier conversion has settled it."""
+        if self.conventions:
+            raise MTPError(
+                f"{folder}: its heads were converted before, so {self.conventions[0]} comes too late; convert the "
+                "original checkpoint"
+            )
 
-        return plan_heads(checkpoint, self.head_norms, self.head_order, self.head_hidden, self.head_recycled)
+    def check_no_heads(self, what: str) -> None:
+        """Raises MTPError, which says `what` the source is, for options about heads."""
+        if self.of_heads or self.heads_as != "adapter":
+            raise MTPError(f"{what}: leave --verify, --heads-as and --head-... out")

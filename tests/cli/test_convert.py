@@ -1,104 +1,60 @@
-"""`mtp-mlx convert` and `info` on checkpoints: plans, adapter folders, and files that are hostile or damaged."""
+"""`mtp-mlx convert` on checkpoints of every kind: what it writes, and which options it refuses together."""
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-import mtp_mlx.cli as cli
 from mtp_mlx import load
+from tests.cli.convert_runs import llama_with_heads, medusa, refused, run
 from tests.convert.adapters.test_peft import SLOTS, factors
 from tests.convert.adapters.test_peft import folder as peft_folder
-from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.gguf.gguf_files import write_model
-from tests.convert.heads.head_checkpoints import make, numbers
-from tests.convert.read.hostile_pickles import hostile
-from tests.convert.read.torch_files import write_torch, write_zip
+from tests.convert.heads.head_checkpoints import make
+from tests.convert.read.torch_files import write_torch
 from tests.convert.whole_checkpoints import whole
 from tests.tiny import save_tiny
 
+ONCE: dict[str, tuple[str, ...]] = {
+    "whole": (),
+    "whole and measured": ("--verify",),
+    "whole, with a convention": ("--head-recycled", "raw"),
+    "trunk only": ("--trunk-only",),
+    "heads only": ("--heads-only",),
+    "heads only, measured": ("--heads-only", "--verify"),
+    "speculators": ("--heads-only", "--heads-as", "speculators"),
+    "plan": ("--dry-run",),
+    "plan of the heads": ("--dry-run", "--heads-only"),
+}
 
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(cli.main, list(map(str, args)))
 
+@pytest.mark.parametrize("way", list(ONCE))
+def test_the_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Headers are read once and heads are searched once, whichever way the command takes."""
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (("The sky",), 6))
+    source, calls = llama_with_heads(tmp_path / "model"), []
 
-def refused(*args: Any) -> str:
-    """The one sentence on stderr of a command that ends with exit code 2 and prints nothing else."""
-    result = run(*args)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith(cli.HOW_TO_MEND[:20])]
-    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
-    return lines[0]
+    def counted(where: str) -> None:
+        module, name = where.rsplit(".", 1)
+        own = getattr(importlib.import_module(module), name)
 
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return own(*arguments)
 
-def test_the_plan(tmp_path: Path) -> None:
-    source = make("deepseek-v3").write(tmp_path / "model")
-    result = run("convert", source, "--dry-run")
+        monkeypatch.setattr(where, call)
+
+    counted("mtp_mlx.convert.read.checkpoint.read_safetensors")
+    counted("mtp_mlx.convert.heads.plan.find_cascade")
+    result = run("convert", source, tmp_path / "out", *ONCE[way])
     assert result.exit_code == 0, result.output
-    for line in (
-        "family: DeepSeek-V3 / R1",
-        "heads: 1",
-        "  first hidden: post-norm",
-        "block: mlx_lm.models.deepseek_v3.DeepseekV3DecoderLayer",
-        "  heads.0.fuse.weight [48, 96] F32 <- model.layers.4.eh_proj.weight",
-        "model.layers.4.mlp.experts.0.up_proj.weight .. model.layers.4.mlp.experts.2.up_proj.weight (3), stacked",
-        "  model.layers.4.shared_head.head.weight = lm_head.weight",
-    ):
-        assert line in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    mimo = run("convert", make("mimo-7b").write(tmp_path / "mimo"), "--dry-run").stdout
-    assert "model.mtp_layers.0.input_proj.weight, columns swapped to [embedding ; hidden]" in mimo
-
-
-NO_MLX = """
-import importlib.abc, sys
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mlx", "mlx_lm", "transformers", "torch"):
-            raise ImportError(f"{name} must not be imported")
-sys.meta_path.insert(0, Refuse())
-from click.testing import CliRunner
-import mtp_mlx.cli as cli
-for source in sys.argv[1:]:
-    result = CliRunner().invoke(cli.main, ["convert", source, "--dry-run"])
-    assert result.exit_code == 0, result.output
-    print([line for line in result.stdout.splitlines() if line.startswith(("family", "architecture", "heads"))])
-"""
-
-
-def test_the_plan_needs_no_mlx(tmp_path: Path) -> None:
-    """Where importing mlx fails, plans of all kinds of sources are made."""
-    sources = [
-        make(name).write(tmp_path / name) for name in ("qwen3-next experts", "deepseek-v3", "nemotron-h")
-    ]
-    torch_file = tmp_path / "medusa" / "medusa_lm_head.pt"
-    sources += [write_torch(torch_file, medusa(tmp_path / "medusa")).parent, torch_file]
-    sources += [peft_folder(tmp_path / "lora", factors() | SLOTS), write_model(tmp_path / "m.gguf").path]
-    arguments = [sys.executable, "-c", NO_MLX, *map(str, sources)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    titles = ("Qwen3-Next", "DeepSeek-V3", "Nemotron-H", "Medusa", "Medusa", "PEFT", "llama")
-    for line, title in zip(lines, titles, strict=True):
-        assert title in line
-
-
-def test_the_plan_of_what_has_no_heads(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
-    assert "heads: none" in run("convert", model, "--dry-run").stdout
-    assert "holds no MTP heads of a known kind" in refused("convert", model, "--dry-run", "--heads-only")
-    gguf = write_model(tmp_path / "m.gguf").path
-    plan = run("convert", gguf, tmp_path / "out", "--dry-run")
-    assert plan.exit_code == 0 and "architecture: llama" in plan.stdout and not (tmp_path / "out").exists()
-    assert "not read from .gguf" in refused("convert", gguf, tmp_path / "out", "--heads-only")
+    assert sorted(calls) == ["find_cascade", "read_safetensors"]
 
 
 def test_heads_become_an_adapter_folder(tmp_path: Path) -> None:
@@ -167,22 +123,6 @@ def test_the_heads_are_used_with_the_model(tmp_path: Path, monkeypatch: pytest.M
         assert set(report["stats"]["layouts"]) <= layouts or adapter == "none"
         assert bool(report["stats"]["acceptance"]) == (adapter == "auto")
     assert texts[0] == texts[1] != ""
-
-
-def llama_with_heads(folder: Path) -> Path:
-    """A tiny llama of `tests.tiny` with two random heads under DeepSeek's names."""
-    save_tiny(folder, seed=3, num_hidden_layers=4)
-    made = make("llama with own heads")
-    stored: Any = mx.load(str(folder / "model.safetensors"))
-    heads = {name: value for name, value in made.stored.items() if name.startswith("model.layers.")}
-    widths = {56: 80}
-    for name, value in heads.items():
-        shape = tuple(widths.get(n, n) for n in value.shape)
-        heads[name] = numbers(name, shape) * np.float32(0.2)
-    write_safetensors(folder / "model.safetensors", {n: np.array(v) for n, v in stored.items()} | heads)
-    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 # --- verify, base, other layouts ----------------------------------------------------------------------------
@@ -350,139 +290,3 @@ def test_options_of_heads_that_are_not_there(tmp_path: Path) -> None:
         "hidden",
     )
     assert not out.exists()
-
-
-# --- info ---------------------------------------------------------------------------------------------------
-
-
-def test_info_of_a_gguf_file(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf").path
-    facts = json.loads(run("info", path, "--json").stdout)
-    assert (facts["container"], facts["type"], facts["size"]) == ("gguf", "llama", path.stat().st_size)
-    assert "none are read" in facts["mtp heads"]
-    assert f"give one of those in it, as in {path}" in refused("convert", tmp_path, tmp_path / "out")
-
-
-def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:
-    source = make("mimo-7b").write(tmp_path / "model")
-    facts = json.loads(run("info", source, "--json").stdout)
-    assert facts["kind"] == "model" and facts["mtp heads"]["family"] == "MiMo-7B"
-    facts = json.loads(run("info", source / "model.safetensors", "--json").stdout)
-    assert facts["kind"] == "checkpoint" and facts["mtp heads"]["count"] == 1
-    run("convert", source, tmp_path / "heads", "--heads-only")
-    facts = json.loads(run("info", tmp_path / "heads", "--json").stdout)
-    assert (facts["kind"], facts["method"], facts["heads"]) == ("adapter", "mtp-heads", 1)
-    assert facts["convention"]["stored order"] == "hidden"
-    text = run("info", tmp_path / "heads").stdout
-    assert "method: mtp-heads" in text and "  first hidden: pre-norm" in text
-    whole("mimo-7b").write(source)
-    assert run("convert", source, tmp_path / "out").exit_code == 0
-    facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
-    assert facts["kind"] == "model" and facts["usable"] == "yes"
-    assert facts["adapter beside it"]["family"] == "MiMo-7B"
-    assert facts["adapter beside it"]["base"]["fingerprint"] == facts["fingerprint"]
-    (tmp_path / "heads" / "mtp_config.json").write_text('{"method": "mtp-heads"}')
-    assert "mtp_config.json is damaged" in refused("info", tmp_path / "heads")
-
-
-def test_info_of_pytorch_files(tmp_path: Path) -> None:
-    path = write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa(tmp_path / "medusa"))
-    for where in (path, path.parent):
-        facts = json.loads(run("info", where, "--json").stdout)
-        assert (facts["container"], facts["mtp heads"]["family"]) == ("pytorch", "Medusa")
-
-
-def medusa(folder: Path) -> dict[str, np.ndarray]:
-    """Medusa's tensors, and the folder for them."""
-    folder.mkdir()
-    shapes = {"0.0.linear.weight": (8, 8), "0.0.linear.bias": (8,), "0.1.weight": (9, 8)}
-    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-
-
-# --- hostile and damaged ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["file", "folder", "shard"])
-@pytest.mark.parametrize(
-    "case", ["os.system", "in a state_dict", "reduce, protocol 4", "stack global through memo"]
-)
-def test_a_hostile_pickle_runs_nothing(tmp_path: Path, case: str, where: str) -> None:
-    marker, source = tmp_path / "ran", tmp_path / "model"
-    pickle_bytes, name = hostile(f"touch {marker}")[case]
-    source.mkdir()
-    path = write_zip(source / "pytorch_model.bin", pickle_bytes, {})
-    if where == "shard":
-        index = {"weight_map": {"w": "pytorch_model.bin"}}
-        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    target = path if where == "file" else source
-    for args in (
-        ("convert", target, tmp_path / "out", "--heads-only"),
-        ("convert", target, tmp_path / "out"),
-        ("convert", target, "--dry-run"),
-        ("info", target),
-    ):
-        message = refused(*args)
-        assert f"its pickle names {name}, which is no tensor record" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no marker, no output, nothing temporary
-
-
-HEADS, TRUNK = "model.layers.4.eh_proj.weight", "model.layers.1.mlp.gate.weight"
-
-
-def damaged(folder: Path, kind: str, key: str) -> str:
-    """A sharded checkpoint damaged in one way; returns what the message must say."""
-    made = whole("glm-4.5")
-    made.write(folder)
-    stored = made.made.stored
-    names = sorted(stored)
-    halves = [{name: stored[name] for name in part} for part in (names[::2], names[1::2])]
-    (folder / "model.safetensors").unlink()
-    home = next(half for half in halves if key in half)
-    shape = list(home[key].shape)
-    if kind == "wrong type":
-        home[key] = home[key].astype(np.int32)
-    if kind == "wrong shape":
-        home[key] = home[key][:, :-1]
-    write_shards(folder, {"a.safetensors": halves[0], "b.safetensors": halves[1]})
-    if kind == "truncated shard":
-        raw = (folder / "b.safetensors").read_bytes()
-        (folder / "b.safetensors").write_bytes(raw[:-100])
-    if kind == "missing shard":
-        (folder / "b.safetensors").unlink()
-    return {
-        "wrong type": f"{key} is of type {'I32' if key == HEADS else 'int32'}, a float type expected",
-        "wrong shape": f"{key} is {[shape[0], shape[1] - 1]}, {shape} expected",
-        "truncated shard": "b.safetensors: the file is truncated",
-        "missing shard": "1 of which are missing: b.safetensors",
-    }[kind]
-
-
-@pytest.mark.parametrize("key", [HEADS, TRUNK], ids=["heads", "trunk"])
-@pytest.mark.parametrize("kind", ["wrong type", "wrong shape", "truncated shard", "missing shard"])
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, kind: str, key: str) -> None:
-    expected = damaged(tmp_path / "model", kind, key)
-    assert expected in refused("convert", tmp_path / "model", tmp_path / "out")
-    assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--quantize", "4")
-    if key == HEADS:
-        assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--heads-only")
-        assert expected in refused("convert", tmp_path / "model", "--dry-run")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
-    """A folder whose configuration asks for code of its own, for the model and for the tokenizer."""
-    source = whole("mimo-7b").write(tmp_path / "model", model_file="own.py")
-    marker = tmp_path / "ran"
-    (source / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    assert "requires importing and running a custom module" in refused("convert", source, tmp_path / "out")
-    whole("mimo-7b").write(source)
-    config = json.loads((source / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
-    assert "contains custom code" in refused("convert", source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"] and not marker.exists()
-
-
-def test_a_type_that_no_one_knows(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "m.safetensors", {"w": np.ones(8, np.uint8)}, {"w": "F4"})
-    assert "tensor 'w' has the type F4" in refused("convert", tmp_path / "m.safetensors", "--dry-run")

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli.test_convert import refused, run
+from tests.cli.convert_runs import refused, run
 from tests.convert.adapters.test_peft import SLOTS, factors
+from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.read.hostile_pickles import hostile
 from tests.convert.read.torch_files import Tensor, write_torch, write_zip
 from tests.convert.whole_checkpoints import Whole, whole, with_tokenizer
@@ -211,12 +212,12 @@ def test_a_full_disk_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for where in ("mtp_mlx.convert.trunk.save_targets", "mtp_mlx.convert.heads.targets.save_targets"):
+    for where in ("mtp_mlx.convert.trunk.save_targets", "mtp_mlx.convert.heads.write.save_targets"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
             assert "disk is full" in refused("convert", source, tmp_path / "new" / "deep" / "out")
         assert below(tmp_path) == before
-    monkeypatch.setattr("mtp_mlx.convert.heads.targets.save_targets", full)
+    monkeypatch.setattr("mtp_mlx.convert.heads.write.save_targets", full)
     assert "disk is full" in refused("convert", source, tmp_path / "new" / "out", "--heads-only")
     assert below(tmp_path) == before
 
@@ -228,3 +229,92 @@ def test_undamaged_it_is_converted(tmp_path: Path) -> None:
     for way in ("whole", "trunk only", "heads only", "speculators"):
         result = run("convert", source, tmp_path / "new" / way, *WAYS[way])
         assert result.exit_code == 0, result.output
+
+
+# --- sharded safetensors, and code beside the weights -------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "shard"])
+@pytest.mark.parametrize(
+    "case", ["os.system", "in a state_dict", "reduce, protocol 4", "stack global through memo"]
+)
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path, case: str, where: str) -> None:
+    marker, source = tmp_path / "ran", tmp_path / "model"
+    pickle_bytes, name = hostile(f"touch {marker}")[case]
+    source.mkdir()
+    path = write_zip(source / "pytorch_model.bin", pickle_bytes, {})
+    if where == "shard":
+        index = {"weight_map": {"w": "pytorch_model.bin"}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    target = path if where == "file" else source
+    for args in (
+        ("convert", target, tmp_path / "out", "--heads-only"),
+        ("convert", target, tmp_path / "out"),
+        ("convert", target, "--dry-run"),
+        ("info", target),
+    ):
+        message = refused(*args)
+        assert f"its pickle names {name}, which is no tensor record" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no marker, no output, nothing temporary
+
+
+GLM_HEADS, GLM_TRUNK = "model.layers.4.eh_proj.weight", "model.layers.1.mlp.gate.weight"
+
+
+def damaged(folder: Path, kind: str, key: str) -> str:
+    """A sharded checkpoint damaged in one way; returns what the message must say."""
+    made = whole("glm-4.5")
+    made.write(folder)
+    stored = made.made.stored
+    names = sorted(stored)
+    halves = [{name: stored[name] for name in part} for part in (names[::2], names[1::2])]
+    (folder / "model.safetensors").unlink()
+    home = next(half for half in halves if key in half)
+    shape = list(home[key].shape)
+    if kind == "wrong type":
+        home[key] = home[key].astype(np.int32)
+    if kind == "wrong shape":
+        home[key] = home[key][:, :-1]
+    write_shards(folder, {"a.safetensors": halves[0], "b.safetensors": halves[1]})
+    if kind == "truncated shard":
+        raw = (folder / "b.safetensors").read_bytes()
+        (folder / "b.safetensors").write_bytes(raw[:-100])
+    if kind == "missing shard":
+        (folder / "b.safetensors").unlink()
+    return {
+        "wrong type": f"{key} is of type {'I32' if key == GLM_HEADS else 'int32'}, a float type expected",
+        "wrong shape": f"{key} is {[shape[0], shape[1] - 1]}, {shape} expected",
+        "truncated shard": "b.safetensors: the file is truncated",
+        "missing shard": "1 of which are missing: b.safetensors",
+    }[kind]
+
+
+@pytest.mark.parametrize("key", [GLM_HEADS, GLM_TRUNK], ids=["heads", "trunk"])
+@pytest.mark.parametrize("kind", ["wrong type", "wrong shape", "truncated shard", "missing shard"])
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, kind: str, key: str) -> None:
+    expected = damaged(tmp_path / "model", kind, key)
+    assert expected in refused("convert", tmp_path / "model", tmp_path / "out")
+    assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--quantize", "4")
+    if key == GLM_HEADS:
+        assert expected in refused("convert", tmp_path / "model", tmp_path / "out", "--heads-only")
+        assert expected in refused("convert", tmp_path / "model", "--dry-run")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
+    """A folder whose configuration asks for code of its own, for the model and for the tokenizer."""
+    source = whole("mimo-7b").write(tmp_path / "model", model_file="own.py")
+    marker = tmp_path / "ran"
+    (source / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    assert "requires importing and running a custom module" in refused("convert", source, tmp_path / "out")
+    whole("mimo-7b").write(source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "contains custom code" in refused("convert", source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and not marker.exists()
+
+
+def test_a_type_that_no_one_knows(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"w": np.ones(8, np.uint8)}, {"w": "F4"})
+    assert "tensor 'w' has the type F4" in refused("convert", tmp_path / "m.safetensors", "--dry-run")

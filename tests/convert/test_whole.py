@@ -13,9 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from mtp_mlx.convert.whole import DEFAULT, WholeSettings, convert_whole, report_lines
+from mtp_mlx.convert.whole import DEFAULT, WholeSettings, report_lines
 from mtp_mlx.errors import MTPError
 from tests.convert.checkpoints import bf16, write_safetensors, write_shards
+from tests.convert.conversions import whole_model
 from tests.convert.heads.head_checkpoints import numbers
 from tests.convert.read.torch_files import write_torch
 from tests.convert.whole_checkpoints import WHOLE, Whole, config_of, whole, with_tokenizer
@@ -43,7 +44,7 @@ def assert_holds(folder: Path, made: Whole) -> None:
 def test_every_family(tmp_path: Path, name: str) -> None:
     """mlx-lm's sanitize drops, keeps or chokes on heads; here the trunk is whole and the heads lie beside it."""
     made = whole(name)
-    result = convert_whole(made.write(tmp_path / "model"), tmp_path / "out")
+    result = whole_model(made.write(tmp_path / "model"), tmp_path / "out")
     assert_holds(tmp_path / "out", made)
     assert result.left_out == ([] if "ernie" not in name else result.left_out)
     assert result.heads is not None and result.heads.count == len(
@@ -80,9 +81,9 @@ def torch_folder(folder: Path, made: Whole, file: str = "pytorch_model.bin", pre
 def test_pytorch_files(tmp_path: Path, file: str, prefix: str) -> None:
     made = whole("mimo-7b")
     source = torch_folder(tmp_path / "model", made, file, prefix)
-    convert_whole(source, tmp_path / "out")
+    whole_model(source, tmp_path / "out")
     assert_holds(tmp_path / "out", made)
-    convert_whole(source / file, tmp_path / "of one file")
+    whole_model(source / file, tmp_path / "of one file")
     assert_holds(tmp_path / "of one file", made)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "of one file", "out"]
 
@@ -97,7 +98,7 @@ def test_shards_whatever_they_are_called(tmp_path: Path) -> None:
     write_shards(source, {"a.safetensors": {n: stored[n] for n in names[::2]},
                           "model-2.safetensors": {n: stored[n] for n in names[1::2]}})  # fmt: skip
     write_safetensors(source / "model-old.safetensors", {"model.norm.weight": numbers("old", (48,))})
-    convert_whole(source, tmp_path / "out")
+    whole_model(source, tmp_path / "out")
     assert_holds(tmp_path / "out", made)
 
 
@@ -113,7 +114,7 @@ def test_fp8_with_block_scales(tmp_path: Path) -> None:
     write_safetensors(source / "model.safetensors", stored, dtypes)
     made.trunk["model.layers.1.mlp.up_proj.weight"] = np.full((56, 48), 0.375, np.float32)
     made.made.canonical["heads.0.block.mlp.up_proj.weight"] = np.full((56, 48), 0.375, np.float32)
-    convert_whole(source, tmp_path / "out")
+    whole_model(source, tmp_path / "out")
     assert_holds(tmp_path / "out", made)
     assert "quantization_config" not in config_of(tmp_path / "out")
 
@@ -135,7 +136,7 @@ def test_metas_own_names(tmp_path: Path) -> None:
               "n_future_tokens": 4}  # fmt: skip
     (source / "params.json").write_text(json.dumps(params))
     write_torch(source / "consolidated.pth", stored)
-    result = convert_whole(source, tmp_path / "out")
+    result = whole_model(source, tmp_path / "out")
     assert result.heads is not None and result.heads.count == 3
     loaded = parameters(tmp_path / "out")
     assert len(loaded) == 3 * 9 + 3 and config_of(tmp_path / "out")["vocab_size"] == 40
@@ -153,9 +154,9 @@ def test_metas_own_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [None, "float16"])
 def test_types(tmp_path: Path, asked: str | None) -> None:
-    """Without --dtype the configuration's type, as mlx_lm.convert has it; heads keep theirs unless asked."""
+    """Without `dtype` the configuration's type, as mlx_lm.convert has it; heads keep theirs unless asked."""
     made = whole("llama with own heads", torch_dtype="bfloat16")
-    convert_whole(made.write(tmp_path / "model"), tmp_path / "out", WholeSettings(dtype=asked))
+    whole_model(made.write(tmp_path / "model"), tmp_path / "out", WholeSettings(dtype=asked))
     loaded = parameters(tmp_path / "out")
     heads: Any = mx.load(str(tmp_path / "out" / "mtp" / "mtp.safetensors"))
     wanted = mx.float16 if asked else mx.bfloat16
@@ -170,7 +171,7 @@ def test_a_quantised_trunk_with_heads_as_they_were(tmp_path: Path) -> None:
     source = made.write(tmp_path / "model")
     dtypes = {name: "BF16" for name in made.made.stored}
     write_safetensors(source / "model.safetensors", {n: bf16(v) for n, v in made.made.stored.items()}, dtypes)
-    convert_whole(source, tmp_path / "out", WholeSettings(quantize=4, group_size=32))
+    whole_model(source, tmp_path / "out", WholeSettings(quantize=4, group_size=32))
     loaded = parameters(tmp_path / "out")
     # Of this model's widths only that of attention's output is a multiple of 32: the rest stays as it is.
     scales = [name for name in loaded if name.endswith(".scales")]
@@ -181,14 +182,14 @@ def test_a_quantised_trunk_with_heads_as_they_were(tmp_path: Path) -> None:
     assert mx.array_equal(loaded["model.layers.0.self_attn.o_proj.scales"], scale)
     heads: Any = mx.load(str(tmp_path / "out" / "mtp" / "mtp.safetensors"))
     assert {value.dtype for value in heads.values()} == {mx.bfloat16}
-    with pytest.raises(MTPError, match="quantised already; leave --quantize out"):
-        convert_whole(tmp_path / "out", tmp_path / "twice", WholeSettings(quantize=8))
+    with pytest.raises(MTPError, match="quantised already; leave `quantize` out"):
+        whole_model(tmp_path / "out", tmp_path / "twice", WholeSettings(quantize=8))
 
 
 def test_a_converted_folder_takes_its_heads_along(tmp_path: Path) -> None:
     made = whole("mimo-7b")
-    convert_whole(made.write(tmp_path / "model"), tmp_path / "out")
-    convert_whole(tmp_path / "out", tmp_path / "again", WholeSettings(dtype="bfloat16"))
+    whole_model(made.write(tmp_path / "model"), tmp_path / "out")
+    whole_model(tmp_path / "out", tmp_path / "again", WholeSettings(dtype="bfloat16"))
     assert_holds(tmp_path / "again", made)
 
 
@@ -199,7 +200,7 @@ def test_what_mlx_lm_leaves_out_is_told(tmp_path: Path) -> None:
     made = whole("mimo-7b", tie_word_embeddings=True)
     made.made.stored["lm_head.weight"] = made.made.stored["model.embed_tokens.weight"]
     made.made.stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = numbers("inv", (6,))
-    result = convert_whole(made.write(tmp_path / "model"), tmp_path / "out")
+    result = whole_model(made.write(tmp_path / "model"), tmp_path / "out")
     assert result.left_out == ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert "no use for 2 tensor(s), left out: lm_head.weight, model.layers.0" in "\n".join(
         report_lines(result)
@@ -210,7 +211,7 @@ def refused(source: Path, out: Path, settings: WholeSettings = DEFAULT) -> str:
     """The message of a conversion that leaves nothing behind."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(MTPError) as caught:
-        convert_whole(source, out, settings)
+        whole_model(source, out, settings)
     assert sorted(out.parent.iterdir()) == before
     return str(caught.value)
 
@@ -261,7 +262,7 @@ def test_heads_that_are_announced_but_not_there(tmp_path: Path) -> None:
     made.made.stored = {name: value for name, value in made.made.stored.items() if "mtp_layers" not in name}
     source = made.write(tmp_path / "model")
     assert "announces 1 MTP head(s)" in refused(source, tmp_path / "out")
-    convert_whole(source, tmp_path / "out", WholeSettings(heads=False))
+    whole_model(source, tmp_path / "out", WholeSettings(heads=False))
     assert parameters(tmp_path / "out").keys() == made.trunk.keys()
 
 
@@ -284,7 +285,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     medusa = {name: numbers(name, shape) for name, shape in shapes.items()}
     (tmp_path / "medusa").mkdir()
     write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa)
-    assert "holds MTP heads and no trunk; convert it with --heads-only" in refused(
+    assert "holds MTP heads and no trunk; convert it with `heads_only`" in refused(
         tmp_path / "medusa", tmp_path / "out"
     )
 
@@ -299,5 +300,5 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch = torch_folder(tmp_path / "torch", whole("mimo-7b"))
     monkeypatch.setattr("mtp_mlx.convert.trunk.save_targets", full)
     with pytest.raises((MTPError, OSError), match="full|No space"):
-        convert_whole(torch, tmp_path / "out")
+        whole_model(torch, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "torch"]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mtp_mlx.convert.adapters.peft import is_peft, plan_lines, write_peft
+from mtp_mlx.convert.adapters.peft import write_peft
+from mtp_mlx.convert.adapters.peft_plan import is_peft, plan_lines
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.drafters.masks.folder import load_adapter
 from mtp_mlx.errors import MTPError

@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
-from mtp_mlx.convert.adapters.ptp import convert_ptp, is_ptp_checkpoint
+from mtp_mlx.convert.adapters.ptp import convert_ptp
+from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
@@ -123,7 +124,7 @@ def test_slots_compute_what_numpy_computes(tmp_path: Path, name: str) -> None:
     source = next(p for p in tmp_path.iterdir() if p.is_file())
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     assert is_ptp_checkpoint(open_checkpoint(source))
-    out = convert_ptp(source, base, tmp_path / "out")
+    out = convert_ptp(open_checkpoint(source), base, tmp_path / "out")
     info = read_ptp_info(out)
     assert (info.shape.embedding, info.shape.alpha, info.shape.variant) == (embedding, alpha, "o")
     assert info.shape.teacher == TeacherSampling(0.7, 50, 0.95)
@@ -168,7 +169,7 @@ def test_what_cannot_be_run_is_refused_and_nothing_is_written(tmp_path: Path, na
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(MTPError, match=message):
-        convert_ptp(tmp_path / "a.ckpt", base, tmp_path / "out")
+        convert_ptp(open_checkpoint(tmp_path / "a.ckpt"), base, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -176,9 +177,9 @@ def test_an_embedding_that_is_not_built_and_an_existing_folder_are_refused(tmp_p
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     source = lightning(tmp_path, new_linear(), adapter_name="quarter_cos")
     with pytest.raises(MTPError, match="'quarter_cos' are not built"):
-        convert_ptp(source, base, tmp_path / "out")
+        convert_ptp(open_checkpoint(source), base, tmp_path / "out")
     with pytest.raises(MTPError, match="exists already"):
-        convert_ptp(source, base, base)
+        convert_ptp(open_checkpoint(source), base, base)
 
 
 def command(*arguments: Any) -> Result:

@@ -13,11 +13,12 @@ import pytest
 
 import mtp_mlx
 from mtp_mlx.convert.adapters.single_mask import MASK_TOKEN, find_mask
-from mtp_mlx.convert.whole import WholeSettings, convert_whole, report_lines
+from mtp_mlx.convert.whole import WholeSettings, report_lines
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.block import Block
+from tests.convert.conversions import whole_model
 from tests.convert.heads import numpy_trunk
 from tests.decode import naive_emit
 from tests.tiny import VOCABULARY, hf_tokenizer, save_tiny
@@ -76,7 +77,7 @@ def numpy_of(source: Path) -> naive_emit.Logits:
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("qwen3", True)])
 def test_converts_loads_and_decodes_as_numpy(tmp_path: Path, architecture: str, tied: bool) -> None:
     source = released(tmp_path / "source", architecture, tie_word_embeddings=tied)
-    result = convert_whole(source, tmp_path / "out")
+    result = whole_model(source, tmp_path / "out")
     assert f"mask token: id {VOCABULARY}, in {tmp_path / 'out' / 'mtp'}" in report_lines(result)
     model, tokenizer = mtp_mlx.load(str(tmp_path / "out"))
     assert model.most_drafts == 15 and model.vocab_size == ROWS
@@ -96,7 +97,7 @@ def test_converts_loads_and_decodes_as_numpy(tmp_path: Path, architecture: str, 
 
 
 def test_the_sidecar_names_the_mask(tmp_path: Path) -> None:
-    convert_whole(released(tmp_path / "source", "qwen3"), tmp_path / "out")
+    whole_model(released(tmp_path / "source", "qwen3"), tmp_path / "out")
     info = read_info(tmp_path / "out" / "mtp")
     assert info.mask["id"] == VOCABULARY and info.mask["token"] == MASK_TOKEN and info.mask["stops"] == [2, 0]
     assert info.mask["prompt"].startswith("raw") and info.shape.slots == 15 and info.shape.rank == 0
@@ -107,7 +108,7 @@ def test_the_sidecar_names_the_mask(tmp_path: Path) -> None:
 def test_a_quantised_conversion_keeps_its_mask(tmp_path: Path) -> None:
     """The mask's embedding is that of the quantised matrix, which is what the model was left with."""
     source = released(tmp_path / "source", "llama")
-    convert_whole(source, tmp_path / "out", WholeSettings(quantize=8, group_size=32))
+    whole_model(source, tmp_path / "out", WholeSettings(quantize=8, group_size=32))
     model, tokenizer = mtp_mlx.load(str(tmp_path / "out"))
     plain = mlx_lm.load(str(tmp_path / "out"))[0]
     own = model.adapter.slot_embeddings.weight[0]  # type: ignore[union-attr]
@@ -118,7 +119,7 @@ def test_a_quantised_conversion_keeps_its_mask(tmp_path: Path) -> None:
 
 def test_without_the_heads_there_is_no_sidecar(tmp_path: Path) -> None:
     source = released(tmp_path / "source", "llama")
-    convert_whole(source, tmp_path / "out", WholeSettings(heads=False))
+    whole_model(source, tmp_path / "out", WholeSettings(heads=False))
     assert not (tmp_path / "out" / "mtp").exists()
 
 
@@ -146,5 +147,5 @@ def test_a_mask_without_a_row_is_refused(tmp_path: Path) -> None:
     settings.pop("added_tokens_decoder", None)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConversionError, match="has id 257, and the embedding matrix only 192 rows"):
-        convert_whole(source, tmp_path / "out")
+        whole_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.plan import Overrides, find_heads, plan_heads
 from mtp_mlx.convert.heads.targets import HeadPlan
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
@@ -24,7 +24,7 @@ from tests.convert.heads.head_configs import D, V
 def converted(folder: Path, norms: str = "auto") -> tuple[HeadPlan, dict[str, np.ndarray]]:
     """The plan of a folder and its canonical tensors in float32."""
     checkpoint = open_checkpoint(folder)
-    plan = plan_heads(checkpoint, norms)
+    plan = plan_heads(checkpoint, find_heads(checkpoint), Overrides(norms))
     tensors = checkpoint.tensors
     return plan, {target.name: target.build(tensors) for target in plan.targets}
 
@@ -135,7 +135,7 @@ def test_norms_of_a_file_that_mlx_lm_converted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["heads.0.block.self_attn.q_norm.weight"], gain)
         assert plan.convention.zero_centred_norms == (shift == 0) and "the trunk is mlx-lm's" in plan.notes[0]
     del made.stored["model.layers.3.self_attn.q_norm.weight"]
-    with pytest.raises(ConversionError, match="say so with --head-norms"):
+    with pytest.raises(ConversionError, match="say so with `head_norms` plain"):
         converted(made.write(tmp_path / "unknown"))
 
 

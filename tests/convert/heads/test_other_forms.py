@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mtp_mlx.convert.heads.plan import plan_heads
+from mtp_mlx.convert.heads.plan import find_heads, plan_heads
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
 from tests.convert.checkpoints import write_safetensors
@@ -24,7 +24,7 @@ D, V = 48, 40
 def built(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
     """The plan of a checkpoint and its canonical tensors."""
     checkpoint = open_checkpoint(path)
-    plan = plan_heads(checkpoint)
+    plan = plan_heads(checkpoint, find_heads(checkpoint))
     return plan, {target.name: target.build(checkpoint.tensors) for target in plan.targets}
 
 

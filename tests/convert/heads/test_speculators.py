@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.convert.heads.plan import plan_heads
-from mtp_mlx.convert.heads.speculators import export_speculators, write_speculators
-from mtp_mlx.convert.heads.write import write_heads
+from mtp_mlx.convert.heads.plan import Overrides
+from mtp_mlx.convert.heads.speculators import export_speculators
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.convert.read.safetensors import read_safetensors
 from mtp_mlx.drafters.heads.cascade import new_heads
@@ -21,6 +20,7 @@ from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
+from tests.convert.conversions import heads_folder, plan, speculators_folder
 from tests.convert.heads.head_checkpoints import make
 from tests.tiny import tiny_config, tiny_model
 
@@ -39,11 +39,10 @@ HOLDS = [
 @pytest.mark.parametrize("name", HOLDS)
 def test_there_and_back(tmp_path: Path, name: str) -> None:
     made = make(name)
-    out = write_speculators(open_checkpoint(made.write(tmp_path / "model")), tmp_path / "out")
-    checkpoint = open_checkpoint(out)
-    plan = plan_heads(checkpoint)
-    assert plan.convention.family == "speculators"
-    found = {target.name: target.build(checkpoint.tensors) for target in plan.targets}
+    out = speculators_folder(made.write(tmp_path / "model"), tmp_path / "out")
+    planned, stored = plan(out), open_checkpoint(out).tensors
+    assert planned.convention.family == "speculators"
+    found = {target.name: target.build(stored) for target in planned.targets}
     assert found.keys() == made.canonical.keys()
     for key, value in made.canonical.items():
         np.testing.assert_array_equal(found[key], value, err_msg=key)
@@ -51,9 +50,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
 
 def test_names_order_and_norms_of_the_layout(tmp_path: Path) -> None:
     made = make("qwen3-next experts")
-    out = write_speculators(
-        open_checkpoint(made.write(tmp_path / "model")), tmp_path / "out", base="org/base"
-    )
+    out = speculators_folder(made.write(tmp_path / "model"), tmp_path / "out", base_name="org/base")
     stored = mx.load(str(out / "model.safetensors"))
     for name, key in (
         ("input_proj", "mtp.fc"),
@@ -78,10 +75,10 @@ def test_names_order_and_norms_of_the_layout(tmp_path: Path) -> None:
 
 
 def test_norms_that_an_earlier_conversion_changed(tmp_path: Path) -> None:
-    """Of a file whose norms have 1 added already, as is said with --head-norms, it is taken off again."""
+    """Of a file whose norms have 1 added already, as `head_norms` says, it is taken off again."""
     made = make("qwen3-next dense")
-    checkpoint = open_checkpoint(made.write(tmp_path / "model"))
-    out = write_speculators(checkpoint, tmp_path / "out", plan=plan_heads(checkpoint, "plain"))
+    source = made.write(tmp_path / "model")
+    out = speculators_folder(source, tmp_path / "out", Overrides(head_norms="plain"))
     stored: Any = mx.load(str(out / "model.safetensors"))
     for name, key in (("final_layernorm", "mtp.norm"), ("self_attn.k_norm", "mtp.layers.0.self_attn.k_norm")):
         np.testing.assert_array_equal(
@@ -91,39 +88,39 @@ def test_norms_that_an_earlier_conversion_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "ernie-4.5", "nemotron-h", "step-3.5"])
 def test_other_forms_are_refused(tmp_path: Path, name: str) -> None:
-    checkpoint = open_checkpoint(make(name).write(tmp_path / "model"))
+    source = make(name).write(tmp_path / "model")
     with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
-        write_speculators(checkpoint, tmp_path / "out")
+        speculators_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_stays_unless_forced(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make("mimo-7b").write(tmp_path / "model"))
-    write_speculators(checkpoint, tmp_path / "out")
+    source = make("mimo-7b").write(tmp_path / "model")
+    speculators_folder(source, tmp_path / "out")
     with pytest.raises(MTPError, match="exists already"):
-        write_speculators(checkpoint, tmp_path / "out")
-    write_speculators(checkpoint, tmp_path / "out", force=True)
+        speculators_folder(source, tmp_path / "out")
+    speculators_folder(source, tmp_path / "out", force=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("x")
     with pytest.raises(MTPError, match="not a model folder"):
-        write_speculators(checkpoint, tmp_path / "photos", force=True)
+        speculators_folder(source, tmp_path / "photos", force=True)
 
 
 def test_the_rest_of_the_convention_comes_back(tmp_path: Path) -> None:
     """MiMo-7B's heads take the state before the norm, and zeros at position 0: other runtimes' folders do not."""
-    out = write_speculators(open_checkpoint(make("mimo-7b").write(tmp_path / "m")), tmp_path / "out")
-    found = plan_heads(open_checkpoint(out)).convention
+    out = speculators_folder(make("mimo-7b").write(tmp_path / "m"), tmp_path / "out")
+    found = plan(out).convention
     assert (found.first_hidden, found.mask_first_position) == ("pre-norm", True)
     config = json.loads((out / "config.json").read_text())
     written = config.pop("mtp_mlx_convention")
     (out / "config.json").write_text(json.dumps(config))
-    found = plan_heads(open_checkpoint(out)).convention
+    found = plan(out).convention
     assert (found.first_hidden, found.mask_first_position) == ("post-norm", False)
     (out / "config.json").write_text(
         json.dumps(config | {"mtp_mlx_convention": written | {"first_hidden": 3}})
     )
     with pytest.raises(MTPError, match="mtp_mlx_convention says first_hidden 3, which is not known"):
-        plan_heads(open_checkpoint(out))
+        plan(out)
 
 
 # --- from adapter folders -----------------------------------------------------------------------------------
@@ -132,16 +129,16 @@ def test_the_rest_of_the_convention_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", HOLDS)
 def test_from_an_adapter_folder_it_is_the_same_file(tmp_path: Path, name: str) -> None:
     """Checkpoint -> adapter -> layout gives what checkpoint -> layout gives, to the byte."""
-    checkpoint = open_checkpoint(make(name).write(tmp_path / "model"))
-    direct = write_speculators(checkpoint, tmp_path / "direct")
-    adapter = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "adapter")
+    source = make(name).write(tmp_path / "model")
+    direct = speculators_folder(source, tmp_path / "direct")
+    adapter = heads_folder(source, tmp_path / "adapter")
     out = export_speculators(adapter, tmp_path / "out")
     expected, found = (read_safetensors(path / "model.safetensors") for path in (direct, out))
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         np.testing.assert_array_equal(found[key].load(), tensor.load(), err_msg=key)
     assert (out / "config.json").read_text() == (direct / "config.json").read_text().replace(
-        json.dumps(checkpoint.config.get("architectures", [])), "[]"
+        json.dumps(open_checkpoint(source).config.get("architectures", [])), "[]"
     )
 
 
@@ -152,22 +149,20 @@ def test_heads_that_were_trained_here(tmp_path: Path) -> None:
     heads = new_heads(model, 2, convention, mx.array([3, 9], dtype=mx.int32))
     info = HeadsInfo("tiny", base_fingerprint(model), convention, [dict(LAST_LAYER)] * 2)
     save_heads(tmp_path / "heads", heads, info, mx.float32)
-    with pytest.raises(MTPError, match="name the base model with --base"):
+    with pytest.raises(MTPError, match="give the base model's with `base`"):
         export_speculators(tmp_path / "heads", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    out = export_speculators(tmp_path / "heads", tmp_path / "out", base_config=tiny_config("qwen3"))
-    checkpoint = open_checkpoint(out)
-    plan = plan_heads(checkpoint)
+    out = export_speculators(tmp_path / "heads", tmp_path / "out", base=tiny_config("qwen3"))
+    planned, stored = plan(out), open_checkpoint(out).tensors
     own = {name: np.array(value) for name, value in tree_flatten(heads.parameters())}
-    found = {target.name: target.build(checkpoint.tensors) for target in plan.targets}
-    assert plan.count == 2 and own.keys() == found.keys()
+    found = {target.name: target.build(stored) for target in planned.targets}
+    assert planned.count == 2 and own.keys() == found.keys()
     for name, value in own.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make("ernie-4.5").write(tmp_path / "model"))
-    adapter = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "adapter")
+    adapter = heads_folder(make("ernie-4.5").write(tmp_path / "model"), tmp_path / "adapter")
     with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
         export_speculators(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -175,15 +170,15 @@ def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("said", "drafts"), [(3, 3), (0, 0), ("many", 0), (None, 0)])
 def test_tokens_that_the_layer_was_trained_to_draft(tmp_path: Path, said: Any, drafts: int) -> None:
-    out = write_speculators(open_checkpoint(make("mimo-7b").write(tmp_path / "m")), tmp_path / "out")
-    assert plan_heads(open_checkpoint(out)).drafts == 1
+    out = speculators_folder(make("mimo-7b").write(tmp_path / "m"), tmp_path / "out")
+    assert plan(out).drafts == 1
     config = json.loads((out / "config.json").read_text())
     config["speculators_config"]["proposal_methods"] = (
         [{"speculative_tokens": said}] if said is not None else []
     )
     (out / "config.json").write_text(json.dumps(config))
-    assert plan_heads(open_checkpoint(out)).drafts == drafts
+    assert plan(out).drafts == drafts
     config["speculators_config"]["proposal_methods"] = [{"speculative_tokens": 10**9}]
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(MTPError, match="1000000000 drafts in a step"):
-        plan_heads(open_checkpoint(out))
+        plan(out)

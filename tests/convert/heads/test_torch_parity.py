@@ -15,10 +15,11 @@ import pytest
 
 import mtp_mlx
 from mtp_mlx.convert.adapters.ptp import convert_ptp
-from mtp_mlx.convert.whole import convert_whole
+from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.model.block import Block, block_shape
 from tests.convert.adapters import test_ptp as ptp
 from tests.convert.adapters.test_single_mask import PROMPT, ROWS, released
+from tests.convert.conversions import whole_model
 from tests.drafters.ptp.ptp_numpy import embed_uniform
 from tests.tiny import VOCABULARY, save_tiny
 
@@ -38,7 +39,7 @@ def by_torch(folder: Path, architecture: str) -> Any:
 def test_a_released_mask_token(tmp_path: Path, architecture: str, tied: bool) -> None:
     """Rows of a prompt and of four masks behind it."""
     source = released(tmp_path / "source", architecture, tie_word_embeddings=tied)
-    convert_whole(source, tmp_path / "out")
+    whole_model(source, tmp_path / "out")
     model, _ = mtp_mlx.load(str(tmp_path / "out"))
     ids = mx.array([[*PROMPT, *range(ROWS, ROWS + 4)]])  # slots, which are all the mask
     found = np.array(model.head(model.forward(Block(ids=ids, n_real=len(PROMPT)), model.make_cache()))[0])
@@ -66,7 +67,7 @@ def test_a_released_ptp_student(tmp_path: Path, name: str) -> None:
     write(tmp_path)
     source = next(path for path in tmp_path.iterdir() if path.is_file())
     base = save_tiny(tmp_path / "base", "llama", seed=3)
-    model, _ = mtp_mlx.load(str(base), convert_ptp(source, base, tmp_path / "out"))
+    model, _ = mtp_mlx.load(str(base), convert_ptp(open_checkpoint(source), base, tmp_path / "out"))
     tokens, uniforms = [3, 14, 15, 92, 65], np.array([0.0, 0.171, 0.53, 0.77, 0.9999], dtype=np.float32)
     cache = model.make_cache()
     mx.eval(model.forward(Block.real(mx.array([tokens[:-1]])), cache))

@@ -118,7 +118,7 @@ def test_what_to_do_is_said() -> None:
     truth, written = Variant("pre-norm", "hidden", True), Variant("post-norm", "embedding", False)
     model = table()
     lines = verify_heads(model, Numbers(), trained_for(model, truth, written), ("abc",), 9).lines()
-    assert lines[-1].endswith("with --head-norms zero-centred --head-order hidden --head-hidden pre-norm")
+    assert lines[-1].endswith("with `head_norms` zero-centred `head_order` hidden `head_hidden` pre-norm")
     assert lines[1] == f"verify: head 1 would have 1.00 with {truth}"
 
 
@@ -170,7 +170,7 @@ def test_the_state_of_the_second_draft_is_found(truth: str, written: str) -> Non
     result = verify_heads(model, Numbers(), heads, ("some text",), 40)
     assert result.acceptance[0] == 1.0 and result.second[truth] == 1.0 and min(result.second.values()) < 0.6
     assert result.recycles_better == (None if truth == written else truth)
-    mend = f"verify: convert again with --head-recycled {truth}"
+    mend = f"verify: convert again with `head_recycled` {truth}"
     assert (result.lines()[-1] == mend) == (truth != written)
     assert [head._recycled for head in heads.heads] == [written] * 2
     assert result.to_json()["second draft by its state"] == result.second

@@ -11,21 +11,19 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.convert.heads.plan import plan_heads
 from mtp_mlx.convert.heads.report import describe, describe_folder
-from mtp_mlx.convert.heads.write import write_heads
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.convert.checkpoints import bf16, write_safetensors
+from tests.convert.conversions import heads_folder
 from tests.convert.heads.head_cases import CASES
 from tests.convert.heads.head_checkpoints import make, numbers
 
 
 def write(source: Path, out: Path, force: bool = False) -> Path:
     """Convert the heads of `source`."""
-    checkpoint = open_checkpoint(source)
-    return write_heads(checkpoint, plan_heads(checkpoint), out, force=force)
+    return heads_folder(source, out, force=force)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -13,10 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.convert.heads.plan import plan_heads
 from mtp_mlx.convert.heads.report import describe_folder
-from mtp_mlx.convert.heads.write import write_heads
-from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
@@ -33,6 +30,7 @@ from mtp_mlx.drafters.heads.folder import (
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
+from tests.convert.conversions import heads_folder
 from tests.convert.heads.head_checkpoints import make, numbers
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import DENSE_ARCHITECTURES, tiny_config, tiny_model
@@ -93,8 +91,7 @@ def converted(tmp_path: Path) -> tuple[Path, Any]:
     model = mimo.Model(mimo.ModelArgs.from_dict(made.config))
     for name, value in tree_flatten(model.parameters()):
         made.stored[name] = np.array(value) if "norm" not in name else numbers(name, value.shape)
-    checkpoint = open_checkpoint(made.write(tmp_path / "model"))
-    out = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "heads")
+    out = heads_folder(made.write(tmp_path / "model"), tmp_path / "heads")
     model.load_weights([(name, mx.array(value)) for name, value in made.stored.items() if "mtp" not in name])
     return out, model
 
@@ -168,8 +165,7 @@ def test_kinds_that_nothing_runs_yet(tmp_path: Path, name: str, value: str) -> N
 def test_heads_with_two_attentions_are_refused(tmp_path: Path) -> None:
     """A folder that the converter writes, not one made up here."""
     made = make("nemotron-h")
-    checkpoint = open_checkpoint(made.write(tmp_path / "model"))
-    out = write_heads(checkpoint, plan_heads(checkpoint), tmp_path / "heads")
+    out = heads_folder(made.write(tmp_path / "model"), tmp_path / "heads")
     change(out, lambda raw: raw["heads"]["blocks"][0]["layers"].append({"block_type": "*"}))
     with pytest.raises(MTPError, match="cannot be run yet: each has several layers with attention"):
         load_heads(out, tiny_model("llama", seed=3))

@@ -1,0 +1,50 @@
+"""The MTP heads of a checkpoint alone -> an adapter folder of their own (`mtp-mlx convert --heads-only`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mtp_mlx.convert.heads.families import Found
+from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
+from mtp_mlx.convert.heads.write import CONFIG_NAME, Base, fill_folder, trunk_name
+from mtp_mlx.convert.read.checkpoint import Checkpoint
+from mtp_mlx.convert.trunk import trunk_fingerprint
+from mtp_mlx.errors import ConversionError
+from mtp_mlx.files import check_out, new_folder
+
+
+def convert_heads(
+    checkpoint: Checkpoint,
+    found: Found | None,
+    out: str | Path,
+    *,
+    overrides: Overrides = AS_FAMILY,
+    base: Base | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the heads of `checkpoint` into the adapter folder `out`, whole or not at all, and return its path.
+
+    Args:
+        found: its heads, as `find_heads` found them.
+        overrides: what to take instead of their family's way.
+        base: the model that the heads are for; None for the trunk beside them.
+        force: replace `out` if it is an adapter folder already.
+        progress: called with the name of each tensor before it is written.
+
+    Raises MTPError: no heads, or heads that do not fit (every problem is named); `out` exists, or is no adapter
+        folder; a PEFT adapter, which has no heads; or a disk that is full.
+    """
+    out = Path(out)
+    plan = plan_heads(checkpoint, found, overrides)
+    if plan.convention.kind == "lora":
+        raise ConversionError(
+            f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
+            "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
+        )
+    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
+    base = base or Base(trunk_name(checkpoint), *trunk_fingerprint(checkpoint, found))
+    with new_folder(out) as folder:
+        fill_folder(folder, checkpoint, plan, base, progress=progress)
+    return out
