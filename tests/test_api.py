@@ -226,7 +226,7 @@ def test_lookup_that_cannot_run_is_counted(loaded: Any) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -2}, "max_tokens"),
         ({"layout": "cubic"}, "unknown layout 'cubic'"),
-        ({"slots": 9}, "slots must be from 1 to 4"),
+        ({"slots": 9}, "drafts per step must be 1 to 4"),
     ],
 )
 def test_bad_options(loaded: Any, options: dict[str, Any], message: str) -> None:

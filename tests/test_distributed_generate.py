@@ -132,11 +132,11 @@ class Told(Peers):
 
 
 def test_the_first_process_decides() -> None:
-    proposals = [Proposal("slots", [1, 2, 3], [0.5] * 3), Proposal("lookup", [7, 8], [1.0, 1.0])]
+    proposals = [Proposal.chain("slots", [1, 2, 3], [0.5] * 3), Proposal.chain("lookup", [7, 8], [1.0, 1.0])]
     follower = Told(rank=1, size=2)
     follower.__dict__["said"] = ["lookup", 1, 1, (2, 3), 0]
     policy = LedPolicy(FixedPolicy("plain", 0), follower)
-    assert policy.choose(proposals) == (Proposal("lookup", [7], [1.0]), Layout(1, (2, 3)))
+    assert policy.choose(proposals) == (Proposal.chain("lookup", [7], [1.0]), Layout(1, (2, 3)))
     follower.__dict__["said"] = True
     assert policy.interrupts_plain() is True
     for peers, told in ((follower, []), (Told(rank=0, size=2), [7])):

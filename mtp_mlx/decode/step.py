@@ -85,12 +85,24 @@ def shape_of(session: Session, layout: Layout) -> BlockShape:
 
 def block_of(session: Session, layout: Layout, drafts: list[int], start: int) -> Block:
     """The rows of a step that verifies `drafts` and whose pending token stands at position `start`."""
+    _check(session, layout)
     shape = shape_of(session, layout)
     rows = mx.array([session.tokens[-1], *drafts], dtype=mx.int32)
     block = Block.decode(rows, shape, start, session.attached.vocab_size)
     if session.drafter is None or not layout.slot_rows:
         return block
     return replace(block, uniforms=session.drafter.uniforms(shape, start))
+
+
+def _check(session: Session, layout: Layout) -> None:
+    """Raises MTPError for a layout that asks the model's drafter for what it does not do."""
+    source = session.attached.speculator
+    if layout.slot_rows and (source is None or not source.places_slots):
+        raise MTPError("this layout places slots, and this model has no adapter with slots")
+    if layout.chain and (source is None or source.places_slots):
+        raise MTPError("this layout drafts behind the pass, and this model has nothing that does")
+    if layout.asks_for_drafts and session.drafter is None:
+        raise MTPError("this layout asks for drafts, which its policy did not announce in `own_drafts`")
 
 
 def verify(
@@ -168,8 +180,7 @@ def draft(session: Session, verified: Verified) -> LazyStep:
     """Fresh drafts for the positions after the target's own pick, lazily; none if the layout asks for none."""
     layout, fresh = verified.layout, LazyDrafts.none()
     if layout.asks_for_drafts:
-        if session.drafter is None:
-            raise MTPError("internal error: a layout asks for drafts, and no drafter was opened")
+        assert session.drafter is not None
         fresh = session.drafter.propose(verified)
     peers = session.attached.peers
     integers = mx.concatenate([verified.accepted.reshape(1), verified.picks, fresh.ids])

@@ -162,7 +162,7 @@ def test_first_mistakes(folder: Path) -> None:
         (["-m", "nowhere"], "no model 'nowhere'"),
         (["--layout", "linear", "-a", "none"], "needs an adapter"),
         (["--emit", "conf-adapt", "--temp", "1"], "would do nothing"),
-        (["--slots", "9"], "slots must be from 1 to 4"),
+        (["--slots", "9"], "drafts per step must be 1 to 4"),
     ):
         result = chat(folder, ["a"], *args)
         assert result.exit_code == 2 and message in result.stderr and result.stdout == "", result.output

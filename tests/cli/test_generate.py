@@ -216,11 +216,14 @@ def test_drafter(folder: Path, expected: list[Any]) -> None:
         assert found["tokens"] == [r.token for r in expected]
         drafters = set(found["stats"]["submitted_by"])
         assert "slots" in drafters if "slots" in options[0] else drafters <= {"lookup"}
-    for name, message in [("heads", "needs an adapter with MTP heads"), ("x", "unknown drafter 'x'")]:
+    for name, message in [
+        ("heads", "needs MTP heads: name them with --adapter"),
+        ("x", "unknown drafter 'x'"),
+    ]:
         result = run(folder, "--drafter", name)
         assert result.exit_code == 2 and message in result.stderr
     result = run(folder, "--drafter", "lookup", "--lookup")
-    assert result.exit_code == 2 and "leave --lookup and --no-lookup out" in result.stderr
+    assert result.exit_code == 2 and "leave --lookup out" in result.stderr
 
 
 def test_ctrl_c_keeps_the_text(folder: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +268,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--prompt-file", "x", "--prompt", "y"], "give one of them"),
     (["--raw", "--system", "x"], "drop one of them"),
     (["--layout", "cubic"], "'cubic' is not one of"),
-    (["--slots", "9"], "slots must be from 1 to 4"),
+    (["--slots", "9"], "drafts per step must be 1 to 4"),
     (["--adapter", "none", "--layout", "linear"], "needs an adapter"),
     (["--adapter", "nowhere"], "nowhere is no adapter folder"),
     (["--temp", "-1"], "--temp must be at least 0"),

@@ -129,21 +129,21 @@ def test_python_calls(folder: Path, expected: str) -> None:
     assert model.most_drafts == 3 and model.info.convention.family == "test"
     assert generate(model, tokenizer, "The sky", COUNT, layout="linear") == expected
     model.detach()
-    assert model.mtp_heads is None
+    assert model.speculator is None
 
 
 @pytest.mark.parametrize(
     ("model", "args", "message"),
     [
         ("model", ["--layout", "quadratic"], "slots, which MTP heads do not need"),
-        ("model", ["--layout", "linear", "--slots", "40"], "drafts in each step, from 1 to 16"),
+        ("model", ["--layout", "linear", "--slots", "40"], "drafts per step must be 1 to 16"),
         (
             "model",
             ["--loop", "2"],
-            "a loop of 2 drafts is shorter than the 3 heads: use slots to draft fewer",
+            "a loop of 2 drafts is shorter than the 3 heads: use --drafts to draft fewer",
         ),
         ("model", ["--loop", "17"], "must be at most 16"),
-        ("model", ["--loop", "5", "-a", "none"], "a loop applies MTP heads again, and there are none here"),
+        ("model", ["--loop", "5", "-a", "none"], "--loop applies MTP heads again, and there are none here"),
         ("other", [], "trained for base 'tiny'"),
     ],
 )

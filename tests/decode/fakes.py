@@ -11,6 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
@@ -46,17 +47,14 @@ def untouched(architecture: str, **overrides: Any) -> Any:
     return tiny_model(architecture, seed=3, **overrides)
 
 
-class KnowingDrafter:
+class KnowingDrafter(Drafter):
     """Drafts the true continuation, each token with some probability and a wrong one otherwise.
 
     The slot rows of the block are there as ever; only what is drafted from them is replaced.
     """
 
-    lead, other_sampling = 0, ""
-
     def __init__(self, truth: Sequence[int], start: int, probability: float, seed: int) -> None:
         """truth[i] is the token at absolute position start + i."""
-        self.max_drafts = MOST_SLOTS
         rng = np.random.default_rng(seed)
         length = start + len(truth) + 2 * MOST_SLOTS + 2
         table = rng.integers(0, VOCABULARY, (length, MOST_SLOTS))
@@ -68,18 +66,12 @@ class KnowingDrafter:
                     table[position, slot] = truth[index] if rng.random() < probability else wrong
         self._table = mx.array(table.astype(np.int32))
 
-    def propose(
-        self,
-        hidden: mx.array,
-        shape: Any,
-        accepted: mx.array,
-        pick: mx.array,
-        position: mx.array,
-        history: Any,
-    ) -> tuple[mx.array, mx.array]:
-        """See `MaskSlotDrafter.propose`."""
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter.propose`."""
+        shape = verified.shape
         count = int(max(np.diff([*shape.group_start, shape.rows])))
-        return self._table[position][:count], mx.full((count,), 0.5) + 0 * hidden[-1, 0]
+        sure = mx.full((count,), 0.5) + 0 * verified.hidden[-1, 0]
+        return LazyDrafts(self._table[verified.position][:count], sure)
 
 
 @contextmanager
@@ -88,7 +80,7 @@ def drafting(drafter: KnowingDrafter | None) -> Iterator[None]:
     if drafter is None:
         yield
         return
-    with mock.patch("mtp_mlx.decode.loop.MaskSlotDrafter", lambda model, picker, vocabulary: drafter):
+    with mock.patch("mtp_mlx.drafters.masks.weights.MaskSlotDrafter", lambda *_: drafter):
         yield
 
 

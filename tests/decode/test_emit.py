@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
 from mtp_mlx.api import GenerationResponse, stream_generate
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
@@ -279,7 +280,7 @@ def test_every_response_says_lossless_false() -> None:
         (Emission("static"), {"layout": "plain"}, "does not go with layout 'plain'"),
         (Emission("conf-adapt"), {"layout": "quadratic"}, "does not go with layout 'quadratic'"),
         (Emission("verified", 0.5), {"layout": "plain"}, "does not go with layout 'plain'"),
-        (Emission("conf-adapt"), {"slots": 9}, "slots must be from 1 to 4"),
+        (Emission("conf-adapt"), {"slots": 9}, "drafts per step must be 1 to 4"),
         (Emission("conf-adapt"), {"sampling": SamplingConfig(temperature=0.7)}, "--first-token-sampling"),
         (Emission("conf-adapt", 0.9, True), {}, "needs a temperature"),
     ],
@@ -294,7 +295,7 @@ def test_without_mask_tokens_it_is_refused(emit: Emission) -> None:
     with pytest.raises(MTPError, match="needs an adapter with mask tokens"):
         responses(attach(tiny_model("llama")), emission=emit, slots=None)
     if not emit.lossless:
-        with pytest.raises(MTPError, match="this model has none"):
+        with pytest.raises(MTPError, match="needs an adapter with mask tokens"):
             next(mtp_generate_step(PROMPT, attach(tiny_model("llama")), emission=emit))
 
 
@@ -304,10 +305,9 @@ def test_without_mask_tokens_it_is_refused(emit: Emission) -> None:
 class DoubtingDrafter(KnowingDrafter):
     """Knows the text and gives every draft its own confidence."""
 
-    def propose(self, *arguments: Any) -> tuple[mx.array, mx.array]:
-        ids, _ = super().propose(*arguments)
-        position = arguments[4]
-        return ids, mx.abs(mx.sin(1.7 * (position + mx.arange(len(ids)))))
+    def propose(self, verified: Verified) -> LazyDrafts:
+        ids = super().propose(verified).ids
+        return LazyDrafts(ids, mx.abs(mx.sin(1.7 * (verified.position + mx.arange(len(ids))))))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

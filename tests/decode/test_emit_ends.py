@@ -203,7 +203,7 @@ def test_tau_one_is_plain_greedy_text_with_windows(architecture: str) -> None:
 def with_heads() -> AttachedModel:
     model = tiny_model("qwen3", seed=3)
     heads = random_heads(model, 3)
-    return attach(model, mtp_heads=MTPHeads(heads.heads, heads.convention))
+    return attach(model, MTPHeads(heads.heads, heads.convention))
 
 
 @pytest.mark.parametrize("emit", [STATIC, Emission("conf-adapt"), Emission("verified", 0.5)])
@@ -217,9 +217,9 @@ def test_ptp_is_verified_only(variant: str) -> None:
     """Unverified emission of its slots is refused, by the loop itself too; a tau for submitting drafts is not."""
     model = ptp_attached("llama", variant, "bits")
     for emit in (STATIC, Emission("conf-adapt", 0.5)):
-        with pytest.raises(MTPError, match="Parallel Token Prediction: use --emit verified"):
+        with pytest.raises(MTPError, match="Parallel Token Prediction: use emission 'verified'"):
             list(stream_generate(model, tiny_tokenizer(), PROMPT, 8, emission=emit))
-        with pytest.raises(MTPError, match="Parallel Token Prediction: use --emit verified"):
+        with pytest.raises(MTPError, match="Parallel Token Prediction: use emission 'verified'"):
             next(mtp_generate_step(PROMPT, model, policy=FixedPolicy("linear", 2), emission=emit))
     hot = SamplingConfig(temperature=0.9, seed=3)
     plain = [r.token for r in mtp_generate_step(PROMPT, model, max_tokens=16, sampling=hot)]

@@ -50,9 +50,7 @@ def bare(architecture: str, exact: bool = False) -> AttachedModel:
 def with_heads(architecture: str, count: int) -> AttachedModel:
     """A tiny model with random heads."""
     model = tiny_model(architecture, seed=3)
-    return attach(
-        model, mtp_heads=MTPHeads(random_heads(model, count).heads, random_heads(model, 1).convention)
-    )
+    return attach(model, MTPHeads(random_heads(model, count).heads, random_heads(model, 1).convention))
 
 
 class KnowingLookup(LookupDrafter):
@@ -146,7 +144,7 @@ class Case:
         with pytest.MonkeyPatch.context() as patch:
             if self.heads:
                 patch.setattr(Knowing, "truth", (len(self.prompt), truth))
-                patch.setattr("mtp_mlx.decode.session.HeadChain", Knowing)
+                patch.setattr("mtp_mlx.drafters.heads.cascade.HeadChain", Knowing)
             return list(
                 mtp_generate_step(
                     list(self.prompt),

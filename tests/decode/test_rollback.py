@@ -188,12 +188,12 @@ def test_a_refusal_leaves_the_cache_alone() -> None:
     untouched("rwkv7")(mx.array([PROMPT]), cache=rwkv)
     assert "does not say how many tokens" in refused(bare("rwkv7"), rwkv)
     medusa = model_with("medusa")
-    assert "cannot draft 4 tokens" in refused(medusa, medusa.make_cache(), policy=ChainPolicy(4))
+    assert "drafts per step must be 1 to" in refused(medusa, medusa.make_cache(), policy=ChainPolicy(4))
     windows = bare("gemma3_text")
-    assert "leave kv_bits out" in refused(windows, windows.make_cache(), kv_bits=8)
+    assert "leave `kv_bits` out" in refused(windows, windows.make_cache(), kv_bits=8)
     for name in ("gemma3_text", "qwen3_next"):
         emission = Emission("static")
-        assert "this model has none" in refused(
+        assert "needs an adapter with mask tokens" in refused(
             bare(name), bare(name).make_cache(), emission=emission, policy=FixedPolicy("linear", 2)
         )
     griffin = attach(tiny_model("recurrent_gemma", seed=3))

@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.loop import speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.errors import MTPError
@@ -28,9 +29,8 @@ def session(
     model = attached("llama", **(QUANTISABLE if settings else {}))
     picker = Picker(sampling or SamplingConfig())
     drafter = KnowingDrafter(truth or [0], len(prompt), 1.0, 0)
-    made = Session(
-        model, picker, drafter, prompt, model.make_cache(), CacheSettings(kv_group_size=32, **settings)
-    )  # type: ignore[arg-type]
+    cache_settings = CacheSettings(kv_group_size=32, **settings)  # type: ignore[arg-type]
+    made = Session(model, picker, prompt, model.make_cache(), cache_settings, lambda start: drafter)
     made.prefill()
     return made
 
@@ -43,7 +43,7 @@ def keys(own: Session) -> list[np.ndarray]:
 def test_prefill_leaves_the_last_token_pending() -> None:
     own = session()
     assert own.cached == len(PROMPT) - 1 and own.tokens == PROMPT
-    result = own.step(Layout.plain(), [])
+    result = speculative_step(own, Layout.plain(), [])
     assert own.cached == len(PROMPT) and own.tokens == PROMPT + result.tokens and result.n_accepted == 0
 
 
@@ -51,14 +51,14 @@ def test_prefill_leaves_the_last_token_pending() -> None:
 def test_histories(size: int) -> None:
     """Row i knows the tokens before the pick that it makes, drafts included, the latest last."""
     own = session(sampling=SamplingConfig(repetition_penalty=1.3, repetition_context_size=size))
-    histories = own._histories([7, 8])
+    histories = own.histories([7, 8])
     assert histories is not None
     for row, text in enumerate([PROMPT, [*PROMPT, 7], [*PROMPT, 7, 8]]):
         assert histories[row].tolist() == ([-1] * size + text)[-size:]
 
 
 def test_no_history_without_penalties() -> None:
-    assert session()._histories([7, 8]) is None
+    assert session().histories([7, 8]) is None
 
 
 @pytest.mark.parametrize("start", [0, 4, 5, 6, 9, 5000])
@@ -76,12 +76,12 @@ def test_a_cache_is_never_quantised_before_the_first_pass() -> None:
     """As in mlx-lm, where the first pass over a long unquantised cache still sees it unquantised."""
     first = session([1] * 12, kv_bits=8, quantized_kv_start=5000)
     settings = CacheSettings(kv_bits=8, kv_group_size=32, quantized_kv_start=3)
-    second = Session(first.attached, first.picker, first.drafter, [5], first.cache, settings)
+    second = Session(first.attached, first.picker, [5], first.cache, settings)
     second.prefill()
     assert second.draft_limit() == 0
-    second.step(Layout.plain(), [])
+    speculative_step(second, Layout.plain(), [])
     assert isinstance(second.cache[0], KVCache) and second.draft_limit() is None
-    second.step(Layout.plain(), [])
+    speculative_step(second, Layout.plain(), [])
     assert isinstance(second.cache[0], QuantizedKVCache)
 
 
@@ -89,10 +89,10 @@ def test_a_cache_is_never_quantised_before_the_first_pass() -> None:
 def test_settle_takes_back_what_the_consumer_did_not_see(kept: int) -> None:
     """Closing inside a block, at its end (one pass more), and with a border of quantisation in between."""
     reference = session()
-    truth = [reference.step(Layout.plain(), []).tokens[0] for _ in range(4)]
+    truth = [speculative_step(reference, Layout.plain(), []).tokens[0] for _ in range(4)]
     own = session(truth=truth)
-    own.step(Layout.quadratic(0, 3), [])
-    result = own.step(Layout.quadratic(3, 3), truth[1:4])
+    speculative_step(own, Layout.quadratic(0, 3), [])
+    result = speculative_step(own, Layout.quadratic(3, 3), truth[1:4])
     assert result.n_accepted == 3 and result.tokens[:3] == truth[1:]
     own.settle(len(PROMPT) + kept)
     expected = session(PROMPT + truth[:kept] + [0])
@@ -104,12 +104,12 @@ def test_settle_takes_back_what_the_consumer_did_not_see(kept: int) -> None:
 def test_settle_does_not_quantise_what_is_too_short_again() -> None:
     """A block reached the border, but the consumer stopped before it."""
     reference = session(kv_bits=8, quantized_kv_start=5000)
-    truth = [reference.step(Layout.plain(), []).tokens[0] for _ in range(4)]
+    truth = [speculative_step(reference, Layout.plain(), []).tokens[0] for _ in range(4)]
     for kept, kind in [(1, KVCache), (3, QuantizedKVCache)]:
         own = session(truth=truth, kv_bits=8, quantized_kv_start=len(PROMPT) + 3)
-        own.step(Layout.quadratic(0, 2), [])
+        speculative_step(own, Layout.quadratic(0, 2), [])
         assert own.draft_limit() == 2
-        assert own.step(Layout.quadratic(2, 2), truth[1:3]).n_accepted == 2
+        assert speculative_step(own, Layout.quadratic(2, 2), truth[1:3]).n_accepted == 2
         own.settle(len(PROMPT) + kept)
         assert own.cached == len(PROMPT) + kept and {type(layer) for layer in own.cache} == {kind}
 
@@ -117,7 +117,7 @@ def test_settle_does_not_quantise_what_is_too_short_again() -> None:
 def test_rewind_forgets_the_newest_pass() -> None:
     own = session()
     before = own.cached
-    own.step(Layout.quadratic(0, 3), [])
+    speculative_step(own, Layout.quadratic(0, 3), [])
     own.rewind()
     assert {layer.offset for layer in own.cache} == {before}
 
@@ -138,18 +138,18 @@ def test_caches_that_cannot_give_rows_back_are_refused() -> None:
     ]:
         given = list(caches)
         with pytest.raises(MTPError, match=message):
-            Session(model, Picker(), None, [1], caches, CacheSettings())
+            Session(model, Picker(), [1], caches, CacheSettings())
         assert caches == given
 
 
 def test_a_sliding_window_is_not_quantised() -> None:
     caches = [RotatingKVCache(8), RotatingKVCache(8)]
     with pytest.raises(MTPError, match="sliding window cannot have a quantised cache"):
-        Session(attached("llama"), Picker(), None, [1], caches, CacheSettings(kv_bits=8))
+        Session(attached("llama"), Picker(), [1], caches, CacheSettings(kv_bits=8))
     assert {type(cache) for cache in caches} == {RotatingKVCache}
 
 
 def test_confidences_come_with_the_drafts() -> None:
-    result = session().step(Layout.linear(0, 3), [])
-    assert len(result.drafts) == len(result.confidences) == 3
+    result = speculative_step(session(), Layout.linear(0, 3), [])
+    assert len(result.fresh) == len(result.fresh.chances) == 3
     assert isinstance(result.logits, mx.array) and result.logits.shape == (1, VOCABULARY)

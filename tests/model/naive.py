@@ -1,7 +1,7 @@
 """Slot rows the slow way: one causal forward pass per slot, sharing no code with `attach`.
 
     attached = attach(build(), random_adapter(build()))
-    naive = NaiveModel(build(), attached.adapter)     a model of its own, of the same weights
+    naive = NaiveModel(build(), attached.speculator)     a model of its own, of the same weights
     naive.hidden([5, 7, 9], slots=2)                  [5, D]: three real tokens, then slots 1 and 2
 
 LoRA acts on rows by a mask of ones and zeros, slot embeddings are rows of one concatenated table, and the

@@ -55,7 +55,7 @@ def dressed(name: str, seed: int = 0) -> AttachedModel:
 @lru_cache(maxsize=64)
 def naive(name: str) -> NaiveModel:
     """The second implementation with the weights of `dressed(name)`."""
-    return NaiveModel(build(name), dressed(name).adapter)
+    return NaiveModel(build(name), dressed(name).speculator)
 
 
 def draw_tokens(count: int, seed: int) -> list[int]:
@@ -166,7 +166,7 @@ def test_rows_see_only_their_own_with_a_quantised_cache() -> None:
     """KV in 8 bits: near the exact rows, and blind to drafts behind them to the last bit."""
     model = tiny_model("llama", seed=3, head_dim=32)
     attached = attach(model, random_adapter(model))
-    second = NaiveModel(tiny_model("llama", seed=3, head_dim=32), attached.adapter)
+    second = NaiveModel(tiny_model("llama", seed=3, head_dim=32), attached.speculator)
     shape = block_shape(2, QUADRATIC)
 
     def rows(drafts: list[int]) -> np.ndarray:
@@ -192,7 +192,7 @@ def test_sliding_windows_hide_what_is_too_far(length: int) -> None:
     overrides = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     model = tiny_model("llama", seed=3, **overrides)
     attached = attach(model, random_adapter(model))
-    second = NaiveModel(tiny_model("llama", seed=3, **overrides), attached.adapter)
+    second = NaiveModel(tiny_model("llama", seed=3, **overrides), attached.speculator)
     prefix, drafts = draw_tokens(length, 1), draw_tokens(3, 2)
     cache = [KVCache() for _ in model.layers]
     mx.eval(attached.forward(Block.real(mx.array([prefix])), cache))
@@ -274,11 +274,11 @@ def test_routers_are_left_alone(name: str) -> None:
 def test_attaching_twice_is_refused() -> None:
     model = tiny_model("llama")
     attached = attach(model, random_adapter(model))
-    for adapter in (None, attached.adapter):
+    for adapter in (None, attached.speculator):
         with pytest.raises(MTPError, match="already attached; detach it first"):
             attach(model, adapter)
     attached.detach()
-    attach(model, attached.adapter)
+    attach(model, attached.speculator)
 
 
 def test_an_adapter_of_another_shape_is_refused() -> None:

@@ -28,7 +28,7 @@ def cost_of(
 
 
 def slot_proposal(count: int) -> Proposal:
-    return Proposal("slots", [7] * count, [0.5] * count)
+    return Proposal.chain("slots", [7] * count, [0.5] * count)
 
 
 def observe(
@@ -78,14 +78,14 @@ def test_no_stationary_policy_is_much_better(
     per_row: float, acceptance: tuple[float, float], steps_at: int | None
 ) -> None:
     cost = cost_of(per_row, draft=0.02, steps_at=steps_at)
-    planner = BudgetPolicy(cost, 2, acceptance)
+    planner = BudgetPolicy(cost, 2, acceptance, "slots")
     planner.interrupts_plain = lambda: False  # type: ignore[method-assign]
     chosen = {held: planner.choose([slot_proposal(held)])[1] for held in range(3)}
     assert rate_of(chosen, acceptance, cost) >= best_rate(2, acceptance, cost) / (MARGIN + 0.01)
 
 
 def test_free_rows_and_sure_drafts_take_every_slot() -> None:
-    planner = BudgetPolicy(cost_of(0.0), 4, [0.99] * 4)
+    planner = BudgetPolicy(cost_of(0.0), 4, [0.99] * 4, "slots")
     assert planner.choose([slot_proposal(0)])[1] == Layout(0, (4,))
     proposal, layout = planner.choose([slot_proposal(4)])
     assert layout.drafts == 4 and layout.slots[4] == 4 and proposal.source == "slots"
@@ -93,22 +93,22 @@ def test_free_rows_and_sure_drafts_take_every_slot() -> None:
 
 
 def test_worthless_drafts_mean_plain_decoding() -> None:
-    planner = BudgetPolicy(cost_of(0.1), 4, [0.01] * 4)
+    planner = BudgetPolicy(cost_of(0.1), 4, [0.01] * 4, "slots")
     assert planner.choose([slot_proposal(4)])[1] == Layout.plain()
     assert "plain" in planner.verdict
 
 
 def test_it_stays_below_a_step_in_the_cost() -> None:
-    cheap = BudgetPolicy(cost_of(0.01, steps_at=8), 4, [0.7] * 4)
+    cheap = BudgetPolicy(cost_of(0.01, steps_at=8), 4, [0.7] * 4, "slots")
     layout = cheap.choose([slot_proposal(4)])[1]
     assert 4 <= layout.rows <= 7  # interpolation starts to climb after 6 rows
-    assert BudgetPolicy(cost_of(0.01), 4, [0.7] * 4).choose([slot_proposal(4)])[1].rows > 8
+    assert BudgetPolicy(cost_of(0.01), 4, [0.7] * 4, "slots").choose([slot_proposal(4)])[1].rows > 8
 
 
 def test_rows_that_get_dear_behind_a_long_text_are_left_out_there() -> None:
     """The curve has rows that are free behind nothing and cost a step each behind 1000 tokens."""
     free, dear = cost_of(0.0), cost_of(1.0)
-    planner = BudgetPolicy(replace(free, long=dear.short, plain=(1.0, 1.5)), 4, [0.9] * 4)
+    planner = BudgetPolicy(replace(free, long=dear.short, plain=(1.0, 1.5)), 4, [0.9] * 4, "slots")
     assert planner.choose([slot_proposal(4)])[1].rows > 8
     planner.begin(4000)
     assert planner.choose([slot_proposal(0)])[1] == Layout.plain() and "do not pay" in planner.verdict
@@ -121,15 +121,15 @@ def test_rows_that_get_dear_behind_a_long_text_are_left_out_there() -> None:
 
 
 def test_lookup_is_verified_when_slots_do_not_pay() -> None:
-    planner = BudgetPolicy(cost_of(0.1, per_slot=1.0), 4, [0.3] * 4)
-    lookup = Proposal("lookup", [3] * 20, [1.0] * 20)
+    planner = BudgetPolicy(cost_of(0.1, per_slot=1.0), 4, [0.3] * 4, "slots")
+    lookup = Proposal.chain("lookup", [3] * 20, [1.0] * 20)
     proposal, layout = planner.choose([slot_proposal(0), lookup])
     assert proposal.source == "lookup" and layout.drafts > 4
 
 
 def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
-    planner = BudgetPolicy(cost_of(0.3), 0, [])
-    lookup = Proposal("lookup", [3] * 20, [0.5] * 20)
+    planner = BudgetPolicy(cost_of(0.3), 0, [], "slots")
+    lookup = Proposal.chain("lookup", [3] * 20, [0.5] * 20)
     assert planner.choose([slot_proposal(0), lookup])[1].drafts > 0
     for _ in range(60):
         observe(planner, lookup, Layout(8, (0,) * 9), 0)
@@ -137,7 +137,7 @@ def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
 
 
 def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
-    planner = BudgetPolicy(cost_of(0.05), 2, [0.01, 0.01])
+    planner = BudgetPolicy(cost_of(0.05), 2, [0.01, 0.01], "slots")
     probes = []
     for step in range(40 * FIRST_PROBE):
         if planner.interrupts_plain():
@@ -156,7 +156,7 @@ def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
 
 def test_a_curve_measured_in_a_slow_minute_heals() -> None:
     """The curve promises free rows. Plain steps are twice as quick as it says, steps with slots as it says."""
-    planner = BudgetPolicy(cost_of(0.0), 4, [0.5] * 4)
+    planner = BudgetPolicy(cost_of(0.0), 4, [0.5] * 4, "slots")
     assert planner.choose([slot_proposal(0)])[1] != Layout.plain()
     for _ in range(30):
         layout = planner.choose([slot_proposal(0)])[1]
@@ -167,7 +167,7 @@ def test_a_curve_measured_in_a_slow_minute_heals() -> None:
 
 
 def test_a_machine_that_is_slower_for_everything_changes_no_choice() -> None:
-    planner, slow = (BudgetPolicy(cost_of(0.1), 4, [0.6] * 4) for _ in range(2))
+    planner, slow = (BudgetPolicy(cost_of(0.1), 4, [0.6] * 4, "slots") for _ in range(2))
     for _ in range(30):
         for layout in (Layout.plain(), Layout(0, (4,)), Layout(4, (4, 0, 0, 0, 0)), Layout(4, (4,) * 5)):
             observe(planner, slot_proposal(layout.drafts), layout, 0)
@@ -185,7 +185,7 @@ def test_a_machine_that_is_slower_for_everything_changes_no_choice() -> None:
 def test_every_choice_is_a_legal_layout(
     per_row: float, acceptance: list[float], confidences: list[float]
 ) -> None:
-    planner = BudgetPolicy(cost_of(per_row), 3, acceptance)
-    offered = Proposal("slots", [1] * len(confidences), confidences)
+    planner = BudgetPolicy(cost_of(per_row), 3, acceptance, "slots")
+    offered = Proposal.chain("slots", [1] * len(confidences), confidences)
     proposal, layout = planner.choose([offered])
     assert layout.drafts <= len(proposal.drafts) and max(layout.slots) <= 3

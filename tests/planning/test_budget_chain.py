@@ -11,14 +11,14 @@ import pytest
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.planning import calibrate
-from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, HeadsBudgetPolicy
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 from tests.drafters.heads.test_chain import model_with_heads
 from tests.planning.test_budget import cost_of, observe
 
 
 def heads_proposal(count: int) -> Proposal:
-    return Proposal("heads", [7] * count, [0.5] * count)
+    return Proposal.chain("heads", [7] * count, [0.5] * count)
 
 
 def rate_of(policy: Sequence[Layout], acceptance: Sequence[float], cost: StepCost) -> float:
@@ -49,27 +49,27 @@ def test_no_stationary_policy_is_much_better(
     per_row: float, acceptance: tuple[float, float], draft: float
 ) -> None:
     cost = cost_of(per_row, draft=draft)
-    planner = HeadsBudgetPolicy(cost, 2, acceptance)
+    planner = ChainBudgetPolicy(cost, 2, acceptance, "heads")
     chosen = [planner.choose([heads_proposal(held)])[1] for held in range(3)]
     assert rate_of(chosen, acceptance, cost) >= best_rate(2, acceptance, cost) / (MARGIN + 0.01)
     assert all(not layout.slot_rows for layout in chosen)
 
 
 def test_free_and_sure_heads_are_all_used() -> None:
-    planner = HeadsBudgetPolicy(cost_of(0.0), 4, [0.99] * 4)
-    assert planner.chain == 4 and planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 4)
+    planner = ChainBudgetPolicy(cost_of(0.0), 4, [0.99] * 4, "heads")
+    assert planner.own_drafts == 4 and planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 4)
     assert planner.choose([heads_proposal(4)])[1] == Layout.chained(4, 4)
     assert planner.rate > 4 and planner.verdict.startswith("heads expected to give")
 
 
 def test_a_chain_is_no_longer_than_pays() -> None:
     """The last two heads are never right: each would cost its time and a row for nothing."""
-    planner = HeadsBudgetPolicy(cost_of(0.05, draft=0.05), 4, [0.9, 0.8, 0.01, 0.01])
+    planner = ChainBudgetPolicy(cost_of(0.05, draft=0.05), 4, [0.9, 0.8, 0.01, 0.01], "heads")
     assert planner.choose([heads_proposal(2)])[1] == Layout.chained(2, 2)
 
 
 def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
-    planner = HeadsBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2)
+    planner = ChainBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2, "heads")
     assert planner.choose([heads_proposal(2)])[1] == Layout.plain()
     assert planner.verdict == "heads do not pay here, plain unless sure"
     for _ in range(FIRST_PROBE):
@@ -80,7 +80,7 @@ def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None
 
 
 def test_it_learns_that_heads_are_right() -> None:
-    planner = HeadsBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.05] * 2)
+    planner = ChainBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.05] * 2, "heads")
     for _ in range(40):
         observe(planner, heads_proposal(2), Layout.chained(2, 2), 2)
     assert planner.choose([heads_proposal(0)])[1].chain == 2

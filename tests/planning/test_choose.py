@@ -28,7 +28,7 @@ from tests.planning.test_budget import cost_of
 from tests.tiny import tiny_model
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
-OWN, TEXT = Proposal("heads", [1, 2, 3, 4], [0.9] * 4), Proposal("lookup", [7, 8], [0.5] * 2)
+OWN, TEXT = Proposal.chain("heads", [1, 2, 3, 4], [0.9] * 4), Proposal.chain("lookup", [7, 8], [0.5] * 2)
 
 
 def bare(architecture: str = "llama") -> AttachedModel:
@@ -54,11 +54,11 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("name", "lookup", "message"),
     [
-        ("heads", None, "drafter 'heads' needs an adapter with MTP heads"),
-        ("lookup,slots", None, "drafter 'slots' needs an adapter with mask tokens"),
-        ("medusa", None, "unknown drafter 'medusa': choose from heads, slots, lookup"),
+        ("heads", None, "drafter 'heads' needs MTP heads"),
+        ("lookup,slots", None, "drafter 'slots' needs an adapter with slots"),
+        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, lookup"),
         ("", None, "unknown drafter ''"),
-        ("lookup", True, "leave --lookup and --no-lookup out"),
+        ("lookup", True, "leave `lookup` out"),
     ],
 )
 def test_names_that_do_not_go(name: str, lookup: bool | None, message: str) -> None:
@@ -75,7 +75,7 @@ def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(lookup_policy(model, "auto", None), BudgetPolicy)
     for layout, drafts, message in [
         ("quadratic", None, "drafter 'lookup' does not need"),
-        ("linear", 17, "from 1 to 16; got 17"),
+        ("linear", 17, "must be 1 to 16; got 17"),
         ("cubic", None, "unknown layout 'cubic'"),
     ]:
         with pytest.raises(MTPError, match=message):
@@ -86,7 +86,7 @@ def test_lookup_alone_does_not_forget_what_the_adapter_records(monkeypatch: pyte
     """The experience it begins is that of later generations, which draft with the heads."""
     monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
-    model = attach(base, mtp_heads=random_heads(base, 2))
+    model = attach(base, random_heads(base, 2))
     model.info = SimpleNamespace(acceptance=[0.9, 0.4])
     lookup_policy(model, "auto", None)
     assert model.experience.acceptance["heads"].summary()[:2] == pytest.approx([0.9, 0.4])
@@ -96,10 +96,10 @@ def test_a_match_goes_first() -> None:
     for policy in (ChainPolicy(4), FixedPolicy("linear", 4), LookupPolicy(4)):
         assert policy.choose([OWN, TEXT])[0] == TEXT
         assert policy.choose([OWN])[0].source == "heads"
-        assert policy.choose([OWN, Proposal("lookup", [], [])])[0].source == "heads"
+        assert policy.choose([OWN, Proposal.chain("lookup", [], [])])[0].source == "heads"
     assert ChainPolicy(4).choose([OWN, TEXT])[1] == Layout.chained(2, 4)
     assert LookupPolicy(4).choose([OWN, TEXT])[1] == Layout(2, (0, 0, 0))
-    assert LookupPolicy(4).choose([Proposal("slots", [], [])])[1] == Layout.plain()
+    assert LookupPolicy(4).choose([Proposal.chain("slots", [], [])])[1] == Layout.plain()
 
 
 def drafted(model: AttachedModel, policy: Any, temperature: float = 0.0) -> tuple[list[int], DecodeStats]:

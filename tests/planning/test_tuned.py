@@ -61,13 +61,13 @@ def test_auto_does_what_was_tuned_and_says_so() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"slots": 3}, {"lookup": True}, {"lookup": False}, {"drafter": "slots,lookup"}, {"layout": "linear"}],
+    [{"drafts": 3}, {"lookup": True}, {"lookup": False}, {"drafter": "slots,lookup"}, {"layout": "linear"}],
 )
 def test_the_user_s_word_goes_first(options: dict[str, Any]) -> None:
     attached = model()
     remember(attached, PLAIN, {})
     stats = DecodeStats()
-    arguments = {"layout": "auto", "slots": None, **options}
+    arguments = {"layout": "auto", "drafts": None, **options}
     assert plan_drafting(attached, stats=stats, **arguments).policy.max_drafts > 0 and stats.tuned == ""
 
 

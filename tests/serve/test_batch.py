@@ -89,7 +89,7 @@ class Running:
         with ExitStack() as stack:
             if text.acceptance is not None:
                 start, seed = len(text.prompt), text.sampling.seed % 1000
-                if isinstance(model.adapter, PTPAdapter):
+                if isinstance(model.speculator, PTPAdapter):
                     stack.enter_context(ptp_drafting(truth, start, text.acceptance, seed))
                 else:
                     stack.enter_context(drafting(KnowingDrafter(truth, start, text.acceptance, seed)))
@@ -107,8 +107,8 @@ class Running:
                 constraint=None,
             )
         assert isinstance(loop, DecodeLoop)
-        if isinstance(session.chain, Knowing):
-            session.chain.truth = (len(text.prompt), truth)
+        if isinstance(session.drafter, Knowing):
+            session.drafter.truth = (len(text.prompt), truth)
         self.session, self.loop = session, loop
         self.member: Member | None = None
         self.tokens: list[Token] = []
@@ -231,7 +231,7 @@ def test_mtp_heads(cases: list[Text], chain: int, lookup: bool) -> None:
     known = [[token.token for token in truth] for truth in truths]
     plan = BatchPlan(BatchDrafting("linear", chain=chain, lookup=chain if lookup else 0))
     policies: list[Policy] = [ChainPolicy(chain) for _ in cases]
-    with mock.patch("mtp_mlx.decode.session.HeadChain", Knowing):
+    with mock.patch("mtp_mlx.drafters.heads.cascade.HeadChain", Knowing):
         running = together(model, cases, plan, policies, known, lookup)
     check(model, running, truths)
 
@@ -309,7 +309,9 @@ def cost(rows_cost: float) -> StepCost:
 def plan(rows_cost: float, prior: float = 0.8, **drafting: int) -> BatchPlan:
     count = max(drafting.values())
     return BatchPlan(
-        BatchDrafting("auto", **drafting), cost(rows_cost), Experience.fresh(count, [prior] * count)
+        BatchDrafting("auto", own="slots", **drafting),
+        cost(rows_cost),
+        Experience.fresh("slots", count, [prior] * count),
     )
 
 
@@ -326,7 +328,9 @@ def test_a_planned_batch_knows_how_long_its_texts_are() -> None:
     """Rows that are free behind short texts and dear behind long ones: the mean length decides."""
     short, long = (1.0, 1.0), (1.0, 60.0)
     dearer = StepCost((1, 100), (0, 1000), short, long, (1,), (0.0,), 0.0, (1.0, 1.0))
-    found = BatchPlan(BatchDrafting("auto", slots=4), dearer, Experience.fresh(4, [0.8] * 4))
+    found = BatchPlan(
+        BatchDrafting("auto", slots=4, own="slots"), dearer, Experience.fresh("slots", 4, [0.8] * 4)
+    )
     assert found.choose([4, 4], [10, 20]).slot_rows
     assert found.choose([4, 4, 4], [0, 4000, 2000]) == Layout.plain()
 
@@ -377,7 +381,9 @@ def test_planned_rates_are_those_of_the_chain_of_states(n_sequences: int, slots:
 
 def test_planned_rates_count_rows_that_draft_nothing() -> None:
     found = BatchPlan(
-        BatchDrafting("auto", slots=2), replace(cost(0.1), lead=1), Experience.fresh(2, [0.5] * 2, 1)
+        BatchDrafting("auto", slots=2, own="slots"),
+        replace(cost(0.1), lead=1),
+        Experience.fresh("slots", 2, [0.5] * 2, 1),
     )
     rows = 3 * block_shape(2, (2, 2, 2), lead=1).rows
     expected = (1 + 0.5 + 0.25) / (1 + 0.1 * (rows - 1))
@@ -388,17 +394,21 @@ def test_a_planned_batch_learns() -> None:
     found = plan(0.05, prior=0.9, slots=2)
     assert found.choose([2, 2], [0, 0]).slot_rows
     for _ in range(400):
-        found.observe(Proposal("slots", [1, 2], [0.5, 0.5]), 0)
+        found.observe(Proposal.chain("slots", [1, 2], [0.5, 0.5]), 0)
     assert any(found.choose([2, 2], [0, 0]) == Layout.plain() for _ in range(64))
 
 
 def test_options_become_what_a_batch_drafts_with() -> None:
     slots, heads = attached("qwen3"), model_with_heads("qwen3", 2, 4)
-    assert batch_drafting(slots, "quadratic", 2) == BatchDrafting("quadratic", slots=2)
-    assert batch_drafting(slots, "linear", None, lookup=True) == BatchDrafting("linear", slots=4, lookup=4)
-    assert batch_drafting(heads, "auto", None) == BatchDrafting("auto", chain=4)
+    assert batch_drafting(slots, "quadratic", 2) == BatchDrafting("quadratic", slots=2, own="slots")
+    assert batch_drafting(slots, "linear", None, lookup=True) == BatchDrafting(
+        "linear", slots=4, lookup=4, own="slots"
+    )
+    assert batch_drafting(heads, "auto", None) == BatchDrafting("auto", chain=4, own="heads")
     assert batch_drafting(slots, "plain", None) == BatchDrafting("plain")
-    assert batch_drafting(slots, "linear", None, drafter="lookup") == BatchDrafting("linear", lookup=8)
+    assert batch_drafting(slots, "linear", None, drafter="lookup") == BatchDrafting(
+        "linear", lookup=8, own="slots"
+    )
     with pytest.raises(MTPError, match="unknown drafter"):
         batch_drafting(slots, "linear", None, drafter="magic")
 
@@ -406,7 +416,7 @@ def test_options_become_what_a_batch_drafts_with() -> None:
 def test_a_sequence_s_keys_are_in_one_place() -> None:
     """Joining does not keep a second copy."""
     model = attached("llama")
-    session = Session(model, mock.Mock(history_size=0), None, [1, 2, 3], model.make_cache(), CacheSettings())
+    session = Session(model, mock.Mock(history_size=0), [1, 2, 3], model.make_cache(), CacheSettings())
     session.prefill()
     Batch(model, plan_for("plain", 0, False)).join(session, mock.Mock())
     assert session.cached == 0

@@ -30,7 +30,7 @@ def test_the_demo_model(temperature: float) -> None:
     result = CliRunner().invoke(cli.main, command)
     assert result.exit_code == 0, result.output
     text = json.loads(result.stdout)["text"]
-    app = application(ServeSettings(layout="quadratic", slots=2), None)
+    app = application(ServeSettings(layout="quadratic", drafts=2), None)
     messages = [{"role": "user", "content": QUESTION}]
     asked = {"model": "smollm2-135m", "messages": messages, "max_tokens": TOKENS}
     sampling = {"seed": 11, "temperature": temperature}

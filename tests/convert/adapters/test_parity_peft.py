@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from mlx_lm.utils import load_model
 
 from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.loop import speculative_step
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
-from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
 from mtp_mlx.drafters.masks.folder import load_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
@@ -175,11 +176,11 @@ def test_drafts_of_a_step(case: tuple[Path, Path, Oracle]) -> None:
     model = attached(base, out)
     for length in range(2, 8):
         text = TOKENS[3 : 3 + length]
-        drafter = MaskSlotDrafter(model, Picker())
-        session = Session(model, Picker(), drafter, text, model.make_cache(), CacheSettings())
+        opened = partial(model.speculator.open, model, Picker(), SLOTS)  # type: ignore[union-attr]
+        session = Session(model, Picker(), text, model.make_cache(), CacheSettings(), opened)
         session.prefill()
-        found = session.step(Layout.linear(0, SLOTS), [])
-        assert [*found.tokens, *found.drafts] == oracle.drafts(text, SLOTS)
+        found = speculative_step(session, Layout.linear(0, SLOTS), [])
+        assert [*found.tokens, *found.fresh.tokens] == oracle.drafts(text, SLOTS)
 
 
 @pytest.mark.parametrize("layout", ["linear", "quadratic"])

@@ -111,7 +111,7 @@ def test_a_quantised_conversion_keeps_its_mask(tmp_path: Path) -> None:
     whole_model(source, tmp_path / "out", WholeSettings(quantize=8, group_size=32))
     model, tokenizer = mtp_mlx.load(str(tmp_path / "out"))
     plain = mlx_lm.load(str(tmp_path / "out"))[0]
-    own = model.adapter.slot_embeddings.weight[0]  # type: ignore[union-attr]
+    own = model.speculator.slot_embeddings.weight[0]  # type: ignore[union-attr]
     assert mx.allclose(own, plain.model.embed_tokens(mx.array([VOCABULARY]))[0], atol=1e-3)
     text = list(mtp_mlx.stream_generate(model, tokenizer, PROMPT, 6, emission=Emission("static"), slots=2))
     assert len(text) == 6 or text[-1].finish_reason == "stop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 
 import mtp_mlx.cli as cli
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.loop import mtp_generate_step, speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
@@ -149,7 +149,7 @@ class Parity:
     def logits(self) -> list[Array]:
         """Logits of the loaded heads over TOKENS, [T - k, V] for each depth."""
         ids = mx.array([TOKENS])
-        attached = attach(self.model, mtp_heads=self.heads)
+        attached = attach(self.model, self.heads)
         attached.forward(Block.real(ids), attached.make_cache())
         attached.detach()
         found = self.heads.cascade(self.embed(ids), attached.head_input, self.family.depths)
@@ -175,19 +175,26 @@ def drafts_of_two_steps(parity: Parity) -> tuple[list[list[int]], list[list[int]
     """Drafts of the decode loop, and the oracle's: behind a prompt, and behind a block of three drafts of which the
     first two are accepted."""
     count = parity.family.depths
-    attached = attach(parity.model, mtp_heads=parity.heads)
+    attached = attach(parity.model, parity.heads)
     try:
         cache = attached.make_cache()
-        session = Session(attached, Picker(), None, TOKENS[:9], cache, CacheSettings(), count)
+        session = Session(
+            attached,
+            Picker(),
+            TOKENS[:9],
+            cache,
+            CacheSettings(),
+            partial(parity.heads.open, attached, Picker(), count),
+        )
         session.prefill()
-        found = [session.step(Layout.chained(0, count), []).drafts]
+        found = [list(speculative_step(session, Layout.chained(0, count), []).fresh.tokens)]
         expected = [parity.expected_drafts(session.tokens, count)]
         right: list[int] = []
         for _ in range(3):
             right.append(parity.next_token([*session.tokens, *right]))
-        second = session.step(Layout.chained(3, count), [*right[:2], (right[2] + 1) % V])
+        second = speculative_step(session, Layout.chained(3, count), [*right[:2], (right[2] + 1) % V])
         assert second.n_accepted == 2 and second.tokens == right
-        return [*found, second.drafts], [*expected, parity.expected_drafts(session.tokens, count)]
+        return [*found, list(second.fresh.tokens)], [*expected, parity.expected_drafts(session.tokens, count)]
     finally:
         attached.detach()
 
@@ -195,7 +202,7 @@ def drafts_of_two_steps(parity: Parity) -> tuple[list[list[int]], list[list[int]
 def same_text(parity: Parity, sampling: SamplingConfig | None = None) -> None:
     """The text with heads is that of plain decoding."""
     depths, stats = parity.family.depths, DecodeStats()
-    attached = attach(parity.model, mtp_heads=parity.heads)
+    attached = attach(parity.model, parity.heads)
     try:
         plain = mtp_generate_step(TOKENS[:9], attached, max_tokens=16, sampling=sampling)
         expected = [item.token for item in plain]

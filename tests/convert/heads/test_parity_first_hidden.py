@@ -49,7 +49,7 @@ def test_the_trunk_is_as_it_was(tmp_path: Path) -> None:
     ids = mx.array([TOKENS])
     fingerprint, kind = base_fingerprint(parity.model), type(parity.trunk.norm)
     before = parity.model(ids)
-    attached = attach(parity.model, mtp_heads=parity.heads)
+    attached = attach(parity.model, parity.heads)
     hidden = attached.forward(Block.real(ids), attached.make_cache())
     assert mx.array_equal(attached.head(hidden), before).item()
     assert mx.array_equal(parity.trunk.norm(attached.head_input), hidden).item()
@@ -57,7 +57,7 @@ def test_the_trunk_is_as_it_was(tmp_path: Path) -> None:
     with attached.unwrapped():
         assert type(parity.trunk.norm) is kind
     with pytest.raises(MTPError, match="already attached"):
-        attach(parity.model, mtp_heads=parity.heads)
+        attach(parity.model, parity.heads)
     attached.detach()
     assert type(parity.trunk.norm) is kind and mx.array_equal(parity.model(ids), before).item()
 

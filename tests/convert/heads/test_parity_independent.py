@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlx_lm.utils import load_model
 
 from mtp_mlx import load, stream_generate
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.loop import mtp_generate_step, speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
@@ -160,7 +161,7 @@ def case(
     heads, info = load_heads(heads_folder, model)
     assert info.count == heads.drafts == heads.most_drafts == COUNT
     heads.set_dtype(mx.float32)
-    attached = attach(model, mtp_heads=heads)
+    attached = attach(model, heads)
     attached.info, attached.name = info, str(heads_folder)
     return attached, oracle
 
@@ -210,7 +211,7 @@ def meta(folder: Path) -> tuple[Path, Path, Oracle]:
 
 def head_logits(attached: AttachedModel, tokens: list[int]) -> list[Array]:
     """[T, V] of the trunk and of every head, as mtp-mlx computes them over a whole text."""
-    heads: Any = attached.mtp_heads
+    heads: Any = attached.speculator
     hidden = attached.forward(Block.real(mx.array([tokens])), attached.make_cache())
     found = [attached.head(hidden)]
     for depth, head in enumerate(heads.heads, start=1):
@@ -239,19 +240,20 @@ def test_drafts_of_steps(case: tuple[AttachedModel, Oracle]) -> None:
     """Behind a prompt read in chunks, behind blocks with accepted and rejected drafts, and after shorter steps."""
     attached, oracle = case
     settings = CacheSettings(prefill_step_size=4)
-    session = Session(attached, Picker(), None, TOKENS[:9], attached.make_cache(), settings, COUNT)
+    opened = partial(attached.speculator.open, attached, Picker(), COUNT)  # type: ignore[union-attr]
+    session = Session(attached, Picker(), TOKENS[:9], attached.make_cache(), settings, opened)
     session.prefill()
-    fresh = session.step(Layout.chained(0, COUNT), []).drafts
-    assert fresh == oracle.drafts(session.tokens)
+    fresh = speculative_step(session, Layout.chained(0, COUNT), []).fresh
+    assert list(fresh.tokens) == oracle.drafts(session.tokens)
     for accepted, count in ((2, 3), (0, 1), (1, 2), (3, 3), (1, 0), (0, 3)):
         drafts: list[int] = []
         for _ in range(3):
             drafts.append(oracle.next_token([*session.tokens, *drafts]))
         if accepted < 3:
             drafts[accepted] = (drafts[accepted] + 1) % V
-        result = session.step(Layout.chained(3, count), drafts)
+        result = speculative_step(session, Layout.chained(3, count), drafts)
         assert result.n_accepted == accepted
-        assert result.drafts == oracle.drafts(session.tokens)[:count]
+        assert list(result.fresh.tokens) == oracle.drafts(session.tokens)[:count]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -269,7 +271,7 @@ def test_the_text_is_that_of_plain_decoding(case: tuple[AttachedModel, Oracle], 
 
 def test_more_drafts_than_heads_are_refused(case: tuple[AttachedModel, Oracle]) -> None:
     attached, _ = case
-    assert build_policy(attached, "linear", None, DecodeStats()).chain == COUNT
+    assert build_policy(attached, "linear", None, DecodeStats()).own_drafts == COUNT
     with pytest.raises(MTPError, match="from 1 to 3; got 4"):
         build_policy(attached, "linear", 4, DecodeStats())
     with pytest.raises(MTPError, match="3 heads of this form cannot draft 4 tokens"):

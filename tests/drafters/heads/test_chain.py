@@ -22,6 +22,7 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.chain import HeadChain
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.model.attach import AttachedModel, attach
+from tests.drafters.heads.blocks import verified_block
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -45,11 +46,18 @@ def model_with_heads(
         made = random_heads(model, heads, CONVENTIONS[convention])
         for head in made.heads:
             head.window = WINDOW if CONVENTIONS[convention].lm_head == "own" else None
-        attached = attach(model, mtp_heads=MTPHeads(made.heads, CONVENTIONS[convention], draft_ids, drafts))
+        attached = attach(model, MTPHeads(made.heads, CONVENTIONS[convention], draft_ids, drafts))
         if draft_ids is not None:
             return attached
         MODELS[key] = attached
     return MODELS[key]
+
+
+def opened(attached: AttachedModel, picker: Picker, first_position: int = 0) -> HeadChain:
+    """The chain of a generation that drafts as many tokens as the heads are set to."""
+    heads = attached.speculator
+    assert isinstance(heads, MTPHeads)
+    return heads.open(attached, picker, heads.drafts, first_position)
 
 
 class Text:
@@ -61,7 +69,7 @@ class Text:
         self.hidden = mx.array(rng.normal(size=(1, 80, attached.hidden_size)).astype(np.float32))
         self.attached, self.rng, self.n = attached, rng, 0
         self.picker = Picker(SamplingConfig(temperature=0.8, seed=seed))
-        self.chain = HeadChain(attached, self.picker, first_position=first_position)
+        self.chain = opened(attached, self.picker, first_position)
         self.first_position = first_position
 
     def run(self, rows: int, known: int) -> None:
@@ -83,17 +91,15 @@ class Text:
             return pick_draft(attached, picker, refined, *rest)
 
         with mock.patch("mtp_mlx.drafters.heads.chain.pick_draft", spy):
-            position = mx.array(self.first_position + m + 1)
-            ids, confidences = self.chain.propose(
-                block, picks, mx.array(accepted), position, None, self.tokens[: self.n + 1], count
-            )
+            position, known = self.first_position + m + 1, self.tokens[: self.n + 1]
+            fresh = self.chain.propose(verified_block(block, picks, accepted, position, known, count))
         self.chain.commit(accepted)
         self.n = m + 1
-        assert ids.shape == confidences.shape == (count,)
-        self._check(m, ids.tolist(), picked_from)  # type: ignore[arg-type]
+        assert fresh.ids.shape == fresh.confidences.shape == (count,)
+        self._check(m, fresh.ids.tolist(), picked_from)  # type: ignore[arg-type]
 
     def _check(self, m: int, ids: list[int], picked_from: list[mx.array]) -> None:
-        heads = self.attached.mtp_heads
+        heads = self.attached.speculator
         assert isinstance(heads, MTPHeads)
         text = mx.array([self.tokens[: m + 2] + ids])
         hidden = mx.concatenate(
@@ -190,9 +196,10 @@ def test_drafts_come_from_the_draft_vocabulary(penalty: float) -> None:
     ids = mx.array([7, 20, 33, 99, 140], dtype=mx.int32)
     attached = model_with_heads("llama", 3, 3, draft_ids=ids)
     picker = Picker(SamplingConfig(temperature=1.0, seed=5, repetition_penalty=penalty))
-    chain = HeadChain(attached, picker)
+    chain = opened(attached, picker)
     hidden = mx.random.normal((1, 3, attached.hidden_size), key=mx.random.key(1))
     history = mx.array([-1] * 17 + [4, 5, 6], dtype=mx.int32) if penalty != 1 else None
-    found, confidences = chain.propose(hidden, mx.array([5, 6, 8]), mx.array(1), mx.array(2), history, [4], 3)
-    assert set(found.tolist()) <= set(ids.tolist())  # type: ignore[arg-type]
-    assert all(0 < value <= 1 for value in confidences.tolist())  # type: ignore[union-attr]
+    seen = verified_block(hidden, mx.array([5, 6, 8]), 1, 2, [4], 3)
+    fresh = chain.propose(replace(seen, history=history))
+    assert set(fresh.ids.tolist()) <= set(ids.tolist())  # type: ignore[arg-type]
+    assert all(0 < value <= 1 for value in fresh.confidences.tolist())  # type: ignore[union-attr]

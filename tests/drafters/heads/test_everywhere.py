@@ -31,7 +31,7 @@ from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
 from mtp_mlx.drafters.heads.mtp_head import block_like
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.planning.budget import HeadsBudgetPolicy
+from mtp_mlx.planning.budget import ChainBudgetPolicy
 from tests.decode.fakes import untouched
 from tests.decode.test_hybrid_loop import NEAR_TIE, KnowingLookup
 from tests.drafters.heads import test_independent as test_independent_heads
@@ -143,7 +143,7 @@ def model_of(
             says = HeadConvention("test", "parallel", "", "before-last-layer", "none", output_norm="trunk")
             made = ParallelHeads([ParallelHead(block_like(model.model)) for _ in range(heads)], says)
         made.apply(lambda x: x + mx.array(0.2 * rng.normal(size=x.shape).astype(np.float32)))
-    return attach(model, mtp_heads=made, exact=exact)
+    return attach(model, made, exact=exact)
 
 
 def expected(case: Case) -> list[tuple[list[int], list[mx.array]]]:
@@ -175,7 +175,7 @@ def run(case: Case, truth: list[tuple[list[int], Any]], stats: DecodeStats) -> l
     policies: dict[str, Any] = {
         "chain": ChainPolicy,
         "sometimes": SometimesChain,
-        "auto": lambda drafts: HeadsBudgetPolicy(cost_of(0.1, draft=0.02), drafts, []),
+        "auto": lambda drafts: ChainBudgetPolicy(cost_of(0.1, draft=0.02), drafts, [], "heads"),
     }
     lookups: dict[str, Any] = {
         "": lambda truth, start: None,
@@ -188,10 +188,12 @@ def run(case: Case, truth: list[tuple[list[int], Any]], stats: DecodeStats) -> l
             if case.knowing:
                 for module in (test_heads_loop, test_independent_heads):
                     patch.setattr(module.Knowing, "truth", (start, tokens))
-                patch.setattr("mtp_mlx.decode.session.HeadChain", test_heads_loop.Knowing)
-                patch.setattr("mtp_mlx.decode.session.MedusaDrafter", test_independent_heads.KnowingMedusa)
+                patch.setattr("mtp_mlx.drafters.heads.cascade.HeadChain", test_heads_loop.Knowing)
                 patch.setattr(
-                    "mtp_mlx.decode.session.ParallelDrafter", test_independent_heads.KnowingParallel
+                    "mtp_mlx.drafters.heads.medusa.MedusaDrafter", test_independent_heads.KnowingMedusa
+                )
+                patch.setattr(
+                    "mtp_mlx.drafters.heads.parallel.ParallelDrafter", test_independent_heads.KnowingParallel
                 )
             steps = mtp_generate_step(
                 list(turn.prompt),

@@ -111,7 +111,7 @@ def test_converted_heads_decode(tmp_path: Path, drafts: int) -> None:
     """Released heads, and one applied again in turn: drafts are made, and the text is that of plain decoding."""
     folder, model = converted(tmp_path)
     heads, _ = load_heads(folder, model)
-    attached = attach(model, mtp_heads=heads)
+    attached = attach(model, heads)
     stats = DecodeStats()
     plain = [item.token for item in mtp_generate_step([3, 1, 4, 1, 5], attached, max_tokens=20)]
     steps = mtp_generate_step(

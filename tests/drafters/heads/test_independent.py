@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
@@ -25,6 +26,7 @@ from mtp_mlx.drafters.heads.mtp_head import block_like
 from mtp_mlx.drafters.heads.parallel import ParallelDrafter, ParallelHead, ParallelHeads
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.test_loop import Case, certified, plain_tokens
+from tests.drafters.heads.blocks import verified_block
 from tests.drafters.heads.test_loop import SometimesChain
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -50,7 +52,7 @@ def model_with(kind: str) -> AttachedModel:
             )
             heads = ParallelHeads([ParallelHead(block_like(model.model)) for _ in range(HEADS)], convention)
         heads.apply(lambda x: x + mx.array(0.2 * rng.normal(size=x.shape).astype(np.float32)))
-        MODELS[kind] = attach(model, mtp_heads=heads)
+        MODELS[kind] = attach(model, heads)
     return MODELS[kind]
 
 
@@ -59,14 +61,14 @@ class Knowing:
 
     truth: tuple[int, list[int]] = (0, [])
 
-    def propose(self, *args: Any) -> tuple[mx.array, mx.array]:
-        """See `HeadDrafter.propose`."""
-        ids, confidences = super().propose(*args)  # type: ignore[misc]
+    def propose(self, verified: Verified) -> LazyDrafts:
+        """See `Drafter.propose`."""
+        own = super().propose(verified)  # type: ignore[misc]
         start, tokens = self.truth
         known = [(t + (i % 4 == 3)) % VOCABULARY for i, t in enumerate([*tokens, *[0] * 32])]
         table = mx.array([0] * start + known, dtype=mx.int32)
-        after = args[3] + 1 + mx.arange(len(ids))  # args[3]: position of the pick
-        return table[mx.minimum(after, len(table) - 1)] + 0 * ids, confidences
+        after = verified.position + 1 + mx.arange(len(own.ids))
+        return LazyDrafts(table[mx.minimum(after, len(table) - 1)] + 0 * own.ids, own.confidences)
 
 
 class KnowingMedusa(Knowing, MedusaDrafter):
@@ -123,8 +125,8 @@ def test_same_text() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if knowing:
                 patch.setattr(Knowing, "truth", (len(case.prompt), expected))
-                patch.setattr("mtp_mlx.decode.session.MedusaDrafter", KnowingMedusa)
-                patch.setattr("mtp_mlx.decode.session.ParallelDrafter", KnowingParallel)
+                patch.setattr("mtp_mlx.drafters.heads.medusa.MedusaDrafter", KnowingMedusa)
+                patch.setattr("mtp_mlx.drafters.heads.parallel.ParallelDrafter", KnowingParallel)
             found = list(
                 mtp_generate_step(
                     list(case.prompt),
@@ -169,17 +171,17 @@ def test_parallel_heads_step_by_step_equal_from_scratch(
     attached = model_with("parallel")
     rng = np.random.default_rng(len(steps))
     states = mx.array(rng.normal(size=(1, 80, 48)).astype(np.float32))
-    heads: Any = attached.mtp_heads
+    heads: Any = attached.speculator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtp_mlx.drafters.heads.parallel.CATCH_UP_AT", catch_up_at)
         refined: list[list[mx.array]] = []
 
-        def spy(*args: Any) -> tuple[mx.array, mx.array]:
+        def spy(*args: Any) -> LazyDrafts:
             refined.append(args[3])
-            return mx.zeros((len(args[3]),), dtype=mx.int32), mx.zeros((len(args[3]),))
+            return LazyDrafts(mx.zeros((len(args[3]),), dtype=mx.int32), mx.zeros((len(args[3]),)))
 
         patch.setattr("mtp_mlx.drafters.heads.parallel.pick_each", spy)
-        drafter, rows = ParallelDrafter(attached, Picker()), 0
+        drafter, rows = ParallelDrafter(attached, Picker(), heads, len(heads.heads)), 0
         for size in chunks:
             drafter.observe(states[:, rows : rows + size], [])
             rows += size
@@ -191,8 +193,8 @@ def test_parallel_heads_step_by_step_equal_from_scratch(
                 drafter.observe(block[:, : accepted + 1], [])
                 rows += accepted + 1
                 continue
-            picks, a = mx.zeros((drafts + 1,), dtype=mx.int32), mx.array(accepted)
-            drafter.propose(block, picks, a, mx.array(0), None, [], count)
+            picks = mx.zeros((drafts + 1,), dtype=mx.int32)
+            drafter.propose(verified_block(block, picks, accepted, 0, [], count))
             drafter.commit(accepted)
             rows += accepted + 1
             for head, found in zip(heads.heads[:count], refined.pop(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LookupDrafter
-from mtp_mlx.decode.loop import Token, mtp_generate_step
+from mtp_mlx.decode.loop import Token, mtp_generate_step, speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
@@ -23,7 +25,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.chain import HeadChain
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
-from mtp_mlx.planning.budget import HeadsBudgetPolicy
+from mtp_mlx.planning.budget import ChainBudgetPolicy
 from mtp_mlx.planning.choose import build_policy
 from tests.decode.fakes import attached as with_mask_adapter
 from tests.decode.fakes import untouched
@@ -42,24 +44,24 @@ class Knowing(HeadChain):
     truth: tuple[int, list[int]] = (0, [])
     wrong = 4
 
-    def propose(self, *args: Any) -> tuple[mx.array, mx.array]:
+    def propose(self, verified: Verified) -> LazyDrafts:
         """See `HeadChain.propose`."""
-        ids, confidences = super().propose(*args)
+        own = super().propose(verified)
         start, tokens = self.truth
         known = [
             (token + (index % self.wrong == self.wrong - 1)) % VOCABULARY
             for index, token in enumerate([*tokens, *[0] * 32])
         ]
         table = mx.array([0] * start + known, dtype=mx.int32)
-        after = args[3] + 1 + mx.arange(len(ids))  # args[3]: position of the pick
-        return table[mx.minimum(after, len(table) - 1)] + 0 * ids, confidences
+        after = verified.position + 1 + mx.arange(len(own.ids))
+        return LazyDrafts(table[mx.minimum(after, len(table) - 1)] + 0 * own.ids, own.confidences)
 
 
 class SometimesChain:
     """Plain, short chains, long chains and none at all, in turn: every kind of step after every other."""
 
     def __init__(self, chain: int) -> None:
-        self.max_drafts = self.chain = chain
+        self.max_drafts = self.own_drafts = chain
         self.verdict, self._asked, self._plain = "", 0, 0
 
     def begin(self, context: int) -> None:
@@ -72,7 +74,7 @@ class SometimesChain:
         if kind == 0:
             return best.cut(0), Layout.plain()
         return best, Layout.chained(
-            len(best.drafts), (0, self.chain, 1, self.chain, 2)[kind] % (self.chain + 1)
+            len(best.drafts), (0, self.own_drafts, 1, self.own_drafts, 2)[kind] % (self.own_drafts + 1)
         )
 
     def observe(self, *_: Any) -> None:
@@ -97,11 +99,11 @@ class HeadsCase:
         made: dict[str, Callable[[int], Any]] = {
             "chain": ChainPolicy,
             "sometimes": SometimesChain,
-            "auto": lambda chain: HeadsBudgetPolicy(cost_of(0.1, draft=0.02), chain, []),
+            "auto": lambda chain: ChainBudgetPolicy(cost_of(0.1, draft=0.02), chain, [], "heads"),
         }
         if self.knowing:
             patch.setattr(Knowing, "truth", (len(self.case.prompt), truth))
-            patch.setattr("mtp_mlx.decode.session.HeadChain", Knowing)
+            patch.setattr("mtp_mlx.drafters.heads.cascade.HeadChain", Knowing)
         return list(
             mtp_generate_step(
                 list(self.case.prompt),
@@ -194,14 +196,15 @@ def test_heads_that_know_the_text_save_passes(monkeypatch: pytest.MonkeyPatch) -
 def test_one_host_read_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two steps the host asks MLX for values once: head caches move without another look."""
     model = model_with_heads("qwen3", 3, 3)
-    session = Session(model, Picker(), None, [3, 1, 4, 1, 5], model.make_cache(), CacheSettings(), 3)
+    opened = partial(model.speculator.open, model, Picker(), 3)
+    session = Session(model, Picker(), [3, 1, 4, 1, 5], model.make_cache(), CacheSettings(), opened)
     session.prefill()
-    result = session.step(Layout.chained(0, 3), [])
+    result = speculative_step(session, Layout.chained(0, 3), [])
     evaluate, reads = mx.eval, []
     monkeypatch.setattr(mx, "eval", lambda *arrays: reads.append(len(arrays)) or evaluate(*arrays))
     for _ in range(4):
-        result = session.step(Layout.chained(3, 3), result.drafts)
-        assert len(result.drafts) == len(result.confidences) == 3
+        result = speculative_step(session, Layout.chained(3, 3), list(result.fresh.tokens))
+        assert len(result.fresh) == len(result.fresh.chances) == 3
     assert len(reads) == 4
 
 
@@ -225,14 +228,14 @@ def test_policies_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     model, stats = model_with_heads("llama", 2, 2), DecodeStats()
     assert isinstance(build_policy(model, "plain", None, stats), FixedPolicy)
-    assert build_policy(model, "linear", None, stats).chain == 2
-    assert build_policy(model, "linear", 5, stats).chain == 5 and not stats.fallbacks
+    assert build_policy(model, "linear", None, stats).own_drafts == 2
+    assert build_policy(model, "linear", 5, stats).own_drafts == 5 and not stats.fallbacks
     assert isinstance(build_policy(model, "plain", 5, stats), FixedPolicy)
     planner = build_policy(model, "auto", None, stats)
-    assert isinstance(planner, HeadsBudgetPolicy) and planner.chain == 2 and not stats.fallbacks
-    with pytest.raises(MTPError, match="groups of mask slots, which MTP heads do not need"):
+    assert isinstance(planner, ChainBudgetPolicy) and planner.own_drafts == 2 and not stats.fallbacks
+    with pytest.raises(MTPError, match="groups of slots, which MTP heads do not need"):
         build_policy(model, "quadratic", None, stats)
-    with pytest.raises(MTPError, match="from 1 to 16; got 17"):
+    with pytest.raises(MTPError, match="must be 1 to 16; got 17"):
         build_policy(model, "linear", 17, stats)
 
 
@@ -240,23 +243,27 @@ def test_a_short_chain_leaves_room_to_learn_about_longer_ones(monkeypatch: pytes
     """What one generation with one draft begins, later ones with more go on with."""
     monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
-    model, recorded = attach(base, mtp_heads=random_heads(base, 2)), [0.9, 0.4, 0.1, 0.05]
+    model, recorded = attach(base, random_heads(base, 2)), [0.9, 0.4, 0.1, 0.05]
     model.info = SimpleNamespace(acceptance=recorded)
     build_policy(model, "auto", 1, DecodeStats())
     planner = build_policy(model, "auto", 4, DecodeStats())
     known = model.experience.acceptance["heads"]
     assert [known.probability(depth) for depth in range(1, 5)] == pytest.approx(recorded)
     for _ in range(200):
-        planner.observe(Proposal("heads", [7] * 4, [0.5] * 4), Layout.chained(4, 4), 4, 1.0)
+        planner.observe(Proposal.chain("heads", [7] * 4, [0.5] * 4), Layout.chained(4, 4), 4, 1.0)
     assert known.probability(4) > 0.9
 
 
 def test_layouts_that_the_model_has_no_drafter_for() -> None:
-    with pytest.raises(MTPError, match="no mask-token adapter"):
+    """Slots for heads, a chain for slots, and drafts that no policy announced."""
+    with pytest.raises(MTPError, match="no adapter with slots"):
         list(mtp_generate_step([5], model_with_heads("llama", 2, 2), policy=FixedPolicy("quadratic", 2)))
-    model = with_mask_adapter("llama")
-    session = Session(model, Picker(), None, [3, 1], model.make_cache(), CacheSettings())
-    with pytest.raises(MTPError, match="policy has not announced"):
-        session.step(Layout.chained(0, 2), [])
+    for model, message in [
+        (with_mask_adapter("llama"), "nothing that does"),
+        (model_with_heads("llama", 2, 2), "did not announce"),
+    ]:
+        session = Session(model, Picker(), [3, 1], model.make_cache(), CacheSettings())
+        with pytest.raises(MTPError, match=message):
+            speculative_step(session, Layout.chained(0, 2), [])
     with pytest.raises(ValueError, match="does not go with slots"):
         Layout(0, (2,), 2)

@@ -48,12 +48,12 @@ def heads_for(model: Any, count: int, drafted: list[int] | None = None, seed: in
 def attached_llama(count: int, drafted: list[int] | None = DRAFTED, **options: Any) -> AttachedModel:
     model = tiny_model("llama", seed=3, **options)
     model.freeze()
-    return attach(model, mtp_heads=heads_for(model, count, drafted))
+    return attach(model, heads_for(model, count, drafted))
 
 
 def runner(attached: AttachedModel, distil: MTPDistil, **options: Any) -> HeadsRunner:
-    assert attached.mtp_heads is not None
-    depths = options.pop("depths", range(1, 1 + len(attached.mtp_heads.heads)))
+    assert attached.speculator is not None
+    depths = options.pop("depths", range(1, 1 + len(attached.speculator.heads)))
     return HeadsRunner(attached, distil, depths, 0, ComputedStates(attached), **options)
 
 
@@ -99,9 +99,9 @@ def test_loss_and_gradients_equal_numpy_in_float64(count: int, knobs: str, chunk
     assert rows == sum(
         max(0, len(row) - max(row.loss_start, k + 1)) for row in ROWS for k in range(1, count + 1)
     )
-    assert attached.mtp_heads is not None
+    assert attached.speculator is not None
     weights = {
-        name: value.astype(np.float64) for name, value in flat(attached.mtp_heads.parameters()).items()
+        name: value.astype(np.float64) for name, value in flat(attached.speculator.parameters()).items()
     }
     common = {"count": count, "drafted": DRAFTED, "knobs": knob}
     assert loss.total.item() == pytest.approx(naive(attached, weights, ROWS, **common), rel=1e-5)
@@ -123,14 +123,14 @@ def test_loss_and_gradients_equal_numpy_in_float64(count: int, knobs: str, chunk
 def test_heads_without_a_loss_get_no_gradient() -> None:
     """Later depths alone, the earlier heads frozen, as looped extension trains them."""
     attached = attached_llama(4)
-    assert attached.mtp_heads is not None
-    for head in attached.mtp_heads.heads[:2]:
+    assert attached.speculator is not None
+    for head in attached.speculator.heads[:2]:
         head.freeze()
     knobs = Knobs(decay=0.7)
     with closing(runner(attached, MTPDistil(1.0, 1.0, 0.25, 1.0, 0.7), depths=[3, 4])) as step:
         loss, gradients, _ = step([ROWS], 0)
     weights = {
-        name: value.astype(np.float64) for name, value in flat(attached.mtp_heads.parameters()).items()
+        name: value.astype(np.float64) for name, value in flat(attached.speculator.parameters()).items()
     }
     expected = naive(attached, weights, ROWS, count=4, drafted=DRAFTED, knobs=knobs, trained_from=3)
     assert loss.total.item() == pytest.approx(expected, rel=1e-5)
@@ -259,7 +259,7 @@ def test_measured_acceptance_is_that_of_a_chain_of_drafts(drafted: list[int] | N
     """Against drafting behind every position, head after head on its own drafts, on text that the heads wrote part
     of, so that some drafts are right."""
     attached = attached_llama(3, drafted)
-    heads = attached.mtp_heads
+    heads = attached.speculator
     assert heads is not None
     rng = np.random.default_rng(0)
     examples = []
@@ -287,7 +287,7 @@ def test_measured_acceptance_is_that_of_a_chain_of_drafts(drafted: list[int] | N
 
 def chain(attached: AttachedModel, tokens: list[int], count: int) -> list[int]:
     """Greedy drafts behind `tokens`, whose last one is the target's own pick: everything anew for every draft."""
-    heads = attached.mtp_heads
+    heads = attached.speculator
     assert heads is not None
     hidden = attached.model.model(mx.array([tokens[:-1]]))
     known = list(tokens)

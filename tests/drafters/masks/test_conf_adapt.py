@@ -71,11 +71,11 @@ def test_trains_exports_loads_and_decodes(base: Path, tmp_path: Path, tuning: st
         untouched = mlx_lm.load(str(tmp_path / "out"))[0]
         changed = untouched.model.layers[0].self_attn.q_proj.weight
         assert not mx.allclose(changed, tiny_model("qwen3", seed=3).model.layers[0].self_attn.q_proj.weight)
-    assert model.adapter is not None and model.adapter.config.shared_mask and model.most_drafts == 3
+    assert model.speculator is not None and model.speculator.config.shared_mask and model.most_drafts == 3
     trained = (
         trainer.adapter.model.embed_tokens.slots if tuning == "full" else trainer.adapter.slot_embeddings
     )
-    assert mx.allclose(model.adapter.slot_embeddings.weight, trained.weight, atol=1e-2)
+    assert mx.allclose(model.speculator.slot_embeddings.weight, trained.weight, atol=1e-2)
     plain = [t for t, _ in generate_step(mx.array(PROMPT), untouched, max_tokens=20)]
     for emit in (Emission(), Emission("verified", 0.1), Emission("conf-adapt", 1.0)):
         found = mtp_mlx.stream_generate(model, tokenizer, PROMPT, 20, layout="linear", emission=emit, slots=2)

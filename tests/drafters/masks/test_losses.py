@@ -65,12 +65,16 @@ class Reference:
     def __init__(self, model: AttachedModel, batch: SlotBatch) -> None:
         self.batch = {name: np.array(value, dtype=np.float64) for name, value in vars(batch).items()}
         base = model.model
-        ids = np.arange(VOCABULARY) if model.adapter.draft_ids is None else np.array(model.adapter.draft_ids)
+        ids = (
+            np.arange(VOCABULARY)
+            if model.speculator.draft_ids is None
+            else np.array(model.speculator.draft_ids)
+        )
         self.capped = base.model_type == "gemma2"
         table = base.model.embed_tokens.base.weight
         self.table = np.array(table, dtype=np.float64)
         self.head = np.array(table if self.capped else base.lm_head.weight, dtype=np.float64)[ids]
-        parameters = tree_flatten(model.adapter.sampler.parameters())
+        parameters = tree_flatten(model.speculator.sampler.parameters())
         self.weights = {name: np.array(value, dtype=np.float64) for name, value in parameters}
 
     def log_probs(self, hidden: np.ndarray) -> np.ndarray:
@@ -149,7 +153,7 @@ def gradients(
     model: AttachedModel, batch: SlotBatch, objective: Callable[[AttachedModel, SlotBatch], LossParts]
 ) -> dict[str, mx.array]:
     """Gradients in the latents and in every weight of the sampler head."""
-    adapter = model.adapter
+    adapter = model.speculator
     assert adapter is not None
     parameters = adapter.trainable_parameters()
     in_hidden = mx.grad(lambda hidden: objective(model, replace(batch, hidden=hidden)).total)(batch.hidden)
@@ -202,8 +206,8 @@ def test_chunks_change_nothing(objective: str, chunk_rows: int) -> None:
 def test_a_student_that_is_the_shifted_teacher_has_no_divergence() -> None:
     """Slots with the latents of the real rows they imitate, and a sampler head that adds nothing: KL is 0."""
     model = attached("llama")
-    assert model.adapter is not None
-    model.adapter.sampler.second.weight = mx.zeros_like(model.adapter.sampler.second.weight)
+    assert model.speculator is not None
+    model.speculator.sampler.second.weight = mx.zeros_like(model.speculator.sampler.second.weight)
     layout = build_layout([list(range(3, 20))], [np.arange(2, 10, dtype=np.int32)], 3, 4)
     columns = draft_columns(model)
     prefix = prefix_pass(model, layout)

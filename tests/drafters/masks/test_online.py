@@ -31,8 +31,8 @@ K_MOST, REGION_ROWS, SEED = 4, 8, 3
 
 
 def objective(attached: AttachedModel, supervision: Supervision) -> Online:
-    assert attached.adapter is not None
-    return Online(supervision, mx.array(draft_columns(attached)), attached.adapter.draft_ids)
+    assert attached.speculator is not None
+    return Online(supervision, mx.array(draft_columns(attached)), attached.speculator.draft_ids)
 
 
 def drawn(number: int) -> tuple[int, int]:

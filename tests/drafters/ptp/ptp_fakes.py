@@ -11,6 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
@@ -55,29 +56,29 @@ class KnowingPTPDrafter(PTPSlotDrafter):
         self,
         attached: AttachedModel,
         picker: Picker,
+        config: PTPConfig,
         truth: Sequence[int],
         start: int,
         probability: float,
         seed: int,
     ) -> None:
-        super().__init__(attached, picker)
+        super().__init__(attached, picker, config)
         self._knowing = KnowingDrafter(truth, start, probability, seed)
 
-    def propose(self, hidden: Any, shape: Any, accepted: Any, pick: Any, position: Any, history: Any) -> Any:
+    def propose(self, verified: Verified) -> LazyDrafts:
         """The known text, as many tokens as the real drafter gives."""
-        own, _ = super().propose(hidden, shape, accepted, pick, position, history)
-        drafts, confidences = self._knowing.propose(hidden, shape, accepted, pick, position, history)
-        count = own.shape[0]
-        return drafts[:count] + 0 * own, confidences[:count]
+        own, known = super().propose(verified), self._knowing.propose(verified)
+        count = own.ids.shape[0]
+        return LazyDrafts(known.ids[:count] + 0 * own.ids, known.confidences[:count])
 
 
 @contextmanager
 def ptp_drafting(truth: Sequence[int], start: int, probability: float, seed: int) -> Iterator[None]:
     """The loop's PTP drafter knows the text."""
 
-    class Knowing(KnowingPTPDrafter):  # a class, because the loop asks whether its drafter is one of these
-        def __init__(self, model: AttachedModel, picker: Picker) -> None:
-            super().__init__(model, picker, truth, start, probability, seed)
+    class Knowing(KnowingPTPDrafter):
+        def __init__(self, model: AttachedModel, picker: Picker, config: PTPConfig) -> None:
+            super().__init__(model, picker, config, truth, start, probability, seed)
 
-    with mock.patch("mtp_mlx.decode.loop.PTPSlotDrafter", Knowing):
+    with mock.patch("mtp_mlx.drafters.ptp.weights.PTPSlotDrafter", Knowing):
         yield

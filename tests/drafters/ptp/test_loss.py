@@ -57,7 +57,7 @@ def layout_for(lead: int, chunk_blocks: int = 2) -> SlotLayout:
 def test_slot_rows_are_those_of_decoding(architecture: str, variant: str) -> None:
     """Pass 2's latents equal a decoding step's over each prefix alone, with the uniforms of the same positions."""
     attached = dressed(architecture, variant=variant)
-    lead = attached.adapter.config.lead  # type: ignore[union-attr]
+    lead = attached.speculator.config.lead  # type: ignore[union-attr]
     layout = layout_for(lead)
     values = np.random.default_rng(1).random(layout.tokens.shape).astype(np.float32)
     prefix = prefix_pass(attached, layout)
@@ -270,7 +270,7 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(name: Any) ->
 def test_gradients_reach_the_embedding_of_uniforms(embedding: Any) -> None:
     """Finite differences in the embedding's weight, of a sum over slot rows."""
     attached, layout = dressed("llama", embedding=embedding, variant="o"), layout_for(1)
-    adapter = attached.adapter
+    adapter = attached.speculator
     assert adapter is not None
     prefix = prefix_pass(attached, layout)
     mx.eval(prefix.arrays())

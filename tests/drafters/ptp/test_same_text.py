@@ -14,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mtp_mlx.decode import step
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy
@@ -55,7 +57,7 @@ class Case:
     def policy(self) -> Policy:
         if self.layout == "auto":
             cost = StepCost((1, 40), (1, 64), (1.0, 1.5), (1.0, 1.5), (1,), (0.0,), 0.0, (1.0, 1.0))
-            return BudgetPolicy(cost, self.slots, [0.8] * self.slots)
+            return BudgetPolicy(cost, self.slots, [0.8] * self.slots, "slots")
         return FixedPolicy(self.layout, self.slots)  # type: ignore[arg-type]
 
 
@@ -220,22 +222,24 @@ class _Likeliest(PTPSlotDrafter):
 
     table: mx.array  # [V] int32
 
-    def propose(self, hidden: Any, shape: Any, accepted: Any, pick: Any, position: Any, history: Any) -> Any:
+    def propose(self, verified: Verified) -> LazyDrafts:
         """One useful draft; the rest repeats it."""
-        own, confidences = super().propose(hidden, shape, accepted, pick, position, history)
-        return mx.broadcast_to(self.table[pick], own.shape) + 0 * own, confidences
+        own = super().propose(verified)
+        ids = mx.broadcast_to(self.table[verified.pick], own.ids.shape) + 0 * own.ids
+        return LazyDrafts(ids, own.confidences)
 
 
-def _redrawing(self: Session, logits: Any, positions: Any, history: Any, tokens: Any) -> Any:
+def _redrawing(session: Session, logits: Any, positions: Any, history: Any, tokens: Any) -> Any:
     """The planted bug: the pick that rejects a draft is thrown away and drawn again with another uniform."""
-    picks, accepted = _VERIFY(self, logits, positions, history, tokens)
-    again = Picker(replace(self.picker.config, seed=self.picker.config.seed + 2**50))
+    picks, accepted = _ACCEPTED(session, logits, positions, history, tokens)
+    config = session.picker.config
+    again = Picker(replace(config, seed=config.seed + 2**50))
     drawn = again.pick(logits, positions, history)
     rejecting = (mx.arange(picks.shape[0]) == accepted) & (accepted < picks.shape[0] - 1)
     return mx.where(rejecting, drawn, picks), accepted
 
 
-_VERIFY = Session._verify
+_ACCEPTED = step._accepted
 
 
 def _chi_square(statistic_of: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
@@ -269,9 +273,9 @@ def test_committed_tokens_follow_the_warped_softmax(planted: bool, monkeypatch: 
     for token, following in second.items():
         table[token], expected[token] = following.argmax(), SEEDS * first[token] * following
     _Likeliest.table = mx.array(table)
-    monkeypatch.setattr("mtp_mlx.decode.loop.PTPSlotDrafter", _Likeliest)
+    monkeypatch.setattr("mtp_mlx.drafters.ptp.weights.PTPSlotDrafter", _Likeliest)
     if planted:
-        monkeypatch.setattr(Session, "_verify", _redrawing)
+        monkeypatch.setattr(step, "_accepted", _redrawing)
     counts = np.zeros_like(expected)
     stats = DecodeStats()
     for seed in range(SEEDS):

@@ -57,7 +57,7 @@ def test_slot_rows_against_one_forward_per_prefix(name: str, chunk_blocks: int) 
     attached = dressed(name)
     layout = build_layout(SEQUENCES, ANCHORS, SLOTS, chunk_blocks)
     assert layout.chunks == (3 if chunk_blocks == 2 else 1)
-    expected = naive_rows(NaiveModel(build(name), attached.adapter), SEQUENCES, ANCHORS)
+    expected = naive_rows(NaiveModel(build(name), attached.speculator), SEQUENCES, ANCHORS)
     np.testing.assert_allclose(two_passes(attached, layout), expected, **TOLERANCE)
 
 
@@ -66,7 +66,7 @@ def test_one_sequence_in_one_chunk(name: str) -> None:
     attached = dressed(name)
     layout = build_layout(SEQUENCES[:1], ANCHORS[:1], SLOTS, chunk_blocks=8)
     assert len(layout.positions()) == 1
-    expected = naive_rows(NaiveModel(build(name), attached.adapter), SEQUENCES[:1], ANCHORS[:1])
+    expected = naive_rows(NaiveModel(build(name), attached.speculator), SEQUENCES[:1], ANCHORS[:1])
     np.testing.assert_allclose(two_passes(attached, layout), expected, **TOLERANCE)
 
 
@@ -111,7 +111,7 @@ def test_labels_past_the_end_are_ignored() -> None:
 def test_gradients_reach_the_adapter_through_slot_rows_only(name: str) -> None:
     """Finite differences of a sum over the slot rows, in a slot embedding and in a LoRA factor."""
     attached = dressed(name)
-    adapter = attached.adapter
+    adapter = attached.speculator
     assert adapter is not None
     layout = build_layout(SEQUENCES, ANCHORS, SLOTS, chunk_blocks=2)
     prefix = prefix_pass(attached, layout)
