@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.train.data import read_jsonl
+from mtp_mlx.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)

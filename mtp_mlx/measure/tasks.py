@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.jsonl import read_jsonl
 from mtp_mlx.measure.prompts import BUILT_IN, Question, question_of
 from mtp_mlx.measure.sandbox import Outcome
-from mtp_mlx.train.data import read_jsonl
 
 Item = TypeVar("Item")
 FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
