@@ -16,7 +16,7 @@ from mtp_mlx.errors import MTPError
 if TYPE_CHECKING:
     from mtp_mlx.decode.emission import EmitName
     from mtp_mlx.measure.lanes import Bench, Measurement
-    from mtp_mlx.measure.prompts import BenchPrompt
+    from mtp_mlx.measure.prompts import Prompt
 
 EPILOG = """\b
 Examples:
@@ -129,7 +129,7 @@ def command(
                 click.echo(" ".join(f"{key}={value}" for key, value in _mismatch(measurement).items()))
 
 
-def _measure(bench: Bench, prompts: Sequence[BenchPrompt], console: Console) -> list[Measurement]:
+def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[Measurement]:
     """Every prompt in every lane; after Ctrl-C what was measured until then.
 
     Raises:

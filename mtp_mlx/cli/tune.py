@@ -63,7 +63,7 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
     from mtp_mlx.measure.tune import choose, results
     from mtp_mlx.planning.tuned import remember
 
-    prompts = read_prompts(settings.prompts, settings.limit, None)
+    prompts = read_prompts(settings.prompts, settings.limit)
     model, measured = measure(settings, prompts, Console(stderr=True))
     rows, choice = results(measured), choose(measured)
     if not choice.tokens_per_second:

@@ -27,8 +27,8 @@ class EvaluationRow:
         agreement: share of tokens that the model's own path would have picked.
         perplexity: of the texts under the model's own path.
         same: share of texts that are the plain lane's.
-        right: share of answers that are right, of those that can be judged; None without any.
-        judged, wrong: how many were judged; why those not right are not: {reason: how often}.
+        right: share of right answers among those whose reference is known; None without any.
+        judged: how many answers have a known reference.
         lossless: False where any text was written unverified.
     """
 
@@ -45,7 +45,6 @@ class EvaluationRow:
     same: float
     right: float | None
     judged: int
-    wrong: dict[str, int]
     lossless: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +87,6 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
         same=sum(answer.same for answer in own) / max(len(own), 1),
         right=sum(answer.right is True for answer in judged) / len(judged) if judged else None,
         judged=len(judged),
-        wrong=dict(Counter(answer.reason for answer in judged if not answer.right).most_common()),
         lossless=all(answer.lossless for answer in own),
     )
 

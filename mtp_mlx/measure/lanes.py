@@ -22,7 +22,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.certificate import Comparison, compare
-from mtp_mlx.measure.prompts import BenchPrompt
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import plan_drafting
 
@@ -58,7 +58,7 @@ class Timed:
 class Measurement:
     """One prompt in one lane, compared with mlx-lm plain on the same prompt."""
 
-    prompt: BenchPrompt
+    prompt: Prompt
     lane: Lane
     timed: Timed
     reference: Timed
@@ -97,7 +97,7 @@ class Bench:
 
     def run(
         self,
-        prompts: Sequence[BenchPrompt],
+        prompts: Sequence[Prompt],
         on_prompt: Callable[[int, list[Measurement]], None] | None = None,
     ) -> list[Measurement]:
         """Every prompt in every lane; the order of lanes rotates from prompt to prompt."""

@@ -13,7 +13,7 @@ import mtp_mlx.cli as cli
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
-from mtp_mlx.measure.prompts import BenchPrompt
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tune import MARGIN, candidates, choose, results
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
@@ -28,7 +28,7 @@ DIFFERENT = Comparison(False, 3, 1, 2, 0.5, 1e-3)
 def measured(lane: Lane, speed: float, comparison: Comparison = SAME, reference: float = 10.0) -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
     timed.stats.record(1, (1, 1), 1, "slots")
-    return Measurement(BenchPrompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
+    return Measurement(Prompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
 
 
 PLAIN, FAST, FASTER = (
@@ -96,7 +96,7 @@ def test_every_lane_of_other_models_runs(heads: int, tmp_path: Path, monkeypatch
         assert {("linear", count, "heads") for count in (1, 2, 3)} <= found
         assert ("linear", 3, "heads,lookup") in found and ("auto", None, "heads,lookup") in found
         assert not any(lane.layout == "quadratic" for lane in lanes)
-    runs = Bench(model, tiny_tokenizer(), lanes, 6).run([BenchPrompt("one two one two", "a")])
+    runs = Bench(model, tiny_tokenizer(), lanes, 6).run([Prompt("one two one two", "a")])
     assert len(runs) == len(lanes) and {row.refused for row in results(runs)} == {0}
     assert choose(runs).name in {lane.name for lane in lanes}
 
