@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
+from mtp_mlx.decode.layout import Layout
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.measure.certificate import Comparison
@@ -62,7 +63,7 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
 
 def measurement(speed: float, comparison: Comparison, category: str = "a") -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
-    timed.stats.record(2, (0, 0, 0), 1, "slots")
+    timed.stats.record(Layout(2, (0, 0, 0)), 1, "slots")
     return Measurement(
         Prompt("x", category), Lane("auto", "auto"), timed, Timed([1] * 11, 10, 1.0), comparison
     )

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
+from mtp_mlx.decode.layout import Layout
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
@@ -27,7 +28,7 @@ DIFFERENT = Comparison(False, 3, 1, 2, 0.5, 1e-3)
 
 def measured(lane: Lane, speed: float, comparison: Comparison = SAME, reference: float = 10.0) -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
-    timed.stats.record(1, (1, 1), 1, "slots")
+    timed.stats.record(Layout(1, (1, 1)), 1, "slots")
     return Measurement(Prompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
 
 
