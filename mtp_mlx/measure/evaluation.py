@@ -176,7 +176,7 @@ class Evaluation:
             ids,
             max_tokens,
             layout=lane.layout,
-            slots=lane.slots,
+            drafts=lane.drafts,
             lookup=lane.lookup,
             drafter=lane.drafter,
             emission=lane.emission,

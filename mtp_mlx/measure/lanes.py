@@ -33,7 +33,7 @@ class Lane:
 
     name: str
     layout: LayoutName | None = None
-    slots: int | None = None
+    drafts: int | None = None
     lookup: bool | None = None
     emission: Emission = Emission()
     drafter: str | None = None
@@ -48,11 +48,6 @@ class Timed:
     seconds: float
     stats: DecodeStats = field(default_factory=DecodeStats)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """0 when the text ended within the first step."""
-        return self.timed_tokens / self.seconds if self.timed_tokens else 0.0
-
 
 @dataclass
 class Measurement:
@@ -65,13 +60,10 @@ class Measurement:
     comparison: Comparison
 
     @property
-    def speedup(self) -> float | None:
-        """Ratio of tokens/s; None where nothing was timed, or a lossless text differs without a certificate."""
-        if self.lane.emission.lossless and not (self.comparison.identical or self.comparison.certified):
-            return None
-        if not self.timed.timed_tokens or not self.reference.timed_tokens:
-            return None
-        return self.timed.tokens_per_second / self.reference.tokens_per_second
+    def refused(self) -> bool:
+        """The lane is verified, and yet its text differs by more than a near-tie: its speed does not count."""
+        same = self.comparison.identical or self.comparison.certified
+        return self.lane.emission.lossless and not same
 
 
 class Bench:
@@ -133,7 +125,7 @@ class Bench:
         assert lane.layout is not None
         stats = DecodeStats()
         drafting = plan_drafting(
-            self._model, lane.layout, lane.slots, stats, lane.lookup, lane.drafter, lane.emission
+            self._model, lane.layout, lane.drafts, stats, lane.lookup, lane.drafter, lane.emission
         )
         steps = mtp_generate_step(
             ids,

@@ -57,11 +57,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep measures. `slots`: masks of a pass; `raw`: prompts without the chat template."""
+    """What a sweep measures. `drafts`: per pass, None for all. `raw`: without the chat template."""
 
     taus: tuple[float, ...]
     max_tokens: int
-    slots: int | None = None
+    drafts: int | None = None
     raw: bool = False
 
 
@@ -143,7 +143,7 @@ class TauSweep:
             prompt,
             settings.max_tokens,
             layout="plain" if plain else "linear",
-            drafts=None if plain else settings.slots,
+            drafts=None if plain else settings.drafts,
             emission=Emission() if plain else Emission("conf-adapt", tau),
             stats=stats,
         )

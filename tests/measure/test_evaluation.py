@@ -216,20 +216,20 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert "conf-adapt tau 0.05 (lossy)" in again.stdout and "100%" in again.stdout
 
 
-def test_slots_are_measured_again(folder: Path, tmp_path: Path) -> None:
-    """Rows of other slots are of other lanes; auto has its own slots and is taken over."""
+def test_other_numbers_of_drafts_are_measured_again(folder: Path, tmp_path: Path) -> None:
+    """They are other lanes; auto has its own number and is taken over."""
     options = ["--limit", "1", "--layout", "quadratic", "--layout", "auto", "--emit", "static"]
     options += ["--out", str(tmp_path / "e.jsonl"), "--json"]
     lanes = []
-    for slots in ("2", "1"):
-        result = run(folder, *options, "--slots", slots)
+    for option, drafts in (("--drafts", "2"), ("--slots", "1")):
+        result = run(folder, *options, option, drafts)
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)["rows"]
         lanes.append(list(dict.fromkeys(row["lane"] for row in rows)))
-        assert max(len(row["acceptance"]) for row in rows if row["lane"].startswith("quad")) == int(slots)
+        assert max(len(row["acceptance"]) for row in rows if row["lane"].startswith("quad")) == int(drafts)
     quadratic, _, static = lanes[0][1:]
-    assert quadratic == "quadratic slots 2" and static.endswith(" slots 2")
-    assert lanes[1] == ["plain", "quadratic slots 1", "auto", static.replace("2", "1")]
+    assert quadratic == "quadratic drafts 2" and static.endswith(" drafts 2")
+    assert lanes[1] == ["plain", "quadratic drafts 1", "auto", static.replace("2", "1")]
     assert len((tmp_path / "e.jsonl").read_text().splitlines()) == 4 + 2
 
 

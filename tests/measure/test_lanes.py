@@ -69,12 +69,13 @@ def measurement(speed: float, comparison: Comparison, category: str = "a") -> Me
     )
 
 
-def test_a_differing_text_has_no_speedup_and_is_counted() -> None:
+def test_a_differing_text_is_counted_and_its_speed_is_not() -> None:
     same, tie = Comparison(True), Comparison(False, 3, 1, 2, 1e-5, 1e-3)
     different = Comparison(False, 3, 1, 2, 0.5, 1e-3)
-    assert measurement(20.0, different).speedup is None
+    assert measurement(20.0, different).refused
     row = summarise([measurement(20.0, same), measurement(40.0, tie), measurement(900.0, different)])[0]
-    assert row.speedup == pytest.approx((2 + 4) / 2)
+    assert row.speedup == pytest.approx(row.tokens_per_second / row.plain_tokens_per_second)
+    assert row.tokens_per_second == pytest.approx(20 / 0.75) and row.mean_of_ratios == pytest.approx(3)
     assert (row.identical, row.certified, row.refused) == (1, 1, 1)
     assert row.acceptance == [1.0, 0.0] and row.tokens_per_step == 2
 

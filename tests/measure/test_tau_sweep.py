@@ -105,7 +105,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("settings", "changes"),
     [
         (SweepSettings(SETTINGS.taus, 15), {}),
-        (SweepSettings(SETTINGS.taus, 14, slots=2), {}),
+        (SweepSettings(SETTINGS.taus, 14, drafts=2), {}),
         (SETTINGS, {"name": "other"}),
         (SETTINGS, {"questions": QUESTIONS[:2]}),
     ],
