@@ -38,7 +38,7 @@ def main(model: str, adapter: str, prompts: Path | None, limit: int, max_tokens:
     from mtp_mlx.measure.certificate import compare
     from mtp_mlx.measure.prompts import read_prompts
 
-    chosen = read_prompts(prompts, limit, None)
+    chosen = read_prompts(prompts, limit)
     attached, tokenizer = load(model, adapter)
 
     def ours(ids: list[int], layout: str, sampling: SamplingConfig) -> list[int]:

@@ -104,6 +104,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("prompts", "spec_bench", "mt_bench", "gsm8k", "gsm8k_test", "questions"):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    code = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f"}
+    (home / "humaneval.jsonl").write_text(json.dumps(code) + "\n")
     (home / "question.txt").write_text("Why is the sky blue?\n")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
     monkeypatch.setattr("mtp_mlx.models.embedded_model", lambda *_, **__: model)

@@ -23,7 +23,7 @@ def measure(plan: Plan, console: Console) -> list[Decoded]:
     from mtp_mlx.measure.prompts import read_prompts
 
     settings = plan.settings
-    prompts = [prompt.text for prompt in read_prompts(settings.prompts, settings.limit, None)]
+    prompts = [prompt.text for prompt in read_prompts(settings.prompts, settings.limit)]
     kept = Kept(settings.out / "measured.jsonl", plan.key(prompts))
     contestants = settings.contestants
     noises = sorted({one.noise for one in contestants})

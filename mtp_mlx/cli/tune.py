@@ -63,7 +63,7 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
     from mtp_mlx.measure.tune import choose, results
     from mtp_mlx.planning.tuned import remember
 
-    prompts = read_prompts(settings.prompts, settings.limit, None)
+    prompts = read_prompts(settings.prompts, settings.limit)
     model, measured = measure(settings, prompts, Console(stderr=True))
     rows, choice = results(measured), choose(measured)
     if not choice.tokens_per_second:
@@ -136,6 +136,8 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
 
 def table(rows: list[LaneResult]) -> Table:
     """The rows as a rich table, fastest first."""
+    from mtp_mlx.measure.speed import ratio_text
+
     out = Table(title="every lane on this machine, against plain decoding of the same weights")
     for name in ("lane", "tok/s", "ratio", "tok/step", "same text"):
         out.add_column(name, justify="left" if name == "lane" else "right")
@@ -144,7 +146,7 @@ def table(rows: list[LaneResult]) -> Table:
         out.add_row(
             row.lane,
             f"{row.tokens_per_second:.2f}",
-            f"{row.speed_up:.2f}x",
+            ratio_text(row.speed_up, row.mean_of_ratios),
             f"{row.tokens_per_step:.2f}",
             same,
         )

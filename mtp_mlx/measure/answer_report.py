@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.evaluation import PLAIN, Answer
+from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,16 @@ class EvaluationRow:
     """One category (or all) in one lane; totals over totals.
 
     Attributes:
-        tokens_per_second, plain_tokens_per_second, speedup: the plain lane's on the same tasks, and the ratio.
+        tokens_per_second, plain_tokens_per_second: this lane's and the plain lane's, all tokens over all seconds.
+        speedup: the ratio of these two; None if nothing was timed.
+        mean_of_ratios: the mean of the tasks' own ratios, to be read beside `speedup`.
         tokens_per_step: tokens per forward pass.
         acceptance: per depth, P(accepted | reached); empty where nothing is verified.
         agreement: share of tokens that the model's own path would have picked.
         perplexity: of the texts under the model's own path.
         same: share of texts that are the plain lane's.
-        right: share of answers that are right, of those that can be judged; None without any.
-        judged, wrong: how many were judged; why those not right are not: {reason: how often}.
+        right: share of right answers among those whose reference is known; None without any.
+        judged: how many answers have a known reference.
         lossless: False where any text was written unverified.
     """
 
@@ -38,6 +41,7 @@ class EvaluationRow:
     tokens_per_second: float
     plain_tokens_per_second: float
     speedup: float | None
+    mean_of_ratios: float | None
     tokens_per_step: float
     acceptance: list[float | None]
     agreement: float
@@ -45,7 +49,6 @@ class EvaluationRow:
     same: float
     right: float | None
     judged: int
-    wrong: dict[str, int]
     lossless: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +72,8 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
     group = [answer for answer in answers if category in (None, answer.category)]
     own = [answer for answer in group if answer.lane == lane]
     tokens = max(sum(answer.tokens for answer in own), 1)
-    speed, plain = _rate(own), _rate([answer for answer in group if answer.lane == PLAIN.name])
+    plain = {answer.task: answer for answer in group if answer.lane == PLAIN.name}
+    speeds = compare_speeds((answer, plain[answer.task]) for answer in own)
     stats = DecodeStats()
     for answer in own:
         stats.add(DecodeStats(submitted=list(answer.submitted), accepted=list(answer.accepted)))
@@ -78,9 +82,10 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
         lane=lane,
         category="all" if category is None else category,
         tasks=len(own),
-        tokens_per_second=speed,
-        plain_tokens_per_second=plain,
-        speedup=speed / plain if speed and plain else None,
+        tokens_per_second=speeds.tokens_per_second,
+        plain_tokens_per_second=speeds.plain_tokens_per_second,
+        speedup=speeds.speedup,
+        mean_of_ratios=speeds.mean_of_ratios,
         tokens_per_step=tokens / max(sum(answer.passes for answer in own), 1),
         acceptance=stats.acceptance,
         agreement=sum(answer.agreeing for answer in own) / tokens,
@@ -88,14 +93,8 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
         same=sum(answer.same for answer in own) / max(len(own), 1),
         right=sum(answer.right is True for answer in judged) / len(judged) if judged else None,
         judged=len(judged),
-        wrong=dict(Counter(answer.reason for answer in judged if not answer.right).most_common()),
         lossless=all(answer.lossless for answer in own),
     )
-
-
-def _rate(answers: Sequence[Answer]) -> float:
-    seconds = sum(answer.seconds for answer in answers if answer.timed_tokens)
-    return sum(answer.timed_tokens for answer in answers) / seconds if seconds else 0.0
 
 
 def tables(rows: Sequence[EvaluationRow]) -> Group:
@@ -107,7 +106,7 @@ def tables(rows: Sequence[EvaluationRow]) -> Group:
         lambda row: (
             str(row.tasks),
             f"{row.tokens_per_second:.1f}",
-            "-" if row.speedup is None else f"{row.speedup:.2f}x",
+            ratio_text(row.speedup, row.mean_of_ratios),
             f"{row.tokens_per_step:.2f}",
             "/".join("-" if value is None else f"{value:.2f}" for value in row.acceptance) or "-",
         ),

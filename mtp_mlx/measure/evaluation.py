@@ -1,7 +1,7 @@
-"""Tasks answered in several ways beside the model alone: speed, acceptance, agreement, perplexity, right answers.
+"""Prompts answered in several lanes: speed, acceptance, agreement, perplexity, right answers.
 
-The model alone is lane "plain": ordinary greedy decoding, always measured. A verified lane writes the same text
-faster; a lossy one (`--emit`) may write another, and what that costs is measured against the plain lane's answers and
+Lane "plain" is ordinary greedy decoding and always measured. A verified lane writes the same text faster; a lossy one
+(unverified emission) may write another, and what that costs is measured against the plain lane's answers and against
 the model's own next-token path (`own_path`).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.kept import KeptRows
 from mtp_mlx.measure.lanes import Lane
-from mtp_mlx.measure.tasks import Task
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tau_sweep import own_path
 from mtp_mlx.model.attach import AttachedModel
 
@@ -31,18 +32,19 @@ PLAIN = Lane("plain", "plain")
 
 @dataclass(frozen=True)
 class Answer:
-    """One task in one lane.
+    """One prompt in one lane.
 
     Attributes:
-        lane, task, category: names.
-        tokens, passes: written, and forward passes it took.
-        timed_tokens, seconds: after the first step, so that the prompt counts for no lane.
-        submitted, accepted: per depth, of drafts that verification reached; empty where nothing is verified.
+        lane, task, category: names of the lane, the prompt and its category.
+        tokens, passes: tokens written, and the forward passes this took.
+        timed_tokens, seconds: after the first step, so that prefill counts for no lane.
+        submitted, accepted: drafts per depth that verification reached, and accepted; empty if nothing is verified.
         agreeing: tokens that the model's own path would have picked there.
         nll: summed negative log-likelihood of the tokens under that path, in nats.
         same: the text is the plain lane's.
-        right: None where nobody knows; `reason` says why it is not.
+        right: None if the right answer is not known.
         lossless: every token was verified.
+        text: what was written.
     """
 
     lane: str
@@ -58,74 +60,77 @@ class Answer:
     nll: float
     same: bool
     right: bool | None
-    reason: str
     lossless: bool
+    text: str
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """`max_tokens` of an answer; `raw`: tasks as they are, without the chat template."""
+    """`max_tokens`: of an answer. `raw`: continue the prompts as they are, without the chat template."""
 
     max_tokens: int
     raw: bool = False
 
 
 class Evaluation:
-    """Every task in every lane, the plain one first; with a file, goes on where an earlier run stopped.
+    """Every prompt in every lane, the plain one first.
 
     Args:
         model, tokenizer: from `mtp_mlx.load`.
-        tasks: what is asked; names differ.
-        lanes: beside the plain one; names differ.
+        prompts: with unique names.
+        lanes: besides the plain one, with unique names.
         settings: see `EvaluationSettings`.
-        out: JSONL file that keeps every answer's measurements, or None.
-        name: what tells this model and adapter from others; a file of another one is refused.
+        out: JSONL file that keeps every answer, so that the next run resumes from it; or None.
+        name: identifies model and adapter; the file of another one is refused.
 
     Raises:
-        MTPError: two tasks or lanes of one name, or `out` belongs to another evaluation or is damaged.
+        MTPError: two prompts or lanes of one name, or `out` belongs to another evaluation or is damaged.
     """
 
     def __init__(
         self,
         model: AttachedModel,
         tokenizer: TokenizerWrapper,
-        tasks: Sequence[Task],
+        prompts: Sequence[Prompt],
         lanes: Sequence[Lane],
         settings: EvaluationSettings,
         out: Path | None = None,
         name: str = "",
     ) -> None:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
-        self._tasks, self._lanes = list(tasks), [PLAIN, *(lane for lane in lanes if lane != PLAIN)]
-        for what, names in (("lane", [x.name for x in self._lanes]), ("task", [t.name for t in self._tasks])):
-            if len(set(names)) < len(names):
-                twice = next(each for each in names if names.count(each) > 1)
-                raise MTPError(f"the {what} '{twice}' is there twice: give every {what} once")
+        self._prompts, self._lanes = list(prompts), [PLAIN, *(lane for lane in lanes if lane != PLAIN)]
+        for kind, names in (
+            ("lane", [lane.name for lane in self._lanes]),
+            ("task", [prompt.name for prompt in self._prompts]),
+        ):
+            ((name_twice, count),) = Counter(names).most_common(1)
+            if count > 1:
+                raise MTPError(f"the {kind} '{name_twice}' is there twice: give every {kind} once")
         self._kept = KeptRows(out, Answer, self._fingerprint(name), "an evaluation")
         self._done = {(row.lane, row.task): row for row in self._kept.read()}
 
     @property
     def total(self) -> int:
         """Answers of a whole evaluation."""
-        return len(self._tasks) * len(self._lanes)
+        return len(self._prompts) * len(self._lanes)
 
     def warm_up(self) -> None:
-        """A few tokens in every lane, not counted; refuses lanes that do not go with the model."""
+        """Generates a few tokens in every lane, not counted. Raises MTPError if a lane does not suit the model."""
         for lane in self._lanes:
             self._generate(encode_prompt(self._tokenizer, "Hello"), lane, 4)
 
     def run(self, on_answer: Callable[[Answer], None] | None = None) -> list[Answer]:
-        """All answers; those of an earlier run are taken over."""
+        """All answers, those of an earlier run included."""
         answers = []
-        for task in self._tasks:
-            prompt = self._prompt(task)
+        for prompt in self._prompts:
+            ids = self._ids(prompt)
             plain: list[int] | None = None
             for lane in self._lanes:
-                row = self._done.get((lane.name, task.name))
+                row = self._done.get((lane.name, prompt.name))
                 if row is None:
                     if plain is None and lane != PLAIN:
-                        plain = self._generate(prompt, PLAIN, self._settings.max_tokens).tokens
-                    row, tokens = self._answer(task, lane, prompt, plain)
+                        plain = self._generate(ids, PLAIN, self._settings.max_tokens).tokens
+                    row, tokens = self._answer(prompt, lane, ids, plain)
                     plain = tokens if lane == PLAIN else plain
                     self._kept.keep(row)
                 answers.append(row)
@@ -134,15 +139,14 @@ class Evaluation:
         return answers
 
     def _answer(
-        self, task: Task, lane: Lane, prompt: list[int], plain: list[int] | None
+        self, prompt: Prompt, lane: Lane, ids: list[int], plain: list[int] | None
     ) -> tuple[Answer, list[int]]:
-        found = self._generate(prompt, lane, self._settings.max_tokens)
-        verdict = task.judge_raw(found.text) if self._settings.raw else task.judge(found.text)
-        agreeing, nll = own_path(self._model, prompt, found.tokens)
+        found = self._generate(ids, lane, self._settings.max_tokens)
+        agreeing, nll = own_path(self._model, ids, found.tokens)
         row = Answer(
             lane=lane.name,
-            task=task.name,
-            category=task.category,
+            task=prompt.name,
+            category=prompt.category,
             tokens=len(found.tokens),
             passes=found.stats.steps,
             timed_tokens=found.timed_tokens,
@@ -152,27 +156,27 @@ class Evaluation:
             agreeing=agreeing,
             nll=nll,
             same=plain is None or found.tokens == plain,
-            right=verdict.right,
-            reason=verdict.reason,
+            right=prompt.is_right(found.text),
             lossless=lane.emission.lossless,
+            text=found.text,
         )
         return row, found.tokens
 
-    def _prompt(self, task: Task) -> list[int]:
+    def _ids(self, prompt: Prompt) -> list[int]:
         if self._settings.raw:
-            return encode_prompt(self._tokenizer, task.raw)
-        return chat_prompt(self._tokenizer, task.message)
+            return encode_prompt(self._tokenizer, prompt.raw)
+        return chat_prompt(self._tokenizer, prompt.text)
 
-    def _generate(self, prompt: list[int], lane: Lane, max_tokens: int) -> _Generated:
+    def _generate(self, ids: list[int], lane: Lane, max_tokens: int) -> _Generated:
         assert lane.layout is not None
         found = _Generated()
         responses = stream_generate(
             self._model,
             self._tokenizer,
-            prompt,
+            ids,
             max_tokens,
             layout=lane.layout,
-            slots=lane.slots,
+            drafts=lane.drafts,
             lookup=lane.lookup,
             drafter=lane.drafter,
             emission=lane.emission,
@@ -185,17 +189,14 @@ class Evaluation:
         return found
 
     def _fingerprint(self, name: str) -> str:
-        """Of everything that an answer depends on but its lane and its task: more of both may follow."""
-        tasks = {
-            task.name: json.dumps([task.category, task.message, task.raw, task.reference])
-            for task in self._tasks
-        }
-        content = json.dumps([name, self._settings.max_tokens, self._settings.raw, tasks], sort_keys=True)
+        """Of everything that an answer depends on, except the lane: a later run may have more lanes."""
+        prompts = [[p.name, p.category, p.text, p.raw, str(p.answer)] for p in self._prompts]
+        content = json.dumps([name, self._settings.max_tokens, self._settings.raw, prompts])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class _Generated:
-    """A text as it comes, with the clock started after its first step."""
+    """A text while it is generated; the clock starts after its first step."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []

@@ -22,7 +22,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.certificate import Comparison, compare
-from mtp_mlx.measure.prompts import BenchPrompt
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import plan_drafting
 
@@ -33,7 +33,7 @@ class Lane:
 
     name: str
     layout: LayoutName | None = None
-    slots: int | None = None
+    drafts: int | None = None
     lookup: bool | None = None
     emission: Emission = Emission()
     drafter: str | None = None
@@ -48,30 +48,22 @@ class Timed:
     seconds: float
     stats: DecodeStats = field(default_factory=DecodeStats)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """0 when the text ended within the first step."""
-        return self.timed_tokens / self.seconds if self.timed_tokens else 0.0
-
 
 @dataclass
 class Measurement:
     """One prompt in one lane, compared with mlx-lm plain on the same prompt."""
 
-    prompt: BenchPrompt
+    prompt: Prompt
     lane: Lane
     timed: Timed
     reference: Timed
     comparison: Comparison
 
     @property
-    def speedup(self) -> float | None:
-        """Ratio of tokens/s; None where nothing was timed, or a lossless text differs without a certificate."""
-        if self.lane.emission.lossless and not (self.comparison.identical or self.comparison.certified):
-            return None
-        if not self.timed.timed_tokens or not self.reference.timed_tokens:
-            return None
-        return self.timed.tokens_per_second / self.reference.tokens_per_second
+    def refused(self) -> bool:
+        """The lane is verified, and yet its text differs by more than a near-tie: its speed does not count."""
+        same = self.comparison.identical or self.comparison.certified
+        return self.lane.emission.lossless and not same
 
 
 class Bench:
@@ -97,7 +89,7 @@ class Bench:
 
     def run(
         self,
-        prompts: Sequence[BenchPrompt],
+        prompts: Sequence[Prompt],
         on_prompt: Callable[[int, list[Measurement]], None] | None = None,
     ) -> list[Measurement]:
         """Every prompt in every lane; the order of lanes rotates from prompt to prompt."""
@@ -133,7 +125,7 @@ class Bench:
         assert lane.layout is not None
         stats = DecodeStats()
         drafting = plan_drafting(
-            self._model, lane.layout, lane.slots, stats, lane.lookup, lane.drafter, lane.emission
+            self._model, lane.layout, lane.drafts, stats, lane.lookup, lane.drafter, lane.emission
         )
         steps = mtp_generate_step(
             ids,

@@ -32,7 +32,8 @@ class Projection:
         drafts: mask slots k behind one position, or drafts of a chain of heads.
         rows: of a step with all its drafts; None for "auto", whose steps differ.
         tokens_per_step: in the long run; None where the curve ends before `rows`, and for "auto".
-        low, high: speed-up over plain decoding at the curve's dearest and cheapest; None where the curve ends.
+        low, high: speed-up over plain decoding at the curve's highest and lowest cost: expected tokens over expected
+            cost in the long run, so a ratio of totals. None where the curve ends.
         label: always "projection, not a measurement".
     """
 

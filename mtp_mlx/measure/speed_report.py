@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Measurement
+from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
 @dataclass(frozen=True)
 class Row:
-    """One category (or all) in one lane."""
+    """One category (or all) in one lane.
+
+    Attributes:
+        plain_tokens_per_second, tokens_per_second: mlx-lm's and the lane's, all tokens over all seconds.
+        speedup: the ratio of these two; None if no prompt counts.
+        mean_of_ratios: the mean of the prompts' own ratios, to be read beside `speedup`.
+        identical, certified, refused: prompts whose text equals mlx-lm's, differs by a near-tie, differs by more.
+        lossless: False for unverified emission.
+        acceptance: per depth, P(accepted | reached).
+    """
 
     lane: str
     category: str
@@ -23,6 +32,7 @@ class Row:
     plain_tokens_per_second: float
     tokens_per_second: float
     speedup: float | None
+    mean_of_ratios: float | None
     tokens_per_step: float
     rows_per_step: float
     identical: int
@@ -40,6 +50,7 @@ class Row:
             "tokens_per_step",
             "rows_per_step",
             "speedup",
+            "mean_of_ratios",
         ):
             values[name] = None if values[name] is None else round(values[name], 4)
         values["acceptance"] = [None if value is None else round(value, 4) for value in self.acceptance]
@@ -49,9 +60,8 @@ class Row:
 def summarise(measurements: Sequence[Measurement]) -> list[Row]:
     """One row per lane and category, then one per lane over all prompts.
 
-    tokens/s are totals over totals; the speed-up of a category is the mean over its prompts' ratios, and the
-    overall speed-up the mean over all prompts. Prompts refused (text differs, no certificate) are in none.
-    In lanes of unverified emission texts may differ: nothing is refused, and the row is labelled `lossless: false`.
+    Refused prompts count in no speed. In lanes of unverified emission texts may differ: none is refused, and the row
+    is labelled `lossless: false`.
     """
     rows = []
     for lane in dict.fromkeys(measurement.lane.name for measurement in measurements):
@@ -65,7 +75,7 @@ def summarise(measurements: Sequence[Measurement]) -> list[Row]:
 
 
 def _row(lane: str, category: str, own: Sequence[Measurement]) -> Row:
-    ratios = [m.speedup for m in own if m.speedup is not None]
+    speeds = compare_speeds((m.timed, m.reference) for m in own if not m.refused)
     stats = DecodeStats()
     for measurement in own:
         stats.add(measurement.timed.stats)
@@ -75,22 +85,18 @@ def _row(lane: str, category: str, own: Sequence[Measurement]) -> Row:
         lane=lane,
         category=category,
         prompts=len(own),
-        plain_tokens_per_second=_rate([m.reference for m in own]),
-        tokens_per_second=_rate([m.timed for m in own]),
-        speedup=mean(ratios) if ratios else None,
+        plain_tokens_per_second=speeds.plain_tokens_per_second,
+        tokens_per_second=speeds.tokens_per_second,
+        speedup=speeds.speedup,
+        mean_of_ratios=speeds.mean_of_ratios,
         tokens_per_step=stats.tokens_per_step,
         rows_per_step=stats.rows_per_step,
         identical=identical,
         certified=certified,
-        refused=len(own) - identical - certified if stats.lossless else 0,
+        refused=sum(m.refused for m in own),
         lossless=stats.lossless,
         acceptance=stats.acceptance,
     )
-
-
-def _rate(timed: Sequence[Any]) -> float:
-    seconds = sum(one.seconds for one in timed if one.timed_tokens)
-    return sum(one.timed_tokens for one in timed) / seconds if seconds else 0.0
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -118,7 +124,7 @@ def table(rows: Sequence[Row]) -> Table:
             str(row.prompts),
             f"{row.plain_tokens_per_second:.2f}",
             f"{row.tokens_per_second:.2f}",
-            "refused" if row.speedup is None else f"{row.speedup:.2f}x",
+            ratio_text(row.speedup, row.mean_of_ratios, "refused" if row.refused else "-"),
             f"{row.tokens_per_step:.2f}",
             f"{row.rows_per_step:.1f}",
             same,

@@ -22,7 +22,7 @@ from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.kept import KeptRows
-from mtp_mlx.measure.prompts import Question
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.planning.tuned import weights_digest
@@ -57,11 +57,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep measures. `slots`: masks of a pass; `raw`: prompts without the chat template."""
+    """What a sweep measures. `drafts`: per pass, None for all. `raw`: without the chat template."""
 
     taus: tuple[float, ...]
     max_tokens: int
-    slots: int | None = None
+    drafts: int | None = None
     raw: bool = False
 
 
@@ -83,7 +83,7 @@ class TauSweep:
         self,
         model: AttachedModel,
         tokenizer: TokenizerWrapper,
-        questions: Sequence[Question],
+        questions: Sequence[Prompt],
         settings: SweepSettings,
         out: Path | None = None,
         name: str = "",
@@ -117,20 +117,20 @@ class TauSweep:
 
     def _measure(self, tau: float | None, index: int) -> Measured:
         question = self._questions[index]
-        prompt = self._prompt(question)
+        prompt = self._ids(question)
         tokens, text, stats = self._generate(prompt, tau)
         if tau is None:
             self._plain[index] = tokens
         elif index not in self._plain:
             self._plain[index] = self._generate(prompt, None)[0]
         agreeing, nll = own_path(self._model, prompt, tokens)
-        right = None if question.answer is None else question.is_right(text)
+        right = question.is_right(text)
         same = tokens == self._plain[index]
         return Measured(tau, index, len(tokens), stats.steps, agreeing, nll, same, right)
 
-    def _prompt(self, question: Question) -> list[int]:
+    def _ids(self, question: Prompt) -> list[int]:
         if self._settings.raw:
-            return encode_prompt(self._tokenizer, question.text)
+            return encode_prompt(self._tokenizer, question.raw)
         return chat_prompt(self._tokenizer, question.text)
 
     def _generate(self, prompt: list[int], tau: float | None) -> tuple[list[int], str, DecodeStats]:
@@ -143,7 +143,7 @@ class TauSweep:
             prompt,
             settings.max_tokens,
             layout="plain" if plain else "linear",
-            drafts=None if plain else settings.slots,
+            drafts=None if plain else settings.drafts,
             emission=Emission() if plain else Emission("conf-adapt", tau),
             stats=stats,
         )

@@ -10,6 +10,7 @@ from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Lane, Measurement, Timed
+from mtp_mlx.measure.speed import compare_speeds, rate
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import LOOKUP_DRAFTS
 from mtp_mlx.planning.tuned import TunedChoice
@@ -23,15 +24,17 @@ class LaneResult:
 
     Attributes:
         lane: its name.
-        tokens_per_second: totals over totals, without prompt and first step.
-        speed_up: over the faster one of mlx-lm's and our own plain decoding.
-        tokens_per_step: totals over totals.
+        tokens_per_second: all tokens over all seconds, without prefill and first step.
+        speed_up: as a multiple of plain decoding, mlx-lm's or our own, whichever is faster; a ratio of totals.
+        mean_of_ratios: the mean of the prompts' own ratios, to be read beside `speed_up`.
+        tokens_per_step: all tokens over all steps.
         refused: prompts whose text differs from mlx-lm's beyond a near-tie; a lane with any cannot win.
     """
 
     lane: str
     tokens_per_second: float
     speed_up: float
+    mean_of_ratios: float
     tokens_per_step: float
     refused: int
 
@@ -71,30 +74,38 @@ def _counts(most: int) -> list[int]:
 def results(measurements: Sequence[Measurement]) -> list[LaneResult]:
     """One row per lane, fastest first."""
     lanes = dict.fromkeys(measurement.lane.name for measurement in measurements)
-    plain = plain_speed(measurements)
+    plain = plain_timings(measurements)
     rows = []
     for name in lanes:
         own = [measurement for measurement in measurements if measurement.lane.name == name]
-        speed = _rate([measurement.timed for measurement in own])
+        speeds = compare_speeds(zip([measurement.timed for measurement in own], plain, strict=True))
         stats = DecodeStats()
         for measurement in own:
             stats.add(measurement.timed.stats)
-        refused = sum(not (m.comparison.identical or m.comparison.certified) for m in own)
-        rows.append(LaneResult(name, speed, speed / plain if plain else 0.0, stats.tokens_per_step, refused))
+        rows.append(
+            LaneResult(
+                lane=name,
+                tokens_per_second=speeds.tokens_per_second,
+                speed_up=speeds.speedup or 0.0,
+                mean_of_ratios=speeds.mean_of_ratios or 0.0,
+                tokens_per_step=stats.tokens_per_step,
+                refused=sum(measurement.refused for measurement in own),
+            )
+        )
     return sorted(rows, key=lambda row: -row.tokens_per_second)
 
 
-def plain_speed(measurements: Sequence[Measurement]) -> float:
-    """Tokens per second without drafts: the faster one of mlx-lm's generation and our own plain layout."""
+def plain_timings(measurements: Sequence[Measurement]) -> list[Timed]:
+    """Every prompt without drafts: by mlx-lm or in our own plain layout, whichever is faster over all of them."""
     lane = measurements[0].lane.name
-    theirs = _rate([measurement.reference for measurement in measurements if measurement.lane.name == lane])
-    ours = _rate([measurement.timed for measurement in measurements if measurement.lane.layout == "plain"])
-    return max(theirs, ours)
+    theirs = [measurement.reference for measurement in measurements if measurement.lane.name == lane]
+    ours = [measurement.timed for measurement in measurements if measurement.lane.layout == "plain"]
+    return max(theirs, ours, key=rate)
 
 
 def choose(measurements: Sequence[Measurement]) -> TunedChoice:
     """The fastest lane whose texts are all mlx-lm's, or plain decoding where none is faster by the margin."""
-    plain = plain_speed(measurements)
+    plain = rate(plain_timings(measurements))
     lanes = {measurement.lane.name: measurement.lane for measurement in measurements}
     for row in results(measurements):
         lane = lanes[row.lane]
@@ -102,10 +113,5 @@ def choose(measurements: Sequence[Measurement]) -> TunedChoice:
             continue
         if row.speed_up < MARGIN:
             break
-        return TunedChoice(lane.name, lane.layout, lane.slots, lane.drafter, row.tokens_per_second, plain)
+        return TunedChoice(lane.name, lane.layout, lane.drafts, lane.drafter, row.tokens_per_second, plain)
     return TunedChoice("plain", "plain", None, None, plain, plain)
-
-
-def _rate(timed: Sequence[Timed]) -> float:
-    seconds = sum(one.seconds for one in timed if one.timed_tokens)
-    return sum(one.timed_tokens for one in timed) / seconds if seconds else 0.0

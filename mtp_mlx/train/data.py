@@ -17,9 +17,8 @@ The order in which a run sees the examples is `mtp_mlx/train/order.py`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.jsonl import read_jsonl, type_name
 from mtp_mlx.train.order import EpochOrder, held_out_indices
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "load_examples",
     "load_splits",
     "prompt_ids",
-    "read_jsonl",
     "split_held_out",
 ]
 
@@ -114,70 +113,12 @@ class Splits:
 # --- reading rows -------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, row) of a JSONL file; blank lines are skipped.
-
-    Raises MTPError with file and line number for a missing file, text that is not UTF-8, invalid or truncated
-    JSON, text that is no Unicode, and a row that is not an object.
-    """
-    path = Path(path)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise MTPError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            row = _parse_line(line, path, number)
-            if row is not None:
-                yield number, row
-
-
-def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any] | None:
-    where = f"{path}, line {number}"
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise MTPError(f"{where}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from error
-    if not text.strip():
-        return None
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        if not text.endswith("\n"):
-            raise MTPError(
-                f"{where}: truncated, the last line ends in the middle of its JSON. "
-                "Delete this line or write the file again."
-            ) from error
-        raise MTPError(
-            f"{where}: invalid JSON at column {error.colno} ({error.msg}). Each line must be one JSON object."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
-        raise MTPError(f"{where}: JSON that cannot be read ({error}). Mend this row.") from error
-    if "\\u" in text:  # JSON can spell half of a character
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise MTPError(
-                f"{where}: a text has half of a surrogate pair (\\ud800 to \\udfff). Mend this row."
-            ) from error
-    if not isinstance(row, dict):
-        raise MTPError(
-            f"{where}: a JSON object is needed, this is a {_type_name(row)}. Write one {{...}} per line."
-        )
-    return row
-
-
-def _type_name(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
 def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
     """`row[key]`, checked to be a `kind`. Raises MTPError naming `where`."""
     value = row[key]
     if not isinstance(value, kind):
         raise MTPError(
-            f'{where}: "{key}" must be a {_type_name(kind())}, this is a {_type_name(value)}. Mend this row.'
+            f'{where}: "{key}" must be a {type_name(kind())}, this is a {type_name(value)}. Mend this row.'
         )
     return value
 

@@ -31,7 +31,8 @@ from typing import Any
 from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors
-from mtp_mlx.train.data import messages_prompt_ids, prompt_ids, read_jsonl
+from mtp_mlx.jsonl import read_jsonl
+from mtp_mlx.train.data import messages_prompt_ids, prompt_ids
 
 COPIED_FIELDS = ("id", "category", "source", "licence", "license")
 PREFILL_BATCH_SIZE = 8

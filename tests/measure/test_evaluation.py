@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,51 +17,45 @@ from mtp_mlx.decode.emission import Emission
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.answer_report import summarise
+from mtp_mlx.measure.code_tasks import CodeTask
 from mtp_mlx.measure.evaluation import PLAIN, Answer, Evaluation, EvaluationSettings
 from mtp_mlx.measure.lanes import Lane
-from mtp_mlx.measure.prompts import Question
-from mtp_mlx.measure.sandbox import Sandbox
-from mtp_mlx.measure.tasks import HumanEvalTask, MBPPTask, QuestionTask, Task, Verdict
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tau_sweep import own_path
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import attached, random_adapter
+from tests.measure.test_code_tasks import HUMANEVAL, MBPP
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 LOSSY = Lane("conf-adapt tau 0.05", "linear", emission=Emission("conf-adapt", 0.05))
 LANES = [Lane("quadratic", "quadratic"), LOSSY]
-TASKS = [
-    QuestionTask("a", "math", Question("add(1, 2)", Decimal(3))),
-    QuestionTask("b", "chat", Question("The sky is")),
-]
+PROMPTS = [Prompt("add(1, 2)", "math", "a", Decimal(3)), Prompt("The sky is", "chat", "b")]
 SETTINGS = EvaluationSettings(14)
-
-
-NOBODY = Sandbox()  # not asked here
 
 
 def evaluation(out: Path | None = None, **changes: Any) -> Evaluation:
     arguments: dict[str, Any] = {
-        "tasks": TASKS,
+        "prompts": PROMPTS,
         "lanes": LANES,
         "settings": SETTINGS,
         "name": "tiny",
         **changes,
     }
-    tasks, lanes, settings = (arguments.pop(name) for name in ("tasks", "lanes", "settings"))
-    return Evaluation(attached("llama"), tiny_tokenizer(), tasks, lanes, settings, out, **arguments)
+    prompts, lanes, settings = (arguments.pop(name) for name in ("prompts", "lanes", "settings"))
+    return Evaluation(attached("llama"), tiny_tokenizer(), prompts, lanes, settings, out, **arguments)
 
 
 def test_lanes_beside_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[str] = []
 
-    def judge(self: QuestionTask, answer: str) -> Verdict:
+    def judge(self: Prompt, answer: str) -> bool:
         judged.append(answer)
-        return Verdict(len(judged) == 2, "counted")
+        return len(judged) == 2
 
-    monkeypatch.setattr(QuestionTask, "judge", judge)
+    monkeypatch.setattr(Prompt, "is_right", judge)
     answers = evaluation().run()
     assert [(a.task, a.lane) for a in answers] == [
-        (t.name, lane.name) for t in TASKS for lane in [PLAIN, *LANES]
+        (p.name, lane.name) for p in PROMPTS for lane in [PLAIN, *LANES]
     ]
     plain, verified, lossy = answers[:3]
     assert (
@@ -76,15 +71,16 @@ def test_lanes_beside_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lossy.passes < lossy.tokens and lossy.agreeing < lossy.tokens and not lossy.submitted
     assert lossy.nll / lossy.tokens > plain.nll / count
     assert plain.timed_tokens == count - 1 and 0 < verified.timed_tokens < count and plain.seconds > 0
-    assert judged[0] == judged[1] != judged[2] and [a.right for a in answers[:3]] == [False, True, False]
+    assert judged[:3] == [a.text for a in answers[:3]] and judged[0] == judged[1] != judged[2]
+    assert [a.right for a in answers[:3]] == [False, True, False]
 
 
 def test_agreement_is_the_own_path_s() -> None:
-    (answer,) = evaluation(tasks=TASKS[:1], lanes=[]).run()
+    (answer,) = evaluation(prompts=PROMPTS[:1], lanes=[]).run()
     ids = tiny_tokenizer().apply_chat_template(
-        [{"role": "user", "content": TASKS[0].message}], add_generation_prompt=True
+        [{"role": "user", "content": PROMPTS[0].text}], add_generation_prompt=True
     )
-    found = evaluation(tasks=TASKS[:1])._generate(list(ids), PLAIN, 14)
+    found = evaluation(prompts=PROMPTS[:1])._generate(list(ids), PLAIN, 14)
     assert (answer.agreeing, answer.nll) == pytest.approx(
         own_path(attached("llama"), list(ids), found.tokens)
     )
@@ -93,7 +89,7 @@ def test_agreement_is_the_own_path_s() -> None:
 def answer(lane: str, task: str, category: str, **changes: Any) -> Answer:
     values: dict[str, Any] = {
         "tokens": 10, "passes": 5, "timed_tokens": 8, "seconds": 2.0, "submitted": [4, 2], "accepted": [2, 1],
-        "agreeing": 9, "nll": 5.0, "same": True, "right": None, "reason": "", "lossless": True, **changes,
+        "agreeing": 9, "nll": 5.0, "same": True, "right": None, "lossless": True, "text": "", **changes,
     }  # fmt: skip
     return Answer(lane, task, category, **values)
 
@@ -103,9 +99,7 @@ def test_rows_are_totals_over_totals() -> None:
         answer("plain", "1", "math", seconds=4.0, submitted=[], accepted=[]),
         answer("plain", "2", "chat", seconds=4.0, submitted=[], accepted=[]),
         answer("x", "1", "math", right=True, same=False, lossless=False),
-        answer(
-            "x", "2", "chat", tokens=30, passes=5, right=False, reason="time", submitted=[4], accepted=[4]
-        ),
+        answer("x", "2", "chat", tokens=30, passes=5, right=False, submitted=[4], accepted=[4]),
         answer("plain", "3", "chat"),  # its other lane was not measured before a stop
     ]
     rows = {(row.lane, row.category): row for row in summarise(answers)}
@@ -114,7 +108,7 @@ def test_rows_are_totals_over_totals() -> None:
     assert (whole.tasks, whole.tokens_per_second, whole.plain_tokens_per_second) == (2, 4.0, 2.0)
     assert whole.speedup == 2.0 and whole.tokens_per_step == 4.0 and whole.acceptance == [6 / 8, 0.5]
     assert whole.agreement == 18 / 40 and whole.perplexity == pytest.approx(math.exp(10 / 40))
-    assert (whole.same, whole.right, whole.judged, whole.wrong) == (0.5, 0.5, 2, {"time": 1})
+    assert (whole.same, whole.right, whole.judged) == (0.5, 0.5, 2)
     assert not whole.lossless and rows["x", "chat"].lossless and rows["plain", "all"].right is None
     assert rows["plain", "all"].acceptance == [] and rows["plain", "chat"].tasks == 1
     assert whole.to_json()["perplexity"] == round(math.exp(0.25), 4)
@@ -152,34 +146,28 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("task", "other"),
+    "changes",
     [
-        (TASKS[0], QuestionTask("a", "math", Question("add(1, 2)", Decimal(4)))),
-        (TASKS[0], QuestionTask("a", "sums", Question("add(1, 2)", Decimal(3)))),
-        (
-            HumanEvalTask("h", "code", "def f():\n", "f", "def check(c): assert c() == 1", NOBODY),
-            HumanEvalTask("h", "code", "def f():\n", "f", "def check(c): assert c() == 2", NOBODY),
-        ),
-        (
-            MBPPTask("m", "code", "Add.", "import math", ("assert True",), NOBODY),
-            MBPPTask("m", "code", "Add.", "import cmath", ("assert True",), NOBODY),
-        ),
+        {"answer": Decimal(4)},
+        {"category": "sums"},
+        {"text": "add(1, 3)"},
+        {"code": CodeTask("Mbpp", "add(1, 2)", "another beginning")},
     ],
-    ids=["answer", "category", "test", "setup"],
+    ids=["answer", "category", "text", "beginning"],
 )
-def test_verdicts_of_another_reference_are_not_taken_over(tmp_path: Path, task: Task, other: Task) -> None:
+def test_answers_to_another_prompt_are_not_taken_over(tmp_path: Path, changes: dict[str, Any]) -> None:
     out = tmp_path / "e.jsonl"
-    evaluation(out, tasks=[task])._kept.keep(answer("plain", task.name, task.category))
-    assert evaluation(out, tasks=[task])._done
+    evaluation(out, prompts=PROMPTS[:1])._kept.keep(answer("plain", "a", "math"))
+    assert evaluation(out, prompts=PROMPTS[:1])._done
     with pytest.raises(MTPError, match="another model, adapter, questions or settings"):
-        evaluation(out, tasks=[other])
+        evaluation(out, prompts=[replace(PROMPTS[0], **changes)])
 
 
 def test_names_must_differ() -> None:
     with pytest.raises(MTPError, match="the lane 'quadratic' is there twice"):
         evaluation(lanes=[LANES[0], LANES[0]])
     with pytest.raises(MTPError, match="the task 'a' is there twice"):
-        evaluation(tasks=[TASKS[0], TASKS[0]])
+        evaluation(prompts=[PROMPTS[0], PROMPTS[0]])
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -193,9 +181,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = random_adapter(model)
     save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
     (root / "gsm8k.jsonl").write_text('{"question": "The sky", "answer": "#### 3"}\n')
-    humaneval = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(c):\n    assert c() == 1\n"}
-    (root / "humaneval.jsonl").write_text(json.dumps(humaneval) + "\n")
-    (root / "mbpp.jsonl").write_text(json.dumps({"text": "Add.", "test_list": ["assert True"]}) + "\n")
+    (root / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (HUMANEVAL, MBPP)))
     return root
 
 
@@ -210,7 +196,7 @@ def run(folder: Path, *args: str) -> Result:
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    files = [f"--{name}={folder / name}.jsonl" for name in ("gsm8k", "humaneval", "mbpp")]
+    files = [f"--gsm8k={folder / 'gsm8k.jsonl'}", f"--questions={folder / 'code.jsonl'}"]
     kept = ["--out", str(tmp_path / "e.jsonl"), "--plot", str(tmp_path / "e.svg")]
     options = [*files, *kept, "--layout", "linear", "--emit", "conf-adapt", "--tau", "0.05"]
     result = run(folder, *options, "--json")
@@ -218,42 +204,33 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     rows = {(row["lane"], row["category"]): row for row in report["rows"]}
     assert {lane for lane, _ in rows} == {"plain", "linear", "conf-adapt tau 0.05"}
-    assert {category for _, category in rows} == {"gsm8k", "humaneval", "mbpp", "all"}
-    assert report["finished"] and report["method"] == "mask-tokens" and "audit" in report["sandbox"]
+    assert {category for _, category in rows} == {"gsm8k", "code", "all"}
+    assert report["finished"] and report["method"] == "mask-tokens"
     assert rows["linear", "all"]["same"] == 1.0 and rows["linear", "all"]["lossless"]
-    assert not rows["conf-adapt tau 0.05", "all"]["lossless"] and rows["plain", "all"]["judged"] == 3
+    assert not rows["conf-adapt tau 0.05", "all"]["lossless"] and rows["plain", "all"]["judged"] == 1
+    assert rows["plain", "code"]["right"] is None and rows["linear", "code"]["tokens_per_second"] > 0
     assert rows["linear", "all"]["acceptance"] and (tmp_path / "e.svg").read_text().startswith("<svg")
     again = run(folder, *options)
     assert again.exit_code == 0 and len((tmp_path / "e.jsonl").read_text().splitlines()) == 9
     assert "speed against the model alone" in again.stdout and "…" not in again.stdout
-    assert "conf-adapt tau 0.05 (lossy)" in again.stdout and "100.0%" in again.stdout
+    assert "conf-adapt tau 0.05 (lossy)" in again.stdout and "100%" in again.stdout
 
 
-def test_slots_are_measured_again(folder: Path, tmp_path: Path) -> None:
-    """Rows of other slots are of other lanes; auto has its own slots and is taken over."""
+def test_other_numbers_of_drafts_are_measured_again(folder: Path, tmp_path: Path) -> None:
+    """They are other lanes; auto has its own number and is taken over."""
     options = ["--limit", "1", "--layout", "quadratic", "--layout", "auto", "--emit", "static"]
     options += ["--out", str(tmp_path / "e.jsonl"), "--json"]
     lanes = []
-    for slots in ("2", "1"):
-        result = run(folder, *options, "--slots", slots)
+    for option, drafts in (("--drafts", "2"), ("--slots", "1")):
+        result = run(folder, *options, option, drafts)
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)["rows"]
         lanes.append(list(dict.fromkeys(row["lane"] for row in rows)))
-        assert max(len(row["acceptance"]) for row in rows if row["lane"].startswith("quad")) == int(slots)
+        assert max(len(row["acceptance"]) for row in rows if row["lane"].startswith("quad")) == int(drafts)
     quadratic, _, static = lanes[0][1:]
-    assert quadratic == "quadratic slots 2" and static.endswith(" slots 2")
-    assert lanes[1] == ["plain", "quadratic slots 1", "auto", static.replace("2", "1")]
+    assert quadratic == "quadratic drafts 2" and static.endswith(" drafts 2")
+    assert lanes[1] == ["plain", "quadratic drafts 1", "auto", static.replace("2", "1")]
     assert len((tmp_path / "e.jsonl").read_text().splitlines()) == 4 + 2
-
-
-def test_verdicts_of_another_sandbox_are_not_taken_over(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [f"--mbpp={folder / 'mbpp'}.jsonl", "--out", str(tmp_path / "e.jsonl")]
-    assert run(folder, *options).exit_code == 0
-    monkeypatch.setattr(Sandbox, "check", lambda self: ("audit",))
-    again = run(folder, *options)
-    assert again.exit_code == 2 and "another model, adapter, questions or settings" in again.stderr
 
 
 def test_plan_reads_its_report(folder: Path, tmp_path: Path) -> None:
@@ -271,8 +248,12 @@ def test_plan_reads_its_report(folder: Path, tmp_path: Path) -> None:
         (["--tau", "0.5"], "--tau is the threshold of --emit conf-adapt"),
         (["--emit", "static", "-a", "none"], "needs an adapter with mask tokens"),
         (["--layout", "quadratic", "-a", "none"], "needs an adapter"),
-        (["--humaneval", "none.jsonl"], "none.jsonl: cannot be read"),
-        (["--sweep-tau", "--gsm8k", "x"], "a sweep of tau reads --questions only"),
+        (["--questions", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--sweep-tau", "--gsm8k", "x"], "--sweep-tau goes with neither --gsm8k nor --samples"),
+        (["--sweep-tau", "--samples", "x.jsonl"], "--sweep-tau goes with neither --gsm8k nor --samples"),
+        (["--samples", "x.json"], "--samples must be a .jsonl file"),
+        (["--samples", "x.jsonl", "--out", "./x.jsonl"], "x.jsonl is read or written by this run already"),
+        (["--samples", "q.jsonl", "--questions", "q.jsonl"], "give --samples another file"),
         (["--emit", "conf-adapt", "--tau", "2"], "at most 1; got 2"),
     ],
 )

@@ -23,6 +23,8 @@ class Row:
     category: str
     tokens_per_second: float
     plain_tokens_per_second: float = 10.0
+    speedup: float | None = None
+    mean_of_ratios: float | None = None
     acceptance: list[float | None] = field(default_factory=list)
     lossless: bool = True
 

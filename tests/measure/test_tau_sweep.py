@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -16,13 +15,13 @@ import pytest
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure import tau_sweep
-from mtp_mlx.measure.prompts import Question, last_number, read_questions
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tau_plot import svg
 from mtp_mlx.measure.tau_sweep import Measured, SweepSettings, TauSweep, own_path, summarise
 from tests.decode.fakes import attached, untouched
 from tests.tiny import tiny_tokenizer
 
-QUESTIONS = [Question("The sky is"), Question("add(1, 2)", Decimal(3)), Question("print")]
+QUESTIONS = [Prompt("The sky is"), Prompt("add(1, 2)", answer=Decimal(3)), Prompt("print")]
 SETTINGS = SweepSettings((0.05, 0.3, 1.0), 14)
 
 
@@ -106,7 +105,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("settings", "changes"),
     [
         (SweepSettings(SETTINGS.taus, 15), {}),
-        (SweepSettings(SETTINGS.taus, 14, slots=2), {}),
+        (SweepSettings(SETTINGS.taus, 14, drafts=2), {}),
         (SETTINGS, {"name": "other"}),
         (SETTINGS, {"questions": QUESTIONS[:2]}),
     ],
@@ -152,53 +151,6 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path, kept: int) ->
     sweep(path)._kept.keep(row)
     assert path.read_text() == whole + (whole[: len(whole) // 2] if kept == -1 else "")
     assert sweep(path)._done == {(0.3, 0): row}
-
-
-# --- questions ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so it is 1,234.50 dollars.", "1234.50"),
-        ("3 + 4 = 7.", "7"),
-        ("-12", "-12"),
-        ("no number", None),
-        ("it costs $.75", ".75"),
-        ("#### 18", "18"),
-    ],
-)
-def test_last_number(text: str, number: str | None) -> None:
-    assert last_number(text) == (None if number is None else Decimal(number))
-
-
-def test_gsm8k_rows(tmp_path: Path) -> None:
-    path = tmp_path / "gsm8k.jsonl"
-    rows = [
-        {"question": "How many?", "answer": "16 - 3 = <<16-3=13>>13\n#### 1,300"},
-        {"prompt": "Why?"},
-        {"turns": ["Hello", "Bye"], "answer": 4},
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second, third = read_questions(path, None)
-    assert first.is_right("That makes 1300.") and not first.is_right("That makes 13.")
-    assert second == Question("Why?") and not second.is_right("4") and third.is_right("it is 4.0")
-    assert [q.text for q in read_questions(path, 2)] == ["How many?", "Why?"]
-    assert len(read_questions(None, None)) > 3
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a"}', "line 1: needs `question`, `prompt`"),
-        ('{"prompt": "a", "answer": "none"}', "line 1: `answer` has no number"),
-        ("", "no question"),
-    ],
-)
-def test_bad_questions(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "q.jsonl").write_text(line + "\n")
-    with pytest.raises(MTPError, match=message):
-        read_questions(tmp_path / "q.jsonl", None)
 
 
 # --- the plot ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
-from mtp_mlx.measure.prompts import BenchPrompt
+from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tune import MARGIN, candidates, choose, results
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
@@ -29,7 +29,7 @@ DIFFERENT = Comparison(False, 3, 1, 2, 0.5, 1e-3)
 def measured(lane: Lane, speed: float, comparison: Comparison = SAME, reference: float = 10.0) -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
     timed.stats.record(Layout(1, (1, 1)), 1, "slots")
-    return Measurement(BenchPrompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
+    return Measurement(Prompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
 
 
 PLAIN, FAST, FASTER = (
@@ -41,7 +41,7 @@ PLAIN, FAST, FASTER = (
 
 def test_the_fastest_lane_of_the_same_text_wins() -> None:
     choice = choose([measured(PLAIN, 11.0), measured(FAST, 15.0, TIE), measured(FASTER, 20.0)])
-    assert (choice.name, choice.layout, choice.slots, choice.drafter) == ("g", "quadratic", 4, None)
+    assert (choice.name, choice.layout, choice.drafts, choice.drafter) == ("g", "quadratic", 4, None)
     assert choice.tokens_per_second == pytest.approx(20) and choice.plain_tokens_per_second == pytest.approx(
         11
     )
@@ -50,12 +50,8 @@ def test_the_fastest_lane_of_the_same_text_wins() -> None:
 
 
 def test_a_lane_whose_text_differs_cannot_win() -> None:
-    runs = [
-        measured(PLAIN, 10.0),
-        measured(FAST, 15.0),
-        measured(FASTER, 90.0),
-        measured(FASTER, 90.0, DIFFERENT),
-    ]
+    runs = [*(measured(lane, speed) for lane, speed in ((PLAIN, 10.0), (FAST, 15.0), (FASTER, 90.0)))]
+    runs += [measured(PLAIN, 10.0), measured(FAST, 15.0), measured(FASTER, 90.0, DIFFERENT)]
     assert choose(runs).name == "f"
     assert [row.refused for row in results(runs)] == [1, 0, 0]
 
@@ -75,7 +71,7 @@ def test_what_is_within_noise_of_the_faster_plain_does_not_win(plain: float, the
 def test_every_layout_and_drafter_is_a_candidate() -> None:
     base = tiny_model("llama", seed=3)
     names = [
-        (lane.layout, lane.slots, lane.drafter) for lane in candidates(attach(base, random_adapter(base)))
+        (lane.layout, lane.drafts, lane.drafter) for lane in candidates(attach(base, random_adapter(base)))
     ]
     assert len(set(names)) == len(names)
     for layout in ("linear", "quadratic"):
@@ -92,12 +88,12 @@ def test_every_lane_of_other_models_runs(heads: int, tmp_path: Path, monkeypatch
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
     model = model_with_heads("llama", heads, 3) if heads else attach(tiny_model("llama", seed=3))
     lanes = candidates(model)
-    found = {(lane.layout, lane.slots, lane.drafter) for lane in lanes}
+    found = {(lane.layout, lane.drafts, lane.drafter) for lane in lanes}
     if heads:
         assert {("linear", count, "heads") for count in (1, 2, 3)} <= found
         assert ("linear", 3, "heads,lookup") in found and ("auto", None, "heads,lookup") in found
         assert not any(lane.layout == "quadratic" for lane in lanes)
-    runs = Bench(model, tiny_tokenizer(), lanes, 6).run([BenchPrompt("one two one two", "a")])
+    runs = Bench(model, tiny_tokenizer(), lanes, 6).run([Prompt("one two one two", "a")])
     assert len(runs) == len(lanes) and {row.refused for row in results(runs)} == {0}
     assert choose(runs).name in {lane.name for lane in lanes}
 

@@ -19,7 +19,6 @@ from mtp_mlx.train.data import (
     fingerprint,
     load_examples,
     load_splits,
-    read_jsonl,
     split_held_out,
 )
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -269,12 +268,6 @@ def test_a_template_that_refuses_is_named_with_its_line(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(MTPError, match="line 1: the chat template refuses.*roles must alternate"):
         load_examples(write(tmp_path / "d.jsonl", {"messages": turns}), refusing, 99)
-
-
-def test_a_byte_order_mark_is_read_over(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD)
-    assert list(read_jsonl(path)) == [(1, {"text": "The sky"})]
 
 
 # --- order --------------------------------------------------------------------------------------------------
