@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
@@ -37,7 +36,7 @@ from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.sharded import shard
-from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
+from mtp_mlx.models import bundled_adapter, load_base, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import AnswerText
@@ -124,12 +123,8 @@ def load(
         MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
     """
     path = resolve_model(model, quantize=quantize)
-    try:
-        lazy = peers is not None and not peers.alone
-        base, tokenizer = mlx_lm.load(str(path), tokenizer_config=tokenizer_config, lazy=lazy)[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        # A damaged folder shows as any of them.
-        raise MTPError(f"the model {model} could not be loaded: {error}") from error
+    lazy = peers is not None and not peers.alone
+    base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy)
     source, info = None, None
     wanted = registry.replaces_adapter(drafter_options) and adapter == "auto"
     folder = None if wanted or adapter is None else _adapter_folder(model, path, adapter)

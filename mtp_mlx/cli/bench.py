@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from mtp_mlx.cli.options import LoadingOptions
+from mtp_mlx.cli.options import DRAFTERS, LoadingOptions
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -48,7 +48,7 @@ class BenchSettings(LoadingOptions):
         None, help="Drafts per step of fixed layouts", minimum=1, old_option="--slots"
     )
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    drafter: str | None = setting(None, help="Drafters, comma-separated: slots, heads, lookup")
+    drafter: str | None = setting(None, help=DRAFTERS)
     emit: Literal["verified", "conf-adapt", "static"] = setting(
         "verified", help="Drafts: verified, or unverified (lossy)"
     )

@@ -34,6 +34,9 @@ class SamplingOptions:
     seed: int = setting(0, help="Seed of the noise", minimum=0)
 
 
+DRAFTERS = f"Drafters, comma-separated: {', '.join(registry.drafter_names())}, lookup"
+
+
 @dataclass(frozen=True)
 class DraftingOptions:
     """Who drafts, how much, and how drafts lie in a pass."""
@@ -41,7 +44,7 @@ class DraftingOptions:
     layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
     drafts: int | None = setting(None, help="Drafts per step", minimum=1, old_option="--slots")
     lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
-    drafter: str | None = setting(None, help="Drafters, comma-separated: slots, heads, lookup")
+    drafter: str | None = setting(None, help=DRAFTERS)
 
 
 # What single drafters take when a model is loaded, as their rooms say.
