@@ -22,7 +22,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import user_path, write_text
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting
+from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting, settled_layout
 
 if TYPE_CHECKING:
     from mtp_mlx.cli.options import GenerateSettings
@@ -170,9 +170,11 @@ class Repl:
         return True
 
     def _statistics(self, turn: Turn) -> str:
-        run = Run(turn.stats, self._chat.model.most_drafts, self._chat.plain_tok_per_s)
+        model, settings = self._chat.model, self._chat.settings
+        layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
+        run = Run(turn.stats, model.most_drafts, self._chat.plain_tok_per_s, layout)
         run.tokens, run.last, run.interrupted = turn.tokens, turn.last, turn.stopped
-        return statistics_line(self._chat.settings, run)
+        return statistics_line(settings, run)
 
     def _color(self, _: str) -> bool:
         self._chat.color = not self._chat.color

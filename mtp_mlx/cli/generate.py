@@ -59,8 +59,8 @@ def command(
         context.exit(130 if run.interrupted else 0)
     if as_json:
         click.echo(json.dumps(report(settings, run)))
-    if color and not as_json and run.adapter_slots:
-        click.echo(legend(run.adapter_slots), err=True, color=True)
+    if color and not as_json and run.most_drafts:
+        click.echo(legend(run.most_drafts), err=True, color=True)
     if histogram:
         click.echo(histograms(run.stats), err=True)
     for reason, count in run.stats.fallbacks.items():
@@ -154,6 +154,7 @@ def generate(
     from mtp_mlx.measure import plain_speed
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import step_cost
+    from mtp_mlx.planning.choose import settled_layout
 
     sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
@@ -164,10 +165,11 @@ def generate(
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     _same_work(model, settings, ids)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
-    run = Run(DecodeStats(), model.most_drafts, known)
+    layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
+    run = Run(DecodeStats(), model.most_drafts, known, layout)
     if not raw:
         _note_template(run, model, tokenizer)
-    if settings.layout == "auto" and emission == Emission():
+    if layout == "auto" and emission == Emission():
         step_cost(model, tell)
     responses = stream_generate(
         model,
@@ -175,7 +177,7 @@ def generate(
         ids,
         settings.max_tokens,
         sampling=sampling,
-        layout=settings.layout,
+        layout=layout,
         drafts=settings.drafts,
         lookup=settings.lookup,
         emission=emission,

@@ -25,16 +25,18 @@ class Run:
 
     Attributes:
         stats: counts of the decode loop.
-        adapter_slots: slots of the adapter in use, or drafts of its heads; 0 without one.
+        most_drafts: what the model's own drafter drafts in a step; 0 without one.
         tokens: ids, the end-of-text id included if it came.
         last: the last response, or None before the first token.
+        layout: in use.
         plain_tok_per_s: remembered speed of plain decoding, or None.
         kernels: calls by kernel and lane; empty where none can run.
     """
 
     stats: DecodeStats
-    adapter_slots: int
+    most_drafts: int
     plain_tok_per_s: float | None
+    layout: str
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     last: GenerationResponse | None = None
@@ -84,8 +86,8 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "tok_per_s": _rounded(run.tok_per_s),
         "prompt_tok_per_s": _rounded(last.prompt_tps if last else None),
         "plain_tok_per_s": _rounded(run.plain_tok_per_s),
-        "speed_up": None if settings.layout == "plain" else _rounded(run.speed_up),
-        "layout": settings.layout,
+        "speed_up": None if run.layout == "plain" else _rounded(run.speed_up),
+        "layout": run.layout,
         "emit": settings.emit,
         "tau": emission.threshold,
         "drafts": _drafts_in_use(settings, run),
@@ -116,14 +118,14 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
     parts = [f"{len(run.tokens)} tok"]
     if run.tok_per_s:
         speed = f"{run.tok_per_s:.1f} tok/s"
-        if run.speed_up and settings.layout != "plain":
+        if run.speed_up and run.layout != "plain":
             speed += f" ({run.speed_up:.2f}x plain {run.plain_tok_per_s:.1f})"
         parts.append(speed)
     parts.append(f"{run.tokens_per_step:.2f} tok/step")
     if run.acceptance:
         parts.append("accept " + "/".join("-" if v is None else f"{v:.2f}" for v in run.acceptance))
     drafts = _drafts_in_use(settings, run)
-    way = emission_of(settings).label(settings.layout)
+    way = emission_of(settings).label(run.layout)
     parts.append(f"{way} {drafts}" if drafts else way)
     if run.stats.looped:
         parts[-1] += f" ({run.stats.looped})"
@@ -146,7 +148,7 @@ def emission_of(settings: GenerateSettings) -> Emission:
 def _drafts_in_use(settings: GenerateSettings, run: Run) -> int:
     if settings.drafter == "lookup":
         return settings.drafts or 0
-    return 0 if settings.layout == "plain" else settings.drafts or run.adapter_slots
+    return 0 if run.layout == "plain" else settings.drafts or run.most_drafts
 
 
 def _rounded(value: float | None) -> float | None:

@@ -156,7 +156,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import step_cost
-    from mtp_mlx.planning.choose import plan_drafting
+    from mtp_mlx.planning.choose import plan_drafting, settled_layout
     from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
     from mtp_mlx.serve.prompts import Limits, Prompts
@@ -164,7 +164,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
 
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings)
-    if settings.layout == "auto":
+    if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
         step_cost(model, tell)
     decode = DecodeSettings(
         layout=settings.layout,

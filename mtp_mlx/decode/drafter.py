@@ -153,6 +153,11 @@ class DraftSource(Speculator):
         raise NotImplementedError
 
     @property
+    def fixed(self) -> bool:
+        """The user gave a number of drafts to be made in every step: layout "auto" is then "linear"."""
+        return False
+
+    @property
     def most_drafts(self) -> int:
         """Most drafts in a step that can be asked for."""
         return self.drafts

@@ -110,8 +110,8 @@ class BudgetPolicy:
         """What the planner currently thinks, for people."""
         plain = 1.0 / self._seconds(Layout.plain())
         if self.rate <= plain * MARGIN:
-            return f"{self.own} do not pay here, plain unless sure"
-        return f"{self.own} expected to give {self.rate / plain:.2f}x plain"
+            return f"drafting by {self.own} does not pay here, plain unless sure"
+        return f"drafting by {self.own} expected to give {self.rate / plain:.2f}x plain"
 
     # --- Policy -------------------------------------------------------------------------------------------
 

@@ -65,6 +65,15 @@ def choose_drafters(
     return DrafterChoice(own=any(name != LOOKUP for name in names), lookup=LOOKUP in names)
 
 
+def settled_layout(
+    model: AttachedModel, layout: LayoutName, lookup: bool | None = None, drafter: str | None = None
+) -> LayoutName:
+    """`layout`, or what "auto" stands for where the user fixed the drafts of a step and says nothing else."""
+    source = source_of(model)
+    fixed = source is not None and source.fixed and lookup is None and drafter is None
+    return "linear" if layout == "auto" and fixed else layout
+
+
 @dataclass(frozen=True)
 class Drafting:
     """The policy of a generation, and the drafter that reads the text itself, if there is one."""
@@ -98,6 +107,7 @@ def plan_drafting(
         if drafter is not None:
             raise MTPError("another emission, or a tau, is about slots alone: leave `drafter` out")
         lookup = bool(lookup)  # the text itself drafts only where it is asked for
+    layout = settled_layout(model, layout, lookup, drafter)
     if layout == "auto" and (drafts, lookup, drafter, emission) == (None, None, None, Emission()):
         tuned = recall(model)
         if tuned is not None:

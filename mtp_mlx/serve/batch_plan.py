@@ -26,6 +26,7 @@ from mtp_mlx.planning.budget import MARGIN, Experience
 from mtp_mlx.planning.choose import (
     LOOKUP_DRAFTS,
     choose_drafters,
+    settled_layout,
 )
 from mtp_mlx.planning.cost import StepCost
 
@@ -171,6 +172,7 @@ def batch_drafting(
 
     "auto" looks nothing up there.
     """
+    layout = settled_layout(model, layout, lookup, drafter)
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "plain":
         return BatchDrafting("plain")

@@ -111,7 +111,7 @@ def test_rows_that_get_dear_behind_a_long_text_are_left_out_there() -> None:
     planner = BudgetPolicy(replace(free, long=dear.short, plain=(1.0, 1.5)), 4, [0.9] * 4, "slots")
     assert planner.choose([slot_proposal(4)])[1].rows > 8
     planner.begin(4000)
-    assert planner.choose([slot_proposal(0)])[1] == Layout.plain() and "do not pay" in planner.verdict
+    assert planner.choose([slot_proposal(0)])[1] == Layout.plain() and "does not pay" in planner.verdict
     planner.observe(slot_proposal(0), Layout.plain(), 0, seconds=3.0)
     assert planner._correction.factor(Layout.plain()) == pytest.approx(
         1.0
@@ -163,7 +163,7 @@ def test_a_curve_measured_in_a_slow_minute_heals() -> None:
         observe(planner, slot_proposal(layout.drafts), layout, 0, slower=1.0 if layout.slot_rows else 0.4)
         observe(planner, slot_proposal(0), Layout.plain(), 0, slower=0.4)
     assert planner.choose([slot_proposal(0)])[1] == Layout.plain()
-    assert planner.verdict.startswith("slots do not pay")
+    assert planner.verdict.startswith("drafting by slots does not pay")
 
 
 def test_a_machine_that_is_slower_for_everything_changes_no_choice() -> None:

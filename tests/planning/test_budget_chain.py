@@ -59,7 +59,7 @@ def test_free_and_sure_heads_are_all_used() -> None:
     planner = ChainBudgetPolicy(cost_of(0.0), 4, [0.99] * 4, "heads")
     assert planner.own_drafts == 4 and planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 4)
     assert planner.choose([heads_proposal(4)])[1] == Layout.chained(4, 4)
-    assert planner.rate > 4 and planner.verdict.startswith("heads expected to give")
+    assert planner.rate > 4 and planner.verdict.startswith("drafting by heads expected to give")
 
 
 def test_a_chain_is_no_longer_than_pays() -> None:
@@ -71,7 +71,7 @@ def test_a_chain_is_no_longer_than_pays() -> None:
 def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
     planner = ChainBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2, "heads")
     assert planner.choose([heads_proposal(2)])[1] == Layout.plain()
-    assert planner.verdict == "heads do not pay here, plain unless sure"
+    assert planner.verdict == "drafting by heads does not pay here, plain unless sure"
     for _ in range(FIRST_PROBE):
         assert not planner.interrupts_plain()
         observe(planner, heads_proposal(0), Layout.plain(), 0)
