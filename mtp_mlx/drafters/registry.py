@@ -70,6 +70,7 @@ ROOMS = (
     Room("masks", "slots", _SLOTS, adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
     Room("heads", "heads", "MTP heads: name them with `adapter`", ("mtp-heads",), ("mtp-heads",), loads=True),
     Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
+    Room("draft_model", "draft-model", "a draft model: name it with `draft_model`", loads=True, instead=True),
 )
 
 

@@ -1,0 +1,31 @@
+"""What a draft model takes from the command line and from `load`. Needs no mlx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtp_mlx.config import setting
+
+DEFAULT_DRAFTS = 3  # mlx-lm's own default
+MOST_DRAFTS = 16
+
+
+@dataclass(frozen=True)
+class DraftModelLoading:
+    """Which model drafts, named as in mlx-lm.
+
+    Attributes:
+        draft_model: the embedded model's name, an mlx-lm folder or a hub id.
+        num_draft_tokens: tokens that it drafts in every step; without it they are planned.
+    """
+
+    draft_model: str | None = setting(None, help="Draft with this smaller model of the same vocabulary")
+    num_draft_tokens: int | None = setting(
+        None,
+        help=f"Tokens the draft model drafts in every step (default: up to {DEFAULT_DRAFTS})",
+        minimum=1,
+        maximum=MOST_DRAFTS,
+    )
+
+
+LOADING = DraftModelLoading

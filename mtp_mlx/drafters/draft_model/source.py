@@ -1,0 +1,62 @@
+"""A draft model as a `DraftSource`: a bare mlx-lm model beside the target, with a cache of its own per generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mtp_mlx.decode.drafter import DraftSource
+from mtp_mlx.decode.pick import Picker
+from mtp_mlx.drafters.draft_model.draft import DraftModelDrafter
+from mtp_mlx.drafters.draft_model.options import DEFAULT_DRAFTS, MOST_DRAFTS
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.fingerprint import fingerprint_of
+
+
+class DraftModel(DraftSource):
+    """Another model that drafts.
+
+    Its weights are no parameters of this module: they stay what they are, in the precision they have.
+
+    Args:
+        model: a bare mlx-lm model of the target's vocabulary.
+        vocab_size: V, rows of the target's embedding; ids beyond are padding and never drafted.
+        drafts: tokens that it drafts in every step; None plans them, at most `DEFAULT_DRAFTS`.
+    """
+
+    name = "draft-model"
+    title = "a draft model"
+
+    def __init__(self, model: nn.Module, vocab_size: int, drafts: int | None = None) -> None:
+        super().__init__()
+        self._model, self._vocab_size, self._drafts = model, vocab_size, drafts
+
+    @property
+    def drafts(self) -> int:
+        """See `Speculator`."""
+        return self._drafts or DEFAULT_DRAFTS
+
+    @property
+    def fixed(self) -> bool:
+        """See `DraftSource`: a number that was given is drafted in every step, as in mlx-lm."""
+        return self._drafts is not None
+
+    @property
+    def most_drafts(self) -> int:
+        """See `DraftSource`."""
+        return MOST_DRAFTS
+
+    def cost_key(self, columns: int) -> str:
+        """See `DraftSource`."""
+        weights: Any = tree_flatten(self._model.parameters())
+        size = sum(tensor.nbytes for _, tensor in weights)
+        fingerprint = fingerprint_of(self._model)[0] or getattr(self._model, "model_type", "?")
+        return f"draft model {fingerprint}, {size} bytes, {self.drafts} drafts"
+
+    def open(
+        self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
+    ) -> DraftModelDrafter:
+        """See `DraftSource`."""
+        return DraftModelDrafter(self._model, picker, self._vocab_size)
