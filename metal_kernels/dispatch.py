@@ -8,8 +8,8 @@ A kernel that cannot be compiled or launched, or is wrong, is demoted once and n
 Modes (environment variable MTP_MLX_KERNELS)
     auto    as above; on a machine without Metal, never
     off     never
-    force   every supported call runs the kernel, checked but not raced; without Metal through the emulator in the
-            repository's tools/ folder, which must then be importable
+    force   every supported call runs the kernel, checked but not raced; without Metal by the stand-in for it that
+            an entry point of the group `mtp_mlx.kernel_factories` names (as the emulator in tools/ does)
 
 Verdicts (`verdicts.py`) are kept in the cache folder and belong to one device, system, MLX version and kernel text.
 With Metal, kernels run only while the GPU is MLX's default device, as their launches always go there.
@@ -18,10 +18,12 @@ With Metal, kernels run only while the GPU is MLX's default device, as their lau
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -35,6 +37,7 @@ from mtp_mlx.metal_kernels.verdicts import Verdict, Verdicts, machine_key
 
 KERNELS = ("verify_tail", "small_m_qmm", "row_exact", "block_attention", "gated_lora", "lm_head_pick")
 MODE_VARIABLE = "MTP_MLX_KERNELS"
+STAND_INS = "mtp_mlx.kernel_factories"  # entry points: name = what `mx.fast.metal_kernel` is elsewhere
 FAILED = "failed: "
 MUST_WIN_BY = 0.98  # a kernel is used when its time is at most this share of the reference's
 Mode = Literal["auto", "off", "force"]
@@ -78,7 +81,7 @@ def find_factory(mode: Mode) -> tuple[Factory | None, str]:
     """What turns kernel text into something callable here, and its name (or why there is none).
 
     Raises:
-        MTPError: mode `force` on a machine with neither Metal nor the emulator.
+        MTPError: mode `force` on a machine with neither Metal nor a stand-in for it.
     """
     if mode == "off":
         return None, f"{MODE_VARIABLE}=off"
@@ -86,14 +89,22 @@ def find_factory(mode: Mode) -> tuple[Factory | None, str]:
         return mx.fast.metal_kernel, "Metal"
     if mode == "auto":
         return None, "no Metal on this machine"
-    try:
-        emulator = importlib.import_module("mslemu")
-    except ImportError as error:
-        raise MTPError(
-            f"{MODE_VARIABLE}=force needs Metal or the emulator, and this machine has neither: put the "
-            "repository's tools/ folder on PYTHONPATH, or unset the variable"
-        ) from error
-    return cast("Factory", emulator.metal_kernel), "emulator"
+    return _stand_in()
+
+
+def _stand_in() -> tuple[Factory, str]:
+    """What executes kernel text where there is no Metal, and its name.
+
+    Raises:
+        MTPError: there is none.
+    """
+    for found in importlib.metadata.entry_points(group=STAND_INS):
+        with suppress(ImportError):
+            return cast("Factory", found.load()), found.name
+    raise MTPError(
+        f"{MODE_VARIABLE}=force needs Metal or the emulator, and this machine has neither: put the repository's "
+        "tools/ folder on PYTHONPATH, or unset the variable"
+    )
 
 
 class Dispatcher:

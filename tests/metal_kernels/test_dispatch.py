@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mslemu
 import pytest
 
 from mtp_mlx.errors import MTPError
@@ -257,8 +258,11 @@ def test_where_kernels_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_factory("auto") == (mx.fast.metal_kernel, "Metal")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     assert find_factory("auto") == (None, "no Metal on this machine")
-    assert find_factory("force")[1] == "emulator"
-    monkeypatch.setitem(sys.modules, "mslemu", None)
+    assert find_factory("force") == (mslemu.metal_kernel, "emulator")
+    with monkeypatch.context() as patch, pytest.raises(MTPError, match="neither"):
+        patch.setitem(sys.modules, "mslemu", None)
+        find_factory("force")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).name != "tools"])
     with pytest.raises(MTPError, match="neither"):
         find_factory("force")
 
