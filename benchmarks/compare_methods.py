@@ -1,14 +1,14 @@
 """Trains the methods of this package on the same data with the same budget, and measures what each gives.
 
-Five contestants: slots that know nothing of each other, O-PTP, C-PTP, gated-LoRA self-distillation, and a single mask
-token by the online objective. For each: tokens per step and acceptance per depth in the quadratic layout, at
-temperature 0 and 0.7, against plain decoding of the same noise. For the last one also the curve of tau.
+Five contestants: independent slots, O-PTP, C-PTP, gated-LoRA self-distillation, and a single mask token trained
+with the online objective. For each: tokens per step and acceptance per depth in the quadratic layout, at
+temperature 0 and 0.7, against plain decoding with the same noise. For the last one also the sweep of tau.
 
     python benchmarks/compare_methods.py --data answers.jsonl --out compare --steps 300 \\
         --prompts spec_bench.jsonl --limit 24 --questions gsm8k_test.jsonl --question-limit 40
 
-Everything is kept in the folder --out: adapters with their checkpoints, `measured.jsonl`, `tau.jsonl`, and at the end
-`table.md`, `results.json` and `tau.svg`. The same command goes on after a stop. The parts are in
+Everything is kept in the folder --out: adapters with their checkpoints, `measured.jsonl`, `tau.jsonl`, and at
+the end `table.md`, `results.json` and `tau.svg`. The same command resumes after a stop. The parts are in
 `method_comparison/`.
 """
 
@@ -43,7 +43,7 @@ def main(**options: Any) -> None:
         measured = measure(plan, console)
         tau_rows = sweep(settings, console)
     except KeyboardInterrupt:
-        console.print("Stopped: the same command goes on from here.")
+        console.print("Stopped: the same command resumes from here.")
         sys.exit(130)
     click.echo(write(plan, measured, tau_rows))
 

@@ -1,13 +1,13 @@
 """Acceptance of MTP heads per depth, on the base model's own greedy answers: the tables of arXiv 2603.23911.
 
-AR of depth k is how often draft k is right when the drafts before it are; CAR is how often the first k are right.
-The answers must be the base's greedy ones: then a chain of right drafts is what decoding accepts. Every position of
-the answers counts once, while decoding visits fewer where acceptance is high.
+AR at depth k is how often draft k is right given that the drafts before it are; CAR is how often the first k all are.
+The answers must be the base's greedy ones, so that a chain of right drafts is what decoding would accept. Every
+position of the answers counts once, while decoding skips positions where drafts are accepted.
 
     mtp-mlx distill --prompts prompts.jsonl --out answers.jsonl --max-tokens 128
     python benchmarks/heads_acceptance.py --data answers.jsonl --heads heads:4 --heads heads:8
 
-`FOLDER:N` applies the folder's heads again in turn up to N drafts (the loop without training).
+`FOLDER:N` makes N drafts, reusing the folder's heads in order (the loop without training).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     from mtp_mlx.train.data import load_examples
 
     chosen = [folder_and_drafts(entry) for entry in entries]
-    # Reads all before any work.
+    # Reads every folder first, so that a bad one is refused before any work.
     most = max(drafts or read_heads_info(named_adapter(folder)).drafts for folder, drafts in chosen)
     if not as_json:
         click.echo(

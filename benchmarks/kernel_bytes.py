@@ -1,9 +1,9 @@
-"""Bytes every kernel moves over the least it could, counted under emulation: the table of docs/kernels.md.
+"""Bytes that every kernel moves, over the minimum, counted under emulation: the table of docs/kernels.md.
 
-"Least" is every input that matters read once and every output written once. What the emulator counts is what the
-threads ask for: a second read that a GPU's cache would serve still counts. So two ratios are shown: of the operand
-that a launch streams (weights, logits, keys and values, factors), which no cache holds, and of everything, in which
-the few kilobytes that every group of threads asks for again (activations, shapes) weigh as if they came from memory.
+The minimum is every needed input read once and every output written once. The emulator counts what the threads
+ask for, so a second read that a GPU's cache would serve still counts. Hence two ratios: of the operand that a
+launch streams (weights, logits, keys and values, factors), which no cache holds, and of everything, where the
+few kilobytes that every threadgroup reads again (activations, shapes) count as if they came from memory.
 
     PYTHONPATH=tools python benchmarks/kernel_bytes.py
 """
@@ -43,8 +43,15 @@ STREAMED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the kernel's module, what it is, its arguments, the arrays it streams, and bytes of its inputs that
-    need not be read (of those arrays, and of others)."""
+    """One call of a kernel.
+
+    Attributes:
+        module: of the kernel.
+        what: the call, for the table.
+        arguments: of the call.
+        streamed: the arrays that it streams.
+        unneeded_streamed, unneeded: bytes that need not be read, of these arrays and of the others.
+    """
 
     module: Any
     what: str
@@ -55,7 +62,7 @@ class Case:
 
 
 class Counting:
-    """A kernel factory that adds up what launches move."""
+    """A kernel factory that counts the bytes that launches move."""
 
     def __init__(self) -> None:
         self.read: Counter[str] = Counter()
@@ -75,12 +82,12 @@ class Counting:
 
 
 def nbytes(arrays: Any) -> int:
-    """Of all the arrays in a nested value."""
+    """Bytes of all arrays in a nested value."""
     return sum(array.nbytes for _, array in tree_flatten([arrays]) if isinstance(array, mx.array))
 
 
 def measure(case: Case) -> tuple[int, float, float]:
-    """(launches, streamed bytes over the least, all bytes over the least)."""
+    """(launches, streamed bytes over their minimum, all bytes over theirs)."""
     counting = Counting()
     outputs = case.module.run(counting, *case.arguments)
     names = STREAMED[case.module]

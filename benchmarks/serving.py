@@ -1,8 +1,9 @@
-"""Tokens per second of the server's engine: one request after another, taking turns, and sharing passes.
+"""Tokens per second of the server's engine: one request after another, by turns, and in shared passes.
 
     python benchmarks/serving.py --clients 4 --max-tokens 48 --layout plain --layout linear
 
-Prompts are the same in all runs, and so must the texts be; where one differs (a near tie), the table says how many.
+Speeds are all tokens over all seconds, and "over one by one" is the ratio of these totals. The prompts are the
+same in all runs, so the texts should be too; the last column counts those that differ (near-ties).
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
 @click.option("--clients", default=4, show_default=True)
 @click.option("--max-tokens", default=48, show_default=True)
 @click.option("--layout", "layouts", multiple=True, default=("plain", "linear", "auto"), show_default=True)
-@click.option("--slots", type=int, default=None)
+@click.option("--drafts", type=int, default=None, help="Drafts per step of fixed layouts")
 def main(
-    model: str, adapter: str, clients: int, max_tokens: int, layouts: tuple[Any, ...], slots: int | None
+    model: str, adapter: str, clients: int, max_tokens: int, layouts: tuple[Any, ...], drafts: int | None
 ) -> None:
     """Print a Markdown table."""
     loaded, tokenizer = load(model, adapter)
@@ -47,7 +48,7 @@ def main(
         "| layout | way | tokens/s | over one by one | tokens per step | other texts |\n|---|---|---|---|---|---|"
     )
     for layout in layouts:
-        decode = DecodeSettings(layout=layout, slots=None if layout in ("plain", "auto") else slots)
+        decode = DecodeSettings(layout=layout, drafts=None if layout in ("plain", "auto") else drafts)
         first: tuple[float, list[str]] | None = None
         for way, settings in WAYS.items():
             engine = Engine(
@@ -68,7 +69,7 @@ def main(
 
 
 def run(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, int, float, list[str]]:
-    """Seconds, tokens, steps of sequences, and texts; after a request that warms up."""
+    """Seconds, tokens, steps of all sequences, and texts, measured after one request to warm up."""
     engine.start()
     try:
         answer(engine, [GenerationRequest(requests[0].prompt, 4)])
@@ -82,7 +83,7 @@ def run(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, int, 
 
 
 def answer(engine: Engine, requests: list[GenerationRequest]) -> tuple[list[str], int]:
-    """The texts of requests that come together, and how many tokens they have."""
+    """The texts of requests sent at once, and their number of tokens."""
     queues: list[queue.Queue[Event]] = [queue.Queue() for _ in requests]
     for request, events in zip(requests, queues, strict=True):
         engine.submit(request, events.put)

@@ -2,8 +2,8 @@
 
     python benchmarks/train_memory.py --model smollm2-135m
 
-Nothing is trained: the estimate is the line that `mtp-mlx train` prints before its first step. Every row of data is
-taken to be as long as --max-length, the worst there can be.
+Nothing is trained: the estimate is what `mtp-mlx train` prints before its first step. Every row of data is
+taken to be as long as --max-length, the worst case.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    """A Markdown table."""
+    """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()

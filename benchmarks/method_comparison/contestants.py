@@ -1,11 +1,11 @@
-"""Who is compared: the trained methods, and the temperatures they are measured at."""
+"""The methods that are compared, and the temperatures they are measured at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-SAMPLED = 0.7  # the temperature besides 0, and the one whose uniforms PTP is trained on
+SAMPLED = 0.7  # measured besides 0; PTP is trained on its uniforms
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class Contestant:
     """One trained method.
 
     Attributes:
-        name: of its folder.
-        title: of its row.
-        settings: of `TrainSettings`, besides what all have in common.
+        name: also of its folder.
+        title: of its row in the table.
+        settings: arguments of `TrainSettings`, besides those that all have in common.
     """
 
     name: str
@@ -24,18 +24,18 @@ class Contestant:
 
     @property
     def noise(self) -> str:
-        """How its text is drawn above temperature 0: drafters use the target's noise."""
+        """How its text is sampled: drafters use the target's noise."""
         return "inverse-cdf" if self.settings["method"] == "ptp" else "gumbel"
 
 
-# Half of the blocks stand for temperature 0, the other half for the temperature that is measured too.
+# Half of the blocks are trained for temperature 0, the other half for the sampled one.
 _PTP = {"method": "ptp", "teacher_temperature": SAMPLED, "greedy_share": 0.5}
 CONTESTANTS = (
     Contestant("independent", "independent slots", {**_PTP, "variant": "o", "independent": True}),
     Contestant("o-ptp", "O-PTP", {**_PTP, "variant": "o"}),
     Contestant("c-ptp", "C-PTP", {**_PTP, "variant": "c"}),
     Contestant("self-distil", "gated-LoRA self-distillation", {"method": "mask-tokens"}),
-    # Where drafts are emitted unverified, a probability must be one among all tokens.
+    # Unverified emission needs probabilities among all tokens, so there is no draft vocabulary.
     Contestant("conf-adapt", "one mask token, online objective", {"method": "conf-adapt", "draft_vocab": 0}),
 )
-LOSSY = "conf-adapt"  # the contestant whose tau is swept
+LOSSY = "conf-adapt"  # the contestant of the tau sweep

@@ -1,4 +1,4 @@
-"""Decodes every prompt with every contestant; keeps each measurement at once."""
+"""Decodes every prompt with every contestant, and keeps each measurement at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtp_mlx.errors import MTPError
 
 
 def measure(plan: Plan, console: Console) -> list[Decoded]:
-    """Every contestant on every prompt at both temperatures, and plain decoding of the same noise."""
+    """Every contestant on every prompt at both temperatures, and plain decoding with the same noise."""
     from mtp_mlx.measure.prompts import read_prompts
 
     settings = plan.settings
@@ -44,7 +44,7 @@ def measure(plan: Plan, console: Console) -> list[Decoded]:
 
 @dataclass(frozen=True)
 class Run:
-    """A way of decoding: with an adapter, or plainly without one."""
+    """One way of decoding: with an adapter, or plainly (adapter None)."""
 
     name: str
     adapter: Path | None
@@ -54,13 +54,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One prompt decoded.
+    """One decoded prompt.
 
     Attributes:
-        tokens: written, the end token included.
-        counted: tokens of all steps; the last step may have given more than was used.
+        tokens: the text, its end token included.
+        counted: tokens of all steps; the last step may have given more than were used.
         steps, rows: forward passes after the prompt, and their rows.
-        submitted, accepted: drafts per depth, as `DecodeStats`.
+        submitted, accepted: drafts per depth, as in `DecodeStats`.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Decoded:
 
 
 class Decoder:
-    """Decodes prompts by one `Run`."""
+    """Decodes prompts in the way of one `Run`."""
 
     def __init__(self, settings: CompareSettings, run: Run) -> None:
         from mtp_mlx.api import load
@@ -138,7 +138,7 @@ class Kept:
             yield Decoded(**row)
 
     def get(self, *which: Any) -> Decoded | None:
-        """The row of (name, temperature, noise, prompt), if it is there."""
+        """The row of (name, temperature, noise, prompt), or None."""
         return next((r for r in self.rows if (r.name, r.temperature, r.noise, r.prompt) == which), None)
 
     def add(self, row: Decoded) -> None:

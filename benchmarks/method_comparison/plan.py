@@ -1,4 +1,4 @@
-"""What each contestant is trained with, and for how many steps."""
+"""The training settings of each contestant, and its number of steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_MEASURED = ("only", "steps_of", "questions", "question_limit", "tau")
 
 
 class Plan:
-    """How long each contestant trains; written down once, so that a stopped run goes on with the same.
+    """How long each contestant trains; kept in a file, so that a stopped run resumes with the same numbers.
 
     Attributes:
         settings: see `CompareSettings`.
@@ -40,11 +40,11 @@ class Plan:
             self._steps = plan["steps"]
 
     def steps_of(self, contestant: Contestant) -> int | None:
-        """None while it is not known how many fit into the time."""
+        """Its number of steps; None until it is known how many fit into the time."""
         return self.settings.steps or self._steps.get(contestant.name)
 
     def keep(self, contestant: Contestant, steps: int) -> None:
-        """Writes down how many."""
+        """Keeps its number of steps."""
         from mtp_mlx.files import write_text
 
         self._steps[contestant.name] = steps
@@ -52,7 +52,7 @@ class Plan:
         write_text(self._path, json.dumps(plan) + "\n")
 
     def training(self, contestant: Contestant, out: Path, steps: int | None = None) -> TrainSettings:
-        """The settings of its training."""
+        """Its training settings."""
         own = self.settings
         total = steps or self.steps_of(contestant)
         assert total is not None
@@ -80,7 +80,7 @@ class Plan:
         return hashlib.sha256(json.dumps([values, list(prompts)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; files by name, since folders are a machine's business."""
+        """Plain values; files by name only, without the folders of this machine."""
         values = {
             k: v.name if isinstance(v, Path) else v for k, v in asdict(self.settings).items() if k != "out"
         }

@@ -1,4 +1,4 @@
-"""The table, the figures and the plot of what was trained and measured."""
+"""The table, the numbers and the plot of what was trained and measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from method_comparison.tau import tau_table
 
 
 def write(plan: Plan, measured: Sequence[Decoded], tau_rows: Sequence[Any]) -> str:
-    """Writes `table.md`, `results.json` and `tau.svg`; the table's text."""
+    """Writes `table.md`, `results.json` and `tau.svg`. Returns the table's text."""
     from mtp_mlx.files import write_text
     from mtp_mlx.measure.tau_plot import svg
 
@@ -75,13 +75,13 @@ def acceptance(rows: Sequence[Decoded]) -> list[float | None]:
 
 
 def recorded_acceptance(folder: Path) -> list[float]:
-    """Acceptance per depth on held-out rows, teacher-forced, as training measured it last."""
+    """Acceptance per depth on held-out rows, teacher-forced, as training last measured it."""
     config = json.loads((folder / "mtp_config.json").read_text(encoding="utf-8"))
     return [round(value, 4) for value in config["acceptance"]]
 
 
 def seconds_of(folder: Path) -> float:
-    """Time of all steps of a training."""
+    """Seconds of all training steps."""
     metrics = folder.with_name(folder.name + ".metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return float(sum(json.loads(line).get("seconds", 0.0) for line in metrics))
 

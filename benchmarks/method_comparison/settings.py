@@ -12,7 +12,7 @@ from mtp_mlx.errors import MTPError
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """Options of the comparison; what training has and this has not is at its default."""
+    """Options of the comparison; all other training settings keep their defaults."""
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     data: Path = setting(help="JSONL that all are trained on", flag="-d")
@@ -30,7 +30,7 @@ class CompareSettings:
     cut_at_tokens: int = setting(0, help="Answers of this length were cut, 0 for none", minimum=0)
     learning_rate: float = setting(1e-3, help="Peak learning rate", minimum=0)
     warmup: int | None = setting(
-        None, help="Steps of rising learning rate, of training's own choice without", minimum=0
+        None, help="Steps of rising learning rate (default: training's own)", minimum=0
     )
     held_out: int = setting(32, help="Held-out rows of training", minimum=0)
     seed: int = setting(0, help="Seed of training and of sampled text", minimum=0)
@@ -53,9 +53,9 @@ class CompareSettings:
 
     @property
     def contestants(self) -> list[Contestant]:
-        """Those that take part."""
+        """The contestants that take part."""
         return [one for one in CONTESTANTS if not self.only or one.name in self.only]
 
     def folder(self, contestant: Contestant) -> Path:
-        """Of its adapter."""
+        """The folder of its adapter."""
         return self.out / contestant.name

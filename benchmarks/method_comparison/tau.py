@@ -1,4 +1,4 @@
-"""The sweep of tau: the one contestant whose drafts may be emitted unverified, and what that costs."""
+"""The sweep of tau, for the one contestant that is trained to emit drafts unverified."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from method_comparison.settings import CompareSettings
 
 
 def sweep(settings: CompareSettings, console: Console) -> list[Any]:
-    """ConfAdapt tau by tau; no row where it takes no part.
+    """ConfAdapt at every tau; no rows if it takes no part.
 
     Raises:
         KeyboardInterrupt: stopped; what was measured is kept.
@@ -38,7 +38,7 @@ def sweep(settings: CompareSettings, console: Console) -> list[Any]:
 
 
 def tau_table(rows: Sequence[Any]) -> list[str]:
-    """Lines of Markdown; nothing without a sweep."""
+    """Lines of Markdown; none without a sweep."""
     from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
     if not rows:

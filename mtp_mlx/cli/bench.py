@@ -1,4 +1,4 @@
-"""`mtp-mlx bench`: mlx-lm plain and mtp-mlx on the same weights and prompts, alternating in one process."""
+"""`mtp-mlx bench`: plain mlx-lm and mtp-mlx on the same weights and prompts, alternating in one process."""
 
 from __future__ import annotations
 
@@ -125,21 +125,22 @@ def lanes_of(settings: BenchSettings) -> list[Lane]:
 def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
     """What the report says before its rows."""
     from mtp_mlx.cli.loading import loading_arguments
+    from mtp_mlx.measure.recorded import drafted_with
 
     return {
         "model": settings.model,
         "adapter": settings.adapter,
-        "method": None if model.info is None else model.info.to_json()["method"],
+        **drafted_with(model),
         "max_tokens": settings.max_tokens,
         **loading_arguments(settings),
     }
 
 
 def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[Measurement]:
-    """Every prompt in every lane; after Ctrl-C what was measured until then.
+    """Every prompt in every lane; after Ctrl-C, what was measured so far.
 
     Raises:
-        KeyboardInterrupt: stopped before anything was.
+        KeyboardInterrupt: stopped before the first prompt was measured.
     """
     done: list[Measurement] = []
     with Progress(console=console) as progress:
@@ -161,7 +162,7 @@ def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[
 
 
 def _mismatch(measurement: Measurement) -> dict[str, Any]:
-    """Where a text parted from mlx-lm's, and whether a near-tie explains it."""
+    """Where a text diverges from mlx-lm's, and whether a near-tie explains it."""
     comparison = measurement.comparison
     different = "DIFFERENT" if measurement.lane.emission.lossless else "different, lossless: false"
     return {

@@ -1,4 +1,4 @@
-"""`mtp-mlx eval`: acceptance, speed and right answers by category; with --sweep-tau, what each tau gives."""
+"""`mtp-mlx eval`: speed, acceptance and right answers by category; with --sweep-tau, the cost of every tau."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class EvalSettings:
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
-    questions: Path | None = setting(None, help="JSONL: question or prompt, optional answer", flag="-q")
-    gsm8k: Path | None = setting(None, help="JSONL of GSM8K: exact match of the last number")
+    questions: Path | None = setting(None, help="JSONL with question or prompt, optional answer", flag="-q")
+    gsm8k: Path | None = setting(None, help="JSONL of GSM8K: the last number must match")
     limit: int | None = setting(None, help="At most this many of each file, spread over it", minimum=1)
     layout: tuple[Literal["auto", "linear", "quadratic"], ...] = setting(
         (), help="Verified layout, may be repeated (default: auto)"
     )
     emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Also unverified (lossy), beside the verified"
+        "verified", help="Also measure unverified (lossy) emission"
     )
     tau: tuple[float, ...] = setting(
         (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995),
-        help="Threshold, may be repeated (with --emit: 0.9)",
+        help="Threshold, may be repeated (with --emit conf-adapt: 0.9)",
     )
     drafts: int | None = setting(None, help="Drafts per step (default: all)", minimum=1, old_option="--slots")
     max_tokens: int = setting(128, help="Tokens per question", minimum=2, flag="-n")
@@ -62,9 +62,9 @@ class EvalSettings:
 
 @click.command(epilog=EPILOG, short_help="Measure acceptance, speed and answers by category")
 @options_for(EvalSettings)
-@click.option("--sweep-tau", is_flag=True, help="Measure ConfAdapt at every --tau against plain decoding")
-@click.option("--raw", is_flag=True, help="Use questions as they are, without the chat template")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout")
+@click.option("--sweep-tau", is_flag=True, help="Measure ConfAdapt at every --tau instead")
+@click.option("--raw", is_flag=True, help="Continue the questions as they are, without the chat template")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 @click.pass_context
 def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, **options: Any) -> None:
     """Measure speed, acceptance, agreement, perplexity and right answers against plain decoding, by category.
@@ -101,7 +101,7 @@ def _show(
     draw: Callable[[list[Any], str], str],
     facts: dict[str, Any],
 ) -> None:
-    """The rows as JSON or as a table, and as a plot."""
+    """Prints the rows as JSON or as a table, and draws the plot."""
     if settings.plot is not None and rows:
         from mtp_mlx.files import write_text
 
@@ -136,15 +136,18 @@ def _draw_bars(rows: list[EvaluationRow], model: str) -> str:
 def _evaluate_and_show(
     settings: EvalSettings, taus: tuple[float, ...], raw: bool, as_json: bool, console: Console
 ) -> bool:
-    """Measures, prints, and writes the samples once all answers are there; whether they are."""
+    """Measures, prints, and writes the samples once all answers are there. Returns whether they are."""
     from mtp_mlx.measure.answer_report import summarise, tables
+    from mtp_mlx.measure.recorded import drafted_with
     from mtp_mlx.measure.samples import check_samples, write_samples
 
     if settings.samples is not None:
         check_samples(settings.samples, [settings.questions, settings.gsm8k, settings.out])
     prompts = read_all(settings)
-    answers, whole, method = evaluate(settings, prompts, taus, raw, console)
-    _show(settings, summarise(answers), whole, as_json, tables, _draw_bars, {"method": method})
+    model, tokenizer = _load(settings)
+    lanes = lanes_of(settings, taus, model)
+    answers, whole = evaluate(settings, model, tokenizer, prompts, lanes, raw, console)
+    _show(settings, summarise(answers), whole, as_json, tables, _draw_bars, drafted_with(model))
     if whole and settings.samples is not None:
         for path in write_samples(settings.samples, prompts, answers, raw):
             console.print(f"wrote {path}", soft_wrap=True)
@@ -152,21 +155,21 @@ def _evaluate_and_show(
 
 
 def evaluate(
-    settings: EvalSettings, prompts: list[Prompt], taus: tuple[float, ...], raw: bool, console: Console
-) -> tuple[list[Answer], bool, str | None]:
-    """The answers, whether these are all, and the adapter's method."""
-    from mtp_mlx.api import load
+    settings: EvalSettings,
+    model: AttachedModel,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    lanes: list[Lane],
+    raw: bool,
+    console: Console,
+) -> tuple[list[Answer], bool]:
+    """The answers, and whether these are all."""
     from mtp_mlx.measure.evaluation import Evaluation, EvaluationSettings
-    from mtp_mlx.models import resolve_model
 
-    resolve_model(settings.model)
-    model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
     plan = EvaluationSettings(settings.max_tokens, raw)
     name = f"{settings.model} {settings.adapter} {_identity(model)}"
-    lanes = lanes_of(settings, taus, model)
     evaluation = Evaluation(model, tokenizer, prompts, lanes, plan, settings.out, name)
     answers: list[Answer] = []
-    whole = False
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=evaluation.total)
 
@@ -177,10 +180,9 @@ def evaluate(
         try:
             evaluation.warm_up()
             evaluation.run(on_answer)
-            whole = True
         except KeyboardInterrupt:
-            pass
-    return answers, whole, _method(model)
+            return answers, False
+    return answers, True
 
 
 def read_all(settings: EvalSettings) -> list[Prompt]:
@@ -203,7 +205,7 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
     from mtp_mlx.measure.lanes import Lane
 
     if taus and settings.emit != "conf-adapt":
-        raise MTPError("--tau is the threshold of --emit conf-adapt, or of --sweep-tau: give one of them")
+        raise MTPError("--tau is the threshold of --emit conf-adapt or --sweep-tau: give one of them too")
     drafts = settings.drafts if model.most_drafts else None
     with_drafts = "" if drafts is None else f" drafts {drafts}"
     lanes = [
@@ -227,22 +229,27 @@ def _identity(model: AttachedModel) -> str:
     return f"{key['model']} {key['weights']} {key['device']}"
 
 
-def _method(model: AttachedModel) -> str | None:
-    return None if model.info is None else str(model.info.to_json()["method"])
+def _load(settings: EvalSettings) -> tuple[AttachedModel, Any]:
+    from mtp_mlx.api import load
+
+    return load(settings.model, None if settings.adapter == "none" else settings.adapter)
 
 
 # --- tau ----------------------------------------------------------------------------------------------------
 
 
 def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[TauRow], bool]:
-    """The rows of what was measured, and whether that is all."""
-    from mtp_mlx.api import load
+    """The rows of what was measured, and whether this is all.
+
+    Raises:
+        MTPError: the model's drafts cannot be emitted unverified.
+    """
     from mtp_mlx.decode.drafter import source_of
     from mtp_mlx.measure.prompts import read_questions
     from mtp_mlx.measure.tau_sweep import SweepSettings, TauSweep, summarise
 
     questions = read_questions(settings.questions, settings.limit)
-    model, tokenizer = load(settings.model, None if settings.adapter == "none" else settings.adapter)
+    model, tokenizer = _load(settings)
     source = source_of(model)
     if source is None or source.why_not_unverified():
         raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
@@ -265,7 +272,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
 
 
 def table(rows: list[TauRow]) -> Table:
-    """The rows as a rich table."""
+    """A table of the rows."""
     from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
     out = Table(title="ConfAdapt against the model's own path; every row with a tau is lossy")

@@ -1,4 +1,4 @@
-"""`mtp-mlx plan`: what measured acceptance would give on the published cost curve of another machine."""
+"""`mtp-mlx plan`: the speed-up that measured acceptance would give on another machine's published cost curve."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class PlanSettings:
 
     curve: tuple[str, ...] = setting((), help="Built-in curve or JSON file, may be repeated (default: all)")
     adapter: Path | None = setting(
-        None, help="Adapter with a recorded acceptance (default: bundled)", flag="-a"
+        None, help="Adapter that records its acceptance (default: the bundled one)", flag="-a"
     )
     bench: Path | None = setting(None, help="Take the acceptance from this bench or eval JSON")
     lane: str | None = setting(None, help="Lane of --bench (default: the first fixed layout)")
-    draft_cost: float = setting(0.0, help="Cost of drafting a token, in plain steps", minimum=0)
+    draft_cost: float = setting(0.0, help="Cost of a drafted token, in plain steps", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Plan:
 def command(as_json: bool, **options: Any) -> None:
     """Project the speed-up that measured acceptance would give on a published cost curve.
 
-    A projection, never a measurement: the curve is of another machine, and mostly of another model. Rows that the
-    curve does not have are not projected. Slot rows are counted as real rows, drafting as --draft-cost.
+    A projection, not a measurement: the curve was timed on another machine, and mostly with another model. Nothing is
+    projected beyond the rows of the curve. Slot rows cost as much as real rows, a drafted token --draft-cost.
     """
     settings = from_yaml(PlanSettings, None, options)
     plans = make(settings)
@@ -71,7 +71,7 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def make(settings: PlanSettings) -> list[Plan]:
-    """Every acceptance on every curve.
+    """Projects every acceptance on every curve.
 
     Raises:
         MTPError: an unknown curve, no acceptance, or options that contradict each other.
@@ -85,7 +85,7 @@ def make(settings: PlanSettings) -> list[Plan]:
     if settings.bench is not None and settings.adapter is not None:
         raise MTPError("both --adapter and --bench were given: the acceptance comes from one of them")
     if settings.lane is not None and settings.bench is None:
-        raise MTPError("--lane is one of a report: give that with --bench")
+        raise MTPError("--lane names a lane of a report: give that with --bench")
     if settings.bench is not None:
         measured = from_report(settings.bench, settings.lane)
     else:
@@ -94,7 +94,7 @@ def make(settings: PlanSettings) -> list[Plan]:
             raise MTPError("no adapter ships with this package: give one with --adapter, or --bench FILE")
         measured = [from_adapter(folder)]
     return [
-        Plan(one, curve, project(curve, one.acceptance, one.heads, settings.draft_cost))
+        Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost))
         for curve in curves
         for one in measured
     ]
@@ -125,7 +125,7 @@ def report(plans: list[Plan], settings: PlanSettings) -> dict[str, Any]:
 
 
 def table(plans: list[Plan]) -> Table:
-    """One curve: every layout of a single acceptance, or the best one of several."""
+    """One curve: every layout of a single acceptance, or the best layout of each of several."""
     from mtp_mlx.measure.projection import LABEL, best
 
     curve = plans[0].curve
@@ -152,7 +152,7 @@ def _cells(projection: Projection | None, curve: CostCurve) -> tuple[str, ...]:
 
 
 def notes(plans: list[Plan]) -> list[str]:
-    """Where the figures come from, and what they say."""
+    """Where the figures come from, and the conclusion."""
     from mtp_mlx.measure.projection import best
 
     curve = plans[0].curve
@@ -166,7 +166,7 @@ def notes(plans: list[Plan]) -> list[str]:
 def _verdict(projections: list[Projection], chosen: Projection | None) -> str:
     if chosen is not None:
         name = f"{chosen.layout} with at most {chosen.drafts} draft{'s' if chosen.drafts > 1 else ''}"
-        return f"Best projected: {name}. What it gives there, `mtp-mlx tune` measures."
+        return f"Best projected: {name}. Measure it there with `mtp-mlx tune`."
     if any((projection.high or 0) > 1 for projection in projections):
-        return "At the dearest of these costs nothing is projected to beat plain decoding, at the cheapest some does."
+        return "Projected to beat plain decoding at the lowest of these costs, but not at the highest."
     return "Nothing is projected to beat plain decoding here."

@@ -41,19 +41,20 @@ class TuneSettings(LoadingOptions):
     limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
     max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")
     quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Tune decoding with --exact, which is kept apart")
+    exact: bool = setting(False, help="Tune decoding with --exact, which has a record of its own")
 
 
 @click.command(epilog=EPILOG, short_help="Find the fastest layout on this machine, for auto")
 @options_for(TuneSettings)
-@click.option("--forget", is_flag=True, help="Drop what was found: auto plans again")
+@click.option("--forget", is_flag=True, help="Delete the record: auto plans again")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(forget: bool, as_json: bool, **options: Any) -> None:
     """Measure plain decoding and every layout and drafter that the model has, and keep the fastest.
 
     Layout "auto" then uses it for this model and adapter on this machine, unless --layout, --drafts, --lookup or
-    --drafter say otherwise. Where nothing is faster than plain decoding by 5 %, that is said and kept. Greedy; each
-    lane's text must be mlx-lm's own.
+    --drafter is given. If nothing beats plain decoding by 5 %, "auto" decodes plainly. Greedy; the text of the
+    fastest must be mlx-lm's own. A ratio is all tokens over all seconds; where the mean of the prompts' own ratios
+    differs, it follows in brackets.
     """
     settings = from_yaml(TuneSettings, None, options)
     if forget:
@@ -68,7 +69,7 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
     rows, choice = results(measured), choose(measured)
     if not choice.tokens_per_second:
         raise MTPError(
-            "every answer ended within the first step, so nothing was measured: give other --prompts"
+            "every answer ended within the first step, so nothing was measured: give other prompts with --prompts"
         )
     when = datetime.date.today().isoformat()
     kept = {"date": when, "prompts": len(prompts), "max_tokens": settings.max_tokens}
@@ -135,7 +136,7 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
 
 
 def table(rows: list[LaneResult]) -> Table:
-    """The rows as a rich table, fastest first."""
+    """A table of the rows, fastest first."""
     from mtp_mlx.measure.speed import ratio_text
 
     out = Table(title="every lane on this machine, against plain decoding of the same weights")

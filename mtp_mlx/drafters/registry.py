@@ -35,6 +35,7 @@ class Room:
         trains: methods it trains, as in `mtp-mlx train METHOD`.
         loads: `load` and the command line take options for it (`options.LOADING`).
         instead: with its options given, the adapter that lies beside a model is left out.
+        chained: its drafts are made behind the pass; otherwise slot rows of the pass make them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Room:
     trains: tuple[str, ...] = ()
     loads: bool = False
     instead: bool = False
+    chained: bool = False
 
     def module(self, name: str) -> Any:
         """The room's module `name`."""
@@ -68,7 +70,15 @@ _SLOTS = "an adapter with slots: name one with `adapter`"
 
 ROOMS = (
     Room("masks", "slots", _SLOTS, adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
-    Room("heads", "heads", "MTP heads: name them with `adapter`", ("mtp-heads",), ("mtp-heads",), loads=True),
+    Room(
+        "heads",
+        "heads",
+        "MTP heads: name them with `adapter`",
+        ("mtp-heads",),
+        ("mtp-heads",),
+        loads=True,
+        chained=True,
+    ),
     Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
     Room("draft_model", "draft-model", "a draft model: name it with `draft_model`", loads=True, instead=True),
 )
@@ -77,6 +87,11 @@ ROOMS = (
 def drafter_names() -> dict[str, str]:
     """{name of a drafter: what a model must have for it}."""
     return {room.drafts: room.needs for room in ROOMS}
+
+
+def is_chained(method: object) -> bool:
+    """Whether adapters of this `method` draft behind the pass; False for a method that no room knows."""
+    return any(room.chained and method in room.adapters for room in ROOMS)
 
 
 def load_folder(folder: Path, model: Any) -> tuple[Any, Any]:

@@ -1,11 +1,11 @@
-"""Answers summed up by lane and category, as plain values for `--json` and as a table."""
+"""Answers summarised by lane and category: JSON values and tables."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE
@@ -14,25 +14,26 @@ from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.evaluation import PLAIN, Answer
+from mtp_mlx.measure.rounding import rounded
 from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One category (or all) in one lane; totals over totals.
+    """One category (or all) in one lane.
 
     Attributes:
         tokens_per_second, plain_tokens_per_second: this lane's and the plain lane's, all tokens over all seconds.
         speedup: the ratio of these two; None if nothing was timed.
         mean_of_ratios: the mean of the tasks' own ratios, to be read beside `speedup`.
-        tokens_per_step: tokens per forward pass.
-        acceptance: per depth, P(accepted | reached); empty where nothing is verified.
+        tokens_per_step: tokens per forward pass, over all tasks.
+        acceptance: per depth, P(accepted | reached); empty if nothing is verified.
         agreement: share of tokens that the model's own path would have picked.
         perplexity: of the texts under the model's own path.
-        same: share of texts that are the plain lane's.
+        same: share of texts that equal the plain lane's.
         right: share of right answers among those whose reference is known; None without any.
         judged: how many answers have a known reference.
-        lossless: False where any text was written unverified.
+        lossless: False if any text was written unverified.
     """
 
     lane: str
@@ -53,13 +54,11 @@ class EvaluationRow:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
-        values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        values["acceptance"] = [None if value is None else round(value, 4) for value in self.acceptance]
-        return values
+        return rounded(self)
 
 
 def summarise(answers: Sequence[Answer]) -> list[EvaluationRow]:
-    """One row per lane and category, then one per lane over all; of tasks answered in every lane only."""
+    """One row per lane and category, then one per lane over all. Only tasks answered in every lane count."""
     lanes = list(dict.fromkeys(answer.lane for answer in answers))
     counts = Counter(answer.task for answer in answers)
     whole = [answer for answer in answers if counts[answer.task] == len(lanes)]
@@ -98,7 +97,7 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
 
 
 def tables(rows: Sequence[EvaluationRow]) -> Group:
-    """The rows as two rich tables that fit a terminal: speed, and what was written."""
+    """Two tables that fit a terminal: speed, and text."""
     speed = _table(
         "speed against the model alone (lane plain), greedy",
         ("tasks", "tok/s", "ratio", "tok/step", "accept"),

@@ -1,8 +1,8 @@
-"""Whether two texts of one model are the same, and if not, whether rounding alone explains it.
+"""Compares two texts of one model: are they the same, and if not, does rounding alone explain it?
 
-A forward pass of several rows adds numbers in another order than a pass of one. Where the base model's two
-best candidates are tied within that rounding, either is right, and the texts part. A *near-tie certificate*
-says so: position, both tokens, and the gap between their logits in the base model's own one-row pass.
+A forward pass over several rows adds numbers in another order than a pass over one row. If the base model's two best
+candidates are tied within that rounding, either is right, and the texts diverge. A *near-tie certificate* shows this:
+the position, both tokens, and the gap between their logits in the base model's own one-row pass.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ TIE_BOUNDS = {mx.float32: 1e-3, mx.bfloat16: 0.25, mx.float16: 0.05}  # logits, 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Outcome of comparing a text with the reference.
+    """A text compared with the reference.
 
     Attributes:
-        identical: every token equal.
-        position: first generated token that differs, or None.
-        gap: |logit difference| of the two candidates there, under the base model; None if identical.
-        bound: gaps below this are near-ties.
+        identical: every token is equal.
+        position: index of the first generated token that differs, or None.
+        reference_token, token: the two candidates there.
+        gap: |difference of their logits| under the base model; None if the texts are identical or one ends early.
+        bound: a smaller gap is a near-tie.
     """
 
     identical: bool
@@ -37,16 +38,21 @@ class Comparison:
 
     @property
     def certified(self) -> bool:
-        """Different, but only by a near-tie."""
+        """The texts differ, but only by a near-tie."""
         return not self.identical and self.gap is not None and self.gap < self.bound
 
 
 def compare(
     model: nn.Module, prompt: Sequence[int], reference: Sequence[int], tokens: Sequence[int]
 ) -> Comparison:
-    """Compares generated ids with mlx-lm's; on a difference, one pass of the bare model settles the gap.
+    """Compares generated ids with the reference; at a difference, one pass of the bare model measures the gap.
 
-    A text that merely ends early (same prefix, other length) is no near-tie: its gap stays None.
+    A text that only ends earlier or later is not a near-tie: its gap is None.
+
+    Args:
+        model: the bare model, without wrappers.
+        prompt: ids before both texts.
+        reference, tokens: the generated ids, mlx-lm's and ours.
     """
     if list(reference) == list(tokens):
         return Comparison(identical=True)

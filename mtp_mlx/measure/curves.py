@@ -1,11 +1,11 @@
-"""Cost curves: what a pass over R rows costs on some machine, as somebody published it.
+"""Cost curves: what a forward pass over R rows costs on some machine, as published.
 
-The built-in ones stand in `curves.json`, each with its source. A file of one's own has one such object:
+The built-in ones are in `curves.json`, each with its source. A file of your own holds one such object:
 
     {"machine": "...", "of": "what was timed", "source": "where it stands", "rows": [1, 4, 8], "cost": [1, 1.1, 1.7]}
 
-with "low" and "high" in place of "cost" where only a range is known. Units do not matter: costs are used relative to
-one row. Nothing is extended beyond the last point.
+with "low" and "high" instead of "cost" if only a range is known. Units do not matter: costs are taken relative to the
+first row. Nothing is extrapolated beyond the last point.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtp_mlx.files import user_path
 from mtp_mlx.planning.cost import interpolate
 
 _BUILT_IN = Path(__file__).parent / "curves.json"
-MOST_ROWS, LEAST_COST, MOST_COST = 10**6, 1e-100, 1e100  # JSON's numbers have no end; arithmetic on them has
+MOST_ROWS, LEAST_COST, MOST_COST = 10**6, 1e-100, 1e100  # JSON numbers are unbounded, floats are not
 _TEXTS = ("machine", "of", "source")
 
 
@@ -29,10 +29,10 @@ class CostCurve:
     """Cost by rows, relative to one row.
 
     Attributes:
-        name: as it is asked for.
-        machine, of, source: whose cost, of what, and where it was published.
-        rows: measured numbers of rows, increasing, from 1.
-        low, high: bounds of the cost at each of them; equal where it is one figure.
+        name: of a built-in curve, or of the file without its suffix.
+        machine, of, source: which machine, what was timed, and where it was published.
+        rows: numbers of rows that were timed, increasing, from 1.
+        low, high: bounds of the cost at each of them; equal if it is one figure.
     """
 
     name: str
@@ -45,11 +45,11 @@ class CostCurve:
 
     @property
     def most_rows(self) -> int:
-        """The last number of rows that was measured."""
+        """The largest number of rows on the curve."""
         return self.rows[-1]
 
     def cost(self, rows: int) -> tuple[float, float] | None:
-        """(low, high) of a pass over `rows`, linear between points; None beyond the last one."""
+        """(low, high) cost of a pass over `rows`, interpolated linearly; None beyond the last point."""
         if rows > self.most_rows:
             return None
         return interpolate(self.rows, self.low, rows), interpolate(self.rows, self.high, rows)
@@ -62,19 +62,17 @@ def built_in() -> dict[str, CostCurve]:
 
 
 def read_curve(name: str) -> CostCurve:
-    """A built-in curve, or that of a JSON file.
+    """A built-in curve by name, or the curve in a JSON file.
 
     Raises:
-        MTPError: neither of them, or a damaged file.
+        MTPError: neither exists, or the file is damaged.
     """
     curves = built_in()
     if name in curves:
         return curves[name]
     path = user_path(name)
     if not path.is_file():
-        raise MTPError(
-            f"no cost curve '{name}': choose one of {', '.join(curves)}, or give a JSON file of one"
-        )
+        raise MTPError(f"no cost curve '{name}': choose one of {', '.join(curves)}, or give a JSON file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -91,7 +89,7 @@ def _curve(name: str, values: Any, where: str) -> CostCurve:
     low: Any = values.get("low", values.get("cost"))
     high: Any = values.get("high", values.get("cost"))
     if not isinstance(rows, list) or not all(type(row) is int for row in rows) or rows[:1] != [1]:
-        raise MTPError(f"{where}: `rows` must be whole numbers that begin with 1")
+        raise MTPError(f"{where}: `rows` must be whole numbers and begin with 1")
     if rows[-1] > MOST_ROWS:
         raise MTPError(f"{where}: `rows` must be at most {MOST_ROWS}")
     if any(after <= before for before, after in zip(rows, rows[1:])):

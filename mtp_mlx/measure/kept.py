@@ -1,4 +1,4 @@
-"""Measurements kept line by line in a file, so that a run that was stopped goes on where it was."""
+"""Measurements kept line by line in a file, so that a stopped run can resume."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ class KeptRows(Generic[Row]):
     """A JSONL file of measurements, each a flat dataclass.
 
     Args:
-        path: the file, or None for none.
+        path: the file, or None to keep nothing.
         row: the dataclass.
         key: fingerprint of everything that a measurement depends on.
-        kind: what they are of, for messages: "a tau sweep".
+        kind: of run, for messages: "a tau sweep".
     """
 
     def __init__(self, path: Path | None, row: Callable[..., Row], key: str, kind: str) -> None:
         self._path, self._row, self._key, self._kind = path, row, key, kind
 
     def read(self) -> Iterator[Row]:
-        """Measurements of an earlier run. A last line of its own that was cut off is dropped from the file.
+        """The measurements of an earlier run. If its last line was cut off, that line is removed from the file.
 
         Raises:
-            MTPError: not UTF-8, a line that is no measurement, or measurements of something else; the file is then
-                left as it is.
+            MTPError: not UTF-8, a line that is no measurement, or one of another run. The file stays as it is.
         """
         if self._path is None or not self._path.exists():
             return
@@ -39,7 +38,7 @@ class KeptRows(Generic[Row]):
             text = self._path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise MTPError(
-                f"{self._path} is not UTF-8, so it holds no measurements of {self._kind}; give another --out"
+                f"{self._path} is not UTF-8, so it holds no measurements of {self._kind}; give another `out`"
             ) from error
         lines = text.splitlines(keepends=True)
         if lines and self._is_cut(lines[-1]):
@@ -50,12 +49,12 @@ class KeptRows(Generic[Row]):
                 key, measured = values.pop("key"), self._row(**values)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise MTPError(
-                    f"{self._path}, line {number}: no measurement of {self._kind}; give another --out"
+                    f"{self._path}, line {number}: no measurement of {self._kind}; give another `out`"
                 ) from error
             if key != self._key:
                 raise MTPError(
                     f"{self._path} holds {self._kind} of another model, adapter, questions or settings: "
-                    "give another --out"
+                    "give another `out`"
                 )
             yield measured
         whole = "".join(line.rstrip("\n") + "\n" for line in lines)
@@ -63,7 +62,7 @@ class KeptRows(Generic[Row]):
             write_text(self._path, whole)
 
     def _is_cut(self, line: str) -> bool:
-        """Whether a file's last line is the beginning of one that `keep` was writing when the run was stopped."""
+        """Whether the last line is the beginning of one that `keep` was writing when the run was stopped."""
         if line.endswith("\n"):
             return False
         begins = json.dumps({"key": self._key})[:-1]
@@ -76,11 +75,7 @@ class KeptRows(Generic[Row]):
         return False
 
     def keep(self, row: Row) -> None:
-        """Appends one measurement.
-
-        Raises:
-            MTPError: the file cannot be written.
-        """
+        """Appends one measurement. Raises MTPError if the file cannot be written."""
         if self._path is None:
             return
         values: dict[str, Any] = dict(vars(row))

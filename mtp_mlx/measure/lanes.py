@@ -1,7 +1,7 @@
-"""Runs mlx-lm plain and mtp-mlx on the same weights and prompts, alternating in one process.
+"""Runs plain mlx-lm and mtp-mlx on the same weights and prompts, alternating in one process.
 
-Speed is tokens after the first step over the time after the first step, for both sides alike, so prefill
-and the first token count for neither. The mlx-lm side runs on the bare model, wrappers taken off.
+Speed counts the tokens and the time after the first step, so prefill and the first token count for neither side.
+mlx-lm runs on the bare model, with the wrappers taken off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtp_mlx.planning.choose import plan_drafting
 
 @dataclass(frozen=True)
 class Lane:
-    """One way of generating: mlx-lm itself (layout None) or mtp-mlx with a layout and an emission."""
+    """One way of generating: mlx-lm itself (layout None), or mtp-mlx with these arguments of `stream_generate`."""
 
     name: str
     layout: LayoutName | None = None
@@ -41,7 +41,7 @@ class Lane:
 
 @dataclass
 class Timed:
-    """One generation: its ids, and the tokens and seconds after its first step."""
+    """One generation: its ids, and the number of tokens and the seconds after its first step."""
 
     tokens: list[int]
     timed_tokens: int
@@ -51,7 +51,7 @@ class Timed:
 
 @dataclass
 class Measurement:
-    """One prompt in one lane, compared with mlx-lm plain on the same prompt."""
+    """One prompt in one lane, compared with plain mlx-lm on the same prompt."""
 
     prompt: Prompt
     lane: Lane
@@ -61,7 +61,7 @@ class Measurement:
 
     @property
     def refused(self) -> bool:
-        """The lane is verified, and yet its text differs by more than a near-tie: its speed does not count."""
+        """The lane is verified and its text still differs by more than a near-tie, so its speed does not count."""
         same = self.comparison.identical or self.comparison.certified
         return self.lane.emission.lossless and not same
 
@@ -71,7 +71,7 @@ class Bench:
 
     Args:
         model, tokenizer: from `mtp_mlx.load`.
-        lanes: mtp-mlx lanes; mlx-lm plain is always measured with them.
+        lanes: of mtp-mlx; plain mlx-lm is always measured too.
         max_tokens: per prompt.
     """
 
@@ -82,7 +82,7 @@ class Bench:
         self.lanes = list(lanes)
 
     def warm_up(self) -> None:
-        """One short generation per lane, not counted (it also measures costs that `auto` plans with)."""
+        """One short generation per lane, not counted. It also measures the costs that "auto" plans with."""
         prompt = chat_prompt(self._tokenizer, "Hello")
         for lane in [Lane("mlx-lm"), *self.lanes]:
             self._generate(lane, prompt, 12)
@@ -92,7 +92,7 @@ class Bench:
         prompts: Sequence[Prompt],
         on_prompt: Callable[[int, list[Measurement]], None] | None = None,
     ) -> list[Measurement]:
-        """Every prompt in every lane; the order of lanes rotates from prompt to prompt."""
+        """Every prompt in every lane. The order of the lanes rotates from prompt to prompt."""
         results: list[Measurement] = []
         for index, prompt in enumerate(prompts):
             ids = chat_prompt(self._tokenizer, prompt.text)
@@ -141,7 +141,7 @@ class Bench:
         return timed
 
     def _timed(self, tokens: Any, generator: Any, first_step: Callable[[], int]) -> Timed:
-        """Consumes `tokens` up to an end-of-text token; `first_step` tells how many the first step gave."""
+        """Consumes `tokens` up to an end-of-text token. `first_step` says how many the first step gave."""
         out: list[int] = []
         started = in_first = 0.0
         skipped = 0

@@ -1,7 +1,7 @@
-"""The plain decoding speed last measured of each model on this machine, so that a speed-up can be shown.
+"""The last measured speed of plain decoding, by model, so that a single run can show its speed-up.
 
-Kept in `plain_speed.json` in the cache folder, written by every plain run of enough tokens and by `bench`. It
-is a convenience: a file that is damaged or cannot be written is treated as no measurement.
+Kept in `plain_speed.json` in the cache folder; written by every plain run that is long enough, and by `bench`. It is
+a convenience: a damaged file counts as no measurement, and one that cannot be written is left alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ _FILE_NAME = "plain_speed.json"
 
 
 def remember(model: str, tok_per_s: float, n_tokens: int, *, quantize: int | None = None) -> bool:
-    """Keeps the speed of a plain run of `n_tokens` tokens; False where it was too short or cannot be kept.
+    """Keeps the speed of a plain run. Returns False if the run was too short or the file cannot be written.
 
-    model     as the user named it: embedded model, folder or hub id
-    quantize  bits the embedded model was quantised to on the way in
+    Args:
+        model: as the user named it: embedded model, folder or hub id.
+        tok_per_s: tokens per second of the run.
+        n_tokens: its length.
+        quantize: bits that the embedded model was quantised to while loading.
     """
     if n_tokens < FEWEST_TOKENS or tok_per_s <= 0:
         return False
@@ -43,7 +46,7 @@ def recall(model: str, *, quantize: int | None = None) -> float | None:
 
 
 def device_name() -> str:
-    """The chip that MLX computes on, such as "Apple M2 Max"; "cpu x86_64" where it has no name."""
+    """The chip that MLX computes on, such as "Apple M2 Max", or "cpu x86_64" if it has no name."""
     name = dict(mx.device_info()).get("device_name") if mx.default_device() == mx.Device(mx.gpu) else None
     return str(name) if name else f"cpu {platform.machine()}"
 

@@ -1,26 +1,28 @@
 """The speed-up that measured acceptance would give on a cost curve, layout by layout.
 
-A projection, not a measurement. It assumes that a draft is accepted at its depth with the recorded probability,
-whatever came before; that slot rows cost what real rows cost; and that drafting itself costs `draft_cost` of a plain
-step per drafted token. The layouts are those of arXiv 2507.11851 section 2.4 (see `mtp_mlx.decode.layout`) and chains
-of MTP heads; "auto" is this package's planner, given the curve for its measured costs.
+A projection, not a measurement. It assumes that a draft is accepted with the recorded probability of its depth,
+whatever came before it; that slot rows cost as much as real rows; and that a drafted token costs `draft_cost` plain
+steps. Layouts are those of `mtp_mlx.decode.layout`: slots in the linear and quadratic layouts of arXiv 2507.11851
+section 2.4, or, if drafts are made behind the pass, a linear one without slots. "auto" is this package's planner with
+the curve in place of its measured costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.measure.curves import CostCurve
+from mtp_mlx.measure.rounding import rounded
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 
 LABEL = "projection, not a measurement"
-_OUT_OF_REACH = 1e6  # cost of a row that the curve does not have: no plan contains it
+_OUT_OF_REACH = 1e6  # cost of a row beyond the curve: no plan contains it
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Projection:
     """One layout on one curve.
 
     Attributes:
-        layout: "linear", "quadratic", "heads" or "auto".
-        drafts: mask slots k behind one position, or drafts of a chain of heads.
+        layout: "linear", "quadratic" or "auto".
+        drafts: per step, at most.
         rows: of a step with all its drafts; None for "auto", whose steps differ.
         tokens_per_step: in the long run; None where the curve ends before `rows`, and for "auto".
         low, high: speed-up over plain decoding at the curve's highest and lowest cost: expected tokens over expected
@@ -47,67 +49,78 @@ class Projection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
-        return {key: round(v, 4) if isinstance(v, float) else v for key, v in asdict(self).items()}
+        return rounded(self)
 
 
 def project(
-    curve: CostCurve, acceptance: Sequence[float], heads: bool, draft_cost: float = 0.0
+    curve: CostCurve, acceptance: Sequence[float], chained: bool, draft_cost: float = 0.0
 ) -> list[Projection]:
     """Every layout with 1 to len(acceptance) drafts, then "auto".
 
     Args:
         curve: see `mtp_mlx.measure.curves`.
         acceptance: [depths] P(accepted | reached), each in [0, 1].
-        heads: the drafts are those of MTP heads, which need no rows of their own.
-        draft_cost: of drafting one token, as a share of a plain step.
+        chained: drafts are made behind the pass and need no slot rows.
+        draft_cost: cost of a drafted token, in plain steps.
     """
     found = []
-    for drafts in range(1, len(acceptance) + 1):
-        for name in ("heads",) if heads else ("linear", "quadratic"):
-            found.append(_fixed(curve, name, list(acceptance[:drafts]), draft_cost))
-    return [*found, _planned(curve, acceptance, heads, draft_cost)]
+    for count in range(1, len(acceptance) + 1):
+        depths = list(acceptance[:count])
+        if chained:
+            found.append(_refilled("linear", curve, Layout.chained(count, count), depths, draft_cost))
+        else:
+            found.append(_linear_slots(curve, depths, draft_cost))
+            found.append(_refilled("quadratic", curve, Layout.quadratic(count, count), depths, draft_cost))
+    return [*found, _planned(curve, acceptance, chained, draft_cost)]
 
 
 def best(projections: Sequence[Projection]) -> Projection | None:
-    """The layout of the highest speed-up at the curve's dearest; None where none beats plain decoding there."""
+    """The highest speed-up at the curve's highest cost; None where none beats plain decoding there."""
     known = [projection for projection in projections if projection.low is not None and projection.low > 1]
     return max(known, key=lambda projection: projection.low or 0.0, default=None)
 
 
-def _fixed(curve: CostCurve, name: str, acceptance: list[float], draft_cost: float) -> Projection:
+def _refilled(
+    name: str, curve: CostCurve, layout: Layout, acceptance: Sequence[float], draft_cost: float
+) -> Projection:
+    """A layout in which every step has all its drafts, whatever the step before accepted."""
+    tokens = 1.0 + sum(accumulate(acceptance, mul))
+    return _projection(name, layout, tokens, curve.cost(layout.rows), draft_cost)
+
+
+def _linear_slots(curve: CostCurve, acceptance: Sequence[float], draft_cost: float) -> Projection:
+    """Slots behind the last draft only: a step that is not accepted whole leaves none, and the next verifies none."""
     drafts = len(acceptance)
+    layout = Layout.linear(drafts, drafts)
     reach = list(accumulate(acceptance, mul))  # P(at least a accepted), a from 1
-    tokens = 1.0 + sum(reach)
-    cost: tuple[float, float] | None = None
-    if name == "linear":
-        full, empty = (
-            curve.cost(Layout.linear(drafts, drafts).rows),
-            curve.cost(Layout.linear(0, drafts).rows),
-        )
-        # A step that is not accepted whole leaves no drafts; the one after it verifies none and writes one token.
-        missed = 1.0 - reach[-1]
-        tokens = (tokens + missed) / (1.0 + missed)
-        rows = Layout.linear(drafts, drafts).rows
-        if full is not None and empty is not None:
-            low, high = ((f + missed * e) / (1.0 + missed) for f, e in zip(full, empty, strict=True))
-            cost = (low, high)
-    else:
-        layout = Layout.quadratic(drafts, drafts) if name == "quadratic" else Layout.chained(drafts, drafts)
-        rows, cost = layout.rows, curve.cost(layout.rows)
+    missed = 1.0 - reach[-1]  # steps without drafts for each step with them
+    full, empty = curve.cost(layout.rows), curve.cost(Layout.linear(0, drafts).rows)
+    cost = None
+    if full is not None and empty is not None:
+        low, high = ((f + missed * e) / (1.0 + missed) for f, e in zip(full, empty, strict=True))
+        cost = (low, high)
+    return _projection("linear", layout, (1.0 + sum(reach) + missed) / (1.0 + missed), cost, draft_cost)
+
+
+def _projection(
+    name: str, layout: Layout, tokens: float, cost: tuple[float, float] | None, draft_cost: float
+) -> Projection:
     if cost is None:
-        return Projection(name, drafts, rows, None, None, None)
-    low, high = (tokens / (each + draft_cost * drafts) for each in (cost[1], cost[0]))
-    return Projection(name, drafts, rows, tokens, low, high)
+        return Projection(name, layout.drafts, layout.rows, None, None, None)
+    low, high = (tokens / (each + draft_cost * layout.drafts) for each in (cost[1], cost[0]))
+    return Projection(name, layout.drafts, layout.rows, tokens, low, high)
 
 
-def _planned(curve: CostCurve, acceptance: Sequence[float], heads: bool, draft_cost: float) -> Projection:
-    """What the planner expects of itself if its measured costs were the curve's."""
-    low, high = (_rate(curve, costs, acceptance, heads, draft_cost) for costs in (curve.high, curve.low))
+def _planned(curve: CostCurve, acceptance: Sequence[float], chained: bool, draft_cost: float) -> Projection:
+    """What the planner would expect of itself with the curve's costs."""
+    low, high = (
+        _planned_speedup(curve, costs, acceptance, chained, draft_cost) for costs in (curve.high, curve.low)
+    )
     return Projection("auto", len(acceptance), None, None, low, high)
 
 
-def _rate(
-    curve: CostCurve, costs: Sequence[float], acceptance: Sequence[float], heads: bool, draft_cost: float
+def _planned_speedup(
+    curve: CostCurve, costs: Sequence[float], acceptance: Sequence[float], chained: bool, draft_cost: float
 ) -> float:
     rows = (*curve.rows, curve.most_rows + 1)
     seconds = (*costs, _OUT_OF_REACH)
@@ -121,5 +134,5 @@ def _rate(
         draft=draft_cost,
         plain=(1.0, 1.0),
     )
-    policy = ChainBudgetPolicy if heads else BudgetPolicy
+    policy = ChainBudgetPolicy if chained else BudgetPolicy
     return policy(cost, len(acceptance), list(acceptance), "").rate

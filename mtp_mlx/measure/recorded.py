@@ -1,4 +1,4 @@
-"""Where measured acceptance comes from: an adapter's record, or the JSON of `mtp-mlx bench` and `mtp-mlx eval`."""
+"""Measured acceptance: what an adapter records, or what `mtp-mlx bench --json` and `mtp-mlx eval --json` report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mlx.adapter_folder import CONFIG_NAME, read_config
+from mtp_mlx.decode.drafter import source_of
+from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
-
-HEADS = "mtp-heads"
+from mtp_mlx.model.attach import AttachedModel
 
 
 @dataclass(frozen=True)
@@ -20,43 +21,45 @@ class MeasuredAcceptance:
     Attributes:
         name: category, or "all".
         acceptance: [depths], each in [0, 1].
-        heads: measured with MTP heads, else with mask slots.
+        chained: the drafts were made behind the pass; otherwise by slot rows, which cost a pass more.
         source: where it was read.
     """
 
     name: str
     acceptance: tuple[float, ...]
-    heads: bool
+    chained: bool
     source: str
 
 
 def from_adapter(folder: Path) -> MeasuredAcceptance:
-    """What an adapter folder records about itself.
+    """The acceptance that an adapter folder records.
 
     Raises:
-        MTPError: no adapter there, or it records no acceptance.
+        MTPError: no adapter there, or no acceptance recorded.
     """
     config = read_config(folder)
     found = _depths(config.get("acceptance"))
     if not found:
         raise MTPError(
             f"{folder / CONFIG_NAME} records no acceptance: measure it with `mtp-mlx bench --json` and give that "
-            "file with --bench"
+            "file as `bench`"
         )
-    return MeasuredAcceptance("all", found, config.get("method") == HEADS, str(folder))
+    return MeasuredAcceptance("all", found, registry.is_chained(config.get("method")), str(folder))
 
 
 def from_report(path: Path, lane: str | None = None) -> list[MeasuredAcceptance]:
-    """What one lane of a bench or eval report measured, by category.
+    """The acceptance of one lane of a bench or eval report, by category.
 
     Args:
-        lane: its name; by default the first one of a fixed layout, since in "auto" easier texts get more drafts,
-            else the first that measured any acceptance.
+        path: the JSON file.
+        lane: its name; by default the first one with a fixed layout (in "auto", easy texts get more drafts), else the
+            first one with any acceptance.
 
     Raises:
-        MTPError: no such report, an unknown lane, or a lane in which nothing was drafted.
+        MTPError: not a report, an unknown lane, or no drafts in any lane.
     """
-    rows, heads = _read_rows(path)
+    report = _read_report(path)
+    rows = report["rows"]
     lanes = list(dict.fromkeys(str(row["lane"]) for row in rows if _depths(row.get("acceptance"))))
     if not lanes:
         raise MTPError(f"{path} holds no acceptance: nothing was drafted in it; measure with an adapter")
@@ -64,15 +67,31 @@ def from_report(path: Path, lane: str | None = None) -> list[MeasuredAcceptance]
         raise MTPError(f"{path} has no lane '{lane}' with acceptance: there is {', '.join(lanes)}")
     fixed = [name for name in lanes if not name.startswith("auto")]
     chosen = lane or (fixed or lanes)[0]
-    source = f"{path}, lane {chosen}"
+    chained, source = _is_chained(report), f"{path}, lane {chosen}"
     return [
-        MeasuredAcceptance(str(row.get("category", "all")), depths, heads, source)
+        MeasuredAcceptance(str(row.get("category", "all")), depths, chained, source)
         for row in rows
         if row["lane"] == chosen and (depths := _depths(row.get("acceptance")))
     ]
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
+def drafted_with(model: AttachedModel) -> dict[str, str | bool | None]:
+    """What a report says of the model's own drafter: `method` of its adapter, and whether it places slots."""
+    source = source_of(model)
+    return {
+        "method": None if model.info is None else str(model.info.to_json()["method"]),
+        "places_slots": None if source is None else source.places_slots,
+    }
+
+
+def _is_chained(report: dict[str, Any]) -> bool:
+    """As the report says (null: only the text drafted, which needs no slots); older ones name the method alone."""
+    if "places_slots" in report:
+        return report["places_slots"] is not True
+    return registry.is_chained(report.get("method"))
+
+
+def _read_report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -82,7 +101,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
     rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "lane" in row for row in rows):
         raise MTPError(f"{path} is no report of `mtp-mlx bench --json` or `mtp-mlx eval --json`")
-    return rows, report.get("method") == HEADS
+    return report
 
 
 def _depths(values: Any) -> tuple[float, ...]:

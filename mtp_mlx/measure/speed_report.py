@@ -1,4 +1,4 @@
-"""Measurements summed up by category, as plain values for `--json` and as a table."""
+"""Measurements summarised by lane and category: JSON values and a table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Measurement
+from mtp_mlx.measure.rounding import rounded
 from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
@@ -42,19 +43,8 @@ class Row:
     acceptance: list[float | None]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, rounded to what was measured."""
-        values = dict(vars(self))
-        for name in (
-            "plain_tokens_per_second",
-            "tokens_per_second",
-            "tokens_per_step",
-            "rows_per_step",
-            "speedup",
-            "mean_of_ratios",
-        ):
-            values[name] = None if values[name] is None else round(values[name], 4)
-        values["acceptance"] = [None if value is None else round(value, 4) for value in self.acceptance]
-        return values
+        """Plain values, rounded."""
+        return rounded(self)
 
 
 def summarise(measurements: Sequence[Measurement]) -> list[Row]:
@@ -100,7 +90,7 @@ def _row(lane: str, category: str, own: Sequence[Measurement]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a rich table."""
+    """A table of the rows."""
     out = Table(title="mtp-mlx against mlx-lm plain, same weights, same process")
     for name in (
         "layout",

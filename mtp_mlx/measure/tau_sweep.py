@@ -1,8 +1,8 @@
-"""Tokens per pass of ConfAdapt against what they cost, for one tau after another (arXiv 2602.06019, results).
+"""Tokens per pass of ConfAdapt, and what they cost, for every tau (arXiv 2602.06019, results).
 
-Cost is measured against the model's own next-token path, which for a gated adapter is the untouched base: the share
-of tokens that this path would have written in the same place, its negative log-likelihood of the text, how many texts
-are its own to the last token, and, where the questions have answers, how many are answered right.
+The cost is measured against the model's own next-token path, which for a gated adapter is the untouched base: the
+share of tokens that this path would have picked in the same place, its negative log-likelihood of the text, the share
+of texts that equal its own, and, for questions with an answer, the share answered right.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.kept import KeptRows
 from mtp_mlx.measure.prompts import Prompt
+from mtp_mlx.measure.rounding import rounded
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.planning.tuned import weights_digest
 
-LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary exist at once
-PLAIN = None  # the tau of the lane that is the model's own greedy text
+LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are in memory at once
+PLAIN = None  # stands for plain greedy decoding in a list of taus
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Measured:
     Attributes:
         tau: of ConfAdapt, or None for plain decoding.
         question: its index.
-        tokens, passes: written, and forward passes it took.
+        tokens, passes: tokens written, and the forward passes this took.
         agreeing: tokens that the model's own path would have picked there.
         nll: summed negative log-likelihood of the tokens under that path, in nats.
         same: the text is the plain one.
-        right: the answer is right; None where none is known.
+        right: None if the right answer is not known.
     """
 
     tau: float | None
@@ -66,14 +67,14 @@ class SweepSettings:
 
 
 class TauSweep:
-    """Measures questions at every tau; with a file, goes on where an earlier run stopped.
+    """Every question at every tau.
 
     Args:
-        model, tokenizer: from `mtp_mlx.load`; the model has an adapter with mask tokens.
-        questions: what is asked.
+        model, tokenizer: from `mtp_mlx.load`; the model's drafts can be emitted unverified.
+        questions: to answer.
         settings: see `SweepSettings`.
-        out: JSONL file that keeps every measurement, or None.
-        name: what tells this model from others; a file of another one, or of another adapter, is refused.
+        out: JSONL file that keeps every measurement, so that the next run resumes from it; or None.
+        name: identifies the model; a file of another one, or of another adapter, is refused.
 
     Raises:
         MTPError: a tau out of range, or `out` belongs to another sweep or is damaged.
@@ -98,11 +99,11 @@ class TauSweep:
 
     @property
     def total(self) -> int:
-        """Measurements of a whole sweep."""
+        """Number of measurements in a whole sweep."""
         return len(self._questions) * (1 + len(self._settings.taus))
 
     def run(self, on_measured: Callable[[Measured], None] | None = None) -> list[Measured]:
-        """Every question plainly and at every tau; those measured before are taken over."""
+        """All measurements, those of an earlier run included."""
         results = []
         for index in range(len(self._questions)):
             for tau in (PLAIN, *self._settings.taus):
@@ -134,7 +135,7 @@ class TauSweep:
         return chat_prompt(self._tokenizer, question.text)
 
     def _generate(self, prompt: list[int], tau: float | None) -> tuple[list[int], str, DecodeStats]:
-        """Ids, text and counts; greedy."""
+        """Greedy ids, their text, and counts."""
         settings, stats = self._settings, DecodeStats()
         plain = tau is None
         responses = stream_generate(
@@ -155,7 +156,7 @@ class TauSweep:
         return tokens, text, stats
 
     def _fingerprint(self, name: str) -> str:
-        """Of everything that a measurement depends on, the list of taus aside: more of them may follow."""
+        """Of everything that a measurement depends on, except the taus: a later run may have more of them."""
         settings = {key: value for key, value in asdict(self._settings).items() if key != "taus"}
         name += weights_digest(self._model)
         questions = [(question.text, str(question.answer)) for question in self._questions]
@@ -190,13 +191,13 @@ class TauRow:
     """All questions at one tau.
 
     Attributes:
-        tau: or None for plain decoding.
-        tokens_per_pass: totals over totals.
+        tau: None for plain decoding.
+        tokens_per_pass: all tokens over all passes.
         agreement: share of tokens that the model's own path would have picked.
         nll: mean negative log-likelihood of a token under that path, in nats.
-        same: share of texts that are the plain ones.
-        right: share of questions answered right, of those with an answer; None without any.
-        lossless: plain decoding only.
+        same: share of texts that equal the plain ones.
+        right: share of right answers among questions with a known one; None without any.
+        lossless: True for plain decoding only.
     """
 
     tau: float | None
@@ -210,10 +211,10 @@ class TauRow:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return rounded(self)
 
     def cells(self) -> tuple[str, ...]:
-        """What a table says under `TAU_COLUMNS`."""
+        """The row of a table with `TAU_COLUMNS`."""
         return (
             "plain" if self.tau is None else f"{self.tau:g}",
             str(self.questions),

@@ -1,21 +1,22 @@
-"""Which layout and drafter is fastest on this machine: every lane that a model has, measured side by side."""
+"""Finds the fastest layout and drafter on this machine: every lane that a model has, measured side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Lane, Measurement, Timed
+from mtp_mlx.measure.rounding import rounded
 from mtp_mlx.measure.speed import compare_speeds, rate
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import LOOKUP_DRAFTS
 from mtp_mlx.planning.tuned import TunedChoice
 
-MARGIN = 1.05  # a lane must be this much faster than plain decoding: less is within a machine's noise
+MARGIN = 1.05  # a lane must be this much faster than plain decoding; less is noise
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class LaneResult:
         speed_up: as a multiple of plain decoding, mlx-lm's or our own, whichever is faster; a ratio of totals.
         mean_of_ratios: the mean of the prompts' own ratios, to be read beside `speed_up`.
         tokens_per_step: all tokens over all steps.
-        refused: prompts whose text differs from mlx-lm's beyond a near-tie; a lane with any cannot win.
+        refused: prompts whose text differs from mlx-lm's by more than a near-tie; a lane with any cannot win.
     """
 
     lane: str
@@ -40,11 +41,11 @@ class LaneResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return rounded(self)
 
 
 def candidates(model: AttachedModel) -> list[Lane]:
-    """Plain decoding, every layout with some numbers of drafts, every drafter, and the planner with each of them."""
+    """Plain decoding, every fixed layout with some numbers of drafts, and the planner, with every drafter."""
     lanes = [Lane("plain", "plain")]
     source = source_of(model)
     if source is not None:
@@ -96,7 +97,7 @@ def results(measurements: Sequence[Measurement]) -> list[LaneResult]:
 
 
 def plain_timings(measurements: Sequence[Measurement]) -> list[Timed]:
-    """Every prompt without drafts: by mlx-lm or in our own plain layout, whichever is faster over all of them."""
+    """Every prompt without drafts: from mlx-lm or our own plain layout, whichever is faster over all prompts."""
     lane = measurements[0].lane.name
     theirs = [measurement.reference for measurement in measurements if measurement.lane.name == lane]
     ours = [measurement.timed for measurement in measurements if measurement.lane.layout == "plain"]
@@ -104,7 +105,7 @@ def plain_timings(measurements: Sequence[Measurement]) -> list[Timed]:
 
 
 def choose(measurements: Sequence[Measurement]) -> TunedChoice:
-    """The fastest lane whose texts are all mlx-lm's, or plain decoding where none is faster by the margin."""
+    """The fastest lane whose texts are all mlx-lm's, or plain decoding if none beats it by `MARGIN`."""
     plain = rate(plain_timings(measurements))
     lanes = {measurement.lane.name: measurement.lane for measurement in measurements}
     for row in results(measurements):

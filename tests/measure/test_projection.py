@@ -12,6 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_mlx.drafters import registry
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.masks.weights import MaskAdapter
+from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.curves import CostCurve, built_in, read_curve
 from mtp_mlx.measure.projection import LABEL, Projection, best, project
@@ -30,17 +34,18 @@ def simulated(layout: str, acceptance: list[float], costs: tuple[float, ...], dr
         while accepted < held and rng.random() < acceptance[accepted]:
             accepted += 1
         tokens += 1 + accepted
-        rows = {"linear": 1 + held + k, "quadratic": (1 + held) * (1 + k), "heads": 1 + held}[layout]
+        rows = {"linear": 1 + held + k, "quadratic": (1 + held) * (1 + k), "chained": 1 + held}[layout]
         time += float(np.interp(rows, ROWS, costs)) + draft_cost * k
         held = (k if accepted == held else 0) if layout == "linear" else k
     return tokens / time
 
 
-@pytest.mark.parametrize(("layout", "heads"), [("linear", False), ("quadratic", False), ("heads", True)])
+@pytest.mark.parametrize("layout", ["linear", "quadratic", "chained"])
 @pytest.mark.parametrize("draft_cost", [0.0, 0.07])
-def test_layouts_against_a_simulation(layout: str, heads: bool, draft_cost: float) -> None:
-    acceptance = [0.8, 0.6, 0.5]
-    found = [p for p in project(CURVE, acceptance, heads, draft_cost) if p.layout == layout]
+def test_layouts_against_a_simulation(layout: str, draft_cost: float) -> None:
+    acceptance, chained = [0.8, 0.6, 0.5], layout == "chained"
+    name = "linear" if chained else layout  # as `generate --layout` has it
+    found = [p for p in project(CURVE, acceptance, chained, draft_cost) if p.layout == name]
     assert [p.drafts for p in found] == [1, 2, 3]
     for projection in found:
         for value, costs in ((projection.low, CURVE.high), (projection.high, CURVE.low)):
@@ -50,9 +55,9 @@ def test_layouts_against_a_simulation(layout: str, heads: bool, draft_cost: floa
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=3), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_bounds(acceptance: list[float], heads: bool) -> None:
+def test_bounds(acceptance: list[float], chained: bool) -> None:
     """No layout writes more tokens per step than drafts + 1, and auto is as good as plain and as any fixed one."""
-    *fixed, auto = project(CURVE, acceptance, heads)
+    *fixed, auto = project(CURVE, acceptance, chained)
     assert all(1 <= (p.tokens_per_step or 0) <= p.drafts + 1 + 1e-9 for p in fixed)
     assert all(p.low is not None and p.high is not None and p.low <= p.high for p in fixed)
     assert auto.layout == "auto" and auto.low is not None and auto.low >= 1 - 1e-9
@@ -163,7 +168,7 @@ def test_acceptance_of_a_report(tmp_path: Path) -> None:
     ]
     path = write_report(tmp_path / "report.json", rows, method="mtp-heads")
     found = from_report(path)
-    assert [(m.name, m.acceptance, m.heads) for m in found] == [
+    assert [(m.name, m.acceptance, m.chained) for m in found] == [
         ("math", (0.7, 0.6), True),
         ("all", (0.5,), True),
     ]
@@ -183,10 +188,30 @@ def test_acceptance_of_an_adapter(tmp_path: Path) -> None:
     config = tmp_path / "mtp_config.json"
     config.write_text(json.dumps({"method": "mtp-heads", "acceptance": [0.8, 0.7]}))
     found = from_adapter(tmp_path)
-    assert found.acceptance == (0.8, 0.7) and found.heads
+    assert found.acceptance == (0.8, 0.7) and found.chained
     config.write_text(json.dumps({"method": "mask-tokens", "acceptance": []}))
     with pytest.raises(MTPError, match="records no acceptance"):
         from_adapter(tmp_path)
+
+
+def test_reports_say_whether_drafts_needed_slots(tmp_path: Path) -> None:
+    rows = [{"lane": "linear", "acceptance": [0.5]}]
+    for more, chained in (
+        ({"places_slots": True, "method": "mask-tokens"}, False),
+        ({"places_slots": False, "method": None}, True),
+        ({"places_slots": None, "method": None}, True),
+        ({"method": "mask-tokens"}, False),
+        ({"method": "ptp"}, False),
+        ({}, False),
+    ):
+        (found,) = from_report(write_report(tmp_path / "r.json", rows, **more))
+        assert found.chained == chained, more
+
+
+def test_the_registry_agrees_with_the_speculators() -> None:
+    for method, speculator in (("mask-tokens", MaskAdapter), ("ptp", PTPAdapter), ("mtp-heads", DraftHeads)):
+        assert registry.is_chained(method) != speculator.places_slots
+    assert not registry.is_chained("unheard of") and not registry.is_chained(None)
 
 
 def test_every_projection_is_labelled() -> None:

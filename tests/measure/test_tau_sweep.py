@@ -135,7 +135,7 @@ NOT_ITS_OWN = [b"my notes", b"my notes\n", b'{"a": 1}', b"[" * 5000, b"caf\xe9\n
 def test_somebody_else_s_file_is_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes"
     path.write_bytes(content)
-    with pytest.raises(MTPError, match="give another --out"):
+    with pytest.raises(MTPError, match="give another `out`"):
         sweep(path)
     assert path.read_bytes() == content
 

@@ -1,0 +1,73 @@
+"""The benchmarks that no other test runs still run, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import heads_acceptance
+import pytest
+import same_text
+import serving
+from click.testing import CliRunner
+
+from mtp_mlx.drafters.heads.cascade import MTPHeads
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.model.fingerprint import base_fingerprint
+from tests.decode.fakes import random_adapter
+from tests.drafters.heads.test_mtp_head import random_heads
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, with an adapter of slots and one of heads."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    save_tiny(root / "model", "llama", seed=3)
+    model = tiny_model("llama", seed=3)
+    base, adapter, convention = base_fingerprint(model), random_adapter(model), HeadConvention("test")
+    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base, adapter.config))
+    heads = MTPHeads(random_heads(model, 2, convention).heads, convention)
+    save_heads(root / "heads", heads, HeadsInfo("tiny", base, convention, [dict(LAST_LAYER)] * 2))
+    rows = [{"prompt": f"add {i}", "completion": f"The sum is {i}."} for i in range(3)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    for module in (same_text, heads_acceptance):
+        monkeypatch.setattr(module, "prefer_openblas", lambda: None)
+
+
+def test_same_text(folder: Path) -> None:
+    options = ["--model", str(folder / "model"), "--adapter", str(folder / "adapter")]
+    result = CliRunner().invoke(same_text.main, [*options, "--limit", "2", "--max-tokens", "8"])
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout[result.stdout.index("{\n") :])
+    lanes = {name: count for name, count in counts.items() if name.startswith("temperature")}
+    assert len(lanes) == 7 and set(lanes.values()) == {2} and not any("DIFFERENT" in name for name in lanes)
+
+
+def test_serving(folder: Path) -> None:
+    options = ["--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--clients", "2"]
+    layouts = ["--layout", "plain", "--layout", "linear", "--drafts", "2"]
+    result = CliRunner().invoke(serving.main, [*options, *layouts, "--max-tokens", "6"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("|")[1:3] for line in result.stdout.splitlines()[2:]]
+    assert [(layout.strip(), way.strip()) for layout, way in rows] == [
+        (layout, way) for layout in ("plain", "linear") for way in serving.WAYS
+    ]
+
+
+def test_heads_acceptance(folder: Path) -> None:
+    entries = ["--heads", str(folder / "heads"), "--heads", f"{folder / 'heads'}:4", "--json"]
+    result = CliRunner().invoke(
+        heads_acceptance.main,
+        ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), *entries],
+    )
+    assert result.exit_code == 0, result.output
+    assert [len(row["ar"]) for row in json.loads(result.stdout)] == [2, 4]
