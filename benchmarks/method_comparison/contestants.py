@@ -15,27 +15,29 @@ class Contestant:
     Attributes:
         name: of its folder.
         title: of its row.
-        settings: of `TrainSettings`, besides what all have in common.
+        method: as in `mtp-mlx train METHOD`.
+        settings: of the method, besides those that all contestants have in common.
     """
 
     name: str
     title: str
+    method: str
     settings: dict[str, Any]
 
     @property
     def noise(self) -> str:
         """How its text is drawn above temperature 0: drafters use the target's noise."""
-        return "inverse-cdf" if self.settings["method"] == "ptp" else "gumbel"
+        return "inverse-cdf" if self.method == "ptp" else "gumbel"
 
 
 # Half of the blocks stand for temperature 0, the other half for the temperature that is measured too.
-_PTP = {"method": "ptp", "teacher_temperature": SAMPLED, "greedy_share": 0.5}
+_PTP = {"teacher_temperature": SAMPLED, "greedy_share": 0.5}
 CONTESTANTS = (
-    Contestant("independent", "independent slots", {**_PTP, "variant": "o", "independent": True}),
-    Contestant("o-ptp", "O-PTP", {**_PTP, "variant": "o"}),
-    Contestant("c-ptp", "C-PTP", {**_PTP, "variant": "c"}),
-    Contestant("self-distil", "gated-LoRA self-distillation", {"method": "mask-tokens"}),
+    Contestant("independent", "independent slots", "ptp", {**_PTP, "variant": "o", "independent": True}),
+    Contestant("o-ptp", "O-PTP", "ptp", {**_PTP, "variant": "o"}),
+    Contestant("c-ptp", "C-PTP", "ptp", {**_PTP, "variant": "c"}),
+    Contestant("self-distil", "gated-LoRA self-distillation", "mask-tokens", {}),
     # Where drafts are emitted unverified, a probability must be one among all tokens.
-    Contestant("conf-adapt", "one mask token, online objective", {"method": "conf-adapt", "draft_vocab": 0}),
+    Contestant("conf-adapt", "one mask token, online objective", "conf-adapt", {"draft_vocab": 0}),
 )
 LOSSY = "conf-adapt"  # the contestant whose tau is swept
