@@ -46,19 +46,20 @@ def own_commands(command: click.Command) -> dict[str, click.Command]:
 
 
 def section(verb: str, command: click.Command, group: click.Command | None = None) -> str:
-    """One command: usage, text, options, examples; of a group's command, the options that the group has not."""
+    """One command: usage, text, options, examples; of a group's command what the group's section does not say."""
     arguments = [_argument(p) for p in command.params if _is_argument(p)]
     if isinstance(command, click.Group):
         arguments.append(command.subcommand_metavar)
     usage = " ".join([f"mtp-mlx {verb}", "[OPTIONS]", *arguments])
     usage = NOT_RUN.format("usage, not a command") + f"```\n{usage}\n```"
-    parts = [f"{'###' if group else '##'} mtp-mlx {verb}", usage, _prose(command.help or "")]
+    said = (command.help or "").partition("\n\n")[0] if group else command.help or ""
+    parts = [f"{'###' if group else '##'} mtp-mlx {verb}", usage, _prose(said)]
     if inner := own_commands(command):
         links = (f"[`mtp-mlx {verb} {name}`](#mtp-mlx-{verb}-{name})" for name in inner)
-        parts.append(f"Options of their own have {', '.join(links)}.")
+        parts.append(f"Each of these has options of its own: {', '.join(links)}.")
     if group:
         above = verb.rpartition(" ")[0]
-        parts.append(f"Besides the [options of `mtp-mlx {above}`](#mtp-mlx-{above}):")
+        parts.append(f"In addition to the [options of `mtp-mlx {above}`](#mtp-mlx-{above}):")
     known = {option.name for option in shown_options(group)} if group else set()
     options = [option for option in shown_options(command) if option.name not in known]
     rows = [f"| {_names(option)} | {_default(option)} | {_cell(option.help or '')} |" for option in options]
