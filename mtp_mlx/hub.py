@@ -20,10 +20,10 @@ import yaml
 
 from mtp_mlx.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from mtp_mlx.config import option_name
+from mtp_mlx.drafters.registry import settings_class, training_methods
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder
 from mtp_mlx.models import EMBEDDED
-from mtp_mlx.train.settings import TrainSettings
 
 CARD_NAME = "README.md"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -145,11 +145,12 @@ def public_base(config: dict[str, Any], given: str | None) -> str:
 
 
 def reproduce_command(config: dict[str, Any], base: str) -> str | None:
-    """The `mtp-mlx train` command with the settings that the adapter records, or None if it records none."""
+    """The `mtp-mlx train` command with the settings that the adapter records; None if it records no known method."""
     training = config.get("training", {})
-    known = {field.name: field for field in fields(TrainSettings)}
-    if not {"method", "planned_steps", "learning_rate"} <= training.keys():
+    method = training.get("method")
+    if method not in training_methods() or not {"planned_steps", "learning_rate"} <= training.keys():
         return None
+    known = {field.name: field for field in fields(settings_class(method))}
     values = {**training, "steps": training["planned_steps"], "model": base}
     words = []
     for name, field in known.items():
@@ -162,7 +163,7 @@ def reproduce_command(config: dict[str, Any], base: str) -> str | None:
             words += [f"{option_name(name)} {one}" for one in value]
         else:
             words.append(f"{option_name(name)} {value}")
-    return " ".join(["mtp-mlx train --data answers.jsonl --out adapter", *words])
+    return " ".join([f"mtp-mlx train {method} --data answers.jsonl --out adapter", *words])
 
 
 def _plain(value: Any) -> Any:

@@ -20,9 +20,9 @@ from mtp_mlx import hub
 from mtp_mlx.cli import main
 from mtp_mlx.config import from_yaml
 from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter, read_info, save_adapter
+from mtp_mlx.drafters.masks.options import MaskTokenSettings
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
-from mtp_mlx.train.settings import TrainSettings
 from tests.decode.fakes import random_adapter
 from tests.tiny import tiny_model
 from tests.train.training import trainer_for
@@ -138,8 +138,8 @@ def test_the_command_to_reproduce_gives_the_same_settings(tmp_path: Path) -> Non
     config = hub.read_adapter(tmp_path / "adapter")
     card = hub.hub_card(config, REPOSITORY, hub.Description(base="someone/tiny"))
     assert f"10 examples, fingerprint `{config['training']['data_fingerprint']}`." in card
-    line = next(line for line in card.splitlines() if line.startswith("mtp-mlx train "))
-    words = line.split()[2:]
+    line = next(line for line in card.splitlines() if line.startswith("mtp-mlx train mask-tokens "))
+    words = line.split()[3:]
     options = {word: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
     values = {name[2:].replace("-", "_"): value for name, value in options.items()}
     values.pop("out"), values.pop("data")
@@ -147,7 +147,7 @@ def test_the_command_to_reproduce_gives_the_same_settings(tmp_path: Path) -> Non
     ours = {name: getattr(trainer.settings, name) for name in values}
     theirs = {name: type(ours[name])(value) for name, value in values.items()}
     assert theirs == ours and {"steps", "learning_rate", "slots", "rank"} <= ours.keys()
-    replayed = from_yaml(TrainSettings, None, {**theirs, "data": Path("d"), "out": Path("o")})
+    replayed = from_yaml(MaskTokenSettings, None, {**theirs, "data": Path("d"), "out": Path("o")})
     for name in ("steps", "rank", "alpha", "warmup", "micro_batches", "schedule", "objective", "seed"):
         assert getattr(replayed, name) == getattr(trainer.settings, name), name
 

@@ -35,17 +35,33 @@ def page() -> str:
         command = cli.main.get_command(context, verb)
         assert command is not None, verb
         parts.append(section(verb, command))
+        for name, inner in own_commands(command).items():
+            parts.append(section(f"{verb} {name}", inner, command))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def section(verb: str, command: click.Command) -> str:
-    """One command: usage, text, options, examples."""
-    usage = " ".join(
-        [f"mtp-mlx {verb}", "[OPTIONS]", *(_argument(p) for p in command.params if _is_argument(p))]
-    )
+def own_commands(command: click.Command) -> dict[str, click.Command]:
+    """The commands of a verb that has some of its own, such as `mtp-mlx train ptp`."""
+    return dict(command.commands) if isinstance(command, click.Group) else {}
+
+
+def section(verb: str, command: click.Command, group: click.Command | None = None) -> str:
+    """One command: usage, text, options, examples; of a group's command what the group's section does not say."""
+    arguments = [_argument(p) for p in command.params if _is_argument(p)]
+    if isinstance(command, click.Group):
+        arguments.append(command.subcommand_metavar)
+    usage = " ".join([f"mtp-mlx {verb}", "[OPTIONS]", *arguments])
     usage = NOT_RUN.format("usage, not a command") + f"```\n{usage}\n```"
-    parts = [f"## mtp-mlx {verb}", usage, _prose(command.help or "")]
-    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    said = (command.help or "").partition("\n\n")[0] if group else command.help or ""
+    parts = [f"{'###' if group else '##'} mtp-mlx {verb}", usage, _prose(said)]
+    if inner := own_commands(command):
+        links = (f"[`mtp-mlx {verb} {name}`](#mtp-mlx-{verb}-{name})" for name in inner)
+        parts.append(f"Each of these has options of its own: {', '.join(links)}.")
+    if group:
+        above = verb.rpartition(" ")[0]
+        parts.append(f"In addition to the [options of `mtp-mlx {above}`](#mtp-mlx-{above}):")
+    known = {option.name for option in shown_options(group)} if group else set()
+    options = [option for option in shown_options(command) if option.name not in known]
     rows = [f"| {_names(option)} | {_default(option)} | {_cell(option.help or '')} |" for option in options]
     parts.append("\n".join(["| option | default | does |", "|---|---|---|", *rows]))
     examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
@@ -53,6 +69,11 @@ def section(verb: str, command: click.Command) -> str:
         reason = NOT_RUN.format("examples name files of yours; tests/cli/test_page.py reads them")
         parts.append(reason + "```\n" + "\n".join(examples) + "\n```")
     return "\n\n".join(parts)
+
+
+def shown_options(command: click.Command) -> list[click.Option]:
+    """The options of a command that its help shows."""
+    return [one for one in command.params if isinstance(one, click.Option) and not one.hidden]
 
 
 def _is_argument(parameter: click.Parameter) -> bool:

@@ -13,29 +13,31 @@ class Contestant:
     """One trained method.
 
     Attributes:
-        name: also of its folder.
-        title: of its row in the table.
-        settings: arguments of `TrainSettings`, besides those that all have in common.
+        name: of its folder.
+        title: of its row.
+        method: as in `mtp-mlx train METHOD`.
+        settings: of the method, besides those that all contestants have in common.
     """
 
     name: str
     title: str
+    method: str
     settings: dict[str, Any]
 
     @property
     def noise(self) -> str:
-        """How its text is sampled: drafters use the target's noise."""
-        return "inverse-cdf" if self.settings["method"] == "ptp" else "gumbel"
+        """How its text is drawn above temperature 0: drafters use the target's noise."""
+        return "inverse-cdf" if self.method == "ptp" else "gumbel"
 
 
-# Half of the blocks are trained for temperature 0, the other half for the sampled one.
-_PTP = {"method": "ptp", "teacher_temperature": SAMPLED, "greedy_share": 0.5}
+# Half of the blocks stand for temperature 0, the other half for the temperature that is measured too.
+_PTP = {"teacher_temperature": SAMPLED, "greedy_share": 0.5}
 CONTESTANTS = (
-    Contestant("independent", "independent slots", {**_PTP, "variant": "o", "independent": True}),
-    Contestant("o-ptp", "O-PTP", {**_PTP, "variant": "o"}),
-    Contestant("c-ptp", "C-PTP", {**_PTP, "variant": "c"}),
-    Contestant("self-distil", "gated-LoRA self-distillation", {"method": "mask-tokens"}),
-    # Unverified emission needs probabilities among all tokens, so there is no draft vocabulary.
-    Contestant("conf-adapt", "one mask token, online objective", {"method": "conf-adapt", "draft_vocab": 0}),
+    Contestant("independent", "independent slots", "ptp", {**_PTP, "variant": "o", "independent": True}),
+    Contestant("o-ptp", "O-PTP", "ptp", {**_PTP, "variant": "o"}),
+    Contestant("c-ptp", "C-PTP", "ptp", {**_PTP, "variant": "c"}),
+    Contestant("self-distil", "gated-LoRA self-distillation", "mask-tokens", {}),
+    # Where drafts are emitted unverified, a probability must be one among all tokens.
+    Contestant("conf-adapt", "one mask token, online objective", "conf-adapt", {"draft_vocab": 0}),
 )
 LOSSY = "conf-adapt"  # the contestant of the tau sweep

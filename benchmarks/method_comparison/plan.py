@@ -11,6 +11,7 @@ from typing import Any
 
 from method_comparison.contestants import LOSSY, Contestant
 from method_comparison.settings import CompareSettings
+from mtp_mlx.drafters.registry import settings_class
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.settings import TrainSettings
 
@@ -65,7 +66,7 @@ class Plan:
         }  # fmt: skip
         if contestant.name != LOSSY:  # regions have their own way to choose positions
             common["block_share"] = own.block_share
-        return TrainSettings(
+        return settings_class(contestant.method)(
             **common | contestant.settings,
             out=out,
             alpha=2.0 * own.rank,

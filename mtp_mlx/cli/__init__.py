@@ -123,8 +123,8 @@ def with_options(message: str, command: click.Command | None) -> str:
     options = set(_options(command))
 
     def option(found: re.Match[str]) -> str:
-        name = _OPTION_OF.get(found[1], f"--{found[1].replace('_', '-')}")
-        return name if name in options else found[0]
+        names = (f"--{found[1].replace('_', '-')}", _OPTION_OF.get(found[1], ""))
+        return next((name for name in names if name in options), found[0])
 
     return _ARGUMENT.sub(option, message)
 

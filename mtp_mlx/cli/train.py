@@ -18,7 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mtp_mlx.config import from_yaml, options_for
+from mtp_mlx.cli import with_options
+from mtp_mlx.cli.train_options import METHODS, OF_SOME_METHODS, EverySetting, readers, settings_from
+from mtp_mlx.config import options_for
+from mtp_mlx.drafters.registry import method_class, trains
+from mtp_mlx.errors import MTPError
 from mtp_mlx.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -31,26 +35,113 @@ Examples:
   mtp-mlx distill --prompts prompts.jsonl --out answers.jsonl
   mtp-mlx train --data answers.jsonl --out adapter
   mtp-mlx train --config train.yaml --steps 2000
-  mtp-mlx train --data answers.jsonl --out heads --method mtp-heads --hidden-cache states
-  mtp-mlx train --data answers.jsonl --out heads8 --method mtp-heads --start-from heads --extend 2x
   mlx.launch -n 2 -- mtp-mlx train --data answers.jsonl --out adapter
 """
+ROWS = """Rows of DATA have "messages", "prompt" with "completion", or "text". The checkpoint and the metrics are
+written beside OUT; the same command resumes a run that was stopped."""
 
 
-@click.command(epilog=EPILOG, short_help="Train an adapter on your own data")
-@options_for(TrainSettings)
-@click.option("--config", type=click.Path(path_type=Path), help="Read settings from this YAML file")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON summary to stdout")
+class MethodGroup(click.Group):
+    """`mtp-mlx train`: a command for each method, and the options of all methods for those who name none."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The methods, then the options that all of them have."""
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, trains(name).help) for name in METHODS])
+        _write_options(formatter, "Options of all methods", self.get_params(ctx), ctx)
+
+
+class MethodCommand(click.Command):
+    """`mtp-mlx train METHOD`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Names the methods that read an option of theirs that this one does not."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.removeprefix("--").removeprefix("no-").replace("-", "_")
+            if name not in OF_SOME_METHODS:
+                raise
+            raise MTPError(f"`{name}` is a setting of {readers(name)}, not of {self.name}") from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The method's own options, then those that all methods have."""
+        parameters = self.get_params(ctx)
+        own = [one for one in parameters if one.name in OF_SOME_METHODS]
+        common = [one for one in parameters if one not in own]
+        _write_options(formatter, f"Options of {self.name}", own, ctx)
+        _write_options(formatter, "Options of all methods", common, ctx)
+
+
+def _write_options(
+    formatter: click.HelpFormatter, title: str, parameters: list[click.Parameter], context: click.Context
+) -> None:
+    records = [parameter.get_help_record(context) for parameter in parameters]
+    with formatter.section(title):
+        formatter.write_dl([record for record in records if record is not None])
+
+
+def _run_options(command: Any) -> Any:
+    """Options that are not settings."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print a JSON summary to stdout")(command)
+    path = click.Path(path_type=Path)
+    return click.option("--config", type=path, help="Read settings from this YAML file")(command)
+
+
+@click.group(
+    cls=MethodGroup,
+    epilog=EPILOG,
+    short_help="Train an adapter on your own data",
+    help="Train an adapter that drafts for a base model; the base model stays as it is.\n\n"
+    f"METHOD is one of those below; the default is {METHODS[0]}. {ROWS}",
+    invoke_without_command=True,
+    subcommand_metavar="[METHOD [OPTIONS]]",
+)
+@options_for(EverySetting)
+@_run_options
 @click.pass_context
-def command(context: click.Context, config: Path | None, as_json: bool, **options: Any) -> None:
-    """Train a mask-token adapter or MTP heads for a base model whose weights stay as they are.
+def command(context: click.Context, **options: Any) -> None:
+    """Trains by the method that `--method` or the YAML file names, or by the default one."""
+    if context.invoked_subcommand is None:
+        _train(context, options)
 
-    Rows of DATA have "messages", "prompt" with "completion", or "text". Checkpoint and metrics lie beside
-    OUT; after a stop the same command goes on from there, with the losses of a run that never stopped.
-    """
+
+def _method_command(name: str) -> click.Command:
+    """`mtp-mlx train NAME`; options given before NAME count as well."""
+    method = trains(name)
+
+    @click.command(
+        name,
+        cls=MethodCommand,
+        help=f"{method.help}.\n\n{ROWS}",
+        epilog="\b\nExamples:\n" + "".join(f"  {line}\n" for line in method.examples),
+    )
+    @options_for(method.settings)
+    @_run_options
+    @click.pass_context
+    def train_method(context: click.Context, **options: Any) -> None:
+        assert context.parent is not None
+        before = context.parent.params
+        options["as_json"] |= before["as_json"]
+        given = {key: value for key, value in options.items() if value is not None and value != ()}
+        _train(context, {**before, **given}, name)
+
+    return train_method
+
+
+for _name in METHODS:
+    command.add_command(_method_command(_name))
+for _option in command.params:  # options of single methods are shown by their commands
+    if isinstance(_option, click.Option):
+        _option.hidden = _option.name in OF_SOME_METHODS
+
+
+def _train(context: click.Context, options: dict[str, Any], method: str | None = None) -> None:
+    """Trains, prints the summary, and exits with 130 after Ctrl-C."""
     from mtp_mlx.distributed import join
 
-    settings = from_yaml(TrainSettings, config, options)
+    config, as_json = options.pop("config"), options.pop("as_json")
+    settings = settings_from(config, options, method)
     peers = join()
     console = Console(stderr=True, quiet=not peers.leads)
     summary = run(settings, console, peers)
@@ -108,12 +199,13 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
         cut_at_tokens=settings.cut_at_tokens or None,
     )
     listener.on_message(f"data: {data.report}; {len(data.held_out)} held out")
-    trainer = Trainer(model, data.train, data.held_out, settings, listener, peers)
+    method = method_class(settings.method)
+    trainer = Trainer(method, model, data.train, data.held_out, settings, listener, peers)
     estimate = trainer.method.estimate_memory(data.train)
     listener.on_message(str(estimate))
-    warning = too_much(estimate, remedy=trainer.method.less_memory)
+    warning = too_much(estimate, settings.smaller_steps)
     if warning:
-        listener.on_message(f"warning: {warning}")
+        listener.on_message(f"warning: {with_options(warning, command)}")
     return trainer
 
 

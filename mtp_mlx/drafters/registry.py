@@ -3,7 +3,7 @@
 What a room `mtp_mlx/drafters/<room>/` holds for the rest of the package, by fixed names:
 
     options.py   needs no mlx    LOADING: dataclass of what `load` and the command line take, or None
-                                 TRAINS: {training method: `Trains`}
+                                 TRAINS: {training method: `mtp_mlx.train.settings.Trains`}
     folder.py                    load(folder, header, model) -> (DraftSource, what the folder says about itself)
     loading.py   if LOADING      prepare(source, options, context) -> DraftSource | None
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.train.settings import Trains, TrainSettings
 
 if TYPE_CHECKING:
     from mtp_mlx.train.method import Method
@@ -155,16 +156,43 @@ def prepare(source: Any, options: Mapping[str, Any], context: LoadContext) -> An
     return source
 
 
-def method_class(name: str) -> type[Method]:
-    """The class of a method.
+def training_methods() -> tuple[str, ...]:
+    """Names of the training methods; the first is the default of `mtp-mlx train`."""
+    return tuple(name for room in ROOMS for name in room.trains)
+
+
+def trains(method: str) -> Trains:
+    """What a room declares about a training method; loads no mlx.
 
     Raises:
-        KeyError: no such method.
+        MTPError: there is no such method.
     """
-    from mtp_mlx.drafters.heads.method import TrainHeads
-    from mtp_mlx.drafters.masks.conf_adapt import ConfAdapt
-    from mtp_mlx.drafters.masks.method import MaskTokens
-    from mtp_mlx.drafters.ptp.method import TrainPTP
+    trained: Trains = _training_room(method).module("options").TRAINS[method]
+    return trained
 
-    classes: tuple[type[Method], ...] = (MaskTokens, TrainHeads, ConfAdapt, TrainPTP)
-    return {kind.name: kind for kind in classes}[name]
+
+def settings_class(method: str) -> type[TrainSettings]:
+    """The settings of a training method; loads no mlx.
+
+    Raises:
+        MTPError: there is no such method.
+    """
+    return trains(method).settings
+
+
+def method_class(method: str) -> type[Method[Any]]:
+    """The class that trains by a method.
+
+    Raises:
+        MTPError: there is no such method.
+    """
+    module, _, name = trains(method).method.partition(":")
+    found: type[Method[Any]] = getattr(_training_room(method).module(module), name)
+    return found
+
+
+def _training_room(method: str) -> Room:
+    for room in ROOMS:
+        if method in room.trains:
+            return room
+    raise MTPError(f"no training method {method!r}: choose one of {', '.join(training_methods())}")

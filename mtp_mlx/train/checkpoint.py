@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
-from mtp_mlx.train.settings import TrainSettings, is_read
+from mtp_mlx.train.settings import TrainSettings
 
 # Settings that may change between a checkpoint and its continuation: the loss curve so far is the same, up to the
 # rounding of cached hidden states. They are left out of what an adapter says about its training.
@@ -49,22 +49,27 @@ class Checkpoint:
 
 
 def comparable(settings: TrainSettings) -> dict[str, Any]:
-    """Settings that a resumed run must share with the run that wrote the checkpoint: those its method reads."""
-    values = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in FREE_SETTINGS and is_read(name, settings.method)
-    }
+    """The method and its settings, as JSON values, without those that a resumed run may change."""
+    values = _json({"method": settings.method, **dataclasses.asdict(settings)})
+    return {name: value for name, value in values.items() if name not in FREE_SETTINGS}
 
 
-def _known_then(checkpoint: Checkpoint, now: dict[str, Any]) -> dict[str, Any]:
-    """`now` without settings that are newer than the checkpoint and at their defaults."""
-    fields = dataclasses.fields(TrainSettings)
-    defaults = json.loads(json.dumps({field.name: field.default for field in fields}, default=str))
+def _known_then(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, Any]:
+    """`comparable(settings)` without those that are newer than the checkpoint and at their defaults.
+
+    Checkpoints older than the second training method do not name theirs; their tensors tell.
+    """
+    defaults = _json({field.name: field.default for field in dataclasses.fields(settings)})
+    defaults["method"] = settings.method
+    now = comparable(settings)
     return {
         name: value for name, value in now.items() if name in checkpoint.settings or value != defaults[name]
     }
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: lists for tuples, text for paths."""
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
 def save_checkpoint(
@@ -153,7 +158,7 @@ def check_resumable(
     Raises:
         MTPError: names every setting that differs.
     """
-    now = _known_then(checkpoint, comparable(settings))
+    now = _known_then(checkpoint, settings)
     keys = now.keys() | checkpoint.settings.keys()
     changed = [
         f"{key} was {checkpoint.settings.get(key)!r}, now {now.get(key)!r}"

@@ -10,6 +10,7 @@ Legend: S sequences, T tokens, N blocks per sequence, k slots, G blocks per chun
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -23,7 +24,6 @@ from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
 ADAPTER_COPIES = 4  # weights, gradients, two moments
-SMALLER_STEPS = "lower --batch-size, --max-length, --block-share or --loss-rows, or use --grad-checkpoint"
 LOGITS_COPIES = 4  # logits, their exponentials, gradient, one more while they are combined
 
 
@@ -109,10 +109,16 @@ def _nbytes_inside(adapter: SlotAdapter) -> int:
 
 
 def too_much(
-    estimate: MemoryEstimate, machine_bytes: int | None = None, remedy: str = SMALLER_STEPS
+    estimate: MemoryEstimate, smaller_steps: Sequence[str], machine_bytes: int | None = None
 ) -> str | None:
-    """A warning with the way out if the estimate exceeds the machine's memory, else None."""
+    """A warning if the estimate exceeds the machine's memory, else None.
+
+    Args:
+        smaller_steps: names of the settings that reduce it.
+        machine_bytes: the machine's memory; read off the machine if None.
+    """
     have = physical_memory() if machine_bytes is None else machine_bytes
     if not have or estimate.total <= have:
         return None
-    return f"this run may need {gigabytes(estimate.total)}, the machine has {gigabytes(have)}: {remedy}"
+    names = ", ".join(f"`{name}`" for name in smaller_steps)
+    return f"this run may need {gigabytes(estimate.total)}, the machine has {gigabytes(have)}: change one of {names}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +16,15 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts
-from mtp_mlx.train.memory import SMALLER_STEPS, MemoryEstimate
+from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import MicroBatchRunner
 
 Tell = Callable[[str], None]
+Settings = TypeVar("Settings", bound=TrainSettings)
 
 
-class Method(ABC):
+class Method(ABC, Generic[Settings]):
     """Weights to train for a frozen base model, their loss, and the folder they end in.
 
     Made as `Method(model, train, settings, tell)` of a frozen, bare mlx-lm model, all training examples, and a
@@ -32,41 +33,35 @@ class Method(ABC):
     repeats it.
 
     Attributes:
-        name: what `--method` calls it.
         attached: the base model with what is trained on it.
         fingerprint: of the base.
         depth: the deepest draft that `measure` measures.
-        less_memory: which options make a step smaller.
     """
 
-    name: ClassVar[str]
-    less_memory: ClassVar[str] = SMALLER_STEPS
     attached: AttachedModel
     fingerprint: str
     depth: int
     _runner: MicroBatchRunner  # of `module`, made by the subclass
 
-    def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
-    ) -> None:
+    def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
         self.settings = settings
 
     @classmethod
     @abstractmethod
-    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+    def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
         """Tells whether an example has anything to learn from."""
 
     @classmethod
     @abstractmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+    def too_short(cls, settings: Settings) -> tuple[str, str]:
         """Two half sentences: what a usable row must have, and what is the matter with rows left out."""
 
     @classmethod
-    def usable(cls, examples: Sequence[Example], settings: TrainSettings, tell: Tell) -> list[Example]:
+    def usable(cls, examples: Sequence[Example], settings: Settings, tell: Tell) -> list[Example]:
         """The examples there is anything to learn from; others are counted to the user.
 
         Raises:
-            MTPError: none.
+            MTPError: if no example is usable.
         """
         kept = list(filter(cls.can_train_on(settings), examples))
         needs, because = cls.too_short(settings)

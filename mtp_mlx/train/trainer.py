@@ -1,7 +1,7 @@
 """The training loop: batches in order, one optimizer step each, metrics, checkpoints, measurements.
 
-What is trained and on which loss is a method (`methods/`); this file owns time: order, resume, interruption and
-what is written to disk.
+What is trained on which loss is up to a `Method`; this file owns time: order, resume, interruption and what is
+written to disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 
 from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.distributed import Peers
-from mtp_mlx.drafters.registry import method_class
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
@@ -30,6 +29,7 @@ from mtp_mlx.sidecar import sidecar
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint
+from mtp_mlx.train.method import Method
 from mtp_mlx.train.order import EpochOrder
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.together import number, start_as_one, step_mean
@@ -101,9 +101,10 @@ class Trainer:
     """Trains an adapter for `model` (its weights stay untouched).
 
     Args:
+        method: class of the training method (`mtp_mlx.drafters.registry.method_class`).
         model: an mlx-lm model, not attached; quantised or not.
         train, held_out: examples.
-        settings: see `TrainSettings`.
+        settings: those of the method (`mtp_mlx.drafters.registry.settings_class`).
         listener: told about steps, measurements and messages.
         peers: the processes that train together; each computes its own micro-batches of every step. All must be
             given the same model, data and settings.
@@ -115,6 +116,7 @@ class Trainer:
 
     def __init__(
         self,
+        method: type[Method[Any]],
         model: nn.Module,
         train: Sequence[Example],
         held_out: Sequence[Example],
@@ -127,11 +129,10 @@ class Trainer:
         # The run as one process would do it: this is what a checkpoint and an adapter remember.
         self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
         check_out(settings.out)
-        kind = method_class(settings.method)
-        self._train, self._held_out = kind.usable(train, settings, listener.on_message), held_out
+        self._train, self._held_out = method.usable(train, settings, listener.on_message), held_out
         mx.random.seed(settings.seed)
         model.freeze()
-        self.method = kind(model, train, settings, listener.on_message)
+        self.method = method(model, train, settings, listener.on_message)
         self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.method.module.trainable_parameters())
         self._data_fingerprint = fingerprint(train)

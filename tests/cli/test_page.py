@@ -19,9 +19,21 @@ VERBS = cli.main.list_commands(CONTEXT)
 
 
 def command_of(verb: str) -> click.Command:
-    command = cli.main.get_command(CONTEXT, verb)
+    """Of a verb, or of a verb and one of its own commands, as in "train ptp"."""
+    name, _, inner = verb.partition(" ")
+    command = cli.main.get_command(CONTEXT, name)
+    if inner:
+        assert isinstance(command, click.Group)
+        command = command.get_command(CONTEXT, inner)
     assert command is not None
     return command
+
+
+COMMANDS = [
+    f"{verb}{inner}"
+    for verb in VERBS
+    for inner in ("", *(f" {name}" for name in cli_page.own_commands(command_of(verb))))
+]
 
 
 def examples(verb: str) -> list[str]:
@@ -39,21 +51,24 @@ def test_the_page_is_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert cli_page.main(["--chek"]) == 2
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_the_page_has_every_option(verb: str) -> None:
-    text = cli_page.page().split(f"\n## mtp-mlx {verb}\n")[1].split("\n## ")[0]
-    for parameter in command_of(verb).params:
-        if isinstance(parameter, click.Option):
-            assert all(f"`{name}`" in text for name in (*parameter.opts, *parameter.secondary_opts)), (
-                parameter.name
-            )
-            assert parameter.help and parameter.help.replace("|", "\\|") in text
-            assert not parameter.help.endswith("."), f"{verb}: {parameter.help}"
+    """In the command's section, or in that of the verb it belongs to."""
+    text = cli_page.page().split(f"\n## mtp-mlx {verb.split()[0]}\n")[1].split("\n## ")[0]
+    above, *sections = re.split(r"\n### mtp-mlx (.*)\n", text)
+    if " " in verb:
+        text = above + dict(zip(sections[::2], sections[1::2], strict=True))[verb]
+    for parameter in cli_page.shown_options(command_of(verb)):
+        assert all(f"`{name}`" in text for name in (*parameter.opts, *parameter.secondary_opts)), (
+            parameter.name
+        )
+        assert parameter.help and parameter.help.replace("|", "\\|") in text
+        assert not parameter.help.endswith("."), f"{verb}: {parameter.help}"
     flat = re.sub(r"\s+", " ", text.replace("\\\n", " "))
     assert all(example in flat for example in examples(verb))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_examples_can_be_run_as_they_stand(verb: str) -> None:
     """Each is this program's, its values are of the right types, and one of them is this command's."""
     shown = examples(verb)
@@ -65,11 +80,13 @@ def test_examples_can_be_run_as_they_stand(verb: str) -> None:
         line = re.sub(r"^[A-Z_]+=\S+ ", "", line.rsplit(" | ", 1)[-1])
         program, named, *words = shlex.split(line)
         assert program == "mtp-mlx", example
+        if words and words[0] in cli_page.own_commands(command_of(named)):
+            named = f"{named} {words.pop(0)}"
         command_of(named).make_context(named, words)
 
 
 def choices() -> Iterator[tuple[str, str, list[str]]]:
-    for verb in VERBS:
+    for verb in COMMANDS:
         for parameter in command_of(verb).params:
             if isinstance(parameter, click.Option) and isinstance(parameter.type, click.Choice):
                 yield verb, max(parameter.opts, key=len), [str(choice) for choice in parameter.type.choices]
@@ -77,7 +94,7 @@ def choices() -> Iterator[tuple[str, str, list[str]]]:
 
 @pytest.mark.parametrize(("verb", "option", "right"), list(choices()), ids=lambda value: str(value))
 def test_a_wrong_value_names_the_right_ones(verb: str, option: str, right: list[str]) -> None:
-    result = CliRunner().invoke(cli.main, [verb, option, "nonsense"])
+    result = CliRunner().invoke(cli.main, [*verb.split(), option, "nonsense"])
     assert result.exit_code == 2 and result.stdout == ""
     assert all(f"'{choice}'" in result.stderr for choice in right) and option in result.stderr
 

@@ -80,12 +80,11 @@ def test_it_trains_heads_and_extends_them(model: Path, data: Path, tmp_path: Pat
             "model": model,
             "data": data,
             "out": tmp_path / out,
-            "method": "mtp-heads",
             **SHARED,
             **changes,
         }
         pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in shared.items())
-        return run("train", *(part for pair in pairs for part in pair), "--json")
+        return run("train", "mtp-heads", *(part for pair in pairs for part in pair), "--json")
 
     states = tmp_path / "states"
     first = train("two", heads=2, hidden_cache=states)
@@ -99,9 +98,7 @@ def test_it_trains_heads_and_extends_them(model: Path, data: Path, tmp_path: Pat
     second = train("four", start_from=tmp_path / "two", extend="2x", hidden_cache=states)
     assert second.exit_code == 0, second.output
     assert len(json.loads(second.stdout)["acceptance"]) == 4 and "2 copies are trained" in second.stderr
-    check_sentence(
-        train("x", objective="apple"), "objective (apple) is a setting of mask-tokens, not of mtp-heads"
-    )
+    check_sentence(train("x", objective="apple"), "--objective is a setting of mask-tokens, not of mtp-heads")
     check_sentence(
         train("x", start_from=tmp_path / "two", extend="lots"), "2x or a number of heads, not 'lots'"
     )
@@ -199,7 +196,9 @@ def test_mendable_errors(model: Path, data: Path, tmp_path: Path) -> None:
     )
     check_sentence(run(*arguments(tmp_path / "none", data, out)), f"no model '{tmp_path / 'none'}'")
     check_sentence(run(*arguments(model, tmp_path / "no.jsonl", out)), "no.jsonl: cannot be read")
-    check_sentence(run(*arguments(model, data, out, warmup=7)), "warmup (7) is longer than the run (steps 6)")
+    check_sentence(
+        run(*arguments(model, data, out, warmup=7)), "--warmup (7) is longer than the run (--steps 6)"
+    )
     check_sentence(run(*arguments(model, data, out, held_out=16)), "16 held-out rows were asked for")
     check_sentence(run(*arguments(model, data, out, target_modules="query")), "['query'] name no linear")
     check_sentence(run(*arguments(model, data, tmp_path)), f"{tmp_path} is a folder with other files")

@@ -14,7 +14,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trainer import Trainer, learning_rate
 from tests.tiny import tiny_model
-from tests.train.training import Remembering, examples, metrics, settings_for, trainer_for
+from tests.train.training import Remembering, examples, make_trainer, metrics, settings_for, trainer_for
 
 
 def full_disk(path: Path, trainer: Trainer, most: int) -> None:
@@ -74,11 +74,11 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
 
 def test_settings_that_contradict_each_other() -> None:
     cases = {
-        r"warmup \(30\) is longer than the run \(steps 20\)": {"warmup": 30, "steps": 20},
-        "block_share 0": {"block_share": 0.0},
-        "learning_rate 0": {"learning_rate": 0.0},
-        "max_length 8 holds no block of 9 slots; 11 does": {"max_length": 8, "slots": 9},
-        "warmup .*; block_share 0": {"warmup": 13, "block_share": 0.0},
+        r"`warmup` \(30\) is longer than the run \(`steps` 20\)": {"warmup": 30, "steps": 20},
+        "`block_share` 0": {"block_share": 0.0},
+        "`learning_rate` 0": {"learning_rate": 0.0},
+        "`max_length` 8 is too short for a block of 9 slots": {"max_length": 8, "slots": 9},
+        "`warmup` .*; `block_share` 0": {"warmup": 13, "block_share": 0.0},
     }
     for message, changes in cases.items():
         with pytest.raises(MTPError, match=message):
@@ -97,14 +97,16 @@ def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:
     model, listener = tiny_model("qwen3", seed=3), Remembering()
     short = Example([5, 6, 7, 8], 3)
     rows = [*examples(4), short]
-    trainer = Trainer(model, rows, [short], settings_for(tmp_path / "a", steps=3, batch_size=1), listener)
+    trainer = make_trainer(
+        model, rows, [short], settings_for(tmp_path / "a", steps=3, batch_size=1), listener
+    )
     assert listener.messages == ["1 rows left out: their responses have one token, slots need two"]
     assert trainer.run()
     assert trainer.agreement is None
     assert any("no held-out response has 4 tokens" in message for message in listener.messages)
     trainer.attached.detach()
     with pytest.raises(MTPError, match="no training row is long enough"):
-        Trainer(model, [short], [], settings_for(tmp_path / "b"), listener)
+        make_trainer(model, [short], [], settings_for(tmp_path / "b"), listener)
 
 
 @pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "ptp"])

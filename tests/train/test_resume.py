@@ -16,11 +16,21 @@ import pytest
 
 from mtp_mlx.adapter_folder import read_config
 from mtp_mlx.drafters.masks.folder import read_info
+from mtp_mlx.drafters.registry import training_methods
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import tiny_model
-from tests.train.training import Remembering, examples, metrics, same, settings_for, trainer_for, weights
+from tests.train.training import (
+    Remembering,
+    examples,
+    make_trainer,
+    metrics,
+    same,
+    settings_for,
+    trainer_for,
+    weights,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,7 +186,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         ),
         (
             "the training data changed",
-            Trainer(tiny_model("qwen3", seed=3), rows[:9], rows[10:], settings_for(out), Remembering()),
+            make_trainer(tiny_model("qwen3", seed=3), rows[:9], rows[10:], settings_for(out), Remembering()),
         ),
         (r"the base model was \w{16}, now \w{16}", trainer_for(out, model=tiny_model("qwen3", seed=4))),
     ]
@@ -184,6 +194,50 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(MTPError, match=message):
             trainer.resume()
     assert trainer_for(out, save_every=7, measure_every=5, grad_checkpoint=True).resume()  # these may change
+
+
+# Settings as checkpoints of 2026-11 hold them, when one dataclass had the settings of all methods.
+OLD_SHARED = {
+    "draft_vocab": 60, "steps": 12, "batch_size": 2, "micro_batches": 2, "max_length": 1024, "cut_at_tokens": 0,
+    "learning_rate": 0.001, "start_from": None, "warmup": 3, "schedule": "cosine", "final_rate": 0.05,
+    "weight_decay": 0.0, "clip": 1.0, "loss_rows": 2048, "held_out": None, "seed": 0,
+}  # fmt: skip
+OLD_SLOTS = {"slots": 3, "rank": 4, "alpha": 8.0, "target_modules": [], "chunk_blocks": 4}
+OLD_BLOCKS = {"block_share": 1.0, "max_blocks": 0, "depth_decay": 1.0}
+OLD_OWN: dict[str, dict[str, Any]] = {
+    "mask-tokens": {
+        **OLD_SLOTS, **OLD_BLOCKS,
+        "objective": "self-distill", "sampler_width": 16, "lcm_weight": 1.0, "sampler_rate": 0.3,
+    },
+    "mtp-heads": {
+        "heads": 3, "extend": None, "ce_weight": 1.0, "kl_weight": 1.0, "top_share": 0.2, "temperature": 1.0,
+        "learn_prompts": False, "block_share": 1.0, "depth_decay": 1.0, "loss_rows": 32,
+    },
+    "conf-adapt": {
+        **OLD_SLOTS, "chunk_blocks": 16,
+        "tuning": "gated-lora", "supervision": "hard-teacher", "region_rows": 32,
+    },
+    "ptp": {
+        **OLD_SLOTS, **OLD_BLOCKS,
+        "variant": "o", "u_embedding": "bits", "u_beta": 0.3, "uniforms": "teacher", "independent": False,
+        "ptp_loss": "ce", "greedy_share": 0.0, "teacher_temperature": 1.0, "teacher_top_k": 0,
+        "teacher_top_p": 1.0, "teacher_min_p": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", training_methods())
+def test_a_checkpoint_from_before_methods_had_settings_of_their_own(tmp_path: Path, method: str) -> None:
+    """It resumes, and what is written today is what was written then."""
+    old = {"method": method, **OLD_SHARED, **OLD_OWN[method]}
+    trainer = trainer_for(tmp_path / "adapter", method=method)
+    assert checkpoints.comparable(trainer.settings) == old
+    trainer.save()
+    tensors, metadata = mx.load(str(trainer.checkpoint_path), return_metadata=True)
+    mx.save_safetensors(str(trainer.checkpoint_path), tensors, {**metadata, "settings": json.dumps(old)})
+    assert trainer_for(tmp_path / "adapter", method=method).resume()
+    with pytest.raises(MTPError, match="clip was 1.0, now 2.0. Use"):
+        trainer_for(tmp_path / "adapter", method=method, clip=2.0).resume()
 
 
 def test_a_checkpoint_older_than_a_setting(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.drafters.registry import method_class, settings_class
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.settings import TrainSettings
@@ -40,7 +41,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_for(out: Path, **changes: Any) -> TrainSettings:
+def settings_for(out: Path, method: str = "mask-tokens", **changes: Any) -> Any:
     """Twelve steps with two workers, a measurement every fourth and a checkpoint every third."""
     values: dict[str, Any] = {
         "data": out.with_name("data.jsonl"),
@@ -51,7 +52,7 @@ def settings_for(out: Path, **changes: Any) -> TrainSettings:
         "measure_every": 4,
         "save_every": 3,
     }
-    return TrainSettings(**{**values, **OF_METHOD[changes.get("method", "mask-tokens")], **changes})
+    return settings_class(method)(**{**values, **OF_METHOD[method], **changes})
 
 
 class Remembering:
@@ -72,11 +73,18 @@ class Remembering:
         self.messages.append(message)
 
 
+def make_trainer(
+    model: Any, train: list[Example], held_out: list[Example], settings: TrainSettings, listener: Any
+) -> Trainer:
+    """A trainer by the method that the settings belong to."""
+    return Trainer(method_class(settings.method), model, train, held_out, settings, listener)
+
+
 def trainer_for(out: Path, listener: Any = None, model: Any = None, **changes: Any) -> Trainer:
     """A trainer of a tiny qwen3, not yet resumed."""
     rows = examples()
     model = tiny_model("qwen3", seed=3) if model is None else model
-    return Trainer(model, rows[:10], rows[10:], settings_for(out, **changes), listener or Remembering())
+    return make_trainer(model, rows[:10], rows[10:], settings_for(out, **changes), listener or Remembering())
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mtp_mlx.drafters.heads.draft_heads import heads_of
+from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import (
@@ -16,11 +17,10 @@ from mtp_mlx.train.memory import (
     _nbytes,
     model_sizes,
 )
-from mtp_mlx.train.settings import TrainSettings
 
 
 def estimate_heads_memory(
-    attached: AttachedModel, examples: Sequence[Example], settings: TrainSettings, workers: int = 1
+    attached: AttachedModel, examples: Sequence[Example], settings: HeadsSettings, workers: int = 1
 ) -> MemoryEstimate:
     """The memory of training MTP heads on the largest micro-batch the examples can give, times `workers`.
 

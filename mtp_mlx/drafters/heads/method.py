@@ -18,6 +18,7 @@ from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, load_heads, rea
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.memory import estimate_heads_memory
+from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
 from mtp_mlx.drafters.heads.step import HeadsRunner
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
@@ -31,12 +32,11 @@ from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Method, Tell
-from mtp_mlx.train.settings import TrainSettings
 
 CONVENTION = HeadConvention("mtp-mlx")
 
 
-def first_trained_depth(settings: TrainSettings) -> int:
+def first_trained_depth(settings: HeadsSettings) -> int:
     """Depth of the first head that is trained: 1, or that of the first copy in looped extension.
 
     Raises:
@@ -47,7 +47,7 @@ def first_trained_depth(settings: TrainSettings) -> int:
     return read_heads_info(settings.start_from).count + 1
 
 
-class TrainHeads(Method):
+class TrainHeads(Method[HeadsSettings]):
     """Trains a cascade of heads.
 
     Raises:
@@ -55,11 +55,8 @@ class TrainHeads(Method):
             fit.
     """
 
-    name = "mtp-heads"
-    less_memory = "lower --batch-size, --max-length, --draft-vocab or --loss-rows"
-
     def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+        self, model: nn.Module, train: Sequence[Example], settings: HeadsSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
         self.fingerprint = base_fingerprint(model)
@@ -141,13 +138,13 @@ class TrainHeads(Method):
         return [replace(example, loss_start=min(example.loss_start, 1)) for example in examples]
 
     @classmethod
-    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+    def can_train_on(cls, settings: HeadsSettings) -> Callable[[Example], bool]:
         """See `Method`: a row of one or two tokens has none that a first head predicts, copies look further."""
         first = first_trained_depth(settings)
         return lambda example: can_supervise(example, [first])
 
     @classmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+    def too_short(cls, settings: HeadsSettings) -> tuple[str, str]:
         """See `Method`."""
         first = first_trained_depth(settings)
         return (

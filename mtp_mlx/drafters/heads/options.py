@@ -1,10 +1,15 @@
-"""What heads take from the command line and from `load`. Needs no mlx."""
+"""What MTP heads take: loading them, and training them. Needs no mlx."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 from mtp_mlx.config import setting
+from mtp_mlx.train.settings import Trains, TrainSettings
+
+DEFAULT_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -20,4 +25,63 @@ class HeadsLoading:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadsSettings(TrainSettings):
+    """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911)."""
+
+    method: ClassVar[str] = "mtp-heads"
+    smaller_steps: ClassVar[tuple[str, ...]] = (*TrainSettings.smaller_steps, "draft_vocab")
+
+    heads: int = setting(
+        DEFAULT_HEADS, help="Number of heads, each of which drafts one token", minimum=1, maximum=16
+    )
+    extend: str | None = setting(
+        None, help="Extend the heads of --start-from: to 2x as many, or to this number"
+    )
+    ce_weight: float = setting(1.0, help="Weight of the cross-entropy with the text", minimum=0.0)
+    kl_weight: float = setting(1.0, help="Weight of the self-distillation; 0 = plain MTP", minimum=0.0)
+    top_share: float = setting(
+        0.08,
+        help="Fraction of the draft vocabulary that is distilled, the teacher's most likely ids",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    temperature: float = setting(1.0, help="Distillation temperature", minimum=0.01)
+    block_share: float = setting(1.0, help="Fraction of positions that are trained", minimum=0.0, maximum=1.0)
+    depth_decay: float = setting(1.0, help="Loss weight of head k: this to the power k - 1", minimum=0.0)
+    learn_prompts: bool = setting(False, help="Train on the prompts' tokens too")
+    hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")
+
+    def problems(self) -> list[str]:
+        """See `TrainSettings`."""
+        problems = super().problems()
+        if self.max_length < self.heads + 2:
+            problems.append(
+                f"`max_length` {self.max_length} is too short for {self.heads} heads, "
+                f"which take {self.heads + 2} tokens"
+            )
+        if self.block_share == 0:
+            problems.append("`block_share` 0 leaves no position to train on")
+        if not self.ce_weight and not self.kl_weight:
+            problems.append("`ce_weight` and `kl_weight` are both 0, which leaves no loss")
+        if self.kl_weight and not self.top_share:
+            problems.append("`top_share` 0 leaves nothing to distil")
+        if self.extend is not None and self.start_from is None:
+            problems.append("`extend` needs trained heads: name their folder with `start_from`")
+        if self.extend is not None and self.heads != DEFAULT_HEADS:
+            problems.append("`extend` says how many heads there will be: leave `heads` out")
+        return problems
+
+
 LOADING = HeadsLoading
+TRAINS = {
+    "mtp-heads": Trains(
+        HeadsSettings,
+        "method:TrainHeads",
+        help="MTP heads on the frozen model, distilled from its own head (arXiv 2603.23911)",
+        examples=(
+            "mtp-mlx train mtp-heads --data answers.jsonl --out heads --hidden-cache states",
+            "mtp-mlx train mtp-heads --data answers.jsonl --out heads8 --start-from heads --extend 2x",
+        ),
+    ),
+}

@@ -19,15 +19,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mtp_mlx.adapter_folder import read_tensors
 from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
 from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
+from mtp_mlx.drafters.masks.method import mask_shape
 from mtp_mlx.drafters.masks.model_folder import mask_only, write_model_folder
 from mtp_mlx.drafters.masks.online_loss import Online
 from mtp_mlx.drafters.masks.online_step import OnlineRunner
+from mtp_mlx.drafters.masks.options import ConfAdaptSettings
 from mtp_mlx.drafters.masks.regions import real_tokens
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.drafters.slots.memory import estimate_memory
 from mtp_mlx.drafters.slots.method import SlotMethod, check_base, check_shape
-from mtp_mlx.drafters.slots.step import draft_columns
+from mtp_mlx.drafters.slots.step import BlockChoice, draft_columns
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block_linear import is_quantised
@@ -38,11 +40,10 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
-from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import MicroBatchRunner
 
 
-class ConfAdapt(SlotMethod):
+class ConfAdapt(SlotMethod[ConfAdaptSettings]):
     """Trains a mask token, and what `settings.tuning` says with it.
 
     Raises:
@@ -50,11 +51,10 @@ class ConfAdapt(SlotMethod):
             `settings.start_from` does not fit.
     """
 
-    name = "conf-adapt"
     what = "masks"
 
     def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+        self, model: nn.Module, train: Sequence[Example], settings: ConfAdaptSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
         self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
@@ -73,7 +73,7 @@ class ConfAdapt(SlotMethod):
         settings = self.settings
         if self._whole:
             return mask_only(settings.slots)
-        return replace(settings.adapter_shape(), sampler_width=0, shared_mask=True)
+        return mask_shape(settings, sampler_width=0)
 
     def _make_runner(self) -> MicroBatchRunner:
         settings = self.settings
@@ -158,16 +158,12 @@ class ConfAdapt(SlotMethod):
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`: that of as many blocks as there are regions; a full fine-tune has the model's own state."""
-        share = 1 / real_tokens(self.depth + 1, self.settings.region_rows)
-        like = replace(
-            self.settings,
-            method="mask-tokens",
-            tuning="gated-lora",
-            region_rows=32,
-            block_share=share,
-            supervision="hard-teacher",
+        regions = BlockChoice(
+            slots=self.depth,
+            share=1 / real_tokens(self.depth + 1, self.settings.region_rows),
+            chunk_blocks=self.settings.chunk_blocks,
         )
-        estimate = estimate_memory(self.attached, examples, like, self.workers)
+        estimate = estimate_memory(self.attached, examples, self.settings, regions, self.workers)
         if not self._whole:
             return estimate
         return replace(estimate, adapter=estimate.adapter + 4 * estimate.weights)

@@ -13,27 +13,43 @@ from mlx.utils import tree_map
 from mtp_mlx.adapter_folder import read_tensors
 from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
 from mtp_mlx.drafters.masks.losses import Apple, SelfDistil
+from mtp_mlx.drafters.masks.options import MaskTokenSettings
 from mtp_mlx.drafters.masks.step import StepRunner
-from mtp_mlx.drafters.masks.weights import MaskAdapter, new_adapter
+from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
+from mtp_mlx.drafters.slots.memory import estimate_memory
 from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
+from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.loss import Objective
+from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
-from mtp_mlx.train.settings import TrainSettings
 
 
-def build_objective(settings: TrainSettings) -> Objective:
+def mask_shape(settings: SlotSettings, sampler_width: int) -> MaskAdapterConfig:
+    """Shape of the adapter these settings train; with `sampler_width` 0, one mask in all slots."""
+    return MaskAdapterConfig(
+        slots=settings.slots,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        sampler_width=sampler_width,
+        draft_vocab_size=settings.draft_vocab,
+        shared_mask=sampler_width == 0,
+    )
+
+
+def build_objective(settings: MaskTokenSettings) -> Objective:
     """The objective that `settings.objective` names."""
     if settings.objective == "apple":
         return Apple(lcm_weight=settings.lcm_weight, chunk_rows=settings.loss_rows)
     return SelfDistil(chunk_rows=settings.loss_rows)
 
 
-class MaskTokens(SlotMethod):
+class MaskTokens(SlotMethod[MaskTokenSettings]):
     """Trains a mask-token adapter.
 
     Raises:
@@ -41,14 +57,14 @@ class MaskTokens(SlotMethod):
             fit.
     """
 
-    name = "mask-tokens"
-
     def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
+        self, model: nn.Module, train: Sequence[Example], settings: MaskTokenSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
-        self.adapter: MaskAdapter = new_adapter(model, settings.adapter_shape(), draft_ids)
+        self.adapter: MaskAdapter = new_adapter(
+            model, mask_shape(settings, settings.sampler_width), draft_ids
+        )
         if settings.start_from is not None:
             self._start_from(settings.start_from, tell)
         self.attached = attach(model, self.adapter)
@@ -92,6 +108,13 @@ class MaskTokens(SlotMethod):
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
         return measure_agreement(self.attached, batches, self.settings.slots)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        settings = self.settings
+        return estimate_memory(
+            self.attached, examples, settings, block_choice(settings), self.workers, settings.grad_checkpoint
+        )
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""

@@ -12,19 +12,21 @@ from mtp_mlx.adapter_folder import read_tensors
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, read_ptp_info, save_ptp
 from mtp_mlx.drafters.ptp.loss import PTPLoss
+from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.step import PTPRunner, measure_ptp
 from mtp_mlx.drafters.ptp.targets import UniformChoice
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
+from mtp_mlx.drafters.slots.memory import estimate_memory
 from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
-from mtp_mlx.train.settings import TrainSettings
 
 
-def ptp_shape(settings: TrainSettings) -> PTPConfig:
+def ptp_shape(settings: PTPSettings) -> PTPConfig:
     """Shape of the adapter these settings train."""
     return PTPConfig(
         variant=settings.variant,
@@ -44,13 +46,13 @@ def ptp_shape(settings: TrainSettings) -> PTPConfig:
     )
 
 
-def ptp_loss(settings: TrainSettings) -> PTPLoss:
+def ptp_loss(settings: PTPSettings) -> PTPLoss:
     """The loss these settings name; only C-PTP's logits are on the scale of the teacher's."""
     scale = settings.teacher_temperature if settings.variant == "c" else 1.0
     return PTPLoss(settings.ptp_loss, scale or 1.0, settings.loss_rows)
 
 
-class TrainPTP(SlotMethod):
+class TrainPTP(SlotMethod[PTPSettings]):
     """Trains a PTP adapter.
 
     Raises:
@@ -58,11 +60,7 @@ class TrainPTP(SlotMethod):
             fit.
     """
 
-    name = "ptp"
-
-    def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
-    ) -> None:
+    def __init__(self, model: nn.Module, train: Sequence[Example], settings: PTPSettings, tell: Tell) -> None:
         super().__init__(model, train, settings, tell)
         draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
         self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
@@ -93,6 +91,13 @@ class TrainPTP(SlotMethod):
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
         return measure_ptp(self.attached, batches, self.settings.slots)
+
+    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+        """See `Method`."""
+        settings = self.settings
+        return estimate_memory(
+            self.attached, examples, settings, block_choice(settings), self.workers, settings.grad_checkpoint
+        )
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
+from mtp_mlx.drafters.slots.options import SlotSettings
+from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import (
@@ -18,28 +20,37 @@ from mtp_mlx.train.memory import (
     _nbytes_inside,
     model_sizes,
 )
-from mtp_mlx.train.settings import TrainSettings
 
 
 def estimate_memory(
-    attached: AttachedModel, examples: Sequence[Example], settings: TrainSettings, workers: int = 1
+    attached: AttachedModel,
+    examples: Sequence[Example],
+    settings: SlotSettings,
+    choice: BlockChoice,
+    workers: int = 1,
+    grad_checkpoint: bool = False,
 ) -> MemoryEstimate:
-    """The memory of the largest micro-batch the examples can give, times `workers` side by side."""
+    """The memory of the largest micro-batch of these examples, times `workers` in parallel.
+
+    Args:
+        choice: which positions carry a block, or how many do.
+        grad_checkpoint: layers are recomputed in the backward pass.
+    """
     sizes = model_sizes(attached)
     adapter = adapter_of(attached)
     count = settings.batch_size
     length = max(len(example) for example in examples)  # T
     blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)
-    blocks = max(1, round(settings.block_share * blocks))
-    blocks = min(blocks, settings.max_blocks) if settings.max_blocks else blocks  # N
-    per_chunk = min(settings.chunk_blocks, blocks)  # G
+    blocks = max(1, round(choice.share * blocks))
+    blocks = min(blocks, choice.most) if choice.most else blocks  # N
+    per_chunk = min(choice.chunk_blocks, blocks)  # G
     chunks = count * -(-blocks // per_chunk)
-    keys = length + per_chunk * settings.slots
-    rows = chunks * per_chunk * settings.slots  # R
+    keys = length + per_chunk * choice.slots
+    rows = chunks * per_chunk * choice.slots  # R
     # Attention keeps scores and probabilities, and every chunk its copy of keys and values.
     layer = rows * sizes.per_row + 2 * rows * sizes.heads * keys + 2 * chunks * keys * sizes.kv
     layers = sizes.layers * layer
-    if settings.grad_checkpoint:  # one layer's and their gradients, and every layer's input
+    if grad_checkpoint:  # one layer's and their gradients, and every layer's input
         layers = 2 * layer + sizes.layers * rows * sizes.hidden
     vocabulary = attached.vocab_size
     drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,19 +13,19 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
-from mtp_mlx.drafters.slots.memory import estimate_memory
+from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Method, Tell
-from mtp_mlx.train.settings import TrainSettings
+
+Settings = TypeVar("Settings", bound=SlotSettings)
 
 
-class SlotMethod(Method):
+class SlotMethod(Method[Settings]):
     """A `Method` that trains an adapter of slots: its weights alone, where a subclass says nothing else.
 
     Attributes:
@@ -40,9 +40,7 @@ class SlotMethod(Method):
     adapter: SlotAdapter
     what: ClassVar[str] = "slots"
 
-    def __init__(
-        self, model: nn.Module, train: Sequence[Example], settings: TrainSettings, tell: Tell
-    ) -> None:
+    def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
         super().__init__(model, train, settings, tell)
         self.fingerprint = base_fingerprint(model)
         self.depth = settings.slots
@@ -51,12 +49,12 @@ class SlotMethod(Method):
         self.vocab_size = bare.vocab_size
 
     @classmethod
-    def can_train_on(cls, settings: TrainSettings) -> Callable[[Example], bool]:
+    def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
         """See `Method`: a response of one token has none for a slot to predict."""
         return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
 
     @classmethod
-    def too_short(cls, settings: TrainSettings) -> tuple[str, str]:
+    def too_short(cls, settings: Settings) -> tuple[str, str]:
         """See `Method`."""
         return (
             f"{cls.what} need responses of two tokens or more",
@@ -76,12 +74,8 @@ class SlotMethod(Method):
         """See `Method`."""
         self.adapter.load_tensors(tensors)
 
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """See `Method`."""
-        return estimate_memory(self.attached, examples, self.settings, self.workers)
 
-
-def block_choice(settings: TrainSettings) -> BlockChoice:
+def block_choice(settings: BlockSettings) -> BlockChoice:
     """Which positions carry a block, and how much each depth counts."""
     return BlockChoice(
         slots=settings.slots,

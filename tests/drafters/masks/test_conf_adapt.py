@@ -1,4 +1,4 @@
-"""`--method conf-adapt` learns, resumes exactly, and writes what `load` and both ways of emission can use."""
+"""`train conf-adapt` learns, resumes exactly, and writes what `load` and both ways of emission can use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlx_lm.generate import generate_step
 
 import mtp_mlx
 from mtp_mlx.decode.emission import Emission
+from mtp_mlx.drafters.masks.options import ConfAdaptSettings
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block
-from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny, tiny_model
-from tests.train.training import Remembering, examples, metrics
+from tests.train.training import Remembering, examples, make_trainer, metrics
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -30,12 +30,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base") / "model", "qwen3", seed=3)
 
 
-def settings_for(base: Path, out: Path, tuning: str, **changes: Any) -> TrainSettings:
+def settings_for(base: Path, out: Path, tuning: str, **changes: Any) -> ConfAdaptSettings:
     values: dict[str, Any] = {
         "model": str(base),
         "data": out.with_name("data.jsonl"),
         "out": out,
-        "method": "conf-adapt",
         "tuning": tuning,
         "slots": 3,
         "region_rows": 8,
@@ -49,12 +48,14 @@ def settings_for(base: Path, out: Path, tuning: str, **changes: Any) -> TrainSet
     }
     if tuning != "full":
         values |= {"rank": 4, "alpha": 8.0}
-    return TrainSettings(**{**values, **changes})
+    return ConfAdaptSettings(**{**values, **changes})
 
 
 def trainer_for(base: Path, out: Path, tuning: str, **changes: Any) -> Trainer:
     rows, model = examples(), mlx_lm.load(str(base))[0]
-    return Trainer(model, rows[:10], rows[10:], settings_for(base, out, tuning, **changes), Remembering())
+    return make_trainer(
+        model, rows[:10], rows[10:], settings_for(base, out, tuning, **changes), Remembering()
+    )
 
 
 @pytest.mark.parametrize("tuning", ["gated-lora", "lora", "full"])
@@ -147,10 +148,8 @@ def test_ground_truth_and_soft_teacher_can_be_chosen(base: Path, tmp_path: Path)
     ("changes", "message"),
     [
         ({"region_rows": 4}, "no room for 3 masks behind two tokens; 5 does"),
-        ({"tuning": "lora", "draft_vocab": 60}, "give --draft-vocab 0"),
-        ({"objective": "apple"}, "objective .* is a setting of mask-tokens"),
-        ({"depth_decay": 0.5}, "not of conf-adapt"),
-        ({"method": "mask-tokens", "tuning": "full"}, "tuning .* is a setting of conf-adapt"),
+        ({"tuning": "lora", "draft_vocab": 60}, "set `draft_vocab` to 0"),
+        ({"slots": 7, "max_length": 8}, "`max_length` 8 is too short for a block of 7 slots"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -164,7 +163,7 @@ def test_quantised_weights_are_not_tuned(base: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
     nn.quantize(model, group_size=32, bits=4)
     with pytest.raises(MTPError, match="these are quantised"):
-        Trainer(model, examples()[:4], [], settings_for(base, tmp_path / "out", "full"), Remembering())
+        make_trainer(model, examples()[:4], [], settings_for(base, tmp_path / "out", "full"), Remembering())
 
 
 def test_start_from_another_adapter(base: Path, tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.masks.folder import load_adapter
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
-from mtp_mlx.train.settings import TrainSettings
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 from tests.train.training import metrics, trainer_for
@@ -160,20 +160,17 @@ def test_losses_of_distributions_go_down(tmp_path: Path, changes: dict[str, str]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ptp", "objective": "apple"}, "objective .* not of ptp"),
-        ({"method": "ptp", "variant": "o", "ptp_loss": "kl"}, "variant o has none"),
-        ({"variant": "c"}, "variant .* not of mask-tokens"),
-        ({"method": "mtp-heads", "greedy_share": 0.5}, "greedy_share .* not of mtp-heads"),
-        ({"method": "ptp", "uniforms": "own"}, "uniforms own need a distribution per slot"),
-        ({"method": "ptp", "variant": "c", "uniforms": "own", "ptp_loss": "kl"}, "do without a teacher"),
-        ({"method": "ptp", "variant": "c", "uniforms": "own", "u_beta": 1.0}, "leave u_beta out"),
-        ({"method": "ptp", "variant": "c", "uniforms": "own", "independent": True}, "leave uniforms out"),
-        ({"method": "conf-adapt", "uniforms": "own"}, "uniforms .* not of conf-adapt"),
+        ({"variant": "o", "ptp_loss": "kl"}, "compares distributions, and `variant` o predicts tokens"),
+        ({"uniforms": "own"}, "`uniforms` own needs a distribution per slot"),
+        ({"variant": "c", "uniforms": "own", "ptp_loss": "kl"}, "`uniforms` own has no teacher"),
+        ({"variant": "c", "uniforms": "own", "u_beta": 1.0}, "leave `u_beta` out"),
+        ({"variant": "c", "uniforms": "own", "independent": True}, "leave `uniforms` out"),
+        ({"block_share": 0.0}, "leaves no block to train on"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MTPError, match=message):
-        TrainSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
+        PTPSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.inverse_ar import InverseAR, inverse_ar_losses
+from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.weights import new_ptp_adapter
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.trainer import Trainer
 from tests.drafters.ptp import toy_language as toy
-from tests.train.training import Remembering
+from tests.train.training import Remembering, make_trainer
 
 SLOTS = 4
 STEPS = 150
@@ -30,10 +29,9 @@ LOSSES = {"o": "ce", "c": "kl"}
 
 def trained(folder: Path, variant: str, independent: bool, seed: int = 0) -> AttachedModel:
     """The teacher with an adapter that `Trainer` has trained."""
-    settings = TrainSettings(
+    settings = PTPSettings(
         data=folder / "data.jsonl",
         out=folder / "adapter",
-        method="ptp",
         variant=variant,  # type: ignore[arg-type]
         independent=independent,
         slots=SLOTS,
@@ -53,7 +51,7 @@ def trained(folder: Path, variant: str, independent: bool, seed: int = 0) -> Att
         save_every=10_000,
         seed=seed,
     )
-    trainer = Trainer(toy.teacher(), toy.examples(512, 1 + seed), [], settings, Remembering())
+    trainer = make_trainer(toy.teacher(), toy.examples(512, 1 + seed), [], settings, Remembering())
     assert trainer.run()
     return trainer.attached
 
