@@ -68,20 +68,14 @@ class LoadContext:
 
 
 _SLOTS = "an adapter with slots: name one with `adapter`"
+_HEADS = "MTP heads: name them with `adapter`"
+_MODEL = "a draft model: name it with `draft_model`"
 
 ROOMS = (
     Room("masks", "slots", _SLOTS, adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
-    Room(
-        "heads",
-        "heads",
-        "MTP heads: name them with `adapter`",
-        ("mtp-heads",),
-        ("mtp-heads",),
-        loads=True,
-        chained=True,
-    ),
+    Room("heads", "heads", _HEADS, ("mtp-heads",), ("mtp-heads",), loads=True, chained=True),
     Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
-    Room("draft_model", "draft-model", "a draft model: name it with `draft_model`", loads=True, instead=True),
+    Room("draft_model", "draft-model", _MODEL, loads=True, instead=True, chained=True),
 )
 
 

@@ -401,14 +401,12 @@ def test_a_planned_batch_learns() -> None:
 def test_options_become_what_a_batch_drafts_with() -> None:
     slots, heads = attached("qwen3"), model_with_heads("qwen3", 2, 4)
     assert batch_drafting(slots, "quadratic", 2) == BatchDrafting("quadratic", slots=2, own="slots")
-    assert batch_drafting(slots, "linear", None, lookup=True) == BatchDrafting(
-        "linear", slots=4, lookup=4, own="slots"
-    )
+    both = BatchDrafting("linear", slots=4, lookup=4, own="slots")
+    assert batch_drafting(slots, "linear", None, lookup=True) == both
     assert batch_drafting(heads, "auto", None) == BatchDrafting("auto", chain=4, own="heads")
     assert batch_drafting(slots, "plain", None) == BatchDrafting("plain")
-    assert batch_drafting(slots, "linear", None, drafter="lookup") == BatchDrafting(
-        "linear", lookup=8, own="slots"
-    )
+    looked_up = BatchDrafting("linear", lookup=8, own="slots")
+    assert batch_drafting(slots, "linear", None, drafter="lookup") == looked_up
     with pytest.raises(MTPError, match="unknown drafter"):
         batch_drafting(slots, "linear", None, drafter="magic")
 
