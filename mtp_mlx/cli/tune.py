@@ -137,11 +137,11 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
 
 def table(rows: list[LaneResult]) -> Table:
     """A table of the rows, fastest first."""
+    from mtp_mlx.measure.rows import RATIO, SAME_TEXT, lane_table
     from mtp_mlx.measure.speed import ratio_text
 
-    out = Table(title="every lane on this machine, against plain decoding of the same weights")
-    for name in ("lane", "tok/s", "ratio", "tok/step", "same text"):
-        out.add_column(name, justify="left" if name == "lane" else "right")
+    title = "every lane on this machine, against plain decoding of the same weights"
+    out = lane_table(title, ("lane",), ("tok/s", RATIO, "tok/step", SAME_TEXT))
     for row in rows:
         same = f"no: {row.refused} DIFFER" if row.refused else "yes"
         out.add_row(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Group
-from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.evaluation import PLAIN, Answer
-from mtp_mlx.measure.rounding import rounded
+from mtp_mlx.measure.rows import RATIO, lane_table, rounded
 from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
@@ -98,43 +96,27 @@ def _row(lane: str, category: str | None, answers: Sequence[Answer]) -> Evaluati
 
 def tables(rows: Sequence[EvaluationRow]) -> Group:
     """Two tables that fit a terminal: speed, and text."""
-    speed = _table(
+    speed = lane_table(
         "speed against the model alone (lane plain), greedy",
-        ("tasks", "tok/s", "ratio", "tok/step", "accept"),
-        rows,
-        lambda row: (
+        ("lane", "category"),
+        ("tasks", "tok/s", RATIO, "tok/step", "accept"),
+    )
+    text = lane_table("text against the model alone", ("lane", "category"), ("agree", "ppl", "same", "right"))
+    for row in rows:
+        names = (row.lane + ("" if row.lossless else " (lossy)"), row.category)
+        speed.add_row(
+            *names,
             str(row.tasks),
             f"{row.tokens_per_second:.1f}",
             ratio_text(row.speedup, row.mean_of_ratios),
             f"{row.tokens_per_step:.2f}",
             "/".join("-" if value is None else f"{value:.2f}" for value in row.acceptance) or "-",
-        ),
-    )
-    text = _table(
-        "text against the model alone",
-        ("agree", "ppl", "same", "right"),
-        rows,
-        lambda row: (
+        )
+        text.add_row(
+            *names,
             f"{100 * row.agreement:.1f}%",
             f"{row.perplexity:.2f}",
             f"{100 * row.same:.0f}%",
             "-" if row.right is None else f"{100 * row.right:.1f}%",
-        ),
-    )
+        )
     return Group(speed, text)
-
-
-def _table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[EvaluationRow],
-    cells: Callable[[EvaluationRow], Sequence[str]],
-) -> Table:
-    out = Table(title=title, title_justify="left", box=SIMPLE)
-    for name in ("lane", "category"):
-        out.add_column(name, overflow="fold")
-    for name in columns:
-        out.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        out.add_row(row.lane + ("" if row.lossless else " (lossy)"), row.category, *cells(row))
-    return out

@@ -17,7 +17,7 @@ from typing import Any
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.measure.curves import CostCurve
-from mtp_mlx.measure.rounding import rounded
+from mtp_mlx.measure.rows import rounded
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 

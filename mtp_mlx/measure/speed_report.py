@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Measurement
-from mtp_mlx.measure.rounding import rounded
+from mtp_mlx.measure.rows import RATIO, SAME_TEXT, lane_table, rounded
 from mtp_mlx.measure.speed import compare_speeds, ratio_text
 
 
@@ -91,19 +91,11 @@ def _row(lane: str, category: str, own: Sequence[Measurement]) -> Row:
 
 def table(rows: Sequence[Row]) -> Table:
     """A table of the rows."""
-    out = Table(title="mtp-mlx against mlx-lm plain, same weights, same process")
-    for name in (
-        "layout",
-        "category",
-        "prompts",
-        "plain tok/s",
-        "tok/s",
-        "ratio",
-        "tok/step",
-        "rows/step",
-        "same text",
-    ):
-        out.add_column(name, justify="left" if name in ("layout", "category") else "right")
+    out = lane_table(
+        "mtp-mlx against mlx-lm plain, same weights, same process",
+        ("layout", "category"),
+        ("prompts", "plain\ntok/s", "tok/s", RATIO, "tok/\nstep", "rows/\nstep", SAME_TEXT),
+    )
     for row in rows:
         same = f"{row.identical}/{row.prompts}" + (f" +{row.certified} near-tie" if row.certified else "")
         same += f" ({row.refused} DIFFER)" if row.refused else ""

@@ -23,7 +23,7 @@ from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.kept import KeptRows
 from mtp_mlx.measure.prompts import Prompt
-from mtp_mlx.measure.rounding import rounded
+from mtp_mlx.measure.rows import rounded
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.planning.tuned import weights_digest

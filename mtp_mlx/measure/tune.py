@@ -10,7 +10,7 @@ from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.lanes import Lane, Measurement, Timed
-from mtp_mlx.measure.rounding import rounded
+from mtp_mlx.measure.rows import rounded
 from mtp_mlx.measure.speed import compare_speeds, rate
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import LOOKUP_DRAFTS

@@ -101,3 +101,21 @@ def test_the_command_prints_one_json_object(
     assert report["rows"][-1]["prompts"] == 2 and report["mismatches"] == []
     refused = CliRunner().invoke(main, [*arguments, "--prompts", str(tmp_path / "none.jsonl")])
     assert refused.exit_code == 2 and "none.jsonl" in refused.stderr
+
+
+def test_a_draft_model_s_report_is_planned_without_slots(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
+    model = str(folders[0])
+    drafting = ["--draft-model", model, "--num-draft-tokens", "2", "--layout", "linear"]
+    result = CliRunner().invoke(main, ["bench", "-m", model, *drafting, "--limit", "1", "-n", "8", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (report["draft_model"], report["num_draft_tokens"], report["loop"]) == (model, 2, None)
+    assert report["places_slots"] is False and report["rows"][0]["acceptance"] == [1.0, 1.0]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    plan = ["plan", "--curve", "m5-max", "--bench", str(tmp_path / "report.json"), "--json"]
+    planned = json.loads(CliRunner().invoke(main, plan).stdout)["plans"][0]
+    rows = [(one["layout"], one["drafts"], one["rows"]) for one in planned["projections"]]
+    assert rows == [("linear", 1, 2), ("linear", 2, 3), ("auto", 2, None)], "drafts, and no slot rows"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from mtp_mlx.cli import tune as cli_tune
 from mtp_mlx.measure import answer_report, speed_report, tune
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.evaluation import Answer
@@ -80,6 +83,24 @@ def test_bench_eval_and_tune_report_totals() -> None:
     assert (
         bench.to_json()["speedup"] == evaluated.to_json()["speedup"] == tuned.to_json()["speed_up"] == 1.0891
     )
+
+
+def test_tables_fit_a_terminal() -> None:
+    """Nothing is cut off at 80 columns, and the mean follows the ratio."""
+    (bench,), (tuned,) = speed_report.summarise(measurements()), tune.results(measurements())
+    refused = replace(bench, category="math_reasoning", refused=1, certified=1, speedup=None)
+    long = {"lane": "conf-adapt tau 0.05 drafts 4", "category": "math_reasoning", "acceptance": [0.5] * 4}
+    evaluated = [replace(row, **long) for row in answer_report.summarise(answers())]
+    for table, ends in (
+        (speed_report.table([bench, refused]), ("2/2", "near-tie", "DIFFER)", "refused")),
+        (answer_report.tables(evaluated), ("0.50/0.50/0.50/0.50", "90.0%")),
+        (cli_tune.table([tuned]), ("yes",)),
+    ):
+        console = Console(width=80, file=StringIO())
+        console.print(table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        for shown in ("1.09x", "(mean", "5.50x)", *ends):
+            assert shown in text and "…" not in text, f"{shown}\n{text}"
 
 
 def test_the_plot_says_so_too() -> None:
