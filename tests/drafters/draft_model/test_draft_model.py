@@ -21,7 +21,7 @@ from mtp_mlx.cli import main
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import mtp_generate_step, speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
-from mtp_mlx.decode.policy import ChainPolicy
+from mtp_mlx.decode.policy import ChainPolicy, Policy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.draft_model.draft import DraftModelDrafter, scratch
@@ -32,8 +32,10 @@ from mtp_mlx.drafters.registry import LoadContext
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.planning.choose import settled_layout
+from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan
 from tests.drafters.heads.blocks import verified_block
 from tests.drafters.heads.test_loop import SometimesChain
+from tests.serve.test_batch import RELAXED, Text, check, expected, texts, together
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -149,6 +151,19 @@ def test_a_reused_cache_goes_on_with_the_same_text() -> None:
     found = [item.token for item in steps]
     whole = mtp_generate_step([*PROMPT, *first, 7, 8], model, max_tokens=9)
     assert found == [item.token for item in whole]
+
+
+@settings(RELAXED, max_examples=10)
+@given(st.lists(texts(), min_size=2, max_size=4), st.integers(1, 4), st.booleans(), st.sampled_from([3, 7]))
+def test_shared_passes(cases: list[Text], chain: int, lookup: bool, seed: int) -> None:
+    """Several sequences in one pass, each with a cache of the draft model of its own."""
+    model = pair("llama", "llama", seed)
+    truths = [expected(model, text) for text in cases]
+    known = [[token.token for token in truth] for truth in truths]
+    drafting = BatchDrafting("linear", chain=chain, lookup=chain if lookup else 0, own="draft-model")
+    policies: list[Policy] = [ChainPolicy(chain) for _ in cases]
+    quiet = [replace(text, acceptance=None) for text in cases]
+    check(model, together(model, quiet, BatchPlan(drafting), policies, known, lookup), truths)
 
 
 # --- loading ------------------------------------------------------------------------------------------------
