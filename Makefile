@@ -28,7 +28,7 @@ pytest: env clang
 lint: env ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python tools/check_types.py
 
 format: env ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
