@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mtp_mlx.convert.heads.blocks import BLOCKS, nemotron_pattern
-from mtp_mlx.convert.heads.family_table import FAMILIES, OTHERS, Family
+from mtp_mlx.convert.heads.family_table import FAMILIES, REFUSED, Family
 from mtp_mlx.convert.heads.parts import Stored
 from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, Block, Step, Target
 from mtp_mlx.drafters.heads.convention import HeadConvention
@@ -74,10 +74,10 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
             f"the tensors are named as in {layouts[0].title}, but config.json says model_type {kind!r}; known with "
             f"these names are {', '.join(known)}"
         )
-    for pattern, title in OTHERS.items():
+    for pattern, title in REFUSED.items():
         if any(re.match(_ROOT + pattern, name) for name in names):
             raise ConversionError(
-                f"the heads are {title}, which is not supported; see the README for those that are"
+                f"the heads are {title}, which is not supported; docs/checkpoints.md lists those that are"
             )
     return None
 
@@ -102,7 +102,7 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
     )
     _check_numbers(family, layers, config)
     convention = family.convention
-    if convention.family == "speculators":  # only renamed, so its norms are as the model stores them
+    if family.as_modelled:
         zero_centred = config["model_type"].startswith(("qwen3_next", "qwen3_5"))
         convention = replace(convention, zero_centred_norms=zero_centred)
     drafts = int(config.get(family.drafts) or 0) if family.drafts else 0

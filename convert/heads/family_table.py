@@ -1,8 +1,8 @@
 """The families of released cascade heads as data: what they call their tensors, and how they run.
 
-Where published runtimes disagree the field is in `HeadConvention.unsettled`; docs/checkpoints.md says who does what.
-`families` finds the family of a checkpoint; Medusa, Meta's parallel heads and PEFT adapters, whose form differs, are
-in `families_other`.
+`families` finds the family of a checkpoint. Medusa's heads, Meta's and PEFT adapters, whose form differs, are in
+`other_forms`. The table in docs/checkpoints.md is made of both (`python tools/families_page.py`); where published
+runtimes disagree the field is in `HeadConvention.unsettled`, and that page says who does what.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Family:
     """A family of cascade heads.
 
     Attributes:
-        title: for people.
+        title: what people call it.
         marker: a stored name that no other layout has (a regular expression).
         layers: matches one name of each head; its group is the number of the head's layer in the file.
         owned: what every name of a head begins with ({n}: each of its layers).
@@ -41,6 +41,8 @@ class Family:
         past_trunk: the heads lie behind the trunk's layers, as if they were more of them.
         setting: one of config.json that it is restricted to; empty means none.
         drafts: the setting that says how many tokens the heads were trained to draft; empty means one for each head.
+        as_modelled: norms are stored as the model stores its own, and not as the convention says.
+        form: what the heads are, for people.
     """
 
     title: str
@@ -53,6 +55,8 @@ class Family:
     past_trunk: bool = False
     setting: str = ""
     drafts: str = ""
+    as_modelled: bool = False
+    form: str = "cascade"
 
 
 _NEXTN = Names(
@@ -87,7 +91,9 @@ def _nextn(
     return Family(title, convention, fuse, fuse, "model.layers.{n}.", names, model_types, past_trunk=True)
 
 
-def _fc(title: str, convention: HeadConvention, model_types: tuple[str, ...]) -> Family:
+def _fc(
+    title: str, convention: HeadConvention, model_types: tuple[str, ...], form: str = "cascade"
+) -> Family:
     return Family(
         title,
         convention,
@@ -96,10 +102,13 @@ def _fc(title: str, convention: HeadConvention, model_types: tuple[str, ...]) ->
         "mtp.",
         _FC,
         model_types,
+        form=form,
     )
 
 
-def _mimo(title: str, convention: HeadConvention, setting: str = "", drafts: str = "") -> Family:
+def _mimo(
+    title: str, convention: HeadConvention, setting: str = "", drafts: str = "", form: str = "cascade"
+) -> Family:
     return Family(
         title,
         convention,
@@ -110,6 +119,7 @@ def _mimo(title: str, convention: HeadConvention, setting: str = "", drafts: str
         ("mimo", "qwen2"),
         setting=setting,
         drafts=drafts,
+        form=form,
     )
 
 
@@ -118,6 +128,7 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3-Next / 3.5 / 3.6",
         HeadConvention("qwen", zero_centred_norms=True),
         ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        form="cascade, dense or with experts",
     ),
     _fc("EXAONE-MoE", HeadConvention("exaone-moe"), ("exaone_moe",)),
     Family(
@@ -134,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
             block="mtp.layers.",
         ),
         ("nemotron_h",),
+        form="cascade of two layers each",
     ),
     # One head, fine-tuned to draft several tokens one after another; its training code zeroes no embedding.
     _mimo(
@@ -141,6 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         HeadConvention("fastmtp", stored_order="hidden"),
         setting="mtp_loss_step_weights",
         drafts="num_speculative_steps",
+        form="one head, applied again for each draft",
     ),
     _mimo(
         "MiMo-7B",
@@ -182,6 +195,7 @@ FAMILIES: tuple[Family, ...] = (
             block="model.mtp.layers.{n}.",
         ),
         ("mimo_v2_flash", "mimo_v2"),
+        form="heads on the trunk's state, with a sliding window",
     ),
     Family(
         "ERNIE-4.5",
@@ -201,6 +215,7 @@ FAMILIES: tuple[Family, ...] = (
             block="model.mtp_block.{n}.",
         ),
         ("ernie4_5", "ernie4_5_moe"),
+        form="cascade, dense; also of models with experts",
     ),
     _nextn(
         "Step-3.5",
@@ -244,10 +259,11 @@ FAMILIES: tuple[Family, ...] = (
             norm_out="mtp_layers.{n}.final_layernorm.weight",
             block="mtp_layers.{n}.",
         ),
+        as_modelled=True,
     ),
 )
 # Layouts that are recognised so that they can be refused by name.
-OTHERS = {
+REFUSED = {
     r"mtp\.0\.(e_proj|h_proj)\.": "DeepSeek-V4 (two fuse weights over hyper-connections)",
     r"pre_projection\.weight": "a Gemma-4 assistant",
     r"midlayer\.": "EAGLE-3",

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_mlx.convert.heads.blocks import llama
@@ -21,9 +21,47 @@ from mtp_mlx.convert.read.lazy_tensor import LazyTensor
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
 
-_MEDUSA = re.compile(r"(\d+)\.(\d+)\.(?:linear\.weight|linear\.bias|weight)")
 _META = re.compile(r"extra_heads\.(\d+)\.")
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of heads.
+
+    Attributes:
+        title: what people call it.
+        form: what the heads are, for people.
+        name: a stored name that is theirs alone.
+    """
+
+    title: str
+    convention: HeadConvention
+    form: str
+    name: str
+
+
+MEDUSA = Form(
+    "Medusa",
+    HeadConvention("medusa", "medusa", "", recycled_hidden="none", output_norm="identity", lm_head="own"),
+    "independent residual layers",
+    "0.0.linear.weight",
+)
+META = Form(
+    "Meta multi-token",
+    HeadConvention(
+        "meta", "parallel", "", first_hidden="before-last-layer", recycled_hidden="none", output_norm="trunk"
+    ),
+    "independent layers",
+    "extra_heads.{n}.attention.wq.weight",
+)
+LORA = Form(
+    "PEFT LoRA adapter",
+    HeadConvention("peft-lora", "lora", "", recycled_hidden="none", output_norm="trunk"),
+    "low-rank factors, with slot embeddings a mask-token adapter",
+    "model.layers.{n}.self_attn.q_proj.lora_A.weight",
+)
+OTHER_FORMS = (MEDUSA, META, LORA)
 
 # mlx-lm's name within a layer -> Meta's.
 _META_NAMES = {
@@ -59,16 +97,7 @@ def find_medusa(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Fo
                 targets.append(Target(f"heads.{i}.residual.{j}.{part}", shape, stored))
         shape = (vocabulary, width)
         targets.append(Target(f"heads.{i}.lm_head.weight", shape, ((f"{i}.{depth}.weight", shape),)))
-    convention = HeadConvention(
-        "medusa",
-        "medusa",
-        "",
-        recycled_hidden="none",
-        output_norm="identity",
-        embedding="shared",
-        lm_head="own",
-    )
-    return Found("Medusa", convention, targets, [], owned, config, count=count)
+    return Found(MEDUSA.title, MEDUSA.convention, targets, [], owned, config, count=count)
 
 
 def find_meta(tensors: Mapping[str, LazyTensor], params: dict[str, Any]) -> Found | None:
@@ -77,16 +106,8 @@ def find_meta(tensors: Mapping[str, LazyTensor], params: dict[str, Any]) -> Foun
     if not heads:
         return None
     config = _llama_config(params)
-    convention = HeadConvention(
-        "meta",
-        "parallel",
-        "",
-        first_hidden="before-last-layer",
-        recycled_hidden="none",
-        output_norm="trunk",
-    )
     owned = {name for name in tensors if _META.match(name)}
-    found = Found("Meta multi-token", convention, [], [], owned, config, count=len(heads))
+    found = Found(META.title, META.convention, [], [], owned, config, count=len(heads))
     for i, n in enumerate(heads):
         block = llama(Stored(config, tensors.keys(), "", i, n))
         targets = tuple(_meta_target(target, f"extra_heads.{n}.", config) for target in block.targets)
@@ -181,5 +202,4 @@ def find_lora(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Foun
             Target(f"low_rank.{path}.down", (width, rank), ((a, (rank, width)),), TRANSPOSED),
             Target(f"low_rank.{path}.up", (rank, height), ((b, (height, rank)),), TRANSPOSED),
         ]
-    convention = HeadConvention("peft-lora", "lora", "", recycled_hidden="none", output_norm="trunk")
-    return Found("PEFT LoRA adapter", convention, targets, [], set(tensors), config)
+    return Found(LORA.title, LORA.convention, targets, [], set(tensors), config)

@@ -137,8 +137,8 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
     if found is None:
         raise ConversionError(
             f"{checkpoint.path}: holds no MTP heads of a known kind ({len(checkpoint.tensors)} tensors, model_type "
-            f"{checkpoint.text_config.get('model_type')!r}); train some with 'mtp-mlx train', or see the README for "
-            "the kinds that are known"
+            f"{checkpoint.text_config.get('model_type')!r}); train some with 'mtp-mlx train'; "
+            "docs/checkpoints.md lists the kinds that are known"
         )
     found, notes = _settle_norms(checkpoint, found, overrides.head_norms)
     found, told = _overridden(checkpoint, found, overrides)

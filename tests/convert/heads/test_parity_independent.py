@@ -272,7 +272,7 @@ def test_the_text_is_that_of_plain_decoding(case: tuple[AttachedModel, Oracle], 
 def test_more_drafts_than_heads_are_refused(case: tuple[AttachedModel, Oracle]) -> None:
     attached, _ = case
     assert build_policy(attached, "linear", None, DecodeStats()).own_drafts == COUNT
-    with pytest.raises(MTPError, match="from 1 to 3; got 4"):
+    with pytest.raises(MTPError, match="must be 1 to 3; got 4"):
         build_policy(attached, "linear", 4, DecodeStats())
     with pytest.raises(MTPError, match="3 heads of this form cannot draft 4 tokens"):
         list(mtp_generate_step(TOKENS, attached, max_tokens=4, policy=ChainPolicy(4)))
