@@ -170,7 +170,7 @@ def cases() -> list[Case]:
 
 def main() -> None:
     """Prints the table as Markdown."""
-    print("| kernel | call | launches | streamed, over the least | everything, over the least |")
+    print("| kernel | call | launches | streamed / minimum | total / minimum |")
     print("|---|---|---|---|---|")
     for case in cases():
         launches, streamed, moved = measure(case)

@@ -1,8 +1,8 @@
-"""Tokens per second of the server's engine: one request after another, by turns, and in shared passes.
+"""Tokens per second of the server's engine: requests one by one, in turns, and in shared passes.
 
     python benchmarks/serving.py --clients 4 --max-tokens 48 --layout plain --layout linear
 
-Speeds are all tokens over all seconds, and "over one by one" is the ratio of these totals. The prompts are the
+Speeds are all tokens over all seconds, and "relative to one by one" is the ratio of these totals. The prompts are the
 same in all runs, so the texts should be too; the last column counts those that differ (near-ties).
 """
 
@@ -23,8 +23,8 @@ from mtp_mlx.serve.sequence import DecodeSettings
 
 WAYS: dict[str, dict[str, Any]] = {
     "one by one": {"concurrent": 1},
-    "by turns": {"batch": False},
-    "shared passes": {},
+    "in turns": {"batch": False},
+    "in shared passes": {},
 }
 
 
@@ -45,7 +45,8 @@ def main(
     prompts = [chat_prompt(tokenizer, prompt.text) for prompt in BUILT_IN[:clients]]
     requests = [GenerationRequest(prompt, max_tokens) for prompt in prompts]
     click.echo(
-        "| layout | way | tokens/s | over one by one | tokens per step | other texts |\n|---|---|---|---|---|---|"
+        "| layout | requests are | tokens/s | relative to one by one | tokens per step | differing texts |\n"
+        "|---|---|---|---|---|---|"
     )
     for layout in layouts:
         decode = DecodeSettings(layout=layout, drafts=None if layout in ("plain", "auto") else drafts)
@@ -69,7 +70,7 @@ def main(
 
 
 def run(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, int, float, list[str]]:
-    """Seconds, tokens, steps of all sequences, and texts, measured after one request to warm up."""
+    """Seconds, tokens, steps of all sequences, and the texts, measured after a warm-up request."""
     engine.start()
     try:
         answer(engine, [GenerationRequest(requests[0].prompt, 4)])
@@ -83,7 +84,7 @@ def run(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, int, 
 
 
 def answer(engine: Engine, requests: list[GenerationRequest]) -> tuple[list[str], int]:
-    """The texts of requests sent at once, and their number of tokens."""
+    """The texts of requests sent at the same time, and how many tokens they have in all."""
     queues: list[queue.Queue[Event]] = [queue.Queue() for _ in requests]
     for request, events in zip(requests, queues, strict=True):
         engine.submit(request, events.put)
