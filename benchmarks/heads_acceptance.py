@@ -49,16 +49,18 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
+    from mtp_mlx.adapter_folder import read_header
     from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
     from mtp_mlx.drafters.heads.draft_heads import DraftHeads
-    from mtp_mlx.drafters.heads.folder import read_heads_info
+    from mtp_mlx.drafters.heads.folder import config_of
     from mtp_mlx.drafters.heads.trunk_states import ComputedStates
     from mtp_mlx.models import named_adapter
     from mtp_mlx.train.data import load_examples
 
     chosen = [folder_and_drafts(entry) for entry in entries]
     # Reads every folder first, so that a bad one is refused before any work.
-    most = max(drafts or read_heads_info(named_adapter(folder)).drafts for folder, drafts in chosen)
+    named = [(named_adapter(folder), drafts) for folder, drafts in chosen]
+    most = max(drafts or config_of(folder, read_header(folder)).drafts for folder, drafts in named)
     if not as_json:
         click.echo(
             "| heads | rate | " + " | ".join(str(depth) for depth in range(1, most + 1)) + " | tok/step |"

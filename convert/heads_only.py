@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
-from mtp_mlx.convert.heads.write import CONFIG_NAME, Base, fill_folder, trunk_name
+from mtp_mlx.convert.heads.write import Base, fill_folder, trunk_name
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import trunk_fingerprint
 from mtp_mlx.errors import ConversionError

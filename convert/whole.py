@@ -19,17 +19,17 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_tokenizer, quantize_model, save
 
+from mtp_mlx.adapter_folder import CARD_NAME, CONFIG_NAME, SIDECAR, WEIGHTS_NAME, sidecar
 from mtp_mlx.convert.adapters.single_mask import MaskToken, find_mask, mask_sidecar
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
 from mtp_mlx.convert.heads.targets import HeadPlan
-from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME, Base, fill_folder
+from mtp_mlx.convert.heads.write import Base, fill_folder
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import Trunk, open_trunk
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import check_out, new_folder
 from mtp_mlx.model.fingerprint import fingerprint_of
-from mtp_mlx.sidecar import FOLDER, sidecar
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -121,8 +121,8 @@ def convert_whole(
         with new_folder(out) as folder:
             tell("writing the trunk")
             save(folder, checkpoint.folder, trunk.model, tokenizer, trunk.config)
-            _write_heads(checkpoint, plan, folder / FOLDER, base, settings, tell)
-            if beside is not None and not (folder / FOLDER).exists():
+            _write_heads(checkpoint, plan, folder / SIDECAR, base, settings, tell)
+            if beside is not None and not (folder / SIDECAR).exists():
                 beside.put_into(folder)
                 result.mask = mask
     return result
@@ -217,7 +217,7 @@ def _write_heads(
         return
     folder.mkdir()
     if before is not None:
-        for name in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+        for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
             if (before / name).is_file():
                 shutil.copy(before / name, folder)
     elif plan is not None:
@@ -230,13 +230,13 @@ def report_lines(result: Converted) -> list[str]:
     """What the user should know of a conversion that ended well."""
     lines = []
     if result.heads is not None:
-        lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / FOLDER}")
+        lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / SIDECAR}")
         lines += [f"heads: {note}" for note in result.notes]
         lines += [
             f"heads: left out {name}, equal to {trunk} byte for byte" for name, trunk in result.heads.dropped
         ]
     if result.mask is not None:
-        lines.append(f"mask token: id {result.mask.token_id}, in {result.folder / FOLDER}")
+        lines.append(f"mask token: id {result.mask.token_id}, in {result.folder / SIDECAR}")
     if result.left_out:
         shown = ", ".join(result.left_out[:8])
         more = f" and {len(result.left_out) - 8} more" if len(result.left_out) > 8 else ""

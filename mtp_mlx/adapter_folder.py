@@ -1,64 +1,354 @@
-"""The adapter folder: `mtp_config.json`, `mtp.safetensors` and a generated `README.md`.
+"""The adapter folder, one format for every drafter: `mtp_config.json`, `mtp.safetensors` and a generated `README.md`.
 
-The config names the base by a fingerprint, the adapter's shape, how it was trained and what acceptance was
-measured. A fingerprint that differs from the base at hand is refused.
+mtp_config.json:
+
+    "format": 1
+    "method": "mask-tokens"                        which drafter it is, see `mtp_mlx.drafters.registry`
+    "base": {"name": ..., "fingerprint": ...}      the model it was made for
+    "adapter": {...}                               the method's own section, under a name that the method chooses
+    "source": {...}                                where converted weights come from
+    "training": {...}, "acceptance": [0.5, 0.4], "measurements": {...}
+    "mask": {...}                                  of a model with a mask token of its own
+
+An adapter works with its own base model only; the fingerprint tells another one apart. The folder may lie inside the
+model's, as `MODEL/mtp`: then `load` finds it there. Reading headers needs no mlx.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-import mlx.core as mx
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any, cast
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.files import new_folder, write_text
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
+CARD_NAME = "README.md"
 FORMAT_VERSION = 1
+DRAFT_IDS = "draft_ids"  # [N] int32, the one tensor that is no weight: ids that may be drafted
+SIDECAR = "mtp"  # name of an adapter folder inside its model's
+
+_COMMON = ("format", "method", "base", "source", "training", "acceptance", "measurements", "mask")
+
+log = logging.getLogger("mtp_mlx")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `mtp_config.json`, whatever its method.
+@dataclass(frozen=True)
+class Header:
+    """What an adapter folder says about itself: everything but the weights.
+
+    Attributes:
+        method: which drafter it is, a key into `mtp_mlx.drafters.registry`.
+        base_name: the base model as the user named it.
+        base_fingerprint: see `mtp_mlx.model.fingerprint.base_fingerprint`; None if it is not known.
+        own: the method's own section under its name, as in the file: {"adapter": {...}}. The method's room reads it.
+        training: how it was trained: data, steps, settings; free-form.
+        acceptance: for each depth the share of drafts accepted, given that those before were; empty if not measured.
+        measurements: named reports, free-form.
+        source: where converted weights come from, free-form.
+        mask: of a model with a mask token of its own: the token's id and name, and how its makers prompt and stop it;
+            free-form and for people, decoding takes the mask's embedding from the weights.
+    """
+
+    method: str
+    base_name: str
+    base_fingerprint: str | None
+    own: Mapping[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    acceptance: list[float] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    mask: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `mtp_config.json`."""
+        return {
+            "format": FORMAT_VERSION,
+            "method": self.method,
+            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
+            **self.own,
+            **({"source": self.source} if self.source else {}),
+            "training": self.training,
+            "acceptance": self.acceptance,
+            "measurements": self.measurements,
+            **({"mask": self.mask} if self.mask else {}),
+        }
+
+    def text(self) -> str:
+        """`mtp_config.json` as it is written."""
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def sidecar(model: str | Path) -> Path | None:
+    """The adapter folder inside the model folder `model`, or None. A hub id has none."""
+    folder = Path(model) / SIDECAR
+    return folder if (folder / CONFIG_NAME).is_file() else None
+
+
+def read_header(folder: Path) -> Header:
+    """Reads `mtp_config.json`.
 
     Raises:
-        MTPError: no adapter there, or its config is no JSON object.
+        MTPError: no adapter there, or its config is damaged or of another format.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise MTPError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}")
+        raise MTPError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise MTPError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise MTPError(f"{path} is damaged: it does not hold a config")
-    return raw
+    with damage(folder):
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
+        if raw["format"] != FORMAT_VERSION:
+            raise MTPError(
+                f"{path} has format {raw['format']!r}, and this version of mtp-mlx reads format {FORMAT_VERSION}"
+            )
+        base = _typed(raw, "base", dict)
+        return Header(
+            method=_typed(raw, "method", str),
+            base_name=_typed(base, "name", str),
+            base_fingerprint=None if base["fingerprint"] is None else _typed(base, "fingerprint", str),
+            own={key: value for key, value in raw.items() if key not in _COMMON},
+            training=_typed(raw, "training", dict, {}),
+            acceptance=_numbers(_typed(raw, "acceptance", list, [])),
+            measurements=_typed(raw, "measurements", dict, {}),
+            source=_typed(raw, "source", dict, {}),
+            mask=_typed(raw, "mask", dict, {}),
+        )
 
 
-def check_base(folder: Path, base_name: str, fingerprint: str, model: nn.Module) -> None:
-    """Raises MTPError where the adapter in `folder` was made for another base (both fingerprints shown)."""
+def _typed(raw: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """The value of `key`; raises KeyError or ValueError where it is missing without a default or of another type."""
+    value = raw[key] if default is None else raw.get(key, default)
+    if not isinstance(value, kind):
+        raise ValueError(f"{key!r} is {value!r}")
+    return value
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    if not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"'acceptance' is {values!r}, not a list of numbers")
+    return values
+
+
+@contextmanager
+def damage(folder: Path) -> Iterator[None]:
+    """Turns what reading a damaged `mtp_config.json` raises into one sentence.
+
+    Raises:
+        MTPError: a missing key, a value of the wrong type, or an impossible one.
+    """
+    path = Path(folder) / CONFIG_NAME
+    try:
+        yield
+    except KeyError as error:
+        raise MTPError(f"{path} is damaged: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise MTPError(f"{path} is damaged: {error}") from error
+
+
+def check_method(folder: Path, header: Header, method: str) -> None:
+    """Raises MTPError where the adapter in `folder` is of another method than `method`."""
+    if header.method != method:
+        raise MTPError(f"the adapter {folder} is of the method '{header.method}', not '{method}'")
+
+
+def check_base(folder: Path, header: Header, model: nn.Module) -> None:
+    """Raises MTPError where the adapter in `folder` was made for another base than `model`, with both fingerprints.
+
+    An adapter that does not know its base's fingerprint is taken as it is, with a warning.
+    """
+    from mtp_mlx.model.fingerprint import base_fingerprint
+
+    if header.base_fingerprint is None:
+        log.warning("%s does not say which base it was made for, so it is used unchecked", folder)
+        return
     found = base_fingerprint(model)
-    if found != fingerprint:
+    if found != header.base_fingerprint:
         raise MTPError(
-            f"the adapter {folder} was trained for base '{base_name}' (fingerprint {fingerprint}), "
+            f"the adapter {folder} was made for base '{header.base_name}' (fingerprint {header.base_fingerprint}), "
             f"this model's fingerprint is {found}; use it with its own base or train one for this model"
         )
 
 
-def read_tensors(folder: Path) -> dict[str, mx.array]:
+def read_tensors(folder: Path, lazy: bool = False) -> dict[str, mx.array]:
     """Every tensor of an adapter folder, by name.
+
+    Args:
+        lazy: names, shapes and types now; values from the file when they are used.
 
     Raises:
         MTPError: the file is missing or damaged.
     """
+    import mlx.core as mx
+
     path = Path(folder) / WEIGHTS_NAME
     try:
-        tensors = cast(dict[str, mx.array], mx.load(str(path)))
-        mx.eval(tensors)
+        tensors = cast("dict[str, mx.array]", mx.load(str(path)))
+        if not lazy:
+            mx.eval(tensors)
     except (RuntimeError, ValueError, OSError) as error:
         raise MTPError(f"{path} is missing or damaged: {error}") from error
     return tensors
+
+
+def count_weights(sizes: Mapping[str, int]) -> int:
+    """Numbers in tensors of these sizes, without the draft vocabulary."""
+    return sum(size for name, size in sizes.items() if name != DRAFT_IDS)
+
+
+def tensor_sizes(tensors: Mapping[str, mx.array]) -> dict[str, int]:
+    """How many numbers each tensor has."""
+    return {name: tensor.size for name, tensor in tensors.items()}
+
+
+# --- the model card -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CardLines:
+    """What a method adds to the model card.
+
+    Attributes:
+        title: what the folder is, and for which model.
+        about: a paragraph.
+        method: the method in words, with its paper.
+        facts: about the adapter's shape, one line each.
+        sections: further sections, {heading: text}; "Source" takes the place of the one made of `Header.source`.
+        commands: how to use it; one `mtp-mlx generate` if empty.
+    """
+
+    title: str
+    about: str
+    method: str
+    facts: tuple[str, ...] = ()
+    sections: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+
+
+def paper(words: str, number: str) -> str:
+    """A method in words with a link to its paper on arXiv."""
+    return f"{words} ([arXiv {number}](https://arxiv.org/abs/{number}))"
+
+
+def model_card(header: Header, lines: CardLines, sizes: Mapping[str, int]) -> str:
+    """The folder's README: what it is, base, method, acceptance, provenance, measurements, how to use it.
+
+    Args:
+        sizes: of its tensors, see `tensor_sizes`.
+    """
+    base, fingerprint = header.base_name, header.base_fingerprint
+    depths = " / ".join(f"{value:.2f}" for value in header.acceptance)
+    facts = [
+        f"base: {base}, fingerprint " + (f"`{fingerprint}`" if fingerprint else "not known"),
+        f"method: {lines.method}",
+        *lines.facts,
+        f"draft vocabulary: {sizes.get(DRAFT_IDS, 'whole')}",
+        f"weights: {count_weights(sizes) / 1e6:.2f} M",
+        f"acceptance per depth on held-out text: {depths or 'not measured'}",
+    ]
+    commands = lines.commands or (f"mtp-mlx generate --model {base} --adapter . --prompt ...",)
+    reports = {
+        name: code_block(json.dumps(report, indent=2), "json") for name, report in header.measurements.items()
+    }
+    sections = {
+        "Source": bullets(header.source),
+        **lines.sections,
+        "Mask token": bullets(header.mask),
+        "Training": bullets(header.training),
+        **reports,
+        "Use": code_block("\n".join(commands)),
+    }
+    parts = [f"# {lines.title}", lines.about, "\n".join(f"- {fact}" for fact in facts)]
+    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n\n".join(parts) + "\n"
+
+
+def bullets(facts: Mapping[str, Any]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"- {name.replace('_', ' ')}: {_words(value)}" for name, value in facts.items())
+
+
+def _words(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return (
+            ", ".join(f"{name.replace('_', ' ')} {_words(inner)}" for name, inner in value.items()) or "none"
+        )
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_words, value)) or "none"
+    return str(value)
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Code in Markdown."""
+    return f"```{language}\n{text}\n```"
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write_adapter_folder(
+    folder: Path,
+    header: Header,
+    tensors: Mapping[str, mx.array],
+    card: CardLines,
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Writes the folder whole or not at all; weights in `dtype`, bfloat16 by default.
+
+    Raises:
+        MTPError: it cannot be written.
+    """
+    with new_folder(Path(folder)) as temporary:
+        put_adapter(temporary, header, tensors, card, dtype)
+
+
+def put_adapter(
+    folder: Path,
+    header: Header,
+    tensors: Mapping[str, mx.array],
+    card: CardLines,
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Puts the three files into a folder that is being made."""
+    import mlx.core as mx
+
+    stored = {
+        name: value.astype(dtype or mx.bfloat16) if mx.issubdtype(value.dtype, mx.floating) else value
+        for name, value in tensors.items()
+    }
+    mx.save_safetensors(str(folder / WEIGHTS_NAME), stored, metadata={"format": "mlx"})
+    put_texts(folder, header, model_card(header, card, tensor_sizes(stored)))
+
+
+def put_texts(folder: Path, header: Header, card: str) -> None:
+    """Puts the config and the card beside the weights."""
+    (folder / CONFIG_NAME).write_text(header.text(), encoding="utf-8")
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Replaces the config of an adapter folder.
+
+    Raises:
+        MTPError: it cannot be written.
+    """
+    write_text(Path(folder) / CONFIG_NAME, header.text())

@@ -22,6 +22,7 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -38,7 +39,6 @@ from mtp_mlx.model.block import Block
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.models import bundled_adapter, load_base, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
-from mtp_mlx.sidecar import sidecar
 from mtp_mlx.text import AnswerText
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter, read_info, save_adapter
+from mtp_mlx.adapter_folder import Header, read_header
+from mtp_mlx.drafters.masks.folder import config_of as mask_config
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.drafters.masks.weights import MaskAdapter
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block, block_shape
@@ -24,13 +28,13 @@ from tests.tiny import ARCHITECTURES, tiny_model
 IDS = mx.array([3, 9, 64, 100], dtype=mx.int32)
 
 
-def written(folder: Path, model: nn.Module, ids: mx.array | None = IDS) -> tuple[MaskAdapter, AdapterInfo]:
+def written(folder: Path, model: nn.Module, ids: mx.array | None = IDS) -> tuple[MaskAdapter, Header]:
     """An adapter of `model` saved in `folder`."""
     adapter = random_adapter(model, draft_ids=ids, draft_vocab_size=0 if ids is None else len(ids))
-    info = AdapterInfo(
-        base_name="tiny",
-        base_fingerprint=base_fingerprint(model),
-        shape=adapter.config,
+    info = mask_header(
+        adapter.config,
+        "tiny",
+        base_fingerprint(model),
         training={"objective": "self-distill", "steps": 7},
         acceptance=[0.75, 0.5],
         measurements={"tokens per step": {"qa": 1.5}},
@@ -43,7 +47,7 @@ def written(folder: Path, model: nn.Module, ids: mx.array | None = IDS) -> tuple
 def test_round_trip(tmp_path: Path, architecture: str) -> None:
     model = tiny_model(architecture, seed=3)
     adapter, info = written(tmp_path / "adapter", model)
-    found, found_info = load_adapter(tmp_path / "adapter", model)
+    found, found_info = load_folder(tmp_path / "adapter", model)
     assert found_info == info and found.config == adapter.config
     own, theirs = adapter.tensors(), found.tensors()
     assert own.keys() == theirs.keys()
@@ -68,7 +72,7 @@ def test_weights_are_stored_in_bfloat16(tmp_path: Path) -> None:
     stored = mx.load(str(tmp_path / "small" / "mtp.safetensors"))
     assert {value.dtype for value in stored.values()} == {mx.bfloat16} and "draft_ids" not in stored
     save_adapter(tmp_path / "exact", adapter, info, dtype=mx.float32)
-    exact, _ = load_adapter(tmp_path / "exact", model)
+    exact, _ = load_folder(tmp_path / "exact", model)
     assert all(mx.array_equal(value, adapter.tensors()[name]) for name, value in exact.tensors().items())
     written(tmp_path / "draft", model)
     assert mx.load(str(tmp_path / "draft" / "mtp.safetensors"))["draft_ids"].dtype == mx.int32
@@ -81,7 +85,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
         "# Mask-token adapter for tiny",
         "0.75 / 0.50",
         "slots 4, rank 3",
-        "draft vocabulary 4",
+        "draft vocabulary: 4",
         '"qa": 1.5',
     ):
         assert text in card
@@ -124,7 +128,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     model, other = tiny_model("llama", seed=3), tiny_model("llama", seed=4)
     written(tmp_path / "adapter", model)
     with pytest.raises(MTPError) as error:
-        load_adapter(tmp_path / "adapter", other)
+        load_folder(tmp_path / "adapter", other)
     for text in (base_fingerprint(model), base_fingerprint(other), "'tiny'", "use it with its own base"):
         assert text in str(error.value)
 
@@ -138,11 +142,11 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 DAMAGE = {
-    "no config": (lambda f: (f / "mtp_config.json").unlink(), "is no adapter folder: it has no mtp_config.json"),
+    "no config": (lambda f: (f / "mtp_config.json").unlink(), "is not an adapter folder: it has no mtp_config.json"),
     "cut config": (lambda f: (f / "mtp_config.json").write_text('{"format"'), "mtp_config.json cannot be read"),
-    "format": (lambda f: change_config(f, format=2), "format 2, method 'mask-tokens'; this version reads format 1"),
-    "method": (lambda f: change_config(f, method="heads"), "method 'heads'; this version reads"),
-    "no base": (lambda f: change_config(f, base={}), "mtp_config.json is damaged: 'name'"),
+    "format": (lambda f: change_config(f, format=2), "has format 2, and this version of mtp-mlx reads format 1"),
+    "method": (lambda f: change_config(f, method="heads"), "method 'heads', which .* knows 'mask-tokens'"),
+    "no base": (lambda f: change_config(f, base={}), "mtp_config.json is damaged: it has no 'name'"),
     "shape": (lambda f: change_config(f, adapter={"slots": 4, "depth": 2}), "is damaged: .*'depth'"),
     "rank": (lambda f: change_config(f, adapter={"slots": 4, "rank": 0}), "rank must be at least 1, got 0"),
     "no weights": (lambda f: (f / "mtp.safetensors").unlink(), "mtp.safetensors is missing or damaged"),
@@ -161,7 +165,7 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: str) -> None:
     harm, message = DAMAGE[damage]
     harm(tmp_path / "adapter")
     with pytest.raises(MTPError, match=message) as error:
-        load_adapter(tmp_path / "adapter", model)
+        load_folder(tmp_path / "adapter", model)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -179,7 +183,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
         r"missing slot_embeddings.weight \(4, 48\); unexpected extra \(2,\); sampler.norm.bias is \(3,\)"
     )
     with pytest.raises(MTPError, match=message):
-        load_adapter(tmp_path / "adapter", model)
+        load_folder(tmp_path / "adapter", model)
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -194,13 +198,13 @@ def test_nothing_half_written(tmp_path: Path, existing: bool, monkeypatch: pytes
     def fail(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtp_mlx.drafters.masks.folder.model_card", fail)
+    monkeypatch.setattr("mtp_mlx.adapter_folder.model_card", fail)
     with pytest.raises(MTPError, match="the disk is full: .*adapter could not be written"):
         written(folder, model, ids=None)
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if existing else [])
     if existing:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-        assert read_info(folder).shape.draft_vocab_size == 4
+        assert mask_config(folder, read_header(folder)).draft_vocab_size == 4
 
 
 def test_an_older_adapter_is_replaced_whole(tmp_path: Path) -> None:
@@ -211,5 +215,5 @@ def test_an_older_adapter_is_replaced_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "README.md", "mtp.safetensors", "mtp_config.json"
     ]  # fmt: skip
-    found, _ = load_adapter(tmp_path / "adapter", model)
+    found, _ = load_folder(tmp_path / "adapter", model)
     assert found.draft_ids is None and np.array(found.slot_embeddings.weight).shape == (4, 48)

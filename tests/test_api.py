@@ -14,7 +14,8 @@ import pytest
 
 from mtp_mlx import GenerationResponse, SamplingConfig, chat_prompt, generate, load, stream_generate
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "qwen3", seed=3)
     model = tiny_model("qwen3", seed=3)
     adapter = random_adapter(model)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 
@@ -238,7 +239,7 @@ def test_what_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", "qwen3", seed=4)
     with pytest.raises(MTPError, match="fingerprint"):
         load(str(other), folder / "adapter")
-    with pytest.raises(MTPError, match="no adapter folder"):
+    with pytest.raises(MTPError, match="not an adapter folder"):
         load(str(other), tmp_path)
     with pytest.raises(MTPError, match="no model"):
         load(str(tmp_path / "missing"))

@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
@@ -28,9 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "llama", seed=3)
     model = tiny_model("llama", seed=3)
     base, adapter, convention = base_fingerprint(model), random_adapter(model), HeadConvention("test")
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base, adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base))
     heads = MTPHeads(random_heads(model, 2, convention).heads, convention)
-    save_heads(root / "heads", heads, HeadsInfo("tiny", base, convention, [dict(LAST_LAYER)] * 2))
+    save_heads(
+        root / "heads", heads, heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 2), "tiny", base)
+    )
     rows = [{"prompt": f"add {i}", "completion": f"The sum is {i}."} for i in range(3)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

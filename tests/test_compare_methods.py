@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 import compare_methods
 from method_comparison.contestants import CONTESTANTS
 from method_comparison.training import TIMED_STEPS
-from mtp_mlx.adapter_folder import read_config
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny
@@ -66,10 +66,10 @@ def test_trains_measures_and_goes_on(inputs: Path, tmp_path: Path, monkeypatch: 
             own = row[temperature]
             assert own["same_text"] == own["prompts"] == 2, "verified drafts leave the text as it is"
             assert 1 <= own["tokens_per_step"] <= 3 and len(own["acceptance"]) == 2
-    methods = [read_config(out / name) for name in NAMES]
-    assert [m["training"]["method"] for m in methods] == ["ptp", "ptp", "ptp", "mask-tokens", "conf-adapt"]
-    assert [m["adapter"].get("independent") for m in methods[:3]] == [True, False, False]
-    assert len({m["training"]["data_fingerprint"] for m in methods}) == 1
+    methods = [read_header(out / name) for name in NAMES]
+    assert [m.training["method"] for m in methods] == ["ptp", "ptp", "ptp", "mask-tokens", "conf-adapt"]
+    assert [m.own["adapter"].get("independent") for m in methods[:3]] == [True, False, False]
+    assert len({m.training["data_fingerprint"] for m in methods}) == 1
     assert [(row["tau"], row["lossless"]) for row in report["tau"]] == [
         (None, True),
         (1.0, False),

@@ -17,8 +17,10 @@ from mtp_mlx.decode.policy import FixedPolicy, Proposal
 from mtp_mlx.distributed import Peers
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.sharded import shard
@@ -36,10 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "llama", "llama", seed=3)
     base = tiny_model("llama", seed=3)
     adapter = random_adapter(base)
-    save_adapter(root / "slots", adapter, AdapterInfo("tiny", base_fingerprint(base), adapter.config))
+    save_adapter(root / "slots", adapter, mask_header(adapter.config, "tiny", base_fingerprint(base)))
     convention = HeadConvention("test")
     heads = MTPHeads(random_heads(base, 3, convention).heads, convention)
-    info = HeadsInfo("tiny", base_fingerprint(base), convention, [dict(LAST_LAYER)] * 3)
+    info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 3), "tiny", base_fingerprint(base))
     save_heads(root / "heads", heads, info)
     return root
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.cli import main
-from mtp_mlx.drafters.masks.folder import read_info
 from tests.launched import Launched
 from tests.tiny import save_tiny
 
@@ -99,7 +99,7 @@ def test_two_processes_train_as_one_with_twice_the_micro_batches(
     assert stderr.count("held out;") + stderr.count("memory, estimated: ") == 1
     alike(results(folder, "two"), alone)
     assert len({row["rows"] for row in alone[0] if "rows" in row}) > 1  # or the weighting shows nothing
-    assert read_info(folder / "two").training == read_info(folder / "alone").training
+    assert read_header(folder / "two").training == read_header(folder / "alone").training
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:

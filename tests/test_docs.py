@@ -21,7 +21,8 @@ import pytest
 from click.testing import CliRunner
 
 import mtp_mlx.cli as cli
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
@@ -95,7 +96,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = save_tiny(home / "model", "llama", seed=3)
     base = tiny_model("llama", seed=3)
     adapter = random_adapter(base)
-    info = AdapterInfo("tiny", base_fingerprint(base), adapter.config, acceptance=[0.5, 0.4, 0.3, 0.2])
+    info = mask_header(adapter.config, "tiny", base_fingerprint(base), acceptance=[0.5, 0.4, 0.3, 0.2])
     for folder in ("adapter", "compare/conf-adapt"):
         save_adapter(home / folder, adapter, info)
     rows = [{"prompt": f"print({n})", "completion": "the fox and the dog " * 2} for n in range(8)]

@@ -17,10 +17,13 @@ from click.testing import CliRunner, Result
 from huggingface_hub import errors
 
 from mtp_mlx import hub
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.cli import main
 from mtp_mlx.config import from_yaml
-from mtp_mlx.drafters.masks.folder import AdapterInfo, load_adapter, read_info, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.drafters.masks.options import MaskTokenSettings
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
@@ -83,7 +86,7 @@ def adapter(tmp_path: Path) -> Path:
     """An adapter whose base was a hub id, with a stranger's file beside it."""
     base = tiny_model("llama", seed=3)
     weights = random_adapter(base)
-    info = AdapterInfo("someone/tiny", base_fingerprint(base), weights.config, acceptance=[0.61, 0.42])
+    info = mask_header(weights.config, "someone/tiny", base_fingerprint(base), acceptance=[0.61, 0.42])
     save_adapter(tmp_path / "adapter", weights, info)
     (tmp_path / "adapter" / "diary.txt").write_text("not for others")
     return tmp_path / "adapter"
@@ -104,10 +107,10 @@ def test_there_and_back(fake: FakeHub, adapter: Path, tmp_path: Path) -> None:
         "out": str(tmp_path / "back"), "base": "someone/tiny", "method": "mask-tokens", "acceptance": [0.61, 0.42],
     }  # fmt: skip
     model = tiny_model("llama", seed=3)
-    first, second = (load_adapter(folder, model)[0].tensors() for folder in (adapter, tmp_path / "back"))
+    first, second = (load_folder(folder, model)[0].tensors() for folder in (adapter, tmp_path / "back"))
     assert first.keys() == second.keys()
     assert all((first[name] == second[name]).all().item() for name in first)
-    assert read_info(tmp_path / "back") == read_info(adapter)
+    assert read_header(tmp_path / "back") == read_header(adapter)
     again = run("pull", REPOSITORY, "--out", tmp_path / "back")
     assert again.exit_code == 0 and "mtp-mlx generate --model someone/tiny --adapter" in again.stdout
     assert "acceptance by depth 0.61 0.42" in again.stderr
@@ -122,10 +125,11 @@ def test_the_card(fake: FakeHub, adapter: Path) -> None:
         "tags": ["mlx", "mtp-mlx", "speculative-decoding"],
         "base_model": "someone/tiny", "base_model_relation": "adapter", "license": "cc0-1.0",
     }  # fmt: skip
-    fingerprint = read_info(adapter).base_fingerprint
+    fingerprint = read_header(adapter).base_fingerprint
     for said in (
         "# tiny-mtp", f"someone/tiny, fingerprint `{fingerprint}`", "gated-LoRA mask tokens ([arXiv 2507.11851]",
-        "tales", "| 1 | 0.61 |\n| 2 | 0.42 |", "does not record settings", f"mtp-mlx pull {REPOSITORY} --out adapter",
+        "tales", "acceptance per depth on held-out text: 0.61 / 0.42", "slots 4", "does not record the settings",
+        f"mtp-mlx pull {REPOSITORY} --out adapter",
     ):  # fmt: skip
         assert said in text, said
 
@@ -135,9 +139,8 @@ def test_the_command_to_reproduce_gives_the_same_settings(tmp_path: Path) -> Non
     trainer = trainer_for(tmp_path / "adapter", steps=2, warmup=1, learning_rate=3e-4, grad_checkpoint=True)
     trainer.resume()
     assert trainer.run()
-    config = hub.read_adapter(tmp_path / "adapter")
-    card = hub.hub_card(config, REPOSITORY, hub.Description(base="someone/tiny"))
-    assert f"10 examples, fingerprint `{config['training']['data_fingerprint']}`." in card
+    header, card = hub.published(tmp_path / "adapter", REPOSITORY, hub.Description(base="someone/tiny"))
+    assert f"10 examples, fingerprint `{header.training['data_fingerprint']}`." in card
     line = next(line for line in card.splitlines() if line.startswith("mtp-mlx train mask-tokens "))
     words = line.split()[3:]
     options = {word: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
@@ -156,7 +159,7 @@ def test_the_command_to_reproduce_gives_the_same_settings(tmp_path: Path) -> Non
     ("kind", "status", "said"),
     [
         (errors.RepositoryNotFoundError, 404, "there is no such repository, or it is private"),
-        (errors.GatedRepoError, 403, "access to it must be asked for"),
+        (errors.GatedRepoError, 403, "its owners grant access on request"),
         (errors.HfHubHTTPError, 401, "your login does not allow it (401)"),
         (errors.HfHubHTTPError, 500, "the hub answered 500"),
         (errors.LocalTokenNotFoundError, 0, "you are not logged in; run `hf auth login`"),
@@ -191,9 +194,9 @@ def test_first_mistakes(fake: FakeHub, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "file").write_text("mine")
     for words, said in (
         (["push", tmp_path / "nowhere", REPOSITORY], "is not a folder"),
-        (["push", tmp_path / "other", REPOSITORY], "is no adapter folder"),
-        (["push", adapter, "no-owner"], "'no-owner' is no repository: give OWNER/NAME"),
-        (["pull", "no-owner"], "'no-owner' is no repository: give OWNER/NAME"),
+        (["push", tmp_path / "other", REPOSITORY], "is not an adapter folder"),
+        (["push", adapter, "no-owner"], "'no-owner' is not a repository's name: give OWNER/NAME"),
+        (["pull", "no-owner"], "'no-owner' is not a repository's name: give OWNER/NAME"),
         (["pull", "nobody/nothing", "--out", tmp_path / "x"], "there is no such repository"),
         (["pull", REPOSITORY, "--out", tmp_path / "other"], "is a folder with other files"),
     ):
@@ -216,6 +219,6 @@ def test_a_path_of_this_machine_is_not_published(fake: FakeHub, adapter: Path, t
     assert run("push", adapter, REPOSITORY, "--base", "someone/model", "--public").exit_code == 0
     published = [path.read_bytes() for path in (fake.folder / REPOSITORY).iterdir()]
     assert not any(str(tmp_path).encode() in content for content in published)
-    assert read_info(fake.folder / REPOSITORY).base_name == "someone/model" and fake.private == {
+    assert read_header(fake.folder / REPOSITORY).base_name == "someone/model" and fake.private == {
         REPOSITORY: False
     }

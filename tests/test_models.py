@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.api import chat_prompt, load, stream_generate
-from mtp_mlx.drafters.heads.folder import read_heads_info
-from mtp_mlx.drafters.masks.folder import read_info
+from mtp_mlx.drafters.heads.folder import config_of
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import cache_dir
 from mtp_mlx.models import bundled_adapter, named_adapter
@@ -18,9 +18,11 @@ CACHED = list((cache_dir() / "models").glob("smollm2-135m-*")) and "MTP_MLX_CACH
 
 
 def test_the_heads_have_a_name_and_the_adapter_s_base() -> None:
-    heads, adapter = read_heads_info(named_adapter("demo-heads")), bundled_adapter("smollm2-135m")
-    assert adapter is not None and heads.base_fingerprint == read_info(adapter).base_fingerprint
-    assert heads.count == heads.drafts == len(heads.blocks) == len(heads.acceptance) == 2
+    folder, adapter = named_adapter("demo-heads"), bundled_adapter("smollm2-135m")
+    header = read_header(folder)
+    assert adapter is not None and header.base_fingerprint == read_header(adapter).base_fingerprint
+    heads = config_of(folder, header)
+    assert heads.count == heads.drafts == len(heads.blocks) == len(header.acceptance) == 2
 
 
 def test_other_names_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +31,7 @@ def test_other_names_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "demo-heads").mkdir()
     assert named_adapter("demo-heads") == Path("demo-heads"), "a folder of the user's goes first"
     with pytest.raises(MTPError, match="demo-heads"):
-        read_heads_info(named_adapter("demo-heads"))
+        read_header(named_adapter("demo-heads"))
 
 
 @pytest.mark.skipif(not CACHED, reason="the demo model is not in the cache")

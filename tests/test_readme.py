@@ -11,7 +11,8 @@ import pytest
 
 import mtp_mlx
 import mtp_mlx.cli as cli
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
@@ -36,7 +37,7 @@ def test_python_block_runs(
         base = tiny_model(seed=3)
         adapter = random_adapter(base)
         save_adapter(
-            tmp_path / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(base), adapter.config)
+            tmp_path / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(base))
         )
         load = f'load("{model}", "{tmp_path / "adapter"}")'
     assert len(PYTHON) == 1 and PYTHON[0].count('load("smollm2-135m")') == 1

@@ -25,7 +25,7 @@ from mtp_mlx.convert.adapters.peft_plan import (
 )
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header, save
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out
@@ -80,7 +80,7 @@ def write_peft(
         "converted from": "a PEFT adapter",
         "sampler head": "the file's" if sampler else "none, untrained",
     }
-    save_adapter(out, adapter, AdapterInfo(base_name, base_fingerprint(base), shape, training))
+    save(out, adapter, mask_header(shape, base_name, base_fingerprint(base), training=training))
     return out
 
 

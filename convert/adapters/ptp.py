@@ -21,7 +21,7 @@ from mtp_mlx.convert.adapters.ptp_plan import KNOTS, LINEAR, LORA, is_ptp_checkp
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import LazyTensor
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
-from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
+from mtp_mlx.drafters.ptp.folder import ptp_header, save
 from mtp_mlx.drafters.ptp.uniform_embedding import TEETH, UniformEmbeddingName
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.errors import ConversionError, MTPError
@@ -98,8 +98,8 @@ def convert_ptp(
         "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
-    info = PTPInfo(base.name, base_fingerprint(model), config, source=source_facts)
-    save_ptp(out, adapter, info, _DTYPES.get(stored, mx.float32))
+    header = ptp_header(config, base.name, base_fingerprint(model), source=source_facts)
+    save(out, adapter, header, _DTYPES.get(stored, mx.float32))
     return out
 
 

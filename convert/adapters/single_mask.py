@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.drafters.masks.folder import AdapterInfo
+from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.model_folder import MaskSidecar, mask_only
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.seams import embedding_shape, find_seams
@@ -81,10 +81,10 @@ def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidec
             f"the mask {MASK_TOKEN} has id {mask.token_id}, and the embedding matrix only {rows} rows: the "
             "weights are not those the tokenizer belongs to"
         )
-    info = AdapterInfo(
-        base_name=base_name,
-        base_fingerprint="",
-        shape=mask_only(MOST_TOKENS - 1),
+    header = mask_header(
+        mask_only(MOST_TOKENS - 1),
+        base_name,
+        None,
         mask={
             "token": MASK_TOKEN,
             "id": mask.token_id,
@@ -92,7 +92,7 @@ def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidec
             "prompt": PROMPTS.get(str(getattr(model, "model_type", "")), "not known"),
         },
     )
-    return MaskSidecar.of(model, embed(mx.array([mask.token_id]))[0], info)
+    return MaskSidecar.of(model, embed(mx.array([mask.token_id]))[0], header)
 
 
 def _ids(path: Path, read: Any) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.convert.heads.families import Found, find_cascade
 from mtp_mlx.convert.heads.other_forms import find_lora, find_medusa, find_meta
 from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, HeadPlan, Target
@@ -19,7 +20,6 @@ from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
 from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
 from mtp_mlx.errors import ConversionError
-from mtp_mlx.sidecar import sidecar
 
 # Where a trunk keeps its embedding and its LM head.
 _TRUNK = {

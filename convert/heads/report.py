@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
 from typing import Any
 
 from mtp_mlx.convert.heads.plan import find_heads
 from mtp_mlx.convert.heads.targets import HeadPlan, Target
-from mtp_mlx.convert.heads.write import CONFIG_NAME, WEIGHTS_NAME
 from mtp_mlx.convert.read.checkpoint import Checkpoint
-from mtp_mlx.convert.read.safetensors import read_safetensors
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
 
@@ -44,31 +39,6 @@ def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
         return {"family": found.title}
     facts: dict[str, Any] = {"family": found.title, "count": found.count}
     return facts | {"convention": convention_facts(found.convention)}
-
-
-def describe_folder(folder: Path) -> dict[str, Any]:
-    """What an adapter folder of converted heads says about itself.
-
-    Raises ConversionError: its mtp_config.json or its tensors are damaged.
-    """
-    tensors = read_safetensors(folder / WEIGHTS_NAME)
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        heads = config["heads"]
-        return {
-            "kind": "adapter",
-            "method": config["method"],
-            "size": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-            "weights": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-            "base": config["base"],
-            "family": config["source"]["family"],
-            "heads": heads["count"],
-            "convention": {name.replace("_", " "): value for name, value in heads["convention"].items()},
-            "acceptance": [float(value) for value in config["acceptance"]] or "not measured",
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is damaged ({error!r}); convert the heads again") from error
 
 
 def types(checkpoint: Checkpoint) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.adapter_folder import WEIGHTS_NAME
 from mtp_mlx.convert.heads.families import CONVENTION_FIELDS, CONVENTION_KEY
 from mtp_mlx.convert.heads.targets import (
     ADD_ONE,
@@ -29,7 +30,6 @@ from mtp_mlx.convert.heads.targets import (
     Target,
     save_targets,
 )
-from mtp_mlx.convert.heads.write import WEIGHTS_NAME
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.safetensors import read_safetensors
 from mtp_mlx.errors import ConversionError
@@ -109,17 +109,19 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
     """The tensors of an adapter folder, what the layout makes of them, and the base's name."""
     from mlx_lm.utils import _get_classes
 
-    from mtp_mlx.drafters.heads.folder import DRAFT_IDS, LAST_LAYER, read_heads_info
+    from mtp_mlx.adapter_folder import DRAFT_IDS, read_header
+    from mtp_mlx.drafters.heads.folder import LAST_LAYER, config_of
 
-    info = read_heads_info(folder)
-    config = base or info.model_config
+    header = read_header(folder)
+    heads = config_of(folder, header)
+    config = base or heads.model_config
     if not config:
         raise ConversionError(
             f"{folder}: its heads are copies of their base's last layer, whose configuration they do not hold; give "
             "the base model's with `base`"
         )
     modules = []
-    for spec in info.blocks:
+    for spec in heads.blocks:
         try:
             found = _get_classes(config)[0].__module__ if spec == LAST_LAYER else str(spec["module"])
         except (KeyError, ValueError) as error:
@@ -145,9 +147,9 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
     ]
     blocks = [Block(module, "", "", (), {}, ()) for module in modules]
     plan = HeadPlan(
-        info.convention.family, info.convention, len(info.blocks), targets, blocks, model_config=config
+        heads.convention.family, heads.convention, len(heads.blocks), targets, blocks, model_config=config
     )
-    return Checkpoint(folder, "safetensors", tensors, config), plan, info.base_name
+    return Checkpoint(folder, "safetensors", tensors, config), plan, header.base_name
 
 
 def _is_norm(name: str) -> bool:

@@ -11,10 +11,9 @@ Legend: T tokens of a text, P of them prompt, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +22,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.adapter_folder import CONFIG_NAME, read_config
+from mtp_mlx.adapter_folder import read_header, write_header
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import load_heads
+from mtp_mlx.drafters.heads.folder import load
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import write_text
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.seams import find_seams
 
@@ -194,19 +192,17 @@ def verify_folder(
     Raises:
         MTPError: no heads there, of another base, or of a kind that nothing runs.
     """
-    heads, info = load_heads(folder, model)
+    heads, header = load(folder, read_header(folder), model)
     if not isinstance(heads, MTPHeads):
         raise MTPError(
-            f"{folder}: heads of kind '{info.convention.kind}' have no conventions that could be tried"
+            f"{folder}: heads of kind '{heads.convention.kind}' have no conventions that could be tried"
         )
     bare = attach(model)
     heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does
     bare.detach()
     result = verify_heads(model, tokenizer, heads, prompts, tokens)
-    config = read_config(folder)
-    config["acceptance"] = result.acceptance
-    config["measurements"] = {**config.get("measurements", {}), "verify": result.to_json()}
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    measurements = {**header.measurements, "verify": result.to_json()}
+    write_header(folder, replace(header, acceptance=result.acceptance, measurements=measurements))
     return result
 
 

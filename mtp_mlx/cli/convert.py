@@ -205,7 +205,7 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 def _verify(folder: Path) -> list[str]:
     """Lines about the heads beside a converted model, measured with it."""
-    from mtp_mlx.sidecar import sidecar
+    from mtp_mlx.adapter_folder import sidecar
 
     heads = sidecar(folder)
     if heads is None:
@@ -241,12 +241,12 @@ def _base(name: str) -> tuple[Any, Any]:
 
 def _convert_heads(source: Path, out: Path, how: ConvertOptions) -> Path:
     """Converts heads, or an adapter of another program, into an adapter folder."""
+    from mtp_mlx.adapter_folder import sidecar
     from mtp_mlx.convert.adapters.peft_plan import is_peft
     from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
     from mtp_mlx.convert.heads.plan import find_heads, plan_heads
     from mtp_mlx.convert.heads.speculators import write_speculators
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
-    from mtp_mlx.sidecar import sidecar
 
     with Console(stderr=True).status(f"reading {source.name}") as status:
         checkpoint = open_checkpoint(source)

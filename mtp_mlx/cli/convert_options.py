@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.errors import MTPError
-from mtp_mlx.sidecar import sidecar
 
 if TYPE_CHECKING:
     from mtp_mlx.convert.heads.families import Found

@@ -1,4 +1,4 @@
-"""`mtp-mlx info`: what this machine, a model folder or an adapter folder is. Reads; loads no weights whole."""
+"""`mtp-mlx info`: show what this machine, a model folder or an adapter folder is. No weights are loaded whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("mtp-mlx", "mlx", "mlx-lm", "numpy", "transformers")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(path: Path | None, as_json: bool) -> None:
-    """Show what the model or adapter folder PATH is; without PATH, what this machine has."""
+    """Show what the model, adapter or checkpoint at PATH is; without PATH, what this machine has."""
     facts = machine() if path is None else folder(path.expanduser())
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
 
@@ -92,10 +92,10 @@ def _bundled(adapter: Path | None) -> str:
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """An adapter folder, a model folder, or a checkpoint (a file, or a folder of another layout).
+    """Facts about an adapter folder, a model folder, or a checkpoint (a file, or a folder of another layout).
 
     Raises:
-        MTPError: none of them.
+        MTPError: if `path` is none of these.
     """
     from mtp_mlx.adapter_folder import CONFIG_NAME
     from mtp_mlx.models import EMBEDDED, embedded_model
@@ -107,7 +107,7 @@ def folder(path: Path) -> dict[str, Any]:
     if path.is_file():
         return checkpoint(path)
     if (path / CONFIG_NAME).is_file():
-        return heads_folder(path) if _is_heads(path / CONFIG_NAME) else adapter_folder(path)
+        return adapter(path)
     if (path / "config.json").is_file():
         return model_folder(path) | checkpoint_heads(path)
     found = checkpoint_or_none(path)
@@ -125,7 +125,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, its MTP heads included; no weights are read.
 
     Raises:
-        MTPError: no checkpoint, or a damaged one.
+        MTPError: if it is not a checkpoint, or a damaged one.
     """
     from mtp_mlx.convert.heads.report import describe
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
@@ -161,10 +161,10 @@ def checkpoint_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoint_heads(path: Path) -> dict[str, Any]:
-    """The MTP heads beside a model, or among its tensors; nothing where it has none."""
+    """The MTP heads inside a model folder: its adapter folder, or heads among its tensors; empty if it has none."""
+    from mtp_mlx.adapter_folder import sidecar
     from mtp_mlx.convert.heads.report import describe_heads
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
-    from mtp_mlx.sidecar import sidecar
 
     beside = sidecar(path)
     if beside is not None:
@@ -177,52 +177,33 @@ def checkpoint_heads(path: Path) -> dict[str, Any]:
     return {} if heads == "none" else {"mtp heads": heads}
 
 
-def heads_folder(path: Path) -> dict[str, Any]:
-    """What an adapter folder of converted MTP heads says about itself."""
-    from mtp_mlx.convert.heads.report import describe_folder
+def adapter(path: Path) -> dict[str, Any]:
+    """What an adapter folder says about itself; its base model is not needed.
 
-    return describe_folder(path)
+    Raises:
+        MTPError: an unknown method, or a file that is missing or damaged.
+    """
+    from mtp_mlx.adapter_folder import count_weights, read_header, read_tensors, tensor_sizes
+    from mtp_mlx.drafters.registry import folder_facts
 
-
-def _is_heads(config: Path) -> bool:
-    """Whether an adapter's config is one of MTP heads; a damaged one is left to the reader of adapters."""
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("method") == "mtp-heads"
-
-
-def adapter_folder(path: Path) -> dict[str, Any]:
-    """What an adapter says about itself; its base is not needed."""
-    import mlx.core as mx
-
-    from mtp_mlx.adapter_folder import WEIGHTS_NAME
-    from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info
-    from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, read_ptp_info
-
-    info: AdapterInfo | PTPInfo = read_ptp_info(path) if is_ptp(path) else read_info(path)
-    try:
-        tensors = mx.load(str(path / WEIGHTS_NAME))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise MTPError(f"{path / WEIGHTS_NAME} is missing or damaged: {error}") from error
-    assert isinstance(tensors, dict)
-    config = info.to_json()
+    header = read_header(path)
     return {
         "kind": "adapter",
-        "method": config["method"],
+        "method": header.method,
         "size": _size(path),
-        "weights": sum(tensor.size for name, tensor in tensors.items() if name != "draft_ids"),
-        "base": config["base"],
-        "shape": config["adapter"],
-        "acceptance": info.acceptance or "not measured",
-        "training": info.training or "not recorded",
-        "measurements": info.measurements or "none",
+        "weights": count_weights(tensor_sizes(read_tensors(path, lazy=True))),
+        "base": {"name": header.base_name, "fingerprint": header.base_fingerprint or "not known"},
+        **folder_facts(path, header),
+        **({"mask": header.mask} if header.mask else {}),
+        **({"source": header.source} if header.source else {}),
+        "acceptance": header.acceptance or "not measured",
+        "training": header.training or "not recorded",
+        "measurements": header.measurements or "none",
     }
 
 
 def model_folder(path: Path) -> dict[str, Any]:
-    """A model's shape, whether it has the seams, and the fingerprint that adapters name."""
+    """A model's shape, whether mtp-mlx can drive it, and the fingerprint that its adapters name."""
     config = _config(path)
     facts: dict[str, Any] = {
         "kind": "model",
@@ -249,7 +230,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _seams(path: Path) -> dict[str, Any]:
-    """Weights stay on disk: only those the fingerprint is made of are read."""
+    """Whether the model has the seams that drafting needs; of the weights only the fingerprint's are read."""
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model

@@ -1,4 +1,4 @@
-"""`mtp-mlx pull`: an adapter folder from a repository of the model hub."""
+"""`mtp-mlx pull`: get an adapter folder from the model hub."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ Examples:
 @click.option("--revision", help="Branch, tag or commit")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout")
 def command(repository: str, out: Path | None, revision: str | None, as_json: bool) -> None:
-    """Download the adapter of REPOSITORY (owner/name) into a folder that --adapter takes."""
+    """Download the adapter in REPOSITORY (owner/name) into a folder for --adapter."""
     from mtp_mlx import hub
 
     out = out or Path(hub.check_repository(repository).rpartition("/")[2])
-    config = hub.pull(repository, out, revision)
-    base, acceptance = config["base"]["name"], config.get("acceptance") or []
+    header = hub.pull(repository, out, revision)
+    base, method, acceptance = header.base_name, header.method, header.acceptance
     if as_json:
-        found = {"out": str(out), "base": base, "method": config.get("method"), "acceptance": acceptance}
-        click.echo(json.dumps(found))
+        click.echo(json.dumps({"out": str(out), "base": base, "method": method, "acceptance": acceptance}))
         return
     depths = " ".join(f"{value:.2f}" for value in acceptance) or "not measured"
-    click.echo(f"{config.get('method')} adapter for {base}, acceptance by depth {depths} -> {out}", err=True)
+    click.echo(f"{method} adapter for {base}, acceptance by depth {depths} -> {out}", err=True)
     click.echo(f'mtp-mlx generate --model {base} --adapter {out} --prompt "..."')

@@ -1,4 +1,4 @@
-"""`mtp-mlx push`: an adapter folder to a repository of the model hub, with a generated card."""
+"""`mtp-mlx push`: publish an adapter folder on the model hub, with a generated card."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Examples:
 @click.command(epilog=EPILOG, short_help="Publish an adapter folder on the model hub")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--base", help="Hub id of the base model, if the adapter knows it by a path")
+@click.option("--base", help="Hub id of the base model, if the adapter names it by a path")
 @click.option("--data", help="What the adapter was trained on, for the card")
 @click.option("--license", "license_name", help="Licence of the adapter, such as apache-2.0")
 @click.option("--public/--private", default=False, show_default=True, help="Who can see a new repository")
-@click.option("--dry-run", is_flag=True, help="Print the card, and push nothing")
+@click.option("--dry-run", is_flag=True, help="Print the card and push nothing")
 def command(
     folder: Path,
     repository: str,
@@ -31,7 +31,7 @@ def command(
     public: bool,
     dry_run: bool,
 ) -> None:
-    """Upload the adapter in FOLDER to REPOSITORY (owner/name), with a card: base, method, data, acceptance, commands.
+    """Upload the adapter in FOLDER to REPOSITORY (owner/name), with a model card.
 
     You must be logged in (`hf auth login`). A new repository is private unless --public is given.
     """
@@ -39,7 +39,6 @@ def command(
 
     description = hub.Description(base, data, license_name)
     if dry_run:
-        config = hub.read_adapter(folder)
-        click.echo(hub.hub_card(config, hub.check_repository(repository), description))
+        click.echo(hub.published(folder, hub.check_repository(repository), description)[1])
         return
     click.echo(hub.push(folder, repository, description, private=not public))

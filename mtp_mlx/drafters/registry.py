@@ -4,7 +4,9 @@ What a room `mtp_mlx/drafters/<room>/` holds for the rest of the package, by fix
 
     options.py   needs no mlx    LOADING: dataclass of what `load` and the command line take, or None
                                  TRAINS: {training method: `mtp_mlx.train.settings.Trains`}
-    folder.py                    load(folder, header, model) -> (DraftSource, what the folder says about itself)
+    folder.py    if adapters     load(folder, header, model) -> (DraftSource, `Header`)
+                                 facts(folder, header) -> what `mtp-mlx info` shows of the method's own section
+                                 card_lines(folder, header) -> `CardLines`
     loading.py   if LOADING      prepare(source, options, context) -> DraftSource | None
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from mtp_mlx.adapter_folder import CardLines, Header, read_header
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.settings import Trains, TrainSettings
 
@@ -89,19 +92,44 @@ def is_chained(method: object) -> bool:
     return any(room.chained and method in room.adapters for room in ROOMS)
 
 
-def load_folder(folder: Path, model: Any) -> tuple[Any, Any]:
+def load_folder(folder: Path, model: Any) -> tuple[Any, Header]:
     """(`DraftSource`, what the folder says about itself) of an adapter folder for a bare model.
 
     Raises:
-        MTPError: no adapter there, one for another base, or a damaged one.
+        MTPError: no adapter there, an unknown method, an adapter for another base, or a damaged one.
     """
-    from mtp_mlx.adapter_folder import read_config
-    from mtp_mlx.drafters.heads.folder import load_heads
-    from mtp_mlx.drafters.masks.folder import load_adapter
-    from mtp_mlx.drafters.ptp.folder import load_ptp
+    header = read_header(folder)
+    return _format(folder, header).load(folder, header, model)
 
-    loaders = {"mtp-heads": load_heads, "ptp": load_ptp}
-    return loaders.get(str(read_config(folder).get("method")), load_adapter)(folder, model)
+
+def folder_facts(folder: Path, header: Header) -> dict[str, Any]:
+    """The section of a method in the header of `folder`, for `mtp-mlx info`.
+
+    Raises:
+        MTPError: an unknown method, or a damaged section.
+    """
+    return _format(folder, header).facts(folder, header)
+
+
+def card_lines(folder: Path, header: Header) -> CardLines:
+    """What the method of an adapter folder adds to its model card.
+
+    Raises:
+        MTPError: an unknown method, or a damaged section.
+    """
+    return _format(folder, header).card_lines(folder, header)
+
+
+def _format(folder: Path, header: Header) -> Any:
+    """The module `folder` of the room that reads the adapter."""
+    for room in ROOMS:
+        if header.method in room.adapters:
+            return room.module("folder")
+    known = ", ".join(f"'{name}'" for room in ROOMS for name in room.adapters)
+    raise MTPError(
+        f"the adapter {folder} is of the method '{header.method}', which this version of mtp-mlx does not know; it "
+        f"knows {known}"
+    )
 
 
 def loading_options() -> dict[str, Any]:

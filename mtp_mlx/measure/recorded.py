@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mlx.adapter_folder import CONFIG_NAME, read_config
+from mtp_mlx.adapter_folder import CONFIG_NAME, read_header
 from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
@@ -37,14 +37,14 @@ def from_adapter(folder: Path) -> MeasuredAcceptance:
     Raises:
         MTPError: no adapter there, or no acceptance recorded.
     """
-    config = read_config(folder)
-    found = _depths(config.get("acceptance"))
+    header = read_header(folder)
+    found = _depths(header.acceptance)
     if not found:
         raise MTPError(
             f"{folder / CONFIG_NAME} records no acceptance: measure it with `mtp-mlx bench --json` and give that "
             "file as `bench`"
         )
-    return MeasuredAcceptance("all", found, registry.is_chained(config.get("method")), str(folder))
+    return MeasuredAcceptance("all", found, registry.is_chained(header.method), str(folder))
 
 
 def from_report(path: Path, lane: str | None = None) -> list[MeasuredAcceptance]:

@@ -20,12 +20,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mtp_mlx.adapter_folder import CONFIG_NAME
+from mtp_mlx.adapter_folder import CONFIG_NAME, sidecar
 from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.sidecar import sidecar
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint

@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import never_end, save_tiny, tiny_model
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "llama", seed=3)
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 

@@ -110,7 +110,7 @@ def test_the_heads_are_used_with_the_model(tmp_path: Path, monkeypatch: pytest.M
     source = llama_with_heads(tmp_path / "model")
     assert run("convert", source, tmp_path / "out").exit_code == 0
     model, _ = load(str(tmp_path / "out"))
-    assert model.most_drafts == 2 and model.info.convention.family == "deepseek-v3"
+    assert model.most_drafts == 2 and model.info.own["heads"]["convention"]["family"] == "deepseek-v3"
     model, _ = load(str(tmp_path / "out"), None)
     assert model.most_drafts == 0
     texts = []

@@ -10,8 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
-from mtp_mlx.drafters.ptp.folder import PTPInfo, save_ptp
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
+from mtp_mlx.drafters.ptp.folder import ptp_header
+from mtp_mlx.drafters.ptp.folder import save as save_ptp
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
 from tests.model.naive import random_adapter
@@ -24,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "llama", seed=3)
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model, sampler_width=0, shared_mask=True)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 
@@ -140,7 +142,7 @@ def test_ptp_adapters(folder: Path, tmp_path: Path, variant: str) -> None:
     """Unverified emission and the sweep refuse them; verified output says that it is lossless."""
     model = tiny_model("llama", seed=3)
     adapter = random_ptp_adapter(model, variant=variant)
-    save_ptp(tmp_path / "ptp", adapter, PTPInfo("tiny", base_fingerprint(model), adapter.config))
+    save_ptp(tmp_path / "ptp", adapter, ptp_header(adapter.config, "tiny", base_fingerprint(model)))
     own = ("--adapter", str(tmp_path / "ptp"))
     for emit in ("static", "conf-adapt"):
         for verb in ("generate", "bench"):

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
 from mtp_mlx.cli.generation_report import BAR_WIDTH, bars, legend
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.measure import plain_speed
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "other", "llama", seed=4)
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 
@@ -270,7 +271,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--layout", "cubic"], "'cubic' is not one of"),
     (["--slots", "9"], "drafts per step must be 1 to 4"),
     (["--adapter", "none", "--layout", "linear"], "needs an adapter"),
-    (["--adapter", "nowhere"], "nowhere is no adapter folder"),
+    (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
     (["--temp", "-1"], "--temp must be at least 0"),
     (["--max-tokens", "0"], "max_tokens must be at least 1"),
     (["--quantize", "4"], "only the embedded model"),

@@ -14,7 +14,8 @@ import mtp_mlx.cli as cli
 from mtp_mlx import generate, load
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = MTPHeads(
         random_heads(model, 3, convention).heads, convention, mx.arange(0, VOCABULARY, 2, dtype=mx.int32)
     )
-    info = HeadsInfo("tiny", base_fingerprint(model), convention, [dict(LAST_LAYER)] * 3)
+    info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 3), "tiny", base_fingerprint(model))
     save_heads(root / "heads", heads, info)
     return root
 
@@ -126,7 +127,7 @@ def test_bench_of_a_loop(folder: Path, tmp_path: Path) -> None:
 
 def test_python_calls(folder: Path, expected: str) -> None:
     model, tokenizer = load(str(folder / "model"), folder / "heads")
-    assert model.most_drafts == 3 and model.info.convention.family == "test"
+    assert model.most_drafts == 3 and model.info.own["heads"]["convention"]["family"] == "test"
     assert generate(model, tokenizer, "The sky", COUNT, layout="linear") == expected
     model.detach()
     assert model.speculator is None
@@ -144,7 +145,7 @@ def test_python_calls(folder: Path, expected: str) -> None:
         ),
         ("model", ["--loop", "17"], "must be at most 16"),
         ("model", ["--loop", "5", "-a", "none"], "--loop applies MTP heads again, and there are none here"),
-        ("other", [], "trained for base 'tiny'"),
+        ("other", [], "made for base 'tiny'"),
     ],
 )
 def test_what_is_refused(folder: Path, model: str, args: list[str], message: str) -> None:

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from mlx_lm.models.cache import ChunkedKVCache, KVCache
 
 import mtp_mlx.cli as cli
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
@@ -88,8 +89,13 @@ def test_model_that_mlx_lm_cannot_load(tmp_path: Path) -> None:
 def test_adapter(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model)
-    info = AdapterInfo(
-        "tiny", base_fingerprint(model), adapter.config, {"steps": 7}, [0.5, 0.25], {"dev": {"n": 1}}
+    info = mask_header(
+        adapter.config,
+        "tiny",
+        base_fingerprint(model),
+        training={"steps": 7},
+        acceptance=[0.5, 0.25],
+        measurements={"dev": {"n": 1}},
     )
     save_adapter(tmp_path / "adapter", adapter, info)
     found = facts(tmp_path / "adapter")

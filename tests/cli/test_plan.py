@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
+from mtp_mlx.adapter_folder import Header, write_header
 
 
 def run(*args: str) -> Result:
@@ -18,9 +19,7 @@ def run(*args: str) -> Result:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "mtp_config.json").write_text(
-        '{"method": "mask-tokens", "acceptance": [0.9, 0.8]}'
-    )
+    write_header(tmp_path / "adapter", Header("mask-tokens", "tiny", None, acceptance=[0.9, 0.8]))
     return tmp_path / "adapter"
 
 
@@ -51,7 +50,7 @@ def test_categories_of_a_report(tmp_path: Path) -> None:
 
 
 def test_nothing_beats_plain_is_said(adapter: Path) -> None:
-    (adapter / "mtp_config.json").write_text('{"method": "mask-tokens", "acceptance": [0.01]}')
+    write_header(adapter, Header("mask-tokens", "tiny", None, acceptance=[0.01]))
     assert (
         "Nothing is projected to beat plain decoding here."
         in run("--curve", "m5-max", "-a", str(adapter)).stdout
@@ -63,7 +62,7 @@ def test_nothing_beats_plain_is_said(adapter: Path) -> None:
     [
         (["--curve", "m9"], "choose one of m3-ultra, m4-pro, m5-max"),
         (["--curve", "~nosuchuser/x"], "no such home folder"),
-        (["--adapter", "nowhere"], "nowhere is no adapter folder"),
+        (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
         (["--adapter", "a", "--bench", "b"], "from one of them"),
         (["--lane", "x"], "give that with --bench"),
         (["--bench", "none.json"], "none.json does not exist"),

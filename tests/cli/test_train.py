@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.cli import main
-from mtp_mlx.drafters.masks.folder import read_info
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny
 
@@ -67,7 +67,7 @@ def test_it_trains_and_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
         "data: 16 rows, ", "; 4 held out", "memory, estimated: ", "step 3: acceptance by depth", "6 steps, loss "
     ):  # fmt: skip
         assert text in result.stderr, text
-    assert read_info(out).training["steps"] == 6
+    assert read_header(out).training["steps"] == 6
     again = run(*arguments(model, data, out), "--json")
     assert again.exit_code == 0 and "going on after step 6 of " in again.stderr
     assert json.loads(again.stdout)["resumed_from"] == 6
@@ -174,7 +174,7 @@ def test_the_real_command_saves_on_ctrl_c(model: Path, data: Path, tmp_path: Pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "stopped after step" in errors and "Traceback" not in errors
-    assert (tmp_path / "adapter.checkpoint.safetensors").exists() and read_info(out).training["steps"] > 3
+    assert (tmp_path / "adapter.checkpoint.safetensors").exists() and read_header(out).training["steps"] > 3
 
 
 def check_sentence(result: Result, *texts: str) -> None:
@@ -202,7 +202,7 @@ def test_mendable_errors(model: Path, data: Path, tmp_path: Path) -> None:
     check_sentence(run(*arguments(model, data, out, held_out=16)), "16 held-out rows were asked for")
     check_sentence(run(*arguments(model, data, out, target_modules="query")), "['query'] name no linear")
     check_sentence(run(*arguments(model, data, tmp_path)), f"{tmp_path} is a folder with other files")
-    check_sentence(run(*arguments(model, data, out, start_from=tmp_path)), "is no adapter folder")
+    check_sentence(run(*arguments(model, data, out, start_from=tmp_path)), "is not an adapter folder")
     data.write_text(data.read_text()[:-20])
     check_sentence(run(*arguments(model, data, out)), "data.jsonl, line 16: truncated")
     check_sentence(run("train", "--model", str(model), "--data", str(data)), "--out is missing")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples import finetune_notes
-from mtp_mlx.drafters.masks.folder import read_info
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.errors import MTPError
 from tests.tiny import save_tiny
 
@@ -39,7 +39,7 @@ def test_from_notes_to_speed_up(
     assert "6 prompts; acceptance by depth on held-out answers: 0." in said.out
     assert "times the speed of plain mlx-lm; 3 of 3 texts the same" in said.out
     assert said.err.count("$ mtp-mlx ") == 3
-    assert read_info(out).training["steps"] == 2
+    assert read_header(out).training["steps"] == 2
     files = tmp_path / "adapter-files"
     trained, held = ((files / f"{name}.jsonl").read_text().splitlines() for name in ("prompts", "held_out"))
     assert len(trained) == 3 and len(held) == 3 and not set(trained) & set(held)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
@@ -29,7 +30,7 @@ def test_it_runs_in_reduced_form(
     model = save_tiny(tmp_path / "model", seed=3)
     base = tiny_model(seed=3)
     adapter = random_adapter(base)
-    info = AdapterInfo("tiny", base_fingerprint(base), adapter.config)
+    info = mask_header(adapter.config, "tiny", base_fingerprint(base))
     save_adapter(tmp_path / "adapter", adapter, info)
     names: dict[str, Any] = {}
     settings, *rest = code_cells()

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
 from mtp_mlx.decode.emission import Emission
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.answer_report import summarise
 from mtp_mlx.measure.code_tasks import CodeTask
@@ -179,7 +180,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "llama", seed=3)
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     (root / "gsm8k.jsonl").write_text('{"question": "The sky", "answer": "#### 3"}\n')
     (root / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (HUMANEVAL, MBPP)))
     return root

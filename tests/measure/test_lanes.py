@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
@@ -29,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, _ = mlx_lm.load(str(root / "model"))
     shape = MaskAdapterConfig(slots=2, rank=2, sampler_width=16)
     save_adapter(
-        root / "adapter", new_adapter(model, shape), AdapterInfo("tiny", base_fingerprint(model), shape)
+        root / "adapter", new_adapter(model, shape), mask_header(shape, "tiny", base_fingerprint(model))
     )
     return root / "model", root / "adapter"
 

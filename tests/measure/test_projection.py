@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_mlx.adapter_folder import Header, write_header
 from mtp_mlx.drafters import registry
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.masks.weights import MaskAdapter
@@ -185,11 +186,10 @@ def test_acceptance_of_a_report(tmp_path: Path) -> None:
 
 
 def test_acceptance_of_an_adapter(tmp_path: Path) -> None:
-    config = tmp_path / "mtp_config.json"
-    config.write_text(json.dumps({"method": "mtp-heads", "acceptance": [0.8, 0.7]}))
+    write_header(tmp_path, Header("mtp-heads", "tiny", None, acceptance=[0.8, 0.7]))
     found = from_adapter(tmp_path)
     assert found.acceptance == (0.8, 0.7) and found.chained
-    config.write_text(json.dumps({"method": "mask-tokens", "acceptance": []}))
+    write_header(tmp_path, Header("mask-tokens", "tiny", None))
     with pytest.raises(MTPError, match="records no acceptance"):
         from_adapter(tmp_path)
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
 from mtp_mlx.measure.prompts import Prompt
@@ -104,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model", "llama", seed=3)
     model = tiny_model("llama", seed=3)
     adapter = random_adapter(model, slots=2)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 

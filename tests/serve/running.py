@@ -16,7 +16,8 @@ from typing import Any
 import uvicorn
 
 from mtp_mlx.api import load
-from mtp_mlx.drafters.masks.folder import AdapterInfo, save_adapter
+from mtp_mlx.drafters.masks.folder import mask_header
+from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.serve.app import Application, AppSettings
 from mtp_mlx.serve.engine import Engine, EngineSettings
@@ -35,7 +36,7 @@ def save_model(root: Path) -> Path:
     save_tiny(root / "model", "qwen3", seed=3, vocab_size=VOCABULARY)
     model = tiny_model("qwen3", seed=3, vocab_size=VOCABULARY)
     adapter = random_adapter(model)
-    save_adapter(root / "adapter", adapter, AdapterInfo("tiny", base_fingerprint(model), adapter.config))
+    save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
 
 

@@ -14,8 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.adapter_folder import read_config
-from mtp_mlx.drafters.masks.folder import read_info
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.drafters.registry import training_methods
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train import checkpoint as checkpoints
@@ -133,7 +132,7 @@ def test_an_interrupted_run_saves_and_goes_on(
     assert "stopped after step" in printed and "Traceback" not in errors
     state = checkpoints.load_checkpoint(out.with_name("adapter.checkpoint.safetensors"))
     assert state.step in (4, 5)
-    assert read_config(out)["training"]["steps"] == state.step
+    assert read_header(out).training["steps"] == state.step
     check_same_run(out, finish(out, method), whole_runs[method])
 
 
@@ -272,7 +271,7 @@ def test_starting_from_another_adapter(tmp_path: Path, uninterrupted: Run) -> No
     for name, value in weights(trainer).items():
         np.testing.assert_allclose(value, weights(whole)[name], rtol=0.01, atol=1e-6)  # stored in bfloat16
     assert trainer.run()
-    assert read_info(tmp_path / "a").training["start_from"] == "adapter"
+    assert read_header(tmp_path / "a").training["start_from"] == "adapter"
     listener = Remembering()
     other = trainer_for(tmp_path / "c", listener, start_from=whole_out, draft_vocab=61)
     assert "another draft vocabulary" in str(listener.messages), "told, since it changes what is drafted"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.trainer import learning_rate
@@ -50,7 +50,7 @@ def test_the_base_stays_as_it_was(tmp_path: Path, quantized: bool) -> None:
     assert mx.array_equal(model(tokens), build()(tokens))
     trainer.attached.detach()
     assert same({name: np.array(value) for name, value in tree_flatten(model.parameters())}, before)
-    adapter, info = load_adapter(tmp_path / "adapter", build())
+    adapter, info = load_folder(tmp_path / "adapter", build())
     assert info.training["steps"] == 4 and info.acceptance
     for name, value in adapter.tensors().items():
         np.testing.assert_allclose(np.array(value), after[name], rtol=0.01, atol=1e-6)  # bfloat16

@@ -50,7 +50,7 @@ _RUNS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Described(Protocol):
-    """What is needed of `mtp_mlx.drafters.heads.folder.HeadsInfo`."""
+    """What is needed of `mtp_mlx.drafters.heads.config.HeadsConfig`."""
 
     convention: HeadConvention
     blocks: list[dict[str, Any]]

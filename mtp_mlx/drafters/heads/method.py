@@ -11,10 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, load_heads, read_heads_info, save_heads
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, config_of, heads_header, load, save
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.memory import estimate_heads_memory
@@ -44,7 +45,7 @@ def first_trained_depth(settings: HeadsSettings) -> int:
     """
     if settings.extend is None or settings.start_from is None:
         return 1
-    return read_heads_info(settings.start_from).count + 1
+    return config_of(settings.start_from, read_header(settings.start_from)).count + 1
 
 
 class TrainHeads(Method[HeadsSettings]):
@@ -63,7 +64,7 @@ class TrainHeads(Method[HeadsSettings]):
         bare = attach(model)
         bare.make_cache()  # refuses a model that could not take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
-        self._info = HeadsInfo(settings.model, self.fingerprint, CONVENTION, [LAST_LAYER] * settings.heads)
+        self._config = HeadsConfig(CONVENTION, [LAST_LAYER] * settings.heads)
         self._frozen = 0  # heads before this one are as they were
         if settings.start_from is None:
             heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
@@ -103,9 +104,10 @@ class TrainHeads(Method[HeadsSettings]):
         Raises:
             MTPError: no heads there, of another base or another number.
         """
-        loaded, info = load_heads(folder, model)
+        loaded, header = load(folder, read_header(folder), model)
+        theirs = config_of(folder, header)
         check_plain(loaded, f"--start-from {folder}")
-        heads, blocks = loaded.heads, info.blocks
+        heads, blocks = loaded.heads, theirs.blocks
         if self.settings.extend is not None:
             self._frozen = len(heads)
             heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
@@ -118,14 +120,12 @@ class TrainHeads(Method[HeadsSettings]):
                 f"--start-from {folder}: it has {len(heads)} heads, --heads is {self.settings.heads}: "
                 f"give --heads {len(heads)}, or --extend to grow them"
             )
-        self._info.convention, self._info.model_config = info.convention, info.model_config
-        self._info.blocks = blocks
-        self._info.count = self._info.drafts = len(heads)
-        theirs = loaded.draft_ids
-        if ([] if draft_ids is None else draft_ids.tolist()) != ([] if theirs is None else theirs.tolist()):
+        self._config = HeadsConfig(theirs.convention, blocks, theirs.model_config)
+        old_ids = loaded.draft_ids
+        if ([] if draft_ids is None else draft_ids.tolist()) != ([] if old_ids is None else old_ids.tolist()):
             # No weight depends on which ids may be drafted.
             tell(f"{folder} was trained with another draft vocabulary; this data's is used")
-        return MTPHeads(heads, info.convention, draft_ids)
+        return MTPHeads(heads, theirs.convention, draft_ids)
 
     def _learnt(self, examples: Sequence[Example]) -> list[Example]:
         """The examples, from the second token on where prompts are learnt from too.
@@ -176,8 +176,14 @@ class TrainHeads(Method[HeadsSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        self._info.training, self._info.acceptance = {**training, "heads": self.depth}, acceptance
-        save_heads(folder, self.heads, self._info)
+        header = heads_header(
+            self._config,
+            self.settings.model,
+            self.fingerprint,
+            training={**training, "heads": self.depth},
+            acceptance=acceptance,
+        )
+        save(folder, self.heads, header)
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`."""

@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter_folder import read_tensors
-from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
+from mtp_mlx.adapter_folder import read_header, read_tensors
+from mtp_mlx.drafters.masks.folder import config_of, mask_header, save
 from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.drafters.masks.method import mask_shape
 from mtp_mlx.drafters.masks.model_folder import mask_only, write_model_folder
@@ -102,9 +102,10 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
                 f"--start-from continues adapters, and tuning {self.settings.tuning} writes whole models: train "
                 "that model with --model instead"
             )
-        info = read_info(folder)
-        check_base(folder, info, self.fingerprint)
-        check_shape(folder, info.shape, self.adapter.config)
+        header = read_header(folder)
+        shape = config_of(folder, header)
+        check_base(folder, header, self.fingerprint)
+        check_shape(folder, shape, self.adapter.config)
         self.adapter.load_tensors(read_tensors(folder))
 
     @property
@@ -138,23 +139,25 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`: an adapter folder for gated LoRA, else a model folder."""
-        info = AdapterInfo(
-            base_name=self.settings.model,
-            base_fingerprint=self.fingerprint,
-            shape=self.adapter.config if self._gated else mask_only(self.depth),
-            training=training,
-            acceptance=acceptance,
-        )
         if self._gated:
-            save_adapter(folder, self.adapter, info)
+            header = mask_header(
+                self.adapter.config,
+                self.settings.model,
+                self.fingerprint,
+                training=training,
+                acceptance=acceptance,
+            )
+            save(folder, self.adapter, header)
             return
         source = Path(resolve_model(self.settings.model))
-        info.base_name = folder.name
-        info.training = {"base": source.name, "base_fingerprint": self.fingerprint, **training}
+        training = {"base": source.name, "base_fingerprint": self.fingerprint, **training}
+        header = mask_header(
+            mask_only(self.depth), folder.name, None, training=training, acceptance=acceptance
+        )
         mask = self.adapter.slot_embeddings.weight[0]
         with self.attached.unwrapped() as bare:
             model = bare if self._whole else merged(bare, self.adapter)
-            write_model_folder(folder, source, model, mask, info)
+            write_model_folder(folder, source, model, mask, header)
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`: that of as many blocks as there are regions; a full fine-tune has the model's own state."""

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mtp_mlx.adapter_folder import read_tensors
-from mtp_mlx.drafters.masks.folder import AdapterInfo, read_info, save_adapter
+from mtp_mlx.adapter_folder import read_header, read_tensors
+from mtp_mlx.drafters.masks.folder import config_of, mask_header, save
 from mtp_mlx.drafters.masks.losses import Apple, SelfDistil
 from mtp_mlx.drafters.masks.options import MaskTokenSettings
 from mtp_mlx.drafters.masks.step import StepRunner
@@ -83,9 +83,10 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
         Raises:
             MTPError: no adapter there, another base or another shape.
         """
-        info, tensors = read_info(folder), read_tensors(folder)
-        check_base(folder, info, self.fingerprint)
-        check_shape(folder, info.shape, self.adapter.config)
+        header, tensors = read_header(folder), read_tensors(folder)
+        shape = config_of(folder, header)
+        check_base(folder, header, self.fingerprint)
+        check_shape(folder, shape, self.adapter.config)
         own = self.adapter.tensors().get("draft_ids")
         theirs = tensors.get("draft_ids")
         if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
@@ -118,11 +119,11 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        info = AdapterInfo(
-            base_name=self.settings.model,
-            base_fingerprint=self.fingerprint,
-            shape=self.adapter.config,
+        header = mask_header(
+            self.adapter.config,
+            self.settings.model,
+            self.fingerprint,
             training=training,
             acceptance=acceptance,
         )
-        save_adapter(folder, self.adapter, info)
+        save(folder, self.adapter, header)

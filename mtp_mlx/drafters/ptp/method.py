@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.adapter_folder import read_header, read_tensors
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
-from mtp_mlx.drafters.ptp.folder import PTPInfo, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.folder import config_of, ptp_header, save
 from mtp_mlx.drafters.ptp.loss import PTPLoss
 from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.step import PTPRunner, measure_ptp
@@ -83,9 +83,10 @@ class TrainPTP(SlotMethod[PTPSettings]):
         Raises:
             MTPError: no such adapter there, or another base, variant or shape.
         """
-        info, tensors = read_ptp_info(folder), read_tensors(folder)
-        check_base(folder, info, self.fingerprint)
-        check_shape(folder, info.shape, self.adapter.config)
+        header, tensors = read_header(folder), read_tensors(folder)
+        shape = config_of(folder, header)
+        check_base(folder, header, self.fingerprint)
+        check_shape(folder, shape, self.adapter.config)
         self.adapter.load_tensors(tensors)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
@@ -101,11 +102,11 @@ class TrainPTP(SlotMethod[PTPSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        info = PTPInfo(
-            base_name=self.settings.model,
-            base_fingerprint=self.fingerprint,
-            shape=self.adapter.config,
+        header = ptp_header(
+            self.adapter.config,
+            self.settings.model,
+            self.fingerprint,
             training=training,
             acceptance=acceptance,
         )
-        save_ptp(folder, self.adapter, info)
+        save(folder, self.adapter, header)

@@ -23,7 +23,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import speculative_step
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.session import CacheSettings, Session
-from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from tests.convert.heads.head_checkpoints import Made
@@ -139,7 +139,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Oracle]:
 def attached(base: Path, out: Path) -> AttachedModel:
     """The model with its adapter, all in float32."""
     model, _ = load_model(base)
-    adapter, info = load_adapter(out, model)
+    adapter, info = load_folder(out, model)
     adapter.load_tensors({name: value.astype(mx.float32) for name, value in adapter.tensors().items()})
     made = attach(model, adapter)
     made.info = info

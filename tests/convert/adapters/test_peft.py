@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mtp_mlx.convert.adapters.peft import write_peft
 from mtp_mlx.convert.adapters.peft_plan import is_peft, plan_lines
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
-from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
@@ -66,7 +66,7 @@ def write(source: Path, out: Path) -> Path:
 
 def slot_logits(model: Any, path: Path) -> np.ndarray:
     """[k, D] states of the slots behind a short text, by the runtime."""
-    adapter, _ = load_adapter(path, model)
+    adapter, _ = load_folder(path, model)
     attached = attach(model, adapter)
     ids = mx.array([[5, 9, 2, *range(VOCABULARY, VOCABULARY + 3)]])
     block = Block(ids, n_real=3, positions=mx.arange(6), visibility=mx.tril(mx.ones((6, 6), dtype=mx.bool_)))
@@ -104,14 +104,10 @@ def test_slot_rows_are_what_peft_would_compute(tmp_path: Path, config: dict[str,
 def test_everything_is_taken_over(tmp_path: Path) -> None:
     ids = {f"{PREFIX}draft_ids": np.array([3, 9, 64], np.int64)}
     out = write(folder(tmp_path / "lora", factors() | SLOTS | SAMPLER | ids), tmp_path / "out")
-    adapter, info = load_adapter(out, tiny_model("llama", seed=3))
-    assert (info.shape.slots, info.shape.rank, info.shape.sampler_width, info.shape.draft_vocab_size) == (
-        3,
-        4,
-        20,
-        3,
-    )
-    assert info.shape.target_modules == ("q_proj", "v_proj") and info.base_name == "tiny"
+    adapter, info = load_folder(out, tiny_model("llama", seed=3))
+    shape = adapter.config
+    assert (shape.slots, shape.rank, shape.sampler_width, shape.draft_vocab_size) == (3, 4, 20, 3)
+    assert shape.target_modules == ("q_proj", "v_proj") and info.base_name == "tiny"
     tensors = adapter.tensors()
     np.testing.assert_array_equal(np.array(tensors["draft_ids"]), [3, 9, 64])
     for name, value in SAMPLER.items():
@@ -122,7 +118,7 @@ def test_slots_as_rows_of_a_larger_embedding(tmp_path: Path) -> None:
     """Mask tokens that were added to the vocabulary; without a sampler head slots keep their own prediction."""
     table = {f"{PREFIX}model.embed_tokens.weight": numbers("table", (VOCABULARY + 2, 48))}
     out = write(folder(tmp_path / "lora", factors() | table), tmp_path / "out")
-    adapter, info = load_adapter(out, tiny_model("llama", seed=3))
+    adapter, info = load_folder(out, tiny_model("llama", seed=3))
     np.testing.assert_array_equal(
         np.array(adapter.slot_embeddings.weight), list(table.values())[0][VOCABULARY:]
     )
@@ -195,8 +191,8 @@ def test_the_scale_is_the_adapters_own(tmp_path: Path) -> None:
     """config.json beside an adapter is its base's; without the adapter's own file the scale is not guessed."""
     source = folder(tmp_path / "lora", factors() | SLOTS)
     (source / "config.json").write_text('{"model_type": "llama"}')
-    _, info = load_adapter(write(source, tmp_path / "out"), tiny_model("llama", seed=3))
-    assert info.shape.alpha == 8
+    adapter, _ = load_folder(write(source, tmp_path / "out"), tiny_model("llama", seed=3))
+    assert adapter.config.alpha == 8
     (source / "adapter_config.json").unlink()
     for beside in (True, False):
         assert (source / "config.json").is_file() == beside

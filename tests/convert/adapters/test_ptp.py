@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
 from mtp_mlx.convert.adapters.ptp import convert_ptp
@@ -22,7 +23,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.drafters.ptp.config import TeacherSampling
-from mtp_mlx.drafters.ptp.folder import read_ptp_info
+from mtp_mlx.drafters.ptp.folder import config_of
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, block_shape
 from tests.convert.checkpoints import write_safetensors
@@ -125,9 +126,9 @@ def test_slots_compute_what_numpy_computes(tmp_path: Path, name: str) -> None:
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     assert is_ptp_checkpoint(open_checkpoint(source))
     out = convert_ptp(open_checkpoint(source), base, tmp_path / "out")
-    info = read_ptp_info(out)
-    assert (info.shape.embedding, info.shape.alpha, info.shape.variant) == (embedding, alpha, "o")
-    assert info.shape.teacher == TeacherSampling(0.7, 50, 0.95)
+    config = config_of(out, read_header(out))
+    assert (config.embedding, config.alpha, config.variant) == (embedding, alpha, "o")
+    assert config.teacher == TeacherSampling(0.7, 50, 0.95)
     model, _ = load(str(base), out)
     tokens, uniforms = [3, 14, 15, 92, 65], np.array([0.0, 0.171, 0.53, 0.77, 0.9999], dtype=np.float32)
     cache = model.make_cache()
@@ -194,7 +195,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert plan.exit_code == 0 and "28 low-rank factors" in plan.stdout
     done = command(source, tmp_path / "out", "--heads-only", "--base", base)
     assert done.exit_code == 0, done.output
-    assert read_ptp_info(tmp_path / "out").shape.embedding == "ieee-bits"
+    assert config_of(tmp_path / "out", read_header(tmp_path / "out")).embedding == "ieee-bits"
     text = CliRunner().invoke(
         main,
         [

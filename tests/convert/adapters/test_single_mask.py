@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import mtp_mlx
+from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.convert.adapters.single_mask import MASK_TOKEN, find_mask
 from mtp_mlx.convert.whole import WholeSettings, report_lines
 from mtp_mlx.decode.emission import Emission
-from mtp_mlx.drafters.masks.folder import read_info
+from mtp_mlx.drafters.masks.folder import config_of
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.model.block import Block
 from tests.convert.conversions import whole_model
@@ -98,9 +99,10 @@ def test_converts_loads_and_decodes_as_numpy(tmp_path: Path, architecture: str, 
 
 def test_the_sidecar_names_the_mask(tmp_path: Path) -> None:
     whole_model(released(tmp_path / "source", "qwen3"), tmp_path / "out")
-    info = read_info(tmp_path / "out" / "mtp")
+    info = read_header(tmp_path / "out" / "mtp")
     assert info.mask["id"] == VOCABULARY and info.mask["token"] == MASK_TOKEN and info.mask["stops"] == [2, 0]
-    assert info.mask["prompt"].startswith("raw") and info.shape.slots == 15 and info.shape.rank == 0
+    shape = config_of(tmp_path / "out" / "mtp", info)
+    assert info.mask["prompt"].startswith("raw") and shape.slots == 15 and shape.rank == 0
     card = (tmp_path / "out" / "mtp" / "README.md").read_text()
     assert MASK_TOKEN in card and "lossy" in card
 

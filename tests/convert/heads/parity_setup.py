@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mlx_lm.utils import load_model
 
 import mtp_mlx.cli as cli
+from mtp_mlx.adapter_folder import Header
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import mtp_generate_step, speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
@@ -21,7 +22,7 @@ from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.cascade import MTPHeads
-from mtp_mlx.drafters.heads.folder import HeadsInfo, load_heads
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.seams import find_seams
@@ -74,7 +75,7 @@ class Parity:
     heads_folder: Path
     model: Any
     heads: MTPHeads
-    info: HeadsInfo
+    info: Header
 
     @staticmethod
     def of(name: str, folder: Path, **convention: Any) -> Parity:
@@ -99,7 +100,7 @@ class Parity:
         config["heads"]["convention"] |= convention
         (heads_folder / "mtp_config.json").write_text(json.dumps(config))
         model, _ = load_model(out)
-        heads, info = load_heads(heads_folder, model)
+        heads, info = load_folder(heads_folder, model)
         heads.set_dtype(mx.float32)
         return Parity(family, made, out, heads_folder, model, heads, info)
 

@@ -100,7 +100,7 @@ def test_the_converted_folder_is_loaded_and_decoded(parity: Parity) -> None:
     """As a user does it: `load(OUT)` finds the heads beside the trunk, and the text is mlx-lm's own."""
     beside = parity.heads_folder.name == "mtp"
     model, tokenizer = load(str(parity.folder), "auto" if beside else parity.heads_folder)
-    assert isinstance(model.speculator, MTPHeads) and model.info.convention == parity.info.convention
+    assert isinstance(model.speculator, MTPHeads) and model.info == parity.info
     options: dict[str, Any] = {"max_tokens": 10, "layout": "linear", "slots": parity.family.depths}
     found = [item.token for item in stream_generate(model, tokenizer, TOKENS[:9], **options)]
     theirs = generate_step(mx.array(TOKENS[:9]), parity.model, max_tokens=10)

@@ -25,7 +25,7 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.drafters.heads.folder import load_heads
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
@@ -158,8 +158,8 @@ def case(
     make = medusa if request.param == "medusa" else meta
     out, heads_folder, oracle = make(tmp_path_factory.mktemp(request.param))
     model, _ = load_model(out)
-    heads, info = load_heads(heads_folder, model)
-    assert info.count == heads.drafts == heads.most_drafts == COUNT
+    heads, info = load_folder(heads_folder, model)
+    assert len(heads.heads) == heads.drafts == heads.most_drafts == COUNT
     heads.set_dtype(mx.float32)
     attached = attach(model, heads)
     attached.info, attached.name = info, str(heads_folder)
@@ -302,11 +302,11 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         MTPError, match=r"heads\.0\.lm_head\.weight is \(40, 48\) in the file, \(157, 48\) expected"
     ):
-        load_heads(out, tiny_model("llama", seed=3))
+        load_folder(out, tiny_model("llama", seed=3))
     path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"drafts": 4}}))
     with pytest.raises(MTPError, match=r"3 head\(s\) of the kind 'medusa' cannot draft 4 tokens in a step"):
-        load_heads(out, model)
+        load_folder(out, model)
     convention = raw["heads"]["convention"] | {"first_hidden": "before-last-layer"}
     path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"convention": convention}}))
     with pytest.raises(MTPError, match="cannot be run yet: their first hidden is 'before-last-layer'"):
-        load_heads(out, model)
+        load_folder(out, model)

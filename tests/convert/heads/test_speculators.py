@@ -17,7 +17,8 @@ from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.convert.read.safetensors import read_safetensors
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.convert.conversions import heads_folder, plan, speculators_folder
@@ -147,7 +148,7 @@ def test_heads_that_were_trained_here(tmp_path: Path) -> None:
     model = tiny_model("qwen3", seed=3)
     convention = HeadConvention("trained")
     heads = new_heads(model, 2, convention, mx.array([3, 9], dtype=mx.int32))
-    info = HeadsInfo("tiny", base_fingerprint(model), convention, [dict(LAST_LAYER)] * 2)
+    info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 2), "tiny", base_fingerprint(model))
     save_heads(tmp_path / "heads", heads, info, mx.float32)
     with pytest.raises(MTPError, match="give the base model's with `base`"):
         export_speculators(tmp_path / "heads", tmp_path / "out")

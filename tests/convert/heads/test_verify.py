@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mtp_mlx.convert.heads.verify import Variant, verify_folder, verify_heads
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsInfo, save_heads
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.drafters.heads.mtp_head import MTPHead
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.tiny import tiny_model
@@ -240,9 +241,8 @@ def test_the_folder_keeps_what_was_measured(tmp_path: Path) -> None:
     model = table()
     truth = Variant("post-norm", "embedding", False)
     heads = trained_for(model, truth, truth)
-    info = HeadsInfo(
-        "table", base_fingerprint(model), heads.convention, [dict(LAST_LAYER)], measurements={"x": 1}
-    )
+    config = HeadsConfig(heads.convention, [dict(LAST_LAYER)])
+    info = heads_header(config, "table", base_fingerprint(model), measurements={"x": 1})
     save_heads(tmp_path / "heads", heads, info)
     verify_folder(model, Numbers(), tmp_path / "heads", ("some text",), 9)
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())

@@ -11,7 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.convert.heads.report import describe, describe_folder
+from mtp_mlx.cli.info import adapter
+from mtp_mlx.convert.heads.report import describe
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
@@ -41,7 +42,7 @@ def test_the_folder_holds_the_canonical_tensors(tmp_path: Path, name: str) -> No
     assert config["heads"]["convention"]["family"] == CASES[name].family
     assert len(config["heads"]["blocks"]) == CASES[name].heads
     assert str(tmp_path) not in (out / "mtp_config.json").read_text() + (out / "README.md").read_text()
-    facts = describe_folder(out)
+    facts = adapter(out)
     assert facts["weights"] == sum(value.size for value in made.canonical.values())
     assert (
         list(tmp_path.iterdir()) == [tmp_path / "model", tmp_path / "heads"]
@@ -114,7 +115,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtp_mlx.convert.heads.write.heads_card", full)
+    monkeypatch.setattr("mtp_mlx.convert.heads.write.model_card", full)
     with pytest.raises(MTPError, match="disk is full"):
         write(source, tmp_path / "heads")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

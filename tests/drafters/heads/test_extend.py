@@ -12,10 +12,10 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mtp_mlx.adapter_folder import read_tensors
+from mtp_mlx.adapter_folder import read_header, read_tensors
 from mtp_mlx.api import generate, load
 from mtp_mlx.drafters.heads.agreement import measure_heads
-from mtp_mlx.drafters.heads.folder import read_heads_info
+from mtp_mlx.drafters.heads.folder import config_of
 from mtp_mlx.drafters.heads.start import extended_count
 from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.errors import MTPError
@@ -64,8 +64,9 @@ def test_only_the_new_group_learns(tmp_path: Path, two: Path) -> None:
     before, after = read_tensors(two), read_tensors(tmp_path / "four")
     for name, value in before.items():
         assert mx.array_equal(value, after[name]), f"{name}: the earlier group is the folder's, bit for bit"
-    info = read_heads_info(tmp_path / "four")
-    assert len(info.blocks) == info.drafts == len(info.acceptance) == 4
+    info = read_header(tmp_path / "four")
+    config = config_of(tmp_path / "four", info)
+    assert len(config.blocks) == config.drafts == len(info.acceptance) == 4
     assert info.training["heads"] == 4 and info.training["extend"] == "2x"
     assert info.training["start_from"] == "heads"
 

@@ -13,20 +13,16 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo
 
-from mtp_mlx.convert.heads.report import describe_folder
+from mtp_mlx.adapter_folder import Header, read_header
+from mtp_mlx.cli.info import adapter
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import (
-    LAST_LAYER,
-    HeadsInfo,
-    is_heads,
-    load_heads,
-    read_heads_info,
-    save_heads,
-)
+from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, config_of, heads_header
+from mtp_mlx.drafters.heads.folder import save as save_heads
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
@@ -38,17 +34,15 @@ from tests.tiny import DENSE_ARCHITECTURES, tiny_config, tiny_model
 DRAFT_IDS = mx.array([3, 9, 64, 100], dtype=mx.int32)
 
 
-def written(folder: Path, model: Any, drafts: int = 0) -> tuple[MTPHeads, HeadsInfo]:
+def written(folder: Path, model: Any, drafts: int = 0) -> tuple[MTPHeads, Header]:
     """Two random heads of `model`, saved in `folder`."""
     convention = HeadConvention("test", recycled_hidden="raw", unsettled=("first_hidden",))
     heads = random_heads(model, 2, convention)
     heads = MTPHeads(heads.heads, convention, DRAFT_IDS, drafts)
-    info = HeadsInfo(
+    info = heads_header(
+        HeadsConfig(convention, [dict(LAST_LAYER)] * 2, drafts=drafts),
         "tiny",
         base_fingerprint(model),
-        convention,
-        [dict(LAST_LAYER)] * 2,
-        drafts=drafts,
         training={"steps": 7},
         acceptance=[0.5, 0.25],
     )
@@ -64,8 +58,7 @@ def parameters(heads: MTPHeads) -> dict[str, mx.array]:
 def test_round_trip(tmp_path: Path, architecture: str) -> None:
     model = tiny_model(architecture, seed=3)
     heads, info = written(tmp_path / "heads", model, drafts=5)
-    found, found_info = load_heads(tmp_path / "heads", model)
-    assert is_heads(tmp_path / "heads")
+    found, found_info = load_folder(tmp_path / "heads", model)
     assert found_info.to_json() == info.to_json() and found.drafts == 5
     assert found.convention == heads.convention
     assert found.draft_ids is not None and mx.array_equal(found.draft_ids, DRAFT_IDS)
@@ -80,7 +73,7 @@ def test_a_card_and_a_description(tmp_path: Path) -> None:
     written(tmp_path / "heads", model)
     card = (tmp_path / "heads" / "README.md").read_text()
     assert "2 head(s) that draft 2 token(s)" in card and "0.50 / 0.25" in card
-    facts = describe_folder(tmp_path / "heads")
+    facts = adapter(tmp_path / "heads")
     assert facts["heads"] == 2 and facts["family"] == "test" and facts["acceptance"] == [0.5, 0.25]
 
 
@@ -98,8 +91,9 @@ def converted(tmp_path: Path) -> tuple[Path, Any]:
 
 def test_converted_heads_load(tmp_path: Path) -> None:
     folder, model = converted(tmp_path)
-    heads, info = load_heads(folder, model)
-    assert info.convention.family == "mimo" and heads.drafts == len(heads.heads) == len(info.blocks)
+    heads, info = load_folder(folder, model)
+    blocks = config_of(folder, info).blocks
+    assert heads.convention.family == "mimo" and heads.drafts == len(heads.heads) == len(blocks)
     for name, value in make("mimo-7b").canonical.items():
         np.testing.assert_array_equal(np.array(parameters(heads)[name]), value, err_msg=name)
     ids = mx.array([[5, 9, 2, 7, 14]])
@@ -110,7 +104,7 @@ def test_converted_heads_load(tmp_path: Path) -> None:
 def test_converted_heads_decode(tmp_path: Path, drafts: int) -> None:
     """Released heads, and one applied again in turn: drafts are made, and the text is that of plain decoding."""
     folder, model = converted(tmp_path)
-    heads, _ = load_heads(folder, model)
+    heads, _ = load_folder(folder, model)
     attached = attach(model, heads)
     stats = DecodeStats()
     plain = [item.token for item in mtp_generate_step([3, 1, 4, 1, 5], attached, max_tokens=20)]
@@ -123,8 +117,8 @@ def test_converted_heads_decode(tmp_path: Path, drafts: int) -> None:
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "heads", tiny_model("llama", seed=3))
-    with pytest.raises(MTPError, match=r"trained for base 'tiny' \(fingerprint [0-9a-f]{16}\)"):
-        load_heads(tmp_path / "heads", tiny_model("llama", seed=4))
+    with pytest.raises(MTPError, match=r"made for base 'tiny' \(fingerprint [0-9a-f]{16}\)"):
+        load_folder(tmp_path / "heads", tiny_model("llama", seed=4))
 
 
 def test_an_unknown_base_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,7 +126,7 @@ def test_an_unknown_base_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.
     written(tmp_path / "heads", model)
     change(tmp_path / "heads", lambda raw: raw["base"].update(fingerprint=None))
     with caplog.at_level("WARNING", "mtp_mlx"):
-        load_heads(tmp_path / "heads", model)
+        load_folder(tmp_path / "heads", model)
     assert "does not say which base" in caplog.text
 
 
@@ -159,7 +153,7 @@ def test_kinds_that_nothing_runs_yet(tmp_path: Path, name: str, value: str) -> N
     written(tmp_path / "heads", model)
     change(tmp_path / "heads", lambda raw: raw["heads"]["convention"].update({name: value}))
     with pytest.raises(MTPError, match=f"cannot be run yet: their {name.replace('_', ' ')} is '{value}'"):
-        load_heads(tmp_path / "heads", model)
+        load_folder(tmp_path / "heads", model)
 
 
 def test_heads_with_two_attentions_are_refused(tmp_path: Path) -> None:
@@ -168,24 +162,24 @@ def test_heads_with_two_attentions_are_refused(tmp_path: Path) -> None:
     out = heads_folder(made.write(tmp_path / "model"), tmp_path / "heads")
     change(out, lambda raw: raw["heads"]["blocks"][0]["layers"].append({"block_type": "*"}))
     with pytest.raises(MTPError, match="cannot be run yet: each has several layers with attention"):
-        load_heads(out, tiny_model("llama", seed=3))
+        load_folder(out, tiny_model("llama", seed=3))
 
 
 BLOCK = {"module": "mlx_lm.models.llama", "class": "TransformerBlock", "args_class": "ModelArgs"}
 CALLED = BLOCK | {"class": "create_attention_mask", "layers": [{}]}
 DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda raw: raw.update(format=9), "format 9, method 'mtp-heads'"),
-    (lambda raw: raw.pop("heads"), "is damaged: 'heads'"),
+    (lambda raw: raw.update(format=9), "has format 9, and this version of mtp-mlx reads format 1"),
+    (lambda raw: raw.pop("heads"), "is damaged: it has no 'heads'"),
     (lambda raw: raw["heads"].update(count=3), "3 heads, but 2 blocks"),
     (lambda raw: raw["heads"]["convention"].update(colour="red"), "is damaged"),
     (lambda raw: raw["heads"]["convention"].update(kind=["cascade"]), "the convention's kind is"),
     (lambda raw: raw["heads"]["convention"].update(zero_centred_norms="no"), "zero_centred_norms is 'no'"),
-    (lambda raw: raw["heads"].update(blocks=[3, 4]), "a head's block is no description"),
-    (lambda raw: raw["heads"].update(drafts=10**9), "draft 1000000000 tokens in a step"),
-    (lambda raw: raw["heads"].update(drafts=-1), "draft -1 tokens in a step"),
+    (lambda raw: raw["heads"].update(blocks=[3, 4]), "a head's block is not a JSON object"),
+    (lambda raw: raw["heads"].update(drafts=10**9), "draft 1000000000 tokens a step"),
+    (lambda raw: raw["heads"].update(drafts=-1), "draft -1 tokens a step"),
     (lambda raw: raw["heads"].update(drafts=float("inf")), "is damaged"),
-    (lambda raw: raw["base"].update(name=3), "the base's name or fingerprint is no text"),
-    (lambda raw: raw.update(acceptance=["high"]), "acceptance is not made of numbers"),
+    (lambda raw: raw["base"].update(name=3), "is damaged: 'name' is 3"),
+    (lambda raw: raw.update(acceptance=["high"]), "'acceptance' is .'high'., not a list of numbers"),
     (lambda raw: raw["heads"].update(blocks=[{}, {}]), "block cannot be built"),
     (
         lambda raw: raw["heads"].update(blocks=[{**BLOCK, "module": "os", "layers": [{}], "overrides": {}}] * 2),
@@ -204,7 +198,7 @@ def test_damage_is_one_sentence(tmp_path: Path, edit: Callable[[Any], Any], mess
     written(tmp_path / "heads", model)
     change(tmp_path / "heads", edit)
     with pytest.raises(MTPError, match=message) as error:
-        load_heads(tmp_path / "heads", model)
+        load_folder(tmp_path / "heads", model)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -220,7 +214,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     mx.save_safetensors(str(path), tensors)
     message = r"missing heads.0.fuse.weight \(48, 96\); unexpected heads.2.norm_out.weight \(48,\); heads.1.norm_out"
     with pytest.raises(MTPError, match=message):
-        load_heads(tmp_path / "heads", model)
+        load_folder(tmp_path / "heads", model)
 
 
 def test_missing_weights(tmp_path: Path) -> None:
@@ -228,14 +222,15 @@ def test_missing_weights(tmp_path: Path) -> None:
     written(tmp_path / "heads", model)
     (tmp_path / "heads" / "mtp.safetensors").unlink()
     with pytest.raises(MTPError, match="mtp.safetensors is missing or damaged"):
-        load_heads(tmp_path / "heads", model)
+        load_folder(tmp_path / "heads", model)
 
 
 def test_a_mask_adapter_is_no_heads(tmp_path: Path) -> None:
-    (tmp_path / "mtp_config.json").write_text(json.dumps({"format": 1, "method": "mask-tokens"}))
-    assert not is_heads(tmp_path)
-    with pytest.raises(MTPError, match="MTP heads are format 1"):
-        read_heads_info(tmp_path)
+    (tmp_path / "mtp_config.json").write_text(
+        json.dumps({"format": 1, "method": "mask-tokens", "base": {"name": "x", "fingerprint": None}})
+    )
+    with pytest.raises(MTPError, match="of the method 'mask-tokens', not 'mtp-heads'"):
+        config_of(tmp_path, read_header(tmp_path))
 
 
 def test_depths_beyond_the_last_head_begin_again() -> None:

@@ -16,8 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.api import load, stream_generate
-from mtp_mlx.drafters.heads.folder import load_heads
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, weights_key
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.checkpoint import load_checkpoint
 from mtp_mlx.train.data import Example
@@ -105,8 +105,10 @@ def test_the_base_stays_as_it_was(tmp_path: Path, quantized: bool) -> None:
     after = {name: np.array(value) for name, value in trainer.method.tensors().items()}
     assert not [name for name in start if np.array_equal(start[name], after[name])]
     assert all(np.array_equal(before[name], value) for name, value in flat(model.parameters()).items())
-    heads, info = load_heads(tmp_path / "heads", build())
-    assert len(heads.heads) == info.drafts == 3 and heads.draft_ids is not None and len(heads.draft_ids) == 60
+    heads, info = load_folder(tmp_path / "heads", build())
+    assert (
+        len(heads.heads) == heads.drafts == 3 and heads.draft_ids is not None and len(heads.draft_ids) == 60
+    )
     heads.set_dtype(mx.float32)
     for name, value in flat(heads.parameters()).items():
         np.testing.assert_allclose(value, after[name], rtol=0.01, atol=1e-6)  # bfloat16
@@ -287,9 +289,9 @@ def test_starting_from_other_heads(tmp_path: Path) -> None:
     )
     with pytest.raises(MTPError, match="it has 3 heads, --heads is 2: give --heads 3, or --extend to grow"):
         heads_trainer(tmp_path / "third", start_from=tmp_path / "first", heads=2)
-    with pytest.raises(MTPError, match="is no adapter folder"):
+    with pytest.raises(MTPError, match="is not an adapter folder"):
         heads_trainer(tmp_path / "third", start_from=tmp_path / "none")
-    with pytest.raises(MTPError, match="was trained for base"):
+    with pytest.raises(MTPError, match="was made for base"):
         heads_trainer(tmp_path / "third", model=tiny_model("qwen3", seed=4), start_from=tmp_path / "first")
 
 

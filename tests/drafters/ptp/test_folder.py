@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mtp_mlx.adapter_folder import Header, read_header
 from mtp_mlx.api import generate, load
 from mtp_mlx.cli import main
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.drafters.masks.folder import load_adapter
+from mtp_mlx.drafters.masks.folder import config_of as mask_config
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
-from mtp_mlx.drafters.ptp.folder import PTPInfo, is_ptp, load_ptp, read_ptp_info, save_ptp
+from mtp_mlx.drafters.ptp.folder import config_of, ptp_header
+from mtp_mlx.drafters.ptp.folder import save as save_ptp
 from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
@@ -33,11 +36,11 @@ from tests.train.training import metrics, trainer_for
 DRAFT_IDS = mx.array(list(range(5, 65)), dtype=mx.int32)
 
 
-def written(folder: Path, architecture: str = "llama", **config: Any) -> tuple[Any, PTPInfo]:
+def written(folder: Path, architecture: str = "llama", **config: Any) -> tuple[Any, Header]:
     model = tiny_model(architecture, seed=3)
     adapter = random_ptp_adapter(model, draft_ids=DRAFT_IDS, draft_vocab_size=60, **config)
-    info = PTPInfo(
-        "tiny", base_fingerprint(model), adapter.config, training={"steps": 3}, acceptance=[0.5, 0.25]
+    info = ptp_header(
+        adapter.config, "tiny", base_fingerprint(model), training={"steps": 3}, acceptance=[0.5, 0.25]
     )
     save_ptp(folder, adapter, info, mx.float32)
     return adapter, info
@@ -48,8 +51,7 @@ def written(folder: Path, architecture: str = "llama", **config: Any) -> tuple[A
 def test_round_trip(tmp_path: Path, variant: str, embedding: str) -> None:
     teacher = TeacherSampling(0.7, 50, 0.95, 0.01)
     adapter, info = written(tmp_path / "a", variant=variant, embedding=embedding, knots=5, teacher=teacher)
-    assert is_ptp(tmp_path / "a")
-    loaded, found = load_ptp(tmp_path / "a", tiny_model("llama", seed=3))
+    loaded, found = load_folder(tmp_path / "a", tiny_model("llama", seed=3))
     assert found == info and loaded.config == adapter.config
     before, after = adapter.tensors(), loaded.tensors()
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
@@ -58,9 +60,9 @@ def test_round_trip(tmp_path: Path, variant: str, embedding: str) -> None:
 def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "a")
     with pytest.raises(MTPError, match="fingerprint"):
-        load_ptp(tmp_path / "a", tiny_model("qwen3", seed=3))
-    with pytest.raises(MTPError, match="method 'ptp'"):
-        load_adapter(tmp_path / "a", tiny_model("llama", seed=3))
+        load_folder(tmp_path / "a", tiny_model("qwen3", seed=3))
+    with pytest.raises(MTPError, match="method 'ptp', not 'mask-tokens'"):
+        mask_config(tmp_path / "a", read_header(tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "mtp_config.json").read_text())
     for key, value, message in (
         ("variant", "x", "variant is 'x'"),
@@ -70,7 +72,7 @@ def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
         spoilt = {**config, "adapter": {**config["adapter"], key: value}}
         (tmp_path / "a" / "mtp_config.json").write_text(json.dumps(spoilt))
         with pytest.raises(MTPError, match=message or "damaged"):
-            read_ptp_info(tmp_path / "a")
+            config_of(tmp_path / "a", read_header(tmp_path / "a"))
 
 
 def test_load_generate_and_info(tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, variant: st
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     mine, theirs = whole.adapter.tensors(), second.adapter.tensors()
     assert all(np.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
-    adapter, info = load_ptp(tmp_path / "parts", tiny_model("qwen3", seed=3))
-    assert info.shape.variant == variant and info.training["steps"] == 6
+    adapter, info = load_folder(tmp_path / "parts", tiny_model("qwen3", seed=3))
+    assert adapter.config.variant == variant and info.training["steps"] == 6
     assert adapter.config.teacher == TeacherSampling()
 
 

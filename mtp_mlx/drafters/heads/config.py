@@ -1,0 +1,141 @@
+"""What an adapter folder says of its MTP heads: their section of the header, their lines of the model card.
+
+    heads.count, heads.drafts       number of heads, and of tokens that they draft in a step; head i (from 0) predicts
+                                    the token i + 2 places after the hidden state's own
+    heads.convention                every field of `HeadConvention`
+    heads.blocks                    for each head how its decoder block is built: {"like": "last layer"} copies the
+                                    base's last layer (heads trained here); else a class of mlx-lm, made as
+                                    class(args_class.from_dict({**model_config, **overrides}), **layers[j]),
+                                    and the window of its attention (rows, its own included) or null
+    heads.model_config              the language model's configuration that those blocks are built from
+
+The tensors are `heads.{i}.fuse.weight` and so on, and `draft_ids` where there is a draft vocabulary. Every norm is a
+plain gain and every fuse weight embedding-first, whatever `convention` says of how a checkpoint stored them.
+
+Needs no mlx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_mlx.adapter_folder import CardLines, Header, bullets, check_method, damage, paper
+from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
+
+METHOD = "mtp-heads"
+
+
+@dataclass
+class HeadsConfig:
+    """What a folder says of its heads: how they are built and run.
+
+    Attributes:
+        convention: how they are run.
+        blocks: how each head's decoder block is built, see the module; Medusa's heads have none.
+        model_config: the configuration that blocks are built from; empty where none is.
+        drafts: tokens drafted in each step, by default one for each head; more apply the heads again in turn.
+        count: number of heads, by default one for each block.
+    """
+
+    convention: HeadConvention
+    blocks: list[dict[str, Any]]
+    model_config: dict[str, Any] = field(default_factory=dict)
+    drafts: int = 0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.count = self.count or len(self.blocks)
+        self.drafts = self.drafts or self.count
+
+    def to_json(self) -> dict[str, Any]:
+        """The section `heads` of the header."""
+        return {
+            "count": self.count,
+            "drafts": self.drafts,
+            "convention": self.convention.to_json(),
+            "blocks": self.blocks,
+            "model_config": self.model_config,
+        }
+
+
+def heads_header(config: HeadsConfig, base_name: str, base_fingerprint: str | None, **about: Any) -> Header:
+    """The header of a folder of heads; `about`: what else `Header` holds."""
+    about["source"] = {"family": config.convention.family} | about.get("source", {})
+    return Header(METHOD, base_name, base_fingerprint, {"heads": config.to_json()}, **about)
+
+
+def config_of(folder: Path, header: Header) -> HeadsConfig:
+    """What the header of `folder` says of its heads.
+
+    Raises:
+        MTPError: the folder is of another method, or damaged.
+    """
+    check_method(folder, header, METHOD)
+    with damage(folder):
+        section = header.own["heads"]
+        convention = dict(section["convention"])
+        convention["unsettled"] = tuple(convention.get("unsettled", ()))
+        config = HeadsConfig(
+            convention=HeadConvention(**convention),
+            blocks=list(section["blocks"]),
+            model_config=dict(section.get("model_config", {})),
+            drafts=int(section.get("drafts", 0)),
+            count=int(section["count"]),
+        )
+        _check(config)
+        return config
+
+
+def _check(config: HeadsConfig) -> None:
+    """Raises ValueError for what reading alone does not find: the rest of the package takes these for granted."""
+    count, drafts, blocks = config.count, config.drafts, config.blocks
+    if not 1 <= count <= MOST_HEADS or not 1 <= drafts <= MOST_HEADS:
+        raise ValueError(f"{count} heads that draft {drafts} tokens a step; both must be 1 to {MOST_HEADS}")
+    if config.convention.kind != "medusa" and len(blocks) != count:
+        raise ValueError(f"{count} heads, but {len(blocks)} blocks")
+    if not all(isinstance(block, dict) for block in blocks):
+        raise ValueError("a head's block is not a JSON object")
+    plain = HeadConvention("")
+    for name in (item.name for item in dataclasses.fields(plain)):
+        value = getattr(config.convention, name)
+        if type(value) is not type(getattr(plain, name)):
+            raise ValueError(f"the convention's {name} is {value!r}")
+
+
+def facts(folder: Path, header: Header) -> dict[str, Any]:
+    """What `mtp-mlx info` shows of the method's own section."""
+    config = config_of(folder, header)
+    return {
+        "family": header.source.get("family", config.convention.family),
+        "heads": config.count,
+        "drafts": config.drafts,
+        "convention": {name.replace("_", " "): value for name, value in config.convention.to_json().items()},
+    }
+
+
+def card_lines(folder: Path, header: Header) -> CardLines:
+    """The method's lines of the model card."""
+    config, source = config_of(folder, header), header.source
+    convention = config.convention.to_json()
+    convention["unsettled"] = [name.replace("_", " ") for name in convention["unsettled"]]
+    with damage(folder):
+        files, notes = ", ".join(source.get("files", [])), source.get("notes", [])
+        dropped = [f"- {one['tensor']} = {one['same_as']}" for one in source.get("dropped", [])]
+    return CardLines(
+        title=f"MTP heads for {header.base_name}",
+        about=(
+            f"{config.count} head(s) that draft {config.drafts} token(s) a step, "
+            + (f"converted by mtp-mlx from {files}.\n" if files else "trained by mtp-mlx.\n")
+            + "The base model's own output is unchanged: drafts are verified."
+        ),
+        method=(f"MTP heads, {source.get('family')}" if files else paper("MTP heads", "2603.23911")),
+        sections={
+            "Source": "",
+            "Convention": bullets(convention),
+            "Left out, equal to the trunk's byte for byte": "\n".join(dropped),
+            "Notes": "\n".join(f"- {note}" for note in notes),
+        },
+    )
