@@ -48,13 +48,13 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any] | None:
             f"{where}: invalid JSON at column {error.colno} ({error.msg}). Each line must be one JSON object."
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
-        raise MTPError(f"{where}: JSON that cannot be read ({error}). Mend this row.") from error
+        raise MTPError(f"{where}: JSON that cannot be read ({error}). Fix this row.") from error
     if "\\u" in text:  # JSON can spell half of a character
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise MTPError(
-                f"{where}: a text has half of a surrogate pair (\\ud800 to \\udfff). Mend this row."
+                f"{where}: a text has half of a surrogate pair (\\ud800 to \\udfff). Fix this row."
             ) from error
     if not isinstance(row, dict):
         raise MTPError(

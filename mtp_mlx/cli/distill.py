@@ -1,4 +1,4 @@
-"""`mtp-mlx distill`: the base model's own answers to prompts, as training data."""
+"""`mtp-mlx distill`: writes the base model's own answers to prompts, as training data."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary to stdout")
 @click.pass_context
 def command(context: click.Context, config: Path | None, as_json: bool, **options: Any) -> None:
-    """Let the base model answer prompts and append its answers to a JSONL file.
+    """Let the base model answer prompts, and append its answers to a JSONL file.
 
-    Prompt rows have "prompt", "messages" or "turns" (the first turn is used). Prompts that have an answer in
-    OUT are skipped, so the same command goes on after a stop.
+    Rows of PROMPTS have "prompt", "messages" or "turns" (the first turn is used). Prompts that OUT has an answer to
+    are skipped, so the same command resumes a run that was stopped.
     """
     settings = from_yaml(DistillSettings, config, options)
     console = Console(stderr=True)
@@ -50,7 +50,7 @@ def command(context: click.Context, config: Path | None, as_json: bool, **option
 
 
 def run(settings: DistillSettings, console: Console) -> DistillSummary:
-    """Load the model and distill with a progress bar on `console`."""
+    """Loads the model and answers the prompts, with a progress bar on `console`."""
     from mlx_lm import load
 
     from mtp_mlx.models import resolve_model
@@ -92,11 +92,11 @@ def summary_line(summary: DistillSummary) -> str:
     speed = summary.to_dict()["tok_per_s"]
     text = f"{summary.written} answers, {summary.tokens} tokens, {speed:.1f} tok/s -> {summary.out}"
     if summary.written:
-        text += f"; {summary.finished} ended by themselves"
+        text += f"; {summary.finished} were ended by the model"
     if summary.skipped:
-        text += f"; {summary.skipped} were there already"
+        text += f"; {summary.skipped} were answered before"
     if summary.duplicates:
-        text += f"; {summary.duplicates} duplicate prompts left out"
+        text += f"; {summary.duplicates} duplicate prompts were left out"
     if summary.interrupted:
-        text += ". Stopped: the same command goes on from here."
+        text += ". Stopped: the same command resumes from here."
     return text

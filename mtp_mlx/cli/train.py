@@ -1,4 +1,4 @@
-"""`mtp-mlx train`: trains an adapter, resumes by itself, shows progress on stderr."""
+"""`mtp-mlx train`: trains an adapter, resumes a run that was stopped, shows progress on stderr."""
 
 from __future__ import annotations
 
@@ -154,14 +154,14 @@ def _train(context: click.Context, options: dict[str, Any], method: str | None =
 
 
 def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -> dict[str, Any]:
-    """Load model and data, train with a progress bar on `console`, and say what was done."""
+    """Loads model and data, trains with a progress bar on `console`, and returns a summary."""
     started = time.monotonic()
     with ProgressListener(console) as listener:
         trainer = prepare(settings, listener, peers)
         resumed = trainer.resume()
         first = trainer.step
         if resumed:
-            listener.on_message(f"going on after step {first} of {trainer.checkpoint_path}")
+            listener.on_message(f"resuming after step {first} from {trainer.checkpoint_path}")
         listener.start(first, settings.steps)
         finished = trainer.run()
     measured = trainer.agreement
@@ -178,14 +178,13 @@ def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -
 
 
 def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | None = None) -> Trainer:
-    """The trainer of these settings; says what the data are and what memory the run may need."""
-    # What is cheap to refuse is refused before the model is loaded.
+    """The trainer of these settings; tells the listener about the data and the memory that the run may need."""
     from mtp_mlx.models import resolve_model
     from mtp_mlx.train.data import load_splits
     from mtp_mlx.train.memory import too_much
     from mtp_mlx.train.trainer import Trainer, check_out
 
-    check_out(settings.out)
+    check_out(settings.out)  # before the model is loaded, which takes a while
     folder = resolve_model(settings.model)
     from mlx_lm import load
 
@@ -210,7 +209,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
 
 
 class ProgressListener:
-    """Draws a trainer's progress: a bar with loss, rows per second and time left, a line per measurement."""
+    """Draws the progress of a run: a bar with loss, rows per second and time left, and a line per measurement."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -231,18 +230,18 @@ class ProgressListener:
         self._bar.stop()
 
     def start(self, done: int, total: int) -> None:
-        """Shows the bar from step `done`."""
+        """Shows the bar, at step `done` of `total`."""
         self._bar.reset(self._task, total=total, completed=done)
         self._bar.start()
 
     def on_step(self, report: StepReport, total: int) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         speed = report.rows / max(report.seconds, 1e-9)
         state = f"loss {report.loss:.3f}  {speed:.0f} rows/s"
         self._bar.update(self._task, completed=report.step, total=total, state=state)
 
     def on_measurement(self, step: int, agreement: Agreement) -> None:
-        """A line that stays."""
+        """Prints the measurement above the bar."""
         depths = " ".join(f"{value:.2f}" for value in agreement.acceptance)
         self.on_message(
             f"step {step}: acceptance by depth {depths}, {agreement.tokens_per_step:.2f} tokens per step "
@@ -250,16 +249,16 @@ class ProgressListener:
         )
 
     def on_message(self, message: str) -> None:
-        """A line that stays."""
+        """Prints a line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False)
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """The line on stderr at the end."""
+    """The last line on stderr."""
     text = f"{summary['steps']} steps"
     if summary["loss"] is not None:
         text += f", loss {summary['loss']:.3f}"
     if summary["tokens_per_step"] is not None:
         text += f", {summary['tokens_per_step']:.2f} tokens per step held out"
     text += f" -> {summary['out']}"
-    return text + (". Stopped: the same command goes on from here." if summary["interrupted"] else "")
+    return text + (". Stopped: the same command resumes from here." if summary["interrupted"] else "")

@@ -1,1 +1,1 @@
-"""Training: data, distillation, objectives, the trainer."""
+"""Training that no method is special to: data, trainer, checkpoints, memory, and the `Method` it drives."""

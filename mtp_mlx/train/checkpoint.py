@@ -1,7 +1,7 @@
-"""Training state on disk: one safetensors file, written whole or not at all, enough for an exact resume.
+"""Training state on disk: one safetensors file, written whole or not at all, from which a run resumes exactly.
 
-Holds the adapter in float32, the optimizer's state, the step and the settings it belongs to. Data order and
-block positions are functions of (seed, step), so nothing else is needed.
+It holds the adapter in float32, the optimizer's state, the step and the settings. Data order and sampled positions
+are functions of (seed, step), so nothing else is needed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
 from mtp_mlx.train.settings import TrainSettings
 
-# Settings that may change between a checkpoint and its continuation: the loss curve so far is the same, up to the
-# rounding of cached hidden states. They are left out of what an adapter says about its training.
+# Settings that may change when a run resumes, because losses do not depend on them (except for the rounding of
+# cached hidden states). An adapter does not record them either.
 FREE_SETTINGS = frozenset(
     {"out", "data", "measure_every", "save_every", "grad_checkpoint", "model", "hidden_cache"}
 )
 
 
 class Trained(Protocol):
-    """Whose weights are saved; see `mtp_mlx.train.method.Method`."""
+    """The part of `mtp_mlx.train.method.Method` that checkpoints need."""
 
     def tensors(self) -> dict[str, mx.array]: ...
 
@@ -39,7 +39,7 @@ class Trained(Protocol):
 
 @dataclass
 class Checkpoint:
-    """A training state: `step` steps are done."""
+    """A training state, after `step` steps."""
 
     step: int
     tensors: dict[str, mx.array]
@@ -84,7 +84,7 @@ def save_checkpoint(
     """Writes the state after `step` steps.
 
     Raises:
-        MTPError: the file cannot be written; the previous checkpoint is then still there.
+        MTPError: the file cannot be written; the previous checkpoint stays.
     """
     tensors = state_tensors(adapter, optimizer)
     metadata = {
@@ -97,7 +97,7 @@ def save_checkpoint(
     def write(temporary: Path) -> None:
         mx.save_safetensors(str(temporary), tensors, metadata=metadata)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # renamed only once its content is on the disk
+            os.fsync(file.fileno())  # its content must be on disk before it is renamed
 
     write_file(path, write)
 
@@ -109,7 +109,7 @@ def state_tensors(adapter: Trained, optimizer: optim.Optimizer) -> dict[str, mx.
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes killed while writing `path` left beside it."""
+    """Removes temporary files that killed processes left while writing `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
         owner = leftover.name.removeprefix(f".{path.stem}.").partition(".")[0]  # a process, then its thread
         if owner.isdigit() and not _is_running(int(owner)):
@@ -121,13 +121,13 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's
+    except OSError:  # of another user
         return True
     return True
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a state.
+    """Reads a checkpoint.
 
     Raises:
         MTPError: the file is damaged.
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             base_fingerprint=metadata.get("base", ""),
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise MTPError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
+        raise MTPError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
 
 
 def check_resumable(
@@ -153,10 +153,12 @@ def check_resumable(
     data_fingerprint: str,
     base_fingerprint: str = "",
 ) -> None:
-    """Refuses to continue a run with other settings, data or base model (if both know it).
+    """Refuses to resume a run with other settings, other data or another base model.
+
+    Fingerprints of the base are compared if both are known.
 
     Raises:
-        MTPError: names every setting that differs.
+        MTPError: something differs; the message lists all differences.
     """
     now = _known_then(checkpoint, settings)
     keys = now.keys() | checkpoint.settings.keys()
@@ -172,16 +174,16 @@ def check_resumable(
             changed.append(f"the base model was {checkpoint.base_fingerprint}, now {base_fingerprint}")
     if changed:
         raise MTPError(
-            f"{path} belongs to another run: {'; '.join(changed)}. Use the old settings, another --out, or "
+            f"{path} belongs to another run: {'; '.join(changed)}. Use the old settings or another `out`, or "
             "delete the checkpoint"
         )
 
 
 def restore(checkpoint: Checkpoint, adapter: Trained, optimizer: optim.Optimizer) -> None:
-    """Puts a checkpoint's weights and optimizer state in place (the optimizer must be initialised).
+    """Sets the weights and the state of an initialised optimizer to those of a checkpoint.
 
     Raises:
-        MTPError: tensors are missing or do not fit.
+        MTPError: tensors are missing or have another shape.
     """
     weights = {
         name.removeprefix("adapter/"): value
@@ -191,7 +193,7 @@ def restore(checkpoint: Checkpoint, adapter: Trained, optimizer: optim.Optimizer
     adapter.load_tensors(weights)
     for name, holder, key in _leaves(optimizer.state):
         if f"optimizer/{name}" not in checkpoint.tensors:
-            raise MTPError(f"the checkpoint is damaged (no optimizer/{name}); delete it to start again")
+            raise MTPError(f"the checkpoint is damaged (no optimizer/{name}): delete it to start again")
         holder[key] = checkpoint.tensors[f"optimizer/{name}"]
 
 

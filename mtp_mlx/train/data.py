@@ -1,17 +1,20 @@
-"""Training data: JSONL rows -> token ids exactly as decoding would produce them.
+"""Training data: JSONL rows -> token ids, exactly as decoding would produce them.
 
-Contract
-    An `Example` holds prompt ids as the chat template gives them (its system prompt included), then the
-    response ids, then the end-of-turn token unless the answer was cut. `loss_start` is the index of the first
-    response token; 0 for plain text, where every position counts.
-Rows (the field names are mlx-lm's, except `response`)
-    {"messages": [..., {"role": "assistant", "content": ...}]}      chat; the last message is the response
+An `Example` holds the prompt's ids as the chat template gives them (with its system prompt), then those of the
+response, then the end-of-turn token, unless the answer was truncated.
+
+Rows have these fields (the names are mlx-lm's, except `response`):
+
+    {"messages": [..., {"role": "assistant", "content": ...}]}      a chat; the last message is the response
     {"prompt": ..., "completion": ...} or {"prompt": ..., "response": ...}
-    {"text": ...}
-    Optional: "weight" (a positive number: rows of weight 2 are seen twice as often); "tools"; "finished": false (the
-    answer was cut, no end-of-turn token follows); "response_tokens" (the ids the model generated, used in place of
-    re-encoding the response text).
-The order in which a run sees the examples is `mtp_mlx/train/order.py`.
+    {"text": ...}                                                   all of it is the response
+
+    "weight"            optional; rows of weight 2 are seen twice as often as rows of weight 1
+    "tools"             optional; passed to the chat template
+    "finished"          optional; false if the answer was truncated: no end-of-turn token is added
+    "response_tokens"   optional; the ids that the model generated, instead of encoding the response's text
+
+The order in which a run sees its examples is in `mtp_mlx/train/order.py`.
 """
 
 from __future__ import annotations
@@ -28,25 +31,9 @@ from jinja2.exceptions import TemplateError
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.jsonl import read_jsonl, type_name
-from mtp_mlx.train.order import EpochOrder, held_out_indices
+from mtp_mlx.train.order import held_out_indices
 
-__all__ = [
-    "DataReport",
-    "Encoder",
-    "EpochOrder",
-    "Example",
-    "Splits",
-    "chat_prompt_ids",
-    "end_of_turn_id",
-    "fingerprint",
-    "messages_prompt_ids",
-    "load_examples",
-    "load_splits",
-    "prompt_ids",
-    "split_held_out",
-]
-
-# What a chat template raises for a chat it does not take: jinja's errors, or a renderer's own.
+# What chat templates raise for chats that they refuse: errors of jinja, or of a renderer.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError)
 
 DEFAULT_HELD_OUT = 32
@@ -56,11 +43,12 @@ ROW_FORMATS = '"messages", "prompt" with "completion" or "response", or "text"'
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence.
+    """A training sequence.
 
-    tokens      token ids, prompt first, then response
-    loss_start  index in `tokens` of the first response token; 0 means every position counts
-    weight      how often it is seen, compared with others
+    Attributes:
+        tokens: ids of the prompt, then of the response.
+        loss_start: index of the first response token; 0 if every token is one.
+        weight: how often it is seen, relative to others.
     """
 
     tokens: list[int]
@@ -73,11 +61,20 @@ class Example:
 
 @dataclass
 class DataReport:
-    """What was read, for the line printed before training. Counts are rows or tokens."""
+    """Counts of what was read, for the line printed before training.
+
+    Attributes:
+        rows: rows read.
+        truncated: rows truncated to the maximum length, and used.
+        dropped: rows left out because their prompt alone fills the maximum length.
+        tokens: tokens of all examples.
+        response_tokens: tokens of their responses.
+        files: paths read.
+    """
 
     rows: int = 0
-    truncated: int = 0  # rows cut to max_length, still used
-    dropped: int = 0  # rows whose prompt alone fills max_length
+    truncated: int = 0
+    dropped: int = 0
     tokens: int = 0
     response_tokens: int = 0
     files: list[str] = field(default_factory=list)
@@ -97,13 +94,13 @@ class DataReport:
         if self.truncated:
             text += f"; {self.truncated:,} rows truncated"
         if self.dropped:
-            text += f"; {self.dropped:,} rows dropped, their prompt alone is too long"
+            text += f"; {self.dropped:,} rows dropped, whose prompt alone is too long"
         return text
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and held-out examples with the report on both."""
+    """Training and held-out examples, and the report on both."""
 
     train: list[Example]
     held_out: list[Example]
@@ -114,11 +111,11 @@ class Splits:
 
 
 def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    """`row[key]`, checked to be a `kind`. Raises MTPError naming `where`."""
+    """`row[key]`; MTPError at `where` if it is not a `kind`."""
     value = row[key]
     if not isinstance(value, kind):
         raise MTPError(
-            f'{where}: "{key}" must be a {type_name(kind())}, this is a {type_name(value)}. Mend this row.'
+            f'{where}: "{key}" must be a {type_name(kind())}, not a {type_name(value)}. Fix this row.'
         )
     return value
 
@@ -126,29 +123,26 @@ def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
 def _weight(row: dict[str, Any], where: str) -> float:
     value = row["weight"]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise MTPError(f'{where}: "weight" must be a positive number, this is {value!r}. Mend this row.')
+        raise MTPError(f'{where}: "weight" must be a positive number, not {value!r}. Fix this row.')
     return float(value)
 
 
 def _check_messages(messages: list[Any], where: str) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise MTPError(f'{where}: "messages"[{index}] must be an object with a "role". Mend this row.')
+            raise MTPError(f'{where}: "messages"[{index}] must be an object with a "role". Fix this row.')
         if "content" not in message and "tool_calls" not in message:
-            raise MTPError(f'{where}: "messages"[{index}] has no "content". Mend this row.')
+            raise MTPError(f'{where}: "messages"[{index}] has no "content". Fix this row.')
 
 
 # --- tokens -------------------------------------------------------------------------------------------------
 
 
 def chat_prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
-    """Prompt ids of a chat, generation prompt included, as mlx-lm's generate makes them.
-
-    Takes a plain list or a BatchEncoding from `apply_chat_template` (transformers 5 may return either).
-    """
+    """Prompt ids of a chat with the generation prompt, as mlx-lm's `generate` makes them."""
     extra = {} if tools is None else {"tools": tools}
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **extra)
-    if not isinstance(ids, (list, tuple)):
+    if not isinstance(ids, (list, tuple)):  # transformers 5 returns a BatchEncoding, or a list
         ids = ids["input_ids"]
     if ids and not isinstance(ids[0], int):
         ids = ids[0]
@@ -156,14 +150,18 @@ def chat_prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: Any =
 
 
 def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None) -> list[int]:
-    """Ids of one user prompt: through the chat template where there is one, plain encoding otherwise."""
+    """Ids of a user's prompt, through the chat template if there is one."""
     if getattr(tokenizer, "has_chat_template", False):
         return chat_prompt_ids(tokenizer, [{"role": "user", "content": prompt}], tools)
     return list(tokenizer.encode(prompt))
 
 
 def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: str) -> list[int]:
-    """`chat_prompt_ids` of messages read from a file: MTPError naming `where` if they cannot be used."""
+    """`chat_prompt_ids` of messages from a file.
+
+    Raises:
+        MTPError: at `where`, if the messages are not a chat or there is no chat template that takes them.
+    """
     _check_messages(messages, where)
     if not getattr(tokenizer, "has_chat_template", False):
         raise MTPError(
@@ -174,14 +172,17 @@ def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: 
         return chat_prompt_ids(tokenizer, messages, tools)
     except TEMPLATE_ERRORS as error:
         raise MTPError(
-            f"{where}: the chat template refuses these messages ({error}). Mend this row."
+            f"{where}: the chat template refuses these messages ({error}). Fix this row."
         ) from error
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
-    """The id with which an answer ends: what the chat template puts after one, else the tokenizer's eos.
+    """The id that ends an answer: what the chat template puts behind one, else the tokenizer's eos.
 
-    They differ in some families (gemma ends a turn with <end_of_turn>, its eos is <eos>).
+    They differ in some families: gemma ends a turn with <end_of_turn>, and its eos is <eos>.
+
+    Raises:
+        MTPError: the tokenizer has neither.
     """
     eos_ids = set(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
     if getattr(tokenizer, "has_chat_template", False):
@@ -190,7 +191,7 @@ def end_of_turn_id(tokenizer: Any) -> int:
             text = tokenizer.apply_chat_template(
                 [user, {"role": "assistant", "content": "MARKED ANSWER"}], tokenize=False
             )
-        except TEMPLATE_ERRORS:  # the template refuses this chat; the eos stands in
+        except TEMPLATE_ERRORS:  # the template refuses this chat
             text = ""
         tail = text.rpartition("MARKED ANSWER")[2]
         for token in tokenizer.encode(tail, add_special_tokens=False) if tail else []:
@@ -202,10 +203,12 @@ def end_of_turn_id(tokenizer: Any) -> int:
 
 
 class Encoder:
-    """Rows -> `Example`s of one tokenizer. The end-of-turn id is looked up once.
+    """Encodes rows as `Example`s.
 
-    cut_at_tokens  a response of at least this many tokens counts as cut when its row has no "finished"
-                   (for files written by tools that do not record it); None: such rows count as finished
+    Args:
+        tokenizer: of the base model.
+        cut_at_tokens: without "finished" in its row, a response of at least this many tokens counts as truncated
+            (for files of tools that do not record it); None: as finished.
     """
 
     def __init__(self, tokenizer: Any, *, cut_at_tokens: int | None = None) -> None:
@@ -214,7 +217,11 @@ class Encoder:
         self.end_of_turn = end_of_turn_id(tokenizer)
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
-        """The example of one row. Raises MTPError naming `where` for a row that does not fit a format."""
+        """The example of a row.
+
+        Raises:
+            MTPError: at `where`, if the row has none of the formats.
+        """
         example = self._example(row, where)
         return replace(example, weight=_weight(row, where)) if "weight" in row else example
 
@@ -244,7 +251,7 @@ class Encoder:
         _check_messages(messages, where)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise MTPError(
-                f"{where}: the last of \"messages\" must be the assistant's, after a user's. Mend this row."
+                f"{where}: the last of \"messages\" must be the assistant's, after a user's. Fix this row."
             )
         prompt = messages_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"), where)
         return prompt, _typed(messages[-1], "content", str, where)
@@ -255,13 +262,13 @@ class Encoder:
         if "response_tokens" in row:
             ids = _typed(row, "response_tokens", list, where)
             if not all(type(token) is int and token >= 0 for token in ids):
-                raise MTPError(f'{where}: "response_tokens" must be a list of token ids. Mend this row.')
-            if not ids and finished:  # the model's own answer was to say nothing
+                raise MTPError(f'{where}: "response_tokens" must be a list of token ids. Fix this row.')
+            if not ids and finished:  # the model answered with nothing
                 return [self.end_of_turn]
         else:
             ids = list(self.tokenizer.encode(response, add_special_tokens=False)) if response.strip() else []
         if not ids:
-            raise MTPError(f"{where}: the response is empty, nothing to learn. Delete this row.")
+            raise MTPError(f"{where}: the response is empty. Delete this row.")
         if finished is None and self.cut_at_tokens is not None:
             finished = len(ids) < self.cut_at_tokens
         return self._ended(ids, finished)
@@ -276,14 +283,17 @@ class Encoder:
 def load_examples(
     path: str | Path, tokenizer: Any, max_length: int, *, cut_at_tokens: int | None = None
 ) -> tuple[list[Example], DataReport]:
-    """Examples of a JSONL file (or of `train.jsonl` in a folder) and the report on them.
+    """Examples of a JSONL file, or of `train.jsonl` in a folder, and the report on them.
 
-    max_length     longest sequence in tokens; longer rows lose their end and are counted as truncated, rows
-                   whose prompt leaves no room for a response token are dropped and counted
-    cut_at_tokens  see `Encoder`
+    Args:
+        path: of the file or folder.
+        tokenizer: of the base model.
+        max_length: longer rows are truncated to this many tokens. Rows whose prompt leaves no room for a response
+            token are dropped.
+        cut_at_tokens: see `Encoder`.
 
-    Raises MTPError with file name and line number for anything that cannot be used, and for a file that
-    yields no example at all.
+    Raises:
+        MTPError: a row cannot be used (with file and line number), or no row is left.
     """
     path = Path(path)
     if path.is_dir():
@@ -303,10 +313,10 @@ def load_examples(
         report.response_tokens += len(example) - example.loss_start
         examples.append(example)
     if report.rows == 0:
-        raise MTPError(f"{path}: the file is empty. Write one JSON object per line: {ROW_FORMATS}.")
+        raise MTPError(f"{path}: the file is empty. Write one JSON object per line, with {ROW_FORMATS}.")
     if not examples:
         raise MTPError(
-            f"{path}: every prompt fills the {max_length} tokens of a sequence. Raise the maximal length."
+            f"{path}: every prompt fills the {max_length} tokens of a sequence. Raise `max_length`."
         )
     return examples, report
 
@@ -320,11 +330,16 @@ def load_splits(
     seed: int,
     cut_at_tokens: int | None = None,
 ) -> Splits:
-    """Training and held-out examples of a file or an mlx-lm data folder.
+    """Training and held-out examples of a file, or of mlx-lm's kind of data folder.
 
-    A folder with `valid.jsonl` gives its first `held_out` rows as held-out examples; otherwise `held_out`
-    examples are taken out of the training rows (see `split_held_out`). None stands for `DEFAULT_HELD_OUT`, and for a
-    tenth of the training rows if that is less. Errors as `load_examples`.
+    Args:
+        path, tokenizer, max_length, cut_at_tokens: see `load_examples`.
+        held_out: number of held-out examples: the first rows of `valid.jsonl` if the folder has one, else taken out
+            of the training rows (see `split_held_out`). None: `DEFAULT_HELD_OUT`, but at most a tenth of the rows.
+        seed: of the choice.
+
+    Raises:
+        MTPError: see `load_examples` and `split_held_out`.
     """
     path = Path(path)
     train, report = load_examples(path, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
@@ -344,11 +359,13 @@ def split_held_out(examples: Sequence[Example], n: int, seed: int) -> tuple[list
     """(training examples, n held-out examples), both in the order of `examples`.
 
     Which ones are held out depends on the number of examples and the seed only.
-    Raises MTPError if fewer than one training example would be left.
+
+    Raises:
+        MTPError: no training example would be left.
     """
     if not 0 <= n < len(examples):
         raise MTPError(
-            f"{n} held-out rows were asked for, the data has {len(examples)}. Hold out fewer or add rows."
+            f"`held_out` is {n}, and the data has {len(examples)} rows. Hold out fewer, or add rows."
         )
     held_out = held_out_indices(len(examples), n, seed)
     train = [example for index, example in enumerate(examples) if index not in held_out]
@@ -356,7 +373,7 @@ def split_held_out(examples: Sequence[Example], n: int, seed: int) -> tuple[list
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """16 hex digits that change with any token, loss_start or weight, so that resuming can check its data."""
+    """16 hex digits that change with any token, `loss_start` or weight, to check the data of a resumed run."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.asarray([len(example), example.loss_start, *example.tokens], dtype="<i8").tobytes())

@@ -1,18 +1,17 @@
-"""Self-distillation data: the base model's own answers to prompts, batched and resumable.
+"""Self-distillation data: the base model's own answers to prompts, generated in batches and resumable.
 
-Contract
-    OUT is a JSONL file that only grows, one answer per line in the order in which answers end. A row
-    holds the prompt as it was read (`prompt` or `messages`), `response`, `response_tokens` (the ids
-    generated, without the eos), `finished` (the model ended the answer; false: cut at max_tokens),
-    `temperature`, and `id`, `category`, `source`, `licence` where the prompt has them.
-    `mtp_mlx.train.data` reads these rows as they are.
-Invariant
-    A prompt that has its row in OUT is not answered again, so a stopped run goes on where it was. Noise
-    is drawn for (seed, prompt, position): a resumed run writes the answers that an uninterrupted one
-    writes.
-Batching pads prompts on the left, which changes sums in the last bits: where two candidates are nearly tied,
-an answer may differ from the one generated alone. Either is the model's own answer.
-mlx is imported where it is used, so that the command line's help does not wait for it.
+The output is a JSONL file to which answers are appended in the order in which they end. A row holds the prompt as it
+was read (`prompt` or `messages`), `response`, `response_tokens` (the generated ids, without the eos), `finished`
+(false if the answer was truncated at max_tokens), `temperature`, and `id`, `category`, `source` and `licence` if the
+prompt has them. `mtp_mlx.train.data` reads these rows as they are.
+
+A prompt whose answer is in the output is not answered again, so a stopped run resumes. Noise depends on (seed,
+prompt, position): a resumed run writes the same answers as an uninterrupted one.
+
+Batches pad prompts on the left, which changes sums in their last bits. So if two tokens are nearly tied, an answer may
+differ from one generated alone; both are the model's own.
+
+mlx is imported where it is used, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -42,19 +41,28 @@ PREFILL_BATCH_SIZE = 8
 class DistillSettings:
     """Settings of `mtp-mlx distill`."""
 
-    model: str = setting("smollm2-135m", help="Answer with this model: a name, folder or hub id", flag="-m")
-    prompts: Path = setting(help="Read prompts from this JSONL file", flag="-p")
-    out: Path = setting(help="Append answers to this JSONL file", flag="-o")
-    max_tokens: int = setting(256, help="Cut answers at this many tokens", minimum=1)
-    temp: float = setting(0.0, help="Sample at this temperature, 0 is greedy", minimum=0)
-    batch_size: int = setting(8, help="Answer this many prompts at once", minimum=1)
-    limit: int | None = setting(None, help="Use only this many prompts of the file", minimum=1)
+    model: str = setting(
+        "smollm2-135m", help="Model that answers: smollm2-135m, a folder or a hub id", flag="-m"
+    )
+    prompts: Path = setting(help="JSONL file with prompts", flag="-p")
+    out: Path = setting(help="JSONL file to append answers to", flag="-o")
+    max_tokens: int = setting(256, help="Maximum length of an answer in tokens", minimum=1)
+    temp: float = setting(0.0, help="Sampling temperature; 0 = greedy", minimum=0)
+    batch_size: int = setting(8, help="Prompts answered at once", minimum=1)
+    limit: int | None = setting(None, help="Use only the first prompts of the file, this many", minimum=1)
     seed: int = setting(0, help="Seed of the sampling noise", minimum=0)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt row. `key` names it in OUT; `digest` changes with its text."""
+    """A prompt.
+
+    Attributes:
+        row: its fields, as they are written to the output.
+        where: file and line.
+        key: its id, or else its digest; unique in the output.
+        digest: hash of its text.
+    """
 
     row: dict[str, Any]
     where: str
@@ -64,7 +72,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote: ids without the eos, and whether it ended by itself."""
+    """An answer.
+
+    Attributes:
+        prompt: what was answered.
+        tokens: generated ids, without the eos.
+        finished: whether the model ended it; false if it was truncated.
+    """
 
     prompt: Prompt
     tokens: list[int]
@@ -73,20 +87,32 @@ class Answer:
 
 @dataclass
 class DistillSummary:
-    """What a run did. `tokens` counts generated ids, `seconds` generation alone."""
+    """What a run did.
+
+    Attributes:
+        out: path of the output.
+        written: answers written.
+        finished: of these, answers that the model ended itself.
+        skipped: prompts that were answered before.
+        duplicates: prompts that are in the file more than once.
+        tokens: generated ids.
+        seconds: time of generation.
+        interrupted: whether it was stopped.
+        note: what was repaired in the output, or "".
+    """
 
     out: str
     written: int = 0
     finished: int = 0
-    skipped: int = 0  # prompts that have a row in OUT already
-    duplicates: int = 0  # prompts that stand twice in the file
+    skipped: int = 0
+    duplicates: int = 0
     tokens: int = 0
     seconds: float = 0.0
     interrupted: bool = False
-    note: str = ""  # what was mended in OUT
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, tokens per second included."""
+        """As JSON types, with tokens per second."""
         return {**asdict(self), "tok_per_s": self.tokens / self.seconds if self.seconds else 0.0}
 
 
@@ -94,10 +120,13 @@ class DistillSummary:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> Iterator[Prompt]:
-    """The prompts of a JSONL file whose rows have `prompt`, `messages` or `turns`.
+    """The prompts of a JSONL file, whose rows have `prompt`, `messages` or `turns`.
 
-    Of `turns` the first is the prompt. Assistant messages at the end of `messages` are left off: the model
-    gives its own. Raises MTPError with file name and line number for rows that hold no prompt.
+    The first of `turns` is the prompt. Assistant messages at the end of `messages` are dropped: the model answers
+    itself.
+
+    Raises:
+        MTPError: a row has no prompt; with file and line number.
     """
     for number, row in islice(read_jsonl(path), limit):
         where = f"{path}, line {number}"
@@ -113,11 +142,11 @@ def _asked(row: dict[str, Any], where: str) -> dict[str, Any]:
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list):
-            raise MTPError(f'{where}: "messages" must be a list. Mend this row.')
+            raise MTPError(f'{where}: "messages" must be a list. Fix this row.')
         while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise MTPError(f'{where}: "messages" has nothing to answer. Mend this row.')
+            raise MTPError(f'{where}: "messages" has nothing to answer. Fix this row.')
         return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
     text = row.get("prompt")
     if text is None and isinstance(row.get("turns"), list) and row["turns"]:
@@ -128,16 +157,13 @@ def _asked(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _digest(asked: dict[str, Any]) -> str:
-    """16 hex digits of what is asked."""
+    """16 hex digits that depend on the prompt's text."""
     text = json.dumps(asked, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def mend_last_line(path: Path) -> str:
-    """Make OUT end with a whole line: drop a line that was cut while it was written.
-
-    Returns what was done, in words, or "" if nothing had to be.
-    """
+def repair_last_line(path: Path) -> str:
+    """Drops a last line that was cut off while it was written; returns what was done, in words, or ""."""
     if not path.exists():
         return ""
     with clear_errors(path), path.open("r+b") as file:
@@ -149,39 +175,43 @@ def mend_last_line(path: Path) -> str:
             json.loads(content[start:])
         except ValueError:
             file.truncate(start)
-            return f"{path}: dropped the last line, which was cut while it was written"
+            return f"{path}: dropped the last line, which was cut off while it was written"
         file.write(b"\n")
     return ""
 
 
 def read_answered(path: Path) -> dict[str, str]:
-    """key -> digest of every prompt answered in OUT. Raises MTPError for a file of another kind."""
+    """{key: digest} of every prompt that is answered in the output.
+
+    Raises:
+        MTPError: the file does not hold answers.
+    """
     answered: dict[str, str] = {}
     if not path.exists():
         return answered
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
         if "response" not in row and "messages" not in row:
-            raise MTPError(f'{where}: not a file of answers (no "response"). Choose another --out.')
+            raise MTPError(f'{where}: this file does not hold answers (no "response"). Choose another `out`.')
         digest = _digest(_asked(row, where))
         answered[str(row["id"]) if row.get("id") is not None else digest] = digest
     return answered
 
 
 def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: DistillSummary) -> list[Prompt]:
-    """The prompts that have no answer yet; the others are counted in `summary`."""
+    """The prompts without an answer; counts the others in `summary`."""
     pending: dict[str, Prompt] = {}
     for prompt in prompts:
         known = answered.get(prompt.key)
         if known is not None and known != prompt.digest:
             raise MTPError(
                 f"{prompt.where}: {summary.out} answers another prompt under the id {prompt.key!r}. "
-                "Choose another --out or give this prompt another id."
+                "Choose another `out`, or give this prompt another id."
             )
         twin = pending.get(prompt.key)
         if twin is not None and twin.digest != prompt.digest:
             raise MTPError(
-                f"{prompt.where}: the id {prompt.key!r} stands at {twin.where} too. Make ids unique."
+                f"{prompt.where}: the id {prompt.key!r} is also that of {twin.where}. Make ids unique."
             )
         if known is not None:
             summary.skipped += 1
@@ -196,7 +226,7 @@ def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: Disti
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Prompt ids through the chat template, as generation makes them. MTPError with the line of a bad row."""
+    """Ids of a prompt, as generation makes them; MTPError with file and line of a row that cannot be used."""
     if "messages" in prompt.row:
         return messages_prompt_ids(tokenizer, prompt.row["messages"], prompt.row.get("tools"), prompt.where)
     return prompt_ids(tokenizer, prompt.row["prompt"])
@@ -209,9 +239,10 @@ def generate_answers(
     settings: DistillSettings,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Answer]:
-    """Answers in the order in which they end, through mlx-lm's continuous batching.
+    """Answers in the order in which they end, by mlx-lm's continuous batching.
 
-    on_tokens  is called with the number of ids generated by every forward pass
+    Args:
+        on_tokens: called after every forward pass with the number of ids it generated.
     """
     from mlx_lm.generate import BatchGenerator
 
@@ -247,7 +278,7 @@ def generate_answers(
 
 
 def _sampler(settings: DistillSettings, prompt: Prompt) -> Callable[[Any], Any] | None:
-    """Draws id n of this prompt with noise of (seed, prompt, n) from logits [1, V]; None for greedy."""
+    """Samples id n of an answer from log-probabilities [1, V], with noise of (seed, prompt, n); None if greedy."""
     if settings.temp == 0:
         return None
     import mlx.core as mx
@@ -264,7 +295,7 @@ def _sampler(settings: DistillSettings, prompt: Prompt) -> Callable[[Any], Any] 
 
 
 def answer_row(answer: Answer, tokenizer: Any, temperature: float) -> dict[str, Any]:
-    """The row of OUT for an answer."""
+    """The row of the output for an answer."""
     response = tokenizer.decode(answer.tokens) if answer.tokens else ""
     row = dict(answer.prompt.row)
     if "messages" in row:
@@ -288,15 +319,19 @@ def distill(
     on_tokens: Callable[[int], None] = lambda count: None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> DistillSummary:
-    """Answer the prompts that have no answer in `settings.out` yet, appending each as it ends.
+    """Answers the prompts that have no answer in `settings.out`, and appends each answer when it ends.
 
-    on_start   is called once with the number of prompts to answer and the summary so far
-    on_tokens  is called with the number of ids of every forward pass, on_answer with every answer written
+    Ctrl-C keeps the answers written so far, and sets `interrupted`.
 
-    Ctrl-C keeps the answers that are written and returns with `interrupted` set.
-    Raises MTPError for prompts or an OUT that cannot be used, and for a full disk.
+    Args:
+        on_start: called once with the number of prompts to answer and the summary so far.
+        on_tokens: called after every forward pass with the number of ids it generated.
+        on_answer: called with every answer that was written.
+
+    Raises:
+        MTPError: the prompts or the output cannot be used, or the disk is full.
     """
-    summary = DistillSummary(out=str(settings.out), note=mend_last_line(settings.out))
+    summary = DistillSummary(out=str(settings.out), note=repair_last_line(settings.out))
     prompts = list(read_prompts(settings.prompts, settings.limit))
     if not prompts:
         raise MTPError(
@@ -327,7 +362,7 @@ def distill(
 
 
 def _append(descriptor: int, settings: DistillSettings, row: dict[str, Any]) -> None:
-    """One line, in one write, so that a stop between answers leaves whole lines."""
+    """Appends a line in one write, so that a stop leaves whole lines."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
     with clear_errors(settings.out):
         while line:

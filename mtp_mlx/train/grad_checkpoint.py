@@ -1,10 +1,10 @@
-"""Gradient checkpointing of decoder layers: activations of a layer are recomputed in the backward pass.
+"""Gradient checkpointing of decoder layers: the backward pass recomputes a layer's activations.
 
-Memory of the slot pass falls from all layers' activations to one layer's, for about a third more time. The
-loss is the same number: the forward pass computes exactly what it did.
+Activations of one layer instead of all are in memory, for about a third more time. The loss does not change by a
+bit: the forward pass is the same.
 
-The layer's class is exchanged for one pass and put back, so nothing of the model stays patched. The
-recomputation happens after the pass has ended, when wrappers no longer know its rows; it is given them again.
+Layers get another class while a pass is built, and their own back after it, so the model does not stay patched.
+Recomputation happens later, when the wrappers have forgotten the rows of that pass; they are told again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtp_mlx.model.rows import RowContext
 
 @contextmanager
 def checkpointed_layers(attached: AttachedModel) -> Iterator[None]:
-    """Forward passes built inside the block keep only the inputs of each decoder layer."""
+    """Forward passes built in this context keep the inputs of each decoder layer only."""
     layers = list(attached.model.layers)
     classes = [type(layer) for layer in layers]
     for layer, kind in zip(layers, classes, strict=True):
@@ -37,11 +37,11 @@ def checkpointed_layers(attached: AttachedModel) -> Iterator[None]:
 
 
 def _checkpointed(kind: type[nn.Module], rows: RowContext) -> type[nn.Module]:
-    """A subclass of a decoder layer's class that recomputes itself in the backward pass."""
+    """A subclass of a decoder layer's class whose backward pass recomputes it."""
     compute = kind.__call__
 
     def call(layer: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        # Other arguments are masks and caches: constants of the pass.
+        # The other arguments are masks and caches, which are constants.
         of_pass = dataclasses.replace(rows)
 
         flat = cast("list[tuple[str, mx.array]]", tree_flatten(layer.trainable_parameters()))
@@ -58,11 +58,11 @@ def _checkpointed(kind: type[nn.Module], rows: RowContext) -> type[nn.Module]:
 
 
 def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`pure`, arrays -> one array, that keeps its inputs alone and computes again for the backward pass.
+    """`pure` (arrays -> one array) with a backward pass that recomputes it from its inputs.
 
-    Unlike with `mx.checkpoint`, that waits for the gradient of its output, and the gradient of its first
-    input waits for the others: MLX evaluates in no particular order, and layers recomputed early, or whose
-    weights' gradients come late, would all be in memory at once.
+    Unlike in `mx.checkpoint`, recomputation waits for the gradient of the output, and the gradient of the first
+    input waits for those of the others. MLX evaluates in no particular order: without this, layers that are
+    recomputed early, or whose weights' gradients come late, would be in memory all at once.
     """
     function = mx.custom_function(pure)
 
@@ -77,7 +77,7 @@ def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 @contextmanager
 def _given(rows: RowContext, state: RowContext) -> Iterator[None]:
-    """`rows` says what `state` says inside the block, and what it said before after it."""
+    """`rows` has the values of `state` in this context, and its own again after it."""
     before = vars(rows).copy()
     vars(rows).update(vars(state))
     try:

@@ -1,10 +1,8 @@
-"""How much memory a training run will need: an estimate from the model's sizes, made before the first step.
+"""Memory that a training run may need: what the estimates of all methods have in common.
 
-Counted are the things that grow: weights, the adapter with its gradients and optimizer state, the base's KV,
-what the slot pass keeps for its backward pass, and logits. Not counted: the framework itself, and buffers
-that MLX keeps for re-use.
-
-Legend: S sequences, T tokens, N blocks per sequence, k slots, G blocks per chunk, R slot rows, D hidden size.
+An estimate is made from the model's sizes, before the first step. It counts what grows with them: weights, the
+adapter with its gradients and optimizer state, the base's keys and values, activations kept for the backward pass,
+and logits. It leaves out the framework itself and buffers that MLX keeps for reuse.
 """
 
 from __future__ import annotations
@@ -18,18 +16,25 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
-ADAPTER_COPIES = 4  # weights, gradients, two moments
-LOGITS_COPIES = 4  # logits, their exponentials, gradient, one more while they are combined
+ADAPTER_COPIES = 4  # weights, gradients, two moments of AdamW
+LOGITS_COPIES = 4  # logits, their exponentials, their gradient, and one more while these are combined
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the worst step; everything but `weights` and `adapter` for all workers together."""
+    """Bytes of the largest step, over all workers.
+
+    Attributes:
+        weights: of the base model.
+        adapter: what is trained, with gradients and optimizer state.
+        prefix: what the forward pass of the frozen base leaves: keys and values, or hidden states.
+        activations: kept for the backward pass.
+        logits: of the rows whose loss is computed at once.
+    """
 
     weights: int
     adapter: int
@@ -39,7 +44,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
@@ -49,7 +54,16 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the estimate needs to know of a model. `per_row`: floats one layer keeps for one row."""
+    """Sizes of a model that an estimate needs.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: hidden size.
+        heads: attention heads.
+        kv: floats of keys and values per layer and token.
+        per_row: floats that a layer keeps per row for its backward pass.
+        float_bytes: bytes of one float of the model.
+    """
 
     layers: int
     hidden: int
@@ -60,12 +74,12 @@ class ModelSizes:
 
 
 def gigabytes(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory, 0 if it does not say."""
+    """Bytes of this machine's memory; 0 if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -73,7 +87,7 @@ def physical_memory() -> int:
 
 
 def model_sizes(attached: AttachedModel) -> ModelSizes:
-    """Sizes of the model at hand, read off its linear layers."""
+    """Sizes of a model, read off the linear layers of its last decoder layer."""
     layers = attached.model.layers
     widths = [
         (name.rsplit(".", 1)[-1], *linear_sizes(_base(module)))
@@ -85,7 +99,7 @@ def model_sizes(attached: AttachedModel) -> ModelSizes:
     kv = sum(size for name, _, size in widths if name in ("k_proj", "v_proj")) or 2 * attached.hidden_size
     # Every linear keeps its input and output; norms, residuals and rotations about six hidden vectors more.
     per_row = sum(inputs + 2 * outputs for _, inputs, outputs in widths) + 6 * attached.hidden_size
-    norms = [value for name, value in _leaves(layers[-1].parameters()) if "norm" in name]
+    norms = [value for name, value in _named(layers[-1].parameters()) if "norm" in name]
     float_bytes = norms[0].itemsize if norms else FLOAT
     return ModelSizes(len(layers), attached.hidden_size, heads, kv, per_row, float_bytes)
 
@@ -94,18 +108,19 @@ def _base(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, GatedLinear) else module
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(value.nbytes for _, value in _leaves(module.parameters()))
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(value.nbytes for _, value in _named(module.parameters()))
 
 
-def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
+def training_bytes(module: nn.Module, workers: int) -> int:
+    """Bytes of the trained parameters of `module`, with optimizer state and a gradient per worker, in float32."""
+    trained = sum(value.size for _, value in _named(module.trainable_parameters()))
+    return FLOAT * trained * (ADAPTER_COPIES + workers - 1)
+
+
+def _named(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
-
-
-def _nbytes_inside(adapter: SlotAdapter) -> int:
-    """Bytes of the adapter's tensors that an attached model shows as its own."""
-    inside = [*adapter.low_rank.values(), adapter.slot_module]
-    return sum(_nbytes(module) for module in inside)
 
 
 def too_much(

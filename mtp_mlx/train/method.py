@@ -1,4 +1,4 @@
-"""The seam between the trainer, which owns time and files, and what is trained on which loss."""
+"""What a training method provides: weights to train, their loss, and the adapter folder they are written to."""
 
 from __future__ import annotations
 
@@ -25,23 +25,30 @@ Settings = TypeVar("Settings", bound=TrainSettings)
 
 
 class Method(ABC, Generic[Settings]):
-    """Weights to train for a frozen base model, their loss, and the folder they end in.
+    """Weights trained for a base model, their loss, and the adapter folder they are written to.
 
-    Made as `Method(model, train, settings, tell)` of a frozen, bare mlx-lm model, all training examples, and a
-    function that tells the user one line. Random numbers of initial weights come from MLX's global state, which
-    the trainer has seeded; everything random in a step is a function of (seed, step), so that a resumed run
-    repeats it.
+    Initial weights are drawn from MLX's global random state, which the trainer has seeded. Everything random in a
+    step is a function of (seed, step), so that a resumed run repeats it.
+
+    Args:
+        model: a frozen mlx-lm model, not attached.
+        train: all training examples.
+        settings: of the run.
+        tell: shows the user a line.
 
     Attributes:
-        attached: the base model with what is trained on it.
-        fingerprint: of the base.
-        depth: the deepest draft that `measure` measures.
+        attached: the base model with the trained weights attached.
+        fingerprint: of the base model.
+        depth: number of drafts per block that `measure` measures.
+
+    Raises:
+        MTPError: the model or the settings do not allow this training.
     """
 
     attached: AttachedModel
     fingerprint: str
     depth: int
-    _runner: MicroBatchRunner  # of `module`, made by the subclass
+    _runner: MicroBatchRunner  # made by the subclass
 
     def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
         self.settings = settings
@@ -49,16 +56,16 @@ class Method(ABC, Generic[Settings]):
     @classmethod
     @abstractmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
-        """Tells whether an example has anything to learn from."""
+        """A test for examples that have something to train on."""
 
     @classmethod
     @abstractmethod
     def too_short(cls, settings: Settings) -> tuple[str, str]:
-        """Two half sentences: what a usable row must have, and what is the matter with rows left out."""
+        """Two clauses for messages: what a usable row needs, and why rows are left out."""
 
     @classmethod
     def usable(cls, examples: Sequence[Example], settings: Settings, tell: Tell) -> list[Example]:
-        """The examples there is anything to learn from; others are counted to the user.
+        """The examples that can be trained on; tells how many are left out.
 
         Raises:
             MTPError: if no example is usable.
@@ -73,32 +80,32 @@ class Method(ABC, Generic[Settings]):
 
     @property
     def workers(self) -> int:
-        """Micro-batches computed side by side: up to two on a CPU, one on a GPU."""
+        """Number of micro-batches computed in parallel: up to two on a CPU, one on a GPU."""
         return min(2, self.settings.micro_batches) if mx.default_device() == mx.Device(mx.cpu) else 1
 
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """What is trained: its trainable parameters have gradients and optimizer state."""
+        """The module whose trainable parameters are trained."""
 
     @abstractmethod
     def tensors(self) -> dict[str, mx.array]:
-        """Everything a checkpoint must hold to set the trained weights again, by name."""
+        """The tensors of a checkpoint, by name: enough to restore the trained weights."""
 
     @abstractmethod
     def load_tensors(self, tensors: dict[str, mx.array]) -> None:
-        """Sets what `tensors` gave.
+        """Restores the weights that `tensors` returned.
 
         Raises:
-            MTPError: names missing, unexpected or of another shape.
+            MTPError: a tensor is missing, unexpected or of another shape.
         """
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """Mean loss, mean gradients of `module` and number of supervised rows of a step's micro-batches."""
+        """(mean loss, mean gradients of `module`, number of supervised rows) of a step's micro-batches."""
         return self._runner(examples, step)
 
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
-        """One optimizer step on `module`."""
+        """Updates `module` by one optimizer step."""
         optimizer.update(self.module, gradients)
 
     @abstractmethod
@@ -110,8 +117,8 @@ class Method(ABC, Generic[Settings]):
         """Writes the adapter folder, whole or not at all.
 
         Args:
-            training: provenance.
-            acceptance: as measured last; empty if it was not.
+            training: how it was trained, for the folder's config.
+            acceptance: per depth, as measured last; empty if it was not.
 
         Raises:
             MTPError: it cannot be written.
@@ -119,8 +126,8 @@ class Method(ABC, Generic[Settings]):
 
     @abstractmethod
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """What training on these examples may need."""
+        """Memory that training on these examples may need."""
 
     def close(self) -> None:
-        """Ends threads; another step starts them again."""
+        """Ends the worker threads; the next step starts new ones."""
         self._runner.close()

@@ -1,7 +1,7 @@
-"""The order of training examples: a function of (number of examples, seed, step), with no state to save.
+"""The order of training examples: a function of (number of examples, seed, step), so there is no state to save.
 
-Resuming a run needs the step alone. The permutation comes from an integer hash, so it is the same on every
-machine and with every numpy version.
+To resume, a run needs its step only. Permutations come from an integer hash, so they are the same on every machine
+and with every version of NumPy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WEIGHT_STREAM = 2**60
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
-    """The SplitMix64 mixing function on uint64: same order on every machine and numpy version."""
+    """The SplitMix64 mixing function, uint64 [n] -> uint64 [n]."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,24 +33,28 @@ def _shuffled(n: int, seed: int, stream: int) -> np.ndarray:
 
 
 def held_out_indices(n_examples: int, n: int, seed: int) -> set[int]:
-    """`n` of the indices 0..n_examples-1, a function of the three arguments."""
+    """`n` of the indices 0..n_examples-1, chosen by the seed."""
     return set(_shuffled(n_examples, seed, HELD_OUT_STREAM)[:n].tolist())
 
 
 class EpochOrder:
-    """Which examples are in the batch of a global step: each once per epoch, in a new order every epoch.
+    """The examples of each batch: every example once per epoch, in a new order each epoch.
 
-    n_examples    number of examples
-    seed          any integer
-    batch_size    examples per step; the epoch's last batch may be smaller
-    lengths       tokens per example, [n_examples]; if given, batches hold examples of similar length (sorted
-                  within pools of `pool_batches` batches), and the batches themselves are shuffled
-    pool_batches  larger pools waste less padding and mix less
-    weights       how often each example is seen, [n_examples] positive; if given, an epoch still has n_examples
-                  places, and each example gets its share of them, rounded up or down. None: each once
+    `batch(step)` depends on its argument only, so a resumed run sees the same batches.
 
-    `batch(step)` has no state besides its arguments, so a resumed run sees the same batches.
-    Raises MTPError if there are no examples, ValueError for lengths of another number.
+    Args:
+        n_examples: number of examples.
+        seed: any integer.
+        batch_size: examples per batch; the last batch of an epoch may be smaller.
+        lengths: [n_examples] tokens per example. If given, batches hold examples of similar length: they are
+            sorted within pools of `pool_batches` batches, and then the batches are shuffled.
+        pool_batches: larger pools waste less padding and mix less.
+        weights: [n_examples] positive, how often each example is seen relative to others. An epoch still has
+            n_examples places, and each example gets its share of them, rounded up or down. None: once each.
+
+    Raises:
+        MTPError: there are no examples.
+        ValueError: `lengths` or `weights` do not fit the examples.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class EpochOrder:
         weights: Sequence[float] | None = None,
     ) -> None:
         if n_examples < 1:
-            raise MTPError("there are no training examples. Add rows or hold out fewer.")
+            raise MTPError("there are no training examples. Add rows, or hold out fewer.")
         if lengths is not None and len(lengths) != n_examples:
             raise ValueError(f"{len(lengths)} lengths for {n_examples} examples")
         if weights is not None and (len(weights) != n_examples or min(weights) <= 0):
@@ -78,7 +82,7 @@ class EpochOrder:
         self._batches: list[list[int]] = []
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the examples of global step `step` (from 0)."""
+        """Indices of the examples of batch `step`, counted from 0 over all epochs."""
         epoch, offset = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._epoch_batches(epoch)
@@ -98,7 +102,7 @@ class EpochOrder:
         return [batches[index] for index in _shuffled(len(batches), self.seed, BATCH_STREAM + epoch)]
 
     def _by_weight(self, epoch: int) -> np.ndarray:
-        """[n_examples] indices, rising: evenly spaced points on the line of all weights, shifted by the epoch."""
+        """Ascending indices [n_examples]: evenly spaced points on the cumulated weights, shifted each epoch."""
         assert self.weights is not None
         key = _splitmix64(np.asarray([self.seed % 2**64], dtype=np.uint64)) + np.uint64(WEIGHT_STREAM + epoch)
         shift = float(_splitmix64(key)[0] >> np.uint64(32)) / 2.0**32  # [0, 1)

@@ -1,13 +1,13 @@
-"""One training step: examples -> layout -> pass 1 -> pass 2 -> loss and gradients of the adapter.
+"""The micro-batches of a training step, computed in parallel: their mean loss and mean gradients.
 
-Owns the batch arithmetic between the passes and the objectives; knows nothing of optimizers or files.
+What a micro-batch computes is up to a subclass; optimizers and files belong to the trainer.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,22 +18,22 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.workers import Workers
 
-# Supervised rows, loss and gradients of a micro-batch.
+# Of a micro-batch: number of supervised rows, loss, gradients.
 Totals = tuple[int, LossParts, dict]
 
 
 class MicroBatchRunner(ABC):
-    """Computes loss and gradients of steps; micro-batches run side by side on `workers` threads.
+    """Computes loss and gradients of steps, with micro-batches in parallel on `workers` threads.
 
-    On a CPU, where MLX's element-wise operations use one core, two workers take little more time than one.
-    Building a graph touches the shared module and is done under a lock; evaluating it is not. A GPU wants
-    one worker: one micro-batch after another, with the memory of one.
-    With several workers OpenBLAS gets one thread for each of them (measured: with its own threads on top, two
-    workers are slower than one).
+    MLX's element-wise operations use one core of a CPU, so two workers take little more time than one. Building a
+    graph changes the shared module and happens under a lock; evaluating it does not. On a GPU one worker is best:
+    micro-batches run one after another, in the memory of one.
+    With several workers, each has one OpenBLAS thread: with more, two workers are slower than one (measured).
 
     Args:
         trained: the module whose gradients are computed.
-        workers: how many threads; a subclass evaluates every other array it reads where there are several.
+        workers: number of threads. If there are several, a subclass must evaluate every other array that its
+            micro-batches read: a lazy array belongs to the thread that made it.
     """
 
     def __init__(self, trained: nn.Module, workers: int = 1) -> None:
@@ -42,7 +42,7 @@ class MicroBatchRunner(ABC):
         self._workers = Workers(workers)
 
     def __call__(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
-        """Mean loss, mean gradients and number of supervised rows over the step's micro-batches."""
+        """(mean loss, mean gradients, number of supervised rows) of a step's micro-batches."""
         numbers = [step * len(examples) + index for index in range(len(examples))]
         jobs = list(zip(examples, numbers, strict=True))
         if self._workers.count == 1:
@@ -52,18 +52,34 @@ class MicroBatchRunner(ABC):
             return _mean(self._workers.map(lambda job: self._micro_batch(*job), jobs))
 
     def close(self) -> None:
-        """Ends the worker threads; another step starts them again."""
+        """Ends the worker threads; the next step starts new ones."""
         self._workers.close()
+
+    def _loss_and_gradients(self, loss: Callable[[], LossParts]) -> tuple[LossParts, dict]:
+        """What `loss` returns, and its gradients with respect to the trained parameters, evaluated."""
+        names: list[str] = []
+
+        def values() -> tuple[mx.array, ...]:
+            result = loss()
+            names[:] = list(result.parts)
+            return (result.total, *result.parts.values())
+
+        with self._building:
+            parameters = self._trained.trainable_parameters()
+            found, gradients = nn.value_and_grad(self._trained, values)()
+            self._trained.update(parameters)  # tracing leaves this thread's lazy copies in the module
+        mx.eval(found, gradients)
+        return LossParts(found[0], dict(zip(names, found[1:], strict=True))), gradients
 
     @abstractmethod
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
-        """(supervised rows, loss, gradients of `trained`), evaluated. `number` counts micro-batches."""
+        """(supervised rows, loss, gradients of `trained`), evaluated. `number` counts the run's micro-batches."""
 
 
 def _mean(totals: list[Totals]) -> tuple[LossParts, dict, int]:
-    """Mean over micro-batches, each weighted by its supervised rows; of parts, over those that have them."""
+    """Mean over micro-batches, weighted by supervised rows; the mean of a part is over those that have it."""
     rows = sum(count for count, _, _ in totals)
-    shares = [count / max(rows, 1) for count, _, _ in totals]  # no row at all: a step without gradients
+    shares = [count / max(rows, 1) for count, _, _ in totals]  # without any row, gradients are zero
     losses = [loss for _, loss, _ in totals]
     total = sum((share * loss.total for share, loss in zip(shares, losses, strict=True)), mx.zeros(()))
     parts = {}

@@ -1,8 +1,7 @@
-"""One training step over the processes of a run: each has its own micro-batches, all apply the same update.
+"""Training steps shared by several processes: each computes its own micro-batches, all apply the same update.
 
-Legend: N processes, M micro-batches of each. Process r computes micro-batch step * N * M + r * M and M - 1 more.
-So a step has those of one process with N * M micro-batches, and the mean over all, weighted by supervised rows, is
-the same too.
+With N processes of M micro-batches each, process r computes M micro-batches from number step * N * M + r * M on.
+Together they are those of one process with N * M micro-batches, and so is their mean, weighted by supervised rows.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from mtp_mlx.train.loss import LossParts
 
 @dataclass(frozen=True)
 class StepMean:
-    """A step over all processes.
+    """Result of a step over all processes.
 
     Attributes:
-        loss, parts: means weighted by rows; of a part, over the processes that have it.
-        gradients: the same mean.
-        rows: supervised rows of all.
-        stop: some process was asked to stop. All of them must: one that went on would wait for the others for ever.
+        loss: mean, weighted by supervised rows.
+        parts: means of the parts, over the processes that have them.
+        gradients: mean, weighted by supervised rows.
+        rows: supervised rows of all processes.
+        stop: whether a process was asked to stop. Then all must stop: one that went on would wait for ever.
     """
 
     loss: float
@@ -42,12 +42,12 @@ def number(scalar: mx.array) -> float:
 
 
 def step_mean(peers: Peers, loss: LossParts, gradients: dict, rows: int, stop: bool) -> StepMean:
-    """The mean over all processes of what each computed.
+    """Mean over all processes of what each of them computed.
 
     Raises:
-        MTPError: another process was lost.
+        MTPError: another process has died.
     """
-    mx.eval(loss.total, loss.parts, gradients)  # outside the time that others are waited for
+    mx.eval(loss.total, loss.parts, gradients)  # before the collective, whose time is limited
     own = {name: number(part) for name, part in loss.parts.items()}
     every = peers.gather({"loss": number(loss.total), "parts": own, "rows": rows, "stop": stop})
     total = max(sum(one["rows"] for one in every), 1)
@@ -72,13 +72,13 @@ def start_as_one(
     trained: checkpoints.Trained,
     optimizer: optim.Optimizer,
 ) -> int:
-    """Gives every process the weights and the optimizer state of process 0; returns its step.
+    """Copies weights and optimizer state of process 0 to all processes; returns the step they start from.
 
     Args:
-        given: what all must have been started with, as JSON values.
+        given: JSON values that must be the same in all processes.
 
     Raises:
-        MTPError: they were not, or another process was lost.
+        MTPError: they differ, or another process has died.
     """
     if peers.alone:
         return step

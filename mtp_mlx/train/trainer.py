@@ -1,7 +1,6 @@
-"""The training loop: batches in order, one optimizer step each, metrics, checkpoints, measurements.
+"""The training loop: optimizer steps, metrics, checkpoints and measurements, resumable at any step.
 
-What is trained on which loss is up to a `Method`; this file owns time: order, resume, interruption and what is
-written to disk.
+What is trained, and on which loss, is up to a `Method`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from mtp_mlx.train.together import number, start_as_one, step_mean
 
 @dataclass(frozen=True)
 class StepReport:
-    """One line of the metrics file."""
+    """A step as the metrics file records it; `seconds` is its wall time."""
 
     step: int
     loss: float
@@ -48,7 +47,7 @@ class StepReport:
 
 
 class Listener(Protocol):
-    """Who is told about progress; the CLI draws it."""
+    """Receives the progress of a run; the command line draws it."""
 
     def on_step(self, report: StepReport, total: int) -> None: ...
 
@@ -58,7 +57,7 @@ class Listener(Protocol):
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then the schedule down to final_rate * peak."""
+    """Learning rate of step `step`, from 0: linear warm-up, then the schedule down to final_rate * peak."""
     warmup = settings.warmup or 0
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -70,47 +69,46 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def build_optimizer(settings: TrainSettings) -> optim.AdamW:
-    """AdamW; the rate is set before every step."""
+    """AdamW; its learning rate is set before every step."""
     return optim.AdamW(
         learning_rate=0.0,
         betas=[0.9, 0.99],
         weight_decay=settings.weight_decay,
-        bias_correction=True,  # without it the first hundreds of steps are up to 4 times too large
+        bias_correction=True,  # without it, updates of the first few hundred steps are up to 4 times too large
     )
 
 
 def check_out(out: Path) -> None:
-    """Refuses to write an adapter where something else is.
+    """Refuses to write an adapter over anything else.
 
     Raises:
-        MTPError: `out` is a file, or a folder that is neither empty, nor an adapter's, nor a model's with an adapter
-            inside.
+        MTPError: `out` is a file, or a folder that is not empty and holds no adapter.
     """
     if not out.exists() or (out / CONFIG_NAME).is_file() or sidecar(out) is not None:
         return
     if not out.is_dir():
-        raise MTPError(f"{out} is a file; give --out a folder that does not exist yet, or an adapter's")
+        raise MTPError(f"{out} is a file: `out` must be a new folder, or one with an adapter")
     if any(out.iterdir()):
         raise MTPError(
-            f"{out} is a folder with other files and would be replaced by the adapter; give another --out"
+            f"{out} is a folder with other files, which the adapter would replace: give another `out`"
         )
 
 
 class Trainer:
-    """Trains an adapter for `model` (its weights stay untouched).
+    """Trains an adapter for a base model.
 
     Args:
         method: class of the training method (`mtp_mlx.drafters.registry.method_class`).
-        model: an mlx-lm model, not attached; quantised or not.
+        model: the base model, as mlx-lm loads it, quantised or not; it is frozen.
         train, held_out: examples.
-        settings: those of the method (`mtp_mlx.drafters.registry.settings_class`).
+        settings: of that method (`mtp_mlx.drafters.registry.settings_class`).
         listener: told about steps, measurements and messages.
-        peers: the processes that train together; each computes its own micro-batches of every step. All must be
-            given the same model, data and settings.
+        peers: the processes of the run, which must have the same model, data and settings; each computes its own
+            micro-batches of every step.
 
     Raises:
-        MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is something
-            else's, or no example has anything to learn from.
+        MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is in use, or no
+            example can be trained on.
     """
 
     def __init__(
@@ -125,7 +123,7 @@ class Trainer:
     ) -> None:
         self.settings, self.listener = settings, listener
         self.peers = peers or Peers()
-        # The run as one process would do it: this is what a checkpoint and an adapter remember.
+        # The settings of the same run in one process, which checkpoints and adapters record.
         self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
         check_out(settings.out)
         self._train, self._held_out = method.usable(train, settings, listener.on_message), held_out
@@ -148,26 +146,26 @@ class Trainer:
         self.agreement: Agreement | None = None
         self._measured_step = -1
         self._stop = False  # this process was asked to stop
-        self._all_stop = False  # some process was, and all know
+        self._all_stop = False  # a process was, and all know
 
     @property
     def _ending(self) -> bool:
-        """Whether to stop now: processes that train together must all do so after the same step."""
+        """Whether to stop now; all processes of a run must stop after the same step."""
         return self._stop if self.peers.alone else self._all_stop
 
     @property
     def adapter(self) -> Any:
-        """The module that is trained."""
+        """The trained module."""
         return self.method.module
 
     @property
     def attached(self) -> AttachedModel:
-        """The base model with what is trained on it."""
+        """The base model with the trained weights attached."""
         return self.method.attached
 
     @property
     def workers(self) -> int:
-        """Micro-batches computed side by side."""
+        """Number of micro-batches computed in parallel."""
         return self.method.workers
 
     # --- files --------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ class Trainer:
 
     @property
     def metrics_path(self) -> Path:
-        """OUT.metrics.jsonl, one line per step or measurement."""
+        """OUT.metrics.jsonl, one line per step and per measurement."""
         return self._beside(".metrics.jsonl")
 
     def _beside(self, ending: str) -> Path:
@@ -187,13 +185,13 @@ class Trainer:
         return out.with_name(out.name + ending)
 
     def resume(self) -> bool:
-        """Continues from the checkpoint, if there is one; metrics behind it are dropped.
+        """Restores the checkpoint if there is one, and drops metrics of later steps; whether there was one.
 
         Raises:
-            MTPError: the checkpoint is damaged or belongs to other settings, data or base model.
+            MTPError: the checkpoint is damaged, or belongs to other settings, data or another base model.
         """
         if not self.peers.leads:
-            return False  # process 0 has the files; `run` shares what it read
+            return False  # process 0 has the files, and `run` shares what it has read
         checkpoints.remove_leftovers(self.checkpoint_path)
         if not self.checkpoint_path.exists():
             if self.metrics_path.exists():
@@ -213,7 +211,7 @@ class Trainer:
         return True
 
     def _drop_metrics_behind(self, step: int) -> list[dict[str, Any]]:
-        """The metrics so far, without steps that the checkpoint does not contain: they will be run again."""
+        """The metrics up to `step`; later ones are removed from the file, since these steps run again."""
         if not self.metrics_path.exists():
             return []
         kept = []
@@ -221,7 +219,7 @@ class Trainer:
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # the line being written when the run was killed
+                continue  # a line that was being written when the run was killed
             if isinstance(row, dict) and row.get("step", step + 1) <= step:
                 kept.append(row)
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -236,7 +234,7 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
 
     def save(self) -> None:
-        """Writes the checkpoint; of several processes the first does."""
+        """Writes the checkpoint (in process 0)."""
         if not self.peers.leads:
             return
         checkpoints.save_checkpoint(
@@ -250,19 +248,20 @@ class Trainer:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What the adapter folder says about its training."""
+        """How the adapter was trained, for its folder."""
         settings = self._whole
         return {
             **checkpoints.comparable(settings),
             "steps": self.step,
             "planned_steps": settings.steps,
-            "start_from": settings.start_from and settings.start_from.name,  # a name, no machine's path
+            "start_from": settings.start_from
+            and settings.start_from.name,  # its name: paths are of this machine only
             "examples": len(self._train),
             "data_fingerprint": self._data_fingerprint,
         }
 
     def export(self) -> None:
-        """Writes the adapter folder; of several processes the first does."""
+        """Writes the adapter folder (in process 0)."""
         if not self.peers.leads:
             return
         check_out(self.settings.out)
@@ -272,10 +271,10 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Trains to the last step; True if it got there, False if it was interrupted (state is saved).
+        """Trains to the last step; False if it was interrupted before, after saving its state.
 
         Raises:
-            MTPError: the loss is no longer finite, or a file cannot be written.
+            MTPError: the loss is not finite, or a file cannot be written.
         """
         with self._interruptible(), closing(self.method):
             given = {
@@ -296,13 +295,13 @@ class Trainer:
                 self.measure()
             self.export()
         if self._ending:
-            self.listener.on_message(f"stopped after step {self.step}; the same command continues from there")
+            self.listener.on_message(f"stopped after step {self.step}; the same command resumes from there")
         return not self._ending
 
     def _one_step(self) -> None:
         started = time.perf_counter()
         settings = self.settings
-        part = self.step * self.peers.size + self.peers.rank  # numbers micro-batches as one process would
+        part = self.step * self.peers.size + self.peers.rank  # micro-batches are numbered as in one process
         first = part * settings.micro_batches
         examples = [
             [self._train[index] for index in self._order.batch(first + offset)]
@@ -320,7 +319,7 @@ class Trainer:
         if not (np.isfinite(value) and np.isfinite(length)):
             raise MTPError(
                 f"in step {self.step + 1} the loss is {value} and the gradient norm {length}: lower "
-                f"--learning-rate (now {settings.learning_rate}); nothing of this step was saved"
+                f"`learning_rate` (now {settings.learning_rate}); this step was not saved"
             )
         self.step += 1
         self.loss = value
@@ -331,7 +330,7 @@ class Trainer:
         self.listener.on_step(report, settings.steps)
 
     def measure(self) -> None:
-        """Acceptance per depth on the held-out rows."""
+        """Measures acceptance per depth on the held-out rows."""
         if not self._held_out:
             return
         size = self.settings.batch_size
@@ -356,16 +355,16 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and a polite kill end the loop after the step in progress, the second without saving it.
+        """SIGINT and SIGTERM end the loop after the current step; a second one ends it at once, without saving.
 
-        In the main thread only; in another one signals are the caller's business.
+        In threads other than the main one, signals are left to the caller.
         """
 
         def stop(*_: Any) -> None:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
-            with suppress(RuntimeError):  # the signal may have come in the middle of another message
+            with suppress(RuntimeError):  # the signal may arrive in the middle of another message
                 self.listener.on_message("stopping after this step; a second time stops without saving it")
 
         try:

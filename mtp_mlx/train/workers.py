@@ -1,8 +1,8 @@
-"""Threads that live for a whole run and evaluate MLX graphs side by side.
+"""Threads that evaluate MLX graphs in parallel for the whole of a run.
 
-An MLX stream belongs to the thread that first uses it, costs an operating-system thread of its own that MLX
-never gives back, and can abort the process if it outlives its user. So threads are few, are kept between steps,
-and clear their streams as their last act.
+An MLX stream belongs to the thread that first uses it, takes an operating-system thread that MLX never releases,
+and can abort the process if it outlives its thread. So the threads are few, are kept between steps, and clear their
+streams before they end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`count` threads, started by the first `map` and ended by `close`; after `close`, `map` starts them again."""
+    """`count` threads, started by `map` if they are not running, ended by `close`."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -28,7 +28,7 @@ class Workers:
         self._threads: list[threading.Thread] = []
 
     def map(self, call: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-        """call(job) of every job, in order of the jobs; the first error of a job is raised when all are done."""
+        """`call(job)` for every job, in the order of the jobs; when all are done, raises the first job's error."""
         self._start()
         for index, job in enumerate(jobs):
             self._inboxes[index % self.count].put((index, call, job))
@@ -44,7 +44,7 @@ class Workers:
         return [results[index] for index in range(len(jobs))]
 
     def close(self) -> None:
-        """Ends the threads, after what they are at."""
+        """Ends the threads once their jobs are done."""
         for inbox in self._inboxes:
             inbox.put(None)
         for thread in self._threads:

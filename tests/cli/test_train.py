@@ -69,7 +69,7 @@ def test_it_trains_and_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
         assert text in result.stderr, text
     assert read_header(out).training["steps"] == 6
     again = run(*arguments(model, data, out), "--json")
-    assert again.exit_code == 0 and "going on after step 6 of " in again.stderr
+    assert again.exit_code == 0 and "resuming after step 6 from " in again.stderr
     assert json.loads(again.stdout)["resumed_from"] == 6
     assert json.loads(again.stdout)["acceptance"] == summary["acceptance"]
 
@@ -89,7 +89,7 @@ def test_it_trains_heads_and_extends_them(model: Path, data: Path, tmp_path: Pat
     states = tmp_path / "states"
     first = train("two", heads=2, hidden_cache=states)
     assert first.exit_code == 0, first.output
-    assert "hidden states are kept in" in first.stderr and "0 of 12 rows are there" in first.stderr
+    assert "hidden states are cached in" in first.stderr and "0 of 12 rows are there" in first.stderr
     assert "memory, estimated: " in first.stderr and "step 3: acceptance by depth" in first.stderr
     summary = json.loads(first.stdout)
     assert len(summary["acceptance"]) == 2 and summary["loss"] > 0
@@ -102,7 +102,7 @@ def test_it_trains_heads_and_extends_them(model: Path, data: Path, tmp_path: Pat
     check_sentence(
         train("x", start_from=tmp_path / "two", extend="lots"), "2x or a number of heads, not 'lots'"
     )
-    check_sentence(train("x", heads=3, start_from=tmp_path / "two"), "it has 2 heads, --heads is 3")
+    check_sentence(train("x", heads=3, start_from=tmp_path / "two"), "two has 2 heads, and --heads is 3")
     assert not (tmp_path / "x").exists()
 
 
@@ -154,7 +154,7 @@ def test_an_interruption_is_130(
     result = run(*arguments(model, data, tmp_path / "adapter"), "--json")
     assert result.exit_code == 130, result.output
     assert json.loads(result.stdout)["interrupted"] and json.loads(result.stdout)["steps"] == 3
-    assert "Stopped: the same command goes on from here." in result.stderr
+    assert "Stopped: the same command resumes from here." in result.stderr
     monkeypatch.undo()
     finished = run(*arguments(model, data, tmp_path / "adapter"), "--json")
     assert finished.exit_code == 0 and json.loads(finished.stdout)["resumed_from"] == 3
@@ -199,7 +199,9 @@ def test_mendable_errors(model: Path, data: Path, tmp_path: Path) -> None:
     check_sentence(
         run(*arguments(model, data, out, warmup=7)), "--warmup (7) is longer than the run (--steps 6)"
     )
-    check_sentence(run(*arguments(model, data, out, held_out=16)), "16 held-out rows were asked for")
+    check_sentence(
+        run(*arguments(model, data, out, held_out=16)), "--held-out is 16, and the data has 16 rows"
+    )
     check_sentence(run(*arguments(model, data, out, target_modules="query")), "['query'] name no linear")
     check_sentence(run(*arguments(model, data, tmp_path)), f"{tmp_path} is a folder with other files")
     check_sentence(run(*arguments(model, data, out, start_from=tmp_path)), "is not an adapter folder")

@@ -227,7 +227,7 @@ def test_an_out_of_other_prompts_or_another_kind_is_refused(tmp_path, model, tok
     with pytest.raises(MTPError, match=r"line 1: .*out\.jsonl answers another prompt under the id 'p0'"):
         distill(model, tokenizer, settings(tmp_path))
     write(tmp_path / "out.jsonl", [{"text": "a"}])
-    with pytest.raises(MTPError, match="not a file of answers"):
+    with pytest.raises(MTPError, match="does not hold answers"):
         distill(model, tokenizer, settings(tmp_path))
 
 
@@ -269,7 +269,7 @@ def test_command(tmp_path):
     summary = json.loads(result.stdout)
     assert summary["written"] == 3 and summary["tok_per_s"] > 0 and not summary["interrupted"]
     assert "3 answers" in result.stderr
-    assert "3 were there already" in invoke(tmp_path, "--batch-size", 2).stderr
+    assert "3 were answered before" in invoke(tmp_path, "--batch-size", 2).stderr
     assert [len(row["response_tokens"]) <= 5 for row in rows_of(tmp_path / "out.jsonl")] == [True] * len(
         WORDS
     )
@@ -287,7 +287,7 @@ def test_command_stopped_and_command_mistaken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "generate_answers", stopping)
     result = invoke(tmp_path)
-    assert result.exit_code == 130 and "the same command goes on from here" in result.stderr
+    assert result.exit_code == 130 and "the same command resumes from here" in result.stderr
     assert len(rows_of(tmp_path / "out.jsonl")) == 2
     (tmp_path / "bad.yaml").write_text("max_token: 3")
     result = invoke(tmp_path, "--config", tmp_path / "bad.yaml")

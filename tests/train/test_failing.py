@@ -48,7 +48,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     trainer._one_step()
     trainer.save()
     trainer.adapter.slot_embeddings.weight = trainer.adapter.slot_embeddings.weight * float("nan")
-    with pytest.raises(MTPError, match=r"in step 2 the loss is nan.*lower --learning-rate \(now 0.001\)"):
+    with pytest.raises(MTPError, match=r"in step 2 the loss is nan.*lower `learning_rate` \(now 0.001\)"):
         trainer.run()
     assert checkpoints.load_checkpoint(trainer.checkpoint_path).step == 1
     assert [row["step"] for row in metrics(tmp_path / "adapter")] == [1]
@@ -112,7 +112,7 @@ def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "ptp"])
 def test_rows_longer_than_a_sliding_window_are_refused_before_training(tmp_path: Path, method: str) -> None:
     overrides = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
-    with pytest.raises(MTPError, match="sliding window of 4.*--max-length 4"):
+    with pytest.raises(MTPError, match="sliding window of 4.*set `max_length` to 4"):
         trainer_for(tmp_path / "adapter", model=tiny_model("llama", **overrides), method=method)
 
 

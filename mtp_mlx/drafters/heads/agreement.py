@@ -1,4 +1,4 @@
-"""Acceptance of MTP heads per depth on held-out text, without decoding; see `agreement.py` for what that means."""
+"""Acceptance of MTP heads on held-out text, measured without decoding; see `mtp_mlx.train.agreement`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from mtp_mlx.drafters.heads.draft_heads import DraftHeads, heads_of
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates, padded
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.agreement import Agreement, Tally
 from mtp_mlx.train.data import Example
 
-CHUNK = 512  # rows whose logits exist at once
+CHUNK = 512  # rows whose logits are in memory at once
 
 
 def check_plain(heads: DraftHeads, name: str) -> None:
-    """Raises MTPError for heads that take or read something else than what training and measuring give them."""
+    """Refuses heads whose inputs are not those that training and this measurement give them.
+
+    Args:
+        name: where the heads are from, for the message.
+
+    Raises:
+        MTPError: not a cascade on the trunk's normed state that shares embedding and LM head with the base model.
+    """
     convention = heads.convention
     if (
         not isinstance(heads, MTPHeads)
@@ -27,37 +34,31 @@ def check_plain(heads: DraftHeads, name: str) -> None:
         or "own" in (convention.embedding, convention.lm_head)
     ):
         raise MTPError(
-            f"{name}: its heads are of the kind {convention.kind!r} on the state {convention.first_hidden!r}, with "
+            f"{name}: its heads are of kind {convention.kind!r} on the state {convention.first_hidden!r}, with "
             f"{convention.embedding} embedding and {convention.lm_head} LM head; only a cascade on the state "
-            "'post-norm' that shares both with the base can be trained and measured without decoding"
+            "'post-norm' that shares both with the base model can be trained, or measured without decoding"
         )
 
 
 def measure_heads(
     attached: AttachedModel, batches: Iterable[Sequence[Example]], depths: int, states: TrunkStates
 ) -> Agreement:
-    """Head k at every position of the responses that has all `depths` tokens behind it, given the text before.
+    """Acceptance per depth, teacher-forced, at every position of the responses with `depths` tokens behind it.
 
-    Beyond the number of heads they are applied again in turn, as in decoding.
+    If there are fewer heads than `depths`, they are reused in order, as in decoding.
     """
-    accepted, submitted, blocks = np.zeros(depths), np.zeros(depths), 0
+    tally = Tally(depths)
     for examples in batches:
-        right = _right(attached, examples, depths, states)  # [blocks, depths]
-        if not len(right):
-            continue
-        alive = np.cumprod(right, axis=1)
-        accepted += alive.sum(axis=0)
-        submitted += np.concatenate([np.ones((len(alive), 1)), alive[:, :-1]], axis=1).sum(axis=0)
-        blocks += len(alive)
-    return Agreement([float(a / s) if s else 0.0 for a, s in zip(accepted, submitted, strict=True)], blocks)
+        tally.add(_right(attached, examples, depths, states))
+    return tally.agreement()
 
 
 def _right(
     attached: AttachedModel, examples: Sequence[Example], depths: int, states: TrunkStates
 ) -> np.ndarray:
-    """[blocks, depths] whether head k's greedy draft behind each position is the token of the text."""
+    """Whether each head's greedy draft behind each position is the token of the text, bool [blocks, depths]."""
     heads = heads_of(attached)
-    places = []  # (sequence, position) as in decoding: from the last token of the prompt on
+    places = []  # (sequence, position), from the last token of the prompt on
     for index, example in enumerate(examples):
         for position in range(max(example.loss_start - 1, 0), len(example) - 1 - depths):
             places.append((index, position))
@@ -75,7 +76,7 @@ def _right(
 
 
 def _drafts(attached: AttachedModel, states: mx.array) -> np.ndarray:
-    """[M] greedy drafts as ids, of what the LM head reads, [M, D]."""
+    """Greedily drafted ids [M] of hidden states [M, D]."""
     pieces = []
     for start in range(0, states.shape[0], CHUNK):
         pieces.append(mx.argmax(attached.draft_head(states[start : start + CHUNK]), axis=-1))

@@ -1,9 +1,9 @@
-"""Which rows of a cascade of MTP heads a training batch supervises, and which main rows teach them.
+"""The supervised rows of a cascade of MTP heads in a training batch, and the rows that teach them.
 
-Head k at position i predicts token i + k + 1; the trunk's row i + k predicts the same token and is its teacher. A
-row is supervised where that token lies in the response. Index arithmetic in numpy; no tensors of the model.
+Head k at position i predicts token i + k + 1. The trunk's row i + k predicts the same token and is its teacher. A row
+is supervised if that token is in the response. A layout is index arithmetic in NumPy, without tensors of the model.
 
-Legend: S sequences, T padded length, K depths, M_k supervised rows of depth k, Q teacher rows.
+Legend: S sequences, T padded length, M_k supervised rows of depth k, Q teacher rows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class HeadLayout:
 
     Attributes:
         tokens: [S, T] int32, right-padded with zeros.
-        depths: the supervised depths that have rows, rising from 1.
-        rows: per depth in `depths`, [M_k] index into the S * (T - k) rows of that head.
-        targets: per depth in `depths`, [M_k] index into `teacher_rows`.
-        teacher_rows: [Q] index into the S * T rows of the trunk.
-        label: [Q] int32 the token after each teacher row.
+        depths: the depths that have supervised rows, ascending.
+        rows: per depth, [M_k] indices into the S * (T - k) rows of that head.
+        targets: per depth, [M_k] indices into `teacher_rows`.
+        teacher_rows: [Q] indices into the S * T rows of the trunk.
+        label: [Q] int32 token after each teacher row.
     """
 
     tokens: np.ndarray
@@ -39,17 +39,17 @@ class HeadLayout:
 
     @property
     def count(self) -> int:
-        """Supervised rows of all depths."""
+        """Number of supervised rows of all depths."""
         return sum(len(rows) for rows in self.rows)
 
 
 def first_position(loss_start: int, depth: int) -> int:
-    """The first position whose head `depth` predicts a token of the response."""
+    """The first position at which head `depth` predicts a token of the response."""
     return max(0, loss_start - depth - 1)
 
 
 def can_supervise(example: Example, depths: Sequence[int]) -> bool:
-    """Whether some head has a token of the response to predict."""
+    """Whether a head at one of `depths` has a token of the response to predict."""
     return any(first_position(example.loss_start, depth) + depth + 1 < len(example) for depth in depths)
 
 
@@ -62,9 +62,9 @@ def build_head_layout(
     """Lays a batch out.
 
     Args:
-        depths: which depths are supervised, rising.
-        share: share of each sequence's positions that are supervised, (0, 1]; drawn from `random` below 1.
-        random: needed where share is below 1.
+        depths: the depths to supervise, ascending.
+        share: fraction of each sequence's positions that are supervised, (0, 1].
+        random: draws the positions if `share` is below 1.
 
     Raises:
         ValueError: no row is supervised.
@@ -98,11 +98,11 @@ def build_head_layout(
 def _positions(
     example: Example, depths: Sequence[int], share: float, random: np.random.Generator | None
 ) -> np.ndarray:
-    """Positions of an example at which heads are supervised, rising."""
+    """Supervised positions of an example, ascending."""
     first = min(first_position(example.loss_start, depth) for depth in depths)
     candidates = np.arange(first, len(example) - 1 - min(depths))
     if share >= 1 or not len(candidates):
         return candidates
     if random is None:
-        raise ValueError("a share of the positions is drawn at random: give a generator")
+        raise ValueError("`share` is below 1, and there is no `random` to draw the positions")
     return np.sort(random.permutation(candidates)[: int(np.ceil(share * len(candidates)))])

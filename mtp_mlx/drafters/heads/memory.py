@@ -1,4 +1,4 @@
-"""How much memory training heads needs: an estimate from the model's sizes."""
+"""Memory that training MTP heads may need, estimated from the model's sizes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import (
-    ADAPTER_COPIES,
     FLOAT,
     LOGITS_COPIES,
     MemoryEstimate,
-    _leaves,
-    _nbytes,
     model_sizes,
+    parameter_bytes,
+    training_bytes,
 )
 
 
 def estimate_heads_memory(
     attached: AttachedModel, examples: Sequence[Example], settings: HeadsSettings, workers: int = 1
 ) -> MemoryEstimate:
-    """The memory of training MTP heads on the largest micro-batch the examples can give, times `workers`.
+    """Memory of the largest micro-batch of these examples, times `workers`.
 
-    `prefix` is the trunk's pass, of which one layer is in memory at a time.
+    `prefix` is the pass of the frozen trunk, of which one layer is in memory at a time.
     """
     sizes, heads = model_sizes(attached), heads_of(attached)
     depths = len(heads.heads)
@@ -36,12 +35,11 @@ def estimate_heads_memory(
     kept = round(settings.top_share * columns) if settings.kl_weight else 0
     in_loss = min(settings.loss_rows, supervised * depths)
     logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
-    trained = sum(value.size for _, value in _leaves(heads.trainable_parameters()))
-    # The fuse layer's inputs and what the LM head reads come on top of a decoder layer's own.
+    # In addition to a decoder layer's own: the inputs of `fuse` and of the LM head.
     activations = depths * (layer + 6 * rows * sizes.hidden)
     return MemoryEstimate(
-        weights=_nbytes(attached.model),
-        adapter=FLOAT * trained * (ADAPTER_COPIES + workers - 1),
+        weights=parameter_bytes(attached.model),
+        adapter=training_bytes(heads, workers),
         prefix=workers * 2 * layer * sizes.float_bytes,
         activations=workers * activations * FLOAT,
         logits=workers * logits * FLOAT,

@@ -1,4 +1,4 @@
-"""MTP heads behind a frozen trunk: plain MTP, and MTP-D's self-distillation (arXiv 2603.23911)."""
+"""Training MTP heads on a frozen trunk: plain MTP, MTP-D's self-distillation, looped extension (arXiv 2603.23911)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Method, Tell
@@ -38,10 +38,10 @@ CONVENTION = HeadConvention("mtp-mlx")
 
 
 def first_trained_depth(settings: HeadsSettings) -> int:
-    """Depth of the first head that is trained: 1, or that of the first copy in looped extension.
+    """Depth of the first trained head: 1, or in looped extension that of the first new head.
 
     Raises:
-        MTPError: no heads in `settings.start_from`.
+        MTPError: `settings.start_from` has no heads.
     """
     if settings.extend is None or settings.start_from is None:
         return 1
@@ -62,10 +62,10 @@ class TrainHeads(Method[HeadsSettings]):
         super().__init__(model, train, settings, tell)
         self.fingerprint = base_fingerprint(model)
         bare = attach(model)
-        bare.make_cache()  # refuses a model that could not take rejected drafts back
+        bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
         self._config = HeadsConfig(CONVENTION, [LAST_LAYER] * settings.heads)
-        self._frozen = 0  # heads before this one are as they were
+        self._frozen = 0  # number of heads that are not trained
         if settings.start_from is None:
             heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
             start_like_trunk(heads, model, train[0].tokens)
@@ -99,39 +99,37 @@ class TrainHeads(Method[HeadsSettings]):
         )
 
     def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
-        """The heads of a folder, or more made from them (looped extension), with this data's draft vocabulary.
+        """The heads of a folder, extended if the settings say so, with the draft vocabulary of this data.
 
         Raises:
-            MTPError: no heads there, of another base or another number.
+            MTPError: no heads there, or heads for another base model, or another number of them.
         """
         loaded, header = load(folder, read_header(folder), model)
         theirs = config_of(folder, header)
-        check_plain(loaded, f"--start-from {folder}")
+        check_plain(loaded, f"`start_from` {folder}")
         heads, blocks = loaded.heads, theirs.blocks
         if self.settings.extend is not None:
             self._frozen = len(heads)
             heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
             blocks = [blocks[index % self._frozen] for index in range(len(heads))]
             tell(
-                f"{self._frozen} heads of {folder} stay as they are; {len(heads) - self._frozen} copies are trained"
+                f"{self._frozen} heads of {folder} are frozen; {len(heads) - self._frozen} copies are trained"
             )
         elif len(heads) != self.settings.heads:
             raise MTPError(
-                f"--start-from {folder}: it has {len(heads)} heads, --heads is {self.settings.heads}: "
-                f"give --heads {len(heads)}, or --extend to grow them"
+                f"`start_from` {folder} has {len(heads)} heads, and `heads` is {self.settings.heads}: set `heads` to "
+                f"{len(heads)}, or `extend` to get more"
             )
         self._config = HeadsConfig(theirs.convention, blocks, theirs.model_config)
-        old_ids = loaded.draft_ids
-        if ([] if draft_ids is None else draft_ids.tolist()) != ([] if old_ids is None else old_ids.tolist()):
-            # No weight depends on which ids may be drafted.
-            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
+        if not same_draft_ids(draft_ids, loaded.draft_ids):
+            tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
         return MTPHeads(heads, theirs.convention, draft_ids)
 
-    def _learnt(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples, from the second token on where prompts are learnt from too.
+    def _supervised(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples, supervised from their second token on if prompts are trained on too.
 
-        Prompts are not the base's own text, but they are more text, whose states are computed anyway. What is held
-        out, and which ids may be drafted, goes by the responses.
+        Prompts are not the base model's own text, but they are more text, whose hidden states are computed anyway.
+        Measurements and the draft vocabulary use responses only.
         """
         if not self.settings.learn_prompts:
             return list(examples)
@@ -139,7 +137,7 @@ class TrainHeads(Method[HeadsSettings]):
 
     @classmethod
     def can_train_on(cls, settings: HeadsSettings) -> Callable[[Example], bool]:
-        """See `Method`: a row of one or two tokens has none that a first head predicts, copies look further."""
+        """See `Method`: the first head predicts from the third token on, later heads from a later one on."""
         first = first_trained_depth(settings)
         return lambda example: can_supervise(example, [first])
 
@@ -149,7 +147,7 @@ class TrainHeads(Method[HeadsSettings]):
         first = first_trained_depth(settings)
         return (
             f"head {first} needs rows of {first + 2} tokens or more",
-            f"head {first} predicts from token {first + 2} on, and they have none in a response",
+            f"head {first} predicts from token {first + 2} on, and their responses end before it",
         )
 
     @property
@@ -168,7 +166,7 @@ class TrainHeads(Method[HeadsSettings]):
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """See `Method`."""
-        return super().gradients([self._learnt(batch) for batch in examples], step)
+        return super().gradients([self._supervised(batch) for batch in examples], step)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
@@ -187,4 +185,4 @@ class TrainHeads(Method[HeadsSettings]):
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
         """See `Method`."""
-        return estimate_heads_memory(self.attached, self._learnt(examples), self.settings, self.workers)
+        return estimate_heads_memory(self.attached, self._supervised(examples), self.settings, self.workers)

@@ -1,9 +1,13 @@
-"""Where new heads start from: inputs and outputs of the size that a copy of the trunk's last layer knows.
+"""Initial weights of MTP heads: like the trunk's last layer, or copies of trained heads (looped extension).
 
-A head's block is a copy of that layer, which was trained on the residual stream; `fuse` gives it a normalised
-state, tens of times smaller, in which the layer's own output drowns everything else. So the last norm's weights are
-taken out of the state again, and it is made as large as the residual stream is. Measured once on SmolLM2-135M (the
-stream's size 39, the state's 30): loss 9.1 instead of 9.7 after 60 steps.
+New heads. The block of a head is a copy of the trunk's last layer, which was trained on the residual stream. `fuse`
+would give it a normalised state, tens of times smaller, in which the layer's own output drowns everything else. So
+the weights of the final norm are divided out of that state, and it is scaled to the size of the residual stream.
+Measured once on SmolLM2-135M (size of the stream 39, of the state 30): loss 9.1 instead of 9.7 after 60 steps.
+
+Looped extension (MTP-D, arXiv 2603.23911). New head m + j starts as a copy of head j, for j = 1..m: the whole group
+is copied, never the last head alone. The trained heads are frozen; the new group goes on from the hidden states of
+the last of them.
 """
 
 from __future__ import annotations
@@ -18,15 +22,16 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.mtp_head import MTPHead
 from mtp_mlx.errors import MTPError
 
-SMALLEST = 0.1  # weights of the last norm below this share of their mean size are not divided by
-EMBEDDING_SHARE = 0.1  # of the embedding beside the hidden state, before training
+SMALLEST = 0.1  # norm weights below this fraction of their typical size are raised to it before dividing
+EMBEDDING_SHARE = 0.1  # initial scale of the embedding, relative to the hidden state
 
 
 def start_like_trunk(heads: MTPHeads, model: nn.Module, tokens: list[int]) -> bool:
-    """Sets `fuse` and the norms of new heads of a bare mlx-lm model; False where its last norm is of another kind.
+    """Sets `fuse` and the norms of new heads; False, and nothing set, if the final norm is not an RMS norm.
 
     Args:
-        tokens: any text, on which the size of the residual stream is measured.
+        model: the base model, not attached.
+        tokens: any text, to measure the size of the residual stream on.
     """
     trunk = model.model
     weight = norm_weight(trunk)
@@ -45,7 +50,7 @@ def start_like_trunk(heads: MTPHeads, model: nn.Module, tokens: list[int]) -> bo
 
 
 def norm_weight(trunk: nn.Module) -> mx.array | None:
-    """[D] what the trunk's last norm multiplies a normalised state with, float32; None if that is not all it does."""
+    """Weights of the trunk's final norm, float32 [D]; None if it does more than scale a normalised state."""
     norm = getattr(trunk, "norm", None)
     if norm is None or "weight" not in norm:
         return None
@@ -58,7 +63,7 @@ def norm_weight(trunk: nn.Module) -> mx.array | None:
 
 
 def last_layer_input(trunk: nn.Module, tokens: mx.array) -> mx.array:
-    """[1, T, D] the residual stream before the last decoder layer."""
+    """The residual stream before the last decoder layer, [1, T, D]."""
     layer = trunk.layers[-1]
     kind, seen = type(layer), []
 
@@ -75,32 +80,35 @@ def last_layer_input(trunk: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def _size(values: mx.array) -> float:
-    """Root of the mean square; the median over rows, since the first token's state is often huge."""
+    """Root mean square per row; of these the median, since the first token's state is often huge."""
     rows = mx.sqrt(mx.mean(mx.square(values.astype(mx.float32)), axis=-1)).reshape(-1)
     return float(mx.sort(rows)[rows.size // 2].item())  # type: ignore[arg-type]
 
 
 def extended_count(extend: str, trained: int) -> int:
-    """How many heads "2x" or a number asks for, from `trained` ones.
+    """Number of heads after extending `trained` heads.
+
+    Args:
+        extend: "2x", or the number.
 
     Raises:
-        MTPError: neither, fewer than one more head, or more than one new group.
+        MTPError: `extend` is neither, adds no head, or adds more than one group.
     """
     if extend == "2x":
         return 2 * trained
     if not extend.isdecimal():
-        raise MTPError(f"--extend is 2x or a number of heads, not {extend!r}")
+        raise MTPError(f"`extend` must be 2x or a number of heads, not {extend!r}")
     count = int(extend)
     if not trained < count <= 2 * trained:
         raise MTPError(
-            f"--extend {count}: from {trained} heads, one run trains a new group of up to {trained}, so give "
-            f"{' to '.join(map(str, sorted({trained + 1, 2 * trained})))}, and extend the result again for more"
+            f"`extend` is {count}: one run extends {trained} heads by a group of up to {trained}, so give "
+            f"{' to '.join(map(str, sorted({trained + 1, 2 * trained})))}; for more, extend the result again"
         )
     return count
 
 
 def extend_heads(trained: list[MTPHead], count: int) -> list[MTPHead]:
-    """`count` heads: those trained, now frozen, then copies of them in turn."""
+    """`count` heads: the trained ones, now frozen, and copies of them in the same order."""
     new = [copy.deepcopy(trained[index % len(trained)]) for index in range(len(trained), count)]
     for head in trained:
         head.freeze()

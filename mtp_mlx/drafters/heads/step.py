@@ -1,11 +1,11 @@
-"""One training step of MTP heads: examples -> trunk states and teacher, once -> cascade -> loss and gradients.
+"""A micro-batch of MTP heads: layout -> trunk states and teacher targets -> cascade -> loss and gradients.
 
-The trunk is frozen, so its hidden states and the teacher's targets are constants of a step. The LM head is frozen
-too: for each chunk of rows the gradient of the loss with respect to what the LM head reads is computed at once and
-the chunk's logits are dropped, so that logits of one chunk at a time exist and none is computed twice.
+The trunk is frozen, so its hidden states and the teacher's targets are constants. The LM head is frozen too: for
+each chunk of rows, the gradient with respect to its input is computed right away and the logits are dropped. So the
+logits of one chunk at a time are in memory, and none are computed twice.
 
 Legend: S sequences, T padded length, D hidden size, M supervised rows of all depths, Q teacher rows, C columns of
-the draft head.
+the draft head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
 from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop, teacher_top
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates
-from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.step import MicroBatchRunner, Totals
 
-TEACHER_CHUNK = 256  # rows whose teacher logits exist at once
-MOST_CHUNK = 512  # rows of the loss at once: on a CPU more are slower, since they leave its caches
+TEACHER_CHUNK = 256  # teacher rows whose logits are in memory at once
+MOST_CHUNK = (
+    512  # rows per chunk of the loss: on a CPU larger chunks are slower, since they do not fit its caches
+)
 
 
 def teacher_targets(
     attached: AttachedModel, hidden: mx.array, layout: HeadLayout, distil: MTPDistil
 ) -> TeacherTop | None:
-    """The main head's likeliest draft columns at the Q teacher rows, evaluated; None where nothing reads them.
+    """The main head's most likely draft columns at the Q teacher rows, evaluated; None without distillation.
 
     Args:
         hidden: [S, T, D] of the trunk.
@@ -59,13 +60,13 @@ def teacher_targets(
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The supervised rows of a step, depth after depth.
+    """The supervised rows of a micro-batch, depth by depth.
 
     Attributes:
-        target: [M] index into the teacher rows.
-        label: [M] column of the token that followed, -1 if it has none.
-        weight: [M] float32; weights of all rows sum to 1 if every depth has rows.
-        counts: rows of every depth that has some.
+        target: [M] teacher row.
+        label: [M] column of the token that followed, -1 if it is outside the draft vocabulary.
+        weight: [M] float32; the sum is 1 if every depth has rows.
+        counts: {depth: number of rows}, for the depths that have rows.
     """
 
     target: mx.array
@@ -75,11 +76,11 @@ class HeadRows:
 
 
 def head_rows(layout: HeadLayout, columns: np.ndarray, distil: MTPDistil, depths: Sequence[int]) -> HeadRows:
-    """Rows of a layout: each depth has its weight, spread evenly over its rows.
+    """The rows of a layout; the weight of each depth is spread evenly over its rows.
 
     Args:
-        columns: [V] draft column of every id, -1 for ids that cannot be drafted.
-        depths: all that are trained; a batch of short responses has rows of some of them only.
+        columns: [V] as `draft_columns` gives them.
+        depths: all trained depths; with short responses, some may have no rows.
     """
     shares = dict(zip(depths, distil.head_weights(depths), strict=True))
     counts = {depth: len(rows) for depth, rows in zip(layout.depths, layout.rows, strict=True)}
@@ -94,7 +95,7 @@ def head_rows(layout: HeadLayout, columns: np.ndarray, distil: MTPDistil, depths
 
 
 def cascade_rows(heads: MTPHeads, embeddings: mx.array, hidden: mx.array, layout: HeadLayout) -> mx.array:
-    """[M, D] what the LM head reads at the supervised rows, depth after depth. Differentiable in the heads."""
+    """Inputs of the LM head at the supervised rows, depth by depth, [M, D]; differentiable in the heads."""
     found = heads.cascade(embeddings, hidden, layout.depths[-1])
     pieces = [
         found[depth - 1].reshape(-1, hidden.shape[-1])[mx.array(rows)]
@@ -111,12 +112,13 @@ def chunked_loss(
     teacher: TeacherTop | None,
     chunk_rows: int,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """A scalar with the gradient of the loss with respect to `states` (its value means nothing), and every part of
-    the loss per row, float32 [M] each, without gradient.
+    """(a scalar whose gradient with respect to `states` is that of the loss, parts of the loss per row).
+
+    The scalar's value has no meaning. The parts, float32 [M] each, carry no gradient.
 
     Args:
         states: [M, D] from `cascade_rows`.
-        chunk_rows: rows whose logits exist at once.
+        chunk_rows: rows whose logits are in memory at once.
     """
     dtype = attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype
     constants = mx.stop_gradient(states)
@@ -128,11 +130,10 @@ def chunked_loss(
 
         def loss(z: mx.array, own: slice = own, of_rows: TeacherTop | None = of_rows) -> tuple:
             parts = distil.rows_parts(attached.draft_head(z.astype(dtype)), of_rows, rows.label[own])
-            each = sum((distil.weight(name) * part for name, part in parts.items()), mx.zeros(()))
-            return mx.sum(rows.weight[own] * each), parts
+            return mx.sum(rows.weight[own] * distil.total(parts)), parts
 
         z = constants[own]
-        if gradients:  # MLX evaluates in no particular order: without this, many chunks' logits at once
+        if gradients:  # MLX evaluates in no particular order; without this, many chunks at once
             (z,) = mx.depends([z], [gradients[-1]])
         (_, parts), gradient = mx.value_and_grad(loss)(z)
         gradients.append(gradient)
@@ -142,27 +143,28 @@ def chunked_loss(
 
 
 def summary(distil: MTPDistil, rows: HeadRows, parts: dict[str, mx.array]) -> LossParts:
-    """The loss, its weighted means "ce" and "kl", and the loss of every head alone ("head 1", ...)."""
+    """The loss, the weighted means of its parts "ce" and "kl", and the mean loss of each head ("head 1", ...)."""
     means = {name: mx.sum(rows.weight * part) for name, part in parts.items()}
-    each = sum((distil.weight(name) * part for name, part in parts.items()), mx.zeros(()))
+    each = distil.total(parts)
     per_head, start = {}, 0
     for depth, count in rows.counts.items():
         per_head[f"head {depth}"] = mx.mean(each[start : start + count])
         start += count
-    total = sum((distil.weight(name) * mean for name, mean in means.items()), mx.zeros(()))
-    return LossParts(total, {**means, **per_head})
+    return LossParts(distil.total(means), {**means, **per_head})
 
 
 class HeadsRunner(MicroBatchRunner):
     """Steps of MTP heads.
 
     Args:
-        attached: a frozen model with heads, those to be trained unfrozen.
-        depths: which depths have a loss.
-        states: where the trunk's hidden states come from.
-        share: share of the positions that are supervised.
-        seed: of the drawn positions.
-        chunk_rows: rows whose logits exist at once.
+        attached: a frozen model with heads, of which those to train are not frozen.
+        distil: the loss.
+        depths: the trained depths.
+        seed: of the run.
+        states: source of the trunk's hidden states.
+        share: fraction of the positions that are trained.
+        chunk_rows: rows whose logits are in memory at once.
+        workers: see `MicroBatchRunner`.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class HeadsRunner(MicroBatchRunner):
             self._evaluate_constants()
 
     def _evaluate_constants(self) -> None:
-        """Evaluates every array a step reads: a lazy one belongs to the thread that made it."""
+        """Evaluates every array that a step reads: a lazy array belongs to the thread that made it."""
         tokens = mx.zeros((1, self._depths[-1] + 2), dtype=mx.int32)
         hidden = self._attached.model.model(tokens)
         cascade = self._heads.cascade(self._attached.embed(tokens), hidden)
@@ -202,21 +204,14 @@ class HeadsRunner(MicroBatchRunner):
         mx.eval(hidden, embeddings)
         teacher = teacher_targets(attached, hidden, layout, distil)
         rows = head_rows(layout, self._columns, distil, self._depths)
-        names: list[str] = []
 
-        def loss() -> tuple[mx.array, ...]:
+        def loss() -> LossParts:
             states = cascade_rows(
                 self._heads, embeddings.astype(mx.float32), hidden.astype(mx.float32), layout
             )
-            surrogate, parts = chunked_loss(attached, distil, states, rows, teacher, self._chunk_rows)
-            names[:] = list(parts)
-            return (surrogate, *parts.values())
+            return LossParts(*chunked_loss(attached, distil, states, rows, teacher, self._chunk_rows))
 
-        with self._building:
-            parameters = self._heads.trainable_parameters()
-            values, gradients = nn.value_and_grad(self._heads, loss)()
-            self._heads.update(parameters)  # tracing leaves this thread's lazy copies in the module
-        mx.eval(values, gradients)
-        parts = summary(distil, rows, dict(zip(names, values[1:], strict=True)))
+        per_row, gradients = self._loss_and_gradients(loss)
+        parts = summary(distil, rows, per_row.parts)
         mx.eval(parts.total, parts.parts)
         return layout.count, parts, gradients

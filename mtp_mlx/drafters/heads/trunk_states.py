@@ -1,7 +1,7 @@
-"""Hidden states of the frozen trunk over training text: computed in every step, or kept on disk.
+"""Hidden states of the frozen trunk over training text: computed in every step, or cached on disk.
 
-The trunk is most of the work of training heads, and its states never change. A cache file holds those of one
-example, in 16 bits, named by everything they depend on: the base's weights and the example's tokens.
+The trunk is most of the work of training heads, and its states never change. A cache file holds the states of one
+example, in 16 bits. Its name depends on what they depend on: the weights of the base model and the example's tokens.
 
 Legend: S sequences, T padded length, D hidden size.
 """
@@ -28,19 +28,19 @@ from mtp_mlx.train.memory import gigabytes
 
 NAME = "hidden"
 LARGEST_HALF = 6e4  # float16 holds less than 65520
-SAMPLE = 4096  # values of every weight that name a model
+SAMPLE = 4096  # values of every weight that are hashed
 
 
 class TrunkStates(Protocol):
-    """Where hidden states come from."""
+    """A source of hidden states."""
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
-        """[S, T, D] after the final norm, right-padded with rows that mean nothing."""
+        """States after the final norm, [S, T, D]; rows of the padding on the right have no meaning."""
         ...
 
 
 def padded(examples: Sequence[Example]) -> np.ndarray:
-    """[S, T] int32 tokens, right-padded with zeros."""
+    """Tokens of the examples, right-padded with zeros, int32 [S, T]."""
     tokens = np.zeros((len(examples), max(len(example) for example in examples)), dtype=np.int32)
     for row, example in zip(tokens, examples, strict=True):
         row[: len(example)] = example.tokens
@@ -48,7 +48,7 @@ def padded(examples: Sequence[Example]) -> np.ndarray:
 
 
 class ComputedStates:
-    """One pass of the trunk over each batch; in the model's type, lazy."""
+    """States by a pass of the trunk over each batch; lazy, in the model's dtype."""
 
     def __init__(self, attached: AttachedModel) -> None:
         self._trunk = attached.model.model
@@ -59,13 +59,13 @@ class ComputedStates:
 
 
 class CachedStates:
-    """States in files below `folder`, made when an example is first seen; safe from several threads.
+    """States from files below `folder`, written when an example is first seen; several threads may use it.
 
-    Always those that a file holds, so that a run does not depend on which files were there. An example's states
+    States are always rounded as in a file, so that a run does not depend on which files exist. An example's states
     do not depend on its batch.
 
     Raises:
-        MTPError: in use: a file is damaged or cannot be written.
+        MTPError: when called, if a file is damaged or cannot be written.
     """
 
     def __init__(self, attached: AttachedModel, folder: Path) -> None:
@@ -74,7 +74,7 @@ class CachedStates:
         self._hidden_size = attached.hidden_size
 
     def path(self, example: Example) -> Path:
-        """The file of an example."""
+        """Path of an example's file."""
         key = hashlib.sha256(np.array(example.tokens, dtype=np.int32).tobytes()).hexdigest()[:24]
         return self._folder / f"{key}.safetensors"
 
@@ -86,7 +86,7 @@ class CachedStates:
         )
 
     def _one(self, example: Example) -> mx.array:
-        """[T, D] of one example."""
+        """States of one example, [T, D]."""
         path = self.path(example)
         if not path.exists():
             states = in_half(self._trunk(mx.array(example.tokens, dtype=mx.int32)[None])[0])
@@ -107,10 +107,10 @@ class CachedStates:
         return states
 
     def report(self, examples: Sequence[Example]) -> str:
-        """What the folder will hold, for people.
+        """A line for the user: where the states are, how much space they take, and how many there are.
 
         Raises:
-            MTPError: the disk has not enough room.
+            MTPError: the disk has too little space.
         """
         missing = [example for example in examples if not self.path(example).exists()]
         most = 2 * self._hidden_size * sum(len(example) for example in examples)
@@ -118,17 +118,17 @@ class CachedStates:
         free = shutil.disk_usage(_existing(self._folder)).free
         if needed > free:
             raise MTPError(
-                f"--hidden-cache {self._folder.parent} needs {gigabytes(needed)} more, its disk has "
-                f"{gigabytes(free)} left: use another folder, or leave --hidden-cache out"
+                f"`hidden_cache` {self._folder.parent} needs {gigabytes(needed)} more, and its disk has "
+                f"{gigabytes(free)} left: use another folder, or leave `hidden_cache` out"
             )
         return (
-            f"hidden states are kept in {self._folder.parent}, at most {gigabytes(most)}: "
-            f"{len(examples) - len(missing)} of {len(examples)} rows are there"
+            f"hidden states are cached in {self._folder.parent}, at most {gigabytes(most)}: "
+            f"{len(examples) - len(missing)} of {len(examples)} rows are there already"
         )
 
 
 def in_half(states: mx.array) -> mx.array:
-    """16-bit states: float32 becomes float16, or bfloat16 where values are too large for it."""
+    """States in 16 bits: float32 becomes float16, or bfloat16 if values are too large for float16."""
     if states.dtype != mx.float32:
         return states
     large = mx.any(mx.abs(states) > LARGEST_HALF).item()
@@ -136,10 +136,10 @@ def in_half(states: mx.array) -> mx.array:
 
 
 def weights_key(model: nn.Module) -> str:
-    """24 hex digits of the settings, and of names, types, shapes and a sample of the values of all weights.
+    """24 hex digits that depend on the model's config and on name, dtype, shape and sampled values of all weights.
 
-    Unlike a base's fingerprint it tells apart the precisions of one model, and settings without weights, such as a
-    scaling of the rotary embedding.
+    Unlike a base model's fingerprint, it also depends on the precision of the weights, and on config that no weight
+    shows, such as the scaling of rotary embeddings.
     """
     digest = hashlib.sha256(repr(getattr(model, "args", None)).encode())
     for name, value in sorted(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))):
@@ -153,7 +153,7 @@ def weights_key(model: nn.Module) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
+    """The nearest existing folder at or above `path`."""
     path = Path(os.path.abspath(path))
     while not path.exists():
         path = path.parent

@@ -1,7 +1,7 @@
-"""A single mask token by online self-distillation (arXiv 2602.06019): gated LoRA, ordinary LoRA, or a full fine-tune.
+"""Training one mask token by online self-distillation (arXiv 2602.06019), with LoRA or a full fine-tune.
 
-Gated LoRA leaves the base as it is: its folder is an adapter, and verified decoding gives the base's own text. The
-other two change real rows, so what they write is a model folder of its own with a mask token.
+Gated LoRA leaves real rows as they are: it writes an adapter folder, and verified decoding gives the base model's own
+text. Ordinary LoRA and a full fine-tune change real rows, so they write a whole model folder that has a mask token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter_folder import read_header, read_tensors
 from mtp_mlx.drafters.masks.folder import config_of, mask_header, save
 from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
 from mtp_mlx.drafters.masks.method import mask_shape
@@ -28,8 +27,8 @@ from mtp_mlx.drafters.masks.regions import real_tokens
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.drafters.slots.memory import estimate_memory
-from mtp_mlx.drafters.slots.method import SlotMethod, check_base, check_shape
-from mtp_mlx.drafters.slots.step import BlockChoice, draft_columns
+from mtp_mlx.drafters.slots.method import SlotMethod
+from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block_linear import is_quantised
@@ -37,17 +36,17 @@ from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.models import resolve_model
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import draft_vocabulary
+from mtp_mlx.train.draft_vocabulary import draft_columns, draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
 from mtp_mlx.train.step import MicroBatchRunner
 
 
 class ConfAdapt(SlotMethod[ConfAdaptSettings]):
-    """Trains a mask token, and what `settings.tuning` says with it.
+    """Trains a mask token, and with it what `settings.tuning` says.
 
     Raises:
-        MTPError: the model cannot be attached to, is quantised where its own weights would change, or
+        MTPError: the model cannot be attached to, is quantised although its own weights should change, or
             `settings.start_from` does not fit.
     """
 
@@ -63,7 +62,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size) if self._gated else None
         self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
         if settings.start_from is not None:
-            self._start_from(settings.start_from)
+            self._start(settings.start_from, tell)
         self.attached: AttachedModel = attach(model, self.adapter)
         if self._whole:
             model.unfreeze()
@@ -91,31 +90,23 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         student: Student = WholeStudent(self.attached) if self._whole else LowRankStudent(self.attached)
         return JointRunner(student, *common, chunk_rows=settings.loss_rows)
 
-    def _start_from(self, folder: Path) -> None:
-        """Takes the weights of another adapter of the same shape and base.
-
-        Raises:
-            MTPError: no adapter there, another base or shape, or a tuning that has no adapter.
-        """
+    def _start(self, folder: Path, tell: Tell) -> None:
+        """Starts from another adapter; MTPError if `tuning` writes models."""
         if not self._gated:
             raise MTPError(
-                f"--start-from continues adapters, and tuning {self.settings.tuning} writes whole models: train "
-                "that model with --model instead"
+                f"`start_from` continues adapters, and `tuning` {self.settings.tuning} writes whole models: give "
+                "that model as `model` instead"
             )
-        header = read_header(folder)
-        shape = config_of(folder, header)
-        check_base(folder, header, self.fingerprint)
-        check_shape(folder, shape, self.adapter.config)
-        self.adapter.load_tensors(read_tensors(folder))
+        self.start_from(folder, config_of, tell)
 
     @property
     def workers(self) -> int:
-        """See `Method`; a joint pass runs alone, because its teacher takes the place of the model."""
+        """See `Method`; joint passes cannot run in parallel, since the teacher replaces the model's weights."""
         return super().workers if self.settings.tuning == "gated-lora" else 1
 
     @property
     def module(self) -> nn.Module:
-        """See `Method`: the adapter, or the whole model with the mask in it."""
+        """See `Method`: the adapter, or the whole model with the mask token."""
         return self.attached.model if self._whole else super().module
 
     def tensors(self) -> dict[str, mx.array]:
@@ -131,7 +122,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         self.module.update(tree_unflatten(list(tensors.items())))
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
-        """See `Method`; of the model as trained where real rows change."""
+        """See `Method`; with LoRA on real rows too, if it was trained so."""
         if self.settings.tuning != "lora":
             return measure_agreement(self.attached, batches, self.depth)
         with self.attached.ungated():
@@ -160,7 +151,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
             write_model_folder(folder, source, model, mask, header)
 
     def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """See `Method`: that of as many blocks as there are regions; a full fine-tune has the model's own state."""
+        """See `Method`: as for as many blocks as there are regions; a full fine-tune adds the model's own state."""
         regions = BlockChoice(
             slots=self.depth,
             share=1 / real_tokens(self.depth + 1, self.settings.region_rows),
@@ -173,7 +164,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
 
 
 def merged(model: nn.Module, adapter: MaskAdapter) -> nn.Module:
-    """A copy of a bare model with the adapter's LoRA added to its weights; the copy shares all others."""
+    """A copy of a model, not attached, with the adapter's LoRA merged into its weights; other weights are shared."""
     out = copy.deepcopy(model)
     modules = dict(out.model.named_modules())
     for path, low_rank in adapter.low_rank.items():
@@ -188,9 +179,9 @@ def _flat(module: nn.Module) -> dict[str, mx.array]:
 
 
 def _check_unquantised(model: nn.Module, tuning: str) -> None:
-    """Raises MTPError where weights that should change are quantised."""
+    """MTPError if weights that should change are quantised."""
     if any(is_quantised(layer) for _, layer in model.named_modules()):
         raise MTPError(
-            f"tuning {tuning} changes the model's own weights, and these are quantised: train the unquantised "
-            "model, or use --tuning gated-lora"
+            f"`tuning` {tuning} changes the model's own weights, and these are quantised: train the unquantised "
+            "model, or set `tuning` to gated-lora"
         )

@@ -1,7 +1,7 @@
-"""A step of online self-distillation where real rows change too: ordinary LoRA, or a full fine-tune.
+"""A micro-batch of online self-distillation that changes real rows too: ordinary LoRA, or a full fine-tune.
 
-One joint pass runs the student over the rows of `region_layout`, real tokens and masks together; another the frozen
-teacher over the same rows with the student's own tokens in the masks' places (arXiv 2602.06019, training).
+One joint pass runs the student over the rows of `region_layout`, real tokens and masks together. Another runs the
+frozen teacher over the same rows with the student's tokens in place of the masks (arXiv 2602.06019).
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from mtp_mlx.train.step import MicroBatchRunner, Totals
 
 
 class Student(ABC):
-    """A model and its frozen teacher, both as hidden states of a block of rows.
+    """A model that is trained, and its frozen teacher.
 
     Attributes:
         attached: the model.
-        trained: the module whose gradients are computed.
+        trained: the module that is trained.
     """
 
     attached: AttachedModel
     trained: nn.Module
 
     def hidden(self, block: Block, caches: list[Any]) -> mx.array:
-        """[B, S, D] of the student; every row is changed by what is trained."""
+        """Hidden states of the student, [B, S, D]."""
         return self.attached.forward(block, caches)
 
     @abstractmethod
     def teacher_logits(self, block: Block, caches: list[Any], rows: mx.array) -> mx.array:
-        """[B, rows, V] of the frozen teacher; constants."""
+        """Logits of the teacher at `rows`, [B, rows, V]; constants."""
 
 
 class LowRankStudent(Student):
-    """Ordinary LoRA: the student has it on every row, the teacher on none."""
+    """Ordinary LoRA: active on all rows of the student and on no row of the teacher."""
 
     def __init__(self, attached: AttachedModel) -> None:
         self.attached, self.trained = attached, adapter_of(attached)
@@ -60,7 +60,7 @@ class LowRankStudent(Student):
 
 
 class WholeStudent(Student):
-    """A full fine-tune: the teacher is the weights as they were, put in for its pass."""
+    """A full fine-tune: the teacher's pass runs with the initial weights."""
 
     def __init__(self, attached: AttachedModel) -> None:
         self.attached, self.trained = attached, attached.model
@@ -77,15 +77,15 @@ class WholeStudent(Student):
 
 
 class JointRunner(MicroBatchRunner):
-    """Steps of a student whose real rows change too.
+    """Steps of a `Student`.
 
     Args:
-        student: what is trained, and its teacher.
+        student: model and teacher.
         objective: see `Online`.
-        k_most: most tokens a region predicts; k is drawn from 2 to it.
-        region_rows: rows of a region, real ones and masks.
-        seed: of k and offset.
-        chunk_rows: rows whose logits exist at once.
+        k_most: tokens that a region predicts at most; k is drawn from 2 to `k_most`.
+        region_rows: rows of a region, real tokens and masks.
+        seed: of the run; k and offset depend on it and on the number of the micro-batch.
+        chunk_rows: rows whose logits are in memory at once.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class JointRunner(MicroBatchRunner):
         self._chunk_rows = chunk_rows
 
     def layout(self, examples: Sequence[Example], number: int) -> RegionLayout:
-        """The rows of micro-batch `number`, the same for all its examples."""
+        """The rows of micro-batch `number`, the same in all its texts."""
         random = np.random.default_rng((self._seed, number))
         k, offset = draw_regions(examples, self._k_most, self._region_rows, random)
         longest = max(len(example) for example in examples)
@@ -119,7 +119,7 @@ class JointRunner(MicroBatchRunner):
         label = mx.array(follows.reshape(-1)[supervised.reshape(-1)])
         groups = mx.array(layout.groups.reshape(-1))
 
-        def loss() -> mx.array:
+        def loss() -> LossParts:
             masked = mx.where(mx.array(layout.masked), self._student.attached.vocab_size, mx.array(tokens))
             hidden = self._student.hidden(*self._block(layout, masked))[:, groups]  # [B, regions * k, D]
             arrays = [hidden.reshape(-1, hidden.shape[-1])[rows], label]
@@ -127,14 +127,12 @@ class JointRunner(MicroBatchRunner):
                 teacher = self._teacher(layout, mx.array(tokens), hidden, groups)
                 arrays.append(teacher.reshape(-1, teacher.shape[-1])[rows])
             total = sum_over_chunks(self._rows_loss, self._chunk_rows, *arrays, trained=self._trained)
-            return total / len(rows)
+            return LossParts(total / len(rows))
 
-        value, gradients = nn.value_and_grad(self._trained, loss)()
-        mx.eval(value, gradients)
-        return len(rows), LossParts(value, {}), gradients
+        return len(rows), *self._loss_and_gradients(loss)
 
     def _block(self, layout: RegionLayout, ids: mx.array) -> tuple[Block, list[Any]]:
-        """A pass over `ids` [B, S] in the layout, and the caches that carry its visibility."""
+        """The block of a pass over `ids` [B, S], and caches with the visibility of the layout."""
         caches = [PrefixCache() for _ in self._student.attached.model.layers]
         for cache in caches:
             cache.mask = mx.array(layout.visibility())
@@ -143,11 +141,12 @@ class JointRunner(MicroBatchRunner):
     def _teacher(
         self, layout: RegionLayout, tokens: mx.array, hidden: mx.array, groups: mx.array
     ) -> mx.array:
-        """[B, regions * k, V] of the teacher where the student's own tokens stand for the masks.
+        """Logits of the teacher with the student's tokens in place of the masks, [B, regions * k, V].
 
         Args:
-            tokens: [B, S] the text at every row.
-            hidden: [B, regions * k, D] of the student at the rows that predict.
+            tokens: [B, S] token of the text at every row.
+            hidden: [B, regions * k, D] hidden states of the student at the rows that predict.
+            groups: [regions * k] the rows that predict.
         """
         batch = len(tokens)
         constant = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])
@@ -164,13 +163,13 @@ class JointRunner(MicroBatchRunner):
     def _rows_loss(
         self, hidden: mx.array, label: mx.array, teacher_logits: mx.array | None = None
     ) -> mx.array:
-        """Sum over rows of student latents [m, D], labels [m] and teacher logits [m, V]."""
+        """Sum of the losses of rows, from hidden states [m, D], labels [m] and logits of the teacher [m, V]."""
         logits = self._student.attached.head(hidden)
         return mx.sum(self._objective.rows_loss(logits, teacher_logits, label))
 
 
 def supervised_rows(examples: Sequence[Example], layout: RegionLayout) -> np.ndarray:
-    """[B, regions, k] bool: rows of regions inside a response, up to the end of the text."""
+    """Which rows have a loss, bool [B, regions, k]: those that predict a token of a response."""
     out = []
     for example in examples:
         learns = np.isin(layout.anchors, candidate_anchors(len(example), example.loss_start))
@@ -179,7 +178,7 @@ def supervised_rows(examples: Sequence[Example], layout: RegionLayout) -> np.nda
 
 
 def tokens_at(examples: Sequence[Example], positions: np.ndarray) -> np.ndarray:
-    """[B, *positions.shape] int32 tokens of each example, 0 behind its end."""
+    """Tokens of each example at `positions`, int32 [B, *positions.shape]; 0 behind its end."""
     out = np.zeros((len(examples), *positions.shape), dtype=np.int32)
     for row, example in enumerate(examples):
         inside = positions < len(example)

@@ -1,32 +1,84 @@
-"""Apple's objective (arXiv 2507.11851, section 3): CE of base and sampler heads on labels, plus LCM.
+"""The two objectives of mask tokens; which one is `MaskTokenSettings.objective`.
 
-loss = mean over slot rows and real rows of (CE_base + CE_sampler) + lcm_weight * LCM. On real rows CE_base
-is a constant of the frozen base and is left out; CE_sampler trains the sampler head there too.
-LCM (Eq. 1) pulls slot latents to the detached latent of the real row that predicts the same token. The
-paper's figures sum squares over the hidden size; here they are averaged over it, with a weight
-(design section 4); and Eq. 1's average over the slots of one real row is kept.
+self-distill: slots learn the base model's own next-token distribution, some tokens early.
+
+    loss = weighted mean over slot rows of CE(teacher, base head) + CE(teacher, sampler head)
+
+    The teacher is the frozen base at the real row that predicts the same token; targets are its probabilities.
+
+apple (arXiv 2507.11851, section 3): slots learn the text.
+
+    loss = mean over slot rows and real rows of (CE_base + CE_sampler) + lcm_weight * LCM
+
+    On real rows CE_base is a constant of the frozen base and is left out, while CE_sampler trains the sampler head
+    there too. LCM (Eq. 1) pulls the hidden state of a slot to that of the real row that predicts the same token,
+    which is a constant. The paper's figures sum its squares over the hidden size; here they are averaged, and the
+    term has a weight (design section 4). Eq. 1's average over the slots of a real row is kept.
+
+In both, the sampler head is given the label before the predicted token as its previous token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.train.loss import LossParts, SlotBatch, hard_cross_entropy, soft_cross_entropy, sum_over_chunks
+from mtp_mlx.train.loss import LossParts, hard_cross_entropy, soft_cross_entropy, sum_over_chunks
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """Supervised rows of a micro-batch: M slot rows, Q teacher rows, D hidden size, C columns of the draft head.
+
+    Attributes:
+        hidden: [M, D] hidden states of the slots after the final norm; carries gradients.
+        depth: [M] int32 slot, from 1.
+        weight: [M] float32 weight of the row's loss.
+        teacher_row: [M] int32 index of the teacher row, the real row that predicts the same token.
+        previous: [M] int32 token before the predicted one.
+        label: [M] int32 column of the token that followed, -1 if it is outside the draft vocabulary.
+        teacher_hidden: [Q, D] hidden states of the base; constants.
+        teacher_probs: [Q, C] the base's probabilities of the draft columns, of a sum up to 1; constants.
+        teacher_previous: [Q] int32 token at each teacher row.
+        teacher_label: [Q] int32 column of the token after it, -1 if it is outside the draft vocabulary.
+    """
+
+    hidden: mx.array
+    depth: mx.array
+    weight: mx.array
+    teacher_row: mx.array
+    previous: mx.array
+    label: mx.array
+    teacher_hidden: mx.array
+    teacher_probs: mx.array
+    teacher_previous: mx.array
+    teacher_label: mx.array
+
+
+class Objective(Protocol):
+    """Computes the loss of a batch."""
+
+    def __call__(self, attached: AttachedModel, batch: SlotBatch) -> LossParts: ...
 
 
 @dataclass(frozen=True)
 class Apple:
-    """Args: weight of the LCM term; rows whose logits are held at once."""
+    """The objective `apple`; see the module.
+
+    Attributes:
+        lcm_weight: weight of latent consistency matching.
+        chunk_rows: rows whose logits are in memory at once.
+    """
 
     lcm_weight: float = 1.0
     chunk_rows: int = 2048
 
     def __call__(self, attached: AttachedModel, batch: SlotBatch) -> LossParts:
-        """See the module's formula."""
+        """Loss with the parts "base", "sampler" and "lcm"."""
         sampler = adapter_of(attached).sampler
 
         def base_loss(hidden: mx.array, label: mx.array, weight: mx.array) -> mx.array:
@@ -49,7 +101,7 @@ class Apple:
 
 
 def latent_matching(batch: SlotBatch) -> mx.array:
-    """LCM: mean over real rows t that have slots S(t) of 1/|S(t)| sum_{z in S(t)} mean_d (z_t - z)^2."""
+    """LCM: mean over real rows t with slots S(t) of 1/|S(t)| sum_{z in S(t)} mean_d (z_t - z)^2, a scalar."""
     count = mx.zeros((batch.teacher_hidden.shape[0],)).at[batch.teacher_row].add(1.0)  # |S(t)|, [Q]
     anchor = mx.stop_gradient(batch.teacher_hidden[batch.teacher_row]).astype(mx.float32)
     distance = mx.mean(mx.square(batch.hidden.astype(mx.float32) - anchor), axis=-1)  # [M]
@@ -58,14 +110,19 @@ def latent_matching(batch: SlotBatch) -> mx.array:
 
 @dataclass(frozen=True)
 class SelfDistil:
-    """Args: weights of the two heads; rows whose logits are held at once."""
+    """The objective `self-distill`; see the module.
+
+    Attributes:
+        base_weight, sampler_weight: weights of the two heads' losses.
+        chunk_rows: rows whose logits are in memory at once.
+    """
 
     base_weight: float = 1.0
     sampler_weight: float = 1.0
     chunk_rows: int = 2048
 
     def __call__(self, attached: AttachedModel, batch: SlotBatch) -> LossParts:
-        """Weighted mean over the supervised rows; see the module's formula."""
+        """Loss with the parts "base" and "sampler"."""
         sampler = adapter_of(attached).sampler
         norm = mx.sum(batch.weight)
 

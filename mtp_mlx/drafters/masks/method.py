@@ -1,4 +1,4 @@
-"""Gated-LoRA mask tokens (arXiv 2507.11851): slots, LoRA that acts on slots only, a sampler head."""
+"""Training gated-LoRA mask tokens (arXiv 2507.11851): mask tokens, LoRA on their rows only, and a sampler head."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mtp_mlx.adapter_folder import read_header, read_tensors
 from mtp_mlx.drafters.masks.folder import config_of, mask_header, save
-from mtp_mlx.drafters.masks.losses import Apple, SelfDistil
+from mtp_mlx.drafters.masks.losses import Apple, Objective, SelfDistil
 from mtp_mlx.drafters.masks.options import MaskTokenSettings
 from mtp_mlx.drafters.masks.step import StepRunner
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.drafters.slots.memory import estimate_memory
-from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice
 from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
-from mtp_mlx.train.loss import Objective
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
 
 
 def mask_shape(settings: SlotSettings, sampler_width: int) -> MaskAdapterConfig:
-    """Shape of the adapter these settings train; with `sampler_width` 0, one mask in all slots."""
+    """Shape of the adapter that these settings train; without a sampler head, all slots share one mask token."""
     return MaskAdapterConfig(
         slots=settings.slots,
         rank=settings.rank,
@@ -66,7 +64,7 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
             model, mask_shape(settings, settings.sampler_width), draft_ids
         )
         if settings.start_from is not None:
-            self._start_from(settings.start_from, tell)
+            self.start_from(settings.start_from, config_of, tell)
         self.attached = attach(model, self.adapter)
         self._runner = StepRunner(
             self.attached,
@@ -77,28 +75,11 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
             grad_checkpoint=settings.grad_checkpoint,
         )
 
-    def _start_from(self, folder: Path, tell: Tell) -> None:
-        """Takes the weights of another adapter of the same shape and base.
-
-        Raises:
-            MTPError: no adapter there, another base or another shape.
-        """
-        header, tensors = read_header(folder), read_tensors(folder)
-        shape = config_of(folder, header)
-        check_base(folder, header, self.fingerprint)
-        check_shape(folder, shape, self.adapter.config)
-        own = self.adapter.tensors().get("draft_ids")
-        theirs = tensors.get("draft_ids")
-        if ([] if own is None else own.tolist()) != ([] if theirs is None else theirs.tolist()):
-            # No weight depends on which ids may be drafted.
-            tell(f"{folder} was trained with another draft vocabulary; this data's is used")
-        self.adapter.load_tensors(tensors)
-
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
-        """One optimizer step; the sampler head's wide dense layers move only `sampler_rate` of the way.
+        """See `Method`; the sampler head takes only the fraction `sampler_rate` of the update.
 
-        They need a smaller rate than low-rank factors that start at zero, and with Adam a share of the step is a
-        share of the rate.
+        Its wide dense layers need a smaller learning rate than low-rank factors that start at zero, and with Adam a
+        fraction of the update is a fraction of the rate.
         """
         sampler, rate = self.adapter.sampler, self.settings.sampler_rate
         before = sampler.parameters()

@@ -1,14 +1,16 @@
-"""The online, student-forced objective (arXiv 2602.06019, training): the student answers, the teacher marks it.
+"""The online, student-forced objective of the mask token (arXiv 2602.06019).
 
-The student predicts the k tokens of a region at once; its own likeliest tokens are put where the masks were, and
-the frozen teacher predicts every one of those positions after them. So the teacher's word for position j is
-conditioned on what the student said before it, which is what unverified emission needs: runs that go together.
+The student predicts the k tokens of a region at once. Its most likely tokens replace the masks, and the frozen
+teacher predicts every position of the region after them. So the teacher's prediction at position j is conditioned
+on the student's own tokens before it, and the student learns tokens that fit together, as unverified emission needs.
 
     hard-teacher    CE(student, argmax teacher), the published form
     soft-teacher    KL(teacher || student)
-    ground-truth    CE(student, the text); nothing is student-forced then
+    ground-truth    CE(student, the text), without student forcing
 
-The student's own tokens are only context, never targets, and carry no gradient. Mean over the supervised rows.
+The student's tokens are context only, never targets, and carry no gradient. The loss is a mean over supervised rows.
+
+Legend: M rows, C draft columns, V vocabulary, G regions.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ Supervision = Literal["hard-teacher", "soft-teacher", "ground-truth"]
 
 @dataclass(frozen=True)
 class Online:
-    """Args: what a student's row is compared with; columns of the draft head.
+    """The objective.
 
     Attributes:
         supervision: see the module.
-        columns: [V] int32 draft column of every id, -1 for ids that cannot be drafted.
-        draft_ids: [C] int32 ids of the columns, or None where column = id.
+        columns: [V] int32 draft column of every id, -1 for ids outside the draft vocabulary.
+        draft_ids: [C] int32 id of every draft column; None if column = id.
     """
 
     supervision: Supervision
@@ -39,11 +41,11 @@ class Online:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher pass has to be run."""
+        """Whether the loss needs the teacher's pass."""
         return self.supervision != "ground-truth"
 
     def picks(self, logits: mx.array) -> mx.array:
-        """The student's own tokens, int32 [M], of its logits [M, C]; constants."""
+        """The student's most likely tokens, int32 [M], from its logits [M, C]; constants."""
         column = mx.argmax(mx.stop_gradient(logits), axis=-1).astype(mx.int32)
         return column if self.draft_ids is None else self.draft_ids[column]
 
@@ -51,9 +53,9 @@ class Online:
         """Loss of every row, float32 [M].
 
         Args:
-            logits: [M, C] of the student, over the draft columns.
-            teacher_logits: [M, V] of the teacher, over the whole vocabulary; None where none is needed.
-            label: [M] int32 id of the token that follows in the text.
+            logits: [M, C] of the student.
+            teacher_logits: [M, V] of the teacher; None without a teacher.
+            label: [M] int32 id of the next token of the text.
         """
         if teacher_logits is None:
             return hard_cross_entropy(logits, self.columns[label])
@@ -67,10 +69,10 @@ class Online:
 
 
 def student_context(first: mx.array, picks: mx.array) -> mx.array:
-    """What stands where the masks were: [G, k - 1] ids.
+    """Ids that replace the masks, [G, k - 1].
 
     Args:
         first: [G] the token picked at each region's last real row.
-        picks: [G, k - 1] the tokens picked at its masks; the last one is nobody's context.
+        picks: [G, k - 1] the tokens picked at its masks; no row comes after the last one.
     """
     return mx.concatenate([first[:, None], picks[:, :-1]], axis=1)

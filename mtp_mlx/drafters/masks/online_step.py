@@ -1,8 +1,8 @@
-"""A step of online self-distillation of a gated adapter: three passes, the teacher is the base itself.
+"""A micro-batch of online self-distillation of a gated adapter, in three passes; the teacher is the base model.
 
-Pass 1 runs the base over the texts, pass 2 the masks behind the regions' last real tokens (with gradients), pass 3
-the base over the tokens the student picked, in the masks' places. Real rows do not depend on the adapter, so the
-first token of each region, which the last real row predicts, has nothing to learn: a region gives k - 1 rows.
+Pass 1 runs the base over the texts, pass 2 the masks behind the last real token of each region (with gradients),
+pass 3 the base over the tokens that the student picked, in place of the masks. Real rows do not depend on the
+adapter, so the first token of a region, which its last real row predicts, trains nothing: a region has k - 1 rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mtp_mlx.drafters.masks.online_loss import Online, student_context
@@ -26,16 +25,17 @@ from mtp_mlx.train.step import MicroBatchRunner, Totals
 
 
 class OnlineRunner(MicroBatchRunner):
-    """Steps of a gated adapter under the online objective.
+    """Steps of a gated adapter with the online objective.
 
     Args:
-        attached: the base with the adapter.
+        attached: the base model with the adapter.
         objective: see `Online`.
-        k_most: most tokens a region predicts; k is drawn from 2 to it.
-        region_rows: rows of a region, real ones and masks.
-        seed: of k and offset; both are functions of it and the number of the micro-batch.
+        k_most: tokens that a region predicts at most; k is drawn from 2 to `k_most`.
+        region_rows: rows of a region, real tokens and masks.
+        seed: of the run; k and offset depend on it and on the number of the micro-batch.
         chunk_blocks: regions that share a copy of the prefix.
-        chunk_rows: rows whose logits exist at once.
+        chunk_rows: rows whose logits are in memory at once.
+        workers: see `MicroBatchRunner`.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class OnlineRunner(MicroBatchRunner):
             evaluate_constants(attached)
 
     def layout(self, examples: Sequence[Example], number: int) -> SlotLayout:
-        """The regions of micro-batch `number`: one k and one offset for all its rows."""
+        """The regions of micro-batch `number`, with the same k and offset in all its texts."""
         random = np.random.default_rng((self._seed, number))
         k, offset = draw_regions(examples, self._k_most, self._region_rows, random)
         anchors = [region_anchors(len(e), e.loss_start, k, offset, self._region_rows) for e in examples]
         return build_layout([e.tokens for e in examples], anchors, k - 1, self._chunk_blocks)
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
-        attached, trained = self._attached, self._trained
+        attached = self._attached
         layout = self.layout(examples, number)
         with self._building:
             prefix = prefix_pass(attached, layout)
@@ -73,30 +73,25 @@ class OnlineRunner(MicroBatchRunner):
         first = self._first_picks(layout, prefix)
         mx.eval(first)
 
-        def loss() -> mx.array:
+        def loss() -> LossParts:
             hidden = every_slot_pass(attached, layout, prefix)  # [S * N * (k - 1), D]
             rows = mx.array(layout.rows)
             arrays = [hidden[rows], mx.array(layout.label)]
             if self._objective.needs_teacher:
                 arrays.append(self._teacher(layout, prefix, first, hidden)[rows])
-            return sum_over_chunks(self._rows_loss, self._chunk_rows, *arrays) / len(layout.rows)
+            return LossParts(sum_over_chunks(self._rows_loss, self._chunk_rows, *arrays) / len(layout.rows))
 
-        with self._building:
-            parameters = trained.trainable_parameters()
-            value, gradients = nn.value_and_grad(trained, loss)()
-            trained.update(parameters)  # tracing leaves this thread's lazy copies in the module
-        mx.eval(value, gradients)
-        return len(layout.rows), LossParts(value, {}), gradients
+        return len(layout.rows), *self._loss_and_gradients(loss)
 
     def _rows_loss(
         self, hidden: mx.array, label: mx.array, teacher_hidden: mx.array | None = None
     ) -> mx.array:
-        """Sum over rows of student latents [m, D], labels [m] and teacher latents [m, D]."""
+        """Sum of the losses of rows, from hidden states of student and teacher [m, D] and labels [m]."""
         teacher = None if teacher_hidden is None else self._attached.head(teacher_hidden)
         return mx.sum(self._objective.rows_loss(self._attached.draft_head(hidden), teacher, label))
 
     def _first_picks(self, layout: SlotLayout, prefix: Prefix) -> mx.array:
-        """[S * N] the base's likeliest token at each region's last real row."""
+        """The base's most likely token behind each region's last real token, [S * N]."""
         length = layout.tokens.shape[1]
         rows = (np.arange(len(layout.tokens))[:, None] * length + layout.anchors).reshape(-1)
         return self._in_chunks(
@@ -104,14 +99,14 @@ class OnlineRunner(MicroBatchRunner):
         )
 
     def _teacher(self, layout: SlotLayout, prefix: Prefix, first: mx.array, hidden: mx.array) -> mx.array:
-        """[S * N * (k - 1), D] latents of the base where the student's own tokens stand for the masks."""
+        """Hidden states of the base with the student's tokens in place of the masks, [S * N * (k - 1), D]."""
         constant = mx.stop_gradient(hidden)
         picks = self._in_chunks(constant, lambda h: self._objective.picks(self._attached.draft_head(h)))
         filled = student_context(first, picks.reshape(-1, layout.slots))
         return mx.stop_gradient(token_pass(self._attached, layout, prefix, filled.reshape(-1)))
 
     def _in_chunks(self, hidden: mx.array, ids: Callable[[mx.array], mx.array]) -> mx.array:
-        """int32 ids of latents, a chunk's logits at a time."""
+        """`ids` of hidden states [M, D] in chunks, int32 [M]."""
         starts = range(0, len(hidden), self._chunk_rows)
         pieces = [ids(hidden[start : start + self._chunk_rows]) for start in starts]
         return mx.concatenate(pieces).astype(mx.int32)

@@ -1,4 +1,7 @@
-"""One training step of mask tokens: layout -> pass 1 -> pass 2 -> loss and gradients of the adapter."""
+"""A micro-batch of mask-token training: layout -> pass 1 -> teacher targets -> pass 2 -> loss and gradients.
+
+Legend: M supervised slot rows, Q teacher rows, D hidden size, C columns of the draft head, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,53 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from mtp_mlx.drafters.masks.losses import Objective, SlotBatch
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout
-from mtp_mlx.drafters.slots.step import BlockChoice, draft_columns, evaluate_constants
+from mtp_mlx.drafters.slots.step import TEACHER_CHUNK, BlockChoice, evaluate_constants
 from mtp_mlx.drafters.slots.two_pass import Prefix, prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.grad_checkpoint import checkpointed_layers
-from mtp_mlx.train.loss import LossParts, Objective, SlotBatch
+from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.step import MicroBatchRunner, Totals
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The base model's answers at the real rows that slots must predict (constants of a step)."""
+    """What the base model predicts at the teacher rows; constants.
 
-    row: np.ndarray  # [M] index of each supervised slot row into the Q teacher rows
-    hidden: mx.array  # [Q, D]
-    probs: mx.array  # [Q, C]
-    previous: mx.array  # [Q]
-    label: mx.array  # [Q] draft column, -1 if none
+    Attributes:
+        row: [M] int32 teacher row of each supervised slot row.
+        hidden: [Q, D] hidden states.
+        probs: [Q, C] probabilities of the draft columns.
+        previous: [Q] int32 token at the row.
+        label: [Q] int32 column of the token after it, -1 if it is outside the draft vocabulary.
+    """
+
+    row: np.ndarray
+    hidden: mx.array
+    probs: mx.array
+    previous: mx.array
+    label: mx.array
 
 
 def teacher_targets(
-    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, columns: np.ndarray, chunk_rows: int = 512
+    attached: AttachedModel,
+    layout: SlotLayout,
+    prefix: Prefix,
+    columns: np.ndarray,
+    chunk_rows: int = TEACHER_CHUNK,
 ) -> TeacherTargets:
-    """Base probabilities of the draft columns at every real row some slot must match."""
+    """The base model's predictions at every real row that predicts the token of a slot.
+
+    Args:
+        columns: [V] as `draft_columns` gives them.
+        chunk_rows: rows whose logits are in memory at once.
+    """
     rows, row = np.unique(layout.target, return_inverse=True)
     hidden = prefix.hidden[mx.array(rows)]  # [Q, D]
     ids = attached.draft_ids
@@ -59,7 +80,7 @@ def teacher_targets(
 def slot_batch(
     hidden: mx.array, layout: SlotLayout, targets: TeacherTargets, columns: np.ndarray, depth_decay: float
 ) -> SlotBatch:
-    """Puts pass 2's latents [M, D] together with what they must predict."""
+    """The hidden states [M, D] of pass 2 with their targets."""
     weight = depth_decay ** (layout.depth - 1).astype(np.float32)
     return SlotBatch(
         hidden=hidden,
@@ -76,7 +97,16 @@ def slot_batch(
 
 
 class StepRunner(MicroBatchRunner):
-    """Steps of a mask-token adapter."""
+    """Steps of a mask-token adapter.
+
+    Args:
+        attached: the base model with the adapter.
+        objective: the loss.
+        choice: which positions have a block of slots.
+        seed: of the run.
+        workers: see `MicroBatchRunner`.
+        grad_checkpoint: whether layers are recomputed in the backward pass.
+    """
 
     def __init__(
         self,
@@ -95,7 +125,7 @@ class StepRunner(MicroBatchRunner):
             evaluate_constants(attached)
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
-        """(supervised rows, loss, gradients of the adapter's parameters), evaluated."""
+        """See `MicroBatchRunner`."""
         attached, choice = self._attached, self._choice
         layout = choice.layout(examples, self._seed, number)
         with self._building:
@@ -103,20 +133,11 @@ class StepRunner(MicroBatchRunner):
         mx.eval(prefix.arrays())
         targets = teacher_targets(attached, layout, prefix, self._columns)
         mx.eval(targets.probs)
-        names: list[str] = []
 
-        def loss() -> tuple[mx.array, ...]:
+        def loss() -> LossParts:
             with checkpointed_layers(attached) if self._grad_checkpoint else nullcontext():
                 hidden = slot_pass(attached, layout, prefix)
             batch = slot_batch(hidden, layout, targets, self._columns, choice.depth_decay)
-            result = self._objective(attached, batch)
-            names[:] = list(result.parts)
-            return (result.total, *result.parts.values())
+            return self._objective(attached, batch)
 
-        adapter = adapter_of(attached)
-        with self._building:
-            parameters = adapter.trainable_parameters()
-            values, gradients = nn.value_and_grad(adapter, loss)()
-            adapter.update(parameters)  # tracing leaves this thread's lazy copies in the module
-        mx.eval(values, gradients)
-        return len(layout.rows), LossParts(values[0], dict(zip(names, values[1:], strict=True))), gradients
+        return len(layout.rows), *self._loss_and_gradients(loss)

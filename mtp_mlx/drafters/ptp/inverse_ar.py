@@ -1,12 +1,12 @@
-"""Inverse-autoregressive training of C-PTP: from data alone, without a teacher (arXiv 2512.21323, section 3).
+"""Inverse-autoregressive training of C-PTP on data alone, without a teacher (arXiv 2512.21323, section 3).
 
-    for k = i .. N:  P_k = P(. | t_<i, u_i .. u_{k-1});  u_k evenly inside the interval of P_k's CDF that picks t_k
+    for k = i .. N:  P_k = P(. | t_<i, u_i .. u_{k-1});  u_k uniform in the interval of P_k's CDF that picks t_k
     loss = - sum_k log P_k(t_k)
 
-The uniforms come from the model itself, one slot after another; then one joint pass over real rows and slots has the
-loss. The whole model is trained, so real rows change too: they are slot 0 of every block (k = i), ordinary next-token
-prediction. There is no base to fall back on and nothing is verified; a trained model is sampled with any number of
-slots a call, and its text follows its own slots' distribution.
+The model itself provides the uniforms, one slot after another; then the loss is that of one joint pass over real rows
+and slots. The whole model is trained, so real rows change too: they are slot 0 of every block (k = i), ordinary
+next-token prediction. Nothing is verified. A trained model can be sampled with any number of slots per call, and its
+text follows the distribution of its slots.
 
 Legend: B texts, T tokens each, N blocks, k slots behind a real row, V vocabulary.
 """
@@ -31,12 +31,15 @@ GRID = 2.0**FIXED_POINT_BITS
 
 @dataclass(frozen=True)
 class JointLayout:
-    """Real rows of equally long texts, then blocks of slots behind some of them, the same in every text.
+    """Real rows of texts of the same length, followed by blocks of slots, the same in every text.
 
     Attributes:
         length: T real rows.
-        anchors: [N] real rows that carry a block; row `anchor + slots + 1` must exist.
+        anchors: [N] real rows with a block of slots behind them; `anchor + slots + 1` must be a real row.
         slots: k.
+
+    Raises:
+        ValueError: a block does not fit.
     """
 
     length: int
@@ -51,15 +54,15 @@ class JointLayout:
 
     @property
     def slot_positions(self) -> np.ndarray:
-        """[N * k] int32 where slots stand: slot j (from 1) behind anchor a at a + j; it predicts a + j + 1."""
+        """Positions of the slots, int32 [N * k]: slot j, from 1, behind anchor a has a + j and predicts a + j + 1."""
         return (self.anchors[:, None] + np.arange(1, self.slots + 1)).reshape(-1).astype(np.int32)
 
     def positions(self) -> np.ndarray:
-        """[T + N * k] int32."""
+        """Positions of all rows, int32 [T + N * k]."""
         return np.concatenate([np.arange(self.length, dtype=np.int32), self.slot_positions])
 
     def visibility(self) -> np.ndarray:
-        """[T + N * k] squared, bool: real rows are causal; slots see real rows to the anchor, own slots to itself."""
+        """bool [T + N * k] squared: real rows are causal; a slot sees rows to its anchor, and its block to itself."""
         count, rows = len(self.anchors), self.length + len(self.anchors) * self.slots
         sees = np.zeros((rows, rows), dtype=bool)
         sees[: self.length, : self.length] = np.tril(np.ones((self.length, self.length), dtype=bool))
@@ -77,7 +80,7 @@ def joint_logits(
 
     Args:
         tokens: [B, T] int32.
-        uniforms: [B, N * k] float32, what slots carry.
+        uniforms: [B, N * k] float32, what the slots carry.
     """
     slot_ids = mx.full((tokens.shape[0], uniforms.shape[1]), attached.vocab_size, dtype=mx.int32)
     block = Block(
@@ -93,14 +96,14 @@ def joint_logits(
 def own_uniforms(
     attached: AttachedModel, layout: JointLayout, tokens: np.ndarray, seed: Sequence[int]
 ) -> np.ndarray:
-    """Uniforms that pick the text's tokens under the model's own distributions, one slot after another, [B, N * k].
+    """Uniforms that pick the text's tokens under the model's own distributions, float32 [B, N * k].
 
-    Slot j carries the uniform of the token where it stands, which the row before it predicts: the anchor for the
-    first slot, the slot before for the others. k passes without gradients.
+    A slot carries the uniform of the token at its position, which the row before it predicts: the anchor for the
+    first slot, the previous slot for the others. Takes k passes without gradients, one after another.
 
     Args:
         tokens: [B, T] int32.
-        seed: of NumPy's generator; the same seed gives the same places inside the intervals.
+        seed: of NumPy's generator.
     """
     batch, blocks, slots = tokens.shape[0], len(layout.anchors), layout.slots
     place = np.random.default_rng(tuple(seed)).random((batch, blocks, slots))
@@ -123,7 +126,7 @@ def own_uniforms(
 def inverse_ar_losses(
     attached: AttachedModel, layout: JointLayout, tokens: mx.array, uniforms: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """-log P of the text's tokens: of real rows [B, T - 1], and of slots [B, N * k]."""
+    """-log P of the text's tokens: under real rows [B, T - 1], and under slots [B, N * k]."""
     logits = joint_logits(attached, layout, tokens, uniforms).astype(mx.float32)
     real = nn.losses.cross_entropy(logits[:, : layout.length - 1], tokens[:, 1:])
     label = tokens[:, mx.array(layout.slot_positions + 1)]
@@ -131,16 +134,16 @@ def inverse_ar_losses(
 
 
 class InverseAR:
-    """Loss and gradients of steps.
+    """Computes loss and gradients of steps.
 
     Args:
-        attached: an unfrozen model with a PTP adapter of variant "c", both trained.
-        slots: k behind every anchor.
-        anchors: N blocks drawn in each step.
-        seed: of the run; what a step draws is a function of (seed, step).
+        attached: an unfrozen model with a PTP adapter of variant "c"; both are trained.
+        slots: k, slots behind every anchor.
+        anchors: N, blocks per step.
+        seed: of the run; random numbers are functions of (seed, step).
 
     Raises:
-        ValueError: the adapter is of another kind.
+        ValueError: the adapter is not of variant "c".
     """
 
     def __init__(self, attached: AttachedModel, slots: int, anchors: int, seed: int = 0) -> None:
@@ -149,15 +152,17 @@ class InverseAR:
         self.attached, self.slots, self.anchors, self._seed = attached, slots, anchors, seed
 
     def layout(self, length: int, step: int) -> JointLayout:
-        """The blocks of a step over texts of `length` tokens."""
+        """The layout of a step over texts of `length` tokens."""
         last = length - self.slots - 1
         drawn = np.random.default_rng((self._seed, step, 0)).permutation(last)[: self.anchors]
         return JointLayout(length, np.sort(drawn), self.slots)
 
     def __call__(self, tokens: np.ndarray, step: int) -> tuple[mx.array, dict]:
-        """(mean loss over all rows, gradients of the attached model's trainable parameters).
+        """(mean loss over all rows, gradients of model and adapter) of a step.
 
-        The attached model shows the adapter's weights as its own. tokens: [B, T] int32.
+        Args:
+            tokens: [B, T] int32.
+            step: number of the step.
         """
         layout = self.layout(tokens.shape[1], step)
         uniforms = mx.array(own_uniforms(self.attached, layout, tokens, (self._seed, step, 1)))
@@ -169,7 +174,7 @@ class InverseAR:
         return nn.value_and_grad(self.attached.model, loss)()
 
     def perplexity(self, tokens: np.ndarray, seed: int = 0) -> float:
-        """Of the text's tokens behind the anchors under the slots, with evenly drawn uniforms. tokens: [B, T]."""
+        """Perplexity of the tokens behind the anchors, under the slots; `tokens` [B, T] int32."""
         layout = self.layout(tokens.shape[1], 2**31 + seed)
         uniforms = mx.array(own_uniforms(self.attached, layout, tokens, (self._seed, 2**31 + seed, 1)))
         _, slots = inverse_ar_losses(self.attached, layout, mx.array(tokens), uniforms)

@@ -1,12 +1,12 @@
 """The losses of Parallel Token Prediction (arXiv 2512.21323, section 3).
 
-    O-PTP   CE of the token that the uniforms pick; it can reach zero, as nothing is left to chance
-    C-PTP   CE of the text's token, or KL(Q || P), or KL(P || Q), with Q the teacher's distribution of the token and P
-            the slot's
+    O-PTP   CE of the token that the uniforms pick; it can reach 0, since the uniforms determine the token
+    C-PTP   CE of the text's token, or KL(Q || P), or KL(P || Q), where Q is the teacher's distribution of the token
+            and P the slot's
 
-Logits of C-PTP are on the base model's own scale: both sides are divided by the teacher's temperature, so that a
-picker may treat a slot's logits as it treats the target's, at any temperature. KL is over the draft columns, both
-sides renormalised over them.
+Logits of C-PTP are on the base model's scale: logits of both are divided by the teacher's temperature, so that a
+picker can treat a slot's logits like those of the target, at any temperature. KL is over the draft columns, with both
+distributions renormalised over them.
 
 Legend: M rows, C draft columns, Q teacher rows.
 """
@@ -26,15 +26,15 @@ PTPLossName = Literal["ce", "kl", "reverse-kl"]
 
 @dataclass(frozen=True)
 class PTPBatch:
-    """Supervised rows of one step.
+    """Supervised rows of a micro-batch.
 
     Attributes:
-        hidden: [M, D] slot latents after the final norm; carries gradients.
-        label: [M] int32 column of the token to predict, -1 if it cannot be drafted.
-        weight: [M] float32; 0 for rows that nothing can be learnt from.
-        greedy: [M] bool, rows of blocks that stand for temperature 0: always CE, at temperature 1.
+        hidden: [M, D] hidden states of the slots after the final norm; carries gradients.
+        label: [M] int32 column of the token to predict, -1 if it is outside the draft vocabulary.
+        weight: [M] float32; 0 for rows that are not trained on.
+        greedy: [M] bool, rows of blocks for temperature 0, whose loss is always CE, at temperature 1.
         teacher_row: [M] int32 index into `teacher_logits`.
-        teacher_logits: [Q, C] of the draft columns, constants; None where the loss is CE.
+        teacher_logits: [Q, C] of the draft columns, constants; None if the loss is CE.
     """
 
     hidden: mx.array
@@ -47,12 +47,12 @@ class PTPBatch:
 
 @dataclass(frozen=True)
 class PTPLoss:
-    """Weighted mean over rows.
+    """The loss, a weighted mean over rows.
 
     Attributes:
-        name: which loss.
-        temperature: both sides' logits are divided by it; 1 for O-PTP.
-        chunk_rows: rows whose logits exist at once.
+        name: cross-entropy, KL(Q || P) or KL(P || Q).
+        temperature: divides the logits of both; 1 for O-PTP.
+        chunk_rows: rows whose logits are in memory at once.
     """
 
     name: PTPLossName = "ce"
@@ -60,7 +60,7 @@ class PTPLoss:
     chunk_rows: int = 2048
 
     def __call__(self, attached: AttachedModel, batch: PTPBatch) -> LossParts:
-        """See the module."""
+        """Loss; its parts are itself, by name, and the fraction of rows with a weight, "used"."""
         norm = mx.maximum(mx.sum(batch.weight), 1e-9)
         constants = (batch.label, batch.weight, batch.greedy, batch.teacher_row)
 
@@ -83,7 +83,7 @@ class PTPLoss:
         Args:
             logits: [m, C] of the slots.
             label, greedy: [m], see `PTPBatch`.
-            teacher: [m, C] logits, or None for CE.
+            teacher: [m, C] logits; None for CE.
         """
         scaled = logits.astype(mx.float32) * (1.0 / self.temperature)
         if teacher is None:
@@ -94,7 +94,7 @@ class PTPLoss:
 
 
 def divergence(teacher: mx.array, student: mx.array, name: PTPLossName) -> mx.array:
-    """KL(Q || P) or, for "reverse-kl", KL(P || Q) of logits [m, C] each, float32 [m]; the teacher Q is a constant."""
+    """KL(Q || P), or for "reverse-kl" KL(P || Q), of logits [m, C]: float32 [m]. The teacher Q is a constant."""
     teacher = mx.stop_gradient(teacher)
     log_q = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
     log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)

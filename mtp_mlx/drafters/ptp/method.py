@@ -1,4 +1,4 @@
-"""Parallel Token Prediction (arXiv 2512.21323): gated LoRA and an embedding of uniforms, taught by the base."""
+"""Training by Parallel Token Prediction (arXiv 2512.21323): gated LoRA, and slots that carry uniforms."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mtp_mlx.adapter_folder import read_header, read_tensors
+from mtp_mlx.drafters.ptp.agreement import measure_ptp
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.folder import config_of, ptp_header, save
 from mtp_mlx.drafters.ptp.loss import PTPLoss
 from mtp_mlx.drafters.ptp.options import PTPSettings
-from mtp_mlx.drafters.ptp.step import PTPRunner, measure_ptp
+from mtp_mlx.drafters.ptp.step import PTPRunner
 from mtp_mlx.drafters.ptp.targets import UniformChoice
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.drafters.slots.memory import estimate_memory
-from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, check_base, check_shape
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
@@ -27,7 +27,7 @@ from mtp_mlx.train.method import Tell
 
 
 def ptp_shape(settings: PTPSettings) -> PTPConfig:
-    """Shape of the adapter these settings train."""
+    """Shape of the adapter that these settings train."""
     return PTPConfig(
         variant=settings.variant,
         embedding=settings.u_embedding,
@@ -47,7 +47,7 @@ def ptp_shape(settings: PTPSettings) -> PTPConfig:
 
 
 def ptp_loss(settings: PTPSettings) -> PTPLoss:
-    """The loss these settings name; only C-PTP's logits are on the scale of the teacher's."""
+    """The loss of these settings; only the logits of C-PTP are on the scale of the teacher's logits."""
     scale = settings.teacher_temperature if settings.variant == "c" else 1.0
     return PTPLoss(settings.ptp_loss, scale or 1.0, settings.loss_rows)
 
@@ -65,7 +65,7 @@ class TrainPTP(SlotMethod[PTPSettings]):
         draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
         self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
         if settings.start_from is not None:
-            self._start_from(settings.start_from)
+            self.start_from(settings.start_from, config_of, tell)
         self.attached = attach(model, self.adapter)
         self._runner = PTPRunner(
             self.attached,
@@ -76,18 +76,6 @@ class TrainPTP(SlotMethod[PTPSettings]):
             workers=self.workers,
             grad_checkpoint=settings.grad_checkpoint,
         )
-
-    def _start_from(self, folder: Path) -> None:
-        """Takes the weights of another PTP adapter of the same shape, variant and base.
-
-        Raises:
-            MTPError: no such adapter there, or another base, variant or shape.
-        """
-        header, tensors = read_header(folder), read_tensors(folder)
-        shape = config_of(folder, header)
-        check_base(folder, header, self.fingerprint)
-        check_shape(folder, shape, self.adapter.config)
-        self.adapter.load_tensors(tensors)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""

@@ -1,10 +1,12 @@
-"""Inverse-autoregressive training of a gated C-PTP adapter: uniforms from the slots' own intervals, no teacher.
+"""Inverse-autoregressive training of a gated C-PTP adapter (arXiv 2512.21323, section 3): uniforms without a teacher.
 
-    slot 1      carries a uniform inside the interval of the base's CDF that picks the token where it stands
-    slot j + 1  one inside the interval of slot j's own CDF: k - 1 passes without gradients, one after another
+    slot 1      carries a uniform from the base model's CDF interval of the token at its position
+    slot j + 1  carries one from slot j's own CDF interval of the token at its position
 
-(arXiv 2512.21323, section 3.) The first token of a block is the base's in decoding too. `inverse_ar.py` has the form
-where the whole model learns. Legend as in `ptp_step.py`.
+That takes k - 1 passes without gradients, one after another. The first token of a block is the base model's in
+decoding too. `inverse_ar.py` trains the whole model this way.
+
+Legend: S sequences, T padded length, k slots, M supervised rows, C draft columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from mtp_mlx.drafters.slots.layout import SlotLayout
 from mtp_mlx.metal_kernels.inverse_cdf import interval
 from mtp_mlx.model.attach import AttachedModel
 
-# Latents [M, D] of the supervised rows, of what every slot carries.
+# From what every slot carries, [S * chunks, G * k], to the hidden states of the supervised rows, [M, D].
 SlotPass = Callable[[np.ndarray], mx.array]
 
 
@@ -39,14 +41,17 @@ def with_own_uniforms(
 ) -> SlotTargets:
     """`targets` with uniforms that pick the text's tokens under the slots' own distributions.
 
-    Rows behind a token that these cannot give have weight 0; greedy blocks stay as they are.
+    Rows behind a token that these distributions cannot produce have weight 0. Greedy blocks are not changed.
 
     Args:
         layout: without a lead.
-        text: under the teacher, for the first slot of every block.
-        picker: of the sampling whose CDF has the intervals.
-        columns: [V] draft column of every id, -1 for ids that cannot be drafted.
-        seed: of NumPy's generator; a resumed run repeats it.
+        targets: with the teacher's uniforms.
+        text: the teacher's uniforms, for the first slot of every block.
+        slot_pass: runs the slots.
+        picker: of the sampling that defines the CDF.
+        columns: [V] draft column of every id, -1 for ids outside the draft vocabulary.
+        depth_decay: the loss of slot j has weight depth_decay ** (j - 1).
+        seed: of NumPy's generator.
     """
     carried = targets.carried.copy()
     flat = carried.reshape(-1)  # a view

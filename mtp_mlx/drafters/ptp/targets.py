@@ -1,6 +1,6 @@
-"""What the slots of a training step of Parallel Token Prediction carry, and what they must predict.
+"""The uniforms that slots carry in a step of Parallel Token Prediction, and the tokens that they predict.
 
-Legend: S sequences, T padded length, N blocks per sequence, k rows of a block, M supervised rows.
+Legend: S sequences, N blocks per sequence, G blocks per chunk, k rows of a block, M supervised rows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ UniformSource = Literal["teacher", "own"]
 
 @dataclass(frozen=True)
 class UniformChoice:
-    """What slots carry in training.
+    """How the uniforms of a run are drawn.
 
     Attributes:
-        beta: the place of a uniform inside its interval is Beta(beta, beta).
-        greedy_share: share of the blocks whose slots carry nothing and learn the likeliest tokens, as decoding at
-            temperature 0 wants them.
-        source: whose intervals they lie in: the teacher's, or the slots' own (see `own_uniforms.py`), evenly then.
+        beta: uniforms are distributed as Beta(beta, beta) within their CDF interval.
+        greedy_share: fraction of the blocks whose slots carry no uniforms and learn the most likely tokens, for
+            decoding at temperature 0.
+        source: whose CDF: the teacher's, or the slots' own (see `own_uniforms.py`; evenly distributed then).
     """
 
     beta: float = 0.3
@@ -36,12 +36,12 @@ class UniformChoice:
 
 @dataclass(frozen=True)
 class SlotTargets:
-    """What the supervised rows of a layout carry and must predict.
+    """Inputs and targets of the slots of a layout.
 
     Attributes:
-        carried: [S * chunks, G * k] float32 uniforms, NOTHING where a slot carries none.
-        label: [M] int32 token.
-        weight: [M] float32.
+        carried: [S * chunks, G * k] float32 uniforms; NOTHING where a slot carries none.
+        label: [M] int32 token to predict.
+        weight: [M] float32 weight of the loss.
         greedy: [M] bool, see `PTPBatch`.
     """
 
@@ -59,11 +59,14 @@ def slot_targets(
     greedy_blocks: np.ndarray,
     depth_decay: float,
 ) -> SlotTargets:
-    """Rows whose token, or one before it behind the anchor, the teacher's sampling cannot give have weight 0; so have
-    rows of greedy blocks behind a token that is not the likeliest: that text is not what greedy decoding writes.
+    """Inputs and targets of a micro-batch's slots.
+
+    Rows have weight 0 if the teacher's sampling could not have produced their token, or one between it and the
+    anchor. In greedy blocks, rows behind a token that is not the most likely one have weight 0: greedy decoding does
+    not write that text.
 
     Args:
-        greedy_blocks: [S, N] bool, blocks that stand for temperature 0.
+        greedy_blocks: [S, N] bool, blocks for temperature 0.
     """
     greedy = np.repeat(greedy_blocks.reshape(-1), layout.slots)  # of every slot row
     carried = carried_uniforms(layout, text.values)

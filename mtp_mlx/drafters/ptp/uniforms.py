@@ -1,11 +1,11 @@
-"""Uniforms that pick the tokens of a text: drawn inside the teacher's CDF interval of each token.
+"""Uniforms that pick the tokens of a text, drawn inside the teacher's CDF interval of each token.
 
-Contract: the uniform of a (sequence, position) is a function of the batch and of (seed, number of the batch), so a
-resumed run repeats it. It is one number per position whatever blocks cover the position, as in decoding, and a
-multiple of 2^-24 for which the teacher's pick by the inverse CDF is the text's token.
-A token that the teacher's warped distribution cannot give has no such uniform: it is not `reachable`.
+The uniform of a position is a multiple of 2^-24 for which the teacher's pick, by the inverse CDF, is the token of the
+text. As in decoding, a position has one uniform, whatever blocks cover it. It depends on the batch and the seed only,
+so a resumed run repeats it.
+A token that the teacher's sampling cannot produce has no such uniform: it is not `reachable`.
 
-Legend: S sequences, T padded length, Q teacher rows.
+Legend: S sequences, T padded length, Q teacher rows, M supervised rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mtp_mlx.metal_kernels.inverse_cdf import interval
 from mtp_mlx.model.attach import AttachedModel
 
 GRID = 2.0**FIXED_POINT_BITS
-TEACHER_CHUNK = 256  # rows whose logits over the whole vocabulary exist at once
+TEACHER_CHUNK = 256  # teacher rows whose logits over the whole vocabulary are in memory at once
 
 
 def picker_of(teacher: TeacherSampling) -> Picker:
-    """Picks by the inverse CDF of the teacher's sampling."""
+    """A picker by the inverse CDF of the teacher's sampling."""
     return Picker(
         SamplingConfig(
             temperature=teacher.temperature,
@@ -42,13 +42,13 @@ def picker_of(teacher: TeacherSampling) -> Picker:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the base model says at the real rows that some slot must match; constants of a step.
+    """What the base model predicts at the real rows that slots must match; constants.
 
     Attributes:
-        rows: [Q] int index into the S * T real rows, ascending; the token after a row is what it predicts.
-        left, right: [Q] float64 edges of the uniforms that pick the token after the row.
-        likeliest: [Q] int32 the row's likeliest token.
-        logits: [Q, C] of the draft columns, or None where nothing reads them.
+        rows: [Q] ascending indices into the S * T real rows.
+        left, right: [Q] float64 ends of the CDF interval of the token after the row.
+        likeliest: [Q] int32 most likely token after the row.
+        logits: [Q, C] of the draft columns; None if the loss does not need them.
     """
 
     rows: np.ndarray
@@ -61,11 +61,11 @@ class TeacherRows:
 def teacher_rows(
     attached: AttachedModel, layout: SlotLayout, prefix: Prefix, picker: Picker, with_logits: bool
 ) -> TeacherRows:
-    """The base model's answers at every real row between an anchor and the last token that its slots predict.
+    """The base model's predictions at every real row from an anchor to the last one that its slots must match.
 
     Args:
         picker: of the teacher's sampling.
-        with_logits: keep the logits of the draft columns.
+        with_logits: whether to keep the logits of the draft columns.
     """
     rows = _covered(layout)
     flat = layout.tokens.reshape(-1)
@@ -90,21 +90,21 @@ def teacher_rows(
 def _edges(
     picker: Picker, logits: mx.array, likeliest: mx.array, token: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Edges of the uniforms that pick `token` [Q]; at temperature 0 any uniform picks the likeliest."""
+    """Ends of the CDF intervals of `token` [Q]; at temperature 0, [0, 1) for the most likely token."""
     if picker.config.temperature == 0:
         return mx.zeros(token.shape), (likeliest == token).astype(mx.float32)
     return interval(picker.scores(logits), token)
 
 
 def _covered(layout: SlotLayout) -> np.ndarray:
-    """Ascending indices of the real rows from each anchor to the row before the last token its slots predict."""
+    """Ascending indices of the real rows from each anchor to the row before the last token of its block."""
     sequences, length = layout.tokens.shape
-    furthest = layout.slots + 1 - layout.lead  # rows anchor .. anchor + drafts
+    count = layout.slots + 1 - layout.lead  # rows from the anchor to anchor + drafts
     covered = np.zeros((sequences, length), dtype=bool)
     supervised = np.zeros(layout.anchors.size * layout.slots, dtype=bool)
     supervised[layout.rows] = True
-    real = supervised.reshape(*layout.anchors.shape, layout.slots).any(axis=2)  # blocks that are no padding
-    for offset in range(furthest):
+    real = supervised.reshape(*layout.anchors.shape, layout.slots).any(axis=2)  # blocks that are not padding
+    for offset in range(count):
         row = layout.anchors + offset
         inside = real & (row < length - 1)
         sequence = np.broadcast_to(np.arange(sequences)[:, None], row.shape)
@@ -114,12 +114,12 @@ def _covered(layout: SlotLayout) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TextUniforms:
-    """Uniforms of a batch's tokens.
+    """Uniforms of the tokens of a batch.
 
     Attributes:
-        values: [S, T] float32, the uniform of the token at each position; 0 where nothing is known of it.
-        reachable: [S, T] bool, the uniform picks the token.
-        greedy: [S, T] bool, the token is the teacher's likeliest.
+        values: [S, T] float32 uniform of the token at each position; 0 where no teacher row predicts it.
+        reachable: [S, T] bool: the uniform picks the token.
+        greedy: [S, T] bool: the token is the teacher's most likely one.
     """
 
     values: np.ndarray
@@ -133,12 +133,12 @@ def text_uniforms(
     """Draws a uniform for every token that a teacher row predicts.
 
     Args:
-        beta: the place inside the interval is Beta(beta, beta); 1 is uniform, less favours the edges.
-        seed: of NumPy's generator: run, batch.
+        beta: distribution within the interval, Beta(beta, beta): 1 is uniform, below 1 favours the ends.
+        seed: of NumPy's generator.
     """
     shape = layout.tokens.shape
     place = np.random.default_rng(seed).beta(beta, beta, shape).reshape(-1)
-    position = teacher.rows + 1  # of the token that a row predicts
+    position = teacher.rows + 1  # of the token after the row
     values, reachable = np.zeros(place.shape, dtype=np.float32), np.zeros(place.shape, dtype=bool)
     greedy = np.zeros(place.shape, dtype=bool)
     values[position], reachable[position] = drawn_inside(teacher.left, teacher.right, place[position])
@@ -147,11 +147,11 @@ def text_uniforms(
 
 
 def drawn_inside(left: np.ndarray, right: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(uniforms float32, whether there is one) on decoding's grid, inside intervals of a CDF.
+    """(uniforms float32 [n], whether there is one bool [n]) on the grid of decoding, inside [left, right).
 
     Args:
-        left, right: [n] float64 edges; the uniforms of [left, right) pick the token.
-        place: [n] where inside, in [0, 1).
+        left, right: [n] float64 ends of CDF intervals.
+        place: [n] place inside the interval, in [0, 1).
     """
     first, end = np.ceil(left * GRID), np.ceil(right * GRID)  # grid points of [left, right)
     drawn = np.floor((left + (right - left) * place) * GRID)
@@ -160,11 +160,12 @@ def drawn_inside(left: np.ndarray, right: np.ndarray, place: np.ndarray) -> tupl
 
 
 def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:
-    """[S * chunks, G * k] float32, what each slot row carries: with a lead the uniform of the token it predicts,
-    without one that of the token at its own position.
+    """The uniform that each slot row carries, float32 [S * chunks, G * k].
+
+    With a lead it is the uniform of the token that the row predicts, without one that of the token at its position.
 
     Args:
-        values: [S, T] of the text.
+        values: [S, T] uniforms of the text.
     """
     sequences, length = values.shape
     position = layout.positions().reshape(sequences, -1) + layout.lead
@@ -173,10 +174,10 @@ def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:
 
 
 def known_so_far(layout: SlotLayout, known: np.ndarray, own: bool) -> np.ndarray:
-    """[M] bool: whether `known` [S, T] holds for every token from the anchor to the one a supervised row predicts.
+    """Whether `known` [S, T] holds for every token between its anchor and the token of a supervised row, bool [M].
 
     Args:
-        own: the predicted token itself counts too.
+        own: include the token of the row itself.
     """
     sequences, length = known.shape
     sequence = layout.rows // (layout.anchors.shape[1] * layout.slots)

@@ -1,1 +1,1 @@
-"""What the methods that draft from slots have in common: layouts of training, the two passes, agreement, memory."""
+"""What drafters with slots share: the adapter, training layouts, the two passes, measured acceptance, memory."""

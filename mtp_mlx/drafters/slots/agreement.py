@@ -1,4 +1,4 @@
-"""Acceptance of slot drafts on held-out text, measured without decoding."""
+"""Acceptance of mask-slot drafts on held-out text, measured without decoding; see `mtp_mlx.train.agreement`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.agreement import Agreement, Tally
 from mtp_mlx.train.data import Example
 
 
 def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -> mx.array:
-    """Greedy drafts as ids [M] of slot latents [M, D], given the tokens [M] before them."""
+    """Greedily drafted ids [M] of the slots' hidden states [M, D], given the tokens [M] before them."""
     refined = adapter_of(attached).sampler(attached.embed(previous), hidden)
     column = mx.argmax(attached.draft_head(refined), axis=-1)
     ids = adapter_of(attached).draft_ids
@@ -26,7 +26,7 @@ def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -
 def labelled_anchors(
     examples: Sequence[Example], slots: int, most: int, random: np.random.Generator
 ) -> list[np.ndarray]:
-    """For each example at most `most` positions whose whole blocks of `slots` slots have labels, drawn at random."""
+    """Per example, at most `most` random positions behind which a whole block of `slots` slots has labels."""
     anchors = []
     for example in examples:
         candidates = candidate_anchors(len(example), example.loss_start)
@@ -38,10 +38,14 @@ def labelled_anchors(
 def measure_agreement(
     attached: AttachedModel, batches: Iterable[Sequence[Example]], slots: int, most: int = 24, seed: int = 0
 ) -> Agreement:
-    """Runs over batches of examples with at most `most` blocks of `slots` slots each."""
-    accepted = np.zeros(slots)
-    submitted = np.zeros(slots)
-    blocks = 0
+    """Acceptance per depth, teacher-forced.
+
+    Args:
+        slots: drafts per block.
+        most: blocks per sequence, at random positions.
+        seed: of the positions.
+    """
+    tally = Tally(slots)
     random = np.random.default_rng(seed)
     for examples in batches:
         anchors = labelled_anchors(examples, slots, most, random)
@@ -52,8 +56,5 @@ def measure_agreement(
         )
         hidden = slot_pass(attached, layout, prefix_pass(attached, layout))
         right = np.array(draft_picks(attached, hidden, mx.array(layout.previous))) == layout.label
-        alive = np.cumprod(right.reshape(-1, slots), axis=1)  # [blocks, k]
-        accepted += alive.sum(axis=0)
-        submitted += np.concatenate([np.ones((len(alive), 1)), alive[:, :-1]], axis=1).sum(axis=0)
-        blocks += len(alive)
-    return Agreement([float(a / s) if s else 0.0 for a, s in zip(accepted, submitted, strict=True)], blocks)
+        tally.add(right.reshape(-1, slots))
+    return tally.agreement()

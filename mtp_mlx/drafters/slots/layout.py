@@ -1,8 +1,8 @@
-"""Which slot rows a training batch has, where they stand and what they must predict.
+"""The slot rows of a training batch: their positions, what they see, and what they predict.
 
-Every position of a response is a candidate *block*: k slots behind the real token at that position, the
-*anchor* (arXiv 2507.11851, Fig. 4). Real rows and slot rows run in separate passes (design 2.4), so a
-layout is index arithmetic in numpy and owns no tensors of the model.
+Every position of a response can be an *anchor*: a real token behind which a *block* of k slots stands
+(arXiv 2507.11851, Fig. 4). Real rows and slot rows run in separate passes (design 2.4), so a layout is index
+arithmetic in NumPy, without any tensor of the model.
 
 Legend: S sequences, T padded length, N blocks per sequence, k slots, G blocks per chunk, M supervised rows.
 """
@@ -21,15 +21,15 @@ class SlotLayout:
 
     Attributes:
         tokens: [S, T] int32, right-padded with zeros.
-        anchors: [S, N] int32 position of the real token each block follows; N is a multiple of G.
-        slots: k, rows of every block; the lead is one of them.
-        chunk_blocks: G blocks share one row of the slot pass's batch and one copy of the prefix.
-        rows: [M] index into the S * N * k slot rows, those that have a target.
-        depth: [M] 1-based slot j of each supervised row, 0 for a lead.
-        target: [M] index into the S * T real rows: the row (anchor + j) whose prediction is the target.
-        previous: [M] int32 token at anchor + j, the label before this one (never the previous input, a mask).
+        anchors: [S, N] int32 position of the real token that each block follows; N is a multiple of G.
+        slots: k, rows of a block, including a lead.
+        chunk_blocks: G blocks that share a row of the slot pass's batch and a copy of the prefix.
+        rows: [M] supervised rows, as indices into the S * N * k slot rows.
+        depth: [M] slot j of each supervised row, from 1; 0 for a lead.
+        target: [M] the real row that predicts the same token (at anchor + j), as an index into the S * T real rows.
+        previous: [M] int32 token at anchor + j: the label before this one, never the input before, a mask.
         label: [M] int32 token at anchor + j + 1.
-        lead: 1 where every block starts with a slot 0 at the anchor's own position (see `block_shape`), else 0.
+        lead: 1 if every block starts with a slot 0 at the anchor's own position (see `block_shape`), else 0.
     """
 
     tokens: np.ndarray
@@ -49,13 +49,13 @@ class SlotLayout:
         return self.anchors.shape[1] // self.chunk_blocks
 
     def positions(self) -> np.ndarray:
-        """[S * chunks, G * k] absolute positions: slot j after anchor i stands at i + j."""
+        """Absolute positions, int32 [S * chunks, G * k]: slot j behind anchor i has position i + j."""
         offsets = np.arange(self.slots, dtype=np.int32) + 1 - self.lead
         positions = self.anchors[:, :, None] + offsets
         return positions.reshape(-1, self.chunk_blocks * self.slots).astype(np.int32)
 
     def visibility(self) -> np.ndarray:
-        """[S * chunks, G * k, T + G * k] bool: the prefix up to the anchor, then own slots up to itself."""
+        """bool [S * chunks, G * k, T + G * k]: a slot sees the prefix to its anchor, and its block to itself."""
         length = self.tokens.shape[1]
         anchors = self.anchors.reshape(-1, self.chunk_blocks)
         prefix = np.arange(length)[None, None] <= anchors[:, :, None]  # [S * chunks, G, T]
@@ -66,7 +66,7 @@ class SlotLayout:
 
 
 def candidate_anchors(length: int, loss_start: int) -> np.ndarray:
-    """Positions that may carry a block: the last prompt token to the last one with a token to predict."""
+    """Positions that can be anchors: from the last prompt token to the last one whose slot 1 has a label."""
     return np.arange(max(loss_start - 1, 0), length - 2, dtype=np.int32)
 
 
@@ -81,10 +81,10 @@ def build_layout(
 
     Args:
         sequences: S token lists.
-        anchors: per sequence, the anchor positions of its blocks (sorted, at least one in the batch).
+        anchors: per sequence, its anchors, ascending; at least one in the batch.
         slots: k, without a lead.
-        lead: slots at the start of every block that stand where the anchor stands, 0 or 1.
-        chunk_blocks: G at most; a batch with fewer blocks per sequence has smaller chunks.
+        chunk_blocks: G; smaller if the sequences have fewer blocks.
+        lead: number of slots at the anchor's own position, at the start of every block: 0 or 1.
 
     Raises:
         ValueError: no sequence has a block.

@@ -1,4 +1,4 @@
-"""What the methods that train an adapter of slots alone have in common."""
+"""What the training methods of slots share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from mtp_mlx.adapter_folder import Header, read_header, read_tensors
 from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
@@ -20,21 +21,23 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import same_draft_ids
 from mtp_mlx.train.method import Method, Tell
 
 Settings = TypeVar("Settings", bound=SlotSettings)
 
 
 class SlotMethod(Method[Settings]):
-    """A `Method` that trains an adapter of slots: its weights alone, where a subclass says nothing else.
+    """A `Method` that trains an adapter with slots, and, unless a subclass says otherwise, nothing else.
 
     Attributes:
-        adapter: what is trained.
-        vocab_size: of the base.
-        what: slots as the method calls them.
+        adapter: the trained adapter.
+        vocab_size: of the base model.
+        what: the method's word for slots.
 
     Raises:
-        MTPError: the model cannot be attached to or cannot decode with drafts.
+        MTPError: the model cannot be attached to or cannot decode with drafts, keeps recurrent state, or has a
+            sliding window shorter than a row.
     """
 
     adapter: SlotAdapter
@@ -50,7 +53,7 @@ class SlotMethod(Method[Settings]):
 
     @classmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
-        """See `Method`: a response of one token has none for a slot to predict."""
+        """See `Method`: a response of one token leaves nothing for a slot to predict."""
         return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
 
     @classmethod
@@ -58,7 +61,7 @@ class SlotMethod(Method[Settings]):
         """See `Method`."""
         return (
             f"{cls.what} need responses of two tokens or more",
-            f"their responses have one token, {cls.what} need two",
+            f"their responses have one token, and {cls.what} need two",
         )
 
     @property
@@ -74,9 +77,29 @@ class SlotMethod(Method[Settings]):
         """See `Method`."""
         self.adapter.load_tensors(tensors)
 
+    def start_from(self, folder: Path, config_of: Callable[[Path, Header], Any], tell: Tell) -> None:
+        """Sets the weights to those of another adapter of the same shape and base model.
+
+        Args:
+            folder: its adapter folder.
+            config_of: reads the adapter's config from the folder's header.
+            tell: shows the user a line.
+
+        Raises:
+            MTPError: no such adapter there, or one of another base model or another shape.
+        """
+        header = read_header(folder)
+        shape = config_of(folder, header)
+        check_base(folder, header, self.fingerprint)
+        check_shape(folder, shape, self.adapter.config)
+        tensors = read_tensors(folder)
+        if not same_draft_ids(self.adapter.tensors().get("draft_ids"), tensors.get("draft_ids")):
+            tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
+        self.adapter.load_tensors(tensors)
+
 
 def block_choice(settings: BlockSettings) -> BlockChoice:
-    """Which positions carry a block, and how much each depth counts."""
+    """Which positions have a block of slots, and the loss weight of each slot."""
     return BlockChoice(
         slots=settings.slots,
         share=settings.block_share,
@@ -87,50 +110,58 @@ def block_choice(settings: BlockSettings) -> BlockChoice:
 
 
 def check_shape(folder: Path, shape: Any, own: Any) -> None:
-    """Refuses to start from weights that mean something else here, even where their tensors would fit.
+    """Refuses to start from an adapter of another shape, whose weights mean something else even if they fit.
+
+    The draft vocabulary and the teacher's sampling may differ: no weight depends on them.
 
     Args:
-        folder: where they are.
-        shape, own: the adapter's config there and here; which ids may be drafted and which teacher it had change no
-            weight's meaning.
+        folder: the adapter folder.
+        shape: its adapter's config.
+        own: config of the adapter to train.
 
     Raises:
-        MTPError: another setting; both values are named.
+        MTPError: a setting differs; the message has both values.
     """
     there, here = asdict(shape), asdict(own)
     for name in there:
         if name not in ("draft_vocab_size", "teacher") and there[name] != here[name]:
             raise MTPError(
-                f"--start-from {folder}: it was trained with {name} {there[name]}, these settings say {here[name]}"
+                f"`start_from` {folder}: it was trained with {name} {there[name]}, these settings say {here[name]}"
             )
 
 
-def check_base(folder: Path, info: Any, fingerprint: str) -> None:
-    """Refuses to start from the adapter of another base.
+def check_base(folder: Path, header: Header, fingerprint: str) -> None:
+    """Refuses to start from an adapter of another base model.
+
+    Args:
+        folder: the adapter folder.
+        header: its header.
+        fingerprint: of the base model at hand.
 
     Raises:
-        MTPError: `info`, read from `folder`, names another base than `fingerprint`.
+        MTPError: the fingerprints differ.
     """
-    if info.base_fingerprint != fingerprint:
+    if header.base_fingerprint != fingerprint:
         raise MTPError(
-            f"--start-from {folder}: its base has fingerprint {info.base_fingerprint}, this model has {fingerprint}"
+            f"`start_from` {folder}: its base has fingerprint {header.base_fingerprint}, this model has {fingerprint}"
         )
 
 
 def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:
-    """Refuses, before any time is spent, recurrent trunks, and rows that are longer than a sliding window.
+    """Refuses models on which slots cannot be trained, before any time is spent.
 
     Args:
-        bare: the base model; its caches tell how far layers look back.
+        bare: the base model; its caches tell how far its layers look back.
         examples: the training rows.
 
     Raises:
-        MTPError: recurrent state, a row longer than a layer's window, or a cache that gives no rejected draft back.
+        MTPError: the model keeps recurrent state, a row is longer than a layer's sliding window, or a cache cannot
+            take rejected drafts back.
     """
     if is_recurrent(bare.make_cache()):
         raise MTPError(
-            f"model type '{bare.name}' keeps recurrent state, which the rows of slots would change: train MTP heads "
-            "for it (--method mtp-heads)"
+            f"model type '{bare.name}' keeps recurrent state, which slot rows would change: train MTP heads "
+            "for it"
         )
     caches = [cache for _, cache in cache_leaves(bare.make_cache())]
     windows = [cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)]
@@ -138,5 +169,5 @@ def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:
     if windows and longest > min(windows):
         raise MTPError(
             f"the longest training row has {longest} tokens, more than this model's sliding window of "
-            f"{min(windows)}, past which slots cannot be trained: give --max-length {min(windows)}"
+            f"{min(windows)}, beyond which slots cannot be trained: set `max_length` to {min(windows)}"
         )

@@ -1,4 +1,4 @@
-"""Which positions of a text carry a block of slots in a training step, and the columns that drafts are scored on."""
+"""What the training steps of slots share: which positions of a text have a block of slots behind them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 
+TEACHER_CHUNK = 512  # real rows whose logits over the whole vocabulary are in memory at once
+
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """Which positions carry a block in a step.
+    """Draws the positions that have a block of slots.
 
     Attributes:
-        slots: k slots per block.
-        share: share of the candidate positions used, (0, 1].
-        most: at most this many blocks per sequence, 0 = no limit.
+        slots: k, slots per block.
+        share: fraction of the candidate positions, (0, 1].
+        most: maximum number of blocks per sequence; 0 = no limit.
         chunk_blocks: blocks that share a copy of the prefix.
-        depth_decay: weight of depth j is depth_decay ** (j - 1).
+        depth_decay: the loss of slot j has weight depth_decay ** (j - 1).
     """
 
     slots: int = 4
@@ -34,9 +36,13 @@ class BlockChoice:
     depth_decay: float = 1.0
 
     def layout(self, examples: Sequence[Example], seed: int, step: int, lead: int = 0) -> SlotLayout:
-        """The step's layout; positions are drawn from (seed, step) alone, so a resumed run repeats them.
+        """The layout of a micro-batch; it depends on (seed, step) only, so a resumed run repeats it.
 
-        `lead` as in `build_layout`.
+        Args:
+            examples: of the micro-batch.
+            seed: of the run.
+            step: number of the micro-batch in the run.
+            lead: as in `build_layout`.
         """
         random = np.random.default_rng((seed, step))
         anchors = []
@@ -50,19 +56,17 @@ class BlockChoice:
         )
 
 
-def draft_columns(attached: AttachedModel) -> np.ndarray:
-    """[V] column of the draft head of every id, -1 for ids that cannot be drafted."""
-    ids = attached.draft_ids
-    if ids is None:
-        return np.arange(attached.vocab_size, dtype=np.int32)
-    columns = np.full(attached.vocab_size, -1, dtype=np.int32)
-    columns[np.array(ids)] = np.arange(len(ids), dtype=np.int32)
-    return columns
+def evaluate_constants(attached: AttachedModel, lead: int = 0, uniform: float | None = None) -> None:
+    """Evaluates every array that the passes read: a lazy array belongs to the thread that made it.
 
-
-def evaluate_constants(attached: AttachedModel) -> None:
-    """Evaluates every array the passes read: a lazy one belongs to the thread that made it."""
-    layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1)
+    Args:
+        lead: as in `build_layout`.
+        uniform: what slots carry, if they carry uniforms.
+    """
+    layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1, lead=lead)
     prefix = prefix_pass(attached, layout)
-    hidden = slot_pass(attached, layout, prefix)
+    shape = layout.positions().shape
+    hidden = slot_pass(
+        attached, layout, prefix, None if uniform is None else np.full(shape, uniform, dtype=np.float32)
+    )
     mx.eval(adapter_of(attached).parameters(), attached.draft_head(hidden), attached.head(hidden))

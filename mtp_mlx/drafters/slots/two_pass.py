@@ -1,7 +1,7 @@
-"""The two passes of mask-token training (design 2.4): the teacher is the base model itself, and free.
+"""The two passes of training slots (design 2.4); the base model itself is the teacher, at no cost.
 
-Pass 1 runs the base (gate closed) over the text without gradients and keeps its KV and hidden states.
-Pass 2 runs only slot rows against that KV, with gradients; backward touches slot rows alone.
+Pass 1 runs the base model, without the adapter, over the text and keeps its KV and hidden states as constants.
+Pass 2 runs the slot rows alone against that KV, with gradients.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.cache import PrefixCache
 
-# Their attention works with an axis of repeated heads that a mask per sequence does not broadcast against.
+# Their attention has an axis of repeated heads, against which a mask per sequence does not broadcast.
 ONE_MASK_MODELS = frozenset({"gemma2", "phi3small"})
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What pass 1 leaves: constants of the step.
+    """Results of pass 1; constants.
 
     Attributes:
         caches: the base model's KV, one per layer.
@@ -33,13 +33,13 @@ class Prefix:
     hidden: mx.array
 
     def arrays(self) -> list[mx.array]:
-        """Everything pass 2 reads, for evaluation."""
+        """Everything that pass 2 reads, for evaluation."""
         stored = [part for cache in self.caches for part in (cache.keys, cache.values) if part is not None]
         return [self.hidden, *stored]
 
 
 def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
-    """Pass 1 over the S sequences of the batch; lazy. Evaluating `Prefix.arrays` frees its graph."""
+    """Pass 1 over the S sequences of a batch; lazy. Evaluating `Prefix.arrays` frees its graph."""
     caches = [PrefixCache() for _ in range(len(attached.model.layers))]
     hidden = attached.forward(Block.real(mx.array(layout.tokens)), caches)  # [S, T, D]
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -49,10 +49,10 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
 def slot_pass(
     attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
 ) -> mx.array:
-    """Pass 2: hidden states of the supervised slot rows, [M, D]. Differentiable in the adapter.
+    """Pass 2: hidden states of the supervised slot rows, [M, D]; differentiable in the adapter.
 
     Args:
-        uniforms: [S * chunks, G * k] float32, what slots carry (Parallel Token Prediction only).
+        uniforms: [S * chunks, G * k] float32, what the slots carry (Parallel Token Prediction only).
     """
     return every_slot_pass(attached, layout, prefix, uniforms)[mx.array(layout.rows)]
 
@@ -60,14 +60,14 @@ def slot_pass(
 def every_slot_pass(
     attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
 ) -> mx.array:
-    """Pass 2, all its rows: [S * N * k, D], those without a target too."""
+    """Pass 2: hidden states of all slot rows, [S * N * k, D], supervised or not."""
     slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
     ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (len(layout.positions()), len(slot)))
     return _pass_behind(attached, layout, prefix, ids, n_real=0, uniforms=uniforms)
 
 
 def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, tokens: mx.array) -> mx.array:
-    """The base model over tokens that stand where the slots stand, seeing what they see: [S * N * k, D].
+    """Hidden states of the base model over tokens in place of the slots, with the same visibility, [S * N * k, D].
 
     Args:
         tokens: [S * N * k] int32, in the order of the slot rows.
@@ -115,7 +115,7 @@ def _chunks_pass(
     repeats: int = 1,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [B, G * k, D] of chunks whose rows stand at `positions` [B, G * k]."""
+    """Hidden states [B, G * k, D] of chunks whose rows have `positions` [B, G * k]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
     carried = None if uniforms is None else mx.array(uniforms)
@@ -124,7 +124,7 @@ def _chunks_pass(
 
 
 def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:
-    """Views of the prefix that chunk `row` stands behind."""
+    """The prefix of chunk `row`, as views of the whole prefix's keys and values."""
     own = slice(row // layout.chunks, row // layout.chunks + 1)
     return [
         _behind(cache.keys[own], cache.values[own])
@@ -134,7 +134,7 @@ def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache
 
 
 def _behind(keys: mx.array | None, values: mx.array | None) -> PrefixCache:
-    """A cache of its own that starts from stored keys and values."""
+    """A new cache that starts with these keys and values."""
     cache = PrefixCache()
     cache.keys, cache.values = keys, values
     return cache

@@ -43,7 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_new_group_is_a_copy_of_all_heads_in_order(tmp_path: Path, two: Path) -> None:
     listener = Remembering()
     tensors = extending(tmp_path / "four", two, listener).method.tensors()
-    assert f"2 heads of {two} stay as they are; 2 copies are trained" in listener.messages
+    assert f"2 heads of {two} are frozen; 2 copies are trained" in listener.messages
     assert {name.split(".")[1] for name in tensors} == {"0", "1", "2", "3"}
     assert not mx.array_equal(tensors[FUSE.format(0)], tensors[FUSE.format(1)])
     for name, value in tensors.items():
@@ -133,13 +133,13 @@ def test_counts(extend: str, trained: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("extend", "message"),
     [
-        ("3x", "--extend is 2x or a number of heads, not '3x'"),
+        ("3x", "`extend` must be 2x or a number of heads, not '3x'"),
         (
             "4",
-            "from 4 heads, one run trains a new group of up to 4, so give 5 to 8, and extend the result again",
+            "one run extends 4 heads by a group of up to 4, so give 5 to 8; for more, extend the result again",
         ),
-        ("9", "--extend 9: from 4 heads"),
-        ("-1", "--extend is 2x or a number"),
+        ("9", "`extend` is 9: one run extends 4 heads"),
+        ("-1", "`extend` must be 2x or a number"),
     ],
 )
 def test_counts_refused(extend: str, message: str) -> None:

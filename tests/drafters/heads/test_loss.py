@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.drafters.heads.loss import MTPDistil, top_kl
+from mtp_mlx.drafters.heads.loss import MTPDistil, kl_to_teacher, teacher_top
 
 
 def naive(logits: np.ndarray, teacher: np.ndarray, label: int, settings: MTPDistil) -> float:
@@ -39,17 +39,17 @@ def test_equals_a_loop_in_float64(
     logits, teacher = rng.normal(size=(2, rows, columns)) * 3
     label = rng.integers(-1, columns, rows)
     settings = MTPDistil(ce, kl, share, temperature)
-    found = settings.rows_loss(
-        mx.array(logits.astype(np.float32)), mx.array(teacher.astype(np.float32)), mx.array(label)
-    )
+    top = teacher_top(mx.array(teacher.astype(np.float32)), settings.kept(columns), temperature)
+    found = settings.total(settings.rows_parts(mx.array(logits.astype(np.float32)), top, mx.array(label)))
     expected = [naive(*row, settings) for row in zip(logits, teacher, label, strict=True)]
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_equal_to_its_teacher_loses_nothing_and_one_row_off_does() -> None:
     teacher = mx.random.normal((6, 50), key=mx.random.key(0)) * 4
-    assert mx.abs(top_kl(teacher + 7.0, teacher, 4)).max().item() < 1e-5, "logits differ by a constant only"
-    assert top_kl(teacher[:-1], teacher[1:], 4).min().item() > 1e-2
+    same = kl_to_teacher(teacher + 7.0, teacher_top(teacher, 4))
+    assert mx.abs(same).max().item() < 1e-5, "logits differ by a constant only"
+    assert kl_to_teacher(teacher[:-1], teacher_top(teacher[1:], 4)).min().item() > 1e-2
 
 
 @pytest.mark.parametrize("kept", [3, 50])
@@ -57,7 +57,7 @@ def test_gradients_reach_the_student_alone(kept: int) -> None:
     student, teacher = mx.random.normal((2, 6, 50), key=mx.random.key(1))
 
     def loss(student: mx.array, teacher: mx.array) -> mx.array:
-        return mx.sum(top_kl(student, teacher, kept))
+        return mx.sum(kl_to_teacher(student, teacher_top(teacher, kept)))
 
     to_student, to_teacher = mx.grad(loss, argnums=(0, 1))(student, teacher)
     assert mx.abs(to_teacher).max().item() == 0

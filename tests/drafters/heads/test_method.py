@@ -198,7 +198,7 @@ def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
 def test_a_disk_without_room_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(100))
     with pytest.raises(
-        MTPError, match=r"--hidden-cache .*cache needs .* more, its disk has .* left: use another"
+        MTPError, match=r"`hidden_cache` .*cache needs .* more, and its disk has .* left: use another"
     ):
         heads_trainer(tmp_path / "a", hidden_cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -244,7 +244,7 @@ def test_rows_too_short(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "a", method="mtp-heads", steps=3, warmup=0)
     trainer = make_trainer(model, [*examples(4), short], [short], settings, listener)
     assert listener.messages == [
-        "1 rows left out: head 1 predicts from token 3 on, and they have none in a response"
+        "1 rows left out: head 1 predicts from token 3 on, and their responses end before it"
     ]
     assert trainer.run() and trainer.agreement is None
     assert any("no held-out response has 4 tokens" in message for message in listener.messages)
@@ -287,7 +287,9 @@ def test_starting_from_other_heads(tmp_path: Path) -> None:
     assert (
         json.loads((tmp_path / "second" / "mtp_config.json").read_text())["training"]["start_from"] == "first"
     )
-    with pytest.raises(MTPError, match="it has 3 heads, --heads is 2: give --heads 3, or --extend to grow"):
+    with pytest.raises(
+        MTPError, match="has 3 heads, and `heads` is 2: set `heads` to 3, or `extend` to get more"
+    ):
         heads_trainer(tmp_path / "third", start_from=tmp_path / "first", heads=2)
     with pytest.raises(MTPError, match="is not an adapter folder"):
         heads_trainer(tmp_path / "third", start_from=tmp_path / "none")

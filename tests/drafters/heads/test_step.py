@@ -19,9 +19,9 @@ from mtp_mlx.drafters.heads.layout import build_head_layout, can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.step import HeadsRunner, chunked_loss, head_rows, summary, teacher_targets
 from mtp_mlx.drafters.heads.trunk_states import ComputedStates
-from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_columns
 from tests.drafters.heads import naive_heads
 from tests.drafters.heads.naive_heads import Knobs
 from tests.tiny import VOCABULARY, tiny_model

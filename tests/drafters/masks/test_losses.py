@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.drafters.masks.losses import Apple, SelfDistil
+from mtp_mlx.drafters.masks.losses import Apple, SelfDistil, SlotBatch
 from mtp_mlx.drafters.masks.step import slot_batch, teacher_targets
 from mtp_mlx.drafters.slots.layout import build_layout
-from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.train.loss import LossParts, SlotBatch, hard_cross_entropy, soft_cross_entropy
+from mtp_mlx.train.draft_vocabulary import draft_columns
+from mtp_mlx.train.loss import LossParts, hard_cross_entropy, soft_cross_entropy
 from tests.model.naive import random_adapter
 from tests.tiny import VOCABULARY, tiny_model
 

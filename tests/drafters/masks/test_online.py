@@ -14,9 +14,9 @@ from mtp_mlx.drafters.masks.online_loss import Online, Supervision, student_cont
 from mtp_mlx.drafters.masks.online_step import OnlineRunner
 from mtp_mlx.drafters.masks.regions import draw_regions
 from mtp_mlx.drafters.masks.weights import new_adapter
-from mtp_mlx.drafters.slots.step import draft_columns
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.draft_vocabulary import draft_columns
 from tests.drafters.masks import naive_online
 from tests.model.naive import NaiveModel, random_adapter
 from tests.tiny import VOCABULARY, tiny_model
