@@ -115,7 +115,7 @@ def _typed(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
     value = row[key]
     if not isinstance(value, kind):
         raise MTPError(
-            f'{where}: "{key}" must be a {type_name(kind())}, not a {type_name(value)}. Fix this row.'
+            f'{where}: "{key}" must be a {type_name(kind())}, but its type is {type_name(value)}. Fix this row.'
         )
     return value
 

@@ -8,8 +8,8 @@ prompt has them. `mtp_mlx.train.data` reads these rows as they are.
 A prompt whose answer is in the output is not answered again, so a stopped run resumes. Noise depends on (seed,
 prompt, position): a resumed run writes the same answers as an uninterrupted one.
 
-Batches pad prompts on the left, which changes sums in their last bits. So if two tokens are nearly tied, an answer may
-differ from one generated alone; both are the model's own.
+Batches pad prompts on the left, which changes sums in their last bits. So if two tokens are nearly tied, an answer
+may differ from one generated alone; both are the model's own.
 
 mlx is imported where it is used, so that `--help` does not wait for it.
 """

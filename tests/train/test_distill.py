@@ -210,7 +210,7 @@ def test_prompts_without_id_are_known_by_their_text_and_duplicates_are_left_out(
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', ["nothing to answer"]),
         ('{"messages": 3}\n', ['"messages" must be a list']),
         ('{"messages": [{"content": "a"}]}\n', ["line 1", 'with a "role"']),
-        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', ["line 2", "line 1 too", "Make ids unique"]),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', ["line 2", "line 1. Make ids unique"]),
         ("", ["the file is empty"]),
     ],
 )

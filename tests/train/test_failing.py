@@ -100,7 +100,7 @@ def test_rows_too_short_for_a_slot(tmp_path: Path) -> None:
     trainer = make_trainer(
         model, rows, [short], settings_for(tmp_path / "a", steps=3, batch_size=1), listener
     )
-    assert listener.messages == ["1 rows left out: their responses have one token, slots need two"]
+    assert listener.messages == ["1 rows left out: their responses have one token, and slots need two"]
     assert trainer.run()
     assert trainer.agreement is None
     assert any("no held-out response has 4 tokens" in message for message in listener.messages)
