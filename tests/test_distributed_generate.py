@@ -121,7 +121,7 @@ def test_stdin_and_exact_are_refused(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_models_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(MTPError, match="model type 'gemma2' has no `shard` in mlx-lm"):
         shard(tiny_model("gemma2", seed=3), None, Peers(size=2))
-    with pytest.raises(MTPError, match="keeps recurrent state"):
+    with pytest.raises(MTPError, match="has recurrent state"):
         shard(tiny_model("qwen3_5", seed=3), None, Peers(size=2))
 
 

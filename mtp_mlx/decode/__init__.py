@@ -1,1 +1,1 @@
-"""Decoding: what a step is. Picking tokens, planning layouts, drafting, verifying."""
+"""Decoding: the loop, the acceptance rule, and the interfaces of drafters and policies."""

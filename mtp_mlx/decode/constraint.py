@@ -1,7 +1,7 @@
-"""What every token of a text must satisfy, such as a grammar: the seam between the decode loop and a grammar library.
+"""Constrained decoding: the interface between the decode loop and a grammar library.
 
-A constraint masks the target's logits before anything else is done with them, row by row along the drafts. So a
-draft that it refuses is simply not accepted, drafting stays on, and the text equals plain constrained decoding.
+A constraint masks the target's logits before penalties, warps and sampling, one row per draft. A draft that it
+forbids is simply not accepted, so drafting stays on and the text equals that of plain constrained decoding.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import numpy as np
 
 
 class Constraint(Protocol):
-    """The state of one text."""
+    """A constraint, such as a grammar, and its state in one text."""
 
     def allowed(self, drafts: list[int]) -> np.ndarray:
-        """[1 + d, V] bool: tokens that may follow the text and the first i drafts, in row i.
+        """[1 + d, V] bool: row i marks the tokens that may follow the text and the first i drafts.
 
-        Rows behind a draft that is refused, or that ends the text, are never read; every row allows one token at
-        least.
+        Rows after a draft that is forbidden or ends the text are never read. Every row must allow at least one token.
         """
         ...
 
     def commit(self, tokens: list[int]) -> None:
-        """Appends tokens to the text. Those behind an end-of-text token mean nothing."""
+        """Appends tokens to the text. Anything after an end-of-text token should be ignored."""
         ...

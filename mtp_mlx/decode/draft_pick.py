@@ -1,4 +1,4 @@
-"""Picking a draft from what is to be unembedded, with the target's noise."""
+"""Picks a draft from a hidden state, with the target's noise."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def pick_draft(
     Args:
         attached: the model.
         picker: the target's picker; the same noise at the same position couples drafts to the target.
-        refined: [1, D] what the draft head reads.
+        refined: [1, D] the input of the LM head.
         position: [1] int32, absolute position of the draft.
         history: [C] int32 tokens before the draft, or None without penalties.
-        unembedding: an LM head of the drafter's own, over the draft vocabulary; None for the model's.
-        vocabulary: what to pick from with the model's head; None for the draft vocabulary.
+        unembedding: the drafter's own LM head over the draft vocabulary; None for the model's head.
+        vocabulary: the tokens to pick from with the model's head; None for the draft vocabulary.
     """
     row = None if history is None else history[None]
     if unembedding is not None:

@@ -1,13 +1,13 @@
-"""What drafts, as decoding sees it: a `DraftSource` for a model, and one `Drafter` for every generation.
+"""The interface of drafters: a model has a `DraftSource`, which opens a `Drafter` for each generation.
 
-The decode loop, the planner, shared passes, calibration and unverified emission speak this protocol and nothing
-else; none of them asks what kind of drafter it is. In every step
+The decode loop, the planner, batching, calibration and unverified emission use this interface only; none of them asks
+what kind of drafter it is. In each step
 
-    uniforms  gives what the slot rows of the block carry          before the pass
+    uniforms  returns the uniforms that slot rows are given        before the pass
     propose   drafts, lazily, from what the pass computed          before the step's one host read
-    commit    learns how many drafts were accepted                 after it
+    commit    is told how many drafts were accepted                after the host read
 
-and `observe` tells of passes behind which nothing is drafted: the prompt's, plain steps, other drafters' blocks.
+`observe` reports passes after which nothing is drafted: the prompt's, plain steps, and other drafters' blocks.
 
 Legend: R rows of a block, D hidden size, d drafts verified in it, a of them accepted, C tokens of history.
 """
@@ -29,19 +29,20 @@ from mtp_mlx.model.speculator import Speculator
 
 @dataclass(frozen=True)
 class Verified:
-    """What a pass says about the drafts in it. Lazy: the host has read none of its arrays yet.
+    """The outcome of a verifying pass, lazily: the host has not read any of its arrays yet.
 
     Attributes:
-        layout: of the pass. It may have room for more drafts than there were.
-        shape: its rows.
-        hidden: [R, D] latents, after the trunk's last norm.
-        head_input: [1, 1 + d, D] the state of the real rows that the source takes (`Speculator.first_hidden`).
+        layout: the pass's layout; it may allow more drafts than were verified.
+        shape: the pass's rows.
+        hidden: [R, D] hidden states after the trunk's final norm.
+        head_input: [1, 1 + d, D] hidden states of the real rows, from where the source reads them
+            (`Speculator.first_hidden`).
         logits: [1 + d, V] of the real rows.
         picks: [1 + d] int32, the target's own pick after each real row.
         accepted: int32 scalar a; picks[:a] are the accepted drafts, picks[a] is the target's own token.
         position: int32 scalar, absolute position of picks[a].
         history: [C] int32 tokens before picks[a], or None without penalties.
-        tokens: committed tokens of this generation, its prompt included, the pending one last.
+        tokens: committed tokens of this generation including the prompt, the pending token last.
         drafts: [d] token ids that the pass verified.
     """
 
@@ -65,7 +66,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class LazyDrafts:
-    """A chain of fresh drafts that the host has not read yet.
+    """A chain of new drafts that the host has not read yet.
 
     Attributes:
         ids: [n] int32, nearest position first.
@@ -82,16 +83,17 @@ class LazyDrafts:
 
 
 class Drafter:
-    """Drafts for one generation, and owns what it needs to remember for that.
+    """Drafts for one generation, and holds the state that this needs.
 
     Attributes:
-        other_sampling: what differs from the sampling that the source was trained for, for people; "" if nothing.
+        other_sampling: a sentence on how the sampling differs from the one that the source was trained for; "" if it
+            does not.
     """
 
     other_sampling: str = ""
 
     def uniforms(self, shape: BlockShape, start: int) -> mx.array | None:
-        """[R - n_real] float32, what the slot rows of a block carry; None where they carry nothing.
+        """[R - n_real] float32, the uniforms of a block's slot rows; None if the slots take none.
 
         Args:
             shape: the block's rows.
@@ -100,35 +102,35 @@ class Drafter:
         return None
 
     def observe(self, head_input: mx.array, tokens: list[int]) -> None:
-        """Takes note of rows behind which it drafts nothing.
+        """Records rows of a pass after which nothing is drafted.
 
         Args:
-            head_input: [1, R, D] of the R rows after those seen, the state that the source takes.
+            head_input: [1, R, D] hidden states of the next R rows, from where the source reads them.
             tokens: committed tokens of this generation; the newest may be missing.
         """
 
     def catch_up(self, tokens: list[int]) -> None:
-        """Does what waits, at the end of the prompt."""
+        """Finishes deferred work at the end of the prompt."""
 
     def propose(self, verified: Verified) -> LazyDrafts:
-        """Drafts for the positions after the target's own pick; `commit` must follow.
+        """Drafts the positions after the target's own pick; `commit` must follow.
 
-        As many as the largest slot group, or as `layout.chain`, asks for; drafts beyond the size of slot group a
-        are meaningless.
+        Returns as many drafts as the largest slot group has slots, or `layout.chain` drafts. Those beyond the size of
+        slot group a are meaningless.
         """
         raise NotImplementedError
 
     def commit(self, n_accepted: int) -> None:
-        """Keeps what has become final of the last `propose`, now that the host knows a."""
+        """Keeps the part of the last `propose` that is final, now that the host knows a."""
 
 
 class DraftSource(Speculator):
-    """A speculator that decoding can draft with.
+    """A speculator that can draft.
 
     Attributes:
-        name: what `drafter` and statistics call its drafts: "slots", "heads", ...
-        title: what sentences call it.
-        noise: how noise picks tokens unless the user says; the one that it was trained for.
+        name: its name in the `drafter` argument and in statistics, such as "slots" or "heads".
+        title: its name in messages.
+        noise: the sampling method that it was trained for, used unless the user chooses one.
     """
 
     name: ClassVar[str]
@@ -138,57 +140,57 @@ class DraftSource(Speculator):
     def open(
         self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
     ) -> Drafter:
-        """The drafter of a generation.
+        """Opens the drafter of one generation.
 
         Args:
-            attached: the model that it drafts for, whose speculator this is.
+            attached: the model to draft for; this source is its speculator.
             picker: the target's picker; drafts use the same noise, which couples them to the target.
-            drafts: most drafts of a step.
-            start: tokens of an earlier prefix in the cache, which the generation has not run itself.
-            verified: drafts are verified; otherwise their probabilities must be those among all tokens.
+            drafts: most drafts per step.
+            start: tokens that an earlier generation left in the cache.
+            verified: whether drafts are verified; if not, their probabilities must be over the full vocabulary.
 
         Raises:
-            MTPError: it cannot draft that many.
+            MTPError: if it cannot draft that many.
         """
         raise NotImplementedError
 
     @property
     def fixed(self) -> bool:
-        """The user gave a number of drafts to be made in every step: layout "auto" is then "linear"."""
+        """Whether the user fixed the number of drafts per step; layout "auto" is then "linear"."""
         return False
 
     @property
     def most_drafts(self) -> int:
-        """Most drafts in a step that can be asked for."""
+        """Most drafts per step that a caller may ask for."""
         return self.drafts
 
     def check_drafts(self, drafts: int | None) -> None:
-        """Raises MTPError for a number of drafts in a step that it cannot make; None is its own number."""
+        """Raises MTPError if it cannot make `drafts` drafts per step; None is its default number."""
         if drafts is not None and not 1 <= drafts <= self.most_drafts:
             raise MTPError(
                 f"with {self.title}, drafts per step must be 1 to {self.most_drafts}; got {drafts}"
             )
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
-        """Raises MTPError for sampling whose picks it cannot draft for."""
+        """Raises MTPError if it cannot draft for this sampling."""
 
     def why_not_unverified(self) -> str:
-        """Why its drafts cannot be emitted unverified; "" if they can."""
+        """The reason why its drafts cannot be emitted unverified; "" if they can."""
         return f"is for mask tokens, and this model drafts with {self.title}"
 
     def looped(self, drafts: int) -> str:
-        """What statistics say where `drafts` in a step need parts of it more than once; "" where they do not."""
+        """The note in statistics if `drafts` per step reuse parts of it, such as heads; "" if they do not."""
         return ""
 
     def cost_key(self, columns: int) -> str:
-        """Everything about it that the cost of a step depends on.
+        """A key of everything about it that the cost of a step depends on.
 
         Args:
-            columns: of the head that drafts are picked with.
+            columns: size of the vocabulary that drafts are picked from.
         """
         raise NotImplementedError
 
 
 def source_of(attached: AttachedModel) -> DraftSource | None:
-    """What drafts for `attached`, or None."""
+    """The drafter of `attached`, or None if it has none."""
     return cast("DraftSource | None", attached.speculator)

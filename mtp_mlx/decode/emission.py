@@ -1,8 +1,8 @@
-"""What becomes of drafts: verified by the model (the text stays the same), or emitted as they are (it may not).
+"""Whether drafts are verified by the model (the text stays the same) or emitted unverified (it may change).
 
-Unverified emission is the decoding of arXiv 2602.06019: "static" emits every draft, "conf-adapt" the leading run
-of tokens of which the model is sure. It is the one lossy rule of this package (design 2.3), never a default, and
-every output it makes says `lossless: false`.
+Unverified emission is the decoding of arXiv 2602.06019: "static" emits every draft, "conf-adapt" the leading run of
+confident tokens. It is the only lossy mode of this package, never a default, and all of its output is marked
+`lossless: false`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ DEFAULT_TAU = 0.9  # the paper's recommendation
 
 @dataclass(frozen=True)
 class Emission:
-    """How tokens leave a step.
+    """Which tokens of a step are emitted.
 
     Attributes:
-        name: "verified" emits drafts that equal the model's own picks, "conf-adapt" the leading run of tokens
-            whose probability is at least tau (one at least), "static" all of them.
-        tau: threshold in (0, 1]. 1 means one token in every pass, which is plain decoding: a float32 probability
-            can round to 1 without being certain. For "verified", how sure a draft must be to be submitted; None
-            submits all. None is 0.9 for "conf-adapt".
-        first_token_sampling: unverified emission only: where a pass emits one token, it is sampled as the sampling
-            settings say; runs of several are always the likeliest tokens.
+        name: "verified" emits drafts that equal the model's own picks; "conf-adapt" the leading run of tokens with a
+            probability of at least tau, and at least one token; "static" every draft.
+        tau: probability threshold in (0, 1], default 0.9 with "conf-adapt". With "verified", drafts less likely than
+            tau are not submitted; None submits all of them. With 1 every pass gives one token, which is plain
+            decoding: a float32 probability can round to 1 without being certain.
+        first_token_sampling: unverified emission only: sample the token of a pass that emits just one; runs of
+            several tokens are always greedy.
 
     Raises:
-        MTPError: an unknown name, a tau out of range, or settings that contradict each other.
+        MTPError: if the name is unknown, tau is out of range, or the settings contradict each other.
     """
 
     name: EmitName = "verified"
@@ -44,36 +44,36 @@ class Emission:
         if self.name not in EMIT_NAMES:
             raise MTPError(f"unknown emission '{self.name}': choose one of {', '.join(EMIT_NAMES)}")
         if self.tau is not None and not 0 < self.tau <= 1:
-            raise MTPError(f"tau is a probability, more than 0 and at most 1; got {self.tau}")
+            raise MTPError(f"`tau` must be above 0 and at most 1; got {self.tau}")
         if self.name == "static" and self.tau is not None:
             raise MTPError(
-                "emission 'static' emits every draft and has no tau: drop it, or use --emit conf-adapt"
+                "emission 'static' emits every draft and has no tau: leave `tau` out, or use emission 'conf-adapt'"
             )
         if self.name == "verified" and self.first_token_sampling:
             raise MTPError(
-                "first-token sampling is for unverified emission: with --emit verified every token is sampled "
-                "already, so drop it"
+                "`first_token_sampling` is for unverified emission; with emission 'verified' every token is sampled "
+                "already: leave it out"
             )
 
     @property
     def lossless(self) -> bool:
-        """The text is that of the model alone."""
+        """Whether the text is exactly what the model alone would write."""
         return self.name == "verified"
 
     @property
     def threshold(self) -> float | None:
-        """Tau with its default; None where nothing is compared with one."""
+        """`tau` or its default; None if no threshold applies."""
         return DEFAULT_TAU if self.name == "conf-adapt" and self.tau is None else self.tau
 
     def label(self, layout: str) -> str:
-        """How reports name a generation: the layout, or unverified emission; with tau where there is one."""
+        """The name of a generation in reports: its layout or unverified emission, and tau if there is one."""
         if self.threshold is None:
             return layout if self.lossless else self.name
-        chosen = "quadratic" if layout == "auto" else layout  # what a verified tau makes of "auto"
+        chosen = "quadratic" if layout == "auto" else layout  # with a tau, "auto" means quadratic
         return f"{chosen if self.lossless else self.name} tau {self.threshold:g}"
 
     def count(self, confidences: Sequence[float]) -> int:
-        """Tokens an unverified step emits.
+        """How many tokens an unverified step emits.
 
         Args:
             confidences: of the model's own pick, then of the drafts; at least one.
@@ -83,23 +83,23 @@ class Emission:
         return max(1, sure_run(confidences, self.threshold))
 
     def greedy(self, sampling: SamplingConfig) -> SamplingConfig:
-        """The settings with which unverified tokens are picked.
+        """The sampling settings for unverified tokens.
 
         Raises:
-            MTPError: a temperature that nothing would use, or none where one is needed.
+            MTPError: if a temperature is given that would have no effect, or none where one is needed.
         """
         if sampling.temperature and not self.first_token_sampling:
             raise MTPError(
                 f"emission '{self.name}' emits the likeliest tokens, so temperature {sampling.temperature:g} would "
-                "do nothing: add --first-token-sampling, or use --emit verified or temperature 0"
+                "have no effect: add `first_token_sampling`, or use emission 'verified' or temperature 0"
             )
         if self.first_token_sampling and not sampling.temperature:
-            raise MTPError("first-token sampling needs a temperature above 0: give --temp")
+            raise MTPError("`first_token_sampling` needs a `temperature` above 0")
         return replace(sampling, temperature=0.0)
 
 
 def sure_run(confidences: Sequence[float], tau: float) -> int:
-    """Length of the leading run of confidences >= tau; 0 at tau 1 (see `Emission.tau`)."""
+    """Length of the leading run of confidences >= tau; 0 if tau is 1 (see `Emission.tau`)."""
     if tau >= 1:
         return 0
     for index, confidence in enumerate(confidences):

@@ -1,11 +1,11 @@
 """Unverified emission, static and ConfAdapt (arXiv 2602.06019, decoding): the lossy loop.
 
-One pass encodes the block that was emitted last as real rows, together with fresh mask slots, so that mask rows
-never stay in the cache and every emitted token is encoded exactly once:
+Each pass encodes the tokens emitted last as real rows, followed by new mask slots. Mask rows therefore never stay in
+the cache, and every emitted token is encoded exactly once:
 
-    emitted last: a b c      rows: a b c M M M      next token from row c, drafts from the slots behind it
+    emitted last: a b c      rows: a b c M M M      next token from row c, drafts from the slots after it
 
-The keys and values of the slots are dropped at once. The pass costs n_last + k rows, at most 2k + 1.
+The keys and values of the slots are dropped immediately. A pass has n_last + k rows, at most 2k + 1.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
 
 def check_unverified(source: DraftSource | None, emission: Emission) -> None:
-    """Raises MTPError where a model has no drafts that can be emitted unverified."""
+    """Raises MTPError if the model's drafts cannot be emitted unverified."""
     if source is None:
         raise MTPError(
             f"emission '{emission.name}' needs an adapter with mask tokens: name one with `adapter`, or leave "
-            "emission and tau out"
+            "`emission` and `tau` out"
         )
     reason = source.why_not_unverified()
     if reason:
@@ -44,18 +44,18 @@ class EmitLoop:
     """The state of one unverified generation.
 
     Args:
-        session: its picker is greedy, its drafter the adapter's.
+        session: with a greedy picker and the adapter's drafter.
         emission: how many tokens of a pass are emitted.
-        slots: k, most drafts of a pass.
-        sampler: picks the token of a pass that emits one, or None to take the likeliest there too.
-        stats: filled while decoding.
-        max_tokens: exactly so many at most; negative for no limit.
+        slots: k, most drafts per pass.
+        sampler: picks the token of a pass that emits just one; None to pick it greedily too.
+        stats: updated while decoding.
+        max_tokens: most tokens to emit; negative for no limit.
 
     Attributes:
         n_yielded: tokens yielded so far.
 
     Raises:
-        MTPError: the model has no drafts that can be emitted unverified.
+        MTPError: if the model's drafts cannot be emitted unverified.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class EmitLoop:
         self.n_yielded = 0
 
     def tokens(self) -> Generator[Token, None, None]:
-        """Passes until max_tokens; the consumer closes the generator to stop earlier, inside a block too."""
+        """Yields tokens up to max_tokens; the consumer closes the generator to stop earlier, even inside a block."""
         while self._left() > 0:
             for token in self._step():
                 self.n_yielded += 1
@@ -88,7 +88,7 @@ class EmitLoop:
         return self._max_tokens - self.n_yielded if self._max_tokens >= 0 else 1 << 30
 
     def _step(self) -> list[Token]:
-        """One pass: re-encodes the last block, drafts, and commits what is emitted."""
+        """One pass: encodes the tokens emitted last, drafts, and commits the tokens it emits."""
         session, slots = self._session, min(self._slots, self._left() - 1)
         hidden, shape = session.open_pass(slots)  # [R, D]
         last = shape.n_real - 1

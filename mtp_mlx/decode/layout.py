@@ -1,11 +1,11 @@
-"""How many drafts a step verifies, and what makes the next ones: slots behind every possible acceptance length,
-or a chain that is drafted behind the pass and needs no rows in it.
+"""The layout of a step: how many drafts it verifies, and how the next ones are made.
 
-Contract: a `Layout` is counts only. It knows nothing of token ids, positions or visibility; a `Block` builds
-those.
-Invariant: real rows (the pending token and the drafts) come first, slot rows after, in `drafts + 1` groups.
-Group a is the one drafted from when exactly a drafts were accepted, so every outcome owns a group, zero
-included.
+The next drafts come from slots, placed after every possible acceptance length, or from a chain that is drafted after
+the pass and adds no rows to it.
+
+Contract: a `Layout` holds counts only; token ids, positions and visibility belong to `Block`.
+Invariant: real rows (the pending token and the drafts) come first, then slot rows in `drafts + 1` groups. Group a
+drafts if exactly a drafts are accepted, so every outcome has its group, including zero.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 class Layout:
     """The row counts of one step.
 
-    drafts  d, the number of drafts under verification
-    slots   [d + 1] slots of each group; slots[a] drafts are made when exactly a drafts were accepted
-    chain   drafts made one after another behind the pass, whatever was accepted; then there are no slots
+    Attributes:
+        drafts: d, the number of drafts to verify.
+        slots: [d + 1] slots per group; slots[a] drafts are made if exactly a drafts are accepted.
+        chain: drafts made one after another after the pass, whatever was accepted; excludes slots.
 
-    Raises ValueError for a negative count, another number of groups, or slots and a chain at once.
+    Raises:
+        ValueError: if a count is negative, the number of groups is not d + 1, or there are both slots and a chain.
     """
 
     drafts: int
@@ -42,26 +44,26 @@ class Layout:
 
     @property
     def real_rows(self) -> int:
-        """Rows whose token is known: the pending token and the drafts."""
+        """Rows with a known token: the pending token and the drafts."""
         return 1 + self.drafts
 
     @property
     def slot_rows(self) -> int:
-        """Mask slots of all groups together."""
+        """Slots in all groups together."""
         return sum(self.slots)
 
     @property
     def asks_for_drafts(self) -> bool:
-        """Fresh drafts are to be made, by slots or behind the pass."""
+        """Whether the step makes new drafts, from slots or as a chain."""
         return self.chain > 0 or self.slot_rows > 0
 
     @property
     def rows(self) -> int:
-        """All rows of the block, real and slot, without those of `lead_rows`."""
+        """All real and slot rows of the block, not counting `lead_rows`."""
         return self.real_rows + self.slot_rows
 
     def lead_rows(self, lead: int) -> int:
-        """Rows that draft nothing where every slot group that is not empty starts with `lead` of them."""
+        """Rows that draft nothing: `lead` at the start of every slot group that is not empty."""
         return lead * sum(count > 0 for count in self.slots)
 
     @classmethod
@@ -71,25 +73,25 @@ class Layout:
 
     @classmethod
     def chained(cls, drafts: int, chain: int) -> Layout:
-        """`chain` drafts made behind the pass after every outcome: 1 + drafts rows."""
+        """`chain` drafts made after the pass, whatever was accepted: 1 + drafts rows."""
         return cls(drafts, (0,) * (drafts + 1), chain)
 
     @classmethod
     def linear(cls, drafts: int, k: int) -> Layout:
-        """k slots behind the last draft only: 1 + drafts + k rows, 2k + 1 in steady state.
+        """k slots after the last draft only: 1 + drafts + k rows, 2k + 1 in steady state.
 
-        5 / 9 / 17 rows for k = 2 / 4 / 8. Apple's linear decoding (arXiv 2507.11851 section 2.4): a rejection
-        voids the step's slots, and the next step has no drafts to verify.
+        5 / 9 / 17 rows for k = 2 / 4 / 8. Apple's linear decoding (arXiv 2507.11851, section 2.4): a rejection makes
+        the step's slots useless, so the next step has no drafts to verify.
         """
         return cls(drafts, (0,) * drafts + (k,))
 
     @classmethod
     def quadratic(cls, drafts: int, k: int) -> Layout:
-        """k slots behind every acceptance length: (drafts + 1)(k + 1) rows, (k + 1)^2 in steady state.
+        """k slots after every acceptance length: (drafts + 1)(k + 1) rows, (k + 1)^2 in steady state.
 
-        9 / 25 / 81 rows for k = 2 / 4 / 8. Apple's quadratic decoding (arXiv 2507.11851 section 2.4) has k^2
-        slots, one group behind each draft and none behind the pending token (7 / 21 / 73 rows), so that its
-        commonest rejection, at the first draft, leaves no drafts. The group for acceptance length zero is
-        this project's correction: k fresh drafts after every outcome.
+        9 / 25 / 81 rows for k = 2 / 4 / 8. Apple's quadratic decoding (arXiv 2507.11851, section 2.4) has k^2 slots,
+        one group after each draft and none after the pending token (7 / 21 / 73 rows), so a rejection of the first
+        draft, the most frequent one, leaves no drafts for the next step. This project adds the group for acceptance
+        length zero, so there are k new drafts after every outcome.
         """
         return cls(drafts, (k,) * (drafts + 1))

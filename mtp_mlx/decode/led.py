@@ -1,8 +1,8 @@
 """Decoding in several processes at once: process 0 decides, the others follow.
 
-Every process runs the same passes over its part of the model. What a pass contains must be the same everywhere, or
-the parts do not fit; so picks and drafts are process 0's (`led`, inside the lazy graph), and so is every decision
-that depends on measured time (`LedPolicy`).
+Every process runs the same passes over its part of the model, and each pass must have the same rows everywhere. All
+processes therefore use the picks and drafts of process 0 (`led`, inside the lazy graph) and its decisions where those
+depend on measured time (`LedPolicy`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mtp_mlx.distributed import Peers
 
 
 def led(peers: Peers, values: mx.array) -> mx.array:
-    """Process 0's values, lazily; any shape, the same in every process. Free for one process alone."""
+    """Process 0's values, lazily. The shape is any, but the same in every process. Free in a single process."""
     if peers.alone or not values.size:
         return values
-    # The others' values are computed too: the collectives on the way to them must run everywhere, in one order.
+    # The other processes' values are computed too: their collectives must run everywhere, in the same order.
     own = mx.where(mx.array(peers.leads), values, mx.zeros_like(values))
     return mx.distributed.all_sum(own, group=peers.group)
 
 
 class LedPolicy:
-    """Process 0's policy for all; the others' own is not asked."""
+    """Makes every process follow the policy of process 0; the policies of the others are not used."""
 
     def __init__(self, own: Policy, peers: Peers) -> None:
         self._own, self._peers = own, peers
@@ -63,5 +63,5 @@ class LedPolicy:
 
 
 def led_policy(own: Policy, peers: Peers) -> Policy:
-    """`own`, or process 0's where there are several."""
+    """`own` in a single process; otherwise a policy that follows process 0."""
     return own if peers.alone else LedPolicy(own, peers)

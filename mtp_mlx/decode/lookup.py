@@ -1,20 +1,23 @@
-"""Drafts from the text itself: what followed the last occurrence of the newest n-gram.
+"""Prompt lookup: drafts what followed the last occurrence of the newest n-gram in the text itself.
 
-Costs no forward pass and no weights. Pays where text repeats itself (summaries, code, quotations, loops).
+It needs no forward pass and no weights, and pays off where text repeats itself (summaries, code, quotations, loops).
 """
 
 from __future__ import annotations
 
-LOOKUP = "lookup"  # what `drafter` and statistics call these drafts
+LOOKUP = "lookup"  # its name in the `drafter` argument and in statistics
 
 
 class LookupDrafter:
     """Finds the longest suffix of the text, of `longest` down to `shortest` tokens, that occurred before.
 
-    The index maps every n-gram to the position after its last occurrence and is extended as tokens come.
+    An index maps every n-gram to the position after its last occurrence, and is extended with every new token.
 
     Args:
-        longest, shortest: sizes of n-grams tried, longest first.
+        longest, shortest: n-gram sizes to try, longest first.
+
+    Raises:
+        ValueError: if the sizes are not 1 <= shortest <= longest.
     """
 
     def __init__(self, longest: int = 6, shortest: int = 3) -> None:
@@ -37,9 +40,10 @@ class LookupDrafter:
             self._tokens.append(token)
 
     def propose(self, most: int) -> tuple[list[int], int]:
-        """(at most `most` drafts for the next positions, size of the n-gram that matched or 0).
+        """(up to `most` drafts for the next positions, size of the n-gram that matched, or 0).
 
-        A draft that runs past the end of the text continues with itself, so a loop is drafted whole.
+        Drafts that reach the end of the text continue with the drafts themselves, so a repeating loop is drafted in
+        full.
         """
         text = self._tokens
         for size in self._sizes:

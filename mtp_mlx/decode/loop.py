@@ -1,9 +1,9 @@
 """The decode loop: block -> forward -> verify -> draft -> commit, one host read per step.
 
-`speculative_step` is the step, `mtp_generate_step` yields tokens one by one with where they came from. Contract: for
-one seed the tokens are those of plain decoding, whatever the policy and the drafters do (unverified emission is
-another loop and says so: `emit.py`). Fresh drafts are proposed before the step is committed, while everything is
-lazy, so that verdict and drafts are read at once. Non-goals: text, stop strings, timing.
+`speculative_step` is one step; `mtp_generate_step` yields the tokens and where each came from. Contract: for a given
+seed the tokens are those of plain decoding, whatever the policy and the drafters do (unverified emission has a loop
+of its own, `emit.py`). New drafts are proposed before the step is committed, while everything is still lazy, so that
+the host reads the accepted length and the drafts together. Non-goals: text, stop strings, timing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
 
 def speculative_step(session: Session, layout: Layout, drafts: list[int]) -> StepResult:
-    """Verifies `drafts` (layout.drafts of them), drafts again behind what is accepted, and commits it."""
+    """Verifies `drafts` (layout.drafts of them), drafts the next tokens, and commits what was accepted."""
     attached, start = session.attached, session.cached
     block = block_of(session, layout, drafts, start)
     hidden = session.forward(block)[0]  # [R, D]
@@ -68,28 +68,29 @@ def mtp_generate_step(
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`.
 
-    The call form is mlx-lm's `generate_step`; samplers are a `SamplingConfig` instead of a callable, because
-    a pick must be a function of position.
+    It is called like mlx-lm's `generate_step`, but takes a `SamplingConfig` instead of a sampler, because a pick must
+    be a function of the position.
 
     Args:
         prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
         model: from `mtp_mlx.load` or `attach`.
-        max_tokens: exactly so many at most; -1 for no limit.
+        max_tokens: most tokens to yield, never exceeded; -1 for no limit.
         sampling: how tokens are picked; greedy by default.
-        policy: which layout each step uses; plain decoding by default.
+        policy: chooses the layout of each step; plain decoding by default.
         lookup: also draft from the text itself.
-        emission: verified by default. Unverified emission (lossy) drafts `policy.max_drafts` tokens a pass from the
-            adapter's slots, and neither plans nor looks up.
-        prompt_cache: mlx-lm cache of an earlier prefix; when the generator ends or is closed it holds that
-            prefix, the prompt and every token yielded. After an error or Ctrl-C inside a step it holds a
-            beginning of them, as many as its offset says. MTP heads do not know what was in it already (hidden states
-            are not kept): they draft from what follows, so a long reused prefix makes their drafts worse.
-        stats: filled while decoding.
-        constraint: what every token must satisfy, such as a grammar; verified emission only.
+        emission: verified by default. Unverified emission (lossy) drafts `policy.max_drafts` tokens per pass from the
+            adapter's slots, without planning or lookup.
+        prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
+            the prompt and every token yielded. After an error or Ctrl-C inside a step it holds the first tokens of
+            these, as many as its offset says. Drafters that run behind the pass (MTP heads, a draft model) have not
+            seen an earlier prefix and draft from the new tokens only, so a long reused prefix makes drafts worse.
+        prefill_step_size, kv_bits, kv_group_size, quantized_kv_start, prompt_progress_callback: as in mlx-lm.
+        stats: updated while decoding.
+        constraint: constrains every token, such as a grammar; verified emission only.
 
     Raises:
-        MTPError: empty prompt, ids outside the vocabulary, a cache that cannot give rows back, or an emission that
-            the model or the sampling does not go with.
+        MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back, or if
+            the model or the sampling does not support the emission.
     """
     settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
     keep = prompt_cache is not None
@@ -136,7 +137,7 @@ def open_loop(
     stats: DecodeStats | None,
     constraint: Constraint | None,
 ) -> tuple[Session, DecodeLoop | EmitLoop]:
-    """A generation before its prompt has run; arguments and errors as `mtp_generate_step`."""
+    """Sets up a generation whose prompt has not run yet; arguments and errors as for `mtp_generate_step`."""
     policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
     if constraint is not None and not emission.lossless:
         raise MTPError("a grammar needs verified drafts: use emission 'verified'")
@@ -162,10 +163,10 @@ def open_loop(
 
 
 def sampling_for(source: DraftSource | None, sampling: SamplingConfig, drafting: bool) -> SamplingConfig:
-    """`sampling` with its noise settled: what was asked for, else what the drafter was trained for.
+    """`sampling` with its noise filled in: the requested one, else the one that the drafter was trained for.
 
     Raises:
-        MTPError: the drafter is to draft for picks that it cannot draft for.
+        MTPError: if the drafter is used and cannot draft for this sampling.
     """
     if source is None:
         return sampling if sampling.noise else replace(sampling, noise="gumbel")
@@ -175,16 +176,16 @@ def sampling_for(source: DraftSource | None, sampling: SamplingConfig, drafting:
 
 
 def token_ids(prompt: mx.array | np.ndarray | Sequence[int]) -> list[int]:
-    """Plain token ids of one sequence.
+    """The token ids of one sequence as a list of ints.
 
     Raises:
-        MTPError: not one-dimensional, or not whole numbers.
+        MTPError: if `prompt` is not one-dimensional or holds anything but integers.
     """
     values = cast("list[int]", prompt.tolist()) if isinstance(prompt, mx.array | np.ndarray) else prompt
     try:
         return [operator.index(token) for token in values]
     except TypeError:
-        raise MTPError("the prompt must be one sequence of whole token ids") from None
+        raise MTPError("`prompt` must be one sequence of integer token ids") from None
 
 
 class DecodeLoop:
@@ -192,7 +193,7 @@ class DecodeLoop:
 
     Attributes:
         n_yielded: tokens yielded so far.
-        leaving: `tokens` is to end as soon as every committed token is yielded and no pass runs ahead; it can be
+        leaving: set to make `tokens` end once every committed token is yielded and no pass runs ahead; it can be
             called again later.
     """
 
@@ -215,12 +216,12 @@ class DecodeLoop:
             lookup.extend(session.tokens)
 
     def tokens(self) -> Generator[Token, None, None]:
-        """Steps until max_tokens; the consumer closes the generator to stop earlier."""
+        """Yields tokens up to max_tokens; the consumer closes the generator to stop earlier."""
         self._policy.begin(self._session.next_position - 1)
         while self._left() > 0 and not self.leaving:
             started = time.perf_counter()
             proposal, layout = self._plan()
-            if layout == Layout.plain() and self._session.constraint is None:  # a mask cannot run ahead
+            if layout == Layout.plain() and self._session.constraint is None:  # its mask needs the last token
                 yield from self._plain_stretch(started)
             else:
                 yield from self._step(proposal, layout, started)
@@ -234,11 +235,11 @@ class DecodeLoop:
         return self._max_tokens - self.n_yielded if self._max_tokens >= 0 else 1 << 30
 
     def _plan(self) -> tuple[Proposal, Layout]:
-        """Which drafts to verify and in which layout."""
+        """The proposal to verify next, and its layout."""
         return self._policy.choose(self.proposals(self._policy.max_drafts))
 
     def proposals(self, most: int) -> list[Proposal]:
-        """What the drafters propose, at most `most` drafts each and no more than may be verified now."""
+        """The drafters' proposals, at most `most` drafts each and no more than the next pass may verify."""
         proposals = [self._proposal]
         if self._lookup is not None:
             drafts, match = self._lookup.propose(most)
@@ -256,7 +257,7 @@ class DecodeLoop:
         yield from self.take(proposal.source, layout, result)
 
     def take(self, source: str, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
-        """The tokens of a step that `session` has committed; `source` made its drafts."""
+        """Yields the tokens of a step that `session` has committed; its drafts came from `source`."""
         self._stats.record(layout, result.n_accepted, source, self._own, result.rows)
         self._proposal = Proposal(self._own, result.fresh)
         if self._lookup is not None:
@@ -267,9 +268,9 @@ class DecodeLoop:
             yield Token(token, result.logits[index], depth > 0, depth)
 
     def _plain_stretch(self, started: float) -> Generator[Token, None, None]:
-        """Plain steps, each started before the token of the last is read, until the policy wants drafts.
+        """Plain steps until the policy wants drafts, each started before the token of the one before is read.
 
-        The consumer's time between two tokens is not counted as the step's.
+        The time that the consumer takes between two tokens is not counted.
         """
         session = self._session
         ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
@@ -294,5 +295,5 @@ class DecodeLoop:
             started = time.perf_counter()
 
     def _lookup_wanted(self) -> bool:
-        """Whether the text drafts something worth a speculative step."""
+        """Whether lookup has drafts that are worth a speculative step."""
         return self._lookup is not None and self._plan()[1] != Layout.plain()

@@ -1,15 +1,16 @@
-"""The one acceptance rule's `pick`: the token at an absolute position, as a function of logits and position.
+"""Picks the token for a position; a draft is accepted if it equals this pick.
 
-Contract: `Picker.pick` is deterministic, lazy (no host read) and row-independent: a row's token depends on
-its own logits, position and history, never on the other rows or on their number. A draft is accepted while it
-equals the target's pick; the text is then the same with any drafter and any layout.
-Invariant: noise is drawn once for (seed, position, token id), see `noise.py`, and never chosen among.
+Contract: `Picker.pick` is deterministic, lazy (no host read) and row-independent: a row's token depends on its own
+logits, position and history, never on the other rows or on their number. The text is therefore the same with any
+drafter and any layout.
+Invariant: noise is drawn once for (seed, position, token id), see `metal_kernels/position_noise`; there is never a
+choice between several noises.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
-temperature, draw. The draw is Gumbel-max, or the inverse CDF in vocabulary order with one uniform per position
-(Parallel Token Prediction, arXiv 2512.21323); the marginal of either is exactly the warped softmax. Without top-p,
-min-p and top-k nothing needs log-probabilities, and the Gumbel draw is argmax(logits * (1 / temperature) + gumbel),
-each operation rounded once in float32: what the Metal kernels compute in one pass, bit for bit.
-Non-goals: XTC and logit bias.
+temperature, sampling. Tokens are sampled by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform
+per position (Parallel Token Prediction, arXiv 2512.21323); the marginal of either is exactly the warped softmax.
+Without top-p, min-p and top-k, log-probabilities are not needed, and the Gumbel-max pick is argmax(logits * (1 /
+temperature) + gumbel) with each operation rounded once in float32: the Metal kernels compute the same in one pass,
+bit for bit. Non-goals: XTC and logit bias.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
 """
@@ -34,23 +35,25 @@ SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is picked. Names, defaults and meanings are mlx-lm's; 0 switches a penalty or a warp off.
+    """How tokens are picked. Names, defaults and meanings are mlx-lm's; 0 turns a penalty or a warp off.
 
-    temperature               0 picks the most likely token and ignores noise and warps
-    top_k                     keep the k most likely tokens; 0, or no less than the vocabulary, keeps all
-    top_p                     keep the smallest set with this probability; 0 or 1 keeps all
-    min_p                     keep tokens with at least this fraction of the top probability
-    min_tokens_to_keep        tokens that min-p never removes
-    repetition_penalty        divides positive, multiplies negative logits of repeated tokens; 1 and 0: off
-    presence_penalty          subtracted from the logits of repeated tokens
-    frequency_penalty         subtracted once per repetition
-    repetition_context_size, presence_context_size, frequency_context_size
-                              how many of the last tokens count, prompt included
-    seed                      0 <= seed < 2^64
-    noise                     how noise picks: "gumbel" (one value per position and token), or "inverse-cdf" (one
-                              uniform per position); None: what the adapter in use was trained for, else "gumbel"
+    Attributes:
+        temperature: 0 picks the most likely token and ignores noise and warps.
+        top_k: keep the k most likely tokens; 0, or at least the vocabulary size, keeps all.
+        top_p: keep the smallest set of tokens with this probability; 0 or 1 keeps all.
+        min_p: keep tokens with at least this fraction of the top probability.
+        min_tokens_to_keep: tokens that min-p never removes.
+        repetition_penalty: divides positive and multiplies negative logits of repeated tokens; 1 or 0 for none.
+        presence_penalty: subtracted from the logits of repeated tokens.
+        frequency_penalty: subtracted once per repetition.
+        repetition_context_size, presence_context_size, frequency_context_size: how many of the last tokens count as
+            repeated, including the prompt's.
+        seed: 0 <= seed < 2^64.
+        noise: sampling method: "gumbel" (one value per position and token) or "inverse-cdf" (one uniform per
+            position); None for the one that the drafter was trained for, else "gumbel".
 
-    Raises MTPError that lists every value out of range.
+    Raises:
+        MTPError: if any value is out of range (lists all of them).
     """
 
     temperature: float = 0.0
@@ -77,7 +80,7 @@ class SamplingConfig:
             raise MTPError("Sampling: " + "; ".join(problems) + ".")
 
     def _rules(self) -> list[tuple[str, str, bool]]:
-        """(field, what it must be, whether it is)."""
+        """(field, what it must be, whether it is) for each field with a rule."""
         temperature = self.temperature
         temperature_holds = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
         rules = [
@@ -103,6 +106,7 @@ class SamplingConfig:
 
     @property
     def penalises_repetition(self) -> bool:
+        """Whether the repetition penalty has any effect."""
         return self.repetition_penalty not in (0.0, 1.0)
 
     def warps(self, n_columns: int) -> bool:
@@ -115,7 +119,7 @@ class SamplingConfig:
 
     @property
     def history_size(self) -> int:
-        """Tokens before a pick that its penalties look at; 0 without penalties."""
+        """How many tokens before a pick the penalties depend on; 0 without penalties."""
         sizes = (
             self.repetition_context_size if self.penalises_repetition else 0,
             self.presence_context_size if self.presence_penalty else 0,
@@ -125,24 +129,24 @@ class SamplingConfig:
 
 
 class Picker:
-    """Picks tokens by a `SamplingConfig`. Holds no state besides it."""
+    """Picks tokens according to a `SamplingConfig`, and holds no other state."""
 
     def __init__(self, config: SamplingConfig | None = None) -> None:
         self.config = config or SamplingConfig()
 
     def draws_plainly(self, n_columns: int) -> bool:
-        """Whether a pick is argmax(logits / temperature + noise) and no more: no penalties, no warps."""
+        """Whether a pick is just argmax(logits / temperature + noise), without penalties or warps."""
         sampled = self.config.temperature > 0
         more = sampled and (self.config.warps(n_columns) or self.config.noise == "inverse-cdf")
         return not more and self.config.history_size == 0
 
     def noise_keys(self, positions: mx.array) -> mx.array | None:
-        """Row keys of positions [R], uint32 [R, 2]; None when greedy. See `position_noise`."""
+        """[R, 2] uint32 noise keys of positions [R]; None if greedy. See `metal_kernels/position_noise`."""
         return None if self.config.temperature == 0 else row_keys(self.config.seed, positions)
 
     @property
     def history_size(self) -> int:
-        """C, the columns of `history` that `pick` needs; 0 when it needs none."""
+        """C, how many columns of `history` `pick` needs; 0 if none."""
         return self.config.history_size
 
     def pick(
@@ -154,14 +158,16 @@ class Picker:
     ) -> mx.array:
         """The token of each row, int32 [R], lazily.
 
-        logits     [R, V] of any float type; computed in float32
-        positions  [R] int32, the absolute position of the token being picked
-        history    [R, >= C] int32, the tokens before each row's pick, the latest last, padded on the left
-                   with -1. Needed with penalties only.
-        token_ids  [V] int32, the real id of each column of a reduced vocabulary; None when column = id. Noise
-                   and penalties go by the real id, and real ids are returned. Ascending with "inverse-cdf".
+        Args:
+            logits: [R, V] of any float type; computed in float32.
+            positions: [R] int32, absolute position of the token to pick.
+            history: [R, >= C] int32 tokens before each row's pick, newest last, padded on the left with -1; needed
+                with penalties only.
+            token_ids: [V] int32 vocabulary id of each column of a reduced vocabulary; None if columns are ids. Noise
+                and penalties use the vocabulary ids, and these are returned. Must be ascending with "inverse-cdf".
 
-        Raises ValueError when penalties are on and history is missing.
+        Raises:
+            ValueError: if there are penalties and no history.
         """
         scores = self.scores(logits, history, token_ids)
         return _real_ids(self._columns(scores, positions, token_ids), token_ids)
@@ -173,10 +179,10 @@ class Picker:
         history: mx.array | None = None,
         token_ids: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """As `pick`, and the probability of each picked token, float32 [R].
+        """As `pick`, with the probability of each picked token, float32 [R].
 
-        The probability is under the warped, temperature-scaled distribution that was drawn from; for greedy
-        picking, under the plain softmax of the penalised logits.
+        The probability is that of the warped, temperature-scaled distribution that was sampled; if greedy, that of
+        the softmax of the penalised logits.
         """
         scores = self.scores(logits, history, token_ids)
         columns = self._columns(scores, positions, token_ids)
@@ -187,7 +193,7 @@ class Picker:
     def scores(
         self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
     ) -> mx.array:
-        """[R, V] float32 whose softmax is the distribution to pick from."""
+        """[R, V] float32 logits of the distribution to pick from."""
         logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.temperature == 0:
             return logits
@@ -196,7 +202,7 @@ class Picker:
         return logits * (1.0 / self.config.temperature)
 
     def _columns(self, scores: mx.array, positions: mx.array, token_ids: mx.array | None) -> mx.array:
-        """[R] the column that the noise of its position picks."""
+        """[R] the column that each row picks with the noise of its position."""
         if self.config.temperature == 0:
             return mx.argmax(scores, axis=-1)
         if self.config.noise == "inverse-cdf":
@@ -205,7 +211,7 @@ class Picker:
         return mx.argmax(scores + gumbel(self.config.seed, positions, real_ids), axis=-1)
 
     def _warped(self, logprobs: mx.array) -> mx.array:
-        """[R, V] with -inf for the tokens that mlx-lm's `make_sampler` would drop, by its own functions."""
+        """[R, V] with -inf for the tokens that mlx-lm's `make_sampler` would drop, using its own functions."""
         config, n_columns = self.config, logprobs.shape[-1]
         if 0 < config.top_p < 1:
             logprobs = apply_top_p(logprobs, config.top_p)
@@ -216,7 +222,7 @@ class Picker:
         return logprobs
 
     def _penalised(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
-        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, a history per row."""
+        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, with a history per row."""
         config = self.config
         if config.history_size == 0:
             return logits
@@ -239,28 +245,28 @@ class Picker:
 
 
 def _real_ids(columns: mx.array, token_ids: mx.array | None) -> mx.array:
-    """[R] int32 vocabulary ids of columns."""
+    """[R] int32 vocabulary ids of the columns."""
     return (columns if token_ids is None else token_ids[columns]).astype(mx.int32)
 
 
 def _counts(history: mx.array, n_columns: int, token_ids: mx.array | None) -> mx.array:
-    """How often each column's token stands in each row's history, float32 [R, n_columns].
+    """[R, n_columns] float32, how often each column's token occurs in each row's history.
 
-    history is int32 [R, C]; -1 and ids without a column count nowhere.
+    `history` is int32 [R, C]; -1 and ids without a column are not counted.
     """
     if token_ids is not None:
         matches = history[:, :, None] == token_ids[None, None, :]  # [R, C, V]; the draft vocabulary is small
         return matches.sum(axis=1).astype(mx.float32)
-    dump = mx.where(history < 0, n_columns, history)  # padding counts in a column that is cut off
+    dump = mx.where(history < 0, n_columns, history)  # padding is counted in an extra column, cut off below
     rows = mx.broadcast_to(mx.arange(history.shape[0])[:, None], history.shape)
     return mx.zeros((history.shape[0], n_columns + 1)).at[rows, dump].add(1.0)[:, :n_columns]
 
 
 def leading_run(picks: mx.array, drafts: mx.array) -> mx.array:
-    """Number of accepted drafts: the length of the leading run of equal tokens (never a count of matches).
+    """Number of accepted drafts: the length of the leading run of equal tokens, not the count of matches.
 
     Args:
-        picks: [d + 1] int32 target picks; picks[i] is for the position of drafts[i].
+        picks: [d + 1] int32 target picks; picks[i] is for the same position as drafts[i].
         drafts: [d] int32.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Which drafts a step verifies and in which layout: the seam between the decode loop and a planner.
+"""Which drafts a step verifies, and in which layout: the interface between the decode loop and a planner.
 
-The loop offers one `Proposal` per drafter and is told which to verify, and how many slots to add. The loop
-knows nothing of costs; a policy knows nothing of models.
+The loop offers one `Proposal` per drafter; the policy chooses one to verify and how the next drafts are made. The
+loop knows nothing of costs, and a policy nothing of models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LayoutName = Literal["auto", "linear", "quadratic", "plain"]
 
 @dataclass(frozen=True)
 class Proposal:
-    """Drafts of one drafter for the next positions.
+    """One drafter's drafts for the next positions.
 
     Attributes:
         source: name of the drafter, as in `DraftSource.name`, or "lookup".
@@ -46,16 +46,16 @@ class Proposal:
         return list(self.tree.chances)
 
     def cut(self, most: int) -> Proposal:
-        """At most `most` drafts."""
+        """The same proposal with at most `most` drafts."""
         return Proposal(self.source, self.tree.cut(most))
 
 
 class Policy(Protocol):
-    """Decides steps.
+    """Chooses what each step verifies.
 
     Attributes:
-        max_drafts: bounds what drafters are asked for.
-        own_drafts: most drafts that its layouts ask of the model's own drafter; 0 where they ask for none.
+        max_drafts: most drafts of a proposal.
+        own_drafts: most drafts per step that its layouts ask of the model's own drafter; 0 if none.
     """
 
     max_drafts: int
@@ -63,39 +63,39 @@ class Policy(Protocol):
 
     @property
     def verdict(self) -> str:
-        """What it found out, for people; empty if there is nothing to find out."""
+        """A sentence on what it found out, for people; empty if there is none."""
         ...
 
     def begin(self, context: int) -> None:
-        """Told before the first step that it decides, and again after steps that others decided.
+        """Called before the first step it chooses, and again after steps chosen elsewhere.
 
         Args:
-            context: tokens cached by now.
+            context: tokens in the cache.
         """
         ...
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
-        """The proposal to verify and the layout; proposals[0] is the model's own drafter's (possibly empty)."""
+        """The proposal to verify and the layout; proposals[0] is from the model's own drafter, and may be empty."""
         ...
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
-        """Told after every step what came of it, and how many seconds it took the decode loop."""
+        """Called after every step with the number of accepted drafts and the seconds the step took."""
         ...
 
     def interrupts_plain(self) -> bool:
-        """Whether a stretch of plain steps should end so that `choose` is asked again."""
+        """Whether to end a stretch of plain steps and call `choose` again."""
         ...
 
 
 def preferred(proposals: Sequence[Proposal]) -> Proposal:
-    """The text's own drafts where it has a match, since they cost nothing; otherwise the model's own drafter's."""
+    """The lookup proposal if it has drafts, since they cost nothing; otherwise that of the model's own drafter."""
     return next((p for p in proposals if p.source == LOOKUP and p.drafts), proposals[0])
 
 
 class FixedPolicy:
-    """Always the same layout: plain, or k slots behind every step in linear or quadratic form.
+    """Always the same layout: plain, linear or quadratic with k slots.
 
-    Where the text has a match its drafts are verified, otherwise the slots'.
+    Verifies lookup drafts if there are any, otherwise those from the slots.
     """
 
     def __init__(self, name: Literal["linear", "quadratic", "plain"], slots: int) -> None:
@@ -118,14 +118,14 @@ class FixedPolicy:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
-        """Never: plain means plain."""
+        """Never: its layout does not change."""
         return False
 
 
 class ConfidencePolicy:
-    """A fixed layout that submits only the slots' leading drafts of confidence >= tau for verification.
+    """A fixed layout that verifies only the leading run of slot drafts with confidence >= tau.
 
-    What is not submitted cannot be rejected, so a step has fewer rows; the text is the same (equality rule).
+    Doubtful drafts are not submitted, so a step has fewer rows. The text is the same.
     """
 
     def __init__(self, fixed: FixedPolicy, tau: float) -> None:
@@ -149,9 +149,9 @@ class ConfidencePolicy:
 
 
 class ChainPolicy:
-    """`drafts` tokens are drafted behind every step, and all of them are verified.
+    """Drafts `drafts` tokens after every pass and verifies all of them in the next.
 
-    Where the text has a match its drafts are verified, otherwise the model's own drafter's.
+    Verifies lookup drafts instead if there are any.
     """
 
     def __init__(self, drafts: int) -> None:
@@ -175,7 +175,7 @@ class ChainPolicy:
 
 
 class LookupPolicy:
-    """Verifies what the text drafts, at most `drafts` tokens in a step; where it has no match, decodes plainly."""
+    """Verifies lookup drafts only, at most `drafts` per step, and decodes plainly if there are none."""
 
     def __init__(self, drafts: int) -> None:
         self.max_drafts, self.own_drafts, self.verdict = drafts, 0, ""
@@ -192,5 +192,5 @@ class LookupPolicy:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
-        """Never by itself: a match in the text ends a plain stretch."""
+        """Never: the loop itself ends a plain stretch when lookup finds a match."""
         return False

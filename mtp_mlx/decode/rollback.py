@@ -1,8 +1,8 @@
-"""The caches of all layers, from which the newest pass can be taken back: `mark` before a pass, `keep` after.
+"""Roll-back of all layers' caches: `mark` before a pass, `keep` after it.
 
-From a session's first pass on, the list that mlx-lm's prompt cache is holds `WindowCache` for sliding windows and
-`StateCache` for recurrent state; `hand_back` puts mlx-lm's own objects back, with what they would hold. Ordinary
-caches stay as they are, and what is not kept of them leaves by their own `trim`.
+From a session's first pass on, mlx-lm's prompt cache (a list, changed in place) holds a `WindowCache` for each
+sliding window and a `StateCache` for each recurrent state; `hand_back` restores mlx-lm's own objects with the content
+that they would have. Ordinary caches stay in the list and are rolled back with their own `trim`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mtp_mlx.model.window_cache import WindowCache
 
 
 class LayerCaches:
-    """Every layer's cache.
+    """The caches of all layers.
 
     Args:
         layers: mlx-lm's prompt cache, changed in place.
-        model_name: for messages.
+        model_name: model type, for error messages.
 
     Attributes:
         layers: the same list.
         marked: rows cached before the newest pass.
 
     Raises:
-        MTPError: a cache cannot take rows back, or does not say how many it holds.
+        MTPError: if a cache cannot be rolled back, or does not say how many rows it holds.
     """
 
     def __init__(self, layers: list[Any], model_name: str) -> None:
@@ -42,8 +42,8 @@ class LayerCaches:
         self._states = [leaf for leaf in leaves if isinstance(leaf, StateCache)]
         if len(self._states) == len(leaves) and not all(state.empty() for state in self._states):
             raise MTPError(
-                "this prompt cache holds recurrent state only, which does not say how many tokens it has read: "
-                "give the whole text as the prompt"
+                "`prompt_cache` holds recurrent state only, which does not say how many tokens it has read: "
+                "leave it out and give the whole text as the prompt"
             )
         self._rows = 0  # cached, where no cache counts them
         self._mark: tuple[int, list[list[Any]]] = (self.length, [])
@@ -66,37 +66,37 @@ class LayerCaches:
 
     @property
     def windowed(self) -> bool:
-        """Some layer sees a sliding window only."""
+        """Whether some layer has a sliding window."""
         return any(isinstance(leaf, WindowCache | RotatingKVCache) for leaf in self._leaves())
 
     def mark(self, n_rows: int) -> None:
-        """Before a pass over `n_rows` rows; the list holds our caches from the first one on."""
+        """Call before a pass over `n_rows` rows; from the first call on, the list holds our caches."""
         for index, _, ours in self._exchanged:
             self.layers[index] = ours
         length = self.length
         self._mark = (
             length,
             [list(state.cache) for state in self._states],
-        )  # at once: Ctrl-C may come any time
+        )  # in one assignment: Ctrl-C may come at any time
         for state in self._states:
             state.forget()
         self._rows = length + n_rows
 
     def check_pass(self, n_rows: int) -> None:
-        """After a pass's graph is built.
+        """Call after the graph of a pass is built.
 
         Raises:
-            MTPError: some recurrent state was moved by a module whose steps are not recorded.
+            MTPError: if a recurrent state was updated by a module that is not recorded.
         """
         for index, state in enumerate(self._states):
             if state.rows != n_rows:
                 raise MTPError(
-                    f"model type '{self._name}' has no seam 'cache' in recurrent layer {index}: its state is moved "
-                    "outside of the layers' modules, and cannot give rejected drafts back"
+                    f"model type '{self._name}' has no seam 'cache' in recurrent layer {index}: its state is updated "
+                    "outside the layer's modules, so rejected drafts cannot be rolled back"
                 )
 
     def keep(self, n_rows: int) -> None:
-        """Keeps the first `n_rows` of the newest pass; the others were never there."""
+        """Keeps the first `n_rows` rows of the newest pass and removes the others without a trace."""
         for leaf in self._leaves():
             if not isinstance(leaf, ArraysCache):
                 surplus = int(leaf.offset) - self.marked - n_rows
@@ -107,7 +107,7 @@ class LayerCaches:
         self._rows = self.marked + n_rows
 
     def hand_back(self) -> None:
-        """Makes the list mlx-lm's own again. Where Ctrl-C cuts it short, a second call does the rest."""
+        """Restores mlx-lm's own caches in the list. If interrupted by Ctrl-C, a second call does the rest."""
         for index, theirs, ours in self._exchanged:
             if self.layers[index] is ours:
                 for leaf in _leaves(ours):
@@ -117,12 +117,12 @@ class LayerCaches:
 
 
 def _leaves(layer: Any) -> tuple[Any, ...]:
-    """The caches of one layer, which may have a list of them."""
+    """The caches of one layer; some layers have several."""
     return tuple(layer.caches) if isinstance(layer, CacheList) else (layer,)
 
 
 def _ours(cache: Any) -> Any:
-    """The cache of ours that takes the place of mlx-lm's, or the same object where none does."""
+    """Our replacement for one of mlx-lm's caches, or the same object if it needs none."""
     if isinstance(cache, RotatingKVCache):
         return WindowCache(cache)
     if isinstance(cache, ArraysCache):

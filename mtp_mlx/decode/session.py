@@ -1,10 +1,10 @@
-"""One sequence being decoded: its tokens, its KV cache, and the forward passes that move both.
+"""One sequence being decoded: its tokens, its KV cache, and the forward passes that extend both.
 
-Invariant between steps: the cache holds every committed token but the last, the *pending* token; its key and
-value are written by the next pass. Rejected rows and slot rows leave by one `keep` (`mtp_mlx.decode.rollback`).
+Invariant between steps: the cache holds every committed token but the last, the *pending* token, whose key and value
+are written by the next pass. Rejected rows and slot rows are removed by one `keep` (`mtp_mlx.decode.rollback`).
 
-mlx-lm quantises its cache after the pass with which it reached `quantized_kv_start`. Here that happens right
-before the next pass, which is the same unless rows are taken back in between: then it must not have happened.
+mlx-lm quantises its cache right after the pass that reaches `quantized_kv_start`. Here it is quantised right before
+the next pass, which gives the same result, because rows may be rolled back in between and quantised rows cannot be.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtp_mlx.model.block import Block, BlockShape, block_shape
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """KV-cache options, named and meant as in mlx-lm. kv_bits None keeps the cache unquantised."""
+    """KV-cache options with mlx-lm's names and meanings. `kv_bits` None leaves the cache unquantised."""
 
     kv_bits: int | None = None
     kv_group_size: int = 64
@@ -47,15 +47,17 @@ class Session:
         cache: mlx-lm prompt cache, possibly holding an earlier prefix; updated in place.
         settings: cache options.
         open_drafter: opens the model's own drafter, given the number of tokens in the cache; None for no drafter.
-        constraint: what every token must satisfy; None for nothing. Not with `plain_pass`, which runs ahead of it.
+        constraint: constrains every token; None for no constraint. Cannot be used with `plain_pass`, which runs
+            ahead.
 
     Attributes:
-        tokens: committed since the cache's earlier prefix, the pending one last.
-        start: tokens of that prefix.
-        drafter: the model's own, or None.
+        tokens: tokens committed after the cache's earlier prefix, the pending token last.
+        start: number of tokens in that prefix.
+        drafter: the model's own drafter, or None.
 
     Raises:
-        MTPError: the prompt is empty, has ids outside the vocabulary, or the cache cannot give rows back.
+        MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back, or if
+            a cache with a sliding window is to be quantised.
     """
 
     def __init__(
@@ -71,14 +73,14 @@ class Session:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
         if max(prompt) >= attached.vocab_size or min(prompt) < 0:
-            raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size}")
+            raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size} tokens")
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
         self.attached, self.picker, self.constraint = attached, picker, constraint
         self.cache, self._settings = cache, settings
         self.start = self.cached
         if self._caches.windowed and settings.kv_bits is not None:
             raise MTPError(
-                "this model's layers with a sliding window cannot have a quantised cache, in mlx-lm either: "
+                "this model has sliding-window layers, whose cache cannot be quantised (in mlx-lm neither): "
                 "leave `kv_bits` out"
             )
         self.drafter = None if open_drafter is None else open_drafter(self.start)
@@ -92,7 +94,7 @@ class Session:
         return self._caches.length
 
     def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Runs all of the prompt but its last token, in chunks."""
+        """Runs the prompt except its last token, in chunks; calls `progress(tokens done, tokens in all)`."""
         for done in self.prefill_chunks():
             if progress is not None:
                 progress(done, len(self.tokens))
@@ -100,7 +102,7 @@ class Session:
             progress(len(self.tokens), len(self.tokens))
 
     def prefill_chunks(self) -> Iterator[int]:
-        """As `prefill`; yields how many tokens of the prompt have run, after every chunk."""
+        """As `prefill`, but yields the number of prompt tokens done after every chunk."""
         total = len(self.tokens)
         done = 0
         while done < total - 1:
@@ -115,9 +117,9 @@ class Session:
             self.drafter.catch_up(self.tokens)
 
     def forward(self, block: Block) -> mx.array:
-        """[B, R, D] latents of a pass that appends the block's rows to the cache."""
+        """[B, R, D] hidden states of a pass, which appends the block's rows to the cache."""
         n_rows = block.ids.shape[1]
-        self._caches.mark(n_rows)  # first: rows that are quantised are not taken back
+        self._caches.mark(n_rows)  # first: quantised rows cannot be rolled back
         if self._has_run:  # mlx-lm never quantises before the first pass
             self._quantize()
         self._has_run = True
@@ -126,12 +128,12 @@ class Session:
         return hidden
 
     def _observe(self) -> None:
-        """Tells the drafter of the newest pass, behind which nothing is drafted."""
+        """Reports the newest pass to the drafter if nothing is drafted after it."""
         if self.drafter is not None:
             self.drafter.observe(self.attached.head_input, self.tokens)
 
     def _evaluate_cache(self) -> None:
-        """A lazy array belongs to the thread that made it; the cache may go on to another."""
+        """Evaluates the cache: a lazy array belongs to its thread, and the cache may be passed to another."""
         mx.eval([layer.state for layer in self.cache])
 
     def _quantize(self) -> None:
@@ -141,10 +143,10 @@ class Session:
         )
 
     def draft_limit(self) -> int | None:
-        """Most drafts the next block may verify, or None for any number.
+        """Most drafts that the next block may verify, or None for no limit.
 
-        mlx-lm quantises the cache once it has grown to `quantized_kv_start`; a block must not straddle that
-        point, or its later rows would see a prefix that plain decoding sees quantised.
+        mlx-lm quantises the cache once it reaches `quantized_kv_start`. A block must not straddle that point: its
+        later rows would see an unquantised prefix where plain decoding sees a quantised one.
         """
         settings = self._settings
         if settings.kv_bits is None:
@@ -154,14 +156,12 @@ class Session:
             return None if quantised_by_then else 0
         return settings.quantized_kv_start - self.cached - 1
 
-    # --- plain decoding, one step ahead of the host ---------------------------------------------------------
-
     def plain_pass(self, pending: mx.array, n_ahead: int) -> tuple[mx.array, mx.array]:
-        """One ordinary pass over the pending token, lazily.
+        """One plain pass over the pending token, lazily, so that it can run one step ahead of the host.
 
         Args:
-            pending: [1] int32, not necessarily read by the host yet.
-            n_ahead: committed tokens the host has not been told of yet (0 or 1).
+            pending: [1] int32, possibly not read by the host yet.
+            n_ahead: tokens before the pick that the host has not read yet (0 or 1).
 
         Returns:
             pick [1] int32 and logits [1, V].
@@ -178,15 +178,13 @@ class Session:
         pick = self.picker.pick(logits, mx.array([position]), history)
         return led(self.attached.peers, pick), logits
 
-    # --- unverified emission --------------------------------------------------------------------------------
-
     def open_pass(self, slots: int) -> tuple[mx.array, BlockShape]:
-        """A pass over every committed token that the cache lacks, with mask slots behind the last one; lazily.
+        """A pass of unverified emission over every committed token not in the cache and `slots` mask slots, lazily.
 
-        The slots' keys and values are taken back at once, so the cache then holds every committed token.
+        The slots' keys and values are removed at once, so the cache then holds every committed token.
 
         Returns:
-            latents [R, D] and the rows' shape; its last real row is the last committed token.
+            hidden states [R, D] and the block's shape; its last real row is the last committed token.
         """
         pending = self.tokens[self.cached - self.start :]
         shape = block_shape(len(pending) - 1, (0,) * (len(pending) - 1) + (slots,))
@@ -196,17 +194,15 @@ class Session:
         return hidden, shape
 
     def history(self) -> mx.array | None:
-        """[1, C] the last committed tokens, or None without penalties."""
+        """[1, C] the newest committed tokens, or None without penalties."""
         return self.histories([])
 
-    # --- rows and caches -------------------------------------------------------------------------------------
-
     def keep(self, rows: int) -> None:
-        """Keeps the first `rows` of the newest pass in every layer's cache; the others were never there."""
+        """Keeps the first `rows` rows of the newest pass in every layer's cache and removes the others."""
         self._caches.keep(rows)
 
     def trim(self, rows: int) -> None:
-        """Takes the newest rows back from every layer's cache; at most those of the newest pass."""
+        """Removes the newest `rows` rows, at most those of the newest pass, from every layer's cache."""
         self._caches.keep(self.cached - self._caches.marked - rows)
 
     @property
@@ -215,25 +211,25 @@ class Session:
         return self.start + len(self.tokens)
 
     def lend_caches(self) -> list[Any]:
-        """Every layer's cache, which somebody else goes on with; this session's are empty until `take_caches`."""
+        """Hands every layer's cache to another owner, such as a batch; until `take_caches` this session has none."""
         lent = list(self.cache)
         self.cache[:] = self.attached.make_cache()
         return lent
 
     def take_caches(self, layers: list[Any]) -> None:
-        """The caches after steps that were run elsewhere: all committed tokens but the pending one."""
+        """Takes caches back after steps run elsewhere; they hold all committed tokens but the pending one."""
         self.cache[:] = layers
         self._caches.mark(0)
 
     @property
     def generated(self) -> list[int]:
-        """Committed tokens that are not of the prompt."""
+        """Committed tokens after the prompt."""
         return self.tokens[self._n_prompt :]
 
     def settle(self, n_committed: int) -> None:
-        """Ends the session: the cache then holds exactly the first `n_committed` tokens of `self.tokens`.
+        """Ends the session; the cache then holds exactly the first `n_committed` of `self.tokens` after its prefix.
 
-        Where it is cut short, as by Ctrl-C, `rewind` must follow.
+        If this is interrupted, as by Ctrl-C, call `rewind`.
         """
         surplus = self.cached - (self.start + n_committed)
         if surplus > 0:
@@ -248,16 +244,16 @@ class Session:
         self._evaluate_cache()
 
     def rewind(self) -> None:
-        """Ends a session whose newest pass may have been cut short, as by Ctrl-C, without running another.
+        """Ends a session whose newest pass may have been interrupted, as by Ctrl-C, without running another.
 
-        The cache then holds what it held before that pass; where the session was settled, it stays as it is.
+        The cache then holds what it held before that pass; if the session was already settled, it is left alone.
         """
         if not self._settled:
             self._caches.keep(0)
         self._caches.hand_back()
 
     def histories(self, drafts: list[int]) -> mx.array | None:
-        """[1 + d, C] tokens before each real row's pick, or None without penalties."""
+        """[1 + d, C] the tokens before each real row's pick, or None without penalties."""
         size = self.picker.history_size
         if not size:
             return None

@@ -1,4 +1,4 @@
-"""What happened while decoding, in counts. Nothing here is estimated."""
+"""Counts of what happened while decoding. Nothing here is estimated."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class DecodeStats:
     """Counts of one generation.
 
     Attributes:
-        tokens: tokens committed by decoding steps (a consumer may have stopped inside the last block).
+        tokens: tokens committed by decoding steps; the consumer may have stopped inside the last block.
         steps: forward passes after prefill.
-        rows: rows of those passes.
-        submitted, accepted: per depth (index 0 = first draft): drafts that were reached by verification, and
-            drafts accepted.
-        histogram: {tokens of a step: how many steps}.
-        layouts: {"drafts/slots": how many steps}; "drafts/3 heads" where a chain of heads drafted 3 tokens.
+        rows: rows in those passes.
+        submitted, accepted: per depth (index 0 is the first draft), drafts that verification reached, and drafts
+            accepted.
+        histogram: {tokens per step: number of steps}.
+        layouts: {"drafts/slots": number of steps}; "drafts/3 heads" if heads drafted 3 tokens after the pass.
         drafted_by: {drafter: drafts accepted}.
         submitted_by: {drafter: drafts submitted for verification}.
-        fallbacks: {reason: how often}: everything that did not run as asked for.
-        lossless: every token was the model's own pick; False once drafts are emitted unverified.
-        looped: "4 heads to 8 drafts" where MTP heads are applied more than once in a step, else empty.
-        verdict: what the planner of layout "auto" thinks, such as that nothing beats plain decoding.
-        tuned: what `mtp-mlx tune` made of layout "auto", else empty.
+        fallbacks: {reason: count} of everything that did not run as requested.
+        lossless: every token was the model's own pick; False if drafts were emitted unverified.
+        looped: such as "4 heads to 8 drafts" if MTP heads are used more than once per step, else empty.
+        verdict: what the planner of layout "auto" concluded, such as that nothing beats plain decoding.
+        tuned: what layout "auto" uses from `mtp-mlx tune`, else empty.
     """
 
     tokens: int = 0
@@ -48,12 +48,12 @@ class DecodeStats:
     def record(
         self, layout: Layout, n_accepted: int, drafter: str, own: str = "", rows: int | None = None
     ) -> None:
-        """One step that verified the drafts of `drafter` and accepted the first `n_accepted`.
+        """Counts a step that verified drafts of `drafter` and accepted the first `n_accepted`.
 
         Args:
-            layout: of the step.
-            own: name of the model's own drafter, which makes the fresh drafts.
-            rows: those of the pass, where it has more than the layout says.
+            layout: the step's layout.
+            own: name of the model's own drafter, which makes the next drafts.
+            rows: rows of the pass, if more than the layout's.
         """
         drafts = layout.drafts
         self.steps += 1
@@ -73,7 +73,7 @@ class DecodeStats:
                 counts[depth] += 1
 
     def record_emitted(self, real_rows: int, slots: int, n_emitted: int) -> None:
-        """One pass over `real_rows` and `slots` that emitted `n_emitted` tokens without verifying any."""
+        """Counts a pass over `real_rows` and `slots` that emitted `n_emitted` tokens without verifying them."""
         self.steps += 1
         self.rows += real_rows + slots
         self.tokens += n_emitted
@@ -84,7 +84,7 @@ class DecodeStats:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens per forward pass; 0 before the first."""
+        """Tokens per forward pass; 0 before the first pass."""
         return self.tokens / self.steps if self.steps else 0.0
 
     @property
@@ -94,11 +94,11 @@ class DecodeStats:
 
     @property
     def acceptance(self) -> list[float | None]:
-        """Per depth: P(accepted | reached); None where no draft got that far."""
+        """Per depth, P(accepted | reached); None if no draft was reached there."""
         return [a / s if s else None for a, s in zip(self.accepted, self.submitted, strict=True)]
 
     def add(self, other: DecodeStats) -> None:
-        """Adds another generation's counts."""
+        """Adds the counts of another generation."""
         self.tokens += other.tokens
         self.steps += other.steps
         self.rows += other.rows
@@ -116,7 +116,7 @@ class DecodeStats:
         self.tuned = self.tuned or other.tuned
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """The counts as JSON values, for `--json`."""
         return {
             "tokens": self.tokens,
             "steps": self.steps,

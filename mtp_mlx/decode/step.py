@@ -1,7 +1,7 @@
-"""The parts of a speculative step: its block, what the pass says about the drafts, fresh drafts, what is committed.
+"""The parts of a speculative step: build the block, verify its drafts, draft the next tokens, commit.
 
-`mtp_mlx.decode.loop.speculative_step` puts them in order for one sequence, `mtp_mlx.serve.batch` for several that
-share a pass. Everything before `read` is lazy, so a step has one host read.
+`mtp_mlx.decode.loop.speculative_step` runs them for one sequence, `mtp_mlx.serve.batch` for several that share a
+pass. Everything before `commit` is lazy, so a step has one host read.
 
 Legend: R rows of the block, d drafts verified, a of them accepted, V vocabulary, D hidden size, C tokens of history.
 """
@@ -28,10 +28,10 @@ class Token(NamedTuple):
 
     Attributes:
         token: its id.
-        logits: [V] the target's raw logits at this position, computed by the pass anyway; lazy. Of a draft that
-            was emitted without verification: the raw logits of its slot.
-        from_draft: it was drafted, and accepted (the text is the same either way) or emitted unverified.
-        depth: which draft of its step it was, from 1; 0 for the target's own pick.
+        logits: [V] the target's raw logits at this position, which the pass computes anyway; lazy. For a draft
+            emitted unverified, the raw logits of its slot.
+        from_draft: whether it is a draft that was accepted (the text is the same either way) or emitted unverified.
+        depth: index of the draft in its step, from 1; 0 for the target's own pick.
     """
 
     token: int
@@ -42,7 +42,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step, read on the host.
+    """The outcome of a step, as read by the host.
 
     Attributes:
         tokens: accepted drafts, then the target's own pick.
@@ -61,12 +61,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class LazyStep:
-    """One step whose pass has run and whose outcome the host has not read yet.
+    """A step whose outcome the host has not read yet.
 
     Attributes:
-        verified: what the pass says.
-        integers: int32, how many drafts were accepted, then the target's picks [1 + d], then fresh drafts.
-        confidences: of the fresh drafts.
+        verified: the outcome of the pass.
+        integers: int32, the number of accepted drafts, the target's picks [1 + d], then the fresh drafts.
+        confidences: float32, one per fresh draft.
     """
 
     verified: Verified
@@ -74,17 +74,21 @@ class LazyStep:
     confidences: mx.array
 
     def arrays(self) -> tuple[mx.array, mx.array]:
-        """What the step's one host read evaluates."""
+        """The arrays that the step's one host read evaluates."""
         return self.integers, self.confidences
 
 
 def shape_of(session: Session, layout: Layout) -> BlockShape:
-    """The rows of a layout, with what the drafter's slot groups start with."""
+    """The rows of a layout, including the lead rows of the drafter's slot groups."""
     return block_shape(layout.drafts, layout.slots, session.attached.lead)
 
 
 def block_of(session: Session, layout: Layout, drafts: list[int], start: int) -> Block:
-    """The rows of a step that verifies `drafts` and whose pending token stands at position `start`."""
+    """The block of a step that verifies `drafts`, with the pending token at position `start`.
+
+    Raises:
+        MTPError: if the layout asks for something that the model's drafter does not do.
+    """
     _check(session, layout)
     shape = shape_of(session, layout)
     rows = mx.array([session.tokens[-1], *drafts], dtype=mx.int32)
@@ -95,14 +99,14 @@ def block_of(session: Session, layout: Layout, drafts: list[int], start: int) ->
 
 
 def _check(session: Session, layout: Layout) -> None:
-    """Raises MTPError for a layout that asks the model's drafter for what it does not do."""
+    """Raises MTPError if a layout asks for something that the model's drafter does not do."""
     source = session.attached.speculator
     if layout.slot_rows and (source is None or not source.places_slots):
-        raise MTPError("this layout places slots, and this model has no adapter with slots")
+        raise MTPError("this layout has slots, and this model has no adapter with slots")
     if layout.chain and (source is None or source.places_slots):
-        raise MTPError("this layout drafts behind the pass, and this model has nothing that does")
+        raise MTPError("this layout drafts a chain, and this model has no drafter that makes one")
     if layout.asks_for_drafts and session.drafter is None:
-        raise MTPError("this layout asks for drafts, which its policy did not announce in `own_drafts`")
+        raise MTPError("internal error: this layout asks for drafts, and its policy has `own_drafts` 0")
 
 
 def verify(
@@ -114,15 +118,16 @@ def verify(
     logits: mx.array,
     head_input: mx.array,
 ) -> Verified:
-    """What a pass says about `drafts`: the target's picks, and how many drafts equal them; lazily.
+    """Verifies `drafts`, lazily: the target's picks, and the length of the leading run of drafts equal to them.
 
     Args:
-        layout: of the pass. It may have room for more drafts than there are.
-        drafts: d token ids.
+        session: the sequence.
+        layout: the pass's layout; it may allow more drafts than there are.
+        drafts: [d] token ids.
         start: absolute position of the pending token.
-        hidden: [R, D] latents of the pass.
+        hidden: [R, D] hidden states of the pass.
         logits: [>= 1 + d, V] of its real rows.
-        head_input: [1, >= 1 + d, D] the state of the real rows that the drafter takes.
+        head_input: [1, >= 1 + d, D] hidden states of the real rows, from where the drafter reads them.
     """
     n_real = 1 + len(drafts)
     logits = logits[:n_real]
@@ -146,7 +151,7 @@ def verify(
 
 
 def _allowed(session: Session, logits: mx.array, drafts: list[int]) -> mx.array:
-    """[1 + d, V] logits, -inf where the constraint forbids a token after the drafts before it."""
+    """[1 + d, V] logits, with -inf for tokens that the constraint forbids after the drafts before them."""
     if session.constraint is None:
         return logits
     allowed = mx.array(session.constraint.allowed(drafts))
@@ -156,11 +161,11 @@ def _allowed(session: Session, logits: mx.array, drafts: list[int]) -> mx.array:
 def _accepted(
     session: Session, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The target's picks [1 + d] and how many drafts they accept (a scalar), lazily.
+    """The target's picks [1 + d] and the number of drafts they accept (a scalar), lazily.
 
     Args:
         logits: [1 + d, V] of the real rows.
-        positions: [1 + d] int32 of the tokens picked.
+        positions: [1 + d] int32 positions of the picks.
         history: [1 + d, C] for penalties, or None.
         tokens: [1 + d] int32, the pending token and the drafts.
     """
@@ -177,7 +182,7 @@ def _accepted(
 
 
 def draft(session: Session, verified: Verified) -> LazyStep:
-    """Fresh drafts for the positions after the target's own pick, lazily; none if the layout asks for none."""
+    """Drafts the positions after the target's own pick, lazily, if the layout asks for drafts."""
     layout, fresh = verified.layout, LazyDrafts.none()
     if layout.asks_for_drafts:
         assert session.drafter is not None
@@ -188,7 +193,7 @@ def draft(session: Session, verified: Verified) -> LazyStep:
 
 
 def commit(session: Session, lazy: LazyStep) -> StepResult:
-    """Commits what was accepted and the target's own pick; the caches' rows are the caller's business."""
+    """Commits the accepted drafts and the target's own pick; the caller must still roll back the caches."""
     verified, layout = lazy.verified, lazy.verified.layout
     n_accepted, *values = cast("list[int]", lazy.integers.tolist())
     n_real = 1 + len(verified.drafts)

@@ -1,7 +1,7 @@
-"""Drafts as a tree: tokens, parents, and how sure the drafter is of each (design 2.7).
+"""Drafts as a tree: a token, a parent and a confidence per node.
 
-A chain of drafts is a tree without branches, and all that drafters propose today. A node's parent stands before it;
-the root, which is not in the tree, is the pending token.
+A chain of drafts is a tree without branches; today's drafters propose only chains. A parent comes before its
+children. The root, which is not in the tree, is the pending token.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class DraftTree:
 
     Attributes:
         tokens: [n] token ids.
-        parents: [n] index of each node's parent, `ROOT` for the pending token; always smaller than the node's own.
-        chances: [n] in [0, 1], how likely a node is right if its parent is; what exactly is the drafter's business.
+        parents: [n] index of each node's parent, smaller than the node's own; `ROOT` for the pending token.
+        chances: [n] in [0, 1], how likely a node is right if its parent is, as the drafter estimates it.
 
     Raises:
-        ValueError: lists of unequal length, or a parent that does not stand before its node.
+        ValueError: if the lists differ in length, or a parent does not come before its node.
     """
 
     tokens: tuple[int, ...] = ()
@@ -36,7 +36,7 @@ class DraftTree:
             )
         for node, parent in enumerate(self.parents):
             if not ROOT <= parent < node:
-                raise ValueError(f"the parent of node {node} must stand before it, not at {parent}")
+                raise ValueError(f"the parent of node {node} must come before it, not at {parent}")
 
     @classmethod
     def chain(cls, tokens: Sequence[int], chances: Sequence[float]) -> DraftTree:
@@ -48,17 +48,17 @@ class DraftTree:
 
     @property
     def is_chain(self) -> bool:
-        """No node has a sibling."""
+        """Whether no node has a sibling."""
         return self.parents == tuple(range(ROOT, len(self) - 1))
 
     def depth(self, node: int) -> int:
-        """How many tokens after the pending one the node stands, from 1."""
+        """The node's distance from the pending token, from 1."""
         depth = 1
         while (node := self.parents[node]) != ROOT:
             depth += 1
         return depth
 
     def cut(self, most: int) -> DraftTree:
-        """The first `most` nodes; none if that is negative."""
+        """The first `most` nodes; none if `most` is negative."""
         most = max(most, 0)
         return DraftTree(self.tokens[:most], self.parents[:most], self.chances[:most])

@@ -1,4 +1,5 @@
-"""What a forward pass is: blocks of rows, the wrappers on an mlx-lm model, slots, heads and caches.
+"""Forward passes: blocks of rows, the wrappers on an mlx-lm model, the LM head and the caches.
 
-May import mlx and mlx-lm; must not import from `decode`, `train`, `bench` or `cli`.
+May import mlx, mlx-lm and `metal_kernels`, but none of the rooms above: `decode`, `planning`, `train`, `drafters`,
+...
 """

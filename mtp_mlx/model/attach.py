@@ -1,7 +1,7 @@
-"""attach(model, speculator): puts the wrappers on an mlx-lm model; detach restores it exactly.
+"""`attach` puts wrappers on an mlx-lm model; `AttachedModel.detach` restores it exactly.
 
-With wrappers on, the model's own `model(ids, cache)` is unchanged: outside `AttachedModel.forward` every
-wrapper is the module it wraps.
+The model's own `model(ids, cache)` gives the same with wrappers on: outside `AttachedModel.forward` every wrapper
+just calls the module it wraps.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ from mtp_mlx.model.tap import Tap, tapped_module
 
 
 class AttachedModel:
-    """A model with what drafts for it, or with nothing: forward passes over blocks, and the LM head.
+    """An mlx-lm model, with a speculator or without: forward passes over blocks, and the LM head.
 
-    Not safe for two forward passes at once from different threads; one generation at a time per model.
+    Not thread-safe: one forward pass at a time, and one generation at a time per model.
 
     Attributes:
         model: the mlx-lm model.
-        speculator: what drafts, or None (then blocks have no slots).
-        head_input: [B, R, D] of the newest pass, the state that the speculator takes (`Speculator.first_hidden`).
-        vocab_size: V, rows of the embedding table; ids from here on are slots.
+        speculator: the weights that draft, or None (then blocks have no slots).
+        head_input: [B, R, D] hidden states of the newest pass, from where the speculator reads them
+            (`Speculator.first_hidden`).
+        vocab_size: V, rows of the embedding table; larger ids are slots.
         hidden_size: D.
-        info: what the speculator's folder says about it (`mtp_mlx.adapter_folder`), or None.
-        name: how the user named the model.
+        info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
+        name: the model's name as the user gave it.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
         peers: the processes that share this model, each with a part of it.
-        kernels: what may run in place of stock MLX, or None.
-        exact: rows of decoding steps are computed as plain decoding computes them, bit for bit.
+        kernels: kernels that may run in place of stock MLX, or None.
+        exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class AttachedModel:
                     replace_module(self._seams.trunk, inner, TapedLinear(linear, tape))
 
     def _for_blocks(self, linear: nn.Module) -> nn.Module:
-        """The layer, wrapped if some of its rows may be computed in another way than by its own call."""
+        """The layer, wrapped if some rows may be computed in another way than by the layer's own call."""
         if self.exact or (self.kernels is not None and is_quantised(linear)):
             return BlockLinear(linear, self._rows)
         return linear
@@ -147,7 +148,7 @@ class AttachedModel:
 
     @contextmanager
     def unwrapped(self) -> Iterator[nn.Module]:
-        """The bare model for a while, as if nothing had been attached: for measuring against it."""
+        """Temporarily gives the bare model, as if nothing were attached, to measure against it."""
         self._unwrap()
         try:
             yield self.model
@@ -156,7 +157,7 @@ class AttachedModel:
 
     @contextmanager
     def ungated(self) -> Iterator[None]:
-        """The adapter's LoRA acts on real rows too for a while, as an ordinary one does: for training it as such."""
+        """Temporarily lets the adapter's LoRA act on real rows too, to train it as an ordinary LoRA."""
         self._rows.ungated = True
         try:
             yield
@@ -167,7 +168,7 @@ class AttachedModel:
         """mlx-lm's own prompt cache for this model.
 
         Raises:
-            MTPError: a layer's cache cannot give rows back.
+            MTPError: if a layer's cache cannot be rolled back.
         """
         caches = make_prompt_cache(self.model)
         check_caches(caches, getattr(self.model, "model_type", type(self.model).__name__))
@@ -182,14 +183,14 @@ class AttachedModel:
         return hidden
 
     def embed(self, ids: mx.array) -> mx.array:
-        """The base model's own embedding, [...] -> [..., D]; no slots."""
+        """The base model's own embedding, [...] -> [..., D]; takes no slot ids."""
         return self._embed(ids)
 
     def last_norm(self, hidden: mx.array) -> mx.array:
-        """The trunk's last norm, [..., D] -> [..., D], for heads that end with it.
+        """The trunk's final norm, [..., D] -> [..., D], for heads that end with it.
 
         Raises:
-            MTPError: it is not found in this model.
+            MTPError: if it is not found in this model.
         """
         norm = tapped_module(self._seams.trunk, "pre-norm")
         assert norm is not None
@@ -202,7 +203,7 @@ class AttachedModel:
 
     @property
     def most_drafts(self) -> int:
-        """Tokens drafted in a step unless another number is asked for; 0 without a speculator."""
+        """Default number of drafts per step; 0 without a speculator."""
         return 0 if self.speculator is None else self.speculator.drafts
 
     @property
@@ -212,23 +213,23 @@ class AttachedModel:
 
     @property
     def draft_head(self) -> HeadView:
-        """The head drafts are picked with: the draft vocabulary's columns, or all."""
+        """The LM head for drafts, restricted to the draft vocabulary if there is one."""
         if self._draft_head is None:
             self._draft_head = self._head_over(self.draft_ids)
         return self._draft_head
 
     @property
     def draft_vocabulary(self) -> Vocabulary:
-        """What drafts that will be verified are picked from."""
+        """The vocabulary from which drafts are picked that will be verified."""
         return Vocabulary(self.draft_head, self.draft_ids)
 
     @property
     def whole_vocabulary(self) -> Vocabulary:
-        """All tokens: what drafts are picked from that nobody verifies."""
+        """The full vocabulary, for unverified emission."""
         return self.draft_vocabulary if self.draft_ids is None else Vocabulary(self._head_over(None), None)
 
     def _head_over(self, ids: mx.array | None) -> HeadView:
-        """The head for drafts, whose rows need not be exact."""
+        """The LM head over `ids` (all if None), for drafts, whose rows need not be exact."""
         if ids is None and not self.exact:
             return self.head
         return HeadView(self.model, self._embed, ids, self.kernels)
@@ -243,11 +244,14 @@ def attach(
     """Puts the wrappers that `speculator` needs on `model` (in place; `AttachedModel.detach` undoes it).
 
     Args:
-        kernels: may run in place of stock MLX. They have no gradients: training attaches without them.
+        model: the mlx-lm model.
+        speculator: the weights that draft, or None.
+        kernels: kernels that may run in place of stock MLX; they have no gradients, so training attaches without
+            them.
         exact: see `AttachedModel`.
 
     Raises:
-        MTPError: the model lacks a seam, is already attached, or cannot be exact.
+        MTPError: if the model lacks a seam, is already attached, or does not support `exact`.
     """
     seams = find_seams(model)
     wrapped = (PositionedRoPE, BlockLinear, RecordedMixer)
@@ -266,29 +270,29 @@ def attach(
 
 
 def _check_head(attached: AttachedModel) -> None:
-    """Raises MTPError for a model whose head cannot be run without its trunk."""
+    """Raises MTPError if the model's head cannot run without its trunk."""
     try:
         attached.head(mx.zeros((1, 1, attached.hidden_size)))  # lazily: nothing is computed
     except (AttributeError, TypeError, ValueError) as error:
         attached.detach()
         raise MTPError(
-            f"model type '{attached.name}' has no seam 'head': its logits cannot be had from hidden states ({error})"
+            f"model type '{attached.name}' has no seam 'head': no logits from given hidden states ({error})"
         ) from error
 
 
 def _check_slots(model: nn.Module, seams: Seams) -> None:
-    """Raises MTPError for a model that slot rows would change or could not stand in."""
+    """Raises MTPError if slot rows would change the model's output, or cannot be placed."""
     name = str(getattr(model, "model_type", "?"))
     check_slot_seams(seams, name)
     if is_recurrent(make_prompt_cache(model)):
         raise MTPError(
-            f"model type '{name}' keeps recurrent state, which the rows of mask tokens would change: use MTP heads "
-            "or prompt lookup with it, not a mask-token adapter"
+            f"model type '{name}' has recurrent state, which slot rows would change: use MTP heads or prompt lookup "
+            "with it, not an adapter with slots"
         )
 
 
 def _check_exact(seams: Seams) -> None:
-    """Raises MTPError for layers whose rows cannot be computed one by one from outside."""
+    """Raises MTPError for layers whose rows cannot be computed one by one from outside the layer."""
     hookable = block_attention.hookable(seams.trunk)
     modules = dict(seams.trunk.named_modules())
     reasons = {
@@ -303,4 +307,6 @@ def _check_exact(seams: Seams) -> None:
     }
     for what, paths in reasons.items():
         if paths:
-            raise MTPError(f"exact decoding does not cover {what} ({paths[0]}): leave it out for this model")
+            raise MTPError(
+                f"exact decoding does not support {what} ({paths[0]}): leave `exact` out for this model"
+            )

@@ -1,8 +1,8 @@
-"""Layout arithmetic of one forward pass: which rows it has, where they stand and whom they see.
+"""The rows of one forward pass: their order, positions and visibility.
 
-A block is real rows first (the pending token, then the drafts under verification), slot rows after
-(design 2.2). Order in memory is free because positions and visibility are explicit; real rows first
-makes the KV of accepted tokens a prefix, so roll-back is one trim.
+A block has real rows first (the pending token, then the drafts to verify) and slot rows after them. The order in
+memory is free, because positions and visibility are explicit; with real rows first, the keys and values of accepted
+tokens are a prefix, so roll-back is one trim.
 
 Legend: R rows of the block, d drafts, k slots of a group.
 """
@@ -21,14 +21,14 @@ class BlockShape:
     """The part of a block that depends only on its layout, computed once per layout.
 
     Attributes:
-        n_real: number of real rows, the pending token included.
+        n_real: number of real rows, including the pending token.
         offsets: [R] int32, position of each row relative to the pending token.
-        visibility: [R, R] bool, `visibility[i, j]` if row i sees row j (itself included).
-        slot_index: [R - n_real] int32, which slot embedding (0-based) each slot row uses.
-        group_start: for every acceptance length a, the row at which its slot group starts.
+        visibility: [R, R] bool, `visibility[i, j]` if row i sees row j; every row sees itself.
+        slot_index: [R - n_real] int32, index (from 0) of each slot row's embedding.
+        group_start: for every acceptance length a, the first row of its slot group.
         lead: slot rows at the start of every group that draft nothing.
-        contiguous: positions count up by one and visibility is causal, so a scalar offset and
-            "causal" say the same and MLX's fast paths apply.
+        contiguous: positions are consecutive and visibility is causal, so a scalar offset and a "causal" mask suffice
+            and MLX's fast paths apply.
     """
 
     n_real: int
@@ -47,18 +47,17 @@ class BlockShape:
 
 @lru_cache(maxsize=512)
 def block_shape(drafts: int, slots: tuple[int, ...], lead: int = 0) -> BlockShape:
-    """Rows of a block with `drafts` drafts and `slots[a]` mask slots behind acceptance length a.
+    """The rows of a block with `drafts` drafts and `slots[a]` slots after acceptance length a.
 
-    Slot j (1-based) of group a predicts the token at offset a + j + 1 and stands at offset a + j
-    (arXiv 2507.11851, Fig. 4: mask j after token i has position i + j). It sees the real rows
-    0..a and slots 1..j of its own group.
+    Slot j (from 1) of group a predicts the token at offset a + j + 1 and has offset a + j (arXiv 2507.11851, Fig. 4:
+    mask j after token i has position i + j). It sees the real rows 0..a and slots 1..j of its own group.
 
-    With `lead` = 1 every group that is not empty starts with one more slot, slot 0 at offset a, which stands where
-    the token before it stands and carries what later slots must know of the token at offset a + 1 (arXiv 2512.21323,
-    where the slot of the token at offset n stands at n - 1).
+    With `lead` = 1, every group that is not empty starts with one more slot, slot 0 at offset a: it has the position
+    of the last accepted token and tells later slots what they must know about the token at offset a + 1 (arXiv
+    2512.21323, where the slot of the token at offset n has position n - 1).
 
     Raises:
-        ValueError: `slots` does not have one entry per acceptance length 0..drafts.
+        ValueError: if `slots` does not have one entry for each acceptance length 0..drafts.
     """
     if len(slots) != drafts + 1:
         raise ValueError(f"{drafts} drafts need {drafts + 1} slot groups, got {len(slots)}")
@@ -87,16 +86,16 @@ def block_shape(drafts: int, slots: tuple[int, ...], lead: int = 0) -> BlockShap
 
 @dataclass(frozen=True)
 class Block:
-    """One forward pass over rows of a single sequence or of a batch of equal layouts.
+    """One forward pass over rows of a single sequence, or of a batch with equal layouts.
 
     Attributes:
         ids: [B, R] int32; ids >= the vocabulary size are slots (`vocab_size + slot_index`).
-        n_real: real rows come first; rows from here on are slots, where gated LoRA acts.
-        positions: [R] or [B, R] int32 absolute positions, or None when contiguous with the cache.
-        visibility: [R, R] bool among the block's rows, or None when causal.
-        uniforms: [R - n_real] or [B, R - n_real] float32 in [0, 1), the uniform that each slot row carries
-            (Parallel Token Prediction), -1 for none; None where slots carry nothing.
-        is_step: a decoding step, whose real rows plain decoding would compute one by one.
+        n_real: number of real rows, which come first; the other rows are slots, where gated LoRA acts.
+        positions: [R] or [B, R] int32 absolute positions; None if they continue those in the cache.
+        visibility: [R, R] bool among the block's rows; None if causal.
+        uniforms: [R - n_real] or [B, R - n_real] float32 in [0, 1), the uniform given to each slot row (Parallel
+            Token Prediction), -1 for none; None if slots take none.
+        is_step: whether this is a decoding step, whose real rows plain decoding would compute one by one.
     """
 
     ids: mx.array
@@ -116,7 +115,7 @@ class Block:
         """A decoding step.
 
         Args:
-            tokens: [n_real] int32, the pending token and the drafts submitted.
+            tokens: [n_real] int32, the pending token and the drafts to verify.
             shape: the layout's rows.
             start: absolute position of the pending token (= number of cached tokens).
             vocab_size: first slot id.

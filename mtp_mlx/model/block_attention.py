@@ -1,8 +1,8 @@
-"""Attention of a block over the cached prefix: by a kernel where it pays, or every exact row as if alone.
+"""Attention of a block over the cached prefix: by a kernel where that is faster, or row by row for exact rows.
 
-mlx-lm's attention modules call `scaled_dot_product_attention`, a name in their own module. While an attached
-model that needs it lives, that name is a function which looks at the cache it is given: only a `BlockCache` is
-treated, every other call goes to mlx-lm's function unchanged.
+mlx-lm's attention modules call `scaled_dot_product_attention` through a name in their own Python module. While an
+attached model needs it, that name refers to the function here. It handles calls with a `BlockCache` only and passes
+all others to mlx-lm's function unchanged.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def scaled_dot_product_attention(
 
 
 def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:
-    """By `block_attention`, or None. The keys and values of `queries` have just been stored in `cache`."""
+    """The output of the kernel `block_attention`, or None. `cache` already holds the keys and values of `queries`."""
     known = type(cache) is KVCache or (type(cache) is QuantizedKVCache and cache.bits == 8)
     if rows.step_kernels is None or rows.windowed or not known or queries.shape[0] != 1:
         return None
     words = rows.visibility_words(queries.shape[2])
     if words is None:
         return None
-    # The whole buffers and not what is in use of them: a slice would be copied.
+    # The whole buffers, not just the rows in use: a slice would be copied.
     keys, values = tree_map(lambda buffer: buffer[0], (cache.keys, cache.values))
     out = rows.step_kernels.attempt(
         "block_attention", queries[0], keys, values, words, int(cache.offset), scale
@@ -65,10 +65,10 @@ def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) ->
 def _rows_alone(
     queries: mx.array, keys: Any, values: Any, cache: BlockCache, scale: float, mask: Any, sinks: Any
 ) -> mx.array:
-    """The exact rows one at a time over the keys up to their own, as plain decoding would; then the others.
+    """The exact rows one at a time over the keys up to their own, as in plain decoding; then the others together.
 
-    Exact rows come first and see all that lies before them, so row i of n sees all but the last R - 1 - i keys:
-    no mask, as in plain decoding, unless a sliding window hides some of them.
+    Exact rows come first and see all rows before them, so row i of R sees all but the last R - 1 - i keys. As in
+    plain decoding there is no mask, unless a sliding window hides some of the keys.
     """
     n_rows, n_exact = queries.shape[2], cache.rows.n_exact
     window = cache.inner.window if isinstance(cache.inner, WindowCache) else None
@@ -90,9 +90,8 @@ def _rows_alone(
             )
         )
     if n_exact < n_rows:
-        rest: Any = (
-            mask if isinstance(mask, str) else mask[..., n_exact:, :]
-        )  # "causal" counts from the last row
+        # A mask "causal" needs no slicing: it is aligned to the last row.
+        rest: Any = mask if isinstance(mask, str) else mask[..., n_exact:, :]
         outputs.append(
             base.scaled_dot_product_attention(
                 queries[:, :, n_exact:], keys, values, cache=cache, scale=scale, mask=rest, sinks=sinks
@@ -101,18 +100,15 @@ def _rows_alone(
     return mx.concatenate(outputs, axis=2)
 
 
-# --- putting it in place ------------------------------------------------------------------------------------
-
-
 def hookable(trunk: nn.Module) -> set[str]:
-    """Names of the Python modules of `trunk`'s classes that look for mlx-lm's attention function."""
+    """Names of the Python modules of `trunk`'s classes that call mlx-lm's attention function."""
     modules = {type(module).__module__ for _, module in trunk.named_modules()}
     theirs = (base.scaled_dot_product_attention, scaled_dot_product_attention)
     return {name for name in modules if getattr(sys.modules.get(name), NAME, None) in theirs}
 
 
 def install(trunk: nn.Module) -> set[str]:
-    """Puts our function where the model's code looks for mlx-lm's; returns what `remove` needs."""
+    """Replaces mlx-lm's attention function in the modules of the model's code; returns their names for `remove`."""
     names = hookable(trunk)
     for name in names:
         _users[name] += 1
@@ -121,7 +117,7 @@ def install(trunk: nn.Module) -> set[str]:
 
 
 def remove(names: set[str]) -> None:
-    """Takes one model's claim back; the last one restores mlx-lm's function."""
+    """Undoes `install` for one model; the last such call restores mlx-lm's function."""
     for name in names:
         _users[name] -= 1
         if _users[name] <= 0:

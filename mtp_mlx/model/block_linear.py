@@ -1,8 +1,8 @@
-"""Linear layers inside a block: a few rows through one pass over quantised weights, or every row as if alone.
+"""Linear layers in a block: several rows in one read of quantised weights, or exact rows as if each were alone.
 
-Contract: outside a pass, for one row, or without a kernel or exactness, a call is the wrapped layer's own call.
-- By `small_m_qmm`, where a kernel pays: rows differ from one-row calls by rounding at most, as MLX's own do.
-- Exact rows are computed as one-row calls, bit for bit: by `row_exact`, or by one call per row.
+Contract: outside a pass, for a single row, or without kernels and `exact`, it just calls the wrapped layer.
+- The kernel `small_m_qmm` runs where it is faster: rows differ from one-row calls by rounding only, as MLX's own do.
+- Exact rows equal one-row calls bit for bit: by the kernel `row_exact`, or by one call per row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model.rows import RowContext
 
-MOST_ROWS = 16  # of the kernels; more rows are MLX's matrix kernels' business
+MOST_ROWS = 16  # limit of the kernels; MLX's own matrix kernels take over from there
 Apply = Callable[[mx.array], mx.array]
 
 
@@ -37,9 +37,10 @@ def block_product(
     """apply(x) for a block's rows, [B, R, D_in] -> [B, R, D_out].
 
     Args:
-        layer: whose weights they are.
+        layer: the layer that holds the weights.
         apply: the layer's own call.
-        n_exact: leading rows that must be what one-row calls give.
+        x: [B, R, D_in].
+        n_exact: leading rows that must equal one-row calls.
         kernels: the dispatcher, or None.
     """
     n_rows = x.shape[-2]
@@ -53,7 +54,7 @@ def block_product(
 
 
 def _rows_alone(layer: nn.Module, apply: Apply, x: mx.array, kernels: Dispatcher | None) -> mx.array:
-    """Each row of x [B, R, D_in] as in a call of its own."""
+    """The rows of x [B, R, D_in], each as in a call of its own."""
     y = _by_kernel("row_exact", layer, x, kernels)
     if y is not None:
         return y
@@ -61,7 +62,7 @@ def _rows_alone(layer: nn.Module, apply: Apply, x: mx.array, kernels: Dispatcher
 
 
 class BlockLinear(nn.Module):
-    """A linear layer that knows which rows of a pass it is given."""
+    """A linear layer that knows the rows of the pass in progress."""
 
     def __init__(self, base: nn.Module, rows: RowContext) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class BlockLinear(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """An LM head whose rows are all exact, or may run a kernel. A linear layer or a tied embedding."""
+    """An LM head (a linear layer or a tied embedding) whose rows are exact or may run in a kernel."""
 
     def __init__(self, base: nn.Module, kernels: Dispatcher | None, exact: bool) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """KV caches as a forward pass sees them: mlx-lm's own caches, with the block's visibility.
 
-`BlockCache` is a view used for decoding; `PrefixCache` holds the base model's KV during two-pass training
-(design 2.4). Neither re-implements storage.
+`BlockCache` is the view used in decoding; `PrefixCache` holds the base model's keys and values in two-pass training.
+Neither re-implements storage.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mtp_mlx.model.window_cache import WindowCache
 class BlockCache:
     """A view of an mlx-lm cache whose `make_mask` returns the visibility of the pass in progress.
 
-    Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own. Rows beyond the
-    accepted ones leave through the inner cache's `trim`. `rows` is the pass in progress.
+    Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own, including `trim`, which
+    removes rejected rows. `rows` describes the pass in progress.
     """
 
     def __init__(self, inner: Any, rows: RowContext) -> None:
@@ -55,7 +55,7 @@ class BlockCache:
         return mask & (positions[:, None] < key_positions[None] + window_size)
 
     def _batch_mask(self, n_rows: int, visibility: mx.array) -> mx.array:
-        """[B, 1, N, cached + N] bool: of the cached rows, a sequence's own are those behind its padding."""
+        """[B, 1, N, cached + N] bool mask; a sequence's cached rows are those after its left padding."""
         padding = self.inner.left_padding
         own = padding[:, None] <= mx.arange(self.inner.size())  # [B, cached]
         shape = (padding.shape[0], 1, n_rows)
@@ -64,7 +64,7 @@ class BlockCache:
 
 
 def block_view(cache: Any, rows: RowContext) -> Any:
-    """What a pass is given for one layer's cache: recurrent state has no visibility and goes in as it is."""
+    """One layer's cache as passed to a forward pass; recurrent state has no visibility and is passed unchanged."""
     if isinstance(cache, CacheList):
         return CacheList(*(block_view(part, rows) for part in cache.caches))
     if isinstance(cache, ArraysCache):
@@ -73,11 +73,12 @@ def block_view(cache: Any, rows: RowContext) -> Any:
 
 
 class PrefixCache:
-    """The base model's keys and values of whole sequences, read by slot rows that are never stored.
+    """The base model's keys and values of whole sequences, for slot rows, which are never stored themselves.
 
     Attributes:
         keys, values: [B, H_kv, T, D] of pass 1, or None before it.
-        mask: [R, T + R] or [B, 1, R, T + R] bool, what the slot rows of pass 2 see.
+        mask: [R, T + R] or [B, 1, R, T + R] bool, the visibility of the slot rows in pass 2; None for causal.
+        repeats: how many times pass 2 repeats each sequence of the batch.
     """
 
     def __init__(self) -> None:
@@ -102,16 +103,16 @@ class PrefixCache:
         return mx.concatenate([prefix, own], axis=2)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """ "causal" in pass 1, the slot rows' visibility in pass 2.
+        """The mask: "causal" in pass 1, the slot rows' visibility in pass 2.
 
         Raises:
-            MTPError: the sequence is longer than the layer's sliding window, which the masks do not cover.
+            MTPError: if the sequence is longer than the layer's sliding window, which these masks do not support.
         """
         length = N if self.keys is None else self.keys.shape[2]
         if window_size is not None and length > window_size:
             raise MTPError(
                 f"the sequence has {length} tokens, more than this model's sliding window of {window_size}; "
-                f"train with a maximum length of at most {window_size}"
+                f"train with a `max_length` of at most {window_size}"
             )
         if self.mask is not None:
             return self.mask

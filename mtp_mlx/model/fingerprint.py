@@ -1,4 +1,4 @@
-"""Names a base model whatever its precision, so that an adapter is not used with another one."""
+"""A fingerprint of a base model that ignores its precision, so that an adapter is not used with another model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from mtp_mlx.model.seams import Seams, embedding_shape, find_seams
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name a base model whatever its precision.
+    """16 hex digits that identify a base model, whatever its precision.
 
-    Made of the model type, the vocabulary and hidden size, and every normalisation weight rounded to
-    bfloat16: quantising or casting a model leaves these alone, fine-tuning it does not.
+    It is a hash of the model type, the vocabulary size, the hidden size and every normalisation weight rounded to
+    bfloat16: quantising or casting a model does not change these, fine-tuning does.
+
+    Raises:
+        MTPError: if the model lacks a seam.
     """
     seams = find_seams(model)
     trunk = seams.trunk
@@ -36,7 +39,7 @@ def _base_embedding(seams: Seams) -> nn.Module:
 
 
 def fingerprint_of(model: Any) -> tuple[str | None, str]:
-    """The fingerprint of a bare model; or None, and why it has none."""
+    """(fingerprint of a bare model, ""), or (None, the reason why it has none)."""
     try:
         return base_fingerprint(model), ""
     except MTPError as error:

@@ -1,8 +1,8 @@
 """Gated LoRA: a low-rank update that acts on slot rows only (arXiv 2507.11851, section 2.2).
 
-y = W x + gate(row) * (alpha / rank) * B (A x). The gate is a split index, because real rows come
-first: nothing at all is computed on real rows, so their outputs are those of the base module bit for
-bit. The update can never be merged into W; that is the point.
+y = W x + gate(row) * (alpha / rank) * B (A x). The gate is a split index, because real rows come first. Nothing is
+computed for real rows, so their outputs equal the base module's bit for bit. For the same reason the update cannot be
+merged into W.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class LowRank(nn.Module):
         self._peers = Peers()
 
     def sum_over(self, peers: Peers) -> None:
-        """From now on each process has a part of the input, and `down` the rows for it."""
+        """Call when each process has a part of the input and the rows of `down` for it."""
         self._peers = peers
 
     def add_to(self, y: mx.array, x: mx.array, n_real: int) -> mx.array:
-        """y with the update of rows n_real.. added; rows before get an exact zero.
+        """y plus the update of the rows from `n_real` on; an exact zero is added to the rows before.
 
         Args:
             y: [B, R, D_out] the base layer's output.
@@ -52,15 +52,15 @@ class LowRank(nn.Module):
             hidden = mx.distributed.all_sum(hidden, group=self._peers.group)
         if n_real:
             hidden = mx.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(n_real, 0), (0, 0)])
-        # One fused call: slicing y apart and joining it again costs more than the update itself.
+        # One fused call: slicing and concatenating y would cost more than the update itself.
         return mx.addmm(y, hidden, self.up.astype(x.dtype), alpha=self._scale)
 
     def product(self) -> mx.array:
-        """[D_in, D_out] what an ordinary LoRA would add to the (transposed) weight."""
+        """[D_in, D_out], what an ordinary LoRA would add to the (transposed) weight."""
         return self._scale * (self.down @ self.up)
 
     def kernel_arguments(self, x: mx.array, y: mx.array, n_real: int) -> tuple[Any, ...]:
-        """What the kernel `gated_lora` needs for x [R, D_in] and y [R, D_out]."""
+        """The arguments of the kernel `gated_lora` for x [R, D_in] and y [R, D_out]."""
         return x, y, self.down.astype(x.dtype), self.up.astype(x.dtype), n_real, self._scale
 
 

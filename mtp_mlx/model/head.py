@@ -1,8 +1,8 @@
-"""The LM head alone: logits of given hidden states, over the whole vocabulary or a draft vocabulary.
+"""The LM head by itself: logits of given hidden states, over the full vocabulary or a draft vocabulary.
 
-No head arithmetic is copied from mlx-lm. A head view is a shallow copy of the model whose trunk hands the
-hidden states straight through, so scaling and soft-capping that a model applies after its head are
-applied here too (granite, gemma2). The user's model is not touched.
+No head arithmetic is copied from mlx-lm. A head view is a shallow copy of the model with a trunk that returns its
+input, so the scaling or soft-capping that a model applies after its head is applied here too (granite, gemma2). The
+user's model is not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtp_mlx.model.seams import text_model, trunk_name
 
 
 class _PassThroughTrunk:
-    """Stands where the trunk stands: returns what it is given, and knows the (tied) embedding."""
+    """Replaces the trunk: returns the hidden states it is given, and holds the (tied) embedding."""
 
     def __init__(self, embed_tokens: Any) -> None:
         self.embed_tokens = self.embeddings = embed_tokens
@@ -31,7 +31,7 @@ class _PassThroughTrunk:
 
 
 class _RowsOfEmbedding:
-    """Some rows of a tied embedding, as a linear layer."""
+    """Selected rows of a tied embedding, used as the output layer."""
 
     def __init__(self, linear: nn.Module) -> None:
         self._linear = linear
@@ -41,9 +41,9 @@ class _RowsOfEmbedding:
 
 
 def select_rows(layer: nn.Module, ids: mx.array) -> nn.Module:
-    """A linear layer made of the rows `ids` [N] of a linear or embedding layer (quantised or not).
+    """A linear layer with the rows `ids` [N] of a linear or embedding layer (quantised or not).
 
-    The rows are copied, once; the result maps [..., D] to [..., N].
+    The rows are copied; the result maps [..., D] to [..., N].
     """
     rows: nn.Module
     if hasattr(layer, "scales"):
@@ -67,11 +67,11 @@ def select_rows(layer: nn.Module, ids: mx.array) -> nn.Module:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a draft is picked from.
+    """The tokens that a draft is picked from.
 
     Attributes:
-        head: logits of hidden states over these tokens.
-        ids: [N] int32, the token of each column, or None for all in order.
+        head: gives the logits of these tokens.
+        ids: [N] int32, the token id of each column; None for the full vocabulary in order.
     """
 
     head: HeadView
@@ -84,9 +84,9 @@ class HeadView:
     Args:
         model: an mlx-lm model.
         embed_tokens: the trunk's untouched embedding layer.
-        ids: [N] int32 draft vocabulary, or None for the whole one.
-        kernels: what may run in place of stock MLX, or None.
-        exact: every row's logits are what a call with that row alone gives, bit for bit.
+        ids: [N] int32 draft vocabulary, or None for the full one.
+        kernels: kernels that may run in place of stock MLX, or None.
+        exact: whether every row's logits must equal those of a call with that row alone, bit for bit.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class HeadView:
 
     @property
     def matrix_arguments(self) -> tuple[Any, ...]:
-        """(weight, scales, biases, group size, bits) as the kernel `lm_head_pick` takes a layer."""
+        """(weight, scales, biases, group size, bits) of the layer, for the kernel `lm_head_pick`."""
         layer = self._layer
         if not is_quantised(layer):
             return layer.weight, None, None, 0, 0
@@ -132,9 +132,9 @@ class HeadView:
 
     @cached_property
     def matrix(self) -> nn.Module | None:
-        """The layer whose matrix alone makes the logits; None if the model scales, caps or adds to them.
+        """The layer whose matrix product alone gives the logits; None if the model scales, caps or adds to them.
 
-        Found by trying: the head of a probe must be the layer's product with it, bit for bit.
+        This is tested: the head's output for a probe must equal the layer's product with it, bit for bit.
         """
         layer = self._layer
         if layer.get("bias") is not None:

@@ -1,6 +1,6 @@
-"""Pictures of a block: which rows a forward pass has, where they stand, whom they see, and what was accepted.
+"""Pictures of a block: the rows of a forward pass, their positions and visibility, and what was accepted.
 
-For the documentation, the example notebook and anybody who wants to see a layout; nothing else uses them.
+Used by the documentation and the example notebook only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from html import escape
 
 from mtp_mlx.model.block import BlockShape
 
-CELL = 22  # pixels of a square of the SVG
+CELL = 22  # side of a square in the SVG, in pixels
 LABEL_WIDTH = 190
 COLOURS = {
     "pending": "#555555",
@@ -23,13 +23,13 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a block, for people.
+    """One row of a block, as shown to people.
 
     Attributes:
-        kind: "pending", "draft" (with a known outcome "accepted" or "rejected"), or "slot".
-        text: what it holds.
-        offset: its position relative to the pending token's.
-        sees: for every row of the block whether this one sees it.
+        kind: "pending", "draft" ("accepted" or "rejected" once that is known), or "slot".
+        text: what the row holds.
+        offset: position relative to the pending token.
+        sees: [R] whether it sees each row of the block.
     """
 
     kind: str
@@ -39,14 +39,15 @@ class Row:
 
 
 def rows_of(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of a block in order of memory.
+    """The rows of a block, in memory order.
 
     Args:
-        accepted: how many drafts were accepted, or None before that is known.
-        texts: of the real rows, the pending token first; numbered names without them.
+        shape: the block's rows.
+        accepted: number of accepted drafts, or None if not known yet.
+        texts: one text per real row, the pending token first; none to show numbers only.
 
     Raises:
-        ValueError: more accepted than there are drafts, or texts for another number of real rows.
+        ValueError: if more drafts were accepted than there are, or the number of texts is not that of real rows.
     """
     drafts = shape.n_real - 1
     if accepted is not None and not 0 <= accepted <= drafts:
@@ -68,7 +69,7 @@ def rows_of(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ..
 
 
 def _real(index: int, accepted: int | None) -> tuple[str, str]:
-    """(kind, what it holds) of a real row."""
+    """(kind, text) of a real row."""
     if index == 0:
         return "pending", "pending token"
     if accepted is None:
@@ -78,7 +79,7 @@ def _real(index: int, accepted: int | None) -> tuple[str, str]:
 
 
 def block_text(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> str:
-    """The rows as lines of text: number, position, what it holds, and an x for every row that it sees."""
+    """The rows as lines of text: number, position, content, and an x for every row that it sees."""
     rows = rows_of(shape, accepted, texts)
     width = max(len(row.text) for row in rows)
     lines = [f"row  position  {'holds':<{width}}  sees the cached text and rows"]
@@ -89,7 +90,7 @@ def block_text(shape: BlockShape, accepted: int | None = None, texts: tuple[str,
 
 
 def block_svg(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> str:
-    """The same as a drawing: a line per row, a filled square where it sees a row, coloured by what it holds."""
+    """The rows as an SVG: a line per row, with a square for each row that it sees, coloured by that row's kind."""
     rows = rows_of(shape, accepted, texts)
     width, height = LABEL_WIDTH + CELL * len(rows) + 10, CELL * len(rows) + 10
     parts = [

@@ -1,7 +1,7 @@
-"""Rotary embedding for rows whose positions do not count up by one.
+"""Rotary embedding for rows whose positions are not consecutive.
 
-Works for every RoPE variant mlx-lm has, because none is re-implemented: rows move to the batch axis and
-their positions go in as the vector of offsets that `mx.fast.rope` accepts.
+Works for every RoPE variant of mlx-lm, because none is re-implemented: rows move to the batch axis, and their
+positions are passed as the vector of offsets that `mx.fast.rope` accepts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mtp_mlx.model.rows import RowContext
 
 
 class PositionedRoPE(nn.Module):
-    """A base RoPE module that uses the explicit positions of the pass in progress, if it has any."""
+    """A RoPE module that uses the explicit positions of the pass in progress, if there are any."""
 
     def __init__(self, base: nn.Module, rows: RowContext) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class PositionedRoPE(nn.Module):
         self._rows = rows
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
-        """x: [B, H, R, D] -> [B, H, R, D]; `offset` is what the model passes (cache.offset)."""
+        """x: [B, H, R, D] -> [B, H, R, D]; `offset` is the one the model passes (cache.offset)."""
         n_exact, n_rows = self._rows.n_exact, x.shape[2]
-        if n_exact and n_rows > 1:  # as in passes over one row, which count up from the cache's end
+        if n_exact and n_rows > 1:  # as in one-row passes, with positions counting from the cache's end
             alone = [
                 self.base(x[:, :, row : row + 1], offset=offset + row, **kwargs)
                 for row in range(min(n_exact, n_rows))
@@ -35,7 +35,7 @@ class PositionedRoPE(nn.Module):
         return self._turned(x, offset, 0, **kwargs)
 
     def _turned(self, x: mx.array, offset: int | mx.array, first: int, **kwargs: Any) -> mx.array:
-        """x: [B, H, R, D], the pass's rows from `first` on."""
+        """Rotates x [B, H, R, D], which holds the pass's rows from `first` on."""
         if self._rows.positions is None:
             return self.base(x, offset=offset + first, **kwargs)
         positions = self._rows.positions[..., first:]

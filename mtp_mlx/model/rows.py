@@ -1,8 +1,8 @@
-"""What the wrappers on a model have to know about the forward pass in progress.
+"""What the wrappers on a model need to know about the forward pass in progress.
 
-One `RowContext` belongs to one attached model; every wrapper holds a reference. It is written only by
-`RowContext.running` around the construction of one forward pass, so a wrapper never guesses.
-Outside such a pass the context is empty and every wrapper is the module it wraps.
+Each attached model has one `RowContext`, to which every wrapper holds a reference. Only `RowContext.running` writes
+it, while the graph of a forward pass is built. Outside such a pass it is empty, and every wrapper just calls the
+module it wraps.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class RowContext:
     """The forward pass in progress.
 
     Attributes:
-        n_real: rows before this index are real; None outside a pass (then every row is real).
-        positions: [R] or [B, R] int32 explicit positions, or None for contiguous ones.
-        visibility: [R, R] bool, or None for causal.
+        n_real: number of real rows, which come first; None outside a pass (then every row is real).
+        positions: [R] or [B, R] int32 explicit positions; None if they continue those in the cache.
+        visibility: [R, R] bool; None if causal.
         uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
-        windowed: some layer of this pass sees a sliding window only, of a cache that holds more.
-        is_step: this pass is a decoding step, of whose real rows some may be taken back.
-        n_exact: leading rows of this pass that must be what passes over one row give, bit for bit.
-        step_kernels: what may run in place of stock MLX in this pass: `kernels` in a decoding step, else None, so
-            that prompts are read as mlx-lm reads them.
-        kernels: what may run in decoding steps, or None. This and `exact` outlive the pass.
-        exact: the real rows of decoding steps are exact.
-        ungated: LoRA acts on real rows too, as an ordinary one does.
+        windowed: whether some layer of this pass sees only a sliding window of a cache that holds more.
+        is_step: whether this pass is a decoding step, of which some real rows may be rolled back.
+        n_exact: leading rows of this pass that must equal one-row passes, bit for bit.
+        step_kernels: kernels that may run in this pass: `kernels` in a decoding step, else None, so that prompts run
+            as in mlx-lm.
+        kernels: kernels that may run in decoding steps, or None. This and `exact` outlive the pass.
+        exact: whether the real rows of decoding steps are exact.
+        ungated: whether LoRA acts on real rows too, as an ordinary LoRA does.
     """
 
     n_real: int | None = None
@@ -56,9 +56,9 @@ class RowContext:
         return 0 if self.ungated and self.n_real is not None else self.n_real
 
     def visibility_words(self, n_rows: int) -> mx.array | None:
-        """Whom each of the pass's rows sees, uint32 [R], as `block_attention` wants it; made once per pass.
+        """[R] uint32 bit masks of the rows that each row sees, for the kernel `block_attention`; once per pass.
 
-        None outside a pass, and for one row or more rows than the kernel takes.
+        None outside a pass, for a single row, and for more rows than the kernel supports.
         """
         if self.n_real is None or not 2 <= n_rows <= MAX_ROWS:
             return None

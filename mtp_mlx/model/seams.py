@@ -1,4 +1,4 @@
-"""The four seams of an mlx-lm model that attaching touches, found or refused by name (design 2.1)."""
+"""The seams of an mlx-lm model, where attaching wraps it: each is found, or its absence is an error that names it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from mlx_lm.models.cache import (
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.state_cache import find_mixers
 
-# Routers of mixture-of-experts layers decide, they do not transform: a low-rank update there would
-# send slot rows to experts the base never chose. Experts themselves are no plain linear layers.
+# A low-rank update of a mixture-of-experts router would send slot rows to experts that the base never chose. The
+# experts themselves are not plain linear layers.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
-
-# Whole layers, and the parts of them that a process has (`mtp_mlx.model.sharded`).
+# Whole layers, and the parts of layers that a process has in tensor parallelism (`mtp_mlx.model.sharded`).
 LINEAR = (
     nn.Linear,
     nn.QuantizedLinear,
@@ -38,21 +37,21 @@ LINEAR = (
     ShardedToAllLinear,
 )
 
-# What mlx-lm's model files call the trunk and its embedding.
+# The names of the trunk and of its embedding in mlx-lm's model files.
 TRUNK_NAMES = ("model", "backbone")
 EMBEDDING_NAMES = ("embed_tokens", "embeddings")
 
 
 @dataclass
 class Seams:
-    """Where an mlx-lm model can be wrapped.
+    """The places where an mlx-lm model can be wrapped.
 
     Attributes:
         trunk: the module that maps ids to hidden states (`model.model`).
-        embedding_name: what the trunk calls its embedding.
-        linears: {path below the trunk: layer} of every linear layer of the decoder layers.
-        ropes: {path below the trunk: module} of every rotary embedding.
-        mixers: {path below the trunk: module} of the modules that are given a layer's cache.
+        embedding_name: name of the embedding in the trunk.
+        linears: {path below the trunk: layer} of all linear layers of the decoder layers except routers.
+        ropes: {path below the trunk: module} of all rotary embeddings.
+        mixers: {path below the trunk: module} of the modules that take a layer's cache.
     """
 
     trunk: nn.Module
@@ -63,19 +62,19 @@ class Seams:
 
     @property
     def embedding(self) -> nn.Module:
-        """The trunk's embedding, or what stands in its place."""
+        """The trunk's embedding, or the wrapper in its place."""
         return self.trunk[self.embedding_name]
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """The part of a model that has a trunk and a head: itself, or the language model of several modalities."""
+    """The part of a model that has a trunk and a head: itself, or the language model of a multimodal one."""
     if trunk_name(model) is None and isinstance(model.get("language_model"), nn.Module):
         return model["language_model"]
     return model
 
 
 def trunk_name(model: nn.Module) -> str | None:
-    """What a text model calls its trunk, or None."""
+    """The name of a text model's trunk, or None if it has none."""
     return next((name for name in TRUNK_NAMES if _is_trunk(model.get(name))), None)
 
 
@@ -84,10 +83,10 @@ def _is_trunk(module: Any) -> bool:
 
 
 def find_seams(model: nn.Module) -> Seams:
-    """Finds the seams.
+    """Finds the seams of a model.
 
     Raises:
-        MTPError: a seam is missing that every use needs; the message names it.
+        MTPError: if a seam is missing that every use needs (names it).
     """
     name = getattr(model, "model_type", type(model).__name__)
     text = text_model(model)
@@ -112,7 +111,7 @@ def find_seams(model: nn.Module) -> Seams:
 
 
 def check_slot_seams(seams: Seams, name: str) -> None:
-    """Raises MTPError for a model whose layers lack what slot rows need."""
+    """Raises MTPError if the layers lack a seam that slot rows need."""
     if not seams.ropes:
         raise MTPError(f"model type '{name}' has no seam 'rope' in its layers: slot rows cannot be placed")
     if not seams.linears:
@@ -122,12 +121,12 @@ def check_slot_seams(seams: Seams, name: str) -> None:
 
 
 def is_recurrent(caches: list) -> bool:
-    """Whether some layer keeps recurrent state."""
+    """Whether some layer has recurrent state."""
     return any(isinstance(leaf, ArraysCache) for _, leaf in cache_leaves(caches))
 
 
 def cache_leaves(caches: list) -> list[tuple[int, Any]]:
-    """(layer, cache) of every cache; a layer may have a list of them."""
+    """(layer index, cache) of every cache; a layer may have several."""
     return [
         (index, leaf)
         for index, cache in enumerate(caches)
@@ -143,35 +142,37 @@ def _classify(seams: Seams, path: str, module: nn.Module) -> None:
     elif last == "rope":
         if type(module).__name__ == "DynamicNTKScalingRoPE":
             raise MTPError(
-                "this model's seam 'rope' is DynamicNTKScalingRoPE, whose angles depend on the length of the "
+                "this model's seam 'rope' is DynamicNTKScalingRoPE, whose angles depend on the number of rows in a "
                 "call: rows with explicit positions would differ from plain decoding"
             )
         seams.ropes[path] = module
 
 
 def check_caches(caches: list, model_name: str) -> None:
-    """Refuses caches whose rows cannot be taken back.
+    """Checks that every cache can be rolled back.
 
     Raises:
-        MTPError: a layer's cache is of a type, or in a state, that gives no rows back; the message says which.
+        MTPError: if the type or state of a layer's cache does not allow it (names the layer).
     """
     for index, cache in cache_leaves(caches):
         kind = type(cache)
         where = f"model type '{model_name}' has no seam 'cache' in layer {index}: its {kind.__name__} "
         if kind not in (KVCache, QuantizedKVCache, RotatingKVCache, ArraysCache):
             raise MTPError(
-                where + "cannot give rejected drafts back; caches of keys and values, sliding windows and "
+                where + "cannot be rolled back after a rejected draft; key-value caches, sliding windows and "
                 "recurrent state can"
             )
         if kind is RotatingKVCache and cache.keep:
             raise MTPError(
-                where + f"keeps the first {cache.keep} tokens while it slides (max_kv_size), and cannot give "
-                "rejected drafts back: make the cache without max_kv_size"
+                where
+                + f"keeps the first {cache.keep} tokens while it slides (max_kv_size), and cannot be rolled "
+                "back after a rejected draft: make the cache without `max_kv_size`"
             )
         if kind is ArraysCache and (cache.lengths is not None or cache.left_padding is not None):
             raise MTPError(
-                where + "belongs to a padded batch, of which rejected drafts cannot be taken back: "
-                "extract the one sequence"
+                where
+                + "belongs to a padded batch and cannot be rolled back after a rejected draft: extract the "
+                "single sequence"
             )
 
 

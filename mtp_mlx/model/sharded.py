@@ -1,8 +1,8 @@
-"""A base model shared out among processes by its own `shard` (tensor parallel), and adapters that go with it.
+"""Tensor parallelism: a base model divided among processes by its own `shard`, and its adapter with it.
 
 Every process has a part of each sharded layer: of its outputs ("all to sharded") or of its inputs ("sharded to all",
-whose sums are added up over the processes). A gated-LoRA update has the matching part of one of its factors.
-Legend: N processes, r rank of the LoRA.
+with a sum over the processes). A gated-LoRA update has the matching part of one of its factors. Legend: N processes,
+r rank of the LoRA.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ INPUT_PARTS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
 
 
 def shard(model: nn.Module, speculator: Speculator | None, peers: Peers) -> None:
-    """Leaves each process its part of `model` and of the speculator's LoRA; both are changed in place.
+    """Reduces `model` and the speculator's LoRA to this process's part; both are changed in place.
 
     Args:
-        model: an mlx-lm model, not attached; may be lazy, then only the part is ever in memory.
+        model: an mlx-lm model, not attached; if lazy, only this process's part is ever in memory.
         speculator: made for the whole model, or None.
+        peers: the processes that share the model.
 
     Raises:
-        MTPError: the model has no `shard`, keeps recurrent state, or cannot be divided among so many processes; or
-            the adapter's layers are divided in a way that its LoRA cannot follow.
+        MTPError: if the model has no `shard`, has recurrent state or cannot be divided among that many processes, or
+            if its layers are divided in a way that the adapter's LoRA cannot follow.
     """
     name = str(getattr(model, "model_type", type(model).__name__))
     if not hasattr(model, "shard"):
@@ -47,7 +48,7 @@ def shard(model: nn.Module, speculator: Speculator | None, peers: Peers) -> None
         )
     if is_recurrent(make_prompt_cache(model)):
         raise MTPError(
-            f"model type '{name}' keeps recurrent state, which drafting does not take back in parts yet: run it "
+            f"model type '{name}' has recurrent state, which cannot be rolled back in several processes yet: run it "
             "without mlx.launch"
         )
     whole = dict(find_seams(model).linears)
@@ -75,9 +76,9 @@ def _part(tensor: mx.array, axis: int, peers: Peers) -> mx.array:
 
 
 def _check_part(before: nn.Module, layer: nn.Module, path: str, axis: int, peers: Peers) -> None:
-    """Raises MTPError unless the layer's weight is one run of rows (axis 0) or columns (axis 1) of the whole one.
+    """Raises MTPError unless the layer's weight is a contiguous slice of the whole one along `axis`.
 
-    Fused layers (queries, keys and values in one) are divided piece by piece; their first and last row show it.
+    Fused layers (queries, keys and values in one) are divided piece by piece, which their first and last row show.
     """
     weight = cast(mx.array, before.weight)
     length = weight.shape[axis] // peers.size
@@ -87,6 +88,6 @@ def _check_part(before: nn.Module, layer: nn.Module, path: str, axis: int, peers
     own = mx.take(cast(mx.array, layer.weight), mx.array([0, length - 1]), axis=axis)
     if weight.shape[axis] != length * peers.size or not mx.array_equal(own, expected).item():
         raise MTPError(
-            f"layer {path} is divided among processes in pieces that this adapter's LoRA cannot follow: use "
-            "`adapter` none, or run without mlx.launch"
+            f"layer {path} is divided among processes in a way that this adapter's LoRA cannot follow: leave the "
+            "adapter out (`adapter` none), or run without mlx.launch"
         )

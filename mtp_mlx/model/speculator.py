@@ -1,8 +1,7 @@
-"""What drafts for a model, as the model's forward passes see it.
+"""The interface between a drafter's weights and the forward passes of its base model.
 
-An adapter of slots, heads behind the trunk, another model: each is a `Speculator`, one module apart from the base
-model's own tree. `attach` puts it on a model, which then has it in its field `speculator`. How it drafts is a matter
-of decoding: `mtp_mlx.decode.drafter`.
+An adapter with slots, heads on the trunk, another model: each is a `Speculator`, a module outside the base model's
+own tree. `attach` puts it on a model as its field `speculator`. How it drafts is defined in `mtp_mlx.decode.drafter`.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ class Speculator(nn.Module):
     """Weights that draft for a base model.
 
     Attributes:
-        places_slots: its drafts come from slot rows of the block; otherwise they are made behind the pass.
+        places_slots: whether drafts come from slot rows of the block; otherwise they are made after the pass.
     """
 
     places_slots: ClassVar[bool] = False
 
     @property
     def drafts(self) -> int:
-        """Tokens drafted in a step unless another number is asked for."""
+        """Default number of drafts per step."""
         raise NotImplementedError
 
     @property
@@ -37,7 +36,7 @@ class Speculator(nn.Module):
 
     @property
     def first_hidden(self) -> str:
-        """The trunk's state that it takes: "post-norm", "pre-norm" or "before-last-layer" (`model.tap`)."""
+        """Where it reads the trunk's hidden states: "post-norm", "pre-norm" or "before-last-layer" (`model.tap`)."""
         return "post-norm"
 
     @property
@@ -46,9 +45,9 @@ class Speculator(nn.Module):
         return 0
 
     def gated_layers(self) -> dict[str, LowRank]:
-        """{path of a linear layer below the trunk: the update that acts on its slot rows}."""
+        """{path of a linear layer below the trunk: its low-rank update on slot rows}."""
         return {}
 
     def embedding_layer(self, base: nn.Module, vocab_size: int, rows: RowContext) -> nn.Module:
-        """The model's embedding `base` with slot ids (from `vocab_size` on) answered by this speculator."""
+        """The embedding `base`, extended by this speculator's embeddings for slot ids (from `vocab_size` on)."""
         return base

@@ -1,18 +1,17 @@
-"""Recurrent state (gated delta rule, Mamba, short convolutions) that can go back to any row of the newest step.
+"""Recurrent state (gated delta rule, Mamba, short convolutions) with roll-back to any row of the newest step.
 
-A recurrent layer folds every row into one state; a rejected row cannot be cut out of it. So, for each layer:
-- before a pass the state is remembered, which costs a reference, since MLX arrays never change;
-- in a step over several rows the layer's *mixer* (the module that is given the cache) leaves a recording: its
-  arguments, and what its linear layers gave;
-- when n of R rows are kept, the remembered state comes back and the mixer runs again over the first n rows of the
-  recording. Its linear layers give their recorded rows, so no weight is read a second time but the convolution's few,
-  and nothing behind the state is evaluated at all. All rows kept: nothing is done.
+A recurrent layer folds every row into one state, from which a rejected row cannot be removed. So, for each layer:
+- before a pass the state is saved, which costs only a reference, since MLX arrays are immutable;
+- in a step over several rows, the layer's *mixer* (the module that takes the cache) records its arguments and the
+  outputs of its linear layers;
+- if n of R rows are kept, the saved state is restored and the mixer runs again over the first n recorded rows. Its
+  linear layers return their recorded outputs, so no weights are read again except the few of the convolution, and
+  nothing that follows the state is evaluated. If all rows are kept, nothing is done.
 
-So a step costs one more recurrence over at most R rows per recurrent layer, and only after a rejection. The state
-equals plain decoding's as far as anything computed for several rows at once does: projections of a row in a block of
-R and in a block of one may differ by rounding, and so may the sums of a chunked scan (Mamba-2). The gated delta rule
-goes row by row in mlx-lm itself. With `exact`, mixers run row by row and every state between two rows is kept: the
-same bits.
+So a step costs at most one more recurrence over R rows per recurrent layer, and only after a rejection. The state
+equals that of plain decoding up to rounding: the projections of a row may differ between a block of R rows and a
+block of one, and so may the sums of a chunked scan (Mamba-2). The gated delta rule goes row by row in mlx-lm itself.
+With `exact`, mixers run row by row and every state between two rows is kept, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from mtp_mlx.model.rows import RowContext
 
-Replay = Callable[
-    [int], None
-]  # runs a mixer over the first n rows again; the states it writes are what counts
+Replay = Callable[[int], None]  # runs a mixer again over the first n rows, for the states that it writes
 
 
 class StateCache(ArraysCache):
@@ -39,8 +36,8 @@ class StateCache(ArraysCache):
 
     Attributes:
         inner: mlx-lm's cache.
-        rows: rows of the newest pass that mixers have folded in.
-        replays: the recordings of the newest pass, one per mixer that uses this cache.
+        rows: rows of the newest pass that are folded into the state.
+        replays: replays of the newest pass, one per mixer that uses this cache.
         between: with `exact`, the states after each row of the newest pass.
     """
 
@@ -52,17 +49,17 @@ class StateCache(ArraysCache):
         self.between: list[list[Any]] = []
 
     def forget(self) -> None:
-        """Before a new pass."""
+        """Drops the recordings of the last pass; call before a new one."""
         self.rows, self.replays, self.between = 0, [], []
 
     def keep(self, count: int, before: list[Any]) -> None:
-        """The state after the first `count` rows of the newest pass, which began with the state `before`.
+        """Sets the state to that after the first `count` rows of the newest pass, which began with `before`.
 
         Raises:
-            ValueError: rows before that pass would have to leave, or the pass was recorded by nobody.
+            ValueError: if rows before that pass would have to be removed, or the pass was not recorded.
         """
         if count < 0:
-            raise ValueError(f"recurrent state cannot give {-count} rows back from before the newest pass")
+            raise ValueError(f"recurrent state cannot be rolled back by {-count} rows before the newest pass")
         if count and count == self.rows:
             return
         if count and self.between:
@@ -70,23 +67,20 @@ class StateCache(ArraysCache):
             return
         self.cache[:] = before
         if count and not self.replays:
-            raise ValueError(f"{count} of {self.rows} rows cannot be kept: the pass was no decoding step")
+            raise ValueError(f"{count} of {self.rows} rows cannot be kept: the pass was not a decoding step")
         for replay in self.replays if count else []:
             replay(count)
 
 
-# --- recordings ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Tape:
-    """What the linear layers of one mixer gave in the newest step.
+    """The outputs of one mixer's linear layers in the newest step.
 
     Attributes:
         rows: R while a step is recorded or played back, else 0.
-        playing: it is played back.
-        outputs: {linear layer: [B, R, D_out] of each of its calls, or None for a call over anything else}.
-        calls: {linear layer: calls of it so far}, while playing.
+        playing: whether it is played back.
+        outputs: {id of a linear layer: per call its output [B, R, D_out], or None if the input was not the R rows}.
+        calls: {id of a linear layer: calls so far}, while played back.
     """
 
     rows: int = 0
@@ -95,7 +89,7 @@ class Tape:
     calls: dict[int, int] = field(default_factory=dict)
 
     def linear(self, layer: nn.Module, x: mx.array) -> mx.array:
-        """layer(x), from the tape where it is there."""
+        """layer(x), from the tape if it is recorded there."""
         if not self.rows:
             return layer(x)
         known = self.outputs.setdefault(id(layer), [])
@@ -110,7 +104,7 @@ class Tape:
 
 
 class TapedLinear(nn.Module):
-    """A linear layer of a mixer."""
+    """A linear layer of a mixer, with its tape."""
 
     def __init__(self, base: nn.Module, tape: Tape) -> None:
         super().__init__()
@@ -135,7 +129,7 @@ class Recorder:
         self.tape = Tape()
 
     def call(self, mixer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """mixer(*args, **kwargs), recorded if it is a step over several rows that moves a `StateCache`."""
+        """mixer(*args, **kwargs), recorded if it is a step over several rows that updates a `StateCache`."""
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, StateCache)), None)
         if cache is None or self.tape.playing:
             return mixer(*args, **kwargs)
@@ -172,10 +166,10 @@ def _row_by_row(
     cache: StateCache,
     shape: tuple[int, ...],
 ) -> Any:
-    """Every row in a call of its own; `cache.between` gets the states.
+    """Runs every row in a call of its own and stores the states in `cache.between`.
 
-    Where several mixers share a cache, each writes its own entries, so the last one's lists are complete only with
-    those of the others: entries of later mixers are copied into what is there.
+    Several mixers may share a cache, each with entries of its own; the entries of later mixers are then merged into
+    the states that the earlier ones stored.
     """
     before, outputs, between = list(cache.cache), [], []
     for row in range(shape[1]):
@@ -194,7 +188,7 @@ def _row_by_row(
 
 
 def _some_rows(values: Any, shape: tuple[int, ...], first: int, last: int) -> Any:
-    """Arguments with rows first..last of every array that has a row for each of the pass's: shape [B, R, ...]."""
+    """The arguments, with every array of shape [B, R, ...] cut to rows `first` to `last`."""
 
     def cut(value: Any) -> Any:
         has_rows = isinstance(value, mx.array) and value.shape[:2] == shape
@@ -205,11 +199,8 @@ def _some_rows(values: Any, shape: tuple[int, ...], first: int, last: int) -> An
     return tuple(cut(value) for value in values)
 
 
-# --- putting it in place ------------------------------------------------------------------------------------
-
-
 class RecordedMixer(nn.Module):
-    """Mixed into a mixer's class while it is attached; its instances have a `_recorder`."""
+    """Mixin for a mixer's class while its model is attached; its instances have a `_recorder`."""
 
     _recorder: Recorder
 
@@ -219,7 +210,7 @@ class RecordedMixer(nn.Module):
 
 
 def find_mixers(layer: nn.Module) -> dict[str, nn.Module]:
-    """{path below the layer: module} of the innermost modules that are given a cache."""
+    """{path below the layer: module} of the innermost modules that take a cache."""
     takers = {path: module for path, module in layer.named_modules() if _takes_cache(type(module))}
     return {
         path: module
@@ -234,9 +225,9 @@ def _takes_cache(kind: type) -> bool:
 
 
 def record(mixer: nn.Module, rows: RowContext) -> Tape:
-    """Makes `mixer` record its steps, until `stop_recording`.
+    """Makes `mixer` record its steps until `stop_recording`.
 
-    Its class is exchanged instead of wrapping it: the paths of its modules and weights stay what they are.
+    Its class is replaced instead of wrapping it, so the paths of its modules and weights do not change.
     """
     own = type(mixer)
     mixer.__class__ = type(own.__name__, (RecordedMixer, own), {"__module__": own.__module__})

@@ -1,7 +1,7 @@
-"""Listening to a module: what went into its newest call. The module and its parameters stay what they are.
+"""Records the input of a module's newest call; the module and its parameters are unchanged.
 
-MTP heads of some families take the trunk's state before its last norm, or before its last layer (Meta's). Neither is
-what mlx-lm's trunk returns, but both are what one of its norms is called with.
+MTP heads of some families read the trunk's hidden states before its final norm, or before its last layer (Meta's).
+The trunk of mlx-lm returns neither, but one of its norms is called with each of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ LAYER_NORMS = ("input_layernorm", "norm")
 
 
 class Tap:
-    """Listens to `module` until removed.
+    """Records the input of `module` until removed.
 
     Raises:
-        MTPError: somebody listens already (the model is attached).
+        MTPError: if the module is already tapped, because the model is attached.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,19 +37,19 @@ class Tap:
         self._seen = x
 
     def take(self) -> mx.array:
-        """What the module was called with last; once."""
+        """The input of the module's newest call; can be taken once per call."""
         assert self._seen is not None, "the module was not called in this pass"
         seen, self._seen = self._seen, None
         return seen
 
     def remove(self) -> None:
-        """The module is as it was."""
+        """Restores the module."""
         self._module.__class__ = self._kind
         del self._module._tap
 
 
 class _Tapped:
-    """Mixed into the class of a module that is listened to."""
+    """Mixin for the class of a tapped module."""
 
     _tap: Tap
 
@@ -59,10 +59,10 @@ class _Tapped:
 
 
 def tapped_module(trunk: Any, first_hidden: str) -> nn.Module | None:
-    """The norm that is called with the state `first_hidden` (see `HeadConvention`); None for "post-norm".
+    """The norm whose input is the hidden state `first_hidden` (`Speculator.first_hidden`); None for "post-norm".
 
     Raises:
-        MTPError: the trunk has no such norm.
+        MTPError: if the trunk has no such norm.
     """
     if first_hidden == "post-norm":
         return None
@@ -71,8 +71,10 @@ def tapped_module(trunk: Any, first_hidden: str) -> nn.Module | None:
         if isinstance(owner.get(name), nn.Module):
             return owner[name]
     where = (
-        "the trunk's last norm"
+        "the trunk's final norm"
         if first_hidden == "pre-norm"
-        else "the norm that the trunk's last layer begins with"
+        else "the norm at the start of the trunk's last layer"
     )
-    raise MTPError(f"these MTP heads take the state '{first_hidden}', but {where} is not found in this model")
+    raise MTPError(
+        f"these MTP heads read hidden states '{first_hidden}', but {where} is not found in this model"
+    )

@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those that a module needs, said in one sentence."""
+"""Checks that a file has exactly the tensors that a module needs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import mlx.core as mx
 
 from mtp_mlx.errors import MTPError
 
-SHOWN = 8  # misfits named before the rest is only counted
+SHOWN = 8  # problems listed before the rest is only counted
 
 
 def check_fit(own: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> None:
-    """Compares names and shapes.
+    """Checks names and shapes.
 
     Args:
-        own: what the module has.
-        tensors: what the file has.
+        own: the module's tensors.
+        tensors: the file's tensors.
 
     Raises:
-        MTPError: names missing, unexpected or of another shape; all of them in one message.
+        MTPError: if tensors are missing, unexpected or of another shape (lists them).
     """
     problems = [f"missing {name} {own[name].shape}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name} {tensors[name].shape}" for name in sorted(tensors.keys() - own.keys())]

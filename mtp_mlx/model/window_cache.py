@@ -1,12 +1,12 @@
-"""A sliding-window KV cache whose newest rows can leave again.
+"""A sliding-window KV cache that can be rolled back.
 
-mlx-lm's `RotatingKVCache` overwrites its oldest row with the newest: past the window nothing comes back. Here rows
-stay in the order of the text in a buffer with room behind the window, so that a rejected row leaves as from an
-ordinary cache. Attention gets the same rows that it gets from mlx-lm's: of N query rows, the window - 1 rows before
-them and the N themselves. The only difference is their order for one row past the window (the text's instead of
-the ring's), which attention does not depend on but for the rounding of its sums.
+mlx-lm's `RotatingKVCache` overwrites its oldest row with the newest, so rows past the window cannot be restored. Here
+rows are stored in text order in a buffer larger than the window, so that a rejected row is removed as from an
+ordinary cache. Attention gets the same rows as from mlx-lm's cache: for N query rows, the window - 1 rows before them
+and the N rows themselves. The only difference is the order of the rows once the window is full (text order instead of
+ring order), which changes nothing but the rounding of sums in attention.
 
-`WindowCache` takes the place of an mlx-lm cache while a session runs; `hand_back` gives the mlx-lm cache its state.
+`WindowCache` replaces an mlx-lm cache while a session runs; `hand_back` writes its state to the mlx-lm cache.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import RotatingKVCache
 
-ROOM = 256  # rows behind the window before the rows still needed move to the front of a new buffer
+ROOM = 256  # spare rows of a buffer; when they are used up, the rows still needed move to a new buffer
 
 
 class WindowCache:
     """Keys and values of the last rows of the text, oldest first.
 
-    Invariant: of the `offset` rows seen, at least the last min(offset, window - 1) are stored; a pass can be taken
-    back whole.
+    Invariant: of the `offset` rows seen, at least the last min(offset, window - 1) are stored, so the newest pass can
+    be rolled back completely.
 
     Args:
-        inner: mlx-lm's cache, whose rows are taken over. `keep` must be 0.
+        inner: mlx-lm's cache, from which the rows are taken; its `keep` must be 0.
 
     Attributes:
         offset: rows seen, as in mlx-lm's caches.
-        window: W, rows that a row sees, itself included.
+        window: W, rows that a row sees, including itself.
         keys, values: [B, H_kv, C, D] buffers, or None before the first row.
     """
 
@@ -40,7 +40,7 @@ class WindowCache:
         self.offset, self.window = int(inner.offset), int(inner.max_size)
         self.keys: Any = None
         self.values: Any = None
-        self._end = 0  # rows of the buffers in use; the last of them stands at position offset - 1
+        self._end = 0  # rows of the buffers in use; the last one has position offset - 1
         if inner.keys is not None:
             index = int(inner.state[-1])
             self.keys = _in_order_of_text(inner.keys, index, self.offset)
@@ -49,21 +49,21 @@ class WindowCache:
 
     @property
     def history(self) -> int:
-        """Rows before the next pass that its rows may see."""
+        """How many stored rows the next pass may see."""
         return min(self._end, self.window - 1)
 
     @property
     def state(self) -> tuple[Any, Any]:
-        """What there is to evaluate."""
+        """The arrays to evaluate."""
         return self.keys, self.values
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Size of the buffers, in bytes."""
         return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Stores N rows; returns the `history` before them and the rows, [B, H_kv, history + N, D]."""
+        """Stores N rows; returns `history` earlier rows followed by these, [B, H_kv, history + N, D]."""
         count, history, end = keys.shape[2], self.history, self._end
         if self.keys is None:
             self.keys, self.values = _with_room(keys), _with_room(values)
@@ -83,13 +83,15 @@ class WindowCache:
         return self.keys[..., seen, :], self.values[..., seen, :]
 
     def trim(self, count: int) -> int:
-        """Takes the newest rows back, at most those of the newest pass.
+        """Removes the newest `count` rows, at most those of the newest pass; returns `count`.
 
         Raises:
-            ValueError: rows would be missing that the next row must see.
+            ValueError: if rows would be missing that the next row must see.
         """
         if self._end - count < min(self.offset - count, self.window - 1):
-            raise ValueError(f"a window of {self.window} cannot give {count} rows back: older ones are gone")
+            raise ValueError(
+                f"a window of {self.window} cannot remove {count} rows: the rows before them are gone"
+            )
         self._end -= count
         self.offset -= count
         return count
@@ -97,10 +99,13 @@ class WindowCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, most: int | None = None
     ) -> Any:
-        """As mlx-lm's, for rows in the order of the text.
+        """As mlx-lm's `make_mask`, for rows in text order.
 
         Args:
-            most: limit of the window, where mlx-lm lets several rows see more than one row alone would.
+            N: number of query rows.
+            return_array: always return an array if N > 1.
+            window_size: window that the layer asks for; None for the cache's own.
+            most: limit of the window, because mlx-lm lets a row see further in a pass of several rows than alone.
         """
         history = self.history
         if N == 1:
@@ -113,12 +118,12 @@ class WindowCache:
         return "causal"
 
     def hand_back(self) -> RotatingKVCache:
-        """The mlx-lm cache this one was made from, holding the same rows; lazily."""
+        """The mlx-lm cache that this one replaced, with the same rows; lazily."""
         if self.keys is None:
             return self.inner
         count = min(self._end, self.window)
         keys, values = (buffer[..., self._end - count : self._end, :] for buffer in self.state)
-        if count < min(self.offset, self.window):  # after a take-back; that row is never seen again
+        if count < min(self.offset, self.window):  # after a roll-back; the row added here is never seen
             keys, values = (mx.pad(rows, [(0, 0), (0, 0), (1, 0), (0, 0)]) for rows in (keys, values))
             count += 1
         keys, values = mx.contiguous(keys), mx.contiguous(values)  # without the rest of the buffers
@@ -127,13 +132,13 @@ class WindowCache:
 
 
 def _with_room(rows: mx.array) -> mx.array:
-    """[B, H, N, D] -> [B, H, N + room, D], zeros behind."""
+    """[B, H, N, D] -> [B, H, N + room, D], padded with zeros."""
     room = ROOM + -rows.shape[2] % ROOM
     return mx.pad(rows, [(0, 0), (0, 0), (0, room), (0, 0)])
 
 
 def _in_order_of_text(ring: mx.array, index: int, offset: int) -> mx.array:
-    """Rows of mlx-lm's buffer, oldest first; `index` is where its next row goes."""
+    """The rows of mlx-lm's buffer, oldest first; `index` is where its next row would go."""
     if index == ring.shape[2]:
         return ring
     if index < offset:

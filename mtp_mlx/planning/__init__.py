@@ -1,1 +1,1 @@
-"""Which drafts to verify, and what that costs: the planner behind `--layout auto`."""
+"""The planner behind layout "auto": which drafts to verify, and what that costs."""

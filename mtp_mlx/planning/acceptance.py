@@ -1,12 +1,12 @@
-"""How likely a draft is accepted, by its depth and by the drafter's confidence, learnt while decoding.
+"""How likely a draft is to be accepted, given its depth and the drafter's confidence, learnt while decoding.
 
-Contract: `probability(depth, confidence)` is P(the draft at this depth equals the target's pick, given that
-all earlier ones did), always inside [FLOOR, 1 - FLOOR].
-Invariant: a draft counts only if it was reached: the accepted ones and the first rejected one. Drafts behind
-a rejection say nothing, since they continue a text that was not written.
+Contract: `probability(depth, confidence)` is P(the draft at this depth equals the target's pick, given that all
+earlier drafts did), clipped to [FLOOR, 1 - FLOOR]. Invariant: only drafts that verification reached are counted: the
+accepted ones and the first rejected one. Drafts after a rejection tell nothing, since they continue a text that was
+not written.
 
-Estimates shrink in steps, each weighing its parent as that many observations: confidence bin -> depth ->
-prior. Depths count from 1, as in "the first draft".
+Estimates are shrunk hierarchically: that of a confidence bin towards that of its depth, and that towards the prior,
+each weighed like a fixed number of observations. Depths count from 1 (the first draft).
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DEFAULT_PRIOR = (
-    0.6  # the conditional acceptance that arXiv 2507.11851 table 1 shows at most depths is 0.6 to 0.7
-)
+DEFAULT_PRIOR = 0.6  # at most depths of arXiv 2507.11851, table 1, conditional acceptance is 0.6 to 0.7
 BIN_EDGES = (0.2, 0.4, 0.6, 0.8, 0.95)  # confidence bins, finest where drafts are worth submitting
-PRIOR_STRENGTH = 8.0  # observations that the prior of a depth is worth
-DEPTH_STRENGTH = 12.0  # observations that a depth's estimate is worth inside one of its bins
-MEMORY_OBSERVATIONS = 150.0  # half the weight of what was seen this many observations ago is gone
+PRIOR_STRENGTH = 8.0  # weight of a depth's prior, in observations
+DEPTH_STRENGTH = 12.0  # weight of a depth's estimate in each of its bins, in observations
+MEMORY_OBSERVATIONS = 150.0  # half-life of an observation's weight, in observations
 FLOOR = 1e-3
 
 
 class AcceptanceEstimate:
     """Acceptance per depth and confidence, with a prior and exponential forgetting.
 
-    max_depth  the longest draft
-    prior      conditional acceptance per depth as an adapter records it, [<= max_depth] in [0, 1]; the last
-               value stands for the depths behind it; without any, DEFAULT_PRIOR
-    memory     observations of a depth after which half their weight is gone
+    Args:
+        max_depth: length of the longest draft, in tokens.
+        prior: conditional acceptance per depth as the adapter records it, in [0, 1]; the last value also holds for
+            deeper drafts. None or empty for DEFAULT_PRIOR.
+        memory: half-life of a depth's observations, in observations.
 
-    Raises ValueError for a depth below 1, a prior outside [0, 1] or a memory that is not positive.
+    Raises:
+        ValueError: if max_depth is below 1, a prior is outside [0, 1], or memory is not positive.
     """
 
     def __init__(
@@ -55,12 +55,15 @@ class AcceptanceEstimate:
         self._unbinned = np.zeros((max_depth, 2))  # [depth, (seen, accepted)] of drafts without a confidence
 
     def update(self, n_submitted: int, n_accepted: int, confidences: Sequence[float] | None = None) -> None:
-        """Learn from one step: `n_submitted` drafts were verified and the first `n_accepted` of them
-        accepted.
+        """Learns from a step that verified `n_submitted` drafts and accepted the first `n_accepted`.
 
-        confidences  [>= n_submitted] of the drafts, or None
+        Args:
+            n_submitted: drafts verified.
+            n_accepted: drafts accepted.
+            confidences: [>= n_submitted] of the drafts, or None.
 
-        Raises ValueError when more were accepted than submitted or confidences are missing.
+        Raises:
+            ValueError: if more drafts were accepted than submitted, or there are too few confidences.
         """
         if not 0 <= n_accepted <= n_submitted:
             raise ValueError(f"{n_accepted} of {n_submitted} drafts cannot have been accepted")
@@ -78,7 +81,7 @@ class AcceptanceEstimate:
                 self._accepted[index, column] += accepted
 
     def fade(self, kept: float) -> None:
-        """Keep this share, in [0, 1], of the weight of everything seen, as after a stretch without observations."""
+        """Scales the weight of all observations by `kept` in [0, 1], as after a stretch without observations."""
         self._fade(slice(None), kept)
 
     def _fade(self, depths: slice, kept: float) -> None:
@@ -86,9 +89,12 @@ class AcceptanceEstimate:
             counts[depths] *= kept
 
     def probability(self, depth: int, confidence: float | None = None) -> float:
-        """P(accepted at `depth` | reached), from 1; with a confidence, of a draft with that confidence.
+        """P(draft at `depth` accepted | reached), given its confidence if there is one.
 
-        Depths beyond `max_depth` have the probability of the last. Raises ValueError for a depth below 1.
+        Depths count from 1; those beyond `max_depth` have the probability of the last.
+
+        Raises:
+            ValueError: if depth is below 1.
         """
         if depth < 1:
             raise ValueError(f"depths count from 1, not {depth}")
@@ -103,9 +109,9 @@ class AcceptanceEstimate:
         return float(min(max(estimate, FLOOR), 1 - FLOOR))
 
     def summary(self) -> list[float]:
-        """[max_depth] the conditional acceptance per depth."""
+        """[max_depth] conditional acceptance per depth."""
         return [self.probability(depth) for depth in range(1, self.max_depth + 1)]
 
     def observations(self) -> list[float]:
-        """[max_depth] decayed number of drafts that each depth's estimate rests on, besides the prior."""
+        """[max_depth] decayed number of observations behind each depth's estimate, not counting the prior."""
         return (self._seen.sum(axis=1) + self._unbinned[:, 0]).tolist()

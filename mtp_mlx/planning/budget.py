@@ -1,16 +1,16 @@
-"""The planner behind `--layout auto`: as many drafts and slots as pay, none when nothing pays (design 2.5).
+"""The planner behind layout "auto": as many drafts and slots as pay off, none if nothing pays off.
 
-Decoding is a Markov decision process whose state is the drafts at hand. A step costs c(rows) seconds and
-earns 1 + accepted tokens; slots behind acceptance length a are the drafts of the next step if exactly a are
-accepted. The rate lambda (tokens per second) and the worth h(n) of holding n slot drafts are found by policy
-iteration (Howard 1960), since value iteration swings on chains that alternate, as linear layouts do; a step
-then takes the layout with the largest
+Decoding is a Markov decision process whose state is the number of drafts at hand. A step costs c(rows) seconds and
+earns 1 + accepted tokens; the slots after acceptance length a give the drafts of the next step if exactly a drafts
+are accepted. The rate lambda (tokens per second) and the value h(n) of holding n drafts are found by policy iteration
+(Howard 1960), because value iteration oscillates on periodic chains such as those of linear layouts. A step then
+takes the layout with the largest
 
     1 + E[accepted] - lambda * c(layout) + sum_a P(accept exactly a) * h(slots[a]),
 
-slots being given to the group where the next ones are worth most each. Plain decoding is one of the
-layouts: when no slots pay, `auto` decodes plainly and asks the adapter again only now and then, at growing
-distances, because acceptance changes with the text.
+where slots are added greedily to the group in which the next ones are worth most per slot. Plain decoding is one of
+the layouts: if no slots pay off, "auto" decodes plainly and tries the drafter again only now and then, at growing
+intervals, because acceptance changes with the text.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from mtp_mlx.planning.acceptance import AcceptanceEstimate
 from mtp_mlx.planning.cost import CostCorrection, StepCost
 
 SOLVE_EVERY = 24  # steps between policy iterations
-SOLVE_EARLY = (4, 8, 16)  # and soon after the start, when what was assumed meets what is
+SOLVE_EARLY = (4, 8, 16)  # and at these first steps, while the estimates change most
 MOST_ITERATIONS = 20
-RESTART = 1e-6  # chance of losing the drafts at hand; gives every policy one recurrent class
-FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before slots are tried again: first, and at most
+RESTART = 1e-6  # probability of losing the drafts at hand; gives every policy one recurrent class
+FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before drafting is tried again: at first, and at most
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
-PATIENCE = 8  # slots added without gain before giving up: the cost curve has steps, not hills
-MARGIN = 1.1  # what a speculative layout must promise beyond plain: costs and acceptance are estimates
+PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
+MARGIN = 1.1  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What decoding has taught about a model on this machine. Shared by its generations, it keeps learning.
+    """What has been learnt about a model on this machine; its generations share it and keep updating it.
 
     Attributes:
-        acceptance: by name of the drafter.
-        cost: how the cost curve is off.
+        acceptance: estimates by drafter name.
+        cost: correction of the measured cost curve.
     """
 
     acceptance: dict[str, AcceptanceEstimate]
@@ -51,11 +51,11 @@ class Experience:
 
     @classmethod
     def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:
-        """Before anything was seen.
+        """An experience without observations.
 
         Args:
-            own: name of the model's own drafter; "" without one.
-            drafts: the most that it drafts in a step.
+            own: name of the model's own drafter; "" if it has none.
+            drafts: most drafts that it makes per step.
             prior: its recorded acceptance per depth.
             lead: rows at the start of every slot group that draft nothing.
         """
@@ -67,14 +67,14 @@ class Experience:
 
 
 class BudgetPolicy:
-    """See the module. Implements `mtp_mlx.decode.policy.Policy`.
+    """Plans every step as the module describes; implements `mtp_mlx.decode.policy.Policy`.
 
     Args:
         cost: measured seconds of steps.
-        drafts: most slots behind one position, or drafts made behind a pass; 0 where only the text drafts.
+        drafts: most slots after one position, or most drafts of a chain; 0 for lookup drafts only.
         prior: the adapter's recorded acceptance per depth.
-        own: name of the model's own drafter; "" without one.
-        experience: of earlier generations, to go on from.
+        own: name of the model's own drafter; "" if it has none.
+        experience: that of earlier generations, updated in place; None to start without.
     """
 
     def __init__(
@@ -96,33 +96,31 @@ class BudgetPolicy:
         self._probing = False
         self._worth = [0.0] * (drafts + 1)
         self._rate = 0.0
-        self._planned = False  # not before the context is known, or somebody asks
+        self._planned = False  # solved when the context is known, or on first use
 
     @property
     def rate(self) -> float:
-        """Tokens per second that it expects."""
+        """Expected tokens per second."""
         if not self._planned:
             self._solve()
         return self._rate
 
     @property
     def verdict(self) -> str:
-        """What the planner currently thinks, for people."""
+        """The planner's current expectation as a sentence."""
         plain = 1.0 / self._seconds(Layout.plain())
         if self.rate <= plain * MARGIN:
-            return f"drafting by {self.own} does not pay here, plain unless sure"
+            return f"drafting by {self.own} does not pay off here; plain unless drafts are near certain"
         return f"drafting by {self.own} expected to give {self.rate / plain:.2f}x plain"
 
-    # --- Policy -------------------------------------------------------------------------------------------
-
     def begin(self, context: int) -> None:
-        """Plans for steps behind so many cached tokens; see `Policy`."""
+        """Plans for steps with `context` cached tokens; see `Policy`."""
         if context != self._context or not self._planned:
             self._context = context
             self._solve()
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
-        """The proposal and layout worth most; see `Policy`."""
+        """The proposal and layout of the highest value; see `Policy`."""
         if not self._planned:
             self._solve()
         if self._probing and self._drafts:
@@ -154,13 +152,11 @@ class BudgetPolicy:
             self._solve()
 
     def interrupts_plain(self) -> bool:
-        """True when slots were not tried for a while; see `Policy`."""
+        """True if drafting has not been tried for a while; see `Policy`."""
         if self._drafts and self._plain_steps >= self._probe_after:
             self._plain_steps = 0
             self._probing = True
         return self._probing
-
-    # --- values -------------------------------------------------------------------------------------------
 
     def _seconds(self, layout: Layout) -> float:
         return self._cost.seconds(layout, self._context) * self._correction.factor(layout)
@@ -169,7 +165,7 @@ class BudgetPolicy:
         return 1.0 - self.rate * self._seconds(Layout.plain())
 
     def _best_layout(self, chances: Sequence[float]) -> tuple[float, Layout]:
-        """The layout worth most for drafts that are accepted with these chances, each given the one before."""
+        """(value, layout) of the best layout, given each draft's chance of acceptance after the one before it."""
         best = (-1e9, Layout.plain())
         reach = [1.0]  # P(at least a accepted)
         for chance in chances:
@@ -184,15 +180,20 @@ class BudgetPolicy:
         return best
 
     def _fullest(self, drafts: int) -> Layout:
-        """All slots behind the last of `drafts` drafts."""
+        """The layout that verifies `drafts` drafts and makes as many new ones as possible."""
         return Layout.linear(drafts, self._drafts)
 
     def _held_after(self, layout: Layout) -> Sequence[int]:
-        """[drafts + 1] how many drafts are at hand after a step, by the number accepted."""
+        """[drafts + 1] number of drafts at hand after a step, by the number accepted."""
         return layout.slots
 
     def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
-        """Gives slots one by one to the group where the next is worth most, and keeps the best number."""
+        """(value, layout) after adding slots greedily, each to the group where it is worth most.
+
+        Args:
+            accepted: expected number of accepted drafts.
+            exact: [drafts + 1] P(exactly a drafts are accepted).
+        """
         drafts = len(exact) - 1
         slots = [0] * (drafts + 1)
         worth, runs = self._worth, self._runs
@@ -215,7 +216,7 @@ class BudgetPolicy:
         return best[0], Layout(drafts, best[1])
 
     def _solve(self) -> None:
-        """Policy iteration for `rate` and `_worth`: value the policy exactly, improve it, until it stays."""
+        """Policy iteration for `rate` and `_worth`: evaluate the policy exactly and improve it, until stable."""
         self._planned = True
         known = self._acceptance[self.own]
         chances = [known.probability(depth + 1) for depth in range(self._drafts)]
@@ -235,7 +236,12 @@ class BudgetPolicy:
         self._runs = _best_runs(self._worth)
 
     def _valued(self, policy: Sequence[Layout], chances: Sequence[float]) -> tuple[float, list[float]]:
-        """(rate, worth [slots + 1]) of always decoding by `policy`: one linear system, worth[0] = 0."""
+        """(rate, values [drafts + 1]) of a policy, from one linear system with values[0] = 0.
+
+        Args:
+            policy: [drafts + 1] the layout used with each number of drafts at hand.
+            chances: chance of acceptance per depth, given the one before.
+        """
         states = len(policy)
         left, tokens = np.zeros((states + 1, states + 1)), np.zeros(states + 1)
         left[states, 0] = 1.0
@@ -254,9 +260,9 @@ class BudgetPolicy:
 
 
 def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
-    """For every number of slots: (gain per slot, last slot) of the most profitable run of further slots.
+    """For every number of slots, (gain per slot, last slot) of the best run of further slots.
 
-    A run and not one slot, because a pair may pay where its first alone does not.
+    Runs rather than single slots, because two slots may pay off where one does not.
     """
     runs = []
     for held, base in enumerate(worth):
@@ -266,15 +272,15 @@ def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
 
 
 def _draft_counts(most: int) -> list[int]:
-    """Numbers of drafts worth comparing: every one up to 4, then some, and all."""
+    """The numbers of drafts to compare: all up to 4, a few larger ones, and `most`."""
     return [count for count in range(most + 1) if count <= 4 or count in (6, 8, 11, 15, 19) or count == most]
 
 
 class ChainBudgetPolicy(BudgetPolicy):
-    """`BudgetPolicy` for drafts that are made one after another behind the pass.
+    """`BudgetPolicy` for drafts that are made one after another after the pass.
 
-    The decision process is the same, the moves are others. A chain of k drafts follows every outcome and adds no rows
-    to the pass, but takes its own time for each; so a step takes the layout with the largest
+    The decision process is the same with other actions: a chain of k drafts follows every outcome and adds no rows to
+    the pass, but each draft takes its own time. So a step takes the layout with the largest
 
         1 + E[accepted] - lambda * c(drafts, k) + h(k).
     """
@@ -286,7 +292,7 @@ class ChainBudgetPolicy(BudgetPolicy):
         return (layout.chain,) * (layout.drafts + 1)
 
     def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
-        """The chain worth most behind a block that accepts so many drafts; see `BudgetPolicy._with_slots`."""
+        """(value, layout) of the best chain; arguments as in `BudgetPolicy._with_slots`."""
         best = (-1e9, Layout.plain())
         for chain in range(self._drafts + 1):
             layout = Layout.chained(len(exact) - 1, chain)

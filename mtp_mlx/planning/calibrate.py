@@ -1,6 +1,7 @@
-"""Measures `StepCost` on this machine for this model, once, and keeps it in the user's cache.
+"""Measures `StepCost` for a model on this machine, once, and stores it in the user's cache.
 
-Keyed by device, mlx version, BLAS threads, model, dtype and adapter shape: a change of any measures again.
+The key holds device, mlx version, BLAS threads, model, dtype, drafter and kernels: if any of them changes, costs are
+measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.planning.cost import StepCost, interpolate, read_cost, save_cost
 
 REAL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-SLOT_ROWS = (1, 2, 4, 8, 12, 20)  # without those that draft nothing
+SLOT_ROWS = (1, 2, 4, 8, 12, 20)  # without lead rows, which draft nothing
 SHORT_CONTEXT, LONG_CONTEXT = 64, 768
 REPEATS = 3
 
@@ -38,12 +39,17 @@ log = logging.getLogger("mtp_mlx")
 
 
 def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -> StepCost:
-    """The cached measurement for this model on this machine, or a new one (a few seconds)."""
+    """The cached measurement for this model on this machine, or a new one, which takes a few seconds.
+
+    Args:
+        model: the model with its drafter.
+        tell: called with a sentence before measuring; None to log it as a warning.
+    """
     key = cost_key(model)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / "costs" / f"{digest}.json"
     cost = read_cost(path, key)
-    if not all(model.peers.gather(cost is not None)):  # a measurement takes all processes
+    if not all(model.peers.gather(cost is not None)):  # all processes must measure together
         (tell or log.warning)("measuring what a step costs on this machine (once per model)")
         with model.peers.waiting():
             cost = measure(model)
@@ -53,7 +59,7 @@ def step_cost(model: AttachedModel, tell: Callable[[str], None] | None = None) -
 
 
 def cost_key(model: AttachedModel) -> dict[str, str]:
-    """Everything a measurement depends on."""
+    """Everything that a measurement depends on."""
     device = mx.default_device()
     name = platform.processor() or platform.machine()
     if device == mx.Device(mx.gpu):
@@ -72,7 +78,7 @@ def cost_key(model: AttachedModel) -> dict[str, str]:
         "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }
-    # Only there: measurements without it that are older than this entry counted too few rows.
+    # Added only if there are lead rows: older measurements of such adapters lack the entry and counted too few rows.
     return {**key, "lead": str(model.lead)} if model.lead else key
 
 
@@ -81,7 +87,7 @@ def _is_quantised(model: AttachedModel) -> bool:
 
 
 def measure(model: AttachedModel) -> StepCost:
-    """Times steps of every size in the table; medians of a few runs."""
+    """Times a step of every size in the table, as the median of a few runs."""
     source = source_of(model)
     slots = source if source is not None and source.places_slots else None
     prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
@@ -111,7 +117,7 @@ def measure(model: AttachedModel) -> StepCost:
 
 @dataclass(frozen=True)
 class _Drafting:
-    """What drafting costs beside a pass; the fields of the same names of `StepCost`."""
+    """The cost of drafting besides the pass: the fields of the same names of `StepCost`."""
 
     draft: float = 0.0
     slot_rows: tuple[int, ...] = (1,)
@@ -119,7 +125,7 @@ class _Drafting:
 
 
 def _session(model: AttachedModel, source: DraftSource | None, prompt: list[int]) -> Session:
-    """A greedy session whose prompt has run, drafting with `source`."""
+    """A greedy session that has run its prompt and drafts with `source`."""
     picker = Picker()
     opened = None if source is None else lambda start: source.open(model, picker, source.drafts, start)
     session = Session(model, picker, prompt, model.make_cache(), CacheSettings(), opened)
@@ -128,10 +134,12 @@ def _session(model: AttachedModel, source: DraftSource | None, prompt: list[int]
 
 
 def _slot_seconds(session: Session, source: DraftSource, real: list[float]) -> _Drafting:
-    """What slot rows cost beyond as many real rows, and drafting one token from them.
+    """Measures what slot rows cost beyond as many real rows, and what drafting one token from them costs.
 
     Args:
-        real: seconds of steps of `REAL_ROWS` rows, in the same context.
+        session: with a drafter of `source`.
+        source: the model's drafter, which uses slots.
+        real: seconds of steps of `REAL_ROWS` real rows, at the same context.
     """
     model, most = session.attached, source.drafts
     one, four = (_propose_seconds(session, count) for count in (1, 1 + most))
@@ -153,7 +161,7 @@ def _interpolated(seconds: list[float], rows: int) -> float:
 
 
 def _seconds(session: Session, layout: Layout) -> float:
-    """Median seconds of a step; the session is left as it was."""
+    """Median seconds of a step; the session is restored afterwards."""
     length, cached = len(session.tokens), session.cached
     times = []
     for _ in range(1 + REPEATS):
@@ -166,12 +174,12 @@ def _seconds(session: Session, layout: Layout) -> float:
 
 
 def _chain_seconds(model: AttachedModel, source: DraftSource, prompt: list[int]) -> float:
-    """Seconds of drafting one token behind a block that verifies as many drafts as the source makes."""
+    """Seconds to draft one token of a chain, after a block that verifies as many drafts as the source makes."""
     session, chain = _session(model, source, prompt), source.drafts
 
     def seconds(layout: Layout) -> float:
         times = []
-        for _ in range(1 + REPEATS):  # the text goes on by a token or some: a drafter cannot be put back
+        for _ in range(1 + REPEATS):  # the text grows a little: a drafter cannot be rolled back
             started = time.perf_counter()
             speculative_step(session, layout, [1] * layout.drafts)
             times.append(time.perf_counter() - started)
@@ -182,7 +190,7 @@ def _chain_seconds(model: AttachedModel, source: DraftSource, prompt: list[int])
 
 
 def _plain_seconds(session: Session, steps: int = 6) -> float:
-    """Seconds of a plain step when each is started before the one before it is read; the text goes on by some."""
+    """Seconds of a plain step that starts before the previous one is read; the text grows by a few tokens."""
     ahead = session.plain_pass(mx.array([1], dtype=mx.int32), 0)[0]
     mx.async_eval(ahead)
     times = []
@@ -197,7 +205,7 @@ def _plain_seconds(session: Session, steps: int = 6) -> float:
 
 
 def _propose_seconds(session: Session, count: int) -> float:
-    """Seconds of drafting `count` tokens from given latents."""
+    """Seconds to draft `count` tokens from hidden states that are already there."""
     model, drafter = session.attached, session.drafter
     assert drafter is not None
     layout = Layout(0, (count,))

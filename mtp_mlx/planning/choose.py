@@ -1,8 +1,8 @@
-"""What `layout`, `drafts`, `lookup`, `drafter` and an emission stand for together: a policy, and who drafts.
+"""Turns `layout`, `drafts`, `lookup`, `drafter` and `emission` into a policy and the drafters of a generation.
 
-A model has at most one drafter of its own (`AttachedModel.speculator`), and the text itself can draft beside it. With
-both, fixed layouts verify the lookup's drafts where it has a match and the model's own otherwise; "auto" weighs them
-by what they are worth.
+A model has at most one drafter of its own (`AttachedModel.speculator`); lookup can draft as well. With both, fixed
+layouts verify the lookup drafts if there is a match and those of the model's own drafter otherwise; "auto" takes the
+ones with the higher expected value.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.planning.tuned import recall
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
-LOOKUP_DRAFTS, MOST_LOOKUP = (
-    8,
-    16,
-)  # of a fixed layout where nothing but the text drafts: unless given, and at most
+LOOKUP_DRAFTS = 8  # default drafts per step of a fixed layout with lookup alone
+MOST_LOOKUP = 16  # most drafts per step of that layout
+_NO_GROUPS = "layout 'quadratic' is for slots, which {who} not use: use layout linear, auto or plain"
 
 
 @dataclass(frozen=True)
 class DrafterChoice:
-    """Who may propose drafts.
+    """The drafters in use.
 
     Attributes:
-        own: the model's own drafter.
-        lookup: the text itself.
+        own: whether the model's own drafter drafts.
+        lookup: whether lookup drafts.
     """
 
     own: bool
@@ -45,15 +44,15 @@ class DrafterChoice:
 def choose_drafters(
     model: AttachedModel, drafter: str | None, lookup: bool | None, layout: LayoutName
 ) -> DrafterChoice:
-    """Reads `drafter` (names separated by commas) or, without it, `lookup`.
+    """The drafters named by `drafter` (comma-separated) or, if that is None, by `lookup`.
 
     Raises:
-        MTPError: an unknown name, a drafter the model lacks, or both arguments at once.
+        MTPError: if a name is unknown, the model lacks a drafter, or both arguments are given.
     """
     if drafter is None:
         return DrafterChoice(own=True, lookup=layout == "auto" if lookup is None else lookup)
     if lookup is not None:
-        raise MTPError("`drafter` says whether the text drafts too: leave `lookup` out")
+        raise MTPError("`drafter` already says whether lookup drafts: leave `lookup` out")
     source = source_of(model)
     needs = registry.drafter_names()
     names = [name.strip() for name in drafter.split(",")]
@@ -68,7 +67,7 @@ def choose_drafters(
 def settled_layout(
     model: AttachedModel, layout: LayoutName, lookup: bool | None = None, drafter: str | None = None
 ) -> LayoutName:
-    """`layout`, or what "auto" stands for where the user fixed the drafts of a step and says nothing else."""
+    """`layout`, except that "auto" is "linear" if the user fixed the drafts per step and chose no drafter."""
     source = source_of(model)
     fixed = source is not None and source.fixed and lookup is None and drafter is None
     return "linear" if layout == "auto" and fixed else layout
@@ -76,7 +75,7 @@ def settled_layout(
 
 @dataclass(frozen=True)
 class Drafting:
-    """The policy of a generation, and the drafter that reads the text itself, if there is one."""
+    """The policy of a generation, and its lookup drafter or None."""
 
     policy: Policy
     lookup: LookupDrafter | None
@@ -91,22 +90,29 @@ def plan_drafting(
     drafter: str | None = None,
     emission: Emission | None = None,
 ) -> Drafting:
-    """The policy and the drafters of a generation.
+    """The policy and the lookup drafter of a generation.
 
-    A lookup that was asked for and that the layout cannot use is counted in `stats.fallbacks`. Layout "auto" with
-    nothing else asked for is what `mtp-mlx tune` found, where it has run, and `stats.tuned` says so.
+    If lookup is requested but the layout cannot use it, `stats.fallbacks` counts that. Layout "auto" without any
+    other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so.
 
     Args:
-        drafts: drafts per step; None for the drafter's own number.
+        model: the model with its drafter.
+        layout: layout of the steps.
+        drafts: drafts per step; None for the drafter's default.
+        stats: records fallbacks and tuning.
+        lookup: whether lookup drafts too; None for layout "auto" only.
+        drafter: comma-separated drafters, instead of `lookup`.
+        emission: verified without a tau by default.
 
     Raises:
-        MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or a drafter with another emission.
+        MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or if `drafter` is combined with another
+            emission than the default.
     """
     emission = emission or Emission()
     if emission != Emission():
         if drafter is not None:
-            raise MTPError("another emission, or a tau, is about slots alone: leave `drafter` out")
-        lookup = bool(lookup)  # the text itself drafts only where it is asked for
+            raise MTPError("unverified emission and `tau` are for slot drafts only: leave `drafter` out")
+        lookup = bool(lookup)  # lookup only if requested
     layout = settled_layout(model, layout, lookup, drafter)
     if layout == "auto" and (drafts, lookup, drafter, emission) == (None, None, None, Emission()):
         tuned = recall(model)
@@ -124,13 +130,15 @@ def plan_drafting(
 
 
 def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) -> Policy:
-    """The policy where nothing but the text drafts, which any model can be used with.
+    """The policy for lookup alone, which works with any model.
 
     Args:
-        drafts: most drafts in a step of a fixed layout.
+        model: the model.
+        layout: layout of the steps.
+        drafts: most drafts per step of a fixed layout.
 
     Raises:
-        MTPError: an unknown layout or one that places slots, or a bad number of drafts.
+        MTPError: if the layout is unknown or needs slots, or the number of drafts is out of range.
     """
     _check_layout(layout)
     if layout == "quadratic":
@@ -141,7 +149,7 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
         return FixedPolicy("plain", 0)
     if layout == "linear":
         return LookupPolicy(drafts or LOOKUP_DRAFTS)
-    recorded_acceptance(model)  # what is learnt here goes on to generations that use the model's own drafter
+    recorded_acceptance(model)  # generations with the model's own drafter will share what is learnt here
     return BudgetPolicy(step_cost(model), 0, [], own_name(model), model.experience)
 
 
@@ -152,11 +160,12 @@ def build_policy(
     stats: DecodeStats,
     emission: Emission | None = None,
 ) -> Policy:
-    """The policy for `layout`; `emission` with a tau narrows it, and unverified emission has a layout of its own.
+    """The policy for `layout`. With a tau it submits fewer drafts; unverified emission has a layout of its own.
 
     Raises:
-        MTPError: an unknown layout, one that the drafter does not go with, more drafts than it makes, a layout that
-            drafts without a drafter, or an emission that does not go with the model or the layout.
+        MTPError: if the layout is unknown or does not suit the drafter, if the layout drafts and the model has no
+            drafter, if the drafter cannot make that many drafts, or if the emission does not suit the model or the
+            layout.
     """
     _check_layout(layout)
     emission = emission or Emission()
@@ -179,22 +188,17 @@ def build_policy(
     return FixedPolicy(layout, most) if source.places_slots else ChainPolicy(most)
 
 
-_NO_GROUPS = (
-    "layout 'quadratic' places groups of slots, which {who} not need: use layout linear, auto or plain"
-)
-
-
 def _check_layout(layout: LayoutName) -> None:
     if layout not in LAYOUT_NAMES:
         raise MTPError(f"unknown layout '{layout}': choose one of {', '.join(LAYOUT_NAMES)}")
 
 
 def _bare_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) -> Policy:
-    """The policy of a model without a drafter of its own: plain, or planned for what the text drafts."""
+    """The policy of a model without a drafter of its own: plain, or planned for lookup."""
     if layout in ("linear", "quadratic"):
         raise MTPError(f"layout '{layout}' needs an adapter: name one with `adapter`, or use layout plain")
     if drafts is not None:
-        raise MTPError(f"this model has nothing that makes {drafts} drafts: name an adapter with `adapter`")
+        raise MTPError(f"this model has no drafter to make {drafts} drafts: name an adapter with `adapter`")
     if layout == "plain":
         return FixedPolicy("plain", 0)
     recorded_acceptance(model)
@@ -208,15 +212,15 @@ def _emission_policy(
     what = "verified with a tau" if emission.lossless else emission.name
     if source is None or not source.places_slots:
         raise MTPError(
-            f"emission '{what}' needs an adapter with mask tokens: name one with `adapter`, or leave emission and "
-            "tau out"
+            f"emission '{what}' needs an adapter with mask tokens: name one with `adapter`, or leave `emission` and "
+            "`tau` out"
         )
     if not emission.lossless:
         check_unverified(source, emission)
     source.check_drafts(drafts)
     most = drafts or source.drafts
     if layout == "plain" or (layout == "quadratic" and not emission.lossless):
-        raise MTPError(f"emission '{what}' does not go with layout '{layout}': drop one of them")
+        raise MTPError(f"emission '{what}' cannot be combined with layout '{layout}': leave one of them out")
     if not emission.lossless:
         return FixedPolicy("linear", most)
     assert emission.threshold is not None
@@ -225,15 +229,15 @@ def _emission_policy(
 
 
 def own_name(model: AttachedModel) -> str:
-    """Name of the model's own drafter; "" without one."""
+    """Name of the model's own drafter; "" if it has none."""
     source = source_of(model)
     return "" if source is None else source.name
 
 
 def recorded_acceptance(model: AttachedModel) -> list[float]:
-    """Acceptance per depth that the adapter records; gives a model without any an experience to go on from.
+    """The adapter's recorded acceptance per depth; also creates the model's experience if it has none yet.
 
-    The experience goes on to generations that ask for more drafts than this one, so it has room for the most.
+    Later generations may ask for more drafts than this one, so the experience has room for the most possible.
     """
     prior = list(model.info.acceptance) if model.info is not None else []
     if model.experience is None:

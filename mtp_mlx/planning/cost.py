@@ -1,9 +1,9 @@
-"""c(R): seconds of one step as a function of its rows, on this machine, for this model.
+"""c(R): seconds of a step as a function of its rows, for one model on this machine.
 
-Pure arithmetic over a table of measurements; `calibrate.py` makes the table. Rows of a verification step
-are not free and not linear: matmuls step with the number of rows, attention grows with rows times context,
-slots add their low-rank work. So the table has rows at a short and at a long context, and a surcharge for
-slots; in between it is interpolated linearly, beyond it extended with the last slope.
+Pure arithmetic over a table of measurements made by `calibrate.py`. The cost of a row is neither zero nor constant:
+matmul times are a staircase in the number of rows, attention grows with rows times context, and slots add low-rank
+work. The table therefore holds times by rows at a short and at a long context, and a surcharge for slots; it is
+interpolated linearly and extrapolated with the last slope.
 """
 
 from __future__ import annotations
@@ -20,20 +20,27 @@ from typing import Any
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.files import write_text
 
+ROW_EDGES = (2, 4, 6, 9, 13, 19)  # bins of rows: 1, 2-3, 4-5, ...
+PRIOR_STRENGTH = 3.0  # weight of a cell's parent, in observations
+MEMORY_OBSERVATIONS = 40.0  # half-life of an observation's weight, in observations
+LARGEST_SURPRISE = math.log(2.0)  # clips outliers: steps during which something else used the machine
+
+Cell = tuple[str | int, ...]
+
 log = logging.getLogger("mtp_mlx")
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Measured seconds.
+    """Measured seconds of steps.
 
     Attributes:
         rows: numbers of real rows measured, increasing, from 1.
         contexts: the short and the long context, in cached tokens.
-        short, long: seconds of a step with that many real rows and no slots, per entry of `rows`.
-        slot_rows: numbers of slot rows measured, increasing; those that draft nothing count.
-        surcharge: seconds that many slot rows cost beyond as many real rows.
-        draft: seconds of drafting one token, with the sampler head or with MTP heads.
+        short, long: seconds of a step without slots at either context, per entry of `rows`.
+        slot_rows: numbers of slot rows measured, increasing, including those that draft nothing.
+        surcharge: seconds that slot rows cost beyond as many real rows, per entry of `slot_rows`.
+        draft: seconds to draft one token, from slots or in a chain.
         plain: seconds of a plain step that overlaps with the host, at the two contexts.
         lead: rows at the start of every slot group that draft nothing.
     """
@@ -49,7 +56,7 @@ class StepCost:
     lead: int = 0
 
     def seconds(self, layout: Layout, context: int) -> float:
-        """Of one step in `layout` behind `context` cached tokens."""
+        """Seconds of a step in `layout` with `context` cached tokens."""
         if layout == Layout.plain():
             return self._at(context, *self.plain)
         rows = self.rows_of(layout)
@@ -61,7 +68,7 @@ class StepCost:
         return body + extra + self.draft * max(*layout.slots, layout.chain)
 
     def rows_of(self, layout: Layout) -> int:
-        """All rows of a step's pass, those that draft nothing among them."""
+        """All rows of a step's pass, including those that draft nothing."""
         return layout.rows + layout.lead_rows(self.lead)
 
     def _at(self, context: int, short: float, long: float) -> float:
@@ -70,10 +77,10 @@ class StepCost:
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through (xs, ys); beyond the ends the first value, or the last slope (never falling).
+    """Piecewise linear through (xs, ys): constant before the first point, the last slope (at least 0) after the last.
 
     Raises:
-        ValueError: xs is empty.
+        ValueError: if xs is empty.
     """
     if not xs:
         raise ValueError("nothing to interpolate")
@@ -89,12 +96,12 @@ def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
 
 
 def save_cost(path: Path, cost: StepCost, key: dict[str, str]) -> None:
-    """Writes a measurement and what it belongs to."""
+    """Writes a measurement with its key."""
     write_text(path, json.dumps({"key": key, "cost": asdict(cost)}, indent=2) + "\n")
 
 
 def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
-    """Reads a measurement; None if there is none, it belongs to something else, or (said once) is damaged."""
+    """Reads a measurement; None if there is none, its key differs, or it is damaged (which is logged)."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -115,25 +122,8 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
         return None
 
 
-ROW_EDGES = (2, 4, 6, 9, 13, 19)  # bins of rows: 1, 2-3, 4-5, ...
-
-
-PRIOR_STRENGTH = 3.0  # observations that a cell's parent is worth
-
-
-MEMORY_OBSERVATIONS = 40.0  # half the weight of what a cell saw this many observations ago is gone
-
-
-LARGEST_SURPRISE = math.log(
-    2.0
-)  # a step further off than this counts as this far: someone else had the machine
-
-
-Cell = tuple[str | int, ...]
-
-
 class CostCorrection:
-    """Learns the factor between measured and predicted seconds of a step. Starts at 1 for every layout.
+    """Learns the ratio of actual to predicted seconds of a step, starting at 1 for every layout.
 
     Args:
         lead: rows at the start of every slot group that draft nothing.
@@ -145,13 +135,13 @@ class CostCorrection:
         self._kept = 0.5 ** (1.0 / MEMORY_OBSERVATIONS)
 
     def observe(self, layout: Layout, predicted: float, seconds: float) -> None:
-        """A step in `layout` took `seconds`; the curve alone says `predicted`.
+        """Learns that a step in `layout` took `seconds` where the cost curve predicts `predicted`.
 
         Raises:
-            ValueError: a time that is not positive.
+            ValueError: if a time is not positive.
         """
         if not (predicted > 0 and seconds > 0):
-            raise ValueError(f"a step takes time: {seconds} s, predicted {predicted} s")
+            raise ValueError(f"step times must be positive: {seconds} s, predicted {predicted} s")
         ratio = math.log(seconds / predicted)
         path = self._path(layout)
         expected = self._log_factor(path)
@@ -161,7 +151,7 @@ class CostCorrection:
             self._cells[path[:depth]] = (weight * self._kept + 1.0, total * self._kept + ratio)
 
     def factor(self, layout: Layout) -> float:
-        """What to multiply the curve's seconds of `layout` with."""
+        """The factor by which to multiply the seconds that the curve gives for `layout`."""
         return math.exp(self._log_factor(self._path(layout)))
 
     def _log_factor(self, path: Cell) -> float:
@@ -172,7 +162,7 @@ class CostCorrection:
         return estimate
 
     def _path(self, layout: Layout) -> Cell:
-        """From the kind of step to its number of rows."""
+        """The cell of a layout: its kind of step, then its bin of rows."""
         if layout == Layout.plain():
             return ("plain",)
         kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"

@@ -1,7 +1,7 @@
-"""What `mtp-mlx tune` found to be fastest, kept in the user's cache where layout "auto" reads it.
+"""The fastest choice found by `mtp-mlx tune`, stored in the user's cache, where layout "auto" reads it.
 
-Keyed like measured step costs (`calibrate.cost_key`: device, mlx version, threads, model, dtype, adapter shape,
-kernels) and by the adapter's weights, since acceptance is theirs. A record of anything else is not found.
+The key is that of measured step costs (`calibrate.cost_key`: device, mlx version, threads, model, dtype, drafter,
+kernels) and a digest of the drafter's weights, on which acceptance depends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mtp_mlx.files import cache_dir, clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import cost_key
 
-_SAMPLE = 64  # values of each tensor that tell one training's weights from another's
+_SAMPLE = 64  # values of each tensor that go into the digest
 _LAYOUTS = ("auto", "linear", "quadratic", "plain")
 
 log = logging.getLogger("mtp_mlx")
@@ -31,12 +31,12 @@ log = logging.getLogger("mtp_mlx")
 
 @dataclass(frozen=True)
 class TunedChoice:
-    """The fastest way that was measured.
+    """The fastest choice that was measured.
 
     Attributes:
-        name: of the lane, for people.
+        name: name of the measured lane.
         layout, drafts, drafter: as the arguments of the same names; layout "auto" is the planner.
-        tokens_per_second, plain_tokens_per_second: measured, of this lane and of plain decoding.
+        tokens_per_second, plain_tokens_per_second: measured speed of this choice and of plain decoding.
     """
 
     name: str
@@ -48,34 +48,39 @@ class TunedChoice:
 
     @property
     def description(self) -> str:
-        """What statistics say about it."""
+        """The sentence that statistics show."""
         if self.layout == "plain":
             return "tuned: nothing beat plain decoding"
         return f"tuned: {self.name}, {self.tokens_per_second / self.plain_tokens_per_second:.2f}x plain"
 
 
 def tuned_key(model: AttachedModel) -> dict[str, str]:
-    """Everything that a record depends on."""
+    """The key of a stored choice: everything that it depends on."""
     return {**cost_key(model), "weights": weights_digest(model)}
 
 
 def weights_digest(model: AttachedModel) -> str:
-    """16 hex digits that name what a model drafts with; no two trainings end in the same. "none" without weights."""
+    """16 hex digits that identify the drafter's weights, which differ between trainings; "none" without weights."""
     weights = {} if model.speculator is None else model.speculator.parameters()
     tensors = sorted(cast("list[tuple[str, mx.array]]", tree_flatten(weights)))
     if not tensors:
         return "none"
     shapes = json.dumps([(name, tensor.shape) for name, tensor in tensors])
     samples = [tensor.reshape(-1)[:_SAMPLE].astype(mx.float32) for _, tensor in tensors]
-    values = np.array(mx.concatenate(samples))  # one evaluation, since every generation asks
+    values = np.array(mx.concatenate(samples))  # one evaluation, since every generation needs it
     return hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
 
 
 def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path:
-    """Keeps the choice for this model, adapter and machine; `measured` is kept beside it, for people.
+    """Stores the choice for this model, drafter and machine; returns the file.
+
+    Args:
+        model: the model with its drafter.
+        choice: the choice to store.
+        measured: all measurements, stored for people to read.
 
     Raises:
-        MTPError: the record cannot be written.
+        MTPError: if the file cannot be written.
     """
     key = tuned_key(model)
     path = _path(key)
@@ -86,7 +91,7 @@ def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]
 
 
 def recall(model: AttachedModel) -> TunedChoice | None:
-    """The choice for this model, adapter and machine; None if there is none, or (said once a call) it is damaged."""
+    """The choice for this model, drafter and machine; None if there is none or it is damaged (which is logged)."""
     key = tuned_key(model)
     path = _path(key)
     try:
@@ -107,15 +112,15 @@ def recall(model: AttachedModel) -> TunedChoice | None:
 
 
 def _renamed(choice: dict[str, Any]) -> dict[str, Any]:
-    """A stored choice; records of before call `drafts` slots."""
+    """A stored choice with today's names; older files call `drafts` slots."""
     return {("drafts" if name == "slots" else name): value for name, value in choice.items()}
 
 
 def forget(model: AttachedModel) -> bool:
-    """Removes the record of this model, adapter and machine; False if there was none.
+    """Removes the choice for this model, drafter and machine; False if there was none.
 
     Raises:
-        MTPError: it cannot be removed.
+        MTPError: if the file cannot be removed.
     """
     path = _path(tuned_key(model))
     if not path.exists():

@@ -162,7 +162,7 @@ def test_first_mistakes(folder: Path) -> None:
     for args, message in (
         (["-m", "nowhere"], "no model 'nowhere'"),
         (["--layout", "linear", "-a", "none"], "needs an adapter"),
-        (["--emit", "conf-adapt", "--temp", "1"], "would do nothing"),
+        (["--emit", "conf-adapt", "--temp", "1"], "would have no effect"),
         (["--slots", "9"], "drafts per step must be 1 to 4"),
     ):
         result = chat(folder, ["a"], *args)

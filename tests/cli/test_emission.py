@@ -84,9 +84,9 @@ def test_generate_samples_first_tokens(folder: Path) -> None:
     [
         (("--emit", "static", "--temp", "0.7"), "add --first-token-sampling"),
         (("--emit", "static", "--tau", "0.7"), "has no tau"),
-        (("--tau", "0"), "more than 0 and at most 1"),
+        (("--tau", "0"), "above 0 and at most 1"),
         (("--emit", "conf-adapt", "--lookup"), "must be verified"),
-        (("--emit", "conf-adapt", "--layout", "plain"), "does not go with layout 'plain'"),
+        (("--emit", "conf-adapt", "--layout", "plain"), "cannot be combined with layout 'plain'"),
         (("--emit", "conf-adapt", "--adapter", "none"), "needs an adapter with mask tokens"),
     ],
 )

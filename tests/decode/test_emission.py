@@ -49,11 +49,11 @@ def test_defaults_and_labels() -> None:
     ("arguments", "message"),
     [
         (("lossy",), "unknown emission 'lossy': choose one of verified, conf-adapt, static"),
-        (("conf-adapt", 0.0), "more than 0 and at most 1; got 0.0"),
-        (("conf-adapt", 1.5), "more than 0 and at most 1; got 1.5"),
-        (("conf-adapt", math.nan), "more than 0"),
+        (("conf-adapt", 0.0), "above 0 and at most 1; got 0.0"),
+        (("conf-adapt", 1.5), "above 0 and at most 1; got 1.5"),
+        (("conf-adapt", math.nan), "above 0"),
         (("static", 0.9), "has no tau"),
-        (("verified", 0.9, True), "first-token sampling is for unverified"),
+        (("verified", 0.9, True), "`first_token_sampling` is for unverified"),
     ],
 )
 def test_bad_settings(arguments: tuple, message: str) -> None:

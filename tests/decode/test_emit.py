@@ -277,12 +277,12 @@ def test_every_response_says_lossless_false() -> None:
     ("emit", "options", "message"),
     [
         (Emission("static"), {"lookup": True}, "must be verified"),
-        (Emission("static"), {"layout": "plain"}, "does not go with layout 'plain'"),
-        (Emission("conf-adapt"), {"layout": "quadratic"}, "does not go with layout 'quadratic'"),
-        (Emission("verified", 0.5), {"layout": "plain"}, "does not go with layout 'plain'"),
+        (Emission("static"), {"layout": "plain"}, "cannot be combined with layout 'plain'"),
+        (Emission("conf-adapt"), {"layout": "quadratic"}, "cannot be combined with layout 'quadratic'"),
+        (Emission("verified", 0.5), {"layout": "plain"}, "cannot be combined with layout 'plain'"),
         (Emission("conf-adapt"), {"slots": 9}, "drafts per step must be 1 to 4"),
-        (Emission("conf-adapt"), {"sampling": SamplingConfig(temperature=0.7)}, "--first-token-sampling"),
-        (Emission("conf-adapt", 0.9, True), {}, "needs a temperature"),
+        (Emission("conf-adapt"), {"sampling": SamplingConfig(temperature=0.7)}, "`first_token_sampling`"),
+        (Emission("conf-adapt", 0.9, True), {}, "needs a `temperature`"),
     ],
 )
 def test_what_does_not_go_together_is_refused(emit: Emission, options: dict[str, Any], message: str) -> None:

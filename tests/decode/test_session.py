@@ -132,7 +132,7 @@ def test_caches_that_cannot_give_rows_back_are_refused() -> None:
     model = attached("llama")
     batch = ArraysCache(2, left_padding=[0])
     for caches, message in [
-        ([ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot give"),
+        ([ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot be rolled back"),
         ([KVCache(), RotatingKVCache(8, keep=4)], "layer 1: its RotatingKVCache keeps the first 4 tokens"),
         ([batch, KVCache()], "ArraysCache belongs to a padded batch"),
     ]:
@@ -144,7 +144,7 @@ def test_caches_that_cannot_give_rows_back_are_refused() -> None:
 
 def test_a_sliding_window_is_not_quantised() -> None:
     caches = [RotatingKVCache(8), RotatingKVCache(8)]
-    with pytest.raises(MTPError, match="sliding window cannot have a quantised cache"):
+    with pytest.raises(MTPError, match="sliding-window layers, whose cache cannot be quantised"):
         Session(attached("llama"), Picker(), [1], caches, CacheSettings(kv_bits=8))
     assert {type(cache) for cache in caches} == {RotatingKVCache}
 

@@ -134,7 +134,7 @@ def test_a_chunk_of_a_prompt_can_only_leave_whole() -> None:
     caches = started(attached)
     with pytest.raises(ValueError, match="2 of 5 rows cannot be kept"):
         caches.keep(2)
-    with pytest.raises(ValueError, match="cannot give 1 rows back from before"):
+    with pytest.raises(ValueError, match="cannot be rolled back by 1 rows before"):
         caches.keep(-1)
     caches.keep(0)
     assert caches.length == 0 and all(state.empty() for state in caches._states)
@@ -172,7 +172,7 @@ def test_mask_tokens_are_refused() -> None:
     model = tiny_model("qwen3_next", seed=3)
     adapter: Any = new_adapter(model, MaskAdapterConfig(slots=2, rank=2))
     with pytest.raises(
-        MTPError, match="'qwen3_next' keeps recurrent state, which the rows of mask tokens would"
+        MTPError, match="'qwen3_next' has recurrent state, which slot rows would"
     ):
         attach(model, adapter)
 

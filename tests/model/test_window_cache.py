@@ -134,7 +134,7 @@ def test_rows_before_the_newest_pass_stay() -> None:
         cache = WindowCache(RotatingKVCache(WINDOW))
         for _ in range(20):
             feed(cache, 1)
-    with pytest.raises(ValueError, match="a window of 5 cannot give 15 rows back"):
+    with pytest.raises(ValueError, match="a window of 5 cannot remove 15 rows"):
         cache.trim(15)
     assert cache.offset == 20
 

@@ -71,7 +71,7 @@ def test_a_chain_is_no_longer_than_pays() -> None:
 def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
     planner = ChainBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2, "heads")
     assert planner.choose([heads_proposal(2)])[1] == Layout.plain()
-    assert planner.verdict == "drafting by heads does not pay here, plain unless sure"
+    assert planner.verdict == "drafting by heads does not pay off here; plain unless drafts are near certain"
     for _ in range(FIRST_PROBE):
         assert not planner.interrupts_plain()
         observe(planner, heads_proposal(0), Layout.plain(), 0)

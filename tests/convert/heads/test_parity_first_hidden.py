@@ -69,7 +69,7 @@ def test_a_trunk_without_such_a_norm_is_refused() -> None:
             self.layers = [nn.Linear(2, 2)]
 
     assert tapped_module(Bare(), "post-norm") is None
-    with pytest.raises(MTPError, match="the state 'pre-norm', but the trunk's last norm is not found"):
+    with pytest.raises(MTPError, match="hidden states 'pre-norm', but the trunk's final norm is not found"):
         tapped_module(Bare(), "pre-norm")
     with pytest.raises(MTPError, match="before-last-layer"):
         tapped_module(Bare(), "before-last-layer")
