@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_model
 
 from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.adapters.ptp_plan import KNOTS, LINEAR, LORA, is_ptp_checkpoint
@@ -42,9 +41,10 @@ _UNBUILT = re.compile(r".*\.(u_scale_embed|time_embed|adaLN_modulation)\..*")
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
 
 
-def convert_ptp(
+def write_ptp(
     checkpoint: Checkpoint,
-    base: str | Path,
+    base: nn.Module,
+    base_name: str,
     out: str | Path,
     *,
     force: bool = False,
@@ -57,23 +57,23 @@ def convert_ptp(
 
     Args:
         checkpoint: a student of the released code.
-        base: mlx-lm folder of the model it was trained for.
-        alpha: of the LoRA; what the file says, else PEFT's default.
-        embedding: of uniforms; what the file says, else told by the tensors' shapes.
-        teacher: sampling of the training text; the released configurations' if not given.
+        base: the bare model that the student was trained on.
+        base_name: what the folder calls that model.
+        force: replace `out` if it is an adapter folder already.
+        alpha: of the LoRA (default: what the file says, else PEFT's).
+        embedding: of the uniforms (default: what the file says, else what the tensors' shapes say).
+        teacher: how the training text was sampled (default: as in the released configurations).
         slots: most drafts behind one position.
 
     Raises:
-        MTPError: `out` exists, no such checkpoint, parts that nothing runs, or tensors that do not fit the base.
+        MTPError: `out` exists, not such a checkpoint, parts that cannot be run, or tensors that do not fit the base.
     """
-    out, base = Path(out), Path(base)
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
+    check_out(Path(out), force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     if not is_ptp_checkpoint(checkpoint):
         raise ConversionError(
             f"{checkpoint.path}: no student of Parallel Token Prediction: low-rank factors and an embedding of "
             "uniforms are needed"
         )
-    model = _load_base(base)
     notes: list[str] = []
     low_rank = _low_rank(checkpoint)
     kind, embedded = _embedding(checkpoint, embedding, notes)
@@ -89,7 +89,7 @@ def convert_ptp(
     )
     if teacher is None:
         notes.append("the teacher's sampling is that of the released configurations")
-    adapter = new_ptp_adapter(model, config)
+    adapter = new_ptp_adapter(base, config)
     _fill(adapter, checkpoint.path, low_rank, embedded)
     stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     source_facts = {
@@ -98,21 +98,9 @@ def convert_ptp(
         "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
-    header = ptp_header(config, base.name, base_fingerprint(model), source=source_facts)
-    save(out, adapter, header, _DTYPES.get(stored, mx.float32))
-    return out
-
-
-def _load_base(folder: Path) -> nn.Module:
-    """The model of an mlx-lm folder.
-
-    Raises:
-        MTPError: it cannot be loaded.
-    """
-    try:
-        return load_model(folder)[0]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise MTPError(f"the base model {folder} could not be loaded: {error}") from error
+    header = ptp_header(config, base_name, base_fingerprint(base), source=source_facts)
+    save(Path(out), adapter, header, _DTYPES.get(stored, mx.float32))
+    return Path(out)
 
 
 def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -206,6 +206,7 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
 def _verify(folder: Path) -> list[str]:
     """Lines about the heads beside a converted model, measured with it."""
     from mtp_mlx.adapter_folder import sidecar
+    from mtp_mlx.models import load_base
 
     heads = sidecar(folder)
     if heads is None:
@@ -213,7 +214,7 @@ def _verify(folder: Path) -> list[str]:
             f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that "
             "has MTP heads first, and give the folder it was converted to"
         )
-    return _measured(*_base(str(folder)), heads)
+    return _measured(*load_base(folder), heads)
 
 
 def _measured(model: Any, tokenizer: Any, heads: Path) -> list[str]:
@@ -221,19 +222,6 @@ def _measured(model: Any, tokenizer: Any, heads: Path) -> list[str]:
 
     with Console(stderr=True).status(f"verifying {heads}"):
         return verify_folder(model, tokenizer, heads).lines()
-
-
-def _base(name: str) -> tuple[Any, Any]:
-    """A bare model and its tokenizer."""
-    import mlx_lm
-
-    from mtp_mlx.models import resolve_model
-
-    path = resolve_model(name)
-    try:
-        return mlx_lm.load(str(path))[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise MTPError(f"the model {name} could not be loaded: {' '.join(str(error).split())}") from error
 
 
 # --- heads and adapters alone -------------------------------------------------------------------------------
@@ -276,11 +264,12 @@ def _write_heads(
     from mtp_mlx.convert.heads_only import convert_heads
     from mtp_mlx.convert.whole import open_base
     from mtp_mlx.model.fingerprint import fingerprint_of
+    from mtp_mlx.models import load_base
 
     with ExitStack() as stack:
         model, tokenizer, base = None, None, None
         if how.base:
-            model, tokenizer = _base(how.base)
+            model, tokenizer = load_base(how.base)
             base = Base(Path(how.base).name, *fingerprint_of(model))
         elif how.verify:
             model, tokenizer = stack.enter_context(open_base(checkpoint, found))
@@ -314,6 +303,7 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.adapters.peft import write_peft
+    from mtp_mlx.models import load_base
 
     how.check_no_heads(f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads")
     named = checkpoint.config.get("base_model_name_or_path")
@@ -323,12 +313,12 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
             f"{checkpoint.path}: a PEFT adapter becomes an adapter of a base model: name that model's folder "
             "with --base"
         )
-    return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
+    return write_peft(checkpoint, load_base(name)[0], Path(name).name, out, force=how.force)
 
 
 def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
-    from mtp_mlx.convert.adapters.ptp import convert_ptp
-    from mtp_mlx.models import resolve_model
+    from mtp_mlx.convert.adapters.ptp import write_ptp
+    from mtp_mlx.models import load_base
 
     if how.base is None:
         raise MTPError(
@@ -336,4 +326,4 @@ def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path
             "that model's folder with --base"
         )
     how.check_no_heads(f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads")
-    return convert_ptp(checkpoint, resolve_model(how.base), out, force=how.force)
+    return write_ptp(checkpoint, load_base(how.base)[0], Path(how.base).name, out, force=how.force)
