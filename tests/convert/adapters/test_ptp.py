@@ -158,7 +158,7 @@ def test_slots_compute_what_numpy_computes(tmp_path: Path, name: str) -> None:
 REFUSED = {
     "one factor": (lambda s: s.pop(next(k for k in s if "lora_B" in k)), "only one of its two"),
     "time embedding": (lambda s: s.update({"model.time_embed.0.weight": numbers(2, 2)}), "time_embed cannot be run"),
-    "no uniforms": (lambda s: [s.pop(k) for k in list(s) if "u_embed" in k], "no student of Parallel Token"),
+    "no uniforms": (lambda s: [s.pop(k) for k in list(s) if "u_embed" in k], "not a student of Parallel Token"),
     "another base": (
         lambda s: s.update({next(k for k in s if "q_proj.lora_A" in k): numbers(RANK, 50)}), "48, 3\\) expected"
     ),
@@ -183,7 +183,7 @@ def test_what_cannot_be_run_is_refused_and_nothing_is_written(tmp_path: Path, na
 def test_an_embedding_that_is_not_built_and_an_existing_folder_are_refused(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     source = lightning(tmp_path, new_linear(), adapter_name="quarter_cos")
-    with pytest.raises(MTPError, match="'quarter_cos' are not built"):
+    with pytest.raises(MTPError, match="'quarter_cos' are not supported"):
         converted(source, base, tmp_path / "out")
     with pytest.raises(MTPError, match="exists already"):
         converted(source, base, base)
@@ -221,8 +221,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     )
     assert text.exit_code == 0 and json.loads(text.stdout)["lossless"] is True
     for arguments, message in (
-        ((), "give --heads-only, and that model's folder with --base"),
-        (("--heads-only",), "name that model's folder with --base"),
+        ((), "give --heads-only, and the model's folder with --base"),
+        (("--heads-only",), "give the model's folder with --base"),
         (("--heads-only", "--base", base, "--verify"), "no MTP heads: leave --verify"),
         (("--heads-only", "--base", base, "--heads-as", "speculators"), "no MTP heads"),
         (("--heads-only", "--base", tmp_path / "nowhere"), "nowhere"),
