@@ -1,1 +1,1 @@
-"""Checkpoints of other formats -> mlx-lm model folders. Imported as `mtp_mlx.convert`."""
+"""Converts checkpoints of other formats to mlx-lm model and adapter folders. Imported as `mtp_mlx.convert`."""

@@ -18,9 +18,9 @@ def checkpoint_lines(
 
     Args:
         heads, trunk: whether they would be converted.
-        overrides: how the heads are stored and run, as for `plan_heads`.
+        overrides: conventions to use instead of the family's.
 
-    Raises ConversionError: what the conversion would raise, as far as it can be seen without weights and base.
+    Raises ConversionError: what the conversion would raise, as far as can be told without weights and base.
     """
     if ptp_plan.is_ptp_checkpoint(checkpoint):
         return [source_line(checkpoint), ptp_plan.student_line(checkpoint)]

@@ -1,4 +1,4 @@
-"""The MTP heads of a checkpoint alone -> an adapter folder of their own (`mtp-mlx convert --heads-only`)."""
+"""Converts only the MTP heads of a checkpoint, to an adapter folder (`mtp-mlx convert --heads-only`)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def convert_heads(
 
     Args:
         found: its heads, as `find_heads` found them.
-        overrides: what to take instead of their family's way.
+        overrides: conventions to use instead of the family's.
         base: the model that the heads are for; None for the trunk beside them.
         force: replace `out` if it is an adapter folder already.
         progress: called with the name of each tensor before it is written.
 
-    Raises MTPError: no heads, or heads that do not fit (every problem is named); `out` exists, or is no adapter
-        folder; a PEFT adapter, which has no heads; or a disk that is full.
+    Raises MTPError: no heads, or tensors that do not fit (one message lists them all); a PEFT adapter, which has no
+        heads; `out` exists; a full disk.
     """
     out = Path(out)
     plan = plan_heads(checkpoint, found, overrides)
     if plan.convention.kind == "lora":
         raise ConversionError(
-            f"{checkpoint.path}: a PEFT adapter has low-rank factors but no slot embeddings and no sampler head, so "
-            "it cannot draft by itself; train an adapter with 'mtp-mlx train'"
+            f"{checkpoint.path}: this is a PEFT adapter, which has no MTP heads; convert it with "
+            "`adapters.peft.write_peft`"
         )
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     base = base or Base(trunk_name(checkpoint), *trunk_fingerprint(checkpoint, found))

@@ -1,10 +1,9 @@
 """The trunk of a checkpoint, loaded by mlx-lm's own code: its `load_model`, its model class, its `sanitize`.
 
-mlx-lm reads folders of safetensors. Of whatever the checkpoint is, such a folder is made first: links to the files
-where they are safetensors, otherwise (PyTorch files, Meta's names) the tensors written anew. Before `sanitize` sees
-them, fp8 weights are multiplied by their block scales, which few of mlx-lm's model files do, and the heads' tensors
-are taken out: some families' are dropped by mlx-lm, others' are kept and then refused. Weights stay on disk until
-they are saved.
+mlx-lm reads folders of safetensors, so such a folder is made first: with links if the checkpoint is safetensors,
+with a copy of the tensors otherwise (PyTorch files, Meta's names). Before mlx-lm's `sanitize` sees the weights, fp8
+weights are multiplied by their block scales, which few of mlx-lm's models do, and the heads' tensors are removed,
+because mlx-lm drops those of some families and refuses those of others. Weights stay on disk until they are saved.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from mtp_mlx.convert.read.safetensors import SCALE
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.model.fingerprint import fingerprint_of
 
-# What mlx-lm raises for a folder it cannot load: its model files check little and fail where they fail.
+# What mlx-lm may raise for a folder that it cannot load: its models check little.
 LOAD_ERRORS = (
     ImportError,
     OSError,
@@ -44,7 +43,7 @@ LOAD_ERRORS = (
     ArithmeticError,
 )
 _GENERATION = "generation_config.json"
-# Names that only heads have. Where no family is recognised, tensors of such names must not vanish unsaid.
+# Names that only heads have: if no family is recognised, such tensors must not be dropped silently.
 _LOOKS_LIKE_HEADS = re.compile(
     r"(^|\.)(mtp(_\w+)?|nextn\w*|eh_proj|enorm|hnorm|extra_heads|medusa\w*|hydra\w*)\."
 )
@@ -56,9 +55,9 @@ class Trunk:
     """A trunk as mlx-lm loads it.
 
     Attributes:
-        model: its weights are lazy, and gone once the folder they are read from is.
+        model: with lazy weights, which can be read only while `open_trunk` is open.
         config: as mlx-lm will save it.
-        left_out: stored names that mlx-lm's model has no use for, apart from the heads'.
+        left_out: names of stored tensors that mlx-lm's model does not use, other than the heads'.
     """
 
     model: nn.Module
@@ -71,17 +70,17 @@ def open_trunk(checkpoint: Checkpoint, found: Found | None, near: Path | None = 
     """The trunk of `checkpoint`, usable inside the block.
 
     Args:
-        found: the heads, whose tensors are not the trunk's; None where there are none.
-        near: a path on the disk that what has to be written anew is written to for a while.
+        found: the heads, whose tensors are not the trunk's; None if there are none.
+        near: a path on the disk to use for temporary files; None for the system's temporary folder.
 
     Raises:
-        ConversionError: no config.json, a model type that mlx-lm lacks, or tensors that are missing, unexpected,
-            misshapen or of a wrong type; every problem is in the one message.
+        ConversionError: no config.json, a model type that mlx-lm does not know, or tensors that are missing,
+            unexpected, or of a wrong shape or type (one message lists them all).
     """
     if not checkpoint.config:
         raise ConversionError(
-            f"{checkpoint.path}: there is no config.json beside the weights, without which the model is not known; "
-            "put the model's own config.json there"
+            f"{checkpoint.path}: there is no config.json beside the weights, so the model is unknown; put the "
+            "model's own config.json there"
         )
     if near is not None:
         near = next(folder for folder in near.absolute().parents if folder.is_dir())
@@ -96,7 +95,7 @@ def open_trunk(checkpoint: Checkpoint, found: Found | None, near: Path | None = 
 
 
 def _stage(checkpoint: Checkpoint, found: Found | None, folder: Path) -> dict[str, Any]:
-    """Puts the weights into `folder` under names that mlx-lm looks for; returns the configuration."""
+    """Puts the weights into `folder` under the names that mlx-lm expects; returns the configuration."""
     home = checkpoint.folder
     if (home / _GENERATION).is_file():
         shutil.copy(home / _GENERATION, folder)
@@ -119,7 +118,7 @@ def _stage(checkpoint: Checkpoint, found: Found | None, folder: Path) -> dict[st
 
 
 def _without_fp8(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the weights after dequantising."""
+    """The configuration once fp8 weights are dequantised."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_fp8(config["text_config"])
@@ -135,11 +134,11 @@ _META_OUTSIDE = {
 
 
 def _meta_trunk(checkpoint: Checkpoint) -> tuple[list[Target], dict[str, Any]]:
-    """The tensors of a llama trunk made of Meta's, and its config.json.
+    """How Meta's tensors become those of mlx-lm's llama, and that model's config.json.
 
-    Raises ConversionError: tensors are missing.
+    Raises ConversionError: tensors that are missing or of a wrong shape.
     """
-    # A layer of the trunk is stored as an extra head is: the same names under another prefix.
+    # A layer of the trunk has the names of an extra head, under another prefix.
     layers = {
         name.replace("layers.", "extra_heads.", 1): tensor
         for name, tensor in checkpoint.tensors.items()
@@ -196,12 +195,12 @@ def _load(checkpoint: Checkpoint, folder: Path, owned: Collection[str]) -> Trunk
         raise
     except LOAD_ERRORS as error:
         if isinstance(error, KeyError) and "model_type" not in checkpoint.text_config:
-            reason = f"{checkpoint.config_name} does not say a model_type"
+            reason = f"{checkpoint.config_name} has no model_type"
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ConversionError(
-            f"{checkpoint.path}: mlx-lm cannot load the trunk ({reason}); is the checkpoint complete, and of a model "
-            "that mlx-lm knows?"
+            f"{checkpoint.path}: mlx-lm cannot load the trunk ({reason}); is the checkpoint complete, and does "
+            "mlx-lm know its model?"
         ) from error
     model.__class__ = type(model).__mro__[1]  # mlx-lm's class, without the checks
     return Trunk(model, config, left_out)
@@ -210,7 +209,7 @@ def _load(checkpoint: Checkpoint, folder: Path, owned: Collection[str]) -> Trunk
 def _checked(
     model_class: type[nn.Module], checkpoint: Checkpoint, owned: Collection[str], left_out: list[str]
 ) -> type[nn.Module]:
-    """mlx-lm's class, whose `sanitize` gets no heads, writes down what it drops, and is checked afterwards."""
+    """A subclass of mlx-lm's class: `sanitize` gets no heads, and what it returns and drops is checked."""
 
     class Checked(model_class):  # type: ignore[valid-type, misc]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -227,9 +226,9 @@ def _checked(
 
 
 def dequantised(weights: Mapping[str, mx.array], block: tuple[int, int]) -> dict[str, mx.array]:
-    """`weights` with each fp8 weight times its scales, in bfloat16 and lazily; the scales are gone.
+    """`weights` without scales: each fp8 weight is multiplied by its own, lazily, to bfloat16.
 
-    The same as `safetensors_folder.dequantised`, which has checked that types and shapes fit, on mlx's arrays.
+    `read.safetensors.dequantised` does the same with numpy, and has checked types and shapes.
     """
     out = dict(weights)
     for name in weights:
@@ -245,7 +244,7 @@ def dequantised(weights: Mapping[str, mx.array], block: tuple[int, int]) -> dict
 
 @dataclass
 class _Lost:
-    """Stored names that `sanitize` drops, and (one, other) that it gives the same name, so that one is lost."""
+    """Stored names that `sanitize` drops, and pairs that it gives the same name, so that one of them is lost."""
 
     dropped: list[str] = field(default_factory=list)
     doubles: list[tuple[str, str]] = field(default_factory=list)
@@ -256,11 +255,11 @@ def _lost(
     given: Mapping[str, mx.array],
     kept: Mapping[str, mx.array],
 ) -> _Lost:
-    """What does not come out of `sanitize`, as against what it renames, stacks or splits.
+    """What `sanitize` loses, rather than renames, stacks or splits.
 
-    Renaming, stacking and splitting keep the number of values, so where that is the same nothing was lost. Otherwise
-    each vanished name is given to it alone: what then comes to nothing was dropped, and what it misses the others
-    for is part of a stack.
+    Renaming, stacking and splitting keep the number of values, so if that is unchanged nothing was lost. Otherwise
+    each vanished tensor is passed to `sanitize` alone: if nothing comes out it was dropped, and if it fails because
+    the others are missing it is part of a stack.
     """
     lost = _Lost()
     if sum(value.size for value in given.values()) == sum(value.size for value in kept.values()):
@@ -279,7 +278,7 @@ def _lost(
 
 
 def _check(checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.array], lost: _Lost) -> None:
-    """Raises one ConversionError with every tensor that is no part of the model, or not as the model needs it."""
+    """Raises one ConversionError that lists every missing, unexpected, lost, misshapen or wrongly typed tensor."""
     wanted = dict(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
     problems = [
         f"{name} looks like an MTP head's, but no known kind of head has it"

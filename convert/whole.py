@@ -1,7 +1,7 @@
-"""A whole checkpoint -> an mlx-lm model folder, with its MTP heads beside the trunk in the adapter folder `OUT/mtp`.
+"""Converts a whole checkpoint to an mlx-lm model folder, with its MTP heads in the adapter folder `OUT/mtp`.
 
-The trunk is loaded, cast, quantised and saved by mlx-lm's own functions, as `mlx_lm.convert` calls them; the heads
-are written as `convert --heads-only` writes them. OUT is there whole, or not at all.
+mlx-lm's own functions load, cast, quantise and save the trunk, as in `mlx_lm.convert`; the heads are written as
+`heads_only` writes them. OUT appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class WholeSettings:
     """How a whole checkpoint is converted.
 
     Attributes:
-        dtype: of weights that are not quantised: a key of DTYPES, or None for what the configuration says and else
-            what is stored.
+        dtype: of weights that are not quantised: a key of DTYPES; None for that of config.json, or as stored.
         quantize: bits of the trunk's weights, None for none; heads are not quantised.
         group_size: weights that share a scale, as in mlx-lm.
         overrides: how the heads are stored and run, as for `plan_heads`.
@@ -62,13 +61,14 @@ DEFAULT = WholeSettings()
 
 @dataclass
 class Converted:
-    """What became of a checkpoint.
+    """A converted checkpoint.
 
     Attributes:
-        heads: the heads' plan, or None where there are none.
+        folder: the model folder.
+        heads: the heads' plan, or None if there are none.
         notes: what was decided about the heads, and why.
-        left_out: the trunk's stored names that mlx-lm's model has no use for.
-        mask: the mask token beside the trunk, or None where there is none.
+        left_out: names of stored tensors of the trunk that mlx-lm's model does not use.
+        mask: the mask token beside the trunk, or None if there is none.
     """
 
     folder: Path
@@ -91,8 +91,8 @@ def convert_whole(
         found: its heads, as `heads_beside_trunk` found them.
         progress: called with each stage in a few words.
 
-    Raises MTPError: `out` exists; a checkpoint without a trunk, tokenizer or configuration, or whose tensors do not
-    fit (all are named); a full disk.
+    Raises MTPError: `out` exists; a checkpoint without a trunk, tokenizer or configuration, or with tensors that do
+    not fit (one message lists them all); a full disk.
     """
     tell, out = progress or (lambda _: None), Path(out)
     check_out(out, force=settings.force, mark="config.json", kind="a model folder", source=checkpoint.path)
@@ -142,7 +142,7 @@ def open_base(checkpoint: Checkpoint, found: Found | None) -> Iterator[tuple[nn.
 
 
 def _plan(checkpoint: Checkpoint, found: Found | None, overrides: Overrides) -> tuple[HeadPlan | None, str]:
-    """The heads' plan, if there are any; and what is wrong with them, to be told with the trunk's problems."""
+    """The heads' plan, if there are any; and what is wrong with them, to be reported together with the trunk."""
     if found is None:
         return None, ""
     try:
@@ -156,14 +156,14 @@ def _check_trunk(checkpoint: Checkpoint, found: Found | None) -> None:
         return
     what = "a LoRA adapter" if found.convention.kind == "lora" else "MTP heads"
     raise ConversionError(
-        f"{checkpoint.path}: holds {what} and no trunk; convert it with `heads_only`, and its base model apart "
-        "from it"
+        f"{checkpoint.path}: contains {what} but no trunk; convert it with `heads_only`, and its base model "
+        "separately"
     )
 
 
 def _tokenizer(checkpoint: Checkpoint, trunk: Trunk) -> Any:
     try:
-        # Said in so many words: without it transformers asks on the terminal whether to run the folder's code.
+        # If this is not given, transformers asks on the terminal whether to run the folder's code.
         extra = {"trust_remote_code": False}
         return load_tokenizer(checkpoint.folder, extra, eos_token_ids=trunk.config.get("eos_token_id"))
     except Exception as error:  # transformers' own errors have no common class
@@ -211,7 +211,7 @@ def _write_heads(
     settings: WholeSettings,
     tell: Callable[[str], None],
 ) -> None:
-    """The sidecar: the planned heads, or those that an earlier conversion put beside the trunk."""
+    """Writes the planned heads into `folder`, or copies those that an earlier conversion put beside the trunk."""
     before = sidecar(checkpoint.path) if settings.heads else None
     if before is None and plan is None:
         return
@@ -227,7 +227,7 @@ def _write_heads(
 
 
 def report_lines(result: Converted) -> list[str]:
-    """What the user should know of a conversion that ended well."""
+    """What to tell the user about a finished conversion."""
     lines = []
     if result.heads is not None:
         lines.append(f"heads: {result.heads.count} of {result.heads.title}, in {result.folder / SIDECAR}")
@@ -240,7 +240,5 @@ def report_lines(result: Converted) -> list[str]:
     if result.left_out:
         shown = ", ".join(result.left_out[:8])
         more = f" and {len(result.left_out) - 8} more" if len(result.left_out) > 8 else ""
-        lines.append(
-            f"mlx-lm's model has no use for {len(result.left_out)} tensor(s), left out: {shown}{more}"
-        )
+        lines.append(f"mlx-lm's model does not use {len(result.left_out)} tensor(s), left out: {shown}{more}")
     return lines

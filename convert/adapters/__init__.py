@@ -1,1 +1,1 @@
-"""Adapters of others: PEFT LoRA, Parallel Token Prediction, models with a mask token."""
+"""Converts adapters of other programs: PEFT LoRA, Parallel Token Prediction, models with a trained mask token."""

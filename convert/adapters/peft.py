@@ -1,8 +1,7 @@
-"""A PEFT LoRA folder -> a mask-token adapter folder, where it holds what such an adapter needs (see `peft_plan`).
+"""Converts a PEFT LoRA folder with slot embeddings to a mask-token adapter folder (see `peft_plan`).
 
-Beside the low-rank factors and the slot embeddings, a sampler head (`sampler.*`, see `drafters.masks.weights`) and
-`draft_ids` are taken where they are there. Without a sampler head an untrained one stands in, which leaves every
-slot its own prediction.
+A sampler head (`sampler.*`, see `drafters.masks.weights`) and `draft_ids` are converted too if the folder has them.
+Without a sampler head an untrained one is written, which leaves every slot's prediction as it is.
 """
 
 from __future__ import annotations
@@ -36,10 +35,15 @@ from mtp_mlx.model.seams import embedding_shape
 def write_peft(
     checkpoint: Checkpoint, base: nn.Module, base_name: str, out: str | Path, *, force: bool = False
 ) -> Path:
-    """Write the adapter folder `out` for the bare model `base`.
+    """Write the adapter folder `out`, whole or not at all, and return its path.
+
+    Args:
+        base: the bare model that the adapter is for.
+        base_name: what the folder calls that model.
+        force: replace `out` if it is an adapter folder already.
 
     Raises MTPError: `out` exists; a setting of PEFT that is not supported; no slot embeddings; or tensors that do
-    not fit the base (all are named).
+    not fit the base (one message lists them all).
     """
     out = Path(out)
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
@@ -57,7 +61,7 @@ def write_peft(
     shape = MaskAdapterConfig(
         slots=slots.shape[0],
         rank=rank,
-        # The update is scaled by alpha / rank; rank-stabilised LoRA scales it by alpha / sqrt(rank).
+        # Ours scales the update by alpha / rank, rank-stabilised LoRA by alpha / sqrt(rank).
         alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
         target_modules=tuple(sorted({name.rsplit(".", 2)[-2] for name in tensors})),
         sampler_width=sampler["sampler.first.weight"].shape[0] if "sampler.first.weight" in sampler else 1,
@@ -85,9 +89,9 @@ def write_peft(
 
 
 def _draft_ids(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: int) -> mx.array | None:
-    """[N] int32 ids that may be drafted, taken out of `others`; None where there are none.
+    """[N] int32 ids that may be drafted, taken out of `others`; None if it has none.
 
-    Raises ConversionError: they are no different ids of the base's vocabulary.
+    Raises ConversionError: they are not distinct ids of the base's vocabulary.
     """
     stored = others.pop("draft_ids", None)
     if stored is None:
@@ -95,29 +99,27 @@ def _draft_ids(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size
     ids = stored.load() if len(stored.shape) == 1 and stored.dtype[:1] in "IU" else np.zeros(0, np.int64)
     if not len(ids) or len(np.unique(ids)) < len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
         raise ConversionError(
-            f"{checkpoint.path}: draft_ids must be a list of different whole numbers, all below the {vocab_size} of "
-            "the base's vocabulary; leave them out, or write them again"
+            f"{checkpoint.path}: draft_ids must be distinct whole numbers below {vocab_size}, the size of the base's "
+            "vocabulary; leave them out, or write them again"
         )
     return mx.array(ids.astype(np.int32))
 
 
 def _check_others(checkpoint: Checkpoint, others: dict[str, LazyTensor]) -> None:
-    """Raises ConversionError for what is no array of floats, with every name."""
+    """Raises ConversionError if any tensor is not a float array (lists all)."""
     odd = [
         f"{name} is {tensor.dtype} {list(tensor.shape)}"
         for name, tensor in others.items()
         if tensor.dtype not in FLOATS or not tensor.shape
     ]
     if odd:
-        raise ConversionError(
-            f"{checkpoint.path}: {'; '.join(odd[:8])}, and arrays of a float type are expected"
-        )
+        raise ConversionError(f"{checkpoint.path}: {'; '.join(odd[:8])}, float arrays expected")
 
 
 def _slots(checkpoint: Checkpoint, others: dict[str, LazyTensor], vocab_size: int) -> mx.array:
     """[k, D] slot embeddings, taken out of `others`.
 
-    Raises ConversionError: there are none.
+    Raises ConversionError: it has none.
     """
     for name in slot_tables(others):
         table = others.pop(name)

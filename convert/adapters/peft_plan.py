@@ -1,11 +1,11 @@
-"""What a PEFT LoRA folder holds, told from its names and settings alone: checked, and planned in words. No mlx.
+"""Checks a PEFT LoRA folder by its names and settings, and says how it will be converted. Needs no mlx.
 
     adapter_model.safetensors    <layer>.lora_A.weight [r, in], <layer>.lora_B.weight [out, r]
     adapter_config.json          r, lora_alpha, use_rslora, ...
 
-A mask-token adapter needs embeddings of its slots too. They are looked for in `slot_embeddings.weight` [k, D], as
-PEFT writes a module named in modules_to_save, and in the rows that an `embed_tokens.weight` has beyond the base's
-vocabulary. All names may begin with base_model.model., as PEFT's do. `peft` writes the adapter folder.
+A mask-token adapter needs slot embeddings too: `slot_embeddings.weight` [k, D], as PEFT writes a module named in
+modules_to_save, or the rows of an `embed_tokens.weight` beyond the base's vocabulary. All names may begin with
+base_model.model., as PEFT's do. `peft` writes the adapter folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtp_mlx.errors import ConversionError
 SLOTS = "slot_embeddings.weight"
 _PREFIX = re.compile(r"^(base_model\.model\.)?")
 _EMBEDDING = re.compile(r"(model\.)?embed_tokens(\.modules_to_save\.default)?\.weight")
-# Settings of PEFT that change what the factors mean, and what they are if they change nothing.
+# Settings of PEFT that change what the factors mean, with the values that do not.
 _PLAIN: dict[str, object] = {
     "use_dora": False,
     "lora_bias": False,
@@ -38,7 +38,7 @@ _PLAIN: dict[str, object] = {
     "trainable_token_indices": [],
     "alora_invocation_tokens": [],
 }
-# Ways of drawing the first factors that take them off the base's weights, so that they are no update of the base.
+# Initialisations that subtract the first factors from the base's weights, so the factors do not fit the base itself.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -48,18 +48,18 @@ def is_peft(checkpoint: Checkpoint) -> bool:
 
 
 def check_settings(checkpoint: Checkpoint) -> None:
-    """Raises ConversionError for a setting that gated LoRA has no form for (all are named), or no settings at all."""
+    """Raises ConversionError if settings are missing, or gated LoRA does not support some (lists all)."""
     config = checkpoint.config
     if checkpoint.config_name != "adapter_config.json":
         raise ConversionError(
-            f"{checkpoint.path}: there is no adapter_config.json beside the factors, and without its lora_alpha "
-            "nobody knows how large an update they make; put the adapter's own there"
+            f"{checkpoint.path}: there is no adapter_config.json beside the factors, so lora_alpha, the scale of the "
+            "update, is unknown; put the adapter's own there"
         )
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ConversionError(
-            f"{checkpoint.path}: adapter_config.json says lora_alpha {alpha!r}, a number expected; use the adapter's "
-            "own file"
+            f"{checkpoint.path}: lora_alpha in adapter_config.json is {alpha!r}, a number expected; use the "
+            "adapter's own file"
         )
     kind = config.get("peft_type", "LORA")
     odd = [f"peft_type {kind}"] if kind != "LORA" else []
@@ -72,13 +72,13 @@ def check_settings(checkpoint: Checkpoint) -> None:
     odd += [f"init_lora_weights {start!r}"] if start.startswith(_CHANGES_BASE) else []
     if odd:
         raise ConversionError(
-            f"{checkpoint.path}: adapter_config.json says {', '.join(odd)}, which gated LoRA has no form for; train "
+            f"{checkpoint.path}: adapter_config.json has {', '.join(odd)}, which gated LoRA does not support; train "
             "a plain LoRA without it"
         )
 
 
 def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """Those that are no factors, by names without PEFT's prefix; and the factors."""
+    """The tensors that are not low-rank factors, by names without PEFT's prefix; and the factors."""
     factors = {name: tensor for name, tensor in tensors.items() if re.search(r"\.lora_[AB]\.", name)}
     return {_PREFIX.sub("", name): t for name, t in tensors.items() if name not in factors}, factors
 
@@ -86,15 +86,15 @@ def split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dic
 def factor_targets(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) -> list[Target]:
     """`low_rank.<layer>.down` [in, r] and `.up` [r, out] of every layer.
 
-    Raises ConversionError: a layer has only one of its two factors, they do not fit each other, or ranks differ.
+    Raises ConversionError: a layer with one factor only, factors that do not fit each other, or different ranks.
     """
     try:
         found = find_lora(factors, checkpoint.config)
-    except ConversionError as error:  # it does not know where the names come from
+    except ConversionError as error:  # what raised it does not know the path
         raise ConversionError(f"{checkpoint.path}: {error}") from error
     targets = [] if found is None else found.targets
     known = {name for target in targets for name, _ in target.sources}
-    problems = [f"{name} is no factor that is known" for name in factors if name not in known]
+    problems = [f"{name} is not a known factor" for name in factors if name not in known]
     for target in targets:
         name, shape = target.sources[0]
         if name not in factors:
@@ -110,34 +110,34 @@ def factor_targets(checkpoint: Checkpoint, factors: Mapping[str, LazyTensor]) ->
     ranks = {target.shape[1] for target in targets if target.name.endswith(".down")}
     if len(ranks) != 1:
         raise ConversionError(
-            f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; only one for all is read"
+            f"{checkpoint.path}: its layers have the ranks {sorted(ranks)}; all must have the same"
         )
     if checkpoint.config.get("r", *ranks) not in ranks:
         raise ConversionError(
-            f"{checkpoint.path}: adapter_config.json says r {checkpoint.config['r']!r}, its factors have the rank "
+            f"{checkpoint.path}: r in adapter_config.json is {checkpoint.config['r']!r}, but the factors have rank "
             f"{max(ranks)}; use the adapter's own file"
         )
     return targets
 
 
 def slot_tables(others: Mapping[str, LazyTensor]) -> list[str]:
-    """Names of what may hold slot embeddings, the surest first."""
+    """Names of the tensors that may hold slot embeddings."""
     return [SLOTS] if SLOTS in others else [name for name in others if _EMBEDDING.fullmatch(name)]
 
 
 def no_slots(checkpoint: Checkpoint, beyond: str) -> ConversionError:
-    """The refusal of an adapter without slot embeddings; `beyond` what an embedding would have them."""
+    """The error for an adapter without slot embeddings; `beyond` names the vocabulary whose end was looked beyond."""
     return ConversionError(
-        f"{checkpoint.path}: a LoRA adapter without slot embeddings cannot draft: the file has neither "
+        f"{checkpoint.path}: a LoRA adapter cannot draft without slot embeddings: the file has neither "
         f"slot_embeddings.weight nor an embed_tokens.weight with rows beyond {beyond}; train an adapter with "
         "'mtp-mlx train'"
     )
 
 
 def plan_lines(checkpoint: Checkpoint) -> list[str]:
-    """The plan, in words.
+    """The plan in lines for people.
 
-    Raises ConversionError: as far as it can be seen without the base, what the conversion would raise.
+    Raises ConversionError: what the conversion would raise, as far as can be told without the base.
     """
     check_settings(checkpoint)
     others, factors = split(checkpoint.tensors)
@@ -156,7 +156,7 @@ def plan_lines(checkpoint: Checkpoint) -> list[str]:
         "family: PEFT LoRA adapter, becomes a mask-token adapter of the model given as `base`",
         f"layers: {len(targets) // 2} of rank {targets[0].shape[1]}",
         f"slots: {slots}",
-        f"sampler head: {'of the file' if sampler else 'none in the file, an untrained one stands in'}",
+        f"sampler head: {'from the file' if sampler else 'none in the file, an untrained one is written'}",
         "tensors:",
         *[f"  {t.name} {list(t.shape)} <- {t.sources[0][0]}, transposed" for t in targets],
     ]

@@ -1,8 +1,8 @@
-"""A checkpoint of the released code for Parallel Token Prediction -> a PTP adapter folder (see `ptp_plan`).
+"""Converts a checkpoint of the released code for Parallel Token Prediction to a PTP adapter folder (see `ptp_plan`).
 
-The released code trains O-PTP only. What the file does not say is an argument, or taken from the code's defaults and
-noted in the folder: PEFT's alpha (8), the teacher's sampling, and the length of a completion (16 slots, the first of
-which drafts nothing).
+The released code trains O-PTP only. What the file does not tell can be given; otherwise the code's defaults are used
+and noted in the folder: PEFT's alpha (8), the teacher's sampling, and the length of a completion (16 slots, the first
+of which drafts nothing).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_model
 
 from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.adapters.ptp_plan import KNOTS, LINEAR, LORA, is_ptp_checkpoint
@@ -31,7 +30,7 @@ from mtp_mlx.model.fingerprint import base_fingerprint
 PEFT_ALPHA = 8.0
 COMPLETION_SLOTS = 16
 RELEASED_TEACHER = TeacherSampling(temperature=0.7, top_k=50, top_p=0.95)
-# The released code's name of an embedding -> ours.
+# Names of embeddings in the released code -> ours.
 EMBEDDINGS: dict[str, UniformEmbeddingName] = {
     "binary": "ieee-bits",
     "linear_interpolation": "linear-interpolation",
@@ -42,9 +41,10 @@ _UNBUILT = re.compile(r".*\.(u_scale_embed|time_embed|adaLN_modulation)\..*")
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16}
 
 
-def convert_ptp(
+def write_ptp(
     checkpoint: Checkpoint,
-    base: str | Path,
+    base: nn.Module,
+    base_name: str,
     out: str | Path,
     *,
     force: bool = False,
@@ -57,23 +57,23 @@ def convert_ptp(
 
     Args:
         checkpoint: a student of the released code.
-        base: mlx-lm folder of the model it was trained for.
-        alpha: of the LoRA; what the file says, else PEFT's default.
-        embedding: of uniforms; what the file says, else told by the tensors' shapes.
-        teacher: sampling of the training text; the released configurations' if not given.
+        base: the bare model that the student was trained on.
+        base_name: what the folder calls that model.
+        force: replace `out` if it is an adapter folder already.
+        alpha: of the LoRA (default: what the file says, else PEFT's).
+        embedding: of the uniforms (default: what the file says, else what the tensors' shapes say).
+        teacher: how the training text was sampled (default: as in the released configurations).
         slots: most drafts behind one position.
 
     Raises:
-        MTPError: `out` exists, no such checkpoint, parts that nothing runs, or tensors that do not fit the base.
+        MTPError: `out` exists, not such a checkpoint, parts that cannot be run, or tensors that do not fit the base.
     """
-    out, base = Path(out), Path(base)
-    check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
+    check_out(Path(out), force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
     if not is_ptp_checkpoint(checkpoint):
         raise ConversionError(
-            f"{checkpoint.path}: no student of Parallel Token Prediction: low-rank factors and an embedding of "
-            "uniforms are needed"
+            f"{checkpoint.path}: not a student of Parallel Token Prediction: it needs low-rank factors and an "
+            "embedding of uniforms"
         )
-    model = _load_base(base)
     notes: list[str] = []
     low_rank = _low_rank(checkpoint)
     kind, embedded = _embedding(checkpoint, embedding, notes)
@@ -89,7 +89,7 @@ def convert_ptp(
     )
     if teacher is None:
         notes.append("the teacher's sampling is that of the released configurations")
-    adapter = new_ptp_adapter(model, config)
+    adapter = new_ptp_adapter(base, config)
     _fill(adapter, checkpoint.path, low_rank, embedded)
     stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     source_facts = {
@@ -98,28 +98,16 @@ def convert_ptp(
         "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
-    header = ptp_header(config, base.name, base_fingerprint(model), source=source_facts)
-    save(out, adapter, header, _DTYPES.get(stored, mx.float32))
-    return out
-
-
-def _load_base(folder: Path) -> nn.Module:
-    """The model of an mlx-lm folder.
-
-    Raises:
-        MTPError: it cannot be loaded.
-    """
-    try:
-        return load_model(folder)[0]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise MTPError(f"the base model {folder} could not be loaded: {error}") from error
+    header = ptp_header(config, base_name, base_fingerprint(base), source=source_facts)
+    save(Path(out), adapter, header, _DTYPES.get(stored, mx.float32))
+    return Path(out)
 
 
 def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """`<layer>.down` [in, r] and `<layer>.up` [r, out] of every adapted layer.
 
     Raises:
-        ConversionError: a factor without its partner, ranks that differ, or parts that nothing runs.
+        ConversionError: a factor without its partner, different ranks, or parts that cannot be run.
     """
     found: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -140,7 +128,7 @@ def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:
     }
     if len(ranks) > 1:
         raise ConversionError(
-            f"{checkpoint.path}: low-rank factors of ranks {sorted(ranks)}; one rank is needed"
+            f"{checkpoint.path}: its low-rank factors have the ranks {sorted(ranks)}; all must have the same"
         )
     return {path: mx.array(tensor.float32()).T for path, tensor in found.items()}
 
@@ -148,10 +136,10 @@ def _low_rank(checkpoint: Checkpoint) -> dict[str, mx.array]:
 def _embedding(
     checkpoint: Checkpoint, asked: UniformEmbeddingName | None, notes: list[str]
 ) -> tuple[UniformEmbeddingName, dict[str, mx.array]]:
-    """(name, tensors by our names) of the embedding of uniforms.
+    """The embedding of uniforms: its kind, and its tensors by our names.
 
     Raises:
-        ConversionError: an embedding that is not built, or one that its shape does not tell.
+        ConversionError: an embedding that is not supported, or one of two kinds that its shape does not tell apart.
     """
     tensors: dict[str, LazyTensor] = {}
     linear = False
@@ -163,17 +151,18 @@ def _embedding(
     said = _hyper_parameter(checkpoint.values, "adapter_name")
     if asked is None and said is not None and said not in EMBEDDINGS:
         raise ConversionError(
-            f"{checkpoint.path}: uniforms embedded as {said!r} are not built; nothing was written"
+            f"{checkpoint.path}: uniforms embedded as {said!r} are not supported; nothing was written"
         )
     kind = asked or EMBEDDINGS.get(str(said))
     if kind is None and not linear and tensors["weight"].shape[0] == TEETH:
         raise ConversionError(
             f"{checkpoint.path}: {TEETH} vectors may be knots to interpolate between or bins to round to, and the "
-            "file does not say; bins are not built, so say that it is 'linear-interpolation' if it is"
+            "file does not say which; bins are not supported, so give `embedding` 'linear-interpolation' if these "
+            "are knots"
         )
     if kind is None:
         kind = "ieee-bits" if linear else "linear-interpolation"
-        notes.append(f"uniforms embedded as {kind}, told by the tensors' shapes")
+        notes.append(f"the embedding of uniforms is {kind}, by the tensors' shapes")
     if linear == (kind == "linear-interpolation"):
         raise ConversionError(
             f"{checkpoint.path}: its embedding of uniforms does not have the tensors of '{kind}'"
@@ -186,12 +175,12 @@ def _alpha(checkpoint: Checkpoint, asked: float | None, notes: list[str]) -> flo
     said = _hyper_parameter(checkpoint.values, "lora_alpha")
     if asked is not None or isinstance(said, int | float):
         return float(said if asked is None else asked)
-    notes.append(f"the file does not say LoRA's alpha: PEFT's default {PEFT_ALPHA:g} was taken")
+    notes.append(f"the file does not give LoRA's alpha: PEFT's default {PEFT_ALPHA:g} was used")
     return PEFT_ALPHA
 
 
 def _hyper_parameter(values: Mapping[str, Any], name: str) -> Any:
-    """A value of that name anywhere in Lightning's hyper-parameters, or None."""
+    """The value of that name anywhere in Lightning's hyper-parameters, or None."""
     stack: list[Any] = [values.get("hyper_parameters")]
     while stack:
         item = stack.pop()
@@ -205,7 +194,7 @@ def _hyper_parameter(values: Mapping[str, Any], name: str) -> Any:
 def _fill(
     adapter: PTPAdapter, path: Path, low_rank: dict[str, mx.array], embedded: dict[str, mx.array]
 ) -> None:
-    """Puts the tensors in place. The code has no slot that carries nothing: at temperature 0 it is u = 1/2.
+    """Puts the tensors into `adapter`. The code has no slot without a uniform: at temperature 0 it takes u = 1/2.
 
     Raises:
         ConversionError: tensors that do not fit the base.

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code for Parallel Token Prediction (arXiv 2512.21323), told by their names. No mlx.
+"""Recognises checkpoints of the released code for Parallel Token Prediction (arXiv 2512.21323). Needs no mlx.
 
 Lightning files (.ckpt, whole or adapter-only) and the same names in safetensors:
 
@@ -6,8 +6,8 @@ Lightning files (.ckpt, whole or adapter-only) and the same names in safetensors
     {model,student}.{u_embed,u_adapter}.embedding.weight                                            [knots, D]
     {model,student}.{u_embed,u_adapter}.{u_adapter,u_embed}.{weight,bias}                           [D, 32], [D]
 
-The older spelling of each is the second; the code's own loader renames them, and so rewrites the inner name too.
-`ptp` writes the adapter folder.
+Of alternatives the older spelling is the second; the code's own loader renames it, inner names included. `ptp` writes
+the adapter folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_ptp_checkpoint(checkpoint: Checkpoint) -> bool:
 
 
 def student_line(checkpoint: Checkpoint) -> str:
-    """What a plan says of a student."""
+    """The plan for a student, in a line for people."""
     count = sum(bool(LORA.fullmatch(name)) for name in checkpoint.tensors)
     return (
         f"student of Parallel Token Prediction: {count} low-rank factors and an embedding of uniforms; it becomes an "

@@ -1,9 +1,8 @@
-"""Released checkpoints of "Multi-Token Prediction via Self-Distillation" (arXiv 2602.06019).
+"""Finds the mask token of released checkpoints of arXiv 2602.06019 (Multi-Token Prediction via Self-Distillation).
 
-They are plain llama and qwen3 checkpoints, fine-tuned as a whole, whose tokenizer has 32 added tokens,
-`<|mtp_special_token_0|>` and so on; the first is the mask. The trunk is converted as any other; this file finds the
-mask and writes the sidecar `OUT/mtp` that holds its embedding. The generator that comes with them (remote code) is
-neither needed nor run.
+They are fully fine-tuned llama and qwen3 checkpoints whose tokenizer has 32 added tokens, `<|mtp_special_token_0|>`
+and so on, of which the first is the mask. The trunk is converted like any other; the mask's embedding goes into the
+sidecar `OUT/mtp`. The generator that comes with them (remote code) is neither needed nor run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mtp_mlx.model.seams import embedding_shape, find_seams
 
 MASK_TOKEN = "<|mtp_special_token_0|>"
 MOST_TOKENS = 16  # k was drawn from 2..16 in training
-# How the published evaluations prompt each of the two models; by model type, because folders are renamed.
+# How the published evaluations prompt the two models; by model type, because people rename folders.
 PROMPTS = {
     "llama": "the chat template",
     "qwen3": "raw: begin-of-text, the question, a blank line; no chat template",
@@ -36,7 +35,7 @@ class MaskToken:
 
     Attributes:
         token_id: its id in the checkpoint's vocabulary.
-        stops: ids that end a text, as the checkpoint's own configuration says.
+        stops: ids that end a text, from the checkpoint's configuration.
     """
 
     token_id: int
@@ -44,10 +43,10 @@ class MaskToken:
 
 
 def find_mask(folder: Path) -> MaskToken | None:
-    """The mask token of a checkpoint folder, or None where there is none.
+    """The mask token of a checkpoint folder, or None if it has none.
 
     Raises:
-        ConversionError: a tokenizer file that is no JSON, or files that disagree about the mask's id.
+        ConversionError: a tokenizer file that is not JSON, or files that disagree about the mask's id.
     """
     found = {
         **_ids(folder / "tokenizer.json", _from_tokenizer),
@@ -68,7 +67,7 @@ def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidec
     """The sidecar of a converted model, to be put into its folder.
 
     Args:
-        model: the trunk as mlx-lm loaded it, cast and quantised as it will be in the folder, its weights still there.
+        model: the trunk with its weights, cast and quantised as it will be saved.
         base_name: what the sidecar calls the model.
 
     Raises:
@@ -78,8 +77,8 @@ def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidec
     rows = embedding_shape(embed)[0]
     if mask.token_id >= rows:
         raise ConversionError(
-            f"the mask {MASK_TOKEN} has id {mask.token_id}, and the embedding matrix only {rows} rows: the "
-            "weights are not those the tokenizer belongs to"
+            f"the mask {MASK_TOKEN} has id {mask.token_id}, but the embedding matrix only {rows} rows: weights and "
+            "tokenizer do not belong together"
         )
     header = mask_header(
         mask_only(MOST_TOKENS - 1),
@@ -96,7 +95,7 @@ def mask_sidecar(mask: MaskToken, model: nn.Module, base_name: str) -> MaskSidec
 
 
 def _ids(path: Path, read: Any) -> dict[str, int]:
-    """{file name: the mask's id in it}; empty where it has none."""
+    """{file name: the mask's id in it}; empty if it has none."""
     if not path.is_file():
         return {}
     content = _json(path)
@@ -133,5 +132,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}; get the file again") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} does not hold a JSON object; get the file again")
+        raise ConversionError(f"{path} is not a JSON object; get the file again")
     return content

@@ -1,1 +1,1 @@
-"""GGUF files to mlx-lm folders."""
+"""Converts GGUF files to mlx-lm model folders."""

@@ -54,8 +54,7 @@ def _q8_0(b: Bytes) -> Floats:
 
 
 def _six_bit_scales(b: Bytes) -> tuple[Floats, Floats]:
-    """The 12 packed bytes of Q4_K and Q5_K -> eight scales and eight minima, (n, 8, 1) each, times d and
-    dmin."""
+    """(n, 8, 1) scales and (n, 8, 1) minima of Q4_K and Q5_K, unpacked from 12 bytes and times d and dmin."""
     low, high, rest = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
     minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)

@@ -18,8 +18,10 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 def build_config(gguf: GGUFFile) -> dict[str, Any]:
-    """config.json of the model in `gguf`; raises ConversionError for what mlx-lm's llama or qwen2 cannot
-    express."""
+    """The config.json of the model in `gguf`.
+
+    Raises ConversionError: settings that mlx-lm's llama and qwen2 do not have.
+    """
     arch = gguf.require("general.architecture")
     if arch not in ARCHITECTURES:
         raise ConversionError(
@@ -135,8 +137,7 @@ def rope_scaling(gguf: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str,
 
 
 def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp stores llama3's scaling as one divisor per frequency: (hd / 2,). Find the constants it came
-    from."""
+    """The constants of llama3's scaling, which llama.cpp stores as one divisor per frequency: (hd / 2,)."""
     if gguf.tensors[ROPE_FACTORS].type_name != "F32":
         raise ConversionError(f"{gguf.path}: {ROPE_FACTORS} should be F32.")
     info = gguf.tensors[ROPE_FACTORS]
@@ -153,7 +154,7 @@ def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """By how much Llama 3 slows each rope frequency: (hd / 2,) float64."""
+    """(hd / 2,) float64: what Llama 3 divides each rope frequency by."""
     freqs = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * np.pi)
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]

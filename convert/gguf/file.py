@@ -1,7 +1,6 @@
 """The header of a GGUF file: its metadata and the list of its tensors, read without touching the weights.
 
-A truncated file and an unsupported quantisation are thus refused by name before a byte of the weights is
-read. The weights themselves are read by `gguf_weights`.
+Truncated files and unsupported quantisations are refused here, before any weights are read (see `weights`).
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class _Reader:
 def read_gguf(path: str | Path) -> GGUFFile:
     """Read the header of the GGUF file at `path` (versions 2 and 3, little-endian).
 
-    Raises FileNotFoundError, or ConversionError when this is no GGUF file or it is cut short.
+    Raises FileNotFoundError, or ConversionError: not a GGUF file, damaged or truncated.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -124,7 +123,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
             return _read_header(path, _Reader(stream, size))
         except EOFError:
             raise ConversionError(
-                f"{path}: the file is truncated: its header goes on after its {size:,} bytes. "
+                f"{path}: the file is truncated: its header does not end within its {size:,} bytes. "
                 "Download or copy it again."
             ) from None
         except (struct.error, KeyError, TypeError, ValueError, RecursionError, ArithmeticError) as error:
@@ -160,8 +159,8 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
             n_elements *= n
         if block and (shape[-1] if shape else 1) % block:
             raise ConversionError(
-                f"{path}: the rows of tensor {name!r}, {list(shape)}, are no whole blocks of {block} as its type "
-                f"{type_name} needs. Get the file again."
+                f"{path}: the rows of tensor {name!r}, {list(shape)}, are not a multiple of {block}, the block size "
+                f"of its type {type_name}. Get the file again."
             )
         n_bytes = n_elements // block * block_bytes if block else None
         info = TensorInfo(name, shape, type_name, data_start + offset, n_bytes)

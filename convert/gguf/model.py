@@ -1,7 +1,7 @@
 """A GGUF file of a llama- or qwen2-type model -> a normal mlx-lm model folder.
 
 The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is
-written under a temporary name beside its destination and renamed at the end: it is whole, or it is not there.
+written under a temporary name beside its destination and renamed at the end, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -42,20 +42,25 @@ def convert_gguf(
 ) -> Path:
     """Convert the GGUF file `source` into the mlx-lm model folder `out` and return its path.
 
-    dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 where Metal is
-    available. quantize: 4 or 8 bits, by mlx-lm's own quantiser with `group_size` 32 or 64; layers whose width
-    `group_size` does not divide stay in `dtype`. force: replace an existing `out`. progress: told of each
-    stage in a few words.
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 with Metal.
+        quantize: 4 or 8 bits, by mlx-lm's own quantiser; None for none.
+        group_size: 32 or 64; layers whose width it does not divide stay in `dtype`.
+        force: replace `out` if it is a model folder already.
+        progress: called with each stage in a few words.
 
-    Raises FileNotFoundError where `source` is missing, MTPError where `out` exists, ConversionError for a
-    file that cannot be converted, OSError where writing fails (disk full).
+    Raises:
+        FileNotFoundError: `source` is missing.
+        ConversionError: a file that cannot be converted.
+        MTPError: `out` exists.
+        OSError: writing fails (disk full).
     """
     source, out, tell = Path(source), Path(out), progress or (lambda _: None)
     _check_options(out, dtype=dtype, quantize=quantize, group_size=group_size, force=force)
     check_source_stays(out, source)
     tell("reading the header")
     gguf = read_gguf(source)
-    with _believed(gguf):
+    with _damage_reported(gguf):
         config = build_config(gguf)
         check_tensors(gguf)
         tokenizer = build_tokenizer(gguf)
@@ -78,24 +83,23 @@ def convert_gguf(
 
 
 @contextlib.contextmanager
-def _believed(gguf: GGUFFile) -> Iterator[None]:
-    """Inside the block metadata are taken for what they should be; raises ConversionError where they are not."""
+def _damage_reported(gguf: GGUFFile) -> Iterator[None]:
+    """Raises ConversionError if the block fails because the metadata are not what it takes them for."""
     try:
         yield
     except (MTPError, OSError, MemoryError):
         raise
-    except Exception as error:  # the tokenizers package raises no other class for merges that do not fit
+    except Exception as error:  # the tokenizers package raises a bare Exception for merges that do not fit
         reason = " ".join(str(error).split())[:200]
         raise ConversionError(
-            f"{gguf.path}: its metadata do not describe a model and its tokenizer ({type(error).__name__}: "
+            f"{gguf.path}: its metadata does not describe a model and its tokenizer ({type(error).__name__}: "
             f"{reason}). Get the file again."
         ) from error
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which takes the name `out` when the block ends well and vanishes
-    otherwise."""
+    """A new folder to write into, renamed to `out` if the block succeeds and deleted if it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -40,7 +40,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def mlx_name(gguf_name: str) -> str | None:
-    """mlx-lm's name of a GGUF tensor, or None where a dense llama or qwen2 model has no such weight."""
+    """mlx-lm's name of a GGUF tensor, or None if a dense llama or qwen2 model does not have that weight."""
     if gguf_name in _TOP_NAMES:
         return _TOP_NAMES[gguf_name]
     match = _LAYER.fullmatch(gguf_name)

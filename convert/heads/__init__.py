@@ -1,1 +1,1 @@
-"""MTP heads of released checkpoints: families, plans, folders, and what measuring them says."""
+"""Finds MTP heads in released checkpoints, converts them, and measures which convention they were trained for."""

@@ -127,8 +127,7 @@ def mimo_v2(s: Stored) -> Block:
     """MiMo-V2's head: a dense layer with the sliding-window attention's sizes."""
     if s.has("self_attn.qkv_proj.weight"):
         raise ConversionError(
-            "its queries, keys and values are one tensor, as in MiMo-V2-Pro, which is not supported; those of "
-            "MiMo-V2-Flash are"
+            "queries, keys and values are one tensor, as in MiMo-V2-Pro, which is not supported; MiMo-V2-Flash is"
         )
     heads = s.number("swa_num_attention_heads")
     sink = s.has("self_attn.attention_sink_bias")
@@ -164,8 +163,8 @@ def ernie4_5(s: Stored) -> Block:
 
 
 def exaone_moe(s: Stored) -> Block:
-    """EXAONE-MoE's layer. Rotary embedding depends on whether any layer of the model slides, so the head's own
-    kind of attention is put before those of the trunk, and the head is layer 0."""
+    """EXAONE-MoE's layer. Whether it has a rotary embedding depends on whether any layer of the model has a sliding
+    window, so the head's kind of attention is put before those of the trunk, and the head is layer 0."""
     targets = norms(s) + attention(s, qk_norm=True)
     sparse = is_sparse(s)
     if sparse:
@@ -201,7 +200,7 @@ def nemotron_h(s: Stored) -> Block:
 
 
 def nemotron_pattern(config: dict[str, Any]) -> str:
-    """The letters of a head's layers; some checkpoints have words for them."""
+    """The letters of a head's layers, which some checkpoints spell as words."""
     pattern = "".join(config.get("mtp_hybrid_override_pattern") or "")
     words = config.get("mtp_layers_block_type") or []
     if not pattern and not words:
@@ -210,8 +209,8 @@ def nemotron_pattern(config: dict[str, Any]) -> str:
         pattern = "".join(_NEMOTRON_WORDS[word] for word in words)
     if not pattern or set(pattern) - set("*E"):
         raise ConversionError(
-            f"config.json: mtp_hybrid_override_pattern is {pattern!r} and mtp_layers_block_type {words!r}; one must "
-            "say with * (attention) and E (experts), or 'attention' and 'moe', what the layers of an MTP head are"
+            f"config.json: mtp_hybrid_override_pattern is {pattern!r} and mtp_layers_block_type {words!r}; one of "
+            "them must give the layers of an MTP head, as * (attention) and E (experts) or as 'attention' and 'moe'"
         )
     return pattern
 
@@ -226,7 +225,7 @@ def _nemotron_attention(s: Stored) -> list[Target]:
 
 
 def _nemotron_experts(s: Stored) -> list[Target]:
-    """Experts without a gate projection, on a narrower latent where the model has one."""
+    """Experts without a gate projection, on a narrower latent if the model has one."""
     d, count, width = s.hidden, s.number("n_routed_experts"), s.number("moe_intermediate_size")
     latent, bias = s.config.get("moe_latent_size"), bool(s.config.get("mlp_bias"))
     inner = latent or d
@@ -247,11 +246,11 @@ def _nemotron_experts(s: Stored) -> list[Target]:
 
 
 def step3p5(s: Stored) -> Block:
-    """Step-3.5's layer; the lists of its configuration go on past the trunk's layers to the heads'."""
+    """Step-3.5's layer; the lists in its configuration go on beyond the trunk's layers to the heads'."""
     kinds = s.config.get("layer_types")
     if kinds and s.layer >= len(kinds):
         raise ConversionError(
-            f"config.json: layer_types has {len(kinds)} entries, none for the MTP head at layer {s.layer}; use the "
+            f"config.json: layer_types has only {len(kinds)} entries, and the MTP head is layer {s.layer}; use the "
             "model's own config.json"
         )
     sliding = kinds[s.layer] == "sliding_attention" if kinds else s.layer % 2 == 0

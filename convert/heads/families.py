@@ -1,4 +1,4 @@
-"""Which family of cascade heads a checkpoint has, by its tensors' names and config.json, and what they become."""
+"""Recognises the family of a checkpoint's cascade heads by tensor names and config.json, and maps their tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, Block, Step, 
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
 
-# Where our export writes what the speculators layout has no place for: fields of `HeadConvention`.
+# Fields of `HeadConvention` that the speculators layout has no place for, and the key our export writes them under.
 CONVENTION_KEY = "mtp_mlx_convention"
 CONVENTION_FIELDS = {
     "first_hidden": ("post-norm", "pre-norm"),
@@ -30,10 +30,13 @@ class Found:
     """A checkpoint's heads, recognised but not yet checked against its tensors.
 
     Attributes:
-        targets: the canonical tensors of all heads, apart from embeddings and LM heads.
-        copies: (canonical name, stored name, "embed_tokens" or "lm_head") of those that the file may hold.
-        owned: the names that belong to heads.
+        title: of their family.
+        targets: the canonical tensors of all heads, without embeddings and LM heads.
+        blocks: one for each head; empty for Medusa.
+        owned: names of the stored tensors that belong to heads.
         config: the language model's configuration.
+        copies: (canonical name, stored name, "embed_tokens" or "lm_head") of what may be stored besides.
+        count: number of heads.
         drafts: tokens the heads were trained to draft in a step; 0 for one each.
     """
 
@@ -51,7 +54,7 @@ class Found:
 def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None:
     """The heads of one of FAMILIES in a checkpoint with these tensors and this configuration, or None.
 
-    Raises ConversionError: a known layout of a model type that is not supported, or of another kind.
+    Raises ConversionError: a known layout of an unsupported model type, or heads that are refused by name.
     """
     written = config.get(CONVENTION_KEY)  # by our own export
     speculators = config.get("speculators_config")
@@ -71,8 +74,8 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     if layouts:
         known = sorted({kind for family in layouts for kind in family.model_types or BLOCKS})
         raise ConversionError(
-            f"the tensors are named as in {layouts[0].title}, but config.json says model_type {kind!r}; known with "
-            f"these names are {', '.join(known)}"
+            f"the tensors have the names of {layouts[0].title}, but model_type in config.json is {kind!r}; with "
+            f"these names it must be one of {', '.join(known)}"
         )
     for pattern, title in REFUSED.items():
         if any(re.match(_ROOT + pattern, name) for name in names):
@@ -83,7 +86,7 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
 
 
 def _root(family: Family, names: Collection[str], config: dict[str, Any]) -> str | None:
-    """What stands before the family's names ("" or "language_model."), or None where it is another family."""
+    """The prefix of the family's names ("" or "language_model."), or None if it is another family."""
     if family.setting and config.get(family.setting) is None:
         return None
     marker = re.compile(f"({_ROOT}){family.marker}")
@@ -125,7 +128,7 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
 
 
 def _speculative_tokens(speculators: dict[str, Any]) -> int:
-    """How many tokens the one layer of a speculators folder was trained to draft in turn; 0 if it does not say."""
+    """How many tokens a speculators folder was trained to draft in a step; 0 if it does not say."""
     methods = speculators.get("proposal_methods")
     first = methods[0] if isinstance(methods, list) and methods else None
     tokens = first.get("speculative_tokens") if isinstance(first, dict) else None
@@ -133,33 +136,33 @@ def _speculative_tokens(speculators: dict[str, Any]) -> int:
 
 
 def _check_numbers(family: Family, layers: list[int], config: dict[str, Any]) -> None:
-    """Raises ConversionError where heads do not follow one another: those behind a lost one would draft for it."""
+    """Raises ConversionError if a head is missing between others: those behind it would draft in its place."""
     if "{z}" in family.names.norm_out or not layers:  # several layers each, or one that is not numbered
         return
     first = int(config.get("num_hidden_layers") or layers[0]) if family.past_trunk else 0
     lost = [n for n, found in zip(range(first, first + len(layers)), layers, strict=True) if n != found]
     if lost:
         raise ConversionError(
-            f"MTP heads are at the layers {', '.join(map(str, layers))}, but that of layer {lost[0]} is missing or "
+            f"there are MTP heads at layers {', '.join(map(str, layers))}, but that at layer {lost[0]} is missing or "
             f"incomplete ({family.title}); get the whole checkpoint"
         )
 
 
 def _as_written(found: Found, written: dict[str, Any]) -> Found:
-    """`found` with the fields that our export wrote down.
+    """`found` with the fields that our export wrote into config.json.
 
-    Raises ConversionError: a field or a value that is none.
+    Raises ConversionError: an unknown field or value.
     """
     for name, value in written.items():
         if value not in CONVENTION_FIELDS.get(name, ()):
-            raise ConversionError(f"config.json: {CONVENTION_KEY} says {name} {value!r}, which is not known")
+            raise ConversionError(f"config.json: {CONVENTION_KEY} has {name} {value!r}, which is not known")
     return replace(found, convention=replace(found.convention, **written))
 
 
 def _head(
     i: int, width: int, stored: dict[str, str], block: Block, convention: HeadConvention
 ) -> list[Target]:
-    """The canonical tensors of head i, norms as the family's convention stores them."""
+    """The canonical tensors of head i."""
     norm = ADD_ONE if convention.zero_centred_norms else AS_IT_IS
 
     def own(name: str, shape: tuple[int, ...], step: Step) -> Target:
@@ -177,5 +180,5 @@ def _head(
 
 
 def _is_norm(target: Target) -> bool:
-    """Whether a block's tensor is a norm that follows the family's convention (one scaled at conversion is plain)."""
+    """Whether a block's tensor is a norm that is stored as the convention says (norms with a scale are plain)."""
     return len(target.shape) == 1 and target.name.endswith("norm.weight") and target.step is AS_IT_IS

@@ -16,7 +16,7 @@ from mtp_mlx.drafters.heads.convention import HeadConvention
 class Names:
     """Stored names of a head. {i} is the head's number, {n} its layer's in the file, {z} its last layer's.
 
-    An empty norm_out: the family has none. embed_tokens and lm_head: a copy, or the head's own, where stored.
+    norm_out is empty if the family has none. embed_tokens and lm_head may be stored, as a copy or as the head's own.
     """
 
     fuse: str
@@ -34,14 +34,14 @@ class Family:
 
     Attributes:
         title: what people call it.
-        marker: a stored name that no other layout has (a regular expression).
+        marker: a regular expression for stored names that no other layout has.
         layers: matches one name of each head; its group is the number of the head's layer in the file.
         owned: what every name of a head begins with ({n}: each of its layers).
-        model_types: those it is restricted to; empty means any that `BLOCKS` knows.
-        past_trunk: the heads lie behind the trunk's layers, as if they were more of them.
-        setting: one of config.json that it is restricted to; empty means none.
-        drafts: the setting that says how many tokens the heads were trained to draft; empty means one for each head.
-        as_modelled: norms are stored as the model stores its own, and not as the convention says.
+        model_types: model types that it is restricted to; empty means all in `BLOCKS`.
+        past_trunk: the heads are numbered on from the trunk's layers.
+        setting: a key that config.json must have; empty means none.
+        drafts: the key that says how many tokens the heads were trained to draft; empty means one for each head.
+        as_modelled: norms are stored as the model stores its own, whatever the convention says.
         form: what the heads are, for people.
     """
 
@@ -147,7 +147,7 @@ FAMILIES: tuple[Family, ...] = (
         ("nemotron_h",),
         form="cascade of two layers each",
     ),
-    # One head, fine-tuned to draft several tokens one after another; its training code zeroes no embedding.
+    # One head, fine-tuned to draft several tokens in turn; its training code does not zero the first embedding.
     _mimo(
         "FastMTP",
         HeadConvention("fastmtp", stored_order="hidden"),
@@ -262,7 +262,7 @@ FAMILIES: tuple[Family, ...] = (
         as_modelled=True,
     ),
 )
-# Layouts that are recognised so that they can be refused by name.
+# Layouts that are recognised only to be refused by name.
 REFUSED = {
     r"mtp\.0\.(e_proj|h_proj)\.": "DeepSeek-V4 (two fuse weights over hyper-connections)",
     r"pre_projection\.weight": "a Gemma-4 assistant",

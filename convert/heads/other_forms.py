@@ -1,6 +1,6 @@
-"""Heads of another form than a cascade: Medusa's, Meta's parallel heads, and LoRA adapters of PEFT.
+"""Recognises what is not a cascade: Medusa's heads, Meta's parallel heads, and LoRA adapters of PEFT.
 
-They have no fuse weight. Medusa's head i reads the trunk's last hidden state and predicts the token i + 2 ahead;
+None has a fuse weight. Medusa's head i reads the trunk's last hidden state and predicts the token i + 2 ahead;
 Meta's extra head i is one more layer on the state before the trunk's last layer, and predicts the same.
 """
 
@@ -32,7 +32,7 @@ class Form:
     Attributes:
         title: what people call it.
         form: what the heads are, for people.
-        name: a stored name that is theirs alone.
+        name: of a tensor that only they have.
     """
 
     title: str
@@ -83,8 +83,8 @@ def find_medusa(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Fo
         return None
     owned = {name for name in tensors if re.match(r"\d+\.", name)}
     width = tensors["0.0.linear.weight"].shape[0]
-    # The published config's number of heads is not that of the file, so the names count.
-    # One after the other, so that a name with a large number makes no millions of heads: it is unexpected later.
+    # The published config gives another number of heads than the file has, so they are counted by name; one by one,
+    # so that a name with a large number does not make millions of heads (it is reported as unexpected later).
     count = next(i for i in itertools.count(1) if not any(name.startswith(f"{i}.") for name in owned))
     depth = next(j for j in itertools.count(1) if f"0.{j}.linear.weight" not in tensors)
     lm_head = tensors.get(f"0.{depth}.weight")
@@ -131,7 +131,7 @@ def _meta_target(target: Target, prefix: str, config: dict[str, Any]) -> Target:
 
 
 def _halves(heads: int) -> Step:
-    """Meta's rotary embedding pairs neighbouring rows of q and k, mlx-lm's llama the two halves of each head."""
+    """From neighbouring rows of q and k, which Meta's rotary embedding pairs, to mlx-lm's two halves of each head."""
 
     def apart(arrays: Any) -> Any:
         rows = arrays[0].reshape(heads, -1, 2, arrays[0].shape[1])
@@ -141,7 +141,7 @@ def _halves(heads: int) -> Step:
 
 
 def _llama_config(params: dict[str, Any]) -> dict[str, Any]:
-    """params.json in the words of a llama config.json. n_layers counts the extra heads too."""
+    """The config.json of a llama made of Meta's params.json, whose n_layers counts the extra heads too."""
     try:
         width, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
         inner = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * width / 3))
@@ -149,8 +149,8 @@ def _llama_config(params: dict[str, Any]) -> dict[str, Any]:
         future = params.get("n_future_tokens", 1)
     except (KeyError, TypeError) as error:
         raise ConversionError(
-            f"params.json lacks {error}, without which the shape of Meta's heads is not known; put the checkpoint's "
-            "own params.json beside the weights"
+            f"params.json lacks {error}, so the shape of Meta's heads is unknown; put the checkpoint's own "
+            "params.json beside the weights"
         ) from error
     return {
         "model_type": "llama",
@@ -180,16 +180,18 @@ def find_lora(tensors: Mapping[str, LazyTensor], config: dict[str, Any]) -> Foun
             continue
         if len(tensors[name].shape) != 2:
             raise ConversionError(
-                f"{name} is {list(tensors[name].shape)}, and low-rank factors of linear layers are matrices; an "
-                "adapter of other layers is not read"
+                f"{name} is {list(tensors[name].shape)}, but low-rank factors of linear layers are matrices; "
+                "adapters of other layers cannot be converted"
             )
         other = by_layer.setdefault((match[1], match[2]), name)
         if other != name:
-            raise ConversionError(f"{other} and {name} are the same factor; keep only one of them")
+            raise ConversionError(f"{other} and {name} are the same factor twice; keep one of them")
     paths = [layer.removeprefix("model.") for layer in layers]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ConversionError(f"the layer {twice} is there twice, once below 'model.'; keep only one of them")
+        raise ConversionError(
+            f"layer {twice} is there twice, once with the prefix 'model.'; keep one of them"
+        )
     targets = []
     for layer in layers:
         path = layer.removeprefix("model.")

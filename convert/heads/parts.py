@@ -1,8 +1,9 @@
-"""What a decoder layer inside a head is made of, as stored and as mlx-lm names it: attention, MLPs, experts.
+"""The parts of a decoder layer in a head (attention, MLP, experts): stored names and shapes -> mlx-lm's.
 
-Each function takes a `Stored` (configuration, names, where the block lies) and returns the tensors of one part.
-What the configuration does not say (a dense or an expert MLP, experts fused or one by one) is read off the stored
-names. Legend: D hidden size, H heads, E experts.
+Each function takes a `Stored` (configuration, names, place of the block) and returns the tensors of one part. What
+the configuration does not tell (dense or experts, fused or separate experts) the stored names do.
+
+Legend: D hidden size, H heads, E experts.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class Stored:
     layer: int
 
     def number(self, *keys: str) -> int:
-        """The first of these settings that the configuration has, a whole number."""
+        """The first of these settings that the configuration has as a whole number."""
         for key in keys:
             value = self.config.get(key)
             if isinstance(value, int):
                 return value
         raise ConversionError(
-            f"the configuration lacks '{keys[0]}', without which the shape of an MTP head is not known; put the "
-            "model's config.json beside the weights"
+            f"the configuration lacks '{keys[0]}', so the shape of an MTP head is unknown; put the model's "
+            "config.json beside the weights"
         )
 
     def has(self, name: str) -> bool:
@@ -57,7 +58,7 @@ class Stored:
         step: Step = AS_IT_IS,
         stored_shape: Shape | None = None,
     ) -> Target:
-        """Canonical `name` made of the one tensor `stored` (by default of the same name)."""
+        """The canonical tensor `name`, made of the stored tensor `stored` (default: the same name)."""
         return Target(name, shape, ((self.prefix + (stored or name), stored_shape or shape),), step)
 
     @property
@@ -114,8 +115,8 @@ def attention(
 
 
 def latent_attention(s: Stored, q_scale: float = 1, kv_scale: float = 1) -> list[Target]:
-    """DeepSeek's attention over a latent. mlx-lm keeps kv_b_proj as two stacks of matrices, one for each head;
-    the scales are multiplied into the two low-rank norms."""
+    """DeepSeek's latent attention. mlx-lm splits kv_b_proj into two stacks with a matrix for each attention head; the
+    scales are multiplied into the two low-rank norms."""
     d, heads = s.hidden, s.number("num_attention_heads")
     rank, rope = s.number("kv_lora_rank"), s.number("qk_rope_head_dim")
     nope, v_dim = s.number("qk_nope_head_dim"), s.number("v_head_dim")
@@ -162,7 +163,7 @@ def _scale(factor: float) -> Step:
 
 
 def mlp(s: Stored, width: int, name: str = "mlp", stored: str = "", bias: bool = False) -> list[Target]:
-    """Gate, up and down projections, from `stored` (by default of the same name)."""
+    """Gate, up and down projections, stored below `stored` (default: the same name)."""
     targets = []
     for part, shape in (
         ("gate_proj", (width, s.hidden)),
@@ -176,7 +177,7 @@ def mlp(s: Stored, width: int, name: str = "mlp", stored: str = "", bias: bool =
 
 
 def experts(s: Stored, count: int, width: int) -> list[Target]:
-    """The routed experts as mlx-lm stacks them: each on its own in the file, or gate and up fused, or stacked."""
+    """The routed experts, stacked as in mlx-lm; in the file they are separate, stacked, or gate and up are fused."""
     up, down = (count, width, s.hidden), (count, s.hidden, width)
     if s.has("mlp.experts.gate_up_proj"):
         fused, fused_shape = "mlp.experts.gate_up_proj", (count, 2 * width, s.hidden)
@@ -195,10 +196,10 @@ def experts(s: Stored, count: int, width: int) -> list[Target]:
 
 
 def stacked(s: Stored, name: str, shape: Shape, stored: str) -> Target:
-    """Canonical `name` [E, ...] made of one tensor for each expert; {} in `stored` is its number."""
+    """The canonical tensor `name` [E, ...], stacked from one tensor for each expert; {} in `stored` is its number."""
     if not 0 < shape[0] <= len(s.names):
         raise ConversionError(
-            f"the configuration says {shape[0]:,} experts, which {len(s.names):,} tensors cannot be; use the model's "
+            f"the configuration says {shape[0]:,} experts, too many for {len(s.names):,} tensors; use the model's "
             "own config.json"
         )
     sources = tuple((s.prefix + stored.format(e), shape[1:]) for e in range(shape[0]))
@@ -222,6 +223,6 @@ def deepseek_experts(
 
 
 def is_sparse(s: Stored) -> bool:
-    """Whether the block's MLP has experts; the stored names say so."""
+    """Whether the block's MLP has experts, told by the stored names."""
     marks = tuple(s.prefix + name for name in ("mlp.experts.", "mlp.switch_mlp.", "mlp.gate.", "moe."))
     return any(name.startswith(marks) for name in s.names)

@@ -1,7 +1,7 @@
-"""From an opened checkpoint to the plan of its heads: recognised, checked tensor by tensor, duplicates found.
+"""Plans the conversion of a checkpoint's heads: recognises them, checks every tensor, finds copies of the trunk's.
 
-Nothing is converted here and mlx is not needed. Only the tensors that may be copies of the trunk's are read, and
-a few norms where the file does not say in what form its norms are.
+Nothing is converted here and mlx is not needed. The only weights read are possible copies of the trunk's, and a few
+norms if nothing else tells how the file stores them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
 from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
 from mtp_mlx.errors import ConversionError
 
-# Where a trunk keeps its embedding and its LM head.
+# Names of a trunk's embedding and LM head.
 _TRUNK = {
     "embed_tokens": (
         "model.embed_tokens.weight",
@@ -34,14 +34,14 @@ _TRUNK = {
 _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _NO_CONFIG = ("quantization_config", "text_config", "vision_config", "id2label", "label2id", "auto_map")
 _CHUNK = 1 << 24
-# What a configuration of wrong types or impossible numbers ends in.
+# What a configuration with wrong types or impossible numbers raises further down.
 _MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 _SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """How the heads of a checkpoint are stored and run where that is not their family's way ("auto").
+    """How heads are stored and run; "auto" is their family's convention.
 
     Attributes:
         head_norms: how the file stores its norms: "plain" or "zero-centred".
@@ -66,9 +66,9 @@ AS_FAMILY = Overrides()
 
 
 def find_heads(checkpoint: Checkpoint) -> Found | None:
-    """The heads of `checkpoint`, or None where it has none.
+    """The heads of `checkpoint`, or None if it has none.
 
-    Raises ConversionError: heads of an unsupported kind, or heads that the configuration announces are not there.
+    Raises ConversionError: heads of an unsupported kind, or heads that config.json announces but no file holds.
     """
     config = checkpoint.text_config
     tensors = checkpoint.tensors
@@ -79,7 +79,7 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
             or find_medusa(tensors, config)
             or find_lora(tensors, config)
         )
-    except ConversionError as error:  # those below know names and settings, not where they come from
+    except ConversionError as error:  # what raised it does not know the path
         raise ConversionError(f"{checkpoint.path}: {error}") from error
     except _MISFITS as error:
         raise _undescribed(checkpoint, error) from error
@@ -88,19 +88,17 @@ def find_heads(checkpoint: Checkpoint) -> Found | None:
     announced = _announced(config)
     if found is None and announced:
         raise ConversionError(
-            f"{checkpoint.path}: {checkpoint.config_name} announces {announced} MTP head(s), but no tensor of one is "
-            "there; they were dropped when this copy was made, use the original checkpoint"
+            f"{checkpoint.path}: {checkpoint.config_name} announces {announced} MTP head(s), but none is in the "
+            "file; they were dropped when this copy was made, use the original checkpoint"
         )
     return found
 
 
 def heads_beside_trunk(checkpoint: Checkpoint, wanted: bool = True) -> Found | None:
-    """The heads of a checkpoint that is converted whole, or None.
-
-    None too if an earlier conversion moved them to the folder `mtp` beside the trunk.
+    """The heads among the tensors of a checkpoint, or None: an earlier conversion may have moved them to `mtp/`.
 
     Args:
-        wanted: False for a conversion without heads, which heads that cannot be used do not stop.
+        wanted: whether they will be converted. If not, heads that cannot be used count as none.
 
     Raises ConversionError: as `find_heads`, if they are wanted.
     """
@@ -126,13 +124,13 @@ def _announced(config: Mapping[str, Any]) -> int:
 
 
 def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides = AS_FAMILY) -> HeadPlan:
-    """The plan of the heads of `checkpoint`.
+    """How the heads of `checkpoint` will be converted.
 
     Args:
         found: its heads, as `find_heads` found them.
-        overrides: what to take instead of their family's way.
+        overrides: conventions to use instead of the family's.
 
-    Raises ConversionError: no heads, or heads whose tensors do not fit; every problem is in the one message.
+    Raises ConversionError: no heads, or tensors that do not fit (one message lists them all).
     """
     if found is None:
         raise ConversionError(
@@ -153,7 +151,7 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
         notes.append(
             f"the configuration announces {announced} head(s), the file holds {found.count}: all are taken"
         )
-    # Keys with an underscore are notes of the program that wrote the file, such as the folder it was in.
+    # Keys with an underscore are private to the program that wrote the file, such as the folder it was in.
     config = {
         key: value for key, value in found.config.items() if key not in _NO_CONFIG and not key.startswith("_")
     }
@@ -174,7 +172,7 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
 
 
 def _settle_norms(checkpoint: Checkpoint, found: Found, norms: str) -> tuple[Found, list[str]]:
-    """`found` with 1 added to its norms or not, and why."""
+    """`found` with the form of its norms settled, and a note that says why."""
     if not found.convention.zero_centred_norms and norms != "zero-centred":
         return found, []
     if norms != "auto":
@@ -193,14 +191,17 @@ def _with_norm(target: Target, zero_centred: bool) -> Target:
 
 
 def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
-    """Whether the file still has the family's own form of norms. mlx-lm's conversion adds 1 to the trunk's norms
-    and moves the axes of its convolutions, but knows nothing of heads, whose norms may have either form then."""
+    """Whether the heads' norms are still stored around zero, and why that is believed.
+
+    mlx-lm's conversion adds 1 to the trunk's norms and moves the axes of its convolutions, but ignores heads, whose
+    norms may then have either form.
+    """
     tensors = checkpoint.tensors
     convolutions = [
         t.shape for name, t in tensors.items() if name.endswith("conv1d.weight") and len(t.shape) == 3
     ]
     if not convolutions:
-        return True, "the family's own form; the file has no convolutions that could say otherwise"
+        return True, "the family's own form; there are no convolutions that could tell otherwise"
     if convolutions[0][-1] != 1:
         return True, "the trunk's convolutions have the original layout"
     gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
@@ -208,8 +209,8 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
     trunk = _mean(tensors, [name for name in gains if name not in found.owned])
     if head is None or trunk is None:
         raise ConversionError(
-            f"{checkpoint.path}: the trunk was converted by mlx-lm, and nothing in the file tells whether the heads' "
-            "norms were too; say so with `head_norms` plain or `head_norms` zero-centred"
+            f"{checkpoint.path}: mlx-lm converted the trunk, and nothing in the file tells whether the heads' norms "
+            "were converted too; give `head_norms` plain or `head_norms` zero-centred"
         )
     why = f"the trunk is mlx-lm's; mean of q and k norms {trunk:.2f} in the trunk, {head:.2f} in the heads"
     return abs(head - trunk) > abs(head + 1 - trunk), why
@@ -220,12 +221,12 @@ def _mean(tensors: Mapping[str, LazyTensor], names: list[str]) -> float | None:
 
 
 def _overridden(checkpoint: Checkpoint, found: Found, overrides: Overrides) -> tuple[Found, list[str]]:
-    """`found` with another order or other states than its family's, and what was changed."""
+    """`found` with the order and states that `overrides` gives, and notes about what that changed."""
     order, hidden, recycled = overrides.head_order, overrides.head_hidden, overrides.head_recycled
     convention, targets, notes = found.convention, found.targets, []
     if {order, hidden, recycled} != {"auto"} and convention.kind != "cascade":
         raise ConversionError(
-            f"{checkpoint.path}: heads of {found.title} have no fuse weight, so neither order nor hidden states can "
+            f"{checkpoint.path}: {found.title} heads have no fuse weight, so neither its order nor hidden states can "
             "be chosen"
         )
     if order not in ("auto", convention.stored_order):
@@ -248,8 +249,11 @@ def _overridden(checkpoint: Checkpoint, found: Found, overrides: Overrides) -> t
 def _copies(
     checkpoint: Checkpoint, found: Found
 ) -> tuple[list[Target], list[tuple[str, str]], HeadConvention]:
-    """Targets of embeddings and LM heads that are the heads' own; (stored name, trunk's name) of those that are the
-    trunk's byte for byte; and the convention that says which they are."""
+    """Embeddings and LM heads beside the heads.
+
+    Returns the targets of those that are the heads' own; (stored name, trunk's name) of those that equal the trunk's
+    byte for byte and are left out; and the convention that says which.
+    """
     tensors = checkpoint.tensors
     own: list[Target] = []
     dropped: list[tuple[str, str]] = []
@@ -266,7 +270,7 @@ def _copies(
             rows = tensors[trunk].shape[0] if trunk else int(found.config.get("vocab_size") or 0)
             own.append(Target(name, (rows, width), ((stored, (rows, width)),)))
             is_own[part] = True
-    for name, stored, part in found.copies:  # one convention for all heads: where one has its own, all do
+    for name, stored, part in found.copies:  # one convention for all heads: if one has its own, all get one
         if is_own[part] and not any(target.name == name for target in own):
             trunk = _trunk(tensors, part, found)
             shape = (tensors[trunk].shape[0] if trunk else 0, width)
@@ -282,7 +286,7 @@ def _copies(
 
 
 def _trunk(tensors: Mapping[str, LazyTensor], part: str, found: Found) -> str | None:
-    """The trunk's tensor that `part` may be a copy of; a tied LM head is the embedding."""
+    """Name of the trunk's tensor that `part` may be a copy of, or None; a tied LM head is the embedding."""
     names = _TRUNK[part]
     if part == "lm_head" and found.config.get("tie_word_embeddings"):
         names += _TRUNK["embed_tokens"]
@@ -301,7 +305,7 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
 
 
 def _check(checkpoint: Checkpoint, found: Found, targets: list[Target]) -> None:
-    """Raise one ConversionError with every tensor that is missing, unexpected, misshapen or of a wrong type."""
+    """Raises one ConversionError that lists every missing, unexpected, misshapen or wrongly typed tensor."""
     tensors = checkpoint.tensors
     used: set[str] = {stored for _, stored, _ in found.copies}
     problems: dict[str, str] = {}

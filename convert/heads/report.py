@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what the converter would make of its heads, in words; no mlx."""
+"""Describes a checkpoint and the conversion of its heads for people. Needs no mlx."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mtp_mlx.errors import ConversionError
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the checkpoint is, for `mtp-mlx info`: container, size, model type, heads. Reads no weights."""
+    """Facts about a checkpoint for `mtp-mlx info`: container, size, model type, heads. Reads no weights."""
     config = checkpoint.text_config
     facts: dict[str, Any] = {
         "kind": "checkpoint",
@@ -28,14 +28,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
-    """Family, number and convention of the heads; "none"; or why they cannot be used."""
+    """Family, number and convention of the heads; or "none", or why they cannot be used."""
     try:
         found = find_heads(checkpoint)
     except ConversionError as error:
         return f"not usable: {error}"
     if found is None:
         return "none"
-    if found.convention.kind == "lora":  # no heads: neither a number nor a convention of them
+    if found.convention.kind == "lora":  # not heads, so without a number and a convention
         return {"family": found.title}
     facts: dict[str, Any] = {"family": found.title, "count": found.count}
     return facts | {"convention": convention_facts(found.convention)}
@@ -50,7 +50,7 @@ def types(checkpoint: Checkpoint) -> str:
 
 
 def convention_facts(convention: HeadConvention) -> dict[str, Any]:
-    """A convention's fields that its kind of heads has, by readable names."""
+    """The fields of a convention that apply to its kind of heads, with readable names."""
     facts = convention.to_json()
     for name in ("family", "kind", "rope_position"):
         facts.pop(name)
@@ -58,7 +58,7 @@ def convention_facts(convention: HeadConvention) -> dict[str, Any]:
 
 
 def source_line(checkpoint: Checkpoint) -> str:
-    """Where the checkpoint is and what it is stored in."""
+    """Where the checkpoint is and how it is stored."""
     return (
         f"source: {checkpoint.path} ({checkpoint.container}, {len(checkpoint.files)} file(s), "
         f"{len(checkpoint.tensors)} tensors: {types(checkpoint)})"
@@ -66,7 +66,7 @@ def source_line(checkpoint: Checkpoint) -> str:
 
 
 def plan_lines(checkpoint: Checkpoint, plan: HeadPlan) -> list[str]:
-    """The plan: family, heads, what maps where, what is dropped."""
+    """The plan: family, heads, the source of every tensor, what is left out."""
     lines = [
         source_line(checkpoint),
         f"family: {plan.title}",

@@ -1,12 +1,12 @@
-"""Heads of a checkpoint or an adapter folder -> a folder in the "speculators mtp" layout, which other runtimes read.
+"""Writes heads of a checkpoint or an adapter folder in the "speculators mtp" layout, which other runtimes read.
 
     mtp_layers.{i}.{input_proj, token_layernorm, hidden_layernorm, final_layernorm, <layer>}    model.safetensors
     transformer_layer_config (the language model's configuration), speculators_config           config.json
 
-The layout is embedding-first; norms stay as the model stores them (around zero for Qwen3-Next); experts are fused
-to [E, 2F, D] and [E, D, F]; embedding and LM head are the base model's. So nothing but order and names changes.
-The rest of a convention (which state goes in first, which is recycled, whether position 0 is masked) has no place in
-this layout: it is written under a key of our own, which `convert` reads back and other runtimes do not know.
+The layout is embedding-first; norms are stored as the model stores them (around zero for Qwen3-Next); experts are
+fused to [E, 2F, D] and [E, D, F]; embedding and LM head are the base model's. So only order and names change.
+The rest of a convention (which states heads take, whether position 0 is masked) has no place in this layout: it is
+written under a key of our own, which `convert` reads and other runtimes ignore.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_speculators(
 
 
 def _as_modelled(plan: HeadPlan) -> HeadPlan:
-    """`plan` with norms as the model stores them, whatever the file did: an earlier conversion may have added 1."""
+    """`plan` with norms as the model stores them, even if an earlier conversion added 1 to those in the file."""
     if not _zero_centred(plan.model_config):
         return plan
     took = {ADD_ONE: AS_IT_IS, AS_IT_IS: _TAKE_ONE}
@@ -106,7 +106,7 @@ def export_speculators(
 
 
 def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint, HeadPlan, str]:
-    """The tensors of an adapter folder, what the layout makes of them, and the base's name."""
+    """The tensors of an adapter folder, the plan for the layout, and the base's name."""
     from mlx_lm.utils import _get_classes
 
     from mtp_mlx.adapter_folder import DRAFT_IDS, read_header
@@ -117,8 +117,8 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
     config = base or heads.model_config
     if not config:
         raise ConversionError(
-            f"{folder}: its heads are copies of their base's last layer, whose configuration they do not hold; give "
-            "the base model's with `base`"
+            f"{folder}: its heads were made of their base's last layer, whose configuration is not in the folder; "
+            "give `base`, the base model"
         )
     modules = []
     for spec in heads.blocks:
@@ -166,7 +166,7 @@ def _write(checkpoint: Checkpoint, plan: HeadPlan, out: Path, base_name: str) ->
 
 
 def speculators_targets(checkpoint: Checkpoint, plan: HeadPlan) -> list[Target]:
-    """The tensors of the layout, made of those of the checkpoint; `plan` must leave norms as they are stored.
+    """The tensors of the layout; `plan` must leave norms as the model stores them.
 
     Raises ConversionError: heads of another form, or with an embedding or LM head of their own.
     """
@@ -174,13 +174,13 @@ def speculators_targets(checkpoint: Checkpoint, plan: HeadPlan) -> list[Target]:
     modules = {block.module for block in plan.blocks}
     if convention.kind != "cascade" or not modules <= set(_SAME_NAMES) or convention.output_norm != "own":
         raise ConversionError(
-            f"{checkpoint.path}: the speculators layout holds heads of the form of Qwen, Llama and MiMo-7B, not "
-            f"those of {plan.title}"
+            f"{checkpoint.path}: the speculators layout is for heads of the form of Qwen, Llama and MiMo-7B, not of "
+            f"{plan.title}"
         )
     if "own" in (convention.embedding, convention.lm_head):
         raise ConversionError(
-            f"{checkpoint.path}: these heads have an embedding or LM head of their own, for which the speculators "
-            "layout has no place"
+            f"{checkpoint.path}: these heads have their own embedding or LM head, for which the speculators layout "
+            "has no place"
         )
     by_name = {target.name: target for target in plan.targets}
     targets = []
@@ -206,7 +206,7 @@ def _fused(gate: Target, up: Target, name: str) -> Target:
     """Gate and up projections of all experts in one tensor [E, 2F, D]."""
     count, width, hidden = gate.shape
     shape = (count, 2 * width, hidden)
-    if gate.sources == up.sources:  # stored so already
+    if gate.sources == up.sources:  # fused in the file already
         return Target(name, shape, gate.sources, AS_IT_IS)
     stacked = len(gate.sources)
 

@@ -1,15 +1,15 @@
-"""MTP heads as data: what a family's convention is, which stored tensors make up each canonical one, and how.
+"""The tensors that heads are converted to: their canonical names, and how each is made of stored tensors.
 
-Canonical names, for head i (D = hidden size, V = vocabulary):
+Names, for head i (D = hidden size, V = vocabulary):
 
     heads.{i}.fuse.weight [D, 2D]        columns 0..D-1 act on the embedding, D..2D-1 on the hidden state
     heads.{i}.norm_embedding.weight, heads.{i}.norm_hidden.weight [D]
     heads.{i}.block.<name in mlx-lm's decoder layer>    .block.{j}.<name> where a head has several layers
-    heads.{i}.norm_out.weight [D]        absent: the identity, or the trunk's own (`output_norm` says which)
+    heads.{i}.norm_out.weight [D]        absent: the identity, or the trunk's (see `HeadConvention.output_norm`)
     heads.{i}.embed_tokens.weight, heads.{i}.lm_head.weight [V, D]    absent: shared with the trunk
 
 Medusa's heads have `heads.{i}.residual.{j}.weight|bias` and `heads.{i}.lm_head.weight` instead. Norms are plain
-gains: where a family stores them around zero, 1 has been added.
+gains: if a family stores them around zero, 1 is added.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """What turns stored tensors into a canonical one; `text` says it in words.
+    """How stored tensors are turned into a canonical one.
 
-    bits: on the arrays as stored, exact in any type. values: on the values of the only one, in float32.
+    Attributes:
+        text: the step in words; empty if nothing changes.
+        bits: works on the arrays as stored, exact in any type.
+        values: works on the values of a single array in float32; takes the place of `bits`.
     """
 
     text: str
@@ -76,7 +79,7 @@ class Target:
         return tensors[self.sources[0][0]].dtype
 
     def build(self, tensors: Mapping[str, LazyTensor]) -> np.ndarray:
-        """The array as stored (bits where numpy has no such type), of `shape`."""
+        """The array, of `shape`, in its stored type (as bits if numpy does not have that type)."""
         arrays = [tensors[name].load() for name, _ in self.sources]
         if self.step.values is not None:
             dtype = self.dtype(tensors)
@@ -87,15 +90,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Block:
-    """A head's decoder layer(s): which classes of mlx-lm, made how, from which tensors.
+    """The decoder layer(s) of a head as classes of mlx-lm.
 
-    It is built as `class_name(args_class.from_dict({**model config, **overrides}), **layers[j])`.
+    Built as `class_name(args_class.from_dict({**model config, **overrides}), **layers[j])`.
 
     Attributes:
         module: a module of mlx_lm.models.
-        layers: for each layer the arguments after the model's; one layer except for Nemotron-H.
-        targets: their tensors; target names are below the block, source names whole.
-        window: rows that its attention sees at most, its own included; None for all.
+        layers: arguments of each layer after the model's; one layer except for Nemotron-H.
+        targets: their tensors; target names are relative to the block, source names are not.
+        window: most rows that its attention sees, its own included; None for all.
     """
 
     module: str
@@ -120,10 +123,11 @@ class Block:
 
 @dataclass
 class HeadPlan:
-    """What a checkpoint's heads become. Made by `heads_plan.plan_heads`, carried out by `heads_write`.
+    """How a checkpoint's heads are converted. Made by `plan.plan_heads`, carried out by `write.fill_folder`.
 
     Attributes:
-        title: the family in words.
+        title: of their family.
+        count: number of heads.
         blocks: one for each head; empty for Medusa.
         dropped: (stored tensor, the trunk's tensor it equals byte for byte).
         notes: what else was decided, and why.
@@ -149,7 +153,13 @@ def save_targets(
     progress: Callable[[str], None] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a safetensors file of `targets`, building one tensor after the other; floats in `dtype` if given."""
+    """Write `targets` to the safetensors file `path`, one tensor at a time.
+
+    Args:
+        tensors: the stored tensors by name.
+        progress: called with the name of each tensor before it is written.
+        dtype: "F32", "BF16" or "F16" to cast floats to; None to keep their stored types.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for target in targets:

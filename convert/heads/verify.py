@@ -1,9 +1,9 @@
-"""Which convention converted heads were trained for, measured: acceptance on the base's own greedy text.
+"""Measures which convention converted heads were trained for: their acceptance on the base's own greedy text.
 
-RMSNorm hides a wrong hidden state, a wrong order or norms stored around zero: the head still drafts fluently, only
-few drafts are accepted. So the base continues a few prompts greedily, head 1 drafts every token of that text given
-the true tokens before it (teacher-forced), and where few drafts are right the other conventions are tried. Where head
-1 is right, the second draft shows which of a head's states the next one was trained on.
+RMSNorm hides a wrong hidden state, a wrong order or norms stored around zero: the head still drafts fluent text,
+but few drafts are accepted. So the base continues a few prompts greedily and head 1 drafts every token of that text,
+given the true tokens before it (teacher-forced). If few drafts are right, the other conventions are tried; if they
+are, the second draft shows which state the heads were trained to pass on.
 
 Legend: T tokens of a text, P of them prompt, D hidden size, V vocabulary.
 """
@@ -30,6 +30,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.seams import find_seams
 
+# To be put into the model's chat template.
 PROMPTS = (
     "Why is the sky blue?",
     "Write a short story about a fox and a crow.",
@@ -41,15 +42,15 @@ PROMPTS = (
     "The history of the steam engine begins",
 )
 TOKENS = 64  # of each continuation
-_LAST_NORMS = ("norm", "norm_f")  # what trunks call it
+_LAST_NORMS = ("norm", "norm_f")  # names in trunks
 RECYCLED = ("normed", "raw", "trunk")  # see `HeadConvention.recycled_hidden`
-LOW = 0.5  # acceptance of head 1 below which other conventions are tried
-BETTER = 0.1  # by which another convention must win to be named
+LOW = 0.5  # below this acceptance of head 1 the other conventions are tried
+BETTER = 0.1  # another convention is named only if its acceptance is higher by this much
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The three conventions that a wrong guess leaves unseen, with the names of `HeadConvention`."""
+    """The conventions that may be wrong without an error, named as in `HeadConvention`."""
 
     first_hidden: str
     stored_order: str
@@ -57,7 +58,7 @@ class Variant:
 
     @classmethod
     def of(cls, convention: HeadConvention) -> Variant:
-        """As a convention says."""
+        """The variant that a convention describes."""
         return cls(convention.first_hidden, convention.stored_order, convention.zero_centred_norms)
 
     def __str__(self) -> str:
@@ -70,13 +71,13 @@ class Verification:
     """What was measured.
 
     Attributes:
-        written: the convention that the folder says.
-        acceptance: of every depth, given that those before it were accepted; shorter where nothing got that far.
+        written: the convention in the folder.
+        acceptance: of each depth, given that the drafts before it were accepted; ends where no draft got that far.
         tokens: drafts of head 1 that were compared.
-        others: acceptance of head 1 under other conventions; empty where that of the written one is not low.
-        second: acceptance of the second draft by the state it takes, "normed", "raw" or "trunk"; empty where head
-            1's is low, or where there is no output norm.
-        recycled: the state that the folder says.
+        others: acceptance of head 1 under other conventions; empty if it is not low under the written one.
+        second: acceptance of the second draft by the state it takes, "normed", "raw" or "trunk"; empty if that of
+            head 1 is low, or if heads have no output norm.
+        recycled: the state in the folder's convention.
     """
 
     written: Variant
@@ -88,34 +89,36 @@ class Verification:
 
     @property
     def fits_better(self) -> Variant | None:
-        """The convention that the weights were trained for, where that is clearly another than the written one."""
+        """The convention that the weights were trained for, if that is clearly not the written one."""
         best = max(self.others, key=lambda variant: self.others[variant], default=None)
         return best if best is not None and self.others[best] > self.acceptance[0] + BETTER else None
 
     @property
     def recycles_better(self) -> str | None:
-        """The state that the second draft was trained on, where that is clearly another than the written one."""
+        """The state that the second draft was trained on, if that is clearly not the written one."""
         best = max(self.second, key=lambda state: self.second[state], default=None)
         clear = best is not None and self.second[best] > self.second[self.recycled] + BETTER
         return best if clear else None
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report for people; it names the arguments of a conversion that would fit better."""
         depths = " / ".join(f"{value:.2f}" for value in self.acceptance)
         lines = [f"verify: acceptance per depth {depths} on {self.tokens} tokens ({self.written})"]
         for variant, value in sorted(self.others.items(), key=lambda item: -item[1]):
-            lines.append(f"verify: head 1 would have {value:.2f} with {variant}")
+            lines.append(f"verify: acceptance of head 1 would be {value:.2f} with {variant}")
         better = self.fits_better
         if better is not None:
             mend = _how_to_mend(self.written, better)
             lines.append(f"verify: the weights were trained for {better}, not for {self.written}; {mend}")
         elif self.others:
             lines.append(
-                "verify: no convention fits clearly better, so the heads are weak, damaged or of another base"
+                "verify: no convention fits clearly better: the heads are weak, damaged, or of another base model"
             )
         for state, value in self.second.items():
             written = " (written)" if state == self.recycled else ""
-            lines.append(f"verify: the second draft has {value:.2f} if it takes the {state} state{written}")
+            lines.append(
+                f"verify: acceptance of the second draft is {value:.2f} with the {state} state{written}"
+            )
         if self.recycles_better is not None:
             lines.append(f"verify: convert again with `head_recycled` {self.recycles_better}")
         return lines
@@ -146,27 +149,32 @@ def verify_heads(
     model: nn.Module,
     tokenizer: Any,
     heads: nn.Module,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Sequence[int]],
     tokens: int = TOKENS,
 ) -> Verification:
-    """Measures `heads` on greedy continuations that a bare `model` writes itself.
+    """Measures `heads` on the greedy continuations of the bare model `model`.
+
+    Args:
+        tokenizer: of the model; its end-of-sequence ids end a continuation.
+        prompts: token ids of each prompt.
+        tokens: of each continuation, at most.
 
     Raises:
-        MTPError: heads of another form than a cascade on the trunk's last state; or every continuation is too short
+        MTPError: not a cascade on the state before or after the trunk's last norm; or no continuation is long enough
             to draft anything.
     """
     if not isinstance(heads, MTPHeads) or heads.convention.first_hidden == "before-last-layer":
         raise MTPError(
-            f"heads of the family {heads.convention.family} are not measured: only cascades are that take the state "
-            "before or after the trunk's last norm"
+            f"heads of the family {heads.convention.family} cannot be measured: only cascades that take the state "
+            "before or after the trunk's last norm can"
         )
-    texts = [_text(model, tokenizer, prompt, tokens) for prompt in prompts]
+    texts = [(_text(model, tokenizer, prompt, tokens), len(prompt)) for prompt in prompts]
     attached = attach(model, heads)
     try:
         rows = [_Rows.of(attached, heads, ids, start) for ids, start in texts if len(ids) > start + 1]
         if not rows:
             raise MTPError(
-                "the model ends every built-in prompt at once, so that there is nothing to verify heads on"
+                "the model ends its answer to every prompt at once, so there is no text to measure the heads on"
             )
         written = Variant.of(heads.convention)
         acceptance = _acceptance(attached, heads, rows, written.first_hidden, heads.drafts)
@@ -185,12 +193,15 @@ def verify_heads(
 
 
 def verify_folder(
-    model: nn.Module, tokenizer: Any, folder: Path, prompts: Sequence[str] = PROMPTS, tokens: int = TOKENS
+    model: nn.Module, tokenizer: Any, folder: Path, prompts: Sequence[Sequence[int]], tokens: int = TOKENS
 ) -> Verification:
-    """Measures the adapter folder of heads `folder` and writes what was found into its config.
+    """Measures the heads of the adapter folder `folder` and writes the result into its config.
+
+    Args:
+        model, tokenizer, prompts, tokens: as for `verify_heads`.
 
     Raises:
-        MTPError: no heads there, of another base, or of a kind that nothing runs.
+        MTPError: no heads there, heads of another base, or of a kind that cannot be measured.
     """
     heads, header = load(folder, read_header(folder), model)
     if not isinstance(heads, MTPHeads):
@@ -209,17 +220,14 @@ def verify_folder(
 # --- texts and states ---------------------------------------------------------------------------------------
 
 
-def _text(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> tuple[list[int], int]:
-    """(ids of the prompt and of the base's greedy continuation, P)."""
-    from mtp_mlx.api import chat_prompt
-
-    ids = chat_prompt(tokenizer, prompt)
-    start = len(ids)
+def _text(model: nn.Module, tokenizer: Any, prompt: Sequence[int], tokens: int) -> list[int]:
+    """Ids of the prompt and of its greedy continuation."""
+    ids = list(prompt)
     for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens):
         ids.append(int(token))
         if int(token) in tokenizer.eos_token_ids:
             break
-    return ids, start
+    return ids
 
 
 @dataclass
@@ -251,17 +259,17 @@ class _Rows:
 
     @property
     def first(self) -> int:
-        """First row that drafts when decoding: it has the first token of the continuation, and drafts the second."""
+        """The first row that drafts in decoding: its token is the first of the continuation, its draft the second."""
         return self.start - 1
 
     @property
     def count(self) -> int:
-        """Drafts of head 1 that are compared."""
+        """How many drafts of head 1 are compared."""
         return len(self.ids) - 2 - self.first
 
 
 class _Seen(nn.Module):
-    """A norm that writes down its input."""
+    """A norm that records its input."""
 
     def __init__(self, norm: nn.Module, seen: list[mx.array]) -> None:
         super().__init__()
@@ -274,7 +282,7 @@ class _Seen(nn.Module):
 
 @contextmanager
 def _last_norm_seen(trunk: nn.Module) -> Iterator[list[mx.array]]:
-    """The inputs of the trunk's last norm while the block runs."""
+    """A list that collects the inputs of the trunk's last norm inside the block."""
     seen: list[mx.array] = []
     name = next((name for name in _LAST_NORMS if isinstance(trunk.get(name), nn.Module)), None)
     if name is None:
@@ -294,7 +302,7 @@ def _last_norm_seen(trunk: nn.Module) -> Iterator[list[mx.array]]:
 def _acceptance(
     attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str, depths: int
 ) -> list[float]:
-    """Acceptance of each depth among the rows where all depths before it were right; at least one number."""
+    """Acceptance of each depth, among the rows whose drafts before it were right; at least one number."""
     right, seen = [0] * depths, [0] * depths
     for text in rows:
         hidden = text.before_norm if first_hidden == "pre-norm" else text.after_norm
@@ -316,7 +324,7 @@ def _acceptance(
 def _second_draft(
     attached: AttachedModel, heads: MTPHeads, rows: Sequence[_Rows], first_hidden: str
 ) -> dict[str, float]:
-    """Acceptance of the second draft, where the first was right, by the state that it takes."""
+    """Acceptance of the second draft, among the rows whose first was right, by the state that it takes."""
     found = {}
     for state in RECYCLED:
         with heads.recycling(state):
@@ -327,7 +335,7 @@ def _second_draft(
 
 
 def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:
-    """All other combinations."""
+    """All combinations but `written`."""
     hidden = ("post-norm", "pre-norm") if can_be_before_norm else ("post-norm",)
     every = (Variant(*values) for values in itertools.product(hidden, ("embedding", "hidden"), (False, True)))
     return [variant for variant in every if variant != written]
@@ -335,7 +343,7 @@ def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:
 
 @contextmanager
 def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None]:
-    """Head 1 as a conversion under `variant` would have made it of the stored weights, inside the block."""
+    """Inside the block head 1 is what a conversion under `variant` would have made of the stored weights."""
     head = heads.heads[0]
     before = cast("list[tuple[str, mx.array]]", tree_flatten(head.parameters()))
     shift = int(variant.zero_centred_norms) - int(written.zero_centred_norms)

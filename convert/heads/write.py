@@ -1,8 +1,9 @@
 """Writes planned heads into an adapter folder (its config: `mtp_mlx.drafters.heads.config`). Needs no mlx.
 
-The tensors are the canonical ones that `targets.py` names, in the checkpoint's own types. They are written one at a
-time, so heads of many gigabytes need no more memory than their largest tensor. The base's fingerprint is null where
-the checkpoint has no trunk that mlx-lm can load, and then cannot be compared.
+mtp.safetensors holds the tensors that `targets` names, in the checkpoint's types: every norm is a plain gain and
+every fuse weight embedding-first, however the convention says they were stored. Tensors are written one at a time, so
+heads of many gigabytes need no more memory than their largest tensor. The base's fingerprint is null if mlx-lm cannot
+load a trunk from the checkpoint, and is then not checked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Base:
 
     @property
     def notes(self) -> list[str]:
-        """What the folder says about it besides."""
+        """What the folder's notes say about it."""
         reason = self.unknown_because
         return [f"the base's fingerprint is not known: {reason}"] if reason else []
 
@@ -48,11 +49,11 @@ def fill_folder(
     dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write the files of an adapter folder into the folder `folder`, which is there and empty.
+    """Write the files of an adapter folder into the existing folder `folder`.
 
     Args:
         base: the model that the heads are for.
-        dtype: "F32", "BF16" or "F16" to cast the tensors to; None to keep the types that they are stored in.
+        dtype: "F32", "BF16" or "F16" to cast the tensors to; None to keep their stored types.
         progress: called with the name of each tensor before it is written.
     """
     header = planned_header(checkpoint, plan, base)
@@ -80,7 +81,7 @@ def planned_header(checkpoint: Checkpoint, plan: HeadPlan, base: Base) -> Header
 
 
 def trunk_name(checkpoint: Checkpoint) -> str:
-    """The model's name: what Medusa's config says it was made for, else the folder's own name."""
+    """The name of the base: as the configuration says (Medusa's does), otherwise the folder's name."""
     named = checkpoint.config.get("base_model_name_or_path")
     if isinstance(named, str) and named:
         return named

@@ -1,1 +1,1 @@
-"""Files of checkpoints: safetensors, PyTorch, lazily and without running code in them."""
+"""Reads checkpoint files (safetensors and PyTorch) lazily, without running any code in them."""

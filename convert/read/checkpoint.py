@@ -1,6 +1,6 @@
-"""A checkpoint, whatever it is stored in: one mapping of lazily read tensors and its configuration.
+"""Opens a checkpoint of any container: its tensors by name, read lazily, and its configuration.
 
-SOURCE may be a folder (safetensors, sharded or not; PyTorch files, sharded or not; Medusa's head file; Meta's
+A source may be a folder (safetensors, sharded or not; PyTorch files, sharded or not; Medusa's head file; Meta's
 consolidated.pth with params.json; a PEFT adapter), one file of these kinds, or the id of a repository on the hub,
 which is downloaded first. Nothing here needs mlx or torch.
 """
@@ -28,9 +28,9 @@ from mtp_mlx.errors import ConversionError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
-# What files of a training folder that hold no weights begin with.
+# Prefixes of the files in a training folder that do not hold weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-# What training programs put before every name of a model.
+# Prefixes that training programs put before every name of a model.
 _WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
 _CONFIGS = ("config.json", "params.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,11 +46,11 @@ class Checkpoint:
         path: the folder or file.
         container: "safetensors" or "pytorch".
         tensors: by name; fp8 weights with block scales appear as bfloat16.
-        config: the content of config.json (or params.json, adapter_config.json); empty where there is none.
-        config_name: which of these it was, "" where there is none.
+        config: the content of config.json (or params.json, adapter_config.json); empty if there is none.
+        config_name: which of these it is; "" if there is none.
         values: plain values beside the tensors of a PyTorch file (Lightning's hyper_parameters).
-        files: the names of the files the tensors come from.
-        fp8: some of the weights are stored as fp8 with block scales.
+        files: names of the files that hold the tensors.
+        fp8: some weights are stored as fp8 with block scales.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder that holds the weights, and what lies beside them."""
+        """The folder that holds the weights and the files beside them."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -75,9 +75,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint at `path`; reads headers and configuration, no weights.
+    """Open the checkpoint at `path`. Reads headers and the configuration, not weights.
 
-    Raises FileNotFoundError, or ConversionError: no checkpoint there, or one that is damaged or incomplete.
+    Raises FileNotFoundError, or ConversionError: not a checkpoint, or a damaged or incomplete one.
     """
     path = Path(path)
     if path.is_dir():
@@ -87,13 +87,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     else:
         path.stat()
         raise ConversionError(
-            f"{path}: only .gguf files, checkpoint folders and {', '.join(SUFFIXES)} files can be converted"
+            f"{path}: only checkpoint folders and files ending in .gguf, {', '.join(SUFFIXES)} can be converted"
         )
     stored = merge(parts)
     config, config_name = _config(path if path.is_dir() else path.parent, stored)
     tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
     if not tensors:
-        raise ConversionError(f"{path}: holds no tensors; is the download complete?")
+        raise ConversionError(f"{path}: there are no tensors in it; is the download complete?")
     fp8 = any(tensor.dtype == "F8_E4M3" for tensor in stored.values())
     return Checkpoint(
         path, container, tensors, config, config_name, values, [file.name for file in parts], fp8
@@ -104,8 +104,10 @@ _Parts = tuple[str, dict[Path, dict[str, LazyTensor]], dict[str, Any]]
 
 
 def _folder(path: Path) -> _Parts:
-    """The files of a folder that hold weights: those of an index where there is one, otherwise all of a kind.
-    Safetensors come before PyTorch files, which are often the same weights a second time."""
+    """The weights in a folder: the files of its index if it has one, otherwise all files of one container.
+
+    Safetensors are preferred to PyTorch files, which are often the same weights again.
+    """
     for suffixes, pattern in (((SUFFIX,), "*.safetensors.index.json"), (TORCH_SUFFIXES, "*.bin.index.json")):
         # "model..." first: Meta's own copy of some models lies beside it, as "consolidated...".
         for index in sorted(path.glob(pattern), key=lambda file: (not file.name.startswith("model"), file)):
@@ -124,10 +126,10 @@ def _folder(path: Path) -> _Parts:
     gguf = sorted(file.name for file in path.glob("*.gguf"))
     if gguf:
         raise ConversionError(
-            f"{path}: a folder is no .gguf file: give one of those in it, as in {path / gguf[0]}"
+            f"{path}: this is a folder: give one of the .gguf files in it, such as {path / gguf[0]}"
         )
     raise ConversionError(
-        f"{path}: no checkpoint: the folder has no {', '.join(SUFFIXES)} file; is the download complete?"
+        f"{path}: not a checkpoint: the folder has no {', '.join(SUFFIXES)} file; is the download complete?"
     )
 
 
@@ -147,7 +149,7 @@ def _files(paths: Iterable[Path]) -> _Parts:
 
 
 def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Names without what a training program puts before all of them: Lightning's attribute, DDP, torch.compile."""
+    """`tensors` without the prefix that a training program (Lightning, DDP, torch.compile) put before every name."""
     for prefix in _WRAPPERS:
         if prefix + "model.embed_tokens.weight" in tensors and all(n.startswith(prefix) for n in tensors):
             return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
@@ -155,7 +157,7 @@ def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def _config(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], str]:
-    # Beside an adapter config.json is often its base's, and says nothing of how large the adapter's updates are.
+    # The config.json beside an adapter is often its base's, and does not say how large the adapter's updates are.
     is_adapter = any(".lora_A." in name or ".lora_B." in name for name in names)
     for name in reversed(_CONFIGS) if is_adapter else _CONFIGS:
         path = folder / name
@@ -166,13 +168,13 @@ def _config(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], str]:
         except (ValueError, RecursionError) as error:
             raise ConversionError(f"{path} is not JSON: {error}; get the file again") from error
         if not isinstance(config, dict):
-            raise ConversionError(f"{path} does not hold a model's configuration; get the file again")
+            raise ConversionError(f"{path} is not a model's configuration; get the file again")
         return config, name
     return {}, ""
 
 
 def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
-    """Size of the blocks that share an fp8 scale."""
+    """(rows, columns) of the blocks that share an fp8 scale."""
     quantisation = config.get("quantization_config")
     size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
     if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
@@ -184,12 +186,14 @@ def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` names a repository of the hub: owner/name, and nothing of that name is here."""
+    """Whether `source` is the id of a repository on the hub: owner/name, and not a path that exists."""
     return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
 def local_source(source: str) -> Path:
-    """The file or folder of `source`. PyTorch files of a repository are fetched only where it has no safetensors.
+    """The local path of `source`, which is downloaded first if it is the id of a repository on the hub.
+
+    PyTorch files are downloaded only if the repository has no safetensors.
 
     Raises ConversionError: the download failed.
     """
@@ -203,7 +207,7 @@ def local_source(source: str) -> Path:
         except (OSError, ValueError, RuntimeError) as error:  # its errors are subclasses of these
             reason = " ".join(str(error).split())[:300]
             raise ConversionError(
-                f"{source}: neither a file or folder here, nor could it be had from the hub "
+                f"{source}: not a file or folder here, and it could not be downloaded from the hub "
                 f"({type(error).__name__}: {reason}); check the name, or download it and give the folder"
             ) from error
 

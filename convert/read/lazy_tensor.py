@@ -1,7 +1,7 @@
-"""A tensor of a checkpoint that is read only when asked for, and the number types of checkpoints.
+"""A tensor of a checkpoint that is read only on demand, and the number types of checkpoints.
 
-Types have safetensors' names ("F32", "BF16", ...). numpy has no bfloat16 and no fp8, so such a tensor is read
-as its bits (uint16, uint8); `to_float32` and `from_float32` convert. Nothing here needs mlx or torch.
+Types are named as in safetensors ("F32", "BF16", ...). numpy has neither bfloat16 nor fp8, so such tensors are read
+as bits (uint16, uint8); `to_float32` and `from_float32` convert. Nothing here needs mlx or torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-# Name of a type -> the numpy type that holds it, bit for bit.
+# Name of a type -> the numpy type that holds its bits.
 STORED_AS: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -40,7 +40,7 @@ class LazyTensor:
     Attributes:
         dtype: a key of STORED_AS.
         shape: row-major.
-        load: reads it; an array of `shape` whose type is STORED_AS[dtype]. It may be a read-only map of the file.
+        load: reads the tensor: an array of `shape` and of type STORED_AS[dtype], perhaps a read-only map of the file.
     """
 
     dtype: str
@@ -49,7 +49,7 @@ class LazyTensor:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * int(np.dtype(STORED_AS[self.dtype]).itemsize)
 
     def float32(self) -> np.ndarray:
@@ -67,12 +67,12 @@ def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 values stored as the float type `dtype`, rounded to the nearest, ties to even."""
+    """float32 values as the float type `dtype`, rounded to the nearest, ties to even."""
     if dtype != "BF16":
         return values.astype(STORED_AS[dtype])
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # A NaN must not round into infinity.
+    # Rounding must not turn NaN into infinity.
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 

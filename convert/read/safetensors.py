@@ -1,8 +1,8 @@
-"""Headers of safetensors files, alone or as shards named by an index, and block-scaled fp8 weights.
+"""Reads safetensors files, single or sharded with an index, and fp8 weights with block scales.
 
 Layout of a file: 8 bytes, the length of the header (little-endian); the header, JSON: name -> dtype, shape,
-data_offsets [begin, end); then the numbers. Headers are checked whole, so that a truncated file is refused
-before anything is converted; the numbers are mapped from the file when asked for.
+data_offsets [begin, end); then the numbers. The whole header is checked first, so that a truncated file is refused
+before anything is converted; the numbers are mapped from the file on demand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
     """Every tensor of one file, by name.
 
-    Raises FileNotFoundError, or ConversionError: no safetensors file, truncated, or a type that is not known.
+    Raises FileNotFoundError, or ConversionError: not a safetensors file, truncated, or of an unknown type.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -38,15 +38,15 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
             raise ConversionError(
-                f"{path}: truncated or no safetensors file (its header should have {length:,} bytes, the file has "
-                f"{size:,}); download or copy it again"
+                f"{path}: truncated, or not a safetensors file (its header should have {length:,} bytes, the file "
+                f"has {size:,}); download or copy it again"
             )
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_once)
         entries = {name: _entry(value, size) for name, value in header.items() if name != "__metadata__"}
         odd = next((name for name in entries if not name.isprintable()), None)
-        if odd is not None:  # it would break up messages, or give the terminal orders
+        if odd is not None:  # printed, it could control the terminal
             raise ValueError(f"a tensor is called {ascii(odd)}")
         _check_apart(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -57,11 +57,11 @@ def read_safetensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different: of two tensors of one name, nobody knows which is meant."""
+    """A JSON object; raises ValueError if it has a name twice, since two tensors would share it."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"it says '{name}' twice")
+            raise ValueError(f"'{name}' is in it twice")
         found[name] = value
     return found
 
@@ -71,16 +71,16 @@ def _entry(value: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
     begin, end = value["data_offsets"]
     dtype, shape = value["dtype"], value["shape"]
     if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError("a type or a shape is not written as the format says")
+        raise ValueError("a type or a shape is not as the format requires")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a shape or an offset is no whole number")
+        raise ValueError("a shape or an offset is not a whole number")
     if any(n > _MAX_SIZE for n in (*shape, begin, end)):
         raise ValueError(f"a shape or an offset is impossible in a file of {size:,} bytes")
     return dtype, tuple(shape), begin, end
 
 
 def _check_apart(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> None:
-    """Raise ValueError where two tensors share bytes: then one of them is not what its name says."""
+    """Raises ValueError if two tensors share bytes, since one of them must then be wrong."""
     spans = sorted((begin, end, name) for name, (_, _, begin, end) in entries.items() if begin < end)
     for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
@@ -98,8 +98,8 @@ def _tensor(
     n_bytes = math.prod(shape) * np.dtype(STORED_AS[dtype]).itemsize
     if end - begin != n_bytes:
         raise ConversionError(
-            f"{path}: tensor '{name}', {dtype} {list(shape)}, takes {n_bytes:,} bytes but the header gives it "
-            f"{end - begin:,}; download or copy the file again"
+            f"{path}: tensor '{name}', {dtype} {list(shape)}, needs {n_bytes:,} bytes but has {end - begin:,} in the "
+            "header; download or copy the file again"
         )
     if data + end > size:
         raise ConversionError(
@@ -121,7 +121,7 @@ def _read(path: Path, dtype: str, shape: tuple[int, ...], start: int) -> np.ndar
 
 
 def shard_files(index: Path) -> dict[str, list[str]]:
-    """The files that an index names -> the tensors each of them should hold.
+    """The files that an index names, with the tensors that each should hold.
 
     Raises ConversionError: the index is damaged, or names files that are missing or outside its folder.
     """
@@ -137,7 +137,7 @@ def shard_files(index: Path) -> dict[str, list[str]]:
     outside = sorted(file for file in files if Path(file).name != file)
     if outside:
         raise ConversionError(
-            f"{index}: names files outside its own folder ({outside[0]}); it is not followed"
+            f"{index}: names files outside its own folder ({outside[0]}), which are not read"
         )
     missing = sorted(file for file in files if not (index.parent / file).is_file())
     if missing:
@@ -149,9 +149,9 @@ def shard_files(index: Path) -> dict[str, list[str]]:
 
 
 def merge(parts: Mapping[Path, Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """The tensors of several files together.
+    """The tensors of several files.
 
-    Raises ConversionError where two files hold a tensor of the same name.
+    Raises ConversionError: two files have a tensor of the same name.
     """
     origin: dict[str, Path] = {}
     merged: dict[str, LazyTensor] = {}
@@ -159,19 +159,19 @@ def merge(parts: Mapping[Path, Mapping[str, LazyTensor]]) -> dict[str, LazyTenso
         for name, tensor in tensors.items():
             if name in merged:
                 raise ConversionError(
-                    f"{path}: tensor '{name}' is in {origin[name].name} as well; keep only one of the two files"
+                    f"{path}: tensor '{name}' is in {origin[name].name} too; keep only one of the two files"
                 )
             merged[name], origin[name] = tensor, path
     return merged
 
 
 def check_index(index: Path, files: Mapping[str, Sequence[str]], tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise ConversionError where the index names tensors that none of its files has."""
+    """Raises ConversionError if the index names tensors that are in none of its files."""
     lost = sorted(name for names in files.values() for name in names if name not in tensors)
     if lost:
         raise ConversionError(
-            f"{index}: names {len(lost)} tensors that its files do not hold: {_some(lost)}; the download is mixed or "
-            "incomplete, get it again"
+            f"{index}: names {len(lost)} tensors that its files do not hold: {_some(lost)}; the download is "
+            "incomplete or of several versions, get it again"
         )
 
 
@@ -185,11 +185,11 @@ def _some(names: Sequence[str]) -> str:
 def dequantised(
     tensors: Mapping[str, LazyTensor], where: Path, block: tuple[int, int] = (128, 128)
 ) -> dict[str, LazyTensor]:
-    """`tensors` with each fp8 weight as bfloat16, multiplied by its scales when it is read; the scales are gone.
+    """`tensors` without scales: each fp8 weight is multiplied by its own when it is read, to bfloat16.
 
     An fp8 weight [..., M, N] has scales [..., ceil(M / block[0]), ceil(N / block[1])].
 
-    Raises ConversionError: an fp8 tensor without scales, or with scales of another shape; all are named.
+    Raises ConversionError: fp8 tensors without scales or with scales of another shape (one message lists them all).
     """
     out: dict[str, LazyTensor] = {}
     problems: list[str] = []
@@ -201,17 +201,17 @@ def dequantised(
         scales = tensors.get(name + SCALE)
         wanted = _blocks(tensor.shape, block)
         if len(tensor.shape) < 2:
-            problems.append(f"'{name}' is {list(tensor.shape)}, which has no blocks")
+            problems.append(f"'{name}' is {list(tensor.shape)}, not a matrix")
         elif scales is None or scales.dtype not in FLOATS:
-            problems.append(f"'{name}' has no float '{name + SCALE}'")
+            problems.append(f"'{name}' has no scales '{name + SCALE}' of a float type")
         elif scales.shape != wanted:
             problems.append(f"'{name + SCALE}' is {list(scales.shape)}, {list(wanted)} expected")
         else:
             out[name] = LazyTensor("BF16", tensor.shape, _scaled(tensor, scales, block))
     if problems:
         raise ConversionError(
-            f"{where}: fp8 weights are read only with one scale for each block of {block[0]} x {block[1]}: "
-            f"{_some(problems)}; use the bfloat16 checkpoint"
+            f"{where}: fp8 weights need one scale for each block of {block[0]} x {block[1]}: {_some(problems)}; use "
+            "the bfloat16 checkpoint"
         )
     return out
 

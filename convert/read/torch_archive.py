@@ -1,7 +1,7 @@
-"""The zip container of a PyTorch file: where each storage's bytes lie, and the pickle that describes the tensors.
+"""Reads the zip container of a PyTorch file: the pickle that describes the tensors, and where each storage lies.
 
-`<archive>/data.pkl` is the pickle, `<archive>/data/<key>` the numbers of one storage, stored as they are, and
-`<archive>/byteorder` says "little". The formats before PyTorch 1.6 (a bare pickle, a tar) are refused by name.
+`<archive>/data.pkl` is the pickle, `<archive>/data/<key>` holds the numbers of one storage, uncompressed, and
+`<archive>/byteorder` is "little". The formats before PyTorch 1.6 (a bare pickle, a tar) are refused by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAVE_AGAIN = "save its plain tensors with torch.save(model.state_dict(), ...) an
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a storage's bytes lie in the file."""
+    """The bytes of a storage in the file."""
 
     offset: int
     n_bytes: int
@@ -36,7 +36,7 @@ def open_archive(path: Path) -> tuple[dict[str, Storage], bytes]:
         pickles = [name for name in entries if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             raise ConversionError(
-                f"{path}: a zip with {len(pickles)} data.pkl records, a PyTorch file has one; {SAVE_AGAIN}"
+                f"{path}: a zip with {len(pickles)} data.pkl records, but a PyTorch file has one; {SAVE_AGAIN}"
             )
         root = pickles[0].split("/")[0]
         order, data = f"{root}/byteorder", f"{root}/data/"
@@ -72,11 +72,11 @@ def _check_format(path: Path, start: bytes) -> None:
         kind = "a bare pickle, PyTorch's format before 1.6"
     else:
         raise ConversionError(f"{path}: not a PyTorch file (it does not begin as a zip); get the file again")
-    raise ConversionError(f"{path}: {kind}, is not read here; load it with PyTorch, then {SAVE_AGAIN}")
+    raise ConversionError(f"{path}: {kind}, cannot be read; load it with PyTorch, then {SAVE_AGAIN}")
 
 
 def _span(path: Path, stream: BinaryIO, info: zipfile.ZipInfo) -> Storage:
-    """Where the bytes of a zip entry lie; torch stores them as they are, so no entry may be compressed."""
+    """The bytes of a zip entry; torch does not compress, so compressed entries are refused."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ConversionError(f"{path}: the record {info.filename} is compressed or encrypted; {SAVE_AGAIN}")
     size = path.stat().st_size

@@ -1,8 +1,8 @@
-"""Builds what a pickle describes, out of plain containers and the records that its reader allows.
+"""Runs a pickle safely: builds plain containers and the records that the caller allows, and nothing else.
 
-Python's own unpickler is not used: it imports what the pickle names, calls it, and sets attributes of anything;
-and a few bytes can make it reserve gigabytes. Here opcodes only move values between a stack and a memo. A name
-becomes whatever `find` returns for it, and only a `Record` can be called. Memory is bounded by the file's size.
+Python's own unpickler imports and calls whatever the pickle names, sets any attribute, and can be made to reserve
+gigabytes by a few bytes. Here opcodes only move values between a stack and a memo. A name becomes what `find` returns
+for it, and only a `Record` can be called. Memory is bounded by the file's size.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ _SCALARS = (str, bytes, bool, int, float, complex, type(None))
 
 
 class Damaged(ValueError):
-    """The pickle does what no pickle of tensors does."""
+    """The pickle does something that a pickle of tensors never does."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Stands for a name that a pickle may use: what calling it does (None: it cannot be called), or a type's name."""
+    """What a name that a pickle may use stands for: a function to call (None: not callable), or a number type."""
 
     call: Callable[..., Any] | None = None
     dtype: str | None = None
 
 
 class Machine:
-    """Runs one pickle. find: (module, name) -> the value of that name, or raises. load: a persistent id -> value."""
+    """Runs one pickle.
+
+    Args:
+        find: (module, name) -> what that name stands for, or raises.
+        load: a persistent id -> the value it stands for.
+    """
 
     def __init__(self, find: Callable[[str, str], Any], load: Callable[[Any], Any]) -> None:
         self._find = find
@@ -46,7 +51,7 @@ class Machine:
     def run(self, pickled: bytes) -> Any:
         """The object that `pickled` describes.
 
-        Raises Damaged, ValueError or IndexError for what is no pickle or uses more than data needs; and what
+        Raises Damaged, ValueError or IndexError: not a pickle, or one that does more than describe data; and whatever
         `find` and `load` raise.
         """
         for opcode, argument, _ in pickletools.genops(pickled):
@@ -66,7 +71,7 @@ class Machine:
                 return
         raise Damaged(f"it uses the opcode {name}")
 
-    # Each of these three does the opcodes of one kind and says whether `name` was one of them.
+    # Each of these three runs the opcodes of one kind and returns whether `name` was one of them.
 
     def _names(self, name: str, argument: Any) -> bool:
         stack = self._stack
@@ -77,18 +82,16 @@ class Machine:
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
             if not isinstance(module, str) or not isinstance(attribute, str):
-                raise Damaged("it names something by what is no text")
+                raise Damaged("a name in it is not text")
             stack.append(self._find(module, attribute))
         elif name == "REDUCE":
             arguments, record = stack.pop(), stack.pop()
             if not isinstance(record, Record) or record.call is None or not isinstance(arguments, tuple):
-                raise Damaged("it calls what cannot be called")
+                raise Damaged("it calls something that cannot be called")
             stack.append(record.call(*arguments))
         elif name == "BINPERSID":
             stack.append(self._load(stack.pop()))
-        elif (
-            name == "BUILD"
-        ):  # attributes of a dictionary (torch's _metadata) are no tensors; nothing else has any
+        elif name == "BUILD":  # only dictionaries have attributes (torch's _metadata), which are not tensors
             stack.pop()
             if not isinstance(stack[-1], dict):
                 raise Damaged("it changes a value's attributes")
@@ -121,7 +124,7 @@ class Machine:
         if name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             if len(stack) < count:
-                raise Damaged("a tuple of values that are not there")
+                raise Damaged("a tuple of more values than there are")
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ("TUPLE", "LIST", "FROZENSET", "DICT"):
             stack.append(_NEW[name](self._since_mark()))
@@ -139,7 +142,7 @@ class Machine:
         return True
 
     def _since_mark(self) -> list[Any]:
-        """The values above the last mark, taken off the stack."""
+        """Takes the values above the last mark off the stack."""
         height = self._marks.pop()
         if height > len(self._stack):
             raise Damaged("a mark above the stack")
@@ -152,7 +155,7 @@ class Machine:
         container: Any = self._stack[-1]
         fits = type(container) is kind
         if not fits:
-            raise Damaged(f"it adds items to what is no {kind.__name__}")
+            raise Damaged(f"it adds items to something that is not a {kind.__name__}")
         if kind is list:
             container.extend(values)
         else:
@@ -160,12 +163,14 @@ class Machine:
 
 
 def scalars(values: Any) -> list[Any]:
-    """`values`, of which each must be a number or text, or a tuple of such: what keys and members of sets are.
-    (Hashing a tuple that is nested a million deep would end the program.)"""
+    """`values` as keys or members of a set; raises Damaged unless each is a number, text, or a tuple of these.
+
+    Hashing a tuple nested a million deep would crash the interpreter.
+    """
     values = list(values)
     for value in values:
         if not all(isinstance(item, _SCALARS) for item in (value if isinstance(value, tuple) else (value,))):
-            raise Damaged("a key that is neither number nor text")
+            raise Damaged("a key that is neither a number nor text")
     return values
 
 

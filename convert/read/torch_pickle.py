@@ -1,8 +1,8 @@
-"""Tensors of a PyTorch file (.bin, .pt, .pth, Lightning's .ckpt) without torch and without running its code.
+"""Reads the tensors of a PyTorch file (.bin, .pt, .pth, Lightning's .ckpt) without torch and without running code.
 
-A pickle is a program: it names functions and calls them. Here every name is looked up in the short table below,
-whose entries only write down what a tensor is; any other name is refused before anything is called. Tensors
-stay on disk until they are asked for. The container is read by `torch_archive`, opcodes by `torch_opcodes`.
+A pickle is a program: it names functions and calls them. Here every name is looked up in the short table below, whose
+entries only describe tensors; any other name is refused before anything is called. Tensors stay on disk until they
+are read. `torch_archive` reads the container, `torch_opcodes` runs the pickle.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**62
 _MAX_MEMBERS = 1_000_000
 _MAX_NAME = 1000  # characters of a tensor's name
-# A tensor may repeat a storage's numbers (stride 0), as some buffers do; a large one must have its own.
+# A tensor may repeat the numbers of its storage (stride 0), as some buffers do, up to this many bytes.
 _MAX_REPEATED = 1 << 26
 
 
@@ -70,8 +70,7 @@ class TorchFile:
 
     Attributes:
         tensors: by name; of a Lightning file or a training checkpoint those of its `state_dict`.
-        values: what stands beside the tensors at the top level and is made of plain values, `hyper_parameters`
-            for one.
+        values: plain values beside the tensors at the top level, such as `hyper_parameters`.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
@@ -79,10 +78,10 @@ class TorchFile:
 
 
 def read_torch(path: str | Path) -> TorchFile:
-    """Read the description of all tensors of `path`; their numbers are read later, each on its own.
+    """Read the descriptions of all tensors in `path`; each tensor's numbers are read on demand.
 
-    Raises FileNotFoundError, or ConversionError: not PyTorch's zip format, damaged, truncated, or its pickle
-    names something that is no tensor record (the full name is in the message; nothing was executed).
+    Raises FileNotFoundError, or ConversionError: not PyTorch's zip format, damaged, truncated, or a pickle that names
+    anything but tensor records (the message has the name; nothing was executed).
     """
     path = Path(path)
     storages, pickled = open_archive(path)
@@ -101,7 +100,7 @@ def read_torch(path: str | Path) -> TorchFile:
 
 @dataclass(frozen=True)
 class _TypedStorage:
-    """A storage as the pickle names it: the bytes, and the type of its elements (None = bytes)."""
+    """A storage as the pickle describes it: its bytes, and the type of its elements (None: bytes)."""
 
     where: Storage
     key: str
@@ -109,7 +108,7 @@ class _TypedStorage:
 
 
 class _Records:
-    """The names a pickle of tensors may use, and what stands for them."""
+    """The names that a pickle of tensors may use, and what they stand for."""
 
     def __init__(self, path: Path, storages: dict[str, Storage]) -> None:
         self._path = path
@@ -133,17 +132,17 @@ class _Records:
         return table | {f"torch.{name}": Record(dtype=dtype) for name, dtype in (_STORAGES | _DTYPES).items()}
 
     def find(self, module: str, name: str) -> Record:
-        """The stand-in of `module.name`; refuses every name that is not in the table."""
+        """What `module.name` stands for; raises ConversionError for a name that is not in the table."""
         found = self._table.get(f"{module}.{name}")
         if found is None:
             raise ConversionError(
-                f"{self._path}: its pickle names {module}.{name}, which is no tensor record, so the file is "
-                f"refused and nothing of it was executed; {SAVE_AGAIN}"
+                f"{self._path}: its pickle names {module}.{name}, which is not a tensor record, so the file is "
+                f"refused and nothing in it was executed; {SAVE_AGAIN}"
             )
         return found
 
     def _members(self, values: Any) -> list[Any]:
-        """The members of a set; a pickle can copy one long list any number of times, so they are counted."""
+        """The members of a set; counted, because a pickle can copy one long list any number of times."""
         members = scalars(values)
         self._copied += len(members)
         if self._copied > _MAX_MEMBERS:
@@ -203,7 +202,7 @@ def _whole_numbers(values: Any) -> tuple[int, ...]:
         or len(values) > _MAX_DIMENSIONS
         or not all(isinstance(n, int) and 0 <= n <= _MAX_SIZE for n in values)
     ):
-        raise Damaged("a tensor's size or stride is not made of whole numbers")
+        raise Damaged("a tensor's size or stride does not consist of whole numbers")
     return tuple(values)
 
 
@@ -225,15 +224,15 @@ def _read(
 
 
 def _contents(path: Path, root: Any) -> TorchFile:
-    """Sorts the unpickled objects into tensors and plain values."""
+    """The tensors and plain values among the unpickled objects."""
     if not isinstance(root, dict):
         raise ConversionError(
-            f"{path}: holds a {type(root).__name__}, not a dictionary of tensors; {SAVE_AGAIN}"
+            f"{path}: contains a {type(root).__name__}, not a dictionary of tensors; {SAVE_AGAIN}"
         )
     found = TorchFile()
     weights = root.get("state_dict", root)
     if not isinstance(weights, dict):
-        raise ConversionError(f"{path}: its 'state_dict' is no dictionary; {SAVE_AGAIN}")
+        raise ConversionError(f"{path}: its 'state_dict' is not a dictionary; {SAVE_AGAIN}")
     for name, tensor in _tensors(path, weights, "", set()):
         if name in found.tensors:
             raise ConversionError(f"{path}: two tensors are both called '{name}'; {SAVE_AGAIN}")
@@ -242,32 +241,32 @@ def _contents(path: Path, root: Any) -> TorchFile:
         if value is not weights and isinstance(key, str) and _is_plain(value):
             found.values[key] = value
     if not found.tensors:
-        raise ConversionError(f"{path}: holds no tensors; is it the right file?")
+        raise ConversionError(f"{path}: there are no tensors in it; is it the right file?")
     return found
 
 
 def _tensors(
     path: Path, mapping: dict[Any, Any], prefix: str, seen: set[int]
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """(name, tensor) of a dictionary; those of a dictionary within it have names joined by a dot.
+    """(name, tensor) of a dictionary and of those nested in it, whose names are joined by dots.
 
-    `seen` holds the dictionaries met so far: one that holds itself, or many copies of another, has no end.
+    `seen` has the ids of the dictionaries met so far: one that contains itself would have no end.
     """
     if id(mapping) in seen or prefix.count(".") > _MAX_DEPTH:
-        raise ConversionError(f"{path}: its dictionaries hold each other ('{prefix}'); {SAVE_AGAIN}")
+        raise ConversionError(f"{path}: its dictionaries contain each other ('{prefix}'); {SAVE_AGAIN}")
     seen.add(id(mapping))
     for key, value in mapping.items():
         if not isinstance(value, (LazyTensor, dict)):
             continue
-        # A few bytes can use one long key again and again, and numbers can have more digits than can be written.
+        # A few bytes can repeat one long key, and numbers can have more digits than Python will print.
         if not isinstance(key, str) and not (isinstance(key, int) and abs(key) <= _MAX_SIZE):
-            raise ConversionError(f"{path}: a tensor's name is neither text nor a number; {SAVE_AGAIN}")
+            raise ConversionError(f"{path}: the name of a tensor is neither text nor a number; {SAVE_AGAIN}")
         name = f"{prefix}{key}"
         if len(name) > _MAX_NAME:
             raise ConversionError(
                 f"{path}: a tensor's name has more than {_MAX_NAME} characters; {SAVE_AGAIN}"
             )
-        if not name.isprintable():  # it would break up messages, or give the terminal orders
+        if not name.isprintable():  # printed, it could control the terminal
             raise ConversionError(f"{path}: a tensor is called {ascii(name)}; {SAVE_AGAIN}")
         if isinstance(value, LazyTensor):
             yield name, value
@@ -276,7 +275,7 @@ def _tensors(
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` is made of text, numbers and containers only."""
+    """Whether `value` consists of text, numbers and containers of these."""
     waiting, seen = [value], set()
     while waiting:
         item = waiting.pop()

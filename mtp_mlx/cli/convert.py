@@ -1,4 +1,4 @@
-"""`mtp-mlx convert`: a checkpoint of another format -> an mlx-lm model folder, or its MTP heads -> an adapter."""
+"""`mtp-mlx convert`: a checkpoint of another format -> an mlx-lm model folder; MTP heads -> an adapter folder."""
 
 from __future__ import annotations
 
@@ -36,13 +36,11 @@ Examples:
 @click.argument("source")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Quantise the weights to this many bits")
-@click.option(
-    "--group-size", type=click.Choice(["32", "64"]), default="64", help="Weights that share a scale"
-)
+@click.option("--group-size", type=click.Choice(["32", "64"]), default="64", help="Quantisation group size")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the weights (default: the checkpoint's; of .gguf float32 on CPU, bfloat16 on Metal)",
+    help="Type of the weights (default: the checkpoint's; for .gguf float32 on CPU, bfloat16 on Metal)",
 )
 @click.option("--heads-only", is_flag=True, help="Write only the MTP heads, as an adapter folder")
 @click.option("--trunk-only", is_flag=True, help="Leave the MTP heads out")
@@ -51,9 +49,9 @@ Examples:
     type=click.Choice(["adapter", "speculators"]),
     default="adapter",
     show_default=True,
-    help="Layout of the folder that --heads-only writes",
+    help="Layout that --heads-only writes",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be done; OUT is not needed")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing; OUT is not needed")
 @click.option(
     "--head-norms",
     type=click.Choice(["auto", "plain", "zero-centred"]),
@@ -66,34 +64,32 @@ Examples:
     type=click.Choice(["auto", "embedding", "hidden"]),
     default="auto",
     show_default=True,
-    help="Which half the heads' fuse weights begin with in the file",
+    help="Which input the stored fuse weights act on first",
 )
 @click.option(
     "--head-hidden",
     type=click.Choice(["auto", "post-norm", "pre-norm"]),
     default="auto",
     show_default=True,
-    help="Which state of the trunk the heads were trained on",
+    help="Trunk state for the first draft: after or before the trunk's last norm",
 )
 @click.option(
     "--head-recycled",
     type=click.Choice(["auto", "normed", "raw", "trunk"]),
     default="auto",
     show_default=True,
-    help="Which state the next draft takes: a head's after its norm, or before, or the trunk's",
+    help="State passed to the next head: normed, raw or trunk",
 )
-@click.option("--base", metavar="MODEL", help="Base of heads, or of a PEFT adapter, that come without it")
-@click.option(
-    "--verify", is_flag=True, help="Measure what the heads' drafts are worth, under which convention"
-)
-@click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind already")
+@click.option("--base", metavar="MODEL", help="Base model, if SOURCE has none")
+@click.option("--verify", is_flag=True, help="Measure acceptance and suggest conventions")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a folder of the same kind")
 def command(source: str, out: Path | None, **options: Any) -> None:
-    """Convert SOURCE into the model folder OUT.
+    """Convert the checkpoint SOURCE to the model folder OUT.
 
-    SOURCE is a checkpoint: a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP
-    heads, if it has any, become the adapter folder OUT/mtp, which is used with the model unless --adapter none is
-    given. PyTorch files are read without running the code in them. With --heads-only OUT is an adapter folder. With
-    --verify and without OUT, SOURCE is a model folder that was converted before.
+    SOURCE is a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP heads, if any,
+    become the adapter folder OUT/mtp, which is used with the model unless you give --adapter none. With --heads-only
+    OUT is an adapter folder with the heads alone. With --verify and no OUT, SOURCE is a folder converted before.
+    PyTorch files are read without running the code in them.
     """
     how = ConvertOptions(**options)
     how.check(out)
@@ -122,19 +118,19 @@ def _local(source: str, dry_run: bool) -> Path:
         return local_source(source)
     if dry_run:
         raise MTPError(
-            f"{source}: --dry-run reads local files and downloads nothing; download the checkpoint first"
+            f"{source}: --dry-run reads local files only and downloads nothing; download the checkpoint first"
         )
-    with Console(stderr=True).status(f"getting {source} from the hub"):
+    with Console(stderr=True).status(f"downloading {source}"):
         return local_source(source)
 
 
 def _in_options(lines: list[str]) -> str:
-    """Lines of the library, which speaks of arguments."""
+    """The library's lines as one text, with options in place of arguments."""
     return with_options("\n".join(lines), command)
 
 
 def _dry_run(source: Path, gguf: bool, how: ConvertOptions) -> list[str]:
-    """What the conversion would do."""
+    """Lines about what the conversion would do."""
     from mtp_mlx.convert.dry_run import checkpoint_lines, gguf_lines
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
 
@@ -170,7 +166,7 @@ def _convert_gguf(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 
 def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
-    """Converts a checkpoint; what there is to say about it goes to stderr."""
+    """Converts a checkpoint and reports about it on stderr."""
     from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
     from mtp_mlx.convert.heads.plan import heads_beside_trunk
     from mtp_mlx.convert.read.checkpoint import open_checkpoint
@@ -180,7 +176,7 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
     if is_ptp_checkpoint(checkpoint):
         raise MTPError(
             f"{source}: a student of Parallel Token Prediction becomes an adapter of its base model: give "
-            "--heads-only, and that model's folder with --base"
+            "--heads-only, and the model's folder with --base"
         )
     found = heads_beside_trunk(checkpoint, wanted=not how.trunk_only)
     how.check_heads(checkpoint, found)
@@ -206,34 +202,24 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
 def _verify(folder: Path) -> list[str]:
     """Lines about the heads beside a converted model, measured with it."""
     from mtp_mlx.adapter_folder import sidecar
+    from mtp_mlx.models import load_base
 
     heads = sidecar(folder)
     if heads is None:
         raise MTPError(
-            f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint that "
-            "has MTP heads first, and give the folder it was converted to"
+            f"{folder}: there are no converted heads to verify (no mtp/mtp_config.json); convert a checkpoint with "
+            "MTP heads first, and give the folder it was converted to"
         )
-    return _measured(*_base(str(folder)), heads)
+    return _measured(*load_base(folder), heads)
 
 
 def _measured(model: Any, tokenizer: Any, heads: Path) -> list[str]:
-    from mtp_mlx.convert.heads.verify import verify_folder
+    from mtp_mlx.api import chat_prompt
+    from mtp_mlx.convert.heads.verify import PROMPTS, verify_folder
 
+    prompts = [chat_prompt(tokenizer, text) for text in PROMPTS]
     with Console(stderr=True).status(f"verifying {heads}"):
-        return verify_folder(model, tokenizer, heads).lines()
-
-
-def _base(name: str) -> tuple[Any, Any]:
-    """A bare model and its tokenizer."""
-    import mlx_lm
-
-    from mtp_mlx.models import resolve_model
-
-    path = resolve_model(name)
-    try:
-        return mlx_lm.load(str(path))[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise MTPError(f"the model {name} could not be loaded: {' '.join(str(error).split())}") from error
+        return verify_folder(model, tokenizer, heads, prompts).lines()
 
 
 # --- heads and adapters alone -------------------------------------------------------------------------------
@@ -271,16 +257,17 @@ def _write_heads(
     how: ConvertOptions,
     progress: Callable[[str], None],
 ) -> Path:
-    """An adapter folder of heads, for the base that is named or for the trunk beside them."""
+    """Writes an adapter folder of heads for --base, or for the trunk beside them."""
     from mtp_mlx.convert.heads.write import Base, trunk_name
     from mtp_mlx.convert.heads_only import convert_heads
     from mtp_mlx.convert.whole import open_base
     from mtp_mlx.model.fingerprint import fingerprint_of
+    from mtp_mlx.models import load_base
 
     with ExitStack() as stack:
         model, tokenizer, base = None, None, None
         if how.base:
-            model, tokenizer = _base(how.base)
+            model, tokenizer = load_base(how.base)
             base = Base(Path(how.base).name, *fingerprint_of(model))
         elif how.verify:
             model, tokenizer = stack.enter_context(open_base(checkpoint, found))
@@ -294,46 +281,46 @@ def _write_heads(
 
 
 def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
-    """An adapter folder of heads in the speculators layout."""
+    """Writes the heads of an adapter folder in the speculators layout."""
     from mtp_mlx.convert.heads.speculators import export_speculators
     from mtp_mlx.models import resolve_model
 
     if how.heads_as != "speculators":
         raise MTPError(
-            f"{source} is an adapter folder already; --heads-as speculators writes it in that layout"
+            f"{source} is an adapter folder already; --heads-as speculators converts it to that layout"
         )
     how.check_converted(source)
     config = None
     if how.base:
         path = Path(resolve_model(how.base)) / "config.json"
         if not path.is_file():
-            raise MTPError(f"{how.base}: --base must be a local model folder here, whose config.json is read")
+            raise MTPError(f"{how.base}: for this, --base must be a local model folder with a config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
     return export_speculators(source, out, base_name=how.base or "", base=config, force=how.force)
 
 
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
     from mtp_mlx.convert.adapters.peft import write_peft
+    from mtp_mlx.models import load_base
 
     how.check_no_heads(f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads")
     named = checkpoint.config.get("base_model_name_or_path")
     name = how.base or (named if isinstance(named, str) and Path(named).is_dir() else None)
     if name is None:
         raise MTPError(
-            f"{checkpoint.path}: a PEFT adapter becomes an adapter of a base model: name that model's folder "
-            "with --base"
+            f"{checkpoint.path}: a PEFT adapter needs its base model: give the model's folder with --base"
         )
-    return write_peft(checkpoint, _base(name)[0], Path(name).name, out, force=how.force)
+    return write_peft(checkpoint, load_base(name)[0], Path(name).name, out, force=how.force)
 
 
 def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
-    from mtp_mlx.convert.adapters.ptp import convert_ptp
-    from mtp_mlx.models import resolve_model
+    from mtp_mlx.convert.adapters.ptp import write_ptp
+    from mtp_mlx.models import load_base
 
     if how.base is None:
         raise MTPError(
-            f"{checkpoint.path}: a student of Parallel Token Prediction becomes an adapter of its base model: name "
-            "that model's folder with --base"
+            f"{checkpoint.path}: a student of Parallel Token Prediction needs its base model: give the model's "
+            "folder with --base"
         )
     how.check_no_heads(f"{checkpoint.path}: it has slots of Parallel Token Prediction, no MTP heads")
-    return convert_ptp(checkpoint, resolve_model(how.base), out, force=how.force)
+    return write_ptp(checkpoint, load_base(how.base)[0], Path(how.base).name, out, force=how.force)

@@ -1,4 +1,4 @@
-"""The options of `mtp-mlx convert`, and which of them go together."""
+"""The options of `mtp-mlx convert`, and which of them exclude each other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ConvertOptions:
 
     @property
     def bits(self) -> int | None:
-        """To quantise to."""
+        """Bits to quantise to, or None."""
         return int(self.quantize) if self.quantize else None
 
     @property
@@ -55,22 +55,21 @@ class ConvertOptions:
 
     @property
     def of_heads(self) -> list[str]:
-        """The options given that mean nothing where there are no heads."""
+        """The options given that need heads."""
         return [*self.conventions, *(["--verify"] if self.verify else [])]
 
     def check(self, out: Path | None) -> None:
-        """Raises click.UsageError for options of which one would be ignored in silence."""
+        """Raises click.UsageError for options of which one would be ignored."""
         if self.heads_only and self.trunk_only:
             raise click.UsageError(
-                "--heads-only and --trunk-only leave nothing to convert: give one of them."
+                "--heads-only and --trunk-only together leave nothing to convert: give one of them."
             )
         if self.heads_only and (self.quantize or self.dtype):
             raise click.UsageError(
-                "--quantize and --dtype are for the trunk, which --heads-only leaves out: heads keep the type that "
-                "they are stored in."
+                "--quantize and --dtype are for the trunk, which --heads-only leaves out: heads keep their type."
             )
         if self.trunk_only and self.of_heads:
-            raise click.UsageError(f"--trunk-only leaves out the heads that {self.of_heads[0]} is about.")
+            raise click.UsageError(f"--trunk-only leaves out the heads that {self.of_heads[0]} is for.")
         if self.dry_run and self.verify:
             raise click.UsageError(
                 "--dry-run reads no weights, so it cannot --verify: leave one of them out."
@@ -83,7 +82,7 @@ class ConvertOptions:
             raise click.UsageError("--verify measures an adapter folder: leave --heads-as out.")
         if self.base and not self.heads_only and not self.dry_run:
             raise click.UsageError(
-                "--base is for heads and adapters that come without it: give --heads-only too."
+                "--base is for heads and adapters that come without their model: give --heads-only too."
             )
         if out is None and self.verify and self.heads_only:
             raise click.UsageError(
@@ -95,15 +94,16 @@ class ConvertOptions:
         if sidecar(checkpoint.path) is not None:
             self.check_converted(checkpoint.path)
         elif self.of_heads and found is None:
-            raise MTPError(f"{checkpoint.path}: holds no MTP heads; leave {' and '.join(self.of_heads)} out")
+            raise MTPError(
+                f"{checkpoint.path}: there are no MTP heads; leave {' and '.join(self.of_heads)} out"
+            )
         elif self.verify and found is not None and found.convention.kind != "cascade":
             raise MTPError(
-                f"{checkpoint.path}: heads of the kind {found.title} have no conventions that --verify could try; "
-                "leave it out"
+                f"{checkpoint.path}: {found.title} heads have no conventions for --verify to try; leave it out"
             )
 
     def check_converted(self, folder: Path) -> None:
-        """Raises MTPError for options about how heads are stored, where an earlier conversion has settled it."""
+        """Raises MTPError for --head-... options, for heads that were converted before."""
         if self.conventions:
             raise MTPError(
                 f"{folder}: its heads were converted before, so {self.conventions[0]} comes too late; convert the "
@@ -111,6 +111,6 @@ class ConvertOptions:
             )
 
     def check_no_heads(self, what: str) -> None:
-        """Raises MTPError, which says `what` the source is, for options about heads."""
+        """Raises MTPError for options about heads; its message begins with `what`, what the source is instead."""
         if self.of_heads or self.heads_as != "adapter":
             raise MTPError(f"{what}: leave --verify, --heads-as and --head-... out")

@@ -37,7 +37,8 @@ ONCE: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("way", list(ONCE))
 def test_the_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Headers are read once and heads are searched once, whichever way the command takes."""
-    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (("The sky",), 6))
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.PROMPTS", ("The sky",))
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (6,))
     source, calls = llama_with_heads(tmp_path / "model"), []
 
     def counted(where: str) -> None:
@@ -129,7 +130,8 @@ def test_the_heads_are_used_with_the_model(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (("The sky",), 6))
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.PROMPTS", ("The sky",))
+    monkeypatch.setattr("mtp_mlx.convert.heads.verify.verify_folder.__defaults__", (6,))
     source = llama_with_heads(tmp_path / "model")
     result = run("convert", source, tmp_path / "out", "--verify")
     assert result.exit_code == 0, result.output
@@ -138,7 +140,9 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config["measurements"]["verify"]["tokens"] == 5
     again = run("convert", tmp_path / "out", "--verify")
     assert again.exit_code == 0 and again.stdout.startswith("verify: acceptance per depth")
-    assert again.stdout.count("head 1 would have") == 7  # random heads: every other convention was tried
+    assert (
+        again.stdout.count("acceptance of head 1 would be") == 7
+    )  # random heads: every other convention was tried
     result = run("convert", source, tmp_path / "heads", "--heads-only", "--verify")
     assert result.exit_code == 0 and "verify: acceptance" in result.stderr, result.output
     assert "there are no converted heads to verify" in refused("convert", source, "--verify")
@@ -201,10 +205,10 @@ def test_an_adapter_folder_in_the_speculators_layout_and_back(tmp_path: Path) ->
 def test_a_peft_adapter(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", seed=3)
     source = peft_folder(tmp_path / "lora", factors() | SLOTS)
-    assert "name that model's folder with --base" in refused(
+    assert "give the model's folder with --base" in refused(
         "convert", source, tmp_path / "out", "--heads-only"
     )
-    assert "holds a LoRA adapter and no trunk" in refused("convert", source, tmp_path / "out")
+    assert "contains a LoRA adapter but no trunk" in refused("convert", source, tmp_path / "out")
     result = run("convert", source, tmp_path / "out", "--heads-only", "--base", base)
     assert result.exit_code == 0, result.output
     facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
@@ -243,8 +247,8 @@ def test_force_does_not_delete_the_source(tmp_path: Path, place: str) -> None:
 SILENT = {
     "--quantize and --dtype are for the trunk": ("--heads-only", "--quantize", "4"),
     "--quantize and --dtype are": ("--heads-only", "--dtype", "float16"),
-    "the heads that --verify is about": ("--trunk-only", "--verify"),
-    "the heads that --head-order is about": ("--trunk-only", "--head-order", "hidden"),
+    "the heads that --verify is for": ("--trunk-only", "--verify"),
+    "the heads that --head-order is for": ("--trunk-only", "--head-order", "hidden"),
     "--dry-run reads no weights": ("--dry-run", "--verify"),
     "give --heads-only too": ("--heads-as", "speculators"),
     "leave --heads-as out": ("--heads-only", "--heads-as", "speculators", "--verify"),
@@ -265,12 +269,12 @@ def test_options_of_heads_that_are_not_there(tmp_path: Path) -> None:
     """They are refused before anything is written, not after."""
     out, plain = tmp_path / "out", save_tiny(tmp_path / "plain", seed=3)
     for options in (("--verify",), ("--head-order", "hidden")):
-        assert f"holds no MTP heads; leave {options[0]} out" in refused("convert", plain, out, *options)
+        assert f"there are no MTP heads; leave {options[0]} out" in refused("convert", plain, out, *options)
         assert "MTP heads are not read" in refused(
             "convert", write_model(tmp_path / "m.gguf").path, out, *options
         )
     write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa(tmp_path / "medusa"))
-    assert "heads of the kind Medusa have no conv" in refused(
+    assert "Medusa heads have no conventions for --verify" in refused(
         "convert", tmp_path / "medusa", out, "--heads-only", "--verify"
     )
     lora = peft_folder(tmp_path / "lora", factors() | SLOTS)

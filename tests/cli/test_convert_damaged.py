@@ -77,7 +77,7 @@ def test_no_hostile_pickle_runs(tmp_path: Path, file: str) -> None:
         for target in (source, source / file):
             for options in [*WAYS.values(), ("--dry-run",)]:
                 message = refused("convert", target, tmp_path / "out", *options)
-                assert f"its pickle names {name}, which is no tensor record" in message, case
+                assert f"its pickle names {name}, which is not a tensor record" in message, case
             assert f"names {name}" in run("info", target).output  # which says so of the heads, and goes on
         assert below(tmp_path) == before, case
 
@@ -88,7 +88,7 @@ def test_a_hostile_shard_among_good_ones(tmp_path: Path, case: str) -> None:
     source = shards(tmp_path / "model", made.made.stored, made)
     pickle_bytes, name = hostile(f"touch {tmp_path / 'ran'}")[case]
     write_zip(source / "b.bin", pickle_bytes, {})
-    refused_every_way(source, f"b.bin: its pickle names {name}, which is no tensor record")
+    refused_every_way(source, f"b.bin: its pickle names {name}, which is not a tensor record")
 
 
 def shards(folder: Path, stored: Arrays, made: Whole) -> Path:
@@ -254,7 +254,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path, case: str, where: str) ->
         ("info", target),
     ):
         message = refused(*args)
-        assert f"its pickle names {name}, which is no tensor record" in message
+        assert f"its pickle names {name}, which is not a tensor record" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no marker, no output, nothing temporary
 
 

@@ -17,7 +17,9 @@ def test_info_of_a_gguf_file(tmp_path: Path) -> None:
     facts = json.loads(run("info", path, "--json").stdout)
     assert (facts["container"], facts["type"], facts["size"]) == ("gguf", "llama", path.stat().st_size)
     assert "none are read" in facts["mtp heads"]
-    assert f"give one of those in it, as in {path}" in refused("convert", tmp_path, tmp_path / "out")
+    assert f"give one of the .gguf files in it, such as {path}" in refused(
+        "convert", tmp_path, tmp_path / "out"
+    )
 
 
 def test_info_of_checkpoints_and_heads(tmp_path: Path) -> None:

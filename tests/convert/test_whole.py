@@ -202,7 +202,7 @@ def test_what_mlx_lm_leaves_out_is_told(tmp_path: Path) -> None:
     made.made.stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = numbers("inv", (6,))
     result = whole_model(made.write(tmp_path / "model"), tmp_path / "out")
     assert result.left_out == ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert "no use for 2 tensor(s), left out: lm_head.weight, model.layers.0" in "\n".join(
+    assert "does not use 2 tensor(s), left out: lm_head.weight, model.layers.0" in "\n".join(
         report_lines(result)
     )
 
@@ -275,7 +275,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     (source / "config.json").unlink()
     assert "there is no config.json" in refused(source, tmp_path / "out", WholeSettings(heads=False))
     made.write(source, model_type="nonesuch")
-    assert "model_type 'nonesuch'" in refused(source, tmp_path / "out")
+    assert "model_type in config.json is 'nonesuch'" in refused(source, tmp_path / "out")
     made.write(source, model_type=None)
     assert "mlx-lm cannot load the trunk" in refused(source, tmp_path / "out", WholeSettings(heads=False))
     made.write(source, model_file="run.py")
@@ -285,7 +285,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     medusa = {name: numbers(name, shape) for name, shape in shapes.items()}
     (tmp_path / "medusa").mkdir()
     write_torch(tmp_path / "medusa" / "medusa_lm_head.pt", medusa)
-    assert "holds MTP heads and no trunk; convert it with `heads_only`" in refused(
+    assert "contains MTP heads but no trunk; convert it with `heads_only`" in refused(
         tmp_path / "medusa", tmp_path / "out"
     )
 

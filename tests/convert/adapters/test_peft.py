@@ -130,13 +130,13 @@ def test_slots_as_rows_of_a_larger_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (factors(), {}, "without slot embeddings cannot draft: the file has neither"),
+        (factors(), {}, "cannot draft without slot embeddings: the file has neither"),
         (
             factors() | SLOTS,
             {"use_dora": True, "bias": "all"},
-            "says use_dora True, bias 'all', which gated LoRA",
+            "has use_dora True, bias 'all', which gated LoRA",
         ),
-        (factors() | SLOTS, {"peft_type": "IA3"}, "says peft_type IA3"),
+        (factors() | SLOTS, {"peft_type": "IA3"}, "has peft_type IA3"),
         (factors() | SLOTS | {"strange.weight": numbers("s", (2,))}, {}, "unexpected strange.weight"),
         (
             {k: v for k, v in factors().items() if "1.self_attn.v_proj" not in k} | SLOTS,
@@ -170,14 +170,14 @@ def test_the_plan(tmp_path: Path) -> None:
     for part in (
         "layers: 4 of rank 4",
         "slots: 3",
-        "sampler head: of the file",
+        "sampler head: from the file",
         "becomes a mask-token adapter",
     ):
         assert part in plan
     assert "low_rank.layers.0.self_attn.q_proj.down [48, 4] <- base_model" in plan
     table = {f"{PREFIX}model.embed_tokens.weight": numbers("table", (VOCABULARY + 2, 48))}
     plan = "\n".join(plan_lines(open_checkpoint(folder(tmp_path / "rows", factors() | table))))
-    assert "slots: rows of model.embed_tokens.weight beyond" in plan and "an untrained one stands in" in plan
+    assert "slots: rows of model.embed_tokens.weight beyond" in plan and "an untrained one is written" in plan
 
 
 def test_two_ranks_are_refused(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_the_scale_is_the_adapters_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"lora_alpha": "8"}, "lora_alpha '8', a number expected"),
-        ({"lora_alpha": None}, "lora_alpha None, a number expected"),
-        ({"lora_alpha": float("inf")}, "lora_alpha inf, a number expected"),
-        ({"r": 8}, "says r 8, its factors have the rank 4"),
+        ({"lora_alpha": "8"}, "lora_alpha in adapter_config.json is '8', a number expected"),
+        ({"lora_alpha": None}, "lora_alpha in adapter_config.json is None, a number expected"),
+        ({"lora_alpha": float("inf")}, "lora_alpha in adapter_config.json is inf, a number expected"),
+        ({"r": 8}, "r in adapter_config.json is 8, but the factors have rank 4"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
         ({"use_qalora": True}, "use_qalora True"),
     ],
@@ -226,17 +226,17 @@ STEM = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_"
 ODD: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "a convolution's factor": ({f"{STEM}A.weight": numbers("A", (4, 48, 1, 1))}, "are matrices"),
     "a vector": ({f"{STEM}A.weight": numbers("A", (4,))}, "are matrices"),
-    "another adapter's name": ({f"{STEM}A.mtp.weight": numbers("A", (4, 48))}, "is no factor that is known"),
-    "a bias": ({f"{STEM}B.bias": numbers("A", (64,))}, "is no factor that is known"),
+    "another adapter's name": ({f"{STEM}A.mtp.weight": numbers("A", (4, 48))}, "is not a known factor"),
+    "a bias": ({f"{STEM}B.bias": numbers("A", (64,))}, "is not a known factor"),
     "one factor twice": ({f"{STEM}A.default.weight": numbers("A", (4, 48))}, "are the same factor"),
     "one layer twice": (
         {f"{STEM}{part}.weight".replace("model.layers", "layers"): numbers(part, (4, 48)) for part in "AB"},
         "is there twice",
     ),
-    "an id twice": ({"draft_ids": np.array([3, 3], np.int64)}, "a list of different whole numbers"),
-    "an id of no token": ({"draft_ids": np.array([3, 10**6], np.int64)}, "a list of different whole numbers"),
-    "half an id": ({"draft_ids": np.array([3.5], np.float32)}, "a list of different whole numbers"),
-    "a single id": ({"draft_ids": np.array(3, np.int64)}, "a list of different whole numbers"),
+    "an id twice": ({"draft_ids": np.array([3, 3], np.int64)}, "must be distinct whole numbers"),
+    "an id of no token": ({"draft_ids": np.array([3, 10**6], np.int64)}, "must be distinct whole numbers"),
+    "half an id": ({"draft_ids": np.array([3.5], np.float32)}, "must be distinct whole numbers"),
+    "a single id": ({"draft_ids": np.array(3, np.int64)}, "must be distinct whole numbers"),
     "a sampler of one number": ({"sampler.first.weight": np.array(3, np.float32)}, r"is F32 \[\]"),
     "slots of whole numbers": ({"slot_embeddings.weight": np.ones((3, 48), np.int64)}, r"is I64 \[3, 48\]"),
 }

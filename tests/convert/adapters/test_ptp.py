@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from mlx_lm.utils import load_model
 
 from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.api import load
 from mtp_mlx.cli import main
-from mtp_mlx.convert.adapters.ptp import convert_ptp
+from mtp_mlx.convert.adapters.ptp import write_ptp
 from mtp_mlx.convert.adapters.ptp_plan import is_ptp_checkpoint
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.decode.loop import mtp_generate_step
@@ -98,6 +99,11 @@ def whole(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors | {name: numbers(64, 48), "model.model.base_model.model.lm_head.weight": numbers(157, 48)}
 
 
+def converted(source: Path, base: Path, out: Path) -> Path:
+    """The adapter folder of a student, for the model folder `base`."""
+    return write_ptp(open_checkpoint(source), load_model(base)[0], base.name, out)
+
+
 CASES = {
     "lightning, bits": (lambda f: lightning(f, whole(new_linear()), alpha_of=1), "ieee-bits", "binary", 8.0),
     "lightning, sawtooth": (
@@ -125,7 +131,7 @@ def test_slots_compute_what_numpy_computes(tmp_path: Path, name: str) -> None:
     source = next(p for p in tmp_path.iterdir() if p.is_file())
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     assert is_ptp_checkpoint(open_checkpoint(source))
-    out = convert_ptp(open_checkpoint(source), base, tmp_path / "out")
+    out = converted(source, base, tmp_path / "out")
     config = config_of(out, read_header(out))
     assert (config.embedding, config.alpha, config.variant) == (embedding, alpha, "o")
     assert config.teacher == TeacherSampling(0.7, 50, 0.95)
@@ -152,7 +158,7 @@ def test_slots_compute_what_numpy_computes(tmp_path: Path, name: str) -> None:
 REFUSED = {
     "one factor": (lambda s: s.pop(next(k for k in s if "lora_B" in k)), "only one of its two"),
     "time embedding": (lambda s: s.update({"model.time_embed.0.weight": numbers(2, 2)}), "time_embed cannot be run"),
-    "no uniforms": (lambda s: [s.pop(k) for k in list(s) if "u_embed" in k], "no student of Parallel Token"),
+    "no uniforms": (lambda s: [s.pop(k) for k in list(s) if "u_embed" in k], "not a student of Parallel Token"),
     "another base": (
         lambda s: s.update({next(k for k in s if "q_proj.lora_A" in k): numbers(RANK, 50)}), "48, 3\\) expected"
     ),
@@ -170,17 +176,17 @@ def test_what_cannot_be_run_is_refused_and_nothing_is_written(tmp_path: Path, na
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(MTPError, match=message):
-        convert_ptp(open_checkpoint(tmp_path / "a.ckpt"), base, tmp_path / "out")
+        converted(tmp_path / "a.ckpt", base, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_an_embedding_that_is_not_built_and_an_existing_folder_are_refused(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", "llama", seed=3)
     source = lightning(tmp_path, new_linear(), adapter_name="quarter_cos")
-    with pytest.raises(MTPError, match="'quarter_cos' are not built"):
-        convert_ptp(open_checkpoint(source), base, tmp_path / "out")
+    with pytest.raises(MTPError, match="'quarter_cos' are not supported"):
+        converted(source, base, tmp_path / "out")
     with pytest.raises(MTPError, match="exists already"):
-        convert_ptp(open_checkpoint(source), base, base)
+        converted(source, base, base)
 
 
 def command(*arguments: Any) -> Result:
@@ -215,8 +221,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     )
     assert text.exit_code == 0 and json.loads(text.stdout)["lossless"] is True
     for arguments, message in (
-        ((), "give --heads-only, and that model's folder with --base"),
-        (("--heads-only",), "name that model's folder with --base"),
+        ((), "give --heads-only, and the model's folder with --base"),
+        (("--heads-only",), "give the model's folder with --base"),
         (("--heads-only", "--base", base, "--verify"), "no MTP heads: leave --verify"),
         (("--heads-only", "--base", base, "--heads-as", "speculators"), "no MTP heads"),
         (("--heads-only", "--base", tmp_path / "nowhere"), "nowhere"),

@@ -148,6 +148,6 @@ def test_a_mask_without_a_row_is_refused(tmp_path: Path) -> None:
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings.pop("added_tokens_decoder", None)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConversionError, match="has id 257, and the embedding matrix only 192 rows"):
+    with pytest.raises(ConversionError, match="has id 257, but the embedding matrix only 192 rows"):
         whole_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -213,11 +213,14 @@ BAD_METADATA = [
     ({"llama.block_count": 3}, "missing model.layers.2"),
     ({"llama.feed_forward_length": 128}, "metadata say"),
     ({"llama.block_count": 10**9}, "1,000,000,000 layers, but only"),
-    ({"llama.attention.head_count": 0}, "do not describe a model"),
-    ({"llama.attention.layer_norm_rms_epsilon": "small"}, "do not describe a model"),
-    ({"tokenizer.ggml.merges": ["x"]}, "do not describe a model"),
-    ({"tokenizer.ggml.merges": ["no such"]}, "do not describe a model"),
-    ({"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True}, "do not describe a model"),
+    ({"llama.attention.head_count": 0}, "does not describe a model"),
+    ({"llama.attention.layer_norm_rms_epsilon": "small"}, "does not describe a model"),
+    ({"tokenizer.ggml.merges": ["x"]}, "does not describe a model"),
+    ({"tokenizer.ggml.merges": ["no such"]}, "does not describe a model"),
+    (
+        {"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.add_bos_token": True},
+        "does not describe a model",
+    ),
     ({"general.alignment": 0}, "header is damaged"),
     ({"general.alignment": "wide"}, "header is damaged"),
 ]
@@ -255,7 +258,7 @@ def test_headers_that_mean_something_else(tmp_path: Path) -> None:
     name, rows = b"blk.1.ffn_up.weight", (96).to_bytes(8, "little")
     two = name + (2).to_bytes(4, "little") + (64).to_bytes(8, "little") + rows
     odd = name + (2).to_bytes(4, "little") + (63).to_bytes(8, "little") + rows
-    refused(r"rows of tensor 'blk\.1\.ffn_up\.weight', \[96, 63\], are no whole blocks of 32", two, odd)
+    refused(r"rows of tensor 'blk\.1\.ffn_up\.weight', \[96, 63\], are not a multiple of 32", two, odd)
     refused(
         "a tensor of 5000 dimensions", name + (2).to_bytes(4, "little"), name + (5000).to_bytes(4, "little")
     )

@@ -135,7 +135,7 @@ def test_norms_of_a_file_that_mlx_lm_converted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["heads.0.block.self_attn.q_norm.weight"], gain)
         assert plan.convention.zero_centred_norms == (shift == 0) and "the trunk is mlx-lm's" in plan.notes[0]
     del made.stored["model.layers.3.self_attn.q_norm.weight"]
-    with pytest.raises(ConversionError, match="say so with `head_norms` plain"):
+    with pytest.raises(ConversionError, match="give `head_norms` plain"):
         converted(made.write(tmp_path / "unknown"))
 
 
@@ -241,7 +241,7 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
 def test_announced_heads_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     made = make("qwen3-next experts")
     made.stored = {name: value for name, value in made.stored.items() if not name.startswith("mtp.")}
-    with pytest.raises(ConversionError, match=r"announces 1 MTP head\(s\), but no tensor of one is there"):
+    with pytest.raises(ConversionError, match=r"announces 1 MTP head\(s\), but none is in the file"):
         converted(made.write(tmp_path / "model"))
     with pytest.raises(ConversionError, match="holds no MTP heads of a known kind"):
         converted(made.write(tmp_path / "none", num_nextn_predict_layers=0))
@@ -250,7 +250,8 @@ def test_announced_heads_that_are_not_there_are_an_error(tmp_path: Path) -> None
 def test_known_layouts_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
     made = make("glm-4.5")
     with pytest.raises(
-        ConversionError, match="named as in Step-3.5.* model_type 'glm9'; known .*deepseek_v3, glm4_moe"
+        ConversionError,
+        match="the names of Step-3.5, but model_type in config.json is 'glm9'; .* of deepseek_v3, glm4_moe",
     ):
         converted(made.write(tmp_path / "a", model_type="glm9"))
     for name, title in (
@@ -270,7 +271,7 @@ def test_a_configuration_that_lacks_a_size_is_named(tmp_path: Path) -> None:
         converted(make("deepseek-v3").write(tmp_path / "a", kv_lora_rank=None))
     with pytest.raises(ConversionError, match="mtp_hybrid_override_pattern is 'M'"):
         converted(make("nemotron-h").write(tmp_path / "b", mtp_hybrid_override_pattern="M"))
-    with pytest.raises(ConversionError, match="layer_types has 4 entries, none for the MTP head at layer 4"):
+    with pytest.raises(ConversionError, match="layer_types has only 4 entries, and the MTP head is layer 4"):
         converted(make("step-3.5").write(tmp_path / "c", layer_types=["full_attention"] * 4))
 
 
@@ -297,7 +298,7 @@ def test_a_configuration_of_nonsense_is_one_sentence(tmp_path: Path, settings: d
         (
             "deepseek-v3",
             {"n_routed_experts": 10**12},
-            "says 1,000,000,000,000 experts, which 32 tensors cannot be",
+            "says 1,000,000,000,000 experts, too many for 32 tensors",
         ),
         ("deepseek-v3", {"n_routed_experts": 0}, "says 0 experts"),
     ],
@@ -317,7 +318,7 @@ def test_heads_after_a_lost_one_do_not_take_its_place(tmp_path: Path, lost: int)
     third = {n.replace("layers.5.", "layers.6."): v for n, v in made.stored.items() if "layers.5." in n}
     made.stored |= third
     del made.stored[f"model.layers.{lost}.eh_proj.weight"]
-    with pytest.raises(ConversionError, match=f"that of layer {lost} is missing or incomplete"):
+    with pytest.raises(ConversionError, match=f"that at layer {lost} is missing or incomplete"):
         converted(made.write(tmp_path / "model"))
 
 
@@ -338,7 +339,7 @@ def test_words_for_the_layers_of_nemotron_heads(tmp_path: Path) -> None:
         folder = made.write(tmp_path / "words", **words | {"mtp_layers_block_type": known})
         assert converted(folder)[1].keys() == made.canonical.keys()
     folder = made.write(tmp_path / "odd", **words | {"mtp_layers_block_type": ["attention", "mamba"]})
-    with pytest.raises(ConversionError, match="one must say with"):
+    with pytest.raises(ConversionError, match="one of them must give"):
         converted(folder)
 
 

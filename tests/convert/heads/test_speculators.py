@@ -90,7 +90,7 @@ def test_norms_that_an_earlier_conversion_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["deepseek-v3", "ernie-4.5", "nemotron-h", "step-3.5"])
 def test_other_forms_are_refused(tmp_path: Path, name: str) -> None:
     source = make(name).write(tmp_path / "model")
-    with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
+    with pytest.raises(MTPError, match="the speculators layout is for heads of the form of"):
         speculators_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -120,7 +120,7 @@ def test_the_rest_of_the_convention_comes_back(tmp_path: Path) -> None:
     (out / "config.json").write_text(
         json.dumps(config | {"mtp_mlx_convention": written | {"first_hidden": 3}})
     )
-    with pytest.raises(MTPError, match="mtp_mlx_convention says first_hidden 3, which is not known"):
+    with pytest.raises(MTPError, match="mtp_mlx_convention has first_hidden 3, which is not known"):
         plan(out)
 
 
@@ -150,7 +150,7 @@ def test_heads_that_were_trained_here(tmp_path: Path) -> None:
     heads = new_heads(model, 2, convention, mx.array([3, 9], dtype=mx.int32))
     info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 2), "tiny", base_fingerprint(model))
     save_heads(tmp_path / "heads", heads, info, mx.float32)
-    with pytest.raises(MTPError, match="give the base model's with `base`"):
+    with pytest.raises(MTPError, match="give `base`, the base model"):
         export_speculators(tmp_path / "heads", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     out = export_speculators(tmp_path / "heads", tmp_path / "out", base=tiny_config("qwen3"))
@@ -164,7 +164,7 @@ def test_heads_that_were_trained_here(tmp_path: Path) -> None:
 
 def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
     adapter = heads_folder(make("ernie-4.5").write(tmp_path / "model"), tmp_path / "adapter")
-    with pytest.raises(MTPError, match="the speculators layout holds heads of the form of"):
+    with pytest.raises(MTPError, match="the speculators layout is for heads of the form of"):
         export_speculators(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

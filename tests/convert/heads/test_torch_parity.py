@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 import mtp_mlx
-from mtp_mlx.convert.adapters.ptp import convert_ptp
-from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.model.block import Block, block_shape
 from tests.convert.adapters import test_ptp as ptp
 from tests.convert.adapters.test_single_mask import PROMPT, ROWS, released
@@ -67,7 +65,7 @@ def test_a_released_ptp_student(tmp_path: Path, name: str) -> None:
     write(tmp_path)
     source = next(path for path in tmp_path.iterdir() if path.is_file())
     base = save_tiny(tmp_path / "base", "llama", seed=3)
-    model, _ = mtp_mlx.load(str(base), convert_ptp(open_checkpoint(source), base, tmp_path / "out"))
+    model, _ = mtp_mlx.load(str(base), ptp.converted(source, base, tmp_path / "out"))
     tokens, uniforms = [3, 14, 15, 92, 65], np.array([0.0, 0.171, 0.53, 0.77, 0.9999], dtype=np.float32)
     cache = model.make_cache()
     mx.eval(model.forward(Block.real(mx.array([tokens[:-1]])), cache))

@@ -35,15 +35,14 @@ EVERY = [Variant(*values) for values in itertools.product(HIDDEN, ORDER, NORMS)]
 
 
 class Numbers:
-    """A tokenizer of texts such as "3 17 5"; no template, no end."""
+    """A tokenizer whose texts have no end."""
 
-    has_chat_template = False
-    bos_token = None
     eos_token_ids: frozenset[int] = frozenset()
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Its ids."""
-        return [ord(letter) % V for letter in text[:6]]
+
+def ids(text: str) -> list[int]:
+    """Of the first letters of a text."""
+    return [ord(letter) % V for letter in text[:6]]
 
 
 def table() -> Any:
@@ -102,7 +101,7 @@ def test_the_right_convention_is_found(truth: Variant) -> None:
     for written in (other for other in EVERY if wrong_in(other, truth) != 2):
         heads = trained_for(model, truth, written)
         before = dict(tree_flatten(heads.parameters()))
-        result = verify_heads(model, Numbers(), heads, ("some text",), 16)
+        result = verify_heads(model, Numbers(), heads, [ids("some text")], 16)
         assert result.tokens == 15  # the first token is no draft
         if written == truth:
             assert result.acceptance == [1.0] and result.others == {} and result.fits_better is None
@@ -118,16 +117,16 @@ def test_the_right_convention_is_found(truth: Variant) -> None:
 def test_what_to_do_is_said() -> None:
     truth, written = Variant("pre-norm", "hidden", True), Variant("post-norm", "embedding", False)
     model = table()
-    lines = verify_heads(model, Numbers(), trained_for(model, truth, written), ("abc",), 9).lines()
+    lines = verify_heads(model, Numbers(), trained_for(model, truth, written), [ids("abc")], 9).lines()
     assert lines[-1].endswith("with `head_norms` zero-centred `head_order` hidden `head_hidden` pre-norm")
-    assert lines[1] == f"verify: head 1 would have 1.00 with {truth}"
+    assert lines[1] == f"verify: acceptance of head 1 would be 1.00 with {truth}"
 
 
 def test_heads_that_fit_nothing() -> None:
     model = table()
     heads = new_heads(model, 1, HeadConvention("test"))
     heads.heads[0].fuse.weight = mx.zeros((D, 2 * D))
-    result = verify_heads(model, Numbers(), heads, ("some text",), 20)
+    result = verify_heads(model, Numbers(), heads, [ids("some text")], 20)
     assert result.fits_better is None and "no convention fits clearly better" in result.lines()[-1]
 
 
@@ -140,10 +139,10 @@ def test_deeper_depths_are_given_those_before() -> None:
     fuse[:, D + np.arange(1, V, 2)] *= -1
     second.fuse.weight = mx.array(fuse)
     heads = MTPHeads([first, second], HeadConvention("test"))
-    result = verify_heads(model, Numbers(), heads, ("some text",), 40)
+    result = verify_heads(model, Numbers(), heads, [ids("some text")], 40)
     assert result.acceptance[0] == 1.0 and result.acceptance[1] == pytest.approx(0.5, abs=0.05)
     swapped = verify_heads(
-        model, Numbers(), MTPHeads([second, first], HeadConvention("test")), ("some text",), 40
+        model, Numbers(), MTPHeads([second, first], HeadConvention("test")), [ids("some text")], 40
     )
     # What follows a wrong draft is wrong too, and no draft of depth 2: among the others every one is right.
     assert swapped.acceptance[0] == pytest.approx(0.5, abs=0.05) and swapped.acceptance[1] == 1.0
@@ -168,7 +167,7 @@ def test_the_state_of_the_second_draft_is_found(truth: str, written: str) -> Non
     heads = MTPHeads([first, second], HeadConvention("test", recycled_hidden=written))
     for head in heads.heads:
         head._recycled = written
-    result = verify_heads(model, Numbers(), heads, ("some text",), 40)
+    result = verify_heads(model, Numbers(), heads, [ids("some text")], 40)
     assert result.acceptance[0] == 1.0 and result.second[truth] == 1.0 and min(result.second.values()) < 0.6
     assert result.recycles_better == (None if truth == written else truth)
     mend = f"verify: convert again with `head_recycled` {truth}"
@@ -189,10 +188,10 @@ def test_heads_with_their_own_embedding_and_lm_head() -> None:
     head.update(tree_unflatten(weights))
     head.fuse.weight = head.fuse.weight[order]
     head.lm_head.weight = model.lm_head.weight[:, order]
-    found = verify_heads(model, Numbers(), MTPHeads([head], convention), ("some text",), 16)
+    found = verify_heads(model, Numbers(), MTPHeads([head], convention), [ids("some text")], 16)
     assert found.acceptance == [1.0]
     head.lm_head.weight = model.lm_head.weight
-    wrong = verify_heads(model, Numbers(), MTPHeads([head], convention), ("some text",), 16)
+    wrong = verify_heads(model, Numbers(), MTPHeads([head], convention), [ids("some text")], 16)
     assert wrong.acceptance[0] < 0.5
 
 
@@ -212,15 +211,15 @@ def own_text() -> Any:
     model = tiny_model("llama", vocab_size=V, seed=3)
     # Far from all ones, as the last norms of released models are.
     model.model.norm.weight = mx.array(np.random.default_rng(0).normal(size=D).astype(np.float32)) * 2
-    prompts = ("some text", "other words", "and so on")
+    prompts = [ids(text) for text in ("some text", "other words", "and so on")]
     heads = new_heads(model, 1, HeadConvention("test"))
-    texts = [greedy(model, Numbers().encode(prompt), 30) for prompt in prompts]
-    ids = mx.array(texts)
-    hidden, embeddings = model.model(ids), model.model.embed_tokens(ids)
+    texts = [greedy(model, prompt, 30) for prompt in prompts]
+    text = mx.array(texts)
+    hidden, embeddings = model.model(text), model.model.embed_tokens(text)
 
     def loss(module: MTPHeads) -> mx.array:
         z = module.cascade(embeddings, hidden)[0][:, :-1]
-        return nn.losses.cross_entropy(model.lm_head(z), ids[:, 2:], reduction="mean")
+        return nn.losses.cross_entropy(model.lm_head(z), text[:, 2:], reduction="mean")
 
     optimizer, step = optim.Adam(3e-3), nn.value_and_grad(heads, loss)
     for _ in range(100):
@@ -244,7 +243,7 @@ def test_the_folder_keeps_what_was_measured(tmp_path: Path) -> None:
     config = HeadsConfig(heads.convention, [dict(LAST_LAYER)])
     info = heads_header(config, "table", base_fingerprint(model), measurements={"x": 1})
     save_heads(tmp_path / "heads", heads, info)
-    verify_folder(model, Numbers(), tmp_path / "heads", ("some text",), 9)
+    verify_folder(model, Numbers(), tmp_path / "heads", [ids("some text")], 9)
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
     assert config["acceptance"] == [1.0] and config["measurements"]["x"] == 1
     assert config["measurements"]["verify"]["tokens"] == 8

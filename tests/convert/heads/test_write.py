@@ -126,7 +126,7 @@ def test_a_peft_adapter_is_no_adapter_by_itself(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     stored = {f"{name}A.weight": numbers("a", (8, 48)), f"{name}B.weight": numbers("b", (64, 8))}
     write_safetensors(tmp_path / "lora" / "adapter_model.safetensors", stored)
-    with pytest.raises(MTPError, match="no slot embeddings and no sampler head"):
+    with pytest.raises(MTPError, match="this is a PEFT adapter, which has no MTP heads"):
         write(tmp_path / "lora", tmp_path / "heads")
     assert not (tmp_path / "heads").exists()
 

@@ -40,7 +40,7 @@ def test_pytorch_files_where_there_is_nothing_else(tmp_path: Path, calls: list[l
 
 
 def test_what_cannot_be_had_is_one_sentence(calls: list[list[str]]) -> None:
-    with pytest.raises(MTPError, match="owner/other: neither a file or folder here.*no such repository"):
+    with pytest.raises(MTPError, match="owner/other: not a file or folder here.*no such repository"):
         local_source("owner/other")
 
 

@@ -103,7 +103,7 @@ def test_a_state_dict_with_metadata(tmp_path: Path) -> None:
     metadata = pickled({"_metadata": OrderedDict({"": {"version": 1}})})[2:-1]
     tensors = pickled(OrderedDict(lr=0.5))[2:-1]
     path = write_zip(tmp_path / "m.pt", b"\x80\x02" + tensors + metadata + b"b.", {})
-    with pytest.raises(ConversionError, match="holds no tensors"):  # it is read to its end
+    with pytest.raises(ConversionError, match="there are no tensors in it"):  # it is read to its end
         read_torch(path)
 
 
@@ -222,9 +222,9 @@ def test_odd_archives(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="0 data.pkl records"):
         read_torch(path)
     for value, message in (
-        ([1], "holds a list"),
+        ([1], "contains a list"),
         ({"a": 1}, "no tensors"),
-        ({"state_dict": 3}, "no dictionary"),
+        ({"state_dict": 3}, "not a dictionary"),
     ):
         with pytest.raises(ConversionError, match=message):
             read_torch(write_torch(path, value))
