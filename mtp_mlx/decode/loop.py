@@ -92,8 +92,6 @@ def mtp_generate_step(
         MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back, or if
             the model or the sampling does not support the emission.
     """
-    settings = CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size)
-    keep = prompt_cache is not None
     session, loop = open_loop(
         token_ids(prompt),
         model,
@@ -103,13 +101,24 @@ def mtp_generate_step(
         lookup=lookup,
         emission=emission,
         cache=prompt_cache if prompt_cache is not None else model.make_cache(),
-        settings=settings,
+        settings=CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size),
         stats=stats,
         constraint=constraint,
     )
+    yield from _tokens(session, loop, prompt_progress_callback, keep=prompt_cache is not None)
+
+
+def _tokens(
+    session: Session,
+    loop: DecodeLoop | EmitLoop,
+    progress: Callable[[int, int], None] | None,
+    *,
+    keep: bool,
+) -> Generator[Token, None, None]:
+    """Runs the prompt and yields tokens; the cache ends as `mtp_generate_step` says, if anybody wants to keep it."""
     n_prompt = len(session.tokens)
     try:
-        session.prefill(prompt_progress_callback)
+        session.prefill(progress)
         try:
             yield from loop.tokens()
         except GeneratorExit:  # closed by the consumer

@@ -171,9 +171,7 @@ def test_mixers_are_the_innermost_modules_with_a_cache() -> None:
 def test_mask_tokens_are_refused() -> None:
     model = tiny_model("qwen3_next", seed=3)
     adapter: Any = new_adapter(model, MaskAdapterConfig(slots=2, rank=2))
-    with pytest.raises(
-        MTPError, match="'qwen3_next' has recurrent state, which slot rows would"
-    ):
+    with pytest.raises(MTPError, match="'qwen3_next' has recurrent state, which slot rows would"):
         attach(model, adapter)
 
 
