@@ -1,6 +1,6 @@
-"""Dense mlx-lm models write several tokens per forward pass, with the same text.
+"""Several tokens per forward pass for dense mlx-lm models, with the same text.
 
-Public names are imported on first use, so that `import mtp_mlx` needs no mlx.
+Public names are imported on first use, so that `import mtp_mlx` does not load mlx.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""load, generate, stream_generate: mlx-lm's calls, several tokens per forward pass, the same text.
+"""`load`, `generate` and `stream_generate`: mlx-lm's calls and text, with several tokens per forward pass.
 
     from mtp_mlx import load, generate
     model, tokenizer = load("smollm2-135m")
     print(generate(model, tokenizer, prompt="Why is the sky blue?", max_tokens=100))
 
-Works from any thread; one generation at a time per model. Closing the generator stops it.
+They work from any thread, with one generation at a time per model. Closing the generator stops a generation.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from mtp_mlx.decode.loop import mtp_generate_step, token_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.step import Token
 from mtp_mlx.distributed import Peers
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
@@ -46,17 +47,17 @@ Prompt = str | mx.array | np.ndarray | Sequence[int]
 
 @dataclass
 class GenerationResponse:
-    """One committed token, as mlx-lm's response of the same name, plus where it came from.
+    """One committed token, like mlx-lm's response of the same name, and where it came from.
 
     Attributes:
-        text: text that became final with this token (may be empty).
-        token, logits: id, and the target's raw logits [V] (lazy).
-        from_draft, depth: accepted draft of this depth (from 1), or the target's own pick (0).
-        prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as mlx-lm (GB). Like there,
-            generation_tps divides all tokens so far by the time since the first one.
-        lossless: the text is that of the model alone; False for unverified emission.
-        stats: counts so far (shared by all responses of one generation).
+        text: text that became final with this token; may be empty.
+        token, logits: token id, and the target's raw logits [V], lazy.
+        from_draft, depth: whether it is a draft, and its index in the step from 1; 0 for the target's own pick.
+        prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory: as in mlx-lm (tokens per second,
+            GB). As there, generation_tps divides all tokens so far by the time since the first one.
+        stats: counts so far, shared by all responses of a generation.
         finish_reason: "stop", "length", or None before the end.
+        lossless: whether the text is exactly the model's own; False for unverified emission.
     """
 
     text: str
@@ -81,7 +82,7 @@ class GenerationResponse:
 
 @dataclass
 class _Clock:
-    """Prompt and generation speed of one generation."""
+    """Measures the prompt and generation speed of a generation."""
 
     prompt_tokens: int
     started: float = field(default_factory=time.perf_counter)
@@ -91,7 +92,7 @@ class _Clock:
         return self.prompt_tokens / max(self.first - self.started, 1e-9)
 
     def generation_tps(self, tokens: int) -> float:
-        """Tokens per second after the prompt, counted as mlx-lm counts: from the first token's arrival."""
+        """Tokens per second after the prompt, counted as in mlx-lm from the arrival of the first token."""
         return tokens / max(time.perf_counter() - self.first, 1e-9)
 
 
@@ -105,22 +106,26 @@ def load(
     peers: Peers | None = None,
     **drafter_options: Any,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
-    """A model with what drafts for it attached, and its tokenizer.
+    """Loads a model, attaches its drafter, and returns it with its tokenizer.
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: adapter folder, or "demo-heads", the bundled MTP heads of the embedded model; "auto" uses the bundled
-            adapter, or the folder `mtp` inside the model's, if there is one for this model; None for none.
+        adapter: an adapter folder; "demo-heads" for the bundled MTP heads of the embedded model; "auto" for the
+            bundled adapter of this model or the folder `mtp` in the model's own, if there is one; None for no
+            adapter.
         quantize: 4 or 8 bits, embedded model only.
-        exact: compute the real rows of every step as plain decoding does, bit for bit. Slower, except where a
-            kernel makes up for it; the text then equals plain decoding's even where two tokens nearly tie.
-        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), each of which then has a part of the model.
-            All must make the same calls.
-        drafter_options: what single drafters take (`mtp_mlx/drafters/<name>/options.py`): loop=8 drafts eight tokens
-            a step, reusing MTP heads in order if there are fewer.
+        exact: compute the real rows of every step as in plain decoding, bit for bit. The text then equals that of
+            plain decoding even if two tokens nearly tie. Slower, unless a kernel makes up for it.
+        tokenizer_config: options of the tokenizer, as in mlx-lm's `load`.
+        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), among which the model is divided. All of
+            them must make the same calls.
+        drafter_options: options of drafters (`mtp_mlx/drafters/<name>/options.py`): loop=8 drafts eight tokens per
+            step, reusing MTP heads in order if there are fewer; draft_model="..." drafts with a smaller model,
+            num_draft_tokens=4 so many tokens per step.
 
     Raises:
-        MTPError: no such model or adapter, a missing seam, an adapter for another base, a loop without heads.
+        MTPError: if there is no such model or adapter, the model lacks a seam, the adapter belongs to another base
+            model, or a drafter's options do not suit the model.
     """
     path = resolve_model(model, quantize=quantize)
     lazy = peers is not None and not peers.alone
@@ -137,11 +142,13 @@ def load(
         kernels = default_dispatcher(cache_dir)
     else:
         if exact:
-            raise MTPError("exact decoding is for one process: leave `exact` out, or run without mlx.launch")
+            raise MTPError(
+                "exact decoding needs a single process: leave `exact` out, or run without mlx.launch"
+            )
         shard(base, source, peers)
     attached = attach(base, source, kernels, exact)
     attached.peers = peers or Peers()
-    if source is not None:  # once here, instead of a cast of every factor in every pass
+    if source is not None:  # once here, instead of casting every factor in every pass
         source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name = str(model)
@@ -151,7 +158,7 @@ def load(
 
 
 def _adapter_folder(model: str, path: str | Path, adapter: str | Path) -> Path | None:
-    """The folder that `adapter` means for a model that lies at `path`."""
+    """The folder that `adapter` stands for, or None, for a model at `path`."""
     if adapter == "auto":
         return bundled_adapter(model) or sidecar(path)
     return named_adapter(adapter)
@@ -185,24 +192,24 @@ def stream_generate(
     """Yields a response per token.
 
     Args:
-        prompt: text (special tokens are added unless the text starts with them, as mlx-lm does), or ids as a
-            list, an mlx or a numpy array.
-        max_tokens: exactly so many at most; -1 for no limit.
+        prompt: text (special tokens are added unless it starts with them, as in mlx-lm), or token ids as a list, or
+            an mlx or numpy array.
+        max_tokens: most tokens to yield, never exceeded; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
-        layout: "auto" plans every step (or does what `mtp-mlx tune` found, where it has run), "linear" and
-            "quadratic" are fixed, "plain" is ordinary decoding.
-        drafts: drafts per step; by default as many as the drafter makes. `slots` is an older name for it.
+        layout: "auto" plans every step, or uses the result of `mtp-mlx tune` if there is one; "linear" and
+            "quadratic" are fixed; "plain" is ordinary decoding.
+        drafts: drafts per step, by default as many as the drafter makes; `slots` is an older name for it.
         lookup: also draft from the text itself; by default with layout "auto" only.
-        emission: "verified" by default; unverified emission is faster and lossy, and every response says so. With a
-            tau the layout is "quadratic" or "linear" only ("auto" means quadratic); unverified has its own.
-        drafter: who drafts, instead of `lookup`: "slots", "heads", "lookup", or two of them as in "heads,lookup".
+        emission: verified by default. Unverified emission is faster but lossy, which every response says, and has its
+            own layout; verified emission with a tau needs layout "quadratic" (which "auto" then means) or "linear".
+        drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "draft-model", "lookup".
         stop: strings that end the text; they are not part of it.
-        stats: filled while decoding; every response carries it.
-        kwargs: as `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
-            quantized_kv_start, prompt_progress_callback.
+        stats: updated while decoding, and part of every response.
+        kwargs: passed to `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
+            quantized_kv_start, prompt_progress_callback, constraint.
 
     Raises:
-        MTPError: a bad option, an empty prompt, a cache that cannot give rows back.
+        MTPError: if an option is wrong, the prompt is empty, or the cache cannot be rolled back.
     """
     emission = emission or Emission()
     _check_options(max_tokens, lookup, emission)
@@ -213,48 +220,47 @@ def stream_generate(
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission)
     policy = led_policy(drafting.policy, model.peers)
+    kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
+    steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)
     answer = AnswerText(tokenizer, stop, max_tokens)
     clock = _Clock(len(ids))
-    steps = mtp_generate_step(
-        ids,
-        model,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        policy=policy,
-        lookup=drafting.lookup,
-        emission=emission,
-        stats=stats,
-        **kwargs,
-    )
     with wired_limit(model.model), closing(steps):
-        for count, item in enumerate(model.peers.each(steps), start=1):
-            if count == 1:
-                clock.first = time.perf_counter()
-            text, reason = answer.feed(item.token)
-            if reason is not None:
+        for response in _responses(model.peers.each(steps), answer, clock, stats, emission.lossless):
+            if response.finish_reason is not None:
                 stats.verdict = policy.verdict
-            yield GenerationResponse(
-                text=text,
-                token=item.token,
-                logits=item.logits,
-                from_draft=item.from_draft,
-                depth=item.depth,
-                prompt_tokens=clock.prompt_tokens,
-                prompt_tps=clock.prompt_tps(),
-                generation_tokens=count,
-                generation_tps=clock.generation_tps(count),
-                peak_memory=mx.get_peak_memory() / 1e9,
-                stats=stats,
-                finish_reason=reason,
-                lossless=emission.lossless,
-            )
-            if reason is not None:
-                return
+            yield response
+
+
+def _responses(
+    tokens: Iterator[Token], answer: AnswerText, clock: _Clock, stats: DecodeStats, lossless: bool
+) -> Generator[GenerationResponse, None, None]:
+    """A response per token, up to the end of the answer."""
+    for count, item in enumerate(tokens, start=1):
+        if count == 1:
+            clock.first = time.perf_counter()
+        text, reason = answer.feed(item.token)
+        yield GenerationResponse(
+            text=text,
+            token=item.token,
+            logits=item.logits,
+            from_draft=item.from_draft,
+            depth=item.depth,
+            prompt_tokens=clock.prompt_tokens,
+            prompt_tps=clock.prompt_tps(),
+            generation_tokens=count,
+            generation_tps=clock.generation_tps(count),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            stats=stats,
+            finish_reason=reason,
+            lossless=lossless,
+        )
+        if reason is not None:
+            return
 
 
 def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> None:
     if max_tokens == 0 or max_tokens < -1:
-        raise MTPError(f"max_tokens must be at least 1, or -1 for no limit; got {max_tokens}")
+        raise MTPError(f"`max_tokens` must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
         raise MTPError("lookup drafts must be verified: leave `lookup` out, or use emission 'verified'")
 
@@ -273,7 +279,7 @@ def generate(
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, with the rule for special tokens that mlx-lm has."""
+    """Token ids of a prompt, adding special tokens by the same rule as mlx-lm."""
     if not isinstance(prompt, str):
         return token_ids(prompt)
     bos = tokenizer.bos_token
@@ -281,10 +287,10 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
 
 
 def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = None) -> list[int]:
-    """Ids of a user's message in the tokenizer's chat template (plain text if it has none).
+    """Token ids of a user's message in the tokenizer's chat template, or as plain text if it has none.
 
     Raises:
-        MTPError: the template refuses the messages.
+        MTPError: if the template rejects the messages.
     """
     if not tokenizer.has_chat_template:
         return encode_prompt(tokenizer, prompt)
@@ -294,13 +300,13 @@ def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = N
 
 
 def chat_ids(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+    """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
 
     Raises:
-        MTPError: the template refuses the messages, as many do a system message.
+        MTPError: if the template rejects the messages, as many do with a system message.
     """
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise MTPError(f"the model's chat template refuses these messages: {error}") from error
+        raise MTPError(f"the model's chat template rejects these messages: {error}") from error
     return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

@@ -1,7 +1,7 @@
-"""A fast BLAS for the MLX CPU wheel on Linux, which bundles the reference BLAS (tens of times slower).
+"""A fast BLAS for MLX's CPU wheel on Linux, which bundles the reference BLAS (tens of times slower).
 
-`libmlx.so` finds `cblas_sgemm` and its like through the dynamic linker, which asks the process's global
-libraries first. Loading OpenBLAS with RTLD_GLOBAL *before* mlx puts it in front; LD_PRELOAD does the same.
+`libmlx.so` finds `cblas_sgemm` and the like through the dynamic linker, which searches the process's global libraries
+first. Loading OpenBLAS with RTLD_GLOBAL *before* mlx puts it in front, as LD_PRELOAD does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ HOW_TO_MEND = (
 
 
 def prefer_openblas() -> str | None:
-    """Put OpenBLAS in front of the BLAS that MLX brings; call it before mlx is first imported.
+    """Puts OpenBLAS in front of the BLAS that MLX bundles; call it before mlx is first imported.
 
-    Returns "loaded" when this call did it, "missing" when the library is not installed, "late" when mlx was
-    imported already (nothing is done then), and None where it is not wanted: on any system but Linux.
+    Returns:
+        "loaded" if it was loaded, "missing" if the library is not installed, "late" if mlx is already imported (then
+        nothing is done), and None on systems other than Linux, which do not need it.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -38,10 +39,10 @@ def prefer_openblas() -> str | None:
 
 @contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """OpenBLAS works with `count` threads inside the block, and with as many as before after it.
+    """Temporarily sets OpenBLAS's number of threads to `count`.
 
-    For callers that run several threads themselves: each of them waiting for OpenBLAS's own threads is slower
-    than one thread each. A setting of the whole process; nothing happens where OpenBLAS is not loaded.
+    For callers that run several threads themselves, for which one BLAS thread each is faster. The setting applies to
+    the whole process; without OpenBLAS, nothing happens.
     """
     library = _loaded_openblas()
     if library is None:
@@ -56,7 +57,7 @@ def blas_threads(count: int) -> Iterator[None]:
 
 
 def _loaded_openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS this process has loaded already, or None; never loads it."""
+    """The OpenBLAS that this process has already loaded, or None; never loads it."""
     if not sys.platform.startswith("linux"):
         return None
     try:

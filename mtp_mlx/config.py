@@ -1,4 +1,4 @@
-"""Settings: a frozen dataclass is the one home of every name, type, default and help text.
+"""Settings: a frozen dataclass defines every name, type, default and help text, once.
 
     @dataclass(frozen=True)
     class Training:
@@ -13,8 +13,8 @@
         settings = from_yaml(Training, config, options)       # dataclass < YAML < command line
 
 An option that is not given is None and overrides nothing, so defaults exist in the dataclass only.
-Field types: int, float, str, bool, Path, Literal[...], tuple[<one of these>, ...], X | None, and frozen
-dataclasses (with or without a default, not None).
+Field types: int, float, str, bool, Path, Literal[...], tuple[<one of these>, ...], X | None, and frozen dataclasses
+(with or without a default, but not None).
 """
 
 from __future__ import annotations
@@ -47,28 +47,34 @@ def setting(
     flag: str | None = None,
     old_option: str | None = None,
 ) -> Any:
-    """A dataclass field with its help text, inclusive bounds and short option (such as "-m").
+    """A dataclass field that is a setting.
 
-    `old_option` is what the option was called before: it still works, and no help shows it.
-    Without a default the setting must be given, in YAML or as an option.
+    Args:
+        default: its default; without one the setting is required, in YAML or as an option.
+        help: help text of its option.
+        minimum, maximum: inclusive bounds, or None.
+        flag: short option, such as "-m".
+        old_option: an earlier name of the option, which still works and is not shown in help.
     """
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "flag": flag, "old_option": old_option}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# --- values into dataclasses --------------------------------------------------------------------------------
-
-
 def from_yaml(
     cls: type[Config], path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> Config:
-    """The settings in a YAML file, with `overrides` (the keyword arguments of a click command) on top.
+    """The settings in a YAML file, overridden by `overrides`.
 
-    path       a YAML mapping, or None for defaults
-    overrides  field name -> value, nested fields as "lora__rank"; None and () mean "not given"
+    Args:
+        cls: the frozen dataclass of the settings.
+        path: a file with a YAML mapping, or None for the defaults.
+        overrides: {field name: value}, the keyword arguments of a click command; nested fields as "lora__rank", None
+            and () for options that are not given.
 
-    Raises MTPError for a file that is not a YAML mapping, an unknown key (with the nearest known one), a
-    wrong type, a value out of bounds, and a missing setting.
+    Raises:
+        MTPError: if the file is not a YAML mapping, a key is unknown (names the nearest known one), a value has a
+            wrong type or is out of bounds, or a required setting is missing.
+        TypeError: if `overrides` has a field that `cls` does not have.
     """
     values = {} if path is None else _read_yaml(Path(path))
     config = _checked(cls, values, str(path))
@@ -87,12 +93,12 @@ def from_yaml(
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """The settings in a mapping; `where` names its source in errors. Errors as `from_yaml`."""
+    """The settings in a mapping; `where` names its source in errors. Raises as `from_yaml`."""
     return _build(cls, _checked(cls, values, where), where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A settings object as plain JSON and YAML types; `from_dict` gives it back."""
+    """A settings object as JSON and YAML types; the inverse of `from_dict`."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -105,14 +111,14 @@ def _plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice."""
+    """A SafeLoader that rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} occurs twice", key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -129,16 +135,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise MTPError(f"{path}{line}: invalid YAML ({problem}). Mend this line.") from error
+        raise MTPError(f"{path}{line}: invalid YAML ({problem}). Fix this line.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise MTPError(f"{path}: lines of the form 'setting: value' are needed, this is a {_name(values)}.")
+        raise MTPError(f"{path}: must have lines of the form 'setting: value', but holds a {_name(values)}.")
     return values
 
 
 def _checked(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` with every key known and every value of its field's type; nested dataclasses stay mappings."""
+    """`values` after checking keys and converting each to its field's type; nested dataclasses stay mappings."""
     hints = _hints(cls)
     checked = {}
     for key, value in values.items():
@@ -151,7 +157,7 @@ def _checked(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _build(cls: Any, values: Mapping[str, Any], source: Any) -> Any:
-    """The dataclass of checked values; MTPError for a missing setting and where __post_init__ refuses."""
+    """The dataclass with checked values; MTPError if a setting is missing or __post_init__ raises ValueError."""
     hints, given = _hints(cls), {}
     for field in dataclasses.fields(cls):
         if field.name in values:
@@ -169,7 +175,7 @@ def _build(cls: Any, values: Mapping[str, Any], source: Any) -> Any:
 
 
 def _merged(default: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a default dataclass (or of None), with `values` on top at every depth."""
+    """The fields of a default dataclass (none if it is None), overridden by `values` at every depth."""
     fields = () if default is None else dataclasses.fields(default)
     merged: dict[str, Any] = {field.name: getattr(default, field.name) for field in fields}
     for key, value in values.items():
@@ -198,11 +204,8 @@ def _default(field: Any) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-# --- one value ----------------------------------------------------------------------------------------------
-
-
 def _convert(value: Any, kind: Any, bounds: tuple[float | None, float | None], where: str) -> Any:
-    """`value` as a `kind`. Raises MTPError with `where`, the expected type or bound, and the value."""
+    """`value` as a `kind`; MTPError with `where`, the expected type or bound and the value if that fails."""
     kind, optional = _unwrap(kind)
     if value is None and optional:
         return None
@@ -274,18 +277,15 @@ def _name(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-# --- click options ------------------------------------------------------------------------------------------
-
-
 def option_name(key: str) -> str:
-    """The command line's name of a field: "lora__rank" -> "--lora-rank"."""
+    """The command-line option of a field: "lora__rank" -> "--lora-rank"."""
     return "--" + key.replace(NESTED, "-").replace("_", "-")
 
 
 def options_for(cls: type) -> Callable[[Command], Command]:
-    """A decorator that adds a click option for every field of `cls`, nested ones included, in field order.
+    """A decorator that adds a click option for every field of `cls`, including nested ones, in field order.
 
-    Options that are not given arrive as None (as () for lists), so that they override nothing in `from_yaml`.
+    An option that is not given is None (or () for lists) and so overrides nothing in `from_yaml`.
     """
 
     def decorate(command: Command) -> Command:
@@ -332,7 +332,7 @@ def _option(key: str, kind: Any, field: Any, default: Any) -> Callable[[Command]
 
 
 class RenamedOption(click.Option):
-    """An option whose last name is an older one: it works as ever, and nothing shows it."""
+    """An option whose last name is an older one, which still works but is not shown."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """See click."""

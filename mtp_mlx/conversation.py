@@ -1,9 +1,10 @@
-"""A conversation of several turns over one prompt cache: each turn prefills only what the cache does not hold yet.
+"""A conversation of several turns with one prompt cache: each turn prefills only what the cache does not hold yet.
 
-Invariant between turns: the cache holds exactly `_cached`, a list of token ids. A turn encodes the whole
-conversation with the chat template, keeps the part of the cache that it shares with it, and gives the rest to
-`stream_generate`; so the text is what `generate` writes on the same messages. Where rows cannot be taken back out of
-the cache (recurrent state, a sliding window that has moved on), the turn starts with an empty one, which is counted.
+Invariant between turns: the cache holds exactly the token ids `_cached`. A turn encodes the whole conversation with
+the chat template, keeps the prefix of the cache that it shares with these ids, and passes the rest to
+`stream_generate`, so the text is what `generate` writes for the same messages. If the cache cannot be trimmed
+(recurrent state, a sliding window that has moved on), the turn starts with an empty cache, and `restarts` counts
+that.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Turn:
     """One answer.
 
     Attributes:
-        prompt_tokens: of the conversation up to the answer.
-        prefilled: of those, the ones that were not in the cache.
+        prompt_tokens: tokens of the conversation up to the answer.
+        prefilled: those of them that were not in the cache.
         stats: counts of decoding.
-        tokens: ids of the answer, the end-of-text id included if it came.
+        tokens: ids of the answer, including an end-of-text id.
         text: the answer.
         last: the last response, or None before the first token.
-        stopped: Ctrl-C, or the consumer, ended it.
+        stopped: whether Ctrl-C or the consumer ended it.
     """
 
     prompt_tokens: int
@@ -50,16 +51,16 @@ class Turn:
 
 
 class Conversation:
-    """Messages and the cache that goes with them.
+    """The messages of a conversation, and their prompt cache.
 
     Args:
         model, tokenizer: from `mtp_mlx.load`.
-        system: system message, or None for what the chat template says.
+        system: system message, or None for the chat template's default.
 
     Attributes:
-        messages: what was said, the system message first; an answer that was stopped is in it as far as it came.
+        messages: all messages so far, the system message first; a stopped answer is kept as far as it got.
         turns: one per answer.
-        restarts: how often the cache could not be cut back, or did not say what it holds, and was made anew.
+        restarts: how often the cache was emptied, because it could not be trimmed or did not say what it holds.
     """
 
     def __init__(self, model: AttachedModel, tokenizer: TokenizerWrapper, system: str | None = None) -> None:
@@ -67,7 +68,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything said, the system message aside."""
+        """Forgets all messages except the system message."""
         self.messages: list[Message] = []
         if self._system:
             self.messages.append({"role": "system", "content": self._system})
@@ -82,26 +83,26 @@ class Conversation:
     def ask(
         self, text: str, max_tokens: int = 512, **options: Any
     ) -> Generator[GenerationResponse, None, None]:
-        """Yields the answer to `text`, token by token; closing the generator, or Ctrl-C inside of it, stops it.
+        """Yields the answer to `text` token by token; closing the generator, or Ctrl-C inside it, stops the answer.
 
-        A stopped answer stays in the conversation as far as it came; where nothing came, nor does the question. The
-        newest of `turns` is the answer's, from the first token on.
+        A stopped answer stays in the conversation as far as it got; if it has no token, its question is dropped too.
+        When the answer ends, its turn is the last of `turns`.
 
         Args:
             text: the user's message.
-            max_tokens: of the answer, at most; -1 for no limit.
-            options: as `stream_generate`; prompt_cache and stats are this conversation's.
+            max_tokens: most tokens of the answer; -1 for no limit.
+            options: as for `stream_generate`, except prompt_cache and stats, which are the conversation's own.
 
         Raises:
-            MTPError: an empty message, one that the chat template refuses, or a bad option; the conversation is then
-                as it was before.
+            MTPError: if the message is empty, the chat template rejects it, or an option is wrong; the conversation
+                is then unchanged.
         """
         if not text.strip():
             raise MTPError("the message is empty: write some text")
         question: Message = {"role": "user", "content": text}
         ids = self._encode([*self.messages, question])
         sampling = options.get("sampling") or SamplingConfig()
-        # Penalties look at the last tokens of the prompt, so those always run again.
+        # Penalties depend on the last tokens of the prompt, so these always run again.
         shared = self._keep_shared(ids, max(1, sampling.history_size))
         turn = Turn(len(ids), len(ids) - shared)
         responses = stream_generate(
@@ -127,7 +128,7 @@ class Conversation:
             self._take(question, ids, turn)
 
     def _take(self, question: Message, ids: list[int], turn: Turn) -> None:
-        """The answer, whole or stopped, and what the cache holds now."""
+        """Records an answer, complete or stopped, and what the cache holds now."""
         held = self._held()
         said = [*ids, *turn.tokens]
         if held is None or held > len(said):
@@ -140,13 +141,13 @@ class Conversation:
             self.turns.append(turn)
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        """Ids of the conversation with the template's beginning of an answer."""
+        """Token ids of the conversation up to where the answer begins."""
         if not self._tokenizer.has_chat_template:
             return encode_prompt(self._tokenizer, "\n".join(message["content"] for message in messages))
         return chat_ids(self._tokenizer, messages)
 
     def _keep_shared(self, ids: list[int], spare: int) -> int:
-        """Cuts the cache back to what it shares with `ids`, the last `spare` of which are always left to be run."""
+        """Trims the cache to the prefix it shares with `ids` without the last `spare`; returns its length."""
         shared = 0
         for cached, wanted in zip(self._cached, ids[:-spare], strict=False):
             if cached != wanted:
@@ -163,7 +164,7 @@ class Conversation:
         return shared
 
     def _held(self) -> int | None:
-        """Tokens in the cache; None where it does not say."""
+        """Number of tokens in the cache; None if it does not say."""
         try:
             caches = LayerCaches(self._cache, "")
         except MTPError:

@@ -1,8 +1,8 @@
-"""The processes that `mlx.launch` started together: what they agree on, and what ends them when one is lost.
+"""The processes started together by `mlx.launch`: how they exchange values, and how they end if one is lost.
 
-Nothing home-made goes over the wire: every exchange is a collective of `mx.distributed`, on whatever backend
-`mlx.launch` chose. Every process must make the same calls in the same order; what decides the next call therefore
-comes out of `Peers.gather`, never out of one process alone.
+All communication uses collectives of `mx.distributed`, on the backend that `mlx.launch` chose. Every process must
+make the same calls in the same order, so whatever decides the next call comes from `Peers.gather`, never from one
+process alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 TIMEOUT_VARIABLE = "MTP_MLX_PEER_TIMEOUT"
-DEFAULT_TIMEOUT = (
-    600.0  # seconds; longer than the slowest pause of a healthy process, such as a first compilation
-)
+DEFAULT_TIMEOUT = 600.0  # seconds; longer than any pause of a healthy process, such as a first compilation
 SIZE_VARIABLES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 LIST_VARIABLES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files that hold a JSON list with an entry per process
@@ -35,7 +33,7 @@ BACKENDS = ("[ring]", "[jaccl]", "[nccl]", "[mpi]", "[distributed]")
 
 
 def launched_size() -> int:
-    """How many processes `mlx.launch` started, told from the environment without importing MLX; 1 without it."""
+    """The number of processes that `mlx.launch` started, from the environment, without loading MLX; 1 without it."""
     for name in SIZE_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))
@@ -51,22 +49,22 @@ def launched_size() -> int:
 
 
 def launched_rank() -> int:
-    """This process's number among them, from 0; told from the environment."""
+    """The rank of this process, from 0, taken from the environment."""
     values = (os.environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(value) for value in values if value.isdigit()), 0)
 
 
 def whose() -> str:
-    """ "" for one process alone, else " (process 2 of 2)": put into messages."""
+    """The suffix of messages that names the process, such as " (process 2 of 2)"; "" for a single process."""
     size = launched_size()
     return f" (process {launched_rank() + 1} of {size})" if size > 1 else ""
 
 
 def refuse_if_many(verb: str) -> None:
-    """Refuses a command that several processes would only do several times.
+    """Checks that there is one process only, for a command that several processes would just repeat.
 
     Raises:
-        MTPError: `mlx.launch` started more than one.
+        MTPError: if `mlx.launch` started several.
     """
     size = launched_size()
     if size > 1:
@@ -78,13 +76,13 @@ def refuse_if_many(verb: str) -> None:
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among those of a run; `Peers()` is one process alone, for which every call is free.
+    """The processes of a run, seen from this one; `Peers()` is a single process, for which every call is free.
 
     Attributes:
-        rank: its number, from 0. Process 0 leads: it alone prints and writes files.
-        size: how many there are.
-        group: MLX's group, None for one process alone.
-        timeout: seconds to wait for the others before giving up.
+        rank: rank of this process, from 0. Process 0 leads: only it prints and writes files.
+        size: number of processes.
+        group: MLX's group; None for a single process.
+        timeout: seconds to wait for other processes before giving up.
     """
 
     rank: int = 0
@@ -94,7 +92,7 @@ class Peers:
 
     @property
     def alone(self) -> bool:
-        """Whether there are no others."""
+        """Whether this is the only process."""
         return self.size == 1
 
     @property
@@ -103,10 +101,10 @@ class Peers:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process gave, in order of rank; JSON values.
+        """The values of all processes, which must be JSON values, in order of rank.
 
         Raises:
-            MTPError: another process was lost.
+            MTPError: if another process is lost.
         """
         if self.alone:
             return [value]
@@ -129,10 +127,13 @@ class Peers:
         return cast("list[int]", gathered.tolist())
 
     def share(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Process 0's arrays, for all; the others' must have the same names, shapes and types.
+        """The arrays of process 0, in every process.
+
+        Args:
+            arrays: {name: array}, with the same names, shapes and dtypes in every process.
 
         Raises:
-            MTPError: they have not, or another process was lost.
+            MTPError: if these differ, or another process is lost.
         """
         if self.alone:
             return arrays
@@ -154,10 +155,10 @@ class Peers:
         return out
 
     def weighted_mean(self, gradients: dict, share: float) -> dict:
-        """The sum over processes of share * gradients, where the shares sum to 1.
+        """The sum over all processes of share * gradients; the shares sum to 1.
 
         Raises:
-            MTPError: another process was lost.
+            MTPError: if another process is lost.
         """
         if self.alone:
             return gradients
@@ -165,9 +166,8 @@ class Peers:
         from mlx.nn.utils import average_gradients
         from mlx.utils import tree_map
 
-        scaled: list[
-            mx.array
-        ] = []  # a list, because `average_gradients` reads a dot in a name as another level
+        # A list, because `average_gradients` takes a dot in a name for another level of the tree.
+        scaled: list[mx.array] = []
         tree_map(lambda leaf: scaled.append(leaf * (share * self.size)), gradients)
         with self.waiting():
             mean = average_gradients(scaled, group=self.group)
@@ -176,10 +176,11 @@ class Peers:
         return cast("dict", tree_map(lambda _: next(leaves), gradients))
 
     def must_agree(self, values: dict[str, Any], remedy: str) -> None:
-        """Compares JSON values with those of process 0.
+        """Checks that all processes have the same JSON values.
 
         Raises:
-            MTPError: names the first that differs and the process, with `remedy`; or another process was lost.
+            MTPError: if one differs from that of process 0 (names both, and adds `remedy`), or another process is
+                lost.
         """
         every = self.gather(values)
         for rank, theirs in enumerate(every):
@@ -191,10 +192,14 @@ class Peers:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A stretch in which the others are waited for: ends with a sentence if one is lost or never answers.
+        """Surrounds code that waits for other processes, so that a lost or silent process ends it with a message.
 
-        A lost connection raises MTPError. A process that hangs cannot be told from a slow one, and a collective that
-        waits for it cannot be called off: after `timeout` seconds the message is printed and this process ends.
+        A collective that waits for a hanging process cannot be cancelled: after `timeout` seconds a message is
+            printed
+        and this process exits.
+
+        Raises:
+            MTPError: if the connection to another process is lost.
         """
         if self.alone:
             yield
@@ -215,10 +220,10 @@ class Peers:
             timer.cancel()
 
     def each(self, items: Iterator[Item]) -> Iterator[Item]:
-        """`items`, each of which takes all processes.
+        """Yields `items`, each of which all processes must compute together.
 
         Raises:
-            MTPError: another process was lost.
+            MTPError: if another process is lost.
         """
         while True:
             with self.waiting():
@@ -236,21 +241,21 @@ class Peers:
                 f"this one ends; {TIMEOUT_VARIABLE} sets how long to wait\n"
             ).encode(),
         )
-        os._exit(2)  # the thread that waits is inside MLX and hears no exception
+        os._exit(2)  # the waiting thread is inside MLX and cannot receive an exception
 
 
 def _ended(*_: Any) -> None:
-    """What SIGTERM means under `mlx.launch`, which sends it to all others when one process has ended badly."""
+    """Handles SIGTERM, which `mlx.launch` sends to all other processes if one fails."""
     raise MTPError(
         "mlx.launch has ended this process, because another process of this run was lost: see its message"
     )
 
 
 def join() -> Peers:
-    """Connects the processes that `mlx.launch` started; `Peers()` where it started one, or was not used.
+    """Connects the processes that `mlx.launch` started; `Peers()` if there is only one.
 
     Raises:
-        MTPError: they cannot be connected, or the time to wait is no number.
+        MTPError: if they cannot be connected, or the timeout is not a positive number.
     """
     size = launched_size()
     if size == 1:
@@ -264,7 +269,7 @@ def join() -> Peers:
         timeout = 0.0
     if not timeout > 0:
         raise MTPError(f"{TIMEOUT_VARIABLE} is {given!r}: give a number of seconds above 0")
-    with suppress(ValueError):  # not the main thread: signals are the caller's business
+    with suppress(ValueError):  # not in the main thread: signals are left to the caller
         signal.signal(signal.SIGTERM, _ended)
     with Peers(launched_rank(), size, None, timeout).waiting():
         group = mx.distributed.init()

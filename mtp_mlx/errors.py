@@ -1,13 +1,13 @@
-"""The error a user can mend: one clear sentence, no traceback."""
+"""Errors that the user can fix: one clear sentence, without a traceback."""
 
 
 class MTPError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and how to mend it."""
+    """An error that the user can fix. The message says what is wrong, where, and how to fix it."""
 
 
 class ModelNotFound(MTPError):
-    """No model under this name, folder or hub id."""
+    """There is no model with this name, folder or hub id."""
 
 
 class ConversionError(MTPError):
-    """A checkpoint cannot be read, or holds something the converter does not support."""
+    """A checkpoint cannot be read, or contains something that the converter does not support."""

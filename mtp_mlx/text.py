@@ -1,4 +1,4 @@
-"""Tokens become text as they come; text is held back while it could still become a stop string."""
+"""Turns tokens into text as they come, holding back text that could still become a stop string."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class StopStrings:
-    """Lets text through up to the first stop string.
+    """Passes text on up to the first stop string.
 
     Args:
         stops: strings that end the text; they are not part of it.
 
     Attributes:
-        stopped: a stop string was found.
+        stopped: whether a stop string was found.
         found: that string, or None.
     """
 
@@ -24,7 +24,7 @@ class StopStrings:
         self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """The part of the text so far that is safe to show and was not shown yet."""
+        """The text that is now safe to show and has not been shown yet."""
         if self.stopped:
             return ""
         self._held += text
@@ -40,12 +40,12 @@ class StopStrings:
         return shown
 
     def finish(self) -> str:
-        """What was held back and turned out to be text."""
+        """The text that was still held back, once no more will come."""
         shown, self._held = self._held, ""
         return "" if self.stopped else shown
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that is a proper beginning of `stop`."""
+        """Length of the longest suffix of the held text that is a proper prefix of `stop`."""
         for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:size]):
                 return size
@@ -53,16 +53,16 @@ class StopStrings:
 
 
 class AnswerText:
-    """The text of one generation, and when it ends: end-of-text token, stop string or number of tokens.
+    """The text of one generation, and its end: an end-of-text token, a stop string or `max_tokens`.
 
     Args:
         tokenizer: mlx-lm's wrapper.
         stop: strings that end the text; they are not part of it.
-        max_tokens: exactly so many at most; negative for no limit.
+        max_tokens: most tokens of the text; negative for no limit.
 
     Attributes:
-        count: tokens so far, an end-of-text token included.
-        stops: which stop string ended it.
+        count: tokens so far, including an end-of-text token.
+        stops: the stop strings, and which of them was found.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int) -> None:
@@ -72,7 +72,7 @@ class AnswerText:
         self.count = 0
 
     def feed(self, token: int) -> tuple[str, str | None]:
-        """The text that became final with `token`, and "stop", "length" or None before the end."""
+        """(text that became final with `token`, "stop", "length" or None before the end)."""
         self.count += 1
         reason = "length" if self.count == self._max_tokens else None
         if token in self._eos_ids:

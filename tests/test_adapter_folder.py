@@ -148,7 +148,7 @@ DAMAGE = {
     "method": (lambda f: change_config(f, method="heads"), "method 'heads', which .* knows 'mask-tokens'"),
     "no base": (lambda f: change_config(f, base={}), "mtp_config.json is damaged: it has no 'name'"),
     "shape": (lambda f: change_config(f, adapter={"slots": 4, "depth": 2}), "is damaged: .*'depth'"),
-    "rank": (lambda f: change_config(f, adapter={"slots": 4, "rank": 0}), "rank must be at least 1, got 0"),
+    "rank": (lambda f: change_config(f, adapter={"slots": 4, "rank": 0}), "`rank` must be at least 1; got 0"),
     "no weights": (lambda f: (f / "mtp.safetensors").unlink(), "mtp.safetensors is missing or damaged"),
     "no header": (lambda f: (f / "mtp.safetensors").write_bytes(b"x"), "mtp.safetensors is missing or damaged"),
     "cut weights": (

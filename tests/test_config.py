@@ -91,7 +91,7 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
         ("model: t\noptimizer: {schedule: {shape: cosin}}", ["one of cosine, constant", "mean 'cosine'?"]),
         ("steps: 5", ["--model is missing", "run.yaml"]),
         ("model: [1", ["run.yaml, line", "invalid YAML"]),
-        ("steps: 1\nsteps: 2", ["run.yaml, line 2", "'steps' is written twice"]),
+        ("steps: 1\nsteps: 2", ["run.yaml, line 2", "'steps' occurs twice"]),
         ("- 1\n- 2", ["run.yaml", "setting: value", "list"]),
     ],
 )

@@ -114,7 +114,7 @@ def test_stdin_and_exact_are_refused(folder: Path, monkeypatch: pytest.MonkeyPat
         assert result.exit_code == 2 and "mlx.launch never closes stdin: give --prompt TEXT" in result.stderr
     from mtp_mlx import load
 
-    with pytest.raises(MTPError, match="exact decoding is for one process"):
+    with pytest.raises(MTPError, match="exact decoding needs a single process"):
         load(str(folder / "llama"), None, exact=True, peers=Peers(size=2))
 
 

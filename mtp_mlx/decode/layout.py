@@ -40,7 +40,7 @@ class Layout:
         if any(count < 0 for count in self.slots):
             raise ValueError(f"slot counts must not be negative: {self.slots}")
         if self.chain < 0 or (self.chain and any(self.slots)):
-            raise ValueError(f"a chain of {self.chain} drafts does not go with slots {self.slots}")
+            raise ValueError(f"a chain of {self.chain} drafts cannot be combined with slots {self.slots}")
 
     @property
     def real_rows(self) -> int:

@@ -66,10 +66,10 @@ def mtp_generate_step(
     stats: DecodeStats | None = None,
     constraint: Constraint | None = None,
 ) -> Generator[Token, None, None]:
-    """Yields the tokens that follow `prompt`.
+    """Yields the tokens that follow `prompt`, called like mlx-lm's `generate_step`.
 
-    It is called like mlx-lm's `generate_step`, but takes a `SamplingConfig` instead of a sampler, because a pick must
-    be a function of the position.
+    Sampling is a `SamplingConfig` instead of a sampler, because a pick must be a function of the position. Arguments
+    that are not explained here are mlx-lm's.
 
     Args:
         prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
@@ -78,13 +78,12 @@ def mtp_generate_step(
         sampling: how tokens are picked; greedy by default.
         policy: chooses the layout of each step; plain decoding by default.
         lookup: also draft from the text itself.
-        emission: verified by default. Unverified emission (lossy) drafts `policy.max_drafts` tokens per pass from the
+        emission: verified by default. Unverified (lossy) emission drafts `policy.max_drafts` tokens per pass from the
             adapter's slots, without planning or lookup.
         prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
-            the prompt and every token yielded. After an error or Ctrl-C inside a step it holds the first tokens of
-            these, as many as its offset says. Drafters that run behind the pass (MTP heads, a draft model) have not
-            seen an earlier prefix and draft from the new tokens only, so a long reused prefix makes drafts worse.
-        prefill_step_size, kv_bits, kv_group_size, quantized_kv_start, prompt_progress_callback: as in mlx-lm.
+            the prompt and every token yielded; after an error or Ctrl-C inside a step, the first tokens of these, as
+            many as its offset says. MTP heads and draft models have not seen an earlier prefix, so a long one makes
+            their drafts worse.
         stats: updated while decoding.
         constraint: constrains every token, such as a grammar; verified emission only.
 
@@ -115,7 +114,7 @@ def _tokens(
     *,
     keep: bool,
 ) -> Generator[Token, None, None]:
-    """Runs the prompt and yields tokens; the cache ends as `mtp_generate_step` says, if anybody wants to keep it."""
+    """Runs the prompt and yields tokens; with `keep`, the cache ends up as `mtp_generate_step` describes."""
     n_prompt = len(session.tokens)
     try:
         session.prefill(progress)

@@ -1,1 +1,1 @@
-"""Who proposes tokens: one room a drafter, one line of `registry.py` for each."""
+"""The drafters: a folder for each, with one line in `registry.py`."""

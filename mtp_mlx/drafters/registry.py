@@ -1,11 +1,11 @@
-"""Every drafter there is, a line each. A room is imported when it is used: `--help` loads neither mlx nor a room.
+"""The list of all drafters, one line each. A drafter's room is imported on first use, so `--help` does not load mlx.
 
-What a room `mtp_mlx/drafters/<room>/` holds for the rest of the package, by fixed names:
+The rest of the package finds these names in a room `mtp_mlx/drafters/<room>/`:
 
-    options.py   needs no mlx    LOADING: dataclass of what `load` and the command line take, or None
+    options.py   needs no mlx    LOADING: dataclass of its options for `load` and the command line
                                  TRAINS: {training method: `mtp_mlx.train.settings.Trains`}
     folder.py    if adapters     load(folder, header, model) -> (DraftSource, `Header`)
-                                 facts(folder, header) -> what `mtp-mlx info` shows of the method's own section
+                                 facts(folder, header) -> the method's section, for `mtp-mlx info`
                                  card_lines(folder, header) -> `CardLines`
     loading.py   if LOADING      prepare(source, options, context) -> DraftSource | None
 """
@@ -32,14 +32,14 @@ class Room:
     """One drafter.
 
     Attributes:
-        name: its folder below `mtp_mlx/drafters`.
-        drafts: what `drafter` and statistics call its drafts; rooms may share a name.
-        needs: what a model must have for it, as the end of a sentence.
-        adapters: values of `method` in `mtp_config.json` whose folders it reads.
-        trains: methods it trains, as in `mtp-mlx train METHOD`.
-        loads: `load` and the command line take options for it (`options.LOADING`).
-        instead: with its options given, the adapter that lies beside a model is left out.
-        chained: its drafts are made behind the pass; otherwise slot rows of the pass make them.
+        name: its folder in `mtp_mlx/drafters`.
+        drafts: the name of its drafts in the `drafter` argument and in statistics; rooms may share a name.
+        needs: what a model needs to use it, as the end of an error message.
+        adapters: the values of `method` in `mtp_config.json` for which it reads the folder.
+        trains: the methods it trains, as in `mtp-mlx train METHOD`.
+        loads: whether `load` and the command line have options for it (`options.LOADING`).
+        instead: whether its options replace an adapter that was found rather than named.
+        chained: whether its drafts are made after the pass; otherwise they come from slot rows of the pass.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Room:
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What a room may need to know while a model is loaded.
+    """What a drafter may need to know while a model is loaded.
 
     Attributes:
         model, tokenizer: the bare base model and its tokenizer.
-        adapter_named: the adapter was asked for by name, and not found beside the model.
+        adapter_named: whether the user named the adapter, rather than `load` finding it.
     """
 
     model: Any
@@ -83,30 +83,30 @@ ROOMS = (
 
 
 def drafter_names() -> dict[str, str]:
-    """{name of a drafter: what a model must have for it}."""
+    """{name of a drafter: what a model needs to use it}."""
     return {room.drafts: room.needs for room in ROOMS}
 
 
 def is_chained(method: object) -> bool:
-    """Whether adapters of this `method` draft behind the pass; False for a method that no room knows."""
+    """Whether adapters of this `method` draft after the pass; False for an unknown method."""
     return any(room.chained and method in room.adapters for room in ROOMS)
 
 
 def load_folder(folder: Path, model: Any) -> tuple[Any, Header]:
-    """(`DraftSource`, what the folder says about itself) of an adapter folder for a bare model.
+    """Loads an adapter folder for a bare model: its `DraftSource` and header.
 
     Raises:
-        MTPError: no adapter there, an unknown method, an adapter for another base, or a damaged one.
+        MTPError: if there is no adapter, its method is unknown, it belongs to another base model, or it is damaged.
     """
     header = read_header(folder)
     return _format(folder, header).load(folder, header, model)
 
 
 def folder_facts(folder: Path, header: Header) -> dict[str, Any]:
-    """The section of a method in the header of `folder`, for `mtp-mlx info`.
+    """The method's own section of the header of `folder`, for `mtp-mlx info`.
 
     Raises:
-        MTPError: an unknown method, or a damaged section.
+        MTPError: if the method is unknown, or the section is damaged.
     """
     return _format(folder, header).facts(folder, header)
 
@@ -115,30 +115,30 @@ def card_lines(folder: Path, header: Header) -> CardLines:
     """What the method of an adapter folder adds to its model card.
 
     Raises:
-        MTPError: an unknown method, or a damaged section.
+        MTPError: if the method is unknown, or the section is damaged.
     """
     return _format(folder, header).card_lines(folder, header)
 
 
 def _format(folder: Path, header: Header) -> Any:
-    """The module `folder` of the room that reads the adapter."""
+    """The module `folder` of the room that reads this adapter."""
     for room in ROOMS:
         if header.method in room.adapters:
             return room.module("folder")
     known = ", ".join(f"'{name}'" for room in ROOMS for name in room.adapters)
     raise MTPError(
-        f"the adapter {folder} is of the method '{header.method}', which this version of mtp-mlx does not know; it "
+        f"the adapter {folder} has the method '{header.method}', which this version of mtp-mlx does not know; it "
         f"knows {known}"
     )
 
 
 def loading_options() -> dict[str, Any]:
-    """{room: dataclass of what `load` takes for its drafter}; needs no mlx."""
+    """{room: dataclass of its options for `load`}; needs no mlx."""
     return {room.name: room.module("options").LOADING for room in ROOMS if room.loads}
 
 
 def loading_block() -> type:
-    """A frozen dataclass of every argument that `load` takes for single drafters; needs no mlx."""
+    """A frozen dataclass of all drafters' options for `load`; needs no mlx."""
     given = [field for kind in loading_options().values() for field in dataclasses.fields(kind)]
     kinds = {name: hint for kind in loading_options().values() for name, hint in get_type_hints(kind).items()}
     fields = [
@@ -149,28 +149,28 @@ def loading_block() -> type:
 
 
 def replaces_adapter(options: Mapping[str, Any]) -> bool:
-    """Whether options of `load` name a drafter that takes the place of an adapter found beside the model."""
+    """Whether the options of `load` name a drafter that replaces an adapter found for the model."""
     kinds = loading_options()
     own = [name for room in ROOMS if room.instead for name in kinds[room.name].__dataclass_fields__]
     return any(options.get(name) is not None for name in own)
 
 
 def prepare(source: Any, options: Mapping[str, Any], context: LoadContext) -> Any:
-    """The `DraftSource` that `load` ends with, after every room whose options were given had its say.
+    """Applies the drafters' options of `load` and returns the `DraftSource` to use.
 
     Args:
-        source: of the adapter folder, or None.
+        source: that of the adapter folder, or None.
         options: {argument of `load`: value}; None means not given.
         context: what else `load` knows.
 
     Raises:
-        MTPError: an unknown argument, or one that does not go with the source or with another one.
+        MTPError: if an argument is unknown, or cannot be combined with the source or with another argument.
     """
     given = {name: value for name, value in options.items() if value is not None}
     known = {name: room for room, kind in loading_options().items() for name in kind.__dataclass_fields__}
     for name in given:
         if name not in known:
-            raise MTPError(f"load has no argument '{name}'; drafters take {', '.join(sorted(known))}")
+            raise MTPError(f"`load` has no argument `{name}`; drafters take {', '.join(sorted(known))}")
     for room in ROOMS:
         own = {name: value for name, value in given.items() if known[name] == room.name}
         if own:
@@ -184,10 +184,10 @@ def training_methods() -> tuple[str, ...]:
 
 
 def trains(method: str) -> Trains:
-    """What a room declares about a training method; loads no mlx.
+    """The declaration of a training method; loads no mlx.
 
     Raises:
-        MTPError: there is no such method.
+        MTPError: if there is no such method.
     """
     trained: Trains = _training_room(method).module("options").TRAINS[method]
     return trained
@@ -197,16 +197,16 @@ def settings_class(method: str) -> type[TrainSettings]:
     """The settings of a training method; loads no mlx.
 
     Raises:
-        MTPError: there is no such method.
+        MTPError: if there is no such method.
     """
     return trains(method).settings
 
 
 def method_class(method: str) -> type[Method[Any]]:
-    """The class that trains by a method.
+    """The class that implements a training method.
 
     Raises:
-        MTPError: there is no such method.
+        MTPError: if there is no such method.
     """
     module, _, name = trains(method).method.partition(":")
     found: type[Method[Any]] = getattr(_training_room(method).module(module), name)

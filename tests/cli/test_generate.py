@@ -273,7 +273,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--adapter", "none", "--layout", "linear"], "needs an adapter"),
     (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
     (["--temp", "-1"], "--temp must be at least 0"),
-    (["--max-tokens", "0"], "max_tokens must be at least 1"),
+    (["--max-tokens", "0"], "--max-tokens must be at least 1"),
     (["--quantize", "4"], "only the embedded model"),
 ]
 
@@ -309,7 +309,7 @@ def test_exact_reaches_the_model(tmp_path: Path) -> None:
     ]
     for verb in (["generate", "--prompt", "the"], ["bench", "--limit", "1"]):
         refused = CliRunner().invoke(cli.main, [*verb, *arguments, "--exact"])
-        assert refused.exit_code == 2 and "exact decoding does not cover" in refused.stderr, refused.output
+        assert refused.exit_code == 2 and "exact decoding does not support" in refused.stderr, refused.output
         assert CliRunner().invoke(cli.main, [*verb, *arguments]).exit_code == 0
 
 

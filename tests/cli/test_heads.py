@@ -141,10 +141,10 @@ def test_python_calls(folder: Path, expected: str) -> None:
         (
             "model",
             ["--loop", "2"],
-            "a loop of 2 drafts is shorter than the 3 heads: use --drafts to draft fewer",
+            "--loop 2 is less than the number of heads, 3: use --drafts to draft fewer",
         ),
         ("model", ["--loop", "17"], "must be at most 16"),
-        ("model", ["--loop", "5", "-a", "none"], "--loop applies MTP heads again, and there are none here"),
+        ("model", ["--loop", "5", "-a", "none"], "--loop reuses MTP heads, and there are none here"),
         ("other", [], "made for base 'tiny'"),
     ],
 )

@@ -202,7 +202,7 @@ def test_mendable_errors(model: Path, data: Path, tmp_path: Path) -> None:
     check_sentence(
         run(*arguments(model, data, out, held_out=16)), "--held-out is 16, and the data has 16 rows"
     )
-    check_sentence(run(*arguments(model, data, out, target_modules="query")), "['query'] name no linear")
+    check_sentence(run(*arguments(model, data, out, target_modules="query")), "['query'] are not linear")
     check_sentence(run(*arguments(model, data, tmp_path)), f"{tmp_path} is a folder with other files")
     check_sentence(run(*arguments(model, data, out, start_from=tmp_path)), "is not an adapter folder")
     data.write_text(data.read_text()[:-20])

@@ -289,7 +289,7 @@ def test_an_adapter_of_another_shape_is_refused() -> None:
 
 def test_unknown_target_modules_are_named() -> None:
     config = MaskAdapterConfig(target_modules=("q_proj", "query"))
-    with pytest.raises(MTPError, match=r"\['query'\] name no linear layer.*'q_proj'"):
+    with pytest.raises(MTPError, match=r"\['query'\] are not linear layer.*'q_proj'"):
         new_adapter(tiny_model("llama"), config)
     adapter = new_adapter(tiny_model("llama"), MaskAdapterConfig(target_modules=("q_proj", "o_proj")))
     assert {path.rsplit(".", 1)[1] for path in adapter.low_rank} == {"q_proj", "o_proj"}

@@ -56,7 +56,7 @@ def test_names() -> None:
     [
         ("heads", None, "drafter 'heads' needs MTP heads"),
         ("lookup,slots", None, "drafter 'slots' needs an adapter with slots"),
-        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, lookup"),
+        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, draft-model, lookup"),
         ("", None, "unknown drafter ''"),
         ("lookup", True, "leave `lookup` out"),
     ],
@@ -74,7 +74,7 @@ def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(lookup_policy(model, "plain", None), FixedPolicy)
     assert isinstance(lookup_policy(model, "auto", None), BudgetPolicy)
     for layout, drafts, message in [
-        ("quadratic", None, "drafter 'lookup' does not need"),
+        ("quadratic", None, "drafter 'lookup' does not use"),
         ("linear", 17, "must be 1 to 16; got 17"),
         ("cubic", None, "unknown layout 'cubic'"),
     ]:

@@ -1,1 +1,1 @@
-"""A smaller model of the same vocabulary drafts: what mlx-lm's users know as `--draft-model`."""
+"""Drafting with a smaller model that has the same vocabulary, like mlx-lm's `--draft-model`."""

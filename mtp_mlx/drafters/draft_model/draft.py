@@ -1,14 +1,14 @@
-"""Drafts from another model, which writes on from the accepted text, one token after another.
+"""Drafts with another model, which continues the accepted text token by token.
 
-Which drafts were accepted decides what the draft model goes on from, so it waits for that number: beside the step's
-own host read there is one more, before drafting. The passes of a chain are then one row each and lazy, and drafts are
-picked with the target's noise, which couples them to the target: a model that drafts for itself is always right.
+The draft model needs to know how many drafts were accepted before it can continue, so a step has one more host read,
+before drafting. The passes of a chain then have one row each and are lazy. Drafts are picked with the target's noise,
+which couples them to the target: a model that drafts for itself is always right.
 
 Invariant: the cache holds committed tokens only. Drafts run on a copy of it that is thrown away (`scratch`), so
-nothing is rolled back, whatever caches the draft model has. The price is that accepted drafts run once more, in one
-pass with the target's own token.
+nothing is rolled back, whatever kinds of cache the draft model has. The price is that accepted drafts run once more,
+in one pass with the target's own token.
 
-As with heads, tokens of a prefix that came in a prompt cache are not known: the draft model reads what follows them.
+As with heads, a prefix that came in a prompt cache is unknown: the draft model reads only the tokens after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 
-CHUNK = 512  # tokens read at once
+CHUNK = 512  # tokens per pass when it reads text
 
 
 class DraftModelDrafter(Drafter):
@@ -32,22 +32,20 @@ class DraftModelDrafter(Drafter):
     Args:
         model: a bare mlx-lm model.
         picker: the target's picker.
-        vocab_size: V, ids below which can be drafted.
+        vocab_size: V; only ids below it are drafted.
     """
 
     def __init__(self, model: nn.Module, picker: Picker, vocab_size: int) -> None:
         self._model, self._picker, self._vocab_size = cast(Any, model), picker, vocab_size
         self._cache = make_prompt_cache(model)
-        self._read = (
-            0  # committed tokens whose keys and values, or whose effect on the state, the cache holds
-        )
+        self._read = 0  # committed tokens in the cache
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: reads the prompt but its last token."""
+        """See `Drafter`: reads the prompt except its last token."""
         self._read_until(tokens, len(tokens) - 1)
 
     def _read_until(self, tokens: list[int], end: int) -> None:
-        """Runs committed tokens up to `end`; nobody looks at the logits, so they are not computed."""
+        """Reads committed tokens up to `end`; their logits are never evaluated."""
         while self._read < end:
             chunk = tokens[self._read : min(end, self._read + CHUNK)]
             self._model(mx.array([chunk]), cache=self._cache)
@@ -66,7 +64,7 @@ class DraftModelDrafter(Drafter):
         return self._chain(logits, verified, pick)
 
     def _chain(self, logits: mx.array, verified: Verified, pick: int) -> LazyDrafts:
-        """As many drafts as the layout asks for, from logits [1, V'] behind the target's own token `pick`."""
+        """As many drafts as the layout asks for, from the logits [1, V'] after the target's own token `pick`."""
         cache = [scratch(layer) for layer in self._cache]
         history, token = verified.history, mx.array([pick], dtype=mx.int32)
         ids, confidences = [], []
@@ -87,10 +85,10 @@ class DraftModelDrafter(Drafter):
 
 
 def scratch(layer: Any) -> Any:
-    """A cache that goes on from `layer` and leaves it as it is.
+    """A copy of a layer's cache that can be extended without changing `layer`.
 
-    An ordinary cache's copy may share its buffer: what it writes lies behind the rows that `layer` counts. Others
-    write over what they hold, so the copy's arrays are its own; MLX copies them when it first writes.
+    The copy of an ordinary cache shares its buffer, since it writes only after the rows that `layer` counts. Other
+    caches overwrite rows, so their copy has arrays of its own, which MLX copies on the first write.
     """
     if isinstance(layer, CacheList):
         return CacheList(*[scratch(part) for part in layer.caches])
@@ -101,7 +99,7 @@ def scratch(layer: Any) -> Any:
 
 
 def _own(value: Any) -> Any:
-    """`value` with arrays, also in lists, that are objects of their own."""
+    """`value` with every array in it, also in lists, as a new object."""
     if isinstance(value, mx.array):
         return mx.array(value)
     return [_own(item) for item in value] if isinstance(value, list) else value

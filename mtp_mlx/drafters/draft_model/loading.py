@@ -1,4 +1,4 @@
-"""Loading the model that `load(..., draft_model=...)` names, and checking that it drafts for the right vocabulary."""
+"""Loads the model that `load(..., draft_model=...)` names, and checks that its vocabulary is the target's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def prepare(source: DraftSource | None, options: DraftModelLoading, context: Loa
     """The draft model that the options name.
 
     Raises:
-        MTPError: a number of drafts without a model, an adapter that is to draft too, a model that cannot be loaded,
-            or one of another vocabulary.
+        MTPError: if `num_draft_tokens` is given without a draft model, if the user named an adapter too, if the draft
+            model cannot be loaded, or if its vocabulary differs.
     """
     if options.draft_model is None:
-        raise MTPError("`num_draft_tokens` says how much a draft model drafts: name it with `draft_model`")
+        raise MTPError("`num_draft_tokens` is for a draft model: name one with `draft_model`")
     if source is not None and context.adapter_named:
         raise MTPError("one drafter at a time: leave `adapter` or `draft_model` out")
     model, tokenizer = load_base(options.draft_model)
@@ -31,14 +31,14 @@ def prepare(source: DraftSource | None, options: DraftModelLoading, context: Loa
 
 
 def check_vocabulary(name: str, drafting: Any, target: Any) -> None:
-    """Refuses a draft model whose ids mean other tokens than the target's.
+    """Checks that the draft model's ids stand for the same tokens as the target's.
 
     Args:
-        name: of the draft model.
-        drafting, target: tokenizers.
+        name: name of the draft model, for the message.
+        drafting, target: the tokenizers of the two models.
 
     Raises:
-        MTPError: the vocabularies differ; how many ids do is said.
+        MTPError: if the vocabularies differ (says in how many entries).
     """
     theirs, ours = drafting.get_vocab(), target.get_vocab()
     if theirs != ours:

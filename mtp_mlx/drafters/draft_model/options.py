@@ -1,4 +1,4 @@
-"""What a draft model takes from the command line and from `load`. Needs no mlx."""
+"""Options of a draft model, for the command line and `load`. Needs no mlx."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MOST_DRAFTS = 16
 
 @dataclass(frozen=True)
 class DraftModelLoading:
-    """Which model drafts, named as in mlx-lm.
+    """The draft model, with the names of mlx-lm's options.
 
     Attributes:
         draft_model: the embedded model's name, an mlx-lm folder or a hub id.
-        num_draft_tokens: tokens that it drafts in every step; without it they are planned.
+        num_draft_tokens: drafts per step; None to plan them.
     """
 
     draft_model: str | None = setting(None, help="Draft with this smaller model of the same vocabulary")

@@ -1,4 +1,4 @@
-"""A draft model as a `DraftSource`: a bare mlx-lm model beside the target, with a cache of its own per generation."""
+"""A draft model as a `DraftSource`: a bare mlx-lm model next to the target, with its own cache per generation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mtp_mlx.model.fingerprint import fingerprint_of
 class DraftModel(DraftSource):
     """Another model that drafts.
 
-    Its weights are no parameters of this module: they stay what they are, in the precision they have.
+    Its weights are not parameters of this module, so they keep their precision.
 
     Args:
-        model: a bare mlx-lm model of the target's vocabulary.
-        vocab_size: V, rows of the target's embedding; ids beyond are padding and never drafted.
-        drafts: tokens that it drafts in every step; None plans them, at most `DEFAULT_DRAFTS`.
+        model: a bare mlx-lm model with the target's vocabulary.
+        vocab_size: V, rows of the target's embedding; larger ids are padding and never drafted.
+        drafts: drafts per step; None to plan them, at most `DEFAULT_DRAFTS`.
     """
 
     name = "draft-model"
@@ -40,7 +40,7 @@ class DraftModel(DraftSource):
 
     @property
     def fixed(self) -> bool:
-        """See `DraftSource`: a number that was given is drafted in every step, as in mlx-lm."""
+        """See `DraftSource`: with a given number, every step makes that many drafts, as in mlx-lm."""
         return self._drafts is not None
 
     @property

@@ -1,4 +1,4 @@
-"""From what a folder of heads says about them to modules of the right form, still without their weights."""
+"""Builds head modules from an adapter's config, still without their weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mtp_mlx.model.seams import embedding_shape, find_seams
 LAST_LAYER = {"like": "last layer"}
 BLOCK_MODULES = "mlx_lm.models."
 
-# For each kind of heads the values of its convention that can be run.
+# For each kind of heads, the supported values of its convention.
 _RUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "cascade": {
         "first_hidden": ("post-norm", "pre-norm", "before-last-layer"),
@@ -50,7 +50,7 @@ _RUNS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Described(Protocol):
-    """What is needed of `mtp_mlx.drafters.heads.config.HeadsConfig`."""
+    """The fields of `mtp_mlx.drafters.heads.config.HeadsConfig` that are needed here."""
 
     convention: HeadConvention
     blocks: list[dict[str, Any]]
@@ -60,29 +60,31 @@ class Described(Protocol):
 
 
 def check_runnable(folder: Path, convention: HeadConvention) -> None:
-    """Raises MTPError for a convention that the decode loop has no form for."""
+    """Raises MTPError for a convention that is not supported."""
     allowed = {"kind": tuple(_RUNS)} | _RUNS.get(convention.kind, {})
     for name, runs in allowed.items():
         value = getattr(convention, name)
         if value not in runs:
             raise MTPError(
-                f"the heads in {folder} cannot be run yet: their {name.replace('_', ' ')} is '{value}', and only "
-                f"{' and '.join(repr(run) for run in runs)} has been built; use --adapter none"
+                f"the heads in {folder} are not supported yet: their {name.replace('_', ' ')} is '{value}', and only "
+                f"{' and '.join(repr(run) for run in runs)} can be run; use `adapter` none"
             )
 
 
 def build_heads(
     folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
 ) -> DraftHeads:
-    """Heads for a bare `model`, of the form that their convention says; weights are still to come.
+    """Heads of the form that their convention says, for a bare `model`; their weights are loaded later.
 
     Args:
-        folder: that they come from, for messages.
-        names: of the tensors there, which say how many residual layers Medusa's heads have.
+        folder: their adapter folder, for messages.
+        info: the config of the heads.
+        model: the bare base model.
+        names: names of the tensors in the folder, which tell how many residual layers Medusa's heads have.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
 
     Raises:
-        MTPError: a block cannot be built, or the model lacks a seam.
+        MTPError: if a block cannot be built, or the model lacks a seam.
     """
     build: Callable[..., DraftHeads]
     build = {"cascade": _cascade, "medusa": _medusa, "parallel": _parallel}[info.convention.kind]
@@ -125,11 +127,11 @@ def _parallel(
 
 
 def _no_more_than(folder: Path, info: Described) -> int:
-    """The number of drafts, for heads that cannot be applied again."""
+    """The number of drafts per step, for heads that cannot be reused in a step."""
     if info.drafts > info.count:
         raise MTPError(
             f"{folder / CONFIG_NAME}: {info.count} head(s) of the kind '{info.convention.kind}' cannot draft "
-            f"{info.drafts} tokens in a step"
+            f"{info.drafts} tokens per step"
         )
     return info.drafts
 
@@ -137,10 +139,10 @@ def _no_more_than(folder: Path, info: Described) -> int:
 def _block(
     folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module
 ) -> nn.Module | list[nn.Module]:
-    """A head's decoder block as its config says: one layer, or a list of several.
+    """A head's decoder block as its config describes it: one layer, or a list of several.
 
     Raises:
-        MTPError: it cannot be built, or more than one of its layers has attention.
+        MTPError: if it cannot be built, or more than one of its layers has attention.
     """
     if spec == LAST_LAYER:
         return block_like(trunk)
@@ -149,16 +151,16 @@ def _block(
         module, layers = str(spec["module"]), spec["layers"]
         if [layer.get("block_type") for layer in layers].count("*") > 1:
             raise MTPError(
-                f"the heads in {folder} cannot be run yet: each has several layers with attention, and only heads "
-                "with one have been built; use --adapter none"
+                f"the heads in {folder} are not supported yet: each has several layers with attention, and only "
+                "heads with one can be run; use `adapter` none"
             )
         if not module.startswith(BLOCK_MODULES) or not module.removeprefix(BLOCK_MODULES).isidentifier():
-            raise ValueError(f"{module} is no module of {BLOCK_MODULES.rstrip('.')}")
+            raise ValueError(f"{module} is not a module of {BLOCK_MODULES.rstrip('.')}")
         found = importlib.import_module(module)
         arguments = getattr(found, spec["args_class"]).from_dict({**model_config, **spec["overrides"]})
         kind = getattr(found, spec["class"])
         if not layers or not isinstance(kind, type) or not issubclass(kind, nn.Module):
-            raise TypeError(f"{spec['class']} is no layer")  # and nothing else is called
+            raise TypeError(f"{spec['class']} is not a layer")  # nothing else may be called
         blocks = [cast(Any, kind)(arguments, **layer) for layer in layers]
         return blocks if len(blocks) > 1 else blocks[0]
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A cascade of MTP heads for one model: how many depths, which head makes which, and untrained ones."""
+"""A cascade of MTP heads: which head makes which draft, running it over known text, and new untrained heads."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.seams import embedding_shape, find_seams
 
-MOST_CHAIN = 16  # drafts in a step that can be asked of a cascade
+MOST_CHAIN = 16  # most drafts per step of a cascade
 
 
 class MTPHeads(DraftHeads):
-    """A cascade of heads. Where more drafts are asked for than there are heads, they are applied again in turn."""
+    """A cascade of heads, which are reused in order if there are more drafts per step than heads."""
 
     heads: list[MTPHead]
 
     def loop(self, drafts: int) -> None:
-        """Drafts so many tokens in each step: all heads in order, then all again, until there are enough.
+        """Sets the drafts per step to `drafts`, reusing the heads in order.
 
         Raises:
-            MTPError: fewer than there are heads.
+            MTPError: if there are more heads than drafts.
         """
         if drafts < len(self.heads):
             raise MTPError(
-                f"a loop of {drafts} drafts is shorter than the {len(self.heads)} heads: use `drafts` to draft fewer"
+                f"`loop` {drafts} is less than the number of heads, {len(self.heads)}: use `drafts` to draft fewer"
             )
         self._drafts = drafts
 
     @property
     def most_drafts(self) -> int:
-        """See `DraftSource`: heads can be applied again in turn."""
+        """See `DraftSource`: heads can be reused."""
         return MOST_CHAIN
 
     def looped(self, drafts: int) -> str:
@@ -55,7 +55,7 @@ class MTPHeads(DraftHeads):
 
     @contextmanager
     def recycling(self, state: str) -> Iterator[None]:
-        """Inside the block every head passes this state on, "normed", "raw" or "trunk"."""
+        """Temporarily makes every head pass on this state: "normed", "raw" or "trunk"."""
         before = [head._recycled for head in self.heads]
         for head in self.heads:
             head._recycled = state
@@ -66,22 +66,23 @@ class MTPHeads(DraftHeads):
                 head._recycled = own
 
     def at_depth(self, depth: int) -> MTPHead:
-        """The head that makes draft `depth` (from 1): beyond the last, the heads are applied again in turn."""
+        """The head that makes draft `depth` (from 1); after the last head, the first is reused."""
         return self.heads[(depth - 1) % len(self.heads)]
 
     def cascade(
         self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
     ) -> list[mx.array]:
-        """All heads over known text.
+        """Runs all heads over known text.
 
         Args:
-            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` where heads have an embedding of their own.
+            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` if heads have an embedding of their own.
             hidden: [B, T, D] of the trunk, after its final norm.
-            most_depths: how many depths, by default one per head; see `at_depth` for more.
+            most_depths: number of depths, by default one per head; see `at_depth` for more.
 
         Returns:
-            z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths for which no
-            row is left are absent.
+            z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths without any
+                row
+            are left out.
         """
         found = []
         for depth in range(1, 1 + (most_depths or len(self.heads))):
@@ -98,10 +99,10 @@ class MTPHeads(DraftHeads):
 def new_heads(
     model: nn.Module, count: int, convention: HeadConvention, draft_ids: mx.array | None = None
 ) -> MTPHeads:
-    """`count` heads for a bare mlx-lm model: blocks start as its last layer, and `fuse` passes the hidden state on.
+    """`count` untrained heads for a bare mlx-lm model; blocks start as copies of its last layer.
 
     Raises:
-        MTPError: the model is attached, or count is below 1.
+        MTPError: if the model is attached, or count is below 1.
     """
     if count < 1:
         raise MTPError(f"at least one head is needed, got {count}")
@@ -112,7 +113,7 @@ def new_heads(
     heads = []
     for _ in range(count):
         head = MTPHead(block_like(trunk), size, eps, convention, vocab_size)
-        # The embedding's half starts small, the hidden half as the identity: an untrained head repeats the trunk.
+        # The embedding's half starts small and the hidden half as the identity: a new head repeats the trunk.
         head.fuse.weight = mx.concatenate([0.1 * mx.eye(size), mx.eye(size)], axis=1)
         heads.append(head)
     return MTPHeads(heads, convention, draft_ids)

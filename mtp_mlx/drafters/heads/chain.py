@@ -1,23 +1,23 @@
-"""Drafts from MTP heads: a chain of them behind every step, before the step's one host read.
+"""Drafts from a cascade of MTP heads: a chain after every pass, before the step's one host read.
 
-Head k (from 1) at row i takes the embedding of token i + k and the hidden state h[k-1][i] (k = 1: the trunk's),
-and predicts token i + k + 1. Let m be the newest committed row of the trunk and t[m+1] the target's own pick after
-it. Then head k's rows up to m + 1 - k rest on committed tokens only: they are *final*. Its rows m + 2 - k .. m take
-the drafts just made by the heads before it; they are *provisional*, and computed anew in every step:
+Head k (from 1) at row i takes the embedding of token i + k and the hidden state h[k-1][i] (k = 1: the trunk's), and
+predicts token i + k + 1. Let m be the newest committed row of the trunk and t[m+1] the target's own pick after it.
+Then head k's rows up to m + 1 - k depend on committed tokens only: they are *final*. Its rows m + 2 - k .. m depend
+on drafts just made by the heads before it; they are *provisional* and recomputed in every step:
 
     head  final rows     provisional      row m takes            row m predicts
     1     .. m           none             t[m+1], the pick       draft 1, at m + 2
     2     .. m - 1       m                draft 1                draft 2
     3     .. m - 2       m - 1, m         draft 2                draft 3
 
-So between steps a head's KV cache holds exactly its final rows, and beside it wait the hidden states of the head
-before for rows that this head has not processed finally: one row in a steady state, more after steps that ran fewer
-heads, or none (plain decoding). A step runs head k over what waits and over the block. Where the chain stands in the
-block is decided by the number of accepted drafts, an array here: rows behind it are computed all the same, nobody
-looks at their output, and they leave the caches once the host knows.
+So between steps a head's KV cache holds exactly its final rows, and the hidden states of the head before are kept
+waiting for rows that are not final yet: one row in the steady state, more after steps that ran fewer heads or none
+(plain decoding). A step runs head k over the waiting rows and the block. Where the chain starts in the block depends
+on the number of accepted drafts, which is still an array: later rows are computed too, their output is not used, and
+they are removed from the caches once the host knows.
 
-Rows count from the first token that this generation ran itself. Hidden states of a prefix that came in a prompt
-cache are not known, so heads know only what follows it: drafts get worse for it, the text does not.
+Rows count from the first token that this generation ran itself. The hidden states of a prefix that came in a prompt
+cache are unknown, so the heads see only what follows it; this makes drafts worse, not the text.
 
 Legend: n rows of the trunk committed before the block; d drafts verified in it; a of them accepted, m = n + a.
 """
@@ -38,7 +38,7 @@ from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.mtp_head import MTPHead, first_masked
 from mtp_mlx.model.attach import AttachedModel
 
-CATCH_UP_AT = 256  # rows that may wait before heads run over them
+CATCH_UP_AT = 256  # most rows that wait before the heads run over them
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Depth:
     """One depth of the chain between steps.
 
     Attributes:
-        head: that makes its drafts.
+        head: the head that makes its drafts.
         cache: keys and values of its final rows; `cache.offset` is their number c.
         waiting: [1, w, D] each, hidden states of the depth before for rows c, c + 1, ...
     """
@@ -61,18 +61,18 @@ class _Depth:
         return int(self.cache.offset)
 
     def inputs(self, new: mx.array | None = None) -> mx.array:
-        """[1, w, D] what waits, followed by `new` rows."""
+        """[1, w, D] the waiting rows, followed by the `new` ones."""
         rows = [*self.waiting, *([] if new is None else [new])]
         return mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
 
 
 @dataclass(frozen=True)
 class _Ran:
-    """What one depth did in a step whose outcome the host does not know yet.
+    """The rows that one depth ran in a step whose outcome the host does not know yet.
 
     Attributes:
-        start: its first row.
-        inputs, outputs: [1, R, D] hidden states taken and made, of rows start, start + 1, ...
+        start: the first row.
+        inputs, outputs: [1, R, D] hidden states that went in and came out, of rows start, start + 1, ...
     """
 
     start: int
@@ -81,13 +81,13 @@ class _Ran:
 
 
 class HeadChain(Drafter):
-    """Drafts with a cascade of MTP heads for one generation, whose caches it owns.
+    """Drafts with a cascade of MTP heads for one generation, and owns the heads' caches.
 
     Args:
-        attached: the model that they draft for.
+        attached: the model to draft for.
         picker: the target's picker; drafts use the same noise, which couples them to the target.
         heads: all heads of the model.
-        depths: the head that makes each draft of a chain, as deep as it goes.
+        depths: the head for each draft of the longest chain.
         first_position: absolute position of row 0.
     """
 
@@ -114,7 +114,7 @@ class HeadChain(Drafter):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: runs every head over the rows that have become final."""
+        """See `Drafter`: runs every head over the rows that are now final."""
         known = min(self._rows, len(tokens) - 1)
         for depth, state in enumerate(self._depths, start=1):
             start, count = state.final, known + 1 - depth - state.final
@@ -129,15 +129,16 @@ class HeadChain(Drafter):
         self._evaluate()
 
     def _evaluate(self) -> None:
-        """A lazy array belongs to the thread that made it, and would keep its whole past alive."""
+        """Evaluates waiting rows and caches: a lazy array belongs to its thread and keeps its whole graph alive."""
         mx.eval([d.waiting for d in self._depths], [d.cache.state for d in self._depths if d.final])
 
     def _run(self, state: _Depth, hidden: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """(z, h), both [1, R, D]: one head over R rows after its final ones; its cache grows by R.
+        """(z, h), both [1, R, D], of one head over the R rows after its final ones; its cache grows by R.
 
         Args:
-            hidden: [1, R, D] of the depth before.
-            tokens: [R] int32, which embedding each row takes.
+            state: the depth.
+            hidden: [1, R, D] hidden states of the depth before.
+            tokens: [R] int32, the token whose embedding each row takes.
         """
         embeddings = state.head.embed(tokens, self._attached.embed)[None]
         if self._first_position == 0:
@@ -179,13 +180,11 @@ class HeadChain(Drafter):
         return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
 
     def commit(self, n_accepted: int) -> None:
-        """See `Drafter`: what has become final stays, the rest is forgotten."""
+        """See `Drafter`: keeps the rows that are now final, and removes the rest."""
         assert self._block is not None
         self._rows += n_accepted + 1
-        before, made = (
-            self._rows,
-            self._block[:, : n_accepted + 1],
-        )  # rows of the depth before; just made final
+        before = self._rows  # final rows of the depth before
+        made = self._block[:, : n_accepted + 1]  # those of them that are new
         self._block = None
         for depth, (state, ran) in enumerate(zip(self._depths, self._ran, strict=False), start=1):
             final = max(0, self._rows + 1 - depth)

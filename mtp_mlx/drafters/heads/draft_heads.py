@@ -1,8 +1,8 @@
-"""What all heads that draft behind a trunk have in common, whatever their form. Their own forms are in
+"""What MTP heads of all forms have in common. The forms are in
 
-cascade.py     a cascade, each head behind the one before it (DeepSeek-V3's form)
+cascade.py     a cascade, each head after the one before it (DeepSeek-V3's form)
 medusa.py      independent residual layers on the trunk's last hidden state
-parallel.py    independent decoder layers on the state before the trunk's last layer (Meta)
+parallel.py    independent decoder layers on the hidden state before the trunk's last layer (Meta)
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mtp_mlx.model.head import select_rows
 
 
 class DraftHeads(DraftSource):
-    """Heads of one model: they draft behind the pass, and need no rows in it.
+    """The heads of a model. They draft after the pass and need no rows in it.
 
     Args:
         heads: K heads, in order.
         convention: how they are run.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
-        drafts: tokens drafted in each step, by default one per head.
+        drafts: drafts per step, by default one per head.
     """
 
     name = "heads"
@@ -50,7 +50,7 @@ class DraftHeads(DraftSource):
 
     @property
     def drafts(self) -> int:
-        """Tokens drafted in each step."""
+        """See `Speculator`."""
         return self._drafts
 
     @property
@@ -65,7 +65,7 @@ class DraftHeads(DraftSource):
 
     @property
     def draft_ids(self) -> mx.array | None:
-        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
+        """See `Speculator`."""
         return self._draft_ids
 
     def cost_key(self, columns: int) -> str:
@@ -77,19 +77,19 @@ class DraftHeads(DraftSource):
         return f"{len(self.heads)} heads, {self.drafts} drafts, {made_of}, {columns} columns"
 
     def loop(self, drafts: int) -> None:
-        """Drafts so many tokens in each step, reusing the heads in order.
+        """Sets the drafts per step to `drafts`, reusing the heads in order.
 
         Raises:
-            MTPError: heads of this form cannot be applied again, or fewer drafts than there are heads.
+            MTPError: if heads of this kind cannot be reused, or there are more heads than drafts.
         """
         raise MTPError(
-            f"heads of the kind '{self._convention.kind}' cannot be applied again: leave `loop` out"
+            f"heads of the kind '{self._convention.kind}' cannot be reused in a step: leave `loop` out"
         )
 
     def unembedding(self, depth: int) -> nn.Module | None:
         """The LM head of the head at `depth` (from 1), [..., D] -> [..., V], or N columns with a draft vocabulary.
 
-        None where it is shared with the trunk.
+        None if the head shares the trunk's.
         """
         index = (depth - 1) % len(self.heads)
         head = self.heads[index]
@@ -101,7 +101,7 @@ class DraftHeads(DraftSource):
 
 
 class IndependentHeads(DraftHeads):
-    """Heads that do not wait for each other; head i makes draft i, so there are no more drafts than heads."""
+    """Heads that do not depend on each other; head i makes draft i, so there are at most as many drafts as heads."""
 
     @property
     def most_drafts(self) -> int:
@@ -110,7 +110,7 @@ class IndependentHeads(DraftHeads):
 
 
 def heads_of(attached: AttachedModel) -> DraftHeads:
-    """The heads of a model that drafts with heads."""
+    """The heads of a model whose drafter is MTP heads."""
     heads = attached.speculator
     assert isinstance(heads, DraftHeads)
     return heads

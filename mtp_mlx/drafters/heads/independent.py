@@ -1,4 +1,4 @@
-"""What heads that do not wait for each other have in common: Medusa's and Meta's."""
+"""What heads that do not depend on each other have in common: Medusa's and Meta's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from mtp_mlx.model.attach import AttachedModel
 def pick_each(
     attached: AttachedModel, picker: Picker, heads: DraftHeads, refined: list[mx.array], verified: Verified
 ) -> LazyDrafts:
-    """Drafts that do not depend on each other.
+    """Picks a draft for each depth, independently of each other.
 
     Args:
-        refined: [1, D] what the LM head of each depth reads.
-        verified: what the pass says.
+        attached: the model to draft for.
+        picker: the target's picker.
+        heads: all heads of the model.
+        refined: per depth, the input [1, D] of the LM head.
+        verified: the outcome of the pass.
     """
     ids, confidences = [], []
     token, history = verified.pick.reshape(1), verified.history

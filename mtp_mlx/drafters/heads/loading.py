@@ -1,4 +1,4 @@
-"""Looping loaded heads, as `load(..., loop=8)` asks for."""
+"""Applies `load(..., loop=8)`, which reuses heads to draft more tokens per step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from mtp_mlx.errors import MTPError
 
 
 def prepare(source: DraftSource | None, options: HeadsLoading, context: LoadContext) -> DraftSource | None:
-    """The heads in `source`, set to draft `options.loop` tokens in each step.
+    """The heads in `source`, set to `options.loop` drafts per step.
 
     Raises:
-        MTPError: there are no heads, or they cannot be looped to that number.
+        MTPError: if there are no heads, or they cannot make that many drafts.
     """
     if options.loop is None:
         return source
     if not isinstance(source, DraftHeads):
-        raise MTPError(
-            "`loop` applies MTP heads again, and there are none here: name their folder with `adapter`"
-        )
+        raise MTPError("`loop` reuses MTP heads, and there are none here: name their folder with `adapter`")
     source.loop(options.loop)
     return source

@@ -1,10 +1,10 @@
-"""Medusa's heads (arXiv 2401.10774, 2.1.1): each reads the trunk's last hidden state alone.
+"""Medusa's heads (arXiv 2401.10774, section 2.1.1): each reads only the trunk's last hidden state.
 
-Head i (from 1) turns the state h behind token t into
+Head i (from 1) maps the hidden state h at token t to
 
-    x = h;  x = x + silu(W_j x + b_j)  for each residual layer j;  logits = LM head of its own (x)
+    x = h;  x = x + silu(W_j x + b_j)  for each residual layer j;  logits = own LM head (x)
 
-and predicts token t + 1 + i. There is no chain and no cache: the state at the newest row is all that is needed.
+and predicts token t + 1 + i. There is no chain and no cache: only the newest row's hidden state is needed.
 Legend: D hidden size, V vocabulary.
 """
 
@@ -25,7 +25,8 @@ class MedusaHead(nn.Module):
 
     Args:
         layers: number of residual layers.
-        hidden_size: D. vocab_size: V.
+        hidden_size: D.
+        vocab_size: V.
     """
 
     def __init__(self, layers: int, hidden_size: int, vocab_size: int) -> None:
@@ -34,14 +35,14 @@ class MedusaHead(nn.Module):
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """What the LM head reads, [..., D] -> [..., D]."""
+        """The input of the LM head, [..., D] -> [..., D]."""
         for layer in self.residual:
             hidden = hidden + nn.silu(layer(hidden))
         return hidden
 
 
 class MedusaHeads(IndependentHeads):
-    """All heads of a model."""
+    """The Medusa heads of a model."""
 
     heads: list[MedusaHead]
 
@@ -54,7 +55,7 @@ class MedusaHeads(IndependentHeads):
 
 
 class MedusaDrafter(Drafter):
-    """Drafts with Medusa's heads for one generation. Earlier rows do not matter, so it keeps nothing."""
+    """Drafts with Medusa's heads for one generation; it has no state, since earlier rows do not matter."""
 
     def __init__(self, attached: AttachedModel, picker: Picker, heads: MedusaHeads) -> None:
         self._attached, self._picker, self._heads = attached, picker, heads

@@ -1,14 +1,14 @@
-"""MTP heads: one decoder block each, in a cascade behind the trunk (DeepSeek-V3's form; MTP-D, arXiv 2603.23911).
+"""MTP heads: one decoder block each, in a cascade on the trunk (DeepSeek-V3's form; MTP-D, arXiv 2603.23911).
 
-Head k (from 1) at position i sees the embedding of token i + k and the hidden state that head k - 1 (head 0: the
-trunk) made at position i, and predicts token i + k + 1:
+Head k (from 1) at position i takes the embedding of token i + k and the hidden state of head k - 1 (head 0: the
+trunk) at position i, and predicts token i + k + 1:
 
     x = fuse([norm_embedding(E[t[i+k]]) ; norm_hidden(h[k-1][i])])
-    y = block(x)                          its own attention over the head's earlier positions, its own KV cache
-    z = norm_out(y)                       what the LM head reads
+    y = block(x)                          with attention over the head's earlier positions and its own KV cache
+    z = norm_out(y)                       the input of the LM head
     h[k][i] = z, y or h[k-1][i]           `HeadConvention.recycled_hidden`
 
-The block is of the base model's own layer class. Whatever differs between families of heads is in `HeadConvention`.
+The block has the base model's own layer class. The differences between families of heads are in `HeadConvention`.
 
 Legend: B batch, T tokens, D hidden size, K heads.
 """
@@ -32,16 +32,16 @@ class MTPHead(nn.Module):
     """One head.
 
     Args:
-        block: a decoder layer, called as mlx-lm calls its own; or several, at most one of which has attention
+        block: a decoder layer, called as mlx-lm calls its own, or several, of which at most one has attention
             (Nemotron-H).
         hidden_size: D.
-        eps: of the norms.
+        eps: epsilon of the norms.
         convention: how it is run.
-        vocab_size: V, rows of the head's own embedding or LM head where the convention says that it has one.
-        window: rows that the block sees at most, its own included; None for all.
+        vocab_size: V, needed if the convention gives the head its own embedding or LM head.
+        window: most rows that a row sees in the block, including itself; None for all.
 
     Raises:
-        ValueError: an embedding or LM head of its own without `vocab_size`.
+        ValueError: if the head has its own embedding or LM head and there is no `vocab_size`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MTPHead(nn.Module):
     ) -> None:
         super().__init__()
         if "own" in (convention.embedding, convention.lm_head) and not vocab_size:
-            raise ValueError("a head with an embedding or LM head of its own needs the vocabulary's size")
+            raise ValueError("a head with its own embedding or LM head needs `vocab_size`")
         self.fuse = nn.Linear(2 * hidden_size, hidden_size, bias=False)  # [D, 2D]: embedding, then hidden
         self.norm_embedding = nn.RMSNorm(hidden_size, eps)
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
@@ -70,11 +70,11 @@ class MTPHead(nn.Module):
         self._recycled = convention.recycled_hidden
 
     def embed(self, ids: mx.array, shared: Callable[[mx.array], mx.array]) -> mx.array:
-        """[..., D] embeddings of ids [...], by the head's own table or else by `shared`."""
+        """[..., D] embeddings of ids [...], from the head's own table or from `shared`."""
         return self.embed_tokens(ids) if "embed_tokens" in self else shared(ids)
 
     def mask(self, hidden: mx.array, cache: Any = None) -> mx.array | None:
-        """[T, c + T] bool, whom the block's T new rows see behind c cached ones; None where they see all.
+        """[T, c + T] bool mask of T new rows after c cached ones; None if they see all.
 
         Args:
             hidden: [B, T, D] the rows.
@@ -88,10 +88,10 @@ class MTPHead(nn.Module):
     def __call__(
         self, embedding: mx.array, hidden: mx.array, mask: Any, cache: Any = None
     ) -> tuple[mx.array, mx.array]:
-        """(z, h): what the LM head reads and what the next head takes, both [B, T, D].
+        """(z, h): the inputs of the LM head and of the next head, both [B, T, D].
 
         Args:
-            embedding: [B, T, D] of the tokens one position further than the last head's.
+            embedding: [B, T, D] of the tokens one position after those of the head before.
             hidden: [B, T, D] from the head before, or the trunk.
             mask: as for a decoder layer.
             cache: the head's own KV cache, or None.
@@ -102,28 +102,28 @@ class MTPHead(nn.Module):
         return z, {"normed": z, "raw": y, "trunk": hidden}[self._recycled]
 
     def _through_block(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
-        """[B, T, D] -> [B, T, D]; of several layers, those without attention ignore mask and cache."""
+        """[B, T, D] -> [B, T, D]; layers without attention ignore mask and cache."""
         for layer in self.block if isinstance(self.block, list) else [self.block]:
             x = layer(x, mask, cache)
         return x
 
 
 def first_masked(convention: HeadConvention, embeddings: mx.array, first_position: int) -> mx.array:
-    """[B, T, D] embeddings as a head takes them: zero at position 0, if the convention says so."""
+    """[B, T, D] embeddings, with zeros at position 0 if the convention says so."""
     if not convention.mask_first_position or first_position > 0:
         return embeddings
     return mx.concatenate([mx.zeros_like(embeddings[:, :1]), embeddings[:, 1:]], axis=1)
 
 
 def block_like(trunk: nn.Module) -> nn.Module:
-    """A copy of the trunk's last decoder layer, quantised weights dequantised: what a new head starts from.
+    """A copy of the trunk's last decoder layer with dequantised weights: the start of a new head.
 
     Raises:
-        MTPError: the layer is wrapped (the model is attached).
+        MTPError: if the layer is wrapped, because the model is attached.
     """
     layer = trunk.layers[-1]
     if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
-        raise MTPError("heads are made from a bare model: detach it first")
+        raise MTPError("new heads need a bare model: detach it first")
     block = copy.deepcopy(layer)
     dense = tree_map_with_path(
         lambda _, module: _dense(module), block.leaf_modules(), is_leaf=nn.Module.is_module
@@ -134,7 +134,7 @@ def block_like(trunk: nn.Module) -> nn.Module:
 
 
 def _dense(module: Any) -> Any:
-    """An `nn.Linear` with a quantised layer's values; any other module as it is."""
+    """An `nn.Linear` with the values of a quantised layer; any other module unchanged."""
     if not isinstance(module, nn.QuantizedLinear):
         return module
     weight = mx.dequantize(
@@ -148,6 +148,6 @@ def _dense(module: Any) -> Any:
 
 
 def norm_eps(trunk: nn.Module) -> float:
-    """The epsilon of the trunk's last norm, which the norms of heads share."""
+    """The epsilon of the trunk's final norm, which the heads' norms use too."""
     norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
     return float(getattr(norm, "eps", 1e-5))

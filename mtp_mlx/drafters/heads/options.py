@@ -1,4 +1,4 @@
-"""What MTP heads take: loading them, and training them. Needs no mlx."""
+"""Options for loading and training MTP heads. Needs no mlx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HeadsLoading:
     """How loaded heads are run.
 
     Attributes:
-        loop: drafts per step; the heads are reused in order where there are fewer.
+        loop: drafts per step, reusing the heads in order if there are fewer; None for one draft per head.
     """
 
     loop: int | None = setting(

@@ -1,8 +1,8 @@
-"""Meta's parallel heads (arXiv 2404.19737): a decoder layer each, all on the state before the trunk's last layer.
+"""Meta's parallel heads (arXiv 2404.19737): a decoder layer each, on the hidden states before the trunk's last layer.
 
-The trunk's last layer is the next-token head. Extra head i (from 1) runs its layer over the same states, with
-attention over earlier rows and a KV cache of its own; the trunk's last norm and LM head follow, and row r predicts
-token r + 1 + i. No embedding goes in, so rows are final as soon as the trunk's are.
+The trunk's last layer is the next-token head. Extra head i (from 1) runs its layer over the same hidden states, with
+attention over earlier rows and its own KV cache; the trunk's final norm and LM head follow, and row r predicts token
+r + 1 + i. Heads take no embeddings, so their rows are final as soon as the trunk's are.
 Legend: B batch, T rows, D hidden size.
 """
 
@@ -22,6 +22,8 @@ from mtp_mlx.drafters.heads.draft_heads import IndependentHeads
 from mtp_mlx.drafters.heads.independent import pick_each
 from mtp_mlx.model.attach import AttachedModel
 
+CATCH_UP_AT = 256  # most rows that wait before the heads run over them
+
 
 class ParallelHead(nn.Module):
     """One head; `block` is a decoder layer, called as mlx-lm calls its own."""
@@ -31,12 +33,12 @@ class ParallelHead(nn.Module):
         self.block = block
 
     def __call__(self, hidden: mx.array, cache: Any = None) -> mx.array:
-        """[B, T, D] -> [B, T, D], before the trunk's last norm; the cache grows by T."""
+        """[B, T, D] -> [B, T, D], before the trunk's final norm; the cache grows by T."""
         return self.block(hidden, create_attention_mask(hidden, cache, return_array=True), cache)
 
 
 class ParallelHeads(IndependentHeads):
-    """All heads of a model."""
+    """The parallel heads of a model."""
 
     heads: list[ParallelHead]
 
@@ -48,16 +50,14 @@ class ParallelHeads(IndependentHeads):
         return ParallelDrafter(attached, picker, self, drafts)
 
 
-CATCH_UP_AT = 256  # rows that may wait before heads run over them
-
-
 @dataclass
 class _Lane:
     """One head between steps.
 
     Attributes:
-        cache: keys and values of its first rows.
-        waiting: [1, w, D] each, states of the rows after them.
+        head: the head.
+        cache: keys and values of the rows that it has run.
+        waiting: [1, w, D] each, hidden states of the rows after these.
     """
 
     head: ParallelHead
@@ -65,16 +65,16 @@ class _Lane:
     waiting: list[mx.array] = field(default_factory=list)
 
     def run(self, new: list[mx.array]) -> mx.array:
-        """[1, w + R, D] what the head makes of the rows that wait and of new ones; the cache grows by them."""
+        """[1, w + R, D] the head's output for the waiting rows and the new ones; the cache grows by them."""
         rows = [*self.waiting, *new]
         return self.head(mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0], self.cache)
 
 
 class ParallelDrafter(Drafter):
-    """Drafts with Meta's heads for one generation, whose caches it owns. Arguments as `DraftSource.open`.
+    """Drafts with Meta's heads for one generation, and owns their caches. Arguments as `DraftSource.open`.
 
-    A head's rows rest on the trunk's rows alone, never on drafts. So between steps its cache holds every row that it
-    has processed, and beside it wait the states of rows that it has not: those of passes that did not run it.
+    A head's rows depend on the trunk's rows only, never on drafts. So between steps its cache holds every row that it
+    has run, and the hidden states of the other rows, from passes that did not run it, are kept waiting.
     """
 
     def __init__(self, attached: AttachedModel, picker: Picker, heads: ParallelHeads, drafts: int) -> None:
@@ -93,7 +93,7 @@ class ParallelDrafter(Drafter):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: all rows are final, whatever the tokens."""
+        """See `Drafter`: runs the waiting rows, all of which are final."""
         for lane in self._lanes:
             if lane.waiting:
                 lane.run([])

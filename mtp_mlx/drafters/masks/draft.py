@@ -1,7 +1,7 @@
-"""Drafts from mask slots: slot latents, one after another through the sampler head (arXiv 2507.11851, 2.3).
+"""Drafts from mask slots: their hidden states go one by one through the sampler head (arXiv 2507.11851, section 2.3).
 
-Everything stays lazy: which slot group counts depends on how many drafts were accepted, and that number is
-an array here, so a step needs one host read, not two.
+Everything is lazy: which slot group is used depends on the number of accepted drafts, which is still an array, so a
+step needs one host read, not two.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MaskSlotDrafter(Drafter):
         attached: a model with such an adapter.
         picker: the target's picker; drafts use the same noise, which couples them to the target.
         sampler: the adapter's sampler head.
-        vocabulary: what to pick drafts from. Confidences are probabilities within it.
-        together: no draft waits for the one before it, as without a sampler head.
+        vocabulary: the tokens to pick from; confidences are probabilities among these.
+        together: whether all drafts are picked at once, because there is no sampler head.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MaskSlotDrafter(Drafter):
         return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
 
     def _pick_together(self, latents: mx.array, position: mx.array) -> LazyDrafts:
-        """Drafts of slot latents [k, D] whose first stands for the token at `position` + 1."""
+        """Drafts from slot hidden states [k, D], of which the first predicts the token at `position` + 1."""
         positions = position + 1 + mx.arange(latents.shape[0])
         logits = self._vocabulary.head(latents[None])[0]  # [k, C]
         return LazyDrafts(*self._picker.pick_with_confidence(logits, positions, None, self._vocabulary.ids))

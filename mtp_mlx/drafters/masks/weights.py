@@ -1,6 +1,6 @@
-"""The weights a mask-token adapter adds to a base model: gated LoRA, slot embeddings, sampler head.
+"""The weights that a mask-token adapter adds to a base model: gated LoRA, slot embeddings, sampler head.
 
-`MaskAdapter` is one module, apart from the base model's tree: it is what is trained, saved and attached.
+`MaskAdapter` is one module outside the base model's tree, which is trained, saved and attached.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from mtp_mlx.model.rows import RowContext
 
 @dataclass(frozen=True)
 class MaskAdapterConfig:
-    """Shape of a mask-token adapter (the paper's names: k masks, LoRA rank r).
+    """Shape of a mask-token adapter (arXiv 2507.11851: k masks, LoRA rank r).
 
-    `shared_mask` with `sampler_width` 0 is the form of arXiv 2602.06019: one mask token in every slot, each slot
-    predicted by itself. With `rank` 0 as well there is nothing but the mask: the model itself was fine-tuned.
+    `shared_mask` with `sampler_width` 0 is the form of arXiv 2602.06019: the same mask token in every slot, and each
+    slot predicts by itself. With `rank` 0 as well, the adapter is just the mask, and the model itself was fine-tuned.
+
+    Raises:
+        MTPError: if a value is out of range.
     """
 
     slots: int = 4
@@ -31,14 +34,16 @@ class MaskAdapterConfig:
     alpha: float = 32.0
     target_modules: tuple[str, ...] = ()  # last part of the layer's name; empty = every linear of a layer
     sampler_width: int = 1024  # hidden size of the sampler head; 0 = none, with a shared mask only
-    draft_vocab_size: int = 0  # 0 = drafts come from the whole vocabulary
+    draft_vocab_size: int = 0  # 0 = drafts come from the full vocabulary
     shared_mask: bool = False  # all slots are the same mask token
 
     def __post_init__(self) -> None:
         least_size = 0 if self.shared_mask else 1
         for name, least in (("slots", 1), ("rank", least_size), ("sampler_width", least_size)):
             if getattr(self, name) < least:
-                raise MTPError(f"adapter config: {name} must be at least {least}, got {getattr(self, name)}")
+                raise MTPError(
+                    f"adapter config: `{name}` must be at least {least}; got {getattr(self, name)}"
+                )
 
 
 class MaskAdapter(SlotAdapter):
@@ -49,7 +54,7 @@ class MaskAdapter(SlotAdapter):
         linear_sizes: {path of a linear layer below the trunk: (D_in, D_out)}.
         hidden_size: D.
         draft_ids: [N] int32 ids that may be drafted, or None for all.
-        initial_slot: [D] start of every slot embedding, or None for small noise.
+        initial_slot: [D] initial value of every slot embedding, to which small noise is added; None for noise only.
     """
 
     title = "mask tokens"
@@ -78,7 +83,7 @@ class MaskAdapter(SlotAdapter):
         return SlotAwareEmbedding(base, self.slot_embeddings, vocab_size)
 
     def why_not_unverified(self) -> str:
-        """See `DraftSource`: mask tokens can be, after arXiv 2602.06019."""
+        """See `DraftSource`: drafts from mask tokens can be, as in arXiv 2602.06019."""
         return ""
 
     def open(
@@ -90,7 +95,12 @@ class MaskAdapter(SlotAdapter):
 
 
 class SamplerHead(nn.Module):
-    """Args: hidden size D; width of the hidden layer."""
+    """The sampler head: refines a slot's hidden state with the token before it (arXiv 2507.11851, section 2.3).
+
+    Args:
+        hidden_size: D.
+        width: width of the hidden layer.
+    """
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -100,11 +110,11 @@ class SamplerHead(nn.Module):
         self.second.weight = mx.zeros_like(self.second.weight)
 
     def __call__(self, previous_embedding: mx.array, hidden: mx.array) -> mx.array:
-        """Hidden state to unembed.
+        """The input of the LM head.
 
         Args:
-            previous_embedding: [..., D] E[y_prev], the token just before the one predicted.
-            hidden: [..., D] latent z of the slot, after the final norm.
+            previous_embedding: [..., D] E[y_prev], the embedding of the token just before the predicted one.
+            hidden: [..., D] hidden state z of the slot, after the final norm.
 
         Returns:
             [..., D] in the dtype of `hidden`.
@@ -114,10 +124,10 @@ class SamplerHead(nn.Module):
 
 
 class NoSamplerHead(nn.Module):
-    """Stands where the sampler head stands in an adapter without one: each slot is predicted by itself."""
+    """Takes the place of a sampler head in an adapter without one: each slot predicts by itself."""
 
     def __call__(self, previous_embedding: mx.array, hidden: mx.array) -> mx.array:
-        """`hidden` as it is."""
+        """`hidden` unchanged."""
         return hidden
 
 
@@ -127,7 +137,13 @@ def _unit_scale(x: mx.array) -> mx.array:
 
 
 class SlotEmbeddings(nn.Module):
-    """k trained vectors. Args: count k, hidden size D, initial vector [D] shared by all before noise is added."""
+    """k trained vectors.
+
+    Args:
+        count: k.
+        hidden_size: D.
+        initial: [D] initial value of all of them, to which noise is added; None for noise only.
+    """
 
     def __init__(self, count: int, hidden_size: int, initial: mx.array | None = None) -> None:
         super().__init__()
@@ -140,7 +156,7 @@ class SlotEmbeddings(nn.Module):
 
 
 class SharedMask(SlotEmbeddings):
-    """One trained vector for all slots: the single mask token of arXiv 2602.06019. `count` is not used."""
+    """One trained vector for all slots, the single mask token of arXiv 2602.06019; `count` is ignored."""
 
     def __init__(self, count: int, hidden_size: int, initial: mx.array | None = None) -> None:
         super().__init__(1, hidden_size, initial)
@@ -151,7 +167,7 @@ class SharedMask(SlotEmbeddings):
 
 
 class SlotAwareEmbedding(nn.Module):
-    """The model's own embedding, with slot ids answered by `SlotEmbeddings`."""
+    """The model's own embedding, extended by `SlotEmbeddings` for slot ids."""
 
     def __init__(self, base: nn.Module, slots: SlotEmbeddings, vocab_size: int) -> None:
         super().__init__()
@@ -180,10 +196,10 @@ class SlotAwareEmbedding(nn.Module):
 def new_adapter(
     model: nn.Module, config: MaskAdapterConfig, draft_ids: mx.array | None = None
 ) -> MaskAdapter:
-    """An untrained adapter of `config`'s shape for `model`: slot drafts start from the mean embedding.
+    """An untrained adapter of `config`'s shape for `model`; slot embeddings start at the mean token embedding.
 
     Raises:
-        MTPError: the model lacks a seam, or `target_modules` names no layer of it.
+        MTPError: if the model lacks a seam, or `target_modules` names a layer that it does not have.
     """
     sizes, hidden_size = adapted_sizes(model, config.target_modules, config.rank)
     return MaskAdapter(config, sizes, hidden_size, draft_ids, mx.mean(embedding_sample(model), axis=0))

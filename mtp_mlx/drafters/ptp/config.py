@@ -1,4 +1,4 @@
-"""Shape of a PTP adapter (arXiv 2512.21323), and the sampling that it was taught with."""
+"""Shape of a PTP adapter (arXiv 2512.21323), and the sampling that it was trained for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Variant = Literal["o", "c"]
 
 @dataclass(frozen=True)
 class TeacherSampling:
-    """The sampling whose CDF the uniforms of training belonged to; see `SamplingConfig`.
+    """The teacher's sampling, whose CDF the training uniforms come from; fields as in `SamplingConfig`.
 
-    Uniforms are conditional on it: decoding with another sampling writes the right text but accepts fewer drafts.
+    With another sampling the decoded text is still right, but fewer drafts are accepted.
     """
 
     temperature: float = 1.0
@@ -29,17 +29,18 @@ class PTPConfig:
     """Shape of a PTP adapter.
 
     Attributes:
-        variant: "o" (one-hot) or "c" (categorical), see the module.
-        embedding: of uniforms, see `uniform_embedding`.
-        knots: vectors of the embedding "linear-interpolation".
-        slots: most drafts behind one position.
+        variant: "o" (one-hot) or "c" (categorical), see `mtp_mlx.drafters.ptp.weights`.
+        embedding: embedding of the uniforms, see `mtp_mlx.drafters.ptp.uniform_embedding`.
+        knots: number of vectors of the embedding "linear-interpolation".
+        slots: most drafts after one position.
         rank, alpha: of the gated LoRA; the update is scaled by alpha / rank.
-        target_modules: last part of a layer's name; empty = every linear of a layer.
-        independent: slots carry nothing and know nothing of each other's tokens; the control of comparisons.
-        draft_vocab_size: 0 = drafts come from the whole vocabulary.
-        teacher: sampling of the text it was trained on.
+        target_modules: last part of the names of the layers with LoRA; empty for every linear layer.
+        independent: ablation: slots without uniforms, which cannot know each other's tokens.
+        draft_vocab_size: size of the draft vocabulary; 0 for the full vocabulary.
+        teacher: the sampling of the text it was trained on.
 
-    Raises MTPError for a value out of range.
+    Raises:
+        MTPError: if a value is out of range.
     """
 
     variant: Variant = "o"
@@ -56,14 +57,14 @@ class PTPConfig:
     def __post_init__(self) -> None:
         for name in ("slots", "rank", "knots"):
             if getattr(self, name) < 1:
-                raise MTPError(f"adapter config: {name} must be at least 1, got {getattr(self, name)}")
+                raise MTPError(f"adapter config: `{name}` must be at least 1; got {getattr(self, name)}")
         for name, known in (("variant", get_args(Variant)), ("embedding", UNIFORM_EMBEDDINGS)):
             if getattr(self, name) not in known:
                 raise MTPError(
-                    f"adapter config: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}"
+                    f"adapter config: `{name}` is {getattr(self, name)!r}, but must be one of {', '.join(known)}"
                 )
 
     @property
     def lead(self) -> int:
-        """Slots at the start of a group that draft nothing."""
+        """Slots at the start of every group that draft nothing."""
         return 1 if self.variant == "o" else 0

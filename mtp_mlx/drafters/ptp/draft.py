@@ -1,9 +1,10 @@
-"""Drafts from slots that carry uniforms: Parallel Token Prediction (arXiv 2512.21323), both variants.
+"""Drafts from slots that are given uniforms: Parallel Token Prediction (arXiv 2512.21323), both variants.
 
-Every slot carries the uniform of (seed, an absolute position), which is kept across steps, so a draft is what the
-target would pick with that uniform if the student knew the target's distribution. Slots know of each other by
-attention; one pass drafts them all, and no head runs one after another (except with penalties, which go by history).
-At temperature 0 uniforms say nothing: slots then carry nothing and are mask tokens.
+Every slot is given the uniform of (seed, an absolute position), which does not change between steps. A draft is
+therefore what the target would pick with that uniform, as far as the student knows the target's distribution. Slots
+know of each other through attention, so one pass gives all drafts, without a head that runs sequentially (except with
+penalties, which depend on the history). At temperature 0 uniforms have no effect; slots are then given none and are
+mask tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class PTPSlotDrafter(Drafter):
 
     Args:
         attached: a model with such an adapter.
-        picker: the target's picker, by the inverse CDF.
-        config: the adapter's.
+        picker: the target's picker, which samples by the inverse CDF.
+        config: the adapter's config.
     """
 
     def __init__(self, attached: AttachedModel, picker: Picker, config: PTPConfig) -> None:
@@ -36,9 +37,9 @@ class PTPSlotDrafter(Drafter):
         self.other_sampling = self._other_sampling()
 
     def _other_sampling(self) -> str:
-        """What differs from the sampling that the adapter's uniforms were trained on, for people; "" if nothing.
+        """A sentence on how the sampling differs from the one that the adapter was trained for; "" if it does not.
 
-        Greedy decoding is no sampling: slots carry nothing then.
+        Greedy decoding does not count, since slots are then given no uniforms.
         """
         if self._picker.config.temperature == 0:
             return ""
@@ -49,16 +50,17 @@ class PTPSlotDrafter(Drafter):
         ]
         if not different:
             return ""
-        return f"other sampling than this adapter was trained for ({', '.join(different)}): fewer drafts are right"
+        return (
+            f"not the sampling this adapter was trained for ({', '.join(different)}): fewer drafts are right"
+        )
 
     def uniforms(self, shape: BlockShape, start: int) -> mx.array:
         """See `Drafter`."""
         offsets = shape.offsets[shape.n_real :]
         if self._config.independent or self._picker.config.temperature == 0:
             return mx.full((len(offsets),), NOTHING)
-        positions = mx.array(
-            offsets + start + self._config.lead
-        )  # with a lead: of the token that the slot predicts
+        # With a lead slot, each slot is given the uniform of the token that it predicts.
+        positions = mx.array(offsets + start + self._config.lead)
         return position_uniforms(self._picker.config.seed, positions)
 
     def propose(self, verified: Verified) -> LazyDrafts:
@@ -81,7 +83,7 @@ class PTPSlotDrafter(Drafter):
         return self._one_by_one(logits, positions, verified.pick.reshape(1), history)
 
     def _likeliest(self, logits: mx.array) -> LazyDrafts:
-        """The likeliest id of each row [k] and its probability: the student knows the pick's uniform already."""
+        """The likeliest id of each row [k] and its probability; the uniform has gone into the slot already."""
         scores = logits.astype(mx.float32)
         columns = mx.argmax(scores, axis=-1)
         ids = self._attached.draft_ids
@@ -91,7 +93,7 @@ class PTPSlotDrafter(Drafter):
     def _one_by_one(
         self, logits: mx.array, positions: mx.array, token: mx.array, history: mx.array
     ) -> LazyDrafts:
-        """Picks whose penalties count the drafts before them. history: [C] before `token`."""
+        """Picks the drafts in order, with penalties that count the drafts before; history: [C] before `token`."""
         ids, confidences = [], []
         for slot in range(logits.shape[0]):
             history = mx.concatenate([history[1:], token])

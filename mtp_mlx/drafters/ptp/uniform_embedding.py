@@ -1,13 +1,13 @@
-"""Embeddings of a uniform number u in [0, 1): what an auxiliary slot carries (arXiv 2512.21323).
+"""Embeddings of a uniform random number u in [0, 1), the input of an auxiliary slot (arXiv 2512.21323).
 
     bits                  24 fixed-point bits of u, most significant first -> linear layer. u is a multiple of 2^-24,
-                          so nothing is lost, and a bit means the same whatever the others are (the default here)
-    linear-interpolation  between learnt vectors at u (n - 1); n = 3 is the default of the paper's code
+                          so nothing is lost, and each bit has a meaning of its own (the default here)
+    linear-interpolation  between n learnt vectors at u (n - 1); n = 3 is the default of the paper's code
     sawtooth              u mod 1/m for m = 1..32 -> linear layer
     ieee-bits             the 32 bits of u as a float32, most significant first -> linear layer (the code's "binary")
 
-Each has one more vector, `none`, for a slot that carries nothing: u < 0 stands for it. Greedy decoding uses it, as
-the uniforms of temperature 0 say nothing, and so does training of slots that know nothing of each other.
+Each has one more vector, `none`, for a slot without a uniform, which is written as u < 0. It is used in greedy
+decoding, where uniforms have no effect, and for the ablation of independent slots.
 
 Legend: D hidden size, F features.
 """
@@ -27,19 +27,19 @@ from mtp_mlx.model.rows import RowContext
 
 UniformEmbeddingName = Literal["bits", "linear-interpolation", "sawtooth", "ieee-bits"]
 UNIFORM_EMBEDDINGS: tuple[UniformEmbeddingName, ...] = get_args(UniformEmbeddingName)
-FIXED_POINT_BITS = 24  # what `position_uniforms` gives
+FIXED_POINT_BITS = 24  # the precision of `position_uniforms`
 IEEE_BITS = 32
 TEETH = 32
-NOTHING = -1.0  # the uniform of a slot that carries nothing
+NOTHING = -1.0  # stands for no uniform
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where an untrained embedding starts: among the model's own token embeddings.
+    """Initial values of an untrained embedding, taken from the model's own token embeddings.
 
     Attributes:
         mean: [D] float32, their mean.
-        scale: their standard deviation; embeddings of different uniforms differ by as much.
+        scale: their standard deviation; the embeddings of different uniforms differ about as much.
     """
 
     mean: mx.array
@@ -47,14 +47,14 @@ class Start:
 
 
 class UniformEmbedding(nn.Module):
-    """u -> vector."""
+    """An embedding of uniforms: u -> [D]."""
 
     def __init__(self, start: Start) -> None:
         super().__init__()
         self.none = start.mean + 0.02 * mx.random.normal(start.mean.shape)  # [D]
 
     def __call__(self, uniforms: mx.array) -> mx.array:
-        """[...] float32 -> [..., D]; negative ones give `none`."""
+        """[...] float32 -> [..., D]; negative values give `none`."""
         carried = self.carried(mx.maximum(uniforms, 0.0))
         return mx.where(uniforms[..., None] < 0, self.none, carried)
 
@@ -68,7 +68,7 @@ class LinearFeatures(UniformEmbedding):
 
     Args:
         count: F.
-        variance: of all features together, where u is even.
+        variance: total variance of the features if u is uniform.
     """
 
     def __init__(self, start: Start, count: int, variance: float) -> None:
@@ -88,13 +88,15 @@ class LinearFeatures(UniformEmbedding):
 
 
 class FixedPointBits(LinearFeatures):
-    """`bits`. A bit has half the variance of the one before: what low bits add is noise to most tokens.
+    """`bits`. Each bit has half the variance of the one before, since low bits are mere noise for most tokens.
 
-    The features have it, not the weights alone, so that Adam's steps, which have one size for all weights, keep it.
+    The features are scaled, not the initial weights, so that Adam's steps, equal for all weights, preserve this.
     """
 
     def __init__(self, start: Start) -> None:
-        super().__init__(start, FIXED_POINT_BITS, variance=0.5)  # a bit's is 1/4: 1/4 + 1/8 + 1/16 ...
+        super().__init__(
+            start, FIXED_POINT_BITS, variance=0.5
+        )  # that of one bit is 1/4: 1/4 + 1/8 + 1/16 + ...
 
     def features(self, uniforms: mx.array) -> mx.array:
         """[..., 24]: bit k (from 0, the most significant) is 0 or 2^(-k / 2)."""
@@ -145,7 +147,7 @@ class LinearInterpolation(UniformEmbedding):
 
 
 def uniform_embedding(name: UniformEmbeddingName, start: Start, knots: int = 3) -> UniformEmbedding:
-    """The embedding of that name, untrained. `knots` are the vectors of "linear-interpolation"."""
+    """The embedding called `name`, untrained. `knots` is the number of vectors of "linear-interpolation"."""
     if name == "linear-interpolation":
         return LinearInterpolation(start, knots)
     kinds: dict[str, Callable[[Start], UniformEmbedding]]
@@ -154,7 +156,7 @@ def uniform_embedding(name: UniformEmbeddingName, start: Start, knots: int = 3) 
 
 
 class UniformSlotEmbedding(nn.Module):
-    """The model's own embedding, with slot rows answered by the embedding of their uniforms."""
+    """The model's own embedding, extended by the embedding of uniforms for slot rows."""
 
     def __init__(
         self, base: nn.Module, embedding: UniformEmbedding, vocab_size: int, rows: RowContext
@@ -169,13 +171,13 @@ class UniformSlotEmbedding(nn.Module):
         """[B, R] int ids -> [B, R, D]; ids >= the vocabulary size are slots, the last rows of the pass.
 
         Raises:
-            ValueError: the pass has slot rows without uniforms.
+            ValueError: if the pass has slot rows and no uniforms.
         """
         n_real = self._rows.n_real
         if n_real is None or n_real >= ids.shape[-1]:
             return self.base(ids)
         if self._rows.uniforms is None:
-            raise ValueError("slots of Parallel Token Prediction need a uniform each (Block.uniforms)")
+            raise ValueError("slots of Parallel Token Prediction need uniforms (`Block.uniforms`)")
         slots = self.embedding(self._rows.uniforms)  # [R - n_real, D] or [B, R - n_real, D]
         if n_real == 0:
             shape = self.base(mx.zeros((1, 1), dtype=mx.int32))

@@ -1,15 +1,15 @@
 """The weights that Parallel Token Prediction adds to a base model: gated LoRA and an embedding of uniforms.
 
-arXiv 2512.21323. A token is picked by the inverse CDF with one uniform per position, so given the text before, the
-uniform of a position carries all there is to know of its token. Slots carry uniforms where mask tokens carry nothing:
+arXiv 2512.21323. A token is picked by the inverse CDF with one uniform per position, so the text before and the
+uniform of a position determine its token. Slots are given uniforms, where mask tokens are given nothing:
 
-    variant  a slot that predicts the token at position n   stands at   sees the uniforms of   its draft
-    "o"      carries the uniform of n                       n - 1       .., n - 1, n           the likeliest column
-    "c"      carries the uniform of n - 1                   n - 1       .., n - 1              by the inverse CDF
+    variant  the slot that predicts position n   has position   sees the uniforms of   its draft
+    "o"      is given the uniform of n           n - 1          .., n - 1, n           the likeliest token
+    "c"      is given the uniform of n - 1       n - 1          .., n - 1              by the inverse CDF
 
-In a block the target's own pick fills the position after the accepted drafts. In variant "c" the first slot carries
-that pick's uniform and predicts what follows it. In variant "o" a group starts with one more slot that carries the
-pick's uniform and whose own prediction, the pick, is not used (`lead`).
+In a block, the target's own pick takes the position after the accepted drafts. In variant "c" the first slot is given
+that pick's uniform and predicts the token after it. In variant "o" a group starts with one more slot, which is given
+the pick's uniform and whose own prediction, the pick, is not used (`lead`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PTPAdapter(SlotAdapter):
     Args:
         config: shape of the adapter.
         linear_sizes: {path of a linear layer below the trunk: (D_in, D_out)}.
-        start: where the embedding of uniforms starts.
+        start: initial values of the embedding of uniforms.
         draft_ids: [N] ascending int32 ids that may be drafted, or None for all.
     """
 
@@ -67,16 +67,16 @@ class PTPAdapter(SlotAdapter):
         return self.config.lead
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
-        """See `DraftSource`: slots carry the uniforms of picks by the inverse CDF, which other noise does not use."""
+        """See `DraftSource`: slots are given the uniforms of the inverse CDF, which other sampling methods lack."""
         if sampling.noise == "gumbel" and sampling.temperature > 0:
             raise MTPError(
-                "this adapter's slots carry the uniforms of picks by the inverse CDF, which noise 'gumbel' does not "
-                "use: leave the noise out, or decode plainly"
+                "this adapter's slots need the uniforms of inverse-CDF sampling, which noise 'gumbel' does not use: "
+                "leave `noise` out, or use layout 'plain'"
             )
 
     def why_not_unverified(self) -> str:
         """See `DraftSource`."""
-        return "is for mask tokens, and this adapter's slots are of Parallel Token Prediction"
+        return "is for mask tokens, and this adapter is for Parallel Token Prediction"
 
     def open(
         self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
@@ -86,7 +86,11 @@ class PTPAdapter(SlotAdapter):
 
 
 def new_ptp_adapter(model: nn.Module, config: PTPConfig, draft_ids: mx.array | None = None) -> PTPAdapter:
-    """As `new_adapter`, for Parallel Token Prediction."""
+    """An untrained adapter of `config`'s shape for `model`; uniform embeddings start around the mean token embedding.
+
+    Raises:
+        MTPError: if the model lacks a seam, or `target_modules` names a layer that it does not have.
+    """
     sizes, _ = adapted_sizes(model, config.target_modules, config.rank)
     sample = embedding_sample(model)
     start = Start(mx.mean(sample, axis=0), cast(float, mx.mean(mx.std(sample, axis=0)).item()))

@@ -1,7 +1,7 @@
 """What adapters that draft from slots have in common: gated LoRA, a draft vocabulary, tensors by name.
 
-A `SlotAdapter` is one module, apart from the base model's tree: it is what is trained, saved and attached. A method
-adds its own slot embeddings and heads.
+A `SlotAdapter` is one module outside the base model's tree, which is trained, saved and attached. Each method adds
+its own slot embeddings and heads.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class SlotAdapter(DraftSource):
 
     @property
     def config(self) -> Any:
-        """Shape of the adapter."""
+        """The shape of the adapter."""
         return self._config
 
     @property
     def drafts(self) -> int:
-        """See `Speculator`: one token for each of its slots."""
+        """See `Speculator`: one draft per slot."""
         return int(self._config.slots)
 
     def check_drafts(self, drafts: int | None) -> None:
@@ -70,12 +70,12 @@ class SlotAdapter(DraftSource):
 
     @property
     def draft_ids(self) -> mx.array | None:
-        """[N] int32 ids that may be drafted, or None for the whole vocabulary."""
+        """See `Speculator`."""
         return self._draft_ids
 
     @property
     def slot_module(self) -> nn.Module:
-        """The weights of slots' embeddings, which an attached model has inside."""
+        """The module of the slot embeddings, which is part of an attached model."""
         raise NotImplementedError
 
     def gated_layers(self) -> dict[str, LowRank]:
@@ -83,7 +83,7 @@ class SlotAdapter(DraftSource):
         return self.low_rank
 
     def tensors(self) -> dict[str, mx.array]:
-        """Every tensor by its dotted name, the draft vocabulary included: what is written to disk."""
+        """Every tensor by its dotted name, including the draft vocabulary, as written to disk."""
         tensors = dict(tree_flatten(self.parameters()))
         if self._draft_ids is not None:
             tensors["draft_ids"] = self._draft_ids
@@ -93,7 +93,7 @@ class SlotAdapter(DraftSource):
         """Sets every weight from `tensors` (as written by `tensors`), in float32.
 
         Raises:
-            MTPError: names missing, unexpected or of another shape; all of them in one message.
+            MTPError: if tensors are missing, unexpected or of another shape (lists them).
         """
         tensors = {name: value for name, value in tensors.items() if name != "draft_ids"}
         own = dict(tree_flatten(self.parameters()))
@@ -113,7 +113,7 @@ class SlotAdapter(DraftSource):
 
 
 def adapter_of(attached: AttachedModel) -> SlotAdapter:
-    """The adapter of a model that drafts from slots."""
+    """The adapter of a model whose drafter uses slots."""
     adapter = attached.speculator
     assert isinstance(adapter, SlotAdapter)
     return adapter
@@ -122,7 +122,11 @@ def adapter_of(attached: AttachedModel) -> SlotAdapter:
 def adapted_sizes(
     model: nn.Module, target_modules: tuple[str, ...], rank: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
-    """({path of a layer that gets LoRA: (D_in, D_out)}, D); errors as `new_adapter`."""
+    """({path of a layer that gets LoRA: (D_in, D_out)}, D) of a bare model.
+
+    Raises:
+        MTPError: if the model lacks a seam, or `target_modules` names a layer that it does not have.
+    """
     seams = find_seams(model)
     check_slot_seams(seams, str(getattr(model, "model_type", "?")))
     linears = seams.linears if rank else {}
@@ -131,7 +135,7 @@ def adapted_sizes(
         unknown = [name for name in target_modules if name not in known]
         if unknown:
             raise MTPError(
-                f"target_modules {unknown} name no linear layer of this model; it has {sorted(known)}"
+                f"`target_modules` {unknown} are not linear layers of this model; it has {sorted(known)}"
             )
         linears = {path: m for path, m in linears.items() if path.rsplit(".", 1)[-1] in target_modules}
     sizes = {path: linear_sizes(layer) for path, layer in linears.items()}
@@ -139,7 +143,7 @@ def adapted_sizes(
 
 
 def embedding_sample(model: nn.Module) -> mx.array:
-    """[about 1024, D] float32 rows of the embedding table."""
+    """[about 1024, D] float32, evenly spaced rows of the embedding table."""
     embedding = find_seams(model).embedding
     vocab_size, _ = embedding_shape(embedding)
     return embedding(mx.arange(0, vocab_size, max(1, vocab_size // 1024))).astype(mx.float32)

@@ -304,9 +304,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         load_folder(out, tiny_model("llama", seed=3))
     path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"drafts": 4}}))
-    with pytest.raises(MTPError, match=r"3 head\(s\) of the kind 'medusa' cannot draft 4 tokens in a step"):
+    with pytest.raises(MTPError, match=r"3 head\(s\) of the kind 'medusa' cannot draft 4 tokens per step"):
         load_folder(out, model)
     convention = raw["heads"]["convention"] | {"first_hidden": "before-last-layer"}
     path.write_text(json.dumps(raw | {"heads": raw["heads"] | {"convention": convention}}))
-    with pytest.raises(MTPError, match="cannot be run yet: their first hidden is 'before-last-layer'"):
+    with pytest.raises(MTPError, match="are not supported yet: their first hidden is 'before-last-layer'"):
         load_folder(out, model)

@@ -197,9 +197,9 @@ def test_load(folders: Path) -> None:
     [
         ({"draft_model": "other"}, "has another vocabulary (300 tokens, the model has 157"),
         ({"draft_model": "nowhere"}, "no model"),
-        ({"num_draft_tokens": 2}, "name it with `draft_model`"),
+        ({"num_draft_tokens": 2}, "name one with `draft_model`"),
         ({"draft_model": "small", "adapter": "adapter"}, "is no adapter folder"),
-        ({"draft_modell": "small"}, "load has no argument 'draft_modell'"),
+        ({"draft_modell": "small"}, "`load` has no argument `draft_modell`"),
     ],
 )
 def test_what_is_refused(folders: Path, options: dict[str, Any], message: str) -> None:

@@ -152,7 +152,7 @@ def test_kinds_that_nothing_runs_yet(tmp_path: Path, name: str, value: str) -> N
     model = tiny_model("llama", seed=3)
     written(tmp_path / "heads", model)
     change(tmp_path / "heads", lambda raw: raw["heads"]["convention"].update({name: value}))
-    with pytest.raises(MTPError, match=f"cannot be run yet: their {name.replace('_', ' ')} is '{value}'"):
+    with pytest.raises(MTPError, match=f"are not supported yet: their {name.replace('_', ' ')} is '{value}'"):
         load_folder(tmp_path / "heads", model)
 
 
@@ -161,7 +161,7 @@ def test_heads_with_two_attentions_are_refused(tmp_path: Path) -> None:
     made = make("nemotron-h")
     out = heads_folder(made.write(tmp_path / "model"), tmp_path / "heads")
     change(out, lambda raw: raw["heads"]["blocks"][0]["layers"].append({"block_type": "*"}))
-    with pytest.raises(MTPError, match="cannot be run yet: each has several layers with attention"):
+    with pytest.raises(MTPError, match="are not supported yet: each has several layers with attention"):
         load_folder(out, tiny_model("llama", seed=3))
 
 
@@ -183,11 +183,11 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: raw["heads"].update(blocks=[{}, {}]), "block cannot be built"),
     (
         lambda raw: raw["heads"].update(blocks=[{**BLOCK, "module": "os", "layers": [{}], "overrides": {}}] * 2),
-        "os is no module of mlx_lm.models",
+        "os is not a module of mlx_lm.models",
     ),
     (
         lambda raw: raw["heads"].update(blocks=[{**CALLED, "overrides": tiny_config("llama")}] * 2),
-        "create_attention_mask is no layer",
+        "create_attention_mask is not a layer",
     ),
 ]  # fmt: skip
 

@@ -259,11 +259,11 @@ def test_layouts_that_the_model_has_no_drafter_for() -> None:
     with pytest.raises(MTPError, match="no adapter with slots"):
         list(mtp_generate_step([5], model_with_heads("llama", 2, 2), policy=FixedPolicy("quadratic", 2)))
     for model, message in [
-        (with_mask_adapter("llama"), "nothing that does"),
-        (model_with_heads("llama", 2, 2), "did not announce"),
+        (with_mask_adapter("llama"), "no drafter that makes one"),
+        (model_with_heads("llama", 2, 2), "its policy has `own_drafts` 0"),
     ]:
         session = Session(model, Picker(), [3, 1], model.make_cache(), CacheSettings())
         with pytest.raises(MTPError, match=message):
             speculative_step(session, Layout.chained(0, 2), [])
-    with pytest.raises(ValueError, match="does not go with slots"):
+    with pytest.raises(ValueError, match="cannot be combined with slots"):
         Layout(0, (2,), 2)
