@@ -1,7 +1,7 @@
-"""Writes docs/cli.md from the commands themselves: `python tools/cli_page.py`; `--check` compares only.
+"""Write docs/cli.md from the commands: `python tools/cli_page.py`; `--check` only compares.
 
-Made of what click knows of each command (arguments, options, defaults, help, examples), not of its rendered help, so
-that the page does not depend on the version of click or the width of a terminal.
+The page is made from the click objects (arguments, options, defaults, help, examples), not from the rendered help, so
+it does not depend on the version of click or the width of the terminal.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 import click
 
 import mtp_mlx.cli as cli
+from mtp_mlx.config import RenamedOption
 
-NOT_RUN = "<!-- not run: {} -->\n"  # for the test that runs the blocks of other pages
+NOT_RUN = "<!-- not run: {} -->\n"  # for tests/test_docs.py, which runs the blocks of pages
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 HEAD = """# Command line
 
-Written by `python tools/cli_page.py` from the commands themselves; a test holds it against them.
+Generated from the commands by `python tools/cli_page.py`; a test checks that it is up to date.
 
-Text and JSON go to stdout, everything else to stderr. A mistake that you can mend is one sentence and exit code 2;
-after Ctrl-C the code is 130. `MTP_MLX_RAISE=1` shows the traceback instead of the sentence.
+Text and JSON go to stdout, everything else to stderr. An error that you can fix is reported in one sentence, with
+exit code 2; after Ctrl-C the exit code is 130. `MTP_MLX_RAISE=1` shows the traceback instead of the sentence.
 """
 
 
@@ -41,12 +42,12 @@ def page() -> str:
 
 
 def own_commands(command: click.Command) -> dict[str, click.Command]:
-    """The commands of a verb that has some of its own, such as `mtp-mlx train ptp`."""
+    """The subcommands of a verb, such as `ptp` of `mtp-mlx train`."""
     return dict(command.commands) if isinstance(command, click.Group) else {}
 
 
 def section(verb: str, command: click.Command, group: click.Command | None = None) -> str:
-    """One command: usage, text, options, examples; of a group's command what the group's section does not say."""
+    """One command: usage, text, options, examples; for a subcommand, only what `group` does not have already."""
     arguments = [_argument(p) for p in command.params if _is_argument(p)]
     if isinstance(command, click.Group):
         arguments.append(command.subcommand_metavar)
@@ -76,6 +77,11 @@ def shown_options(command: click.Command) -> list[click.Option]:
     return [one for one in command.params if isinstance(one, click.Option) and not one.hidden]
 
 
+def shown_names(option: click.Option) -> list[str]:
+    """The names of an option that its help shows: all but an old one."""
+    return option.opts[:-1] if isinstance(option, RenamedOption) else option.opts
+
+
 def _is_argument(parameter: click.Parameter) -> bool:
     return isinstance(parameter, click.Argument)
 
@@ -87,7 +93,7 @@ def _argument(parameter: click.Parameter) -> str:
 
 def _names(option: click.Option) -> str:
     """Such as `-m`, `--model TEXT`, or `--exact` / `--no-exact`."""
-    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len))
+    names = ", ".join(f"`{name}`" for name in sorted(shown_names(option), key=len))
     if option.secondary_opts:
         return f"{names} / " + ", ".join(f"`{name}`" for name in option.secondary_opts)
     if option.is_flag:
@@ -98,7 +104,7 @@ def _names(option: click.Option) -> str:
 
 
 def _default(option: click.Option) -> str:
-    """As `--help` shows it; settings give theirs as a text, since the value given is told apart from it."""
+    """The default as `--help` shows it; options of settings have it as text, because their click default is None."""
     shown: Any = option.show_default
     if isinstance(shown, str):
         return _cell(shown)
@@ -118,7 +124,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the page, or with --check compares it; 1 where it is not current."""
+    """Write the page, or compare it with --check; returns 1 if it is not up to date."""
     if arguments not in ([], ["--check"]):
         print("usage: python tools/cli_page.py [--check]", file=sys.stderr)
         return 2
@@ -126,7 +132,7 @@ def main(arguments: list[str]) -> int:
     if current == page():
         return 0
     if arguments:
-        print(f"{PAGE} is not current: run python tools/cli_page.py", file=sys.stderr)
+        print(f"{PAGE} is out of date: run python tools/cli_page.py", file=sys.stderr)
         return 1
     PAGE.write_text(page(), encoding="utf-8")
     return 0

@@ -1,8 +1,8 @@
-"""The command line: one click group whose verbs live in `mtp_mlx/cli/<verb>.py`, each as `command`.
+"""The command line: a click group; each verb is the `command` of `mtp_mlx/cli/<verb>.py`.
 
-A verb's module is imported only when it runs or shows its own help, and mlx only by the verbs, so that
-`--help` is instant. What a person can mend becomes one sentence on stderr and exit code 2; MTP_MLX_RAISE=1
-shows the traceback.
+A verb's module is imported only when the verb runs or shows its help, and mlx only when a verb runs, so that `--help`
+is instant. An error that the user can fix becomes one sentence on stderr and exit code 2; MTP_MLX_RAISE=1 shows the
+traceback instead.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from mtp_mlx.blas import HOW_TO_MEND, prefer_openblas
 from mtp_mlx.distributed import refuse_if_many, whose
 from mtp_mlx.errors import MTPError
 
-# Verb -> its line in `mtp-mlx --help`; written here so that the list needs no verb's module.
+# Verb -> its line in `mtp-mlx --help`; kept here so that listing the verbs imports none of their modules.
 VERBS = {
     "generate": "Write text, several tokens per forward pass",
-    "chat": "Talk with a model, answer by answer",
-    "serve": "Answer requests of OpenAI's and Anthropic's clients",
+    "chat": "Chat with a model in the terminal",
+    "serve": "Serve OpenAI- and Anthropic-compatible APIs over HTTP",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
-    "bench": "Compare the speed and text with plain mlx-lm",
-    "eval": "Measure acceptance, speed and answers by category",
-    "tune": "Find the fastest layout on this machine, for auto",
-    "plan": "Project the speed-up on another machine's costs",
+    "bench": "Compare speed and text with plain mlx-lm",
+    "eval": "Measure speed, acceptance and answers by category",
+    "tune": "Find the fastest layout on this machine",
+    "plan": "Project the speed-up on other machines",
     "push": "Publish an adapter folder on the model hub",
     "pull": "Get an adapter folder from the model hub",
 }
-SHARING_VERBS = ("train", "generate")  # several processes of mlx.launch share one such command's work
+SHARING_VERBS = ("train", "generate")  # processes started by mlx.launch share their work
 _MENDABLE_OS_ERRORS = (
     FileNotFoundError,
     PermissionError,
@@ -48,17 +48,15 @@ _MENDABLE_OS_ERRORS = (
     NotADirectoryError,
     FileExistsError,
 )
-
-
-# Without a class of their own: names, and file systems that are read-only or hold no large files.
+# Errors without a class of their own: impossible names, read-only file systems, files too large for the file system.
 _MENDABLE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EFBIG)
 
 
 class LazyGroup(click.Group):
-    """A group that imports a verb's module when the verb is asked for."""
+    """A group that imports a verb's module only when the verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs whose modules are there."""
+        """The verbs whose modules exist."""
         return [verb for verb in VERBS if importlib.util.find_spec(f"{__name__}.{verb}")]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -75,7 +73,7 @@ class LazyGroup(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; turn what a person can mend into one sentence and exit code 2."""
+        """Run the verb; errors that the user can fix become one sentence and exit code 2."""
         try:
             return super().invoke(ctx)
         except (MTPError, OSError, RuntimeError) as error:
@@ -93,13 +91,13 @@ class LazyGroup(click.Group):
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence for an error a person can mend, None for any other."""
+    """One sentence for an error that the user can fix, None for any other."""
     if isinstance(error, MTPError):
         return str(error)
-    if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # mlx saving tensors
-        return "the weights could not be written, most likely because the disk is full."
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of "~nobody"
-        return 'a path begins with "~" and a name, and there is no such home folder: give the whole path.'
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # from mlx, when it saves tensors
+        return "the weights could not be written, probably because the disk is full."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # from pathlib, for "~nobody"
+        return 'a path begins with "~" and the name of a user without a home folder: give the full path.'
     if not isinstance(error, OSError):
         return None
     where = f"{error.filename}: " if error.filename else ""
@@ -110,15 +108,15 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-# Arguments of the library whose option has another name.
+# Arguments of the library that have another name on the command line.
 _OPTION_OF = {"temperature": "--temp", "emission": "--emit"}
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def with_options(message: str, command: click.Command | None) -> str:
-    """A library's message in the words of the command line: `kv_bits` becomes --kv-bits.
+    """Rewrites a library message for the command line: `kv_bits` becomes --kv-bits.
 
-    Only what the verb has as an option is translated; anything else between backticks stays as it is.
+    Only names that are options of the verb are translated; anything else between backticks stays as it is.
     """
     options = set(_options(command))
 
@@ -130,7 +128,7 @@ def with_options(message: str, command: click.Command | None) -> str:
 
 
 def _options(command: click.Command | None) -> Iterator[str]:
-    """Every option of a verb and of its own verbs."""
+    """Every option of a verb and of its subcommands."""
     if isinstance(command, click.Group):
         for inner in command.commands.values():
             yield from _options(inner)

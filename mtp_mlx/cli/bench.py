@@ -1,4 +1,4 @@
-"""`mtp-mlx bench`: plain mlx-lm and mtp-mlx on the same weights and prompts, alternating in one process."""
+"""`mtp-mlx bench`: compare mtp-mlx with plain mlx-lm on the same weights and prompts, in turns in one process."""
 
 from __future__ import annotations
 
@@ -36,37 +36,36 @@ class BenchSettings(LoadingOptions):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
-    prompts: Path | None = setting(
-        None, help="JSONL with prompt, question or turns, and category (default: built-in)", flag="-p"
-    )
-    limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
-    per_category: int | None = setting(None, help="At most this many prompts per category", minimum=1)
+    prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
+    limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
+    per_category: int | None = setting(None, help="Use this many prompts per category", minimum=1)
     layout: tuple[Literal["auto", "linear", "quadratic", "plain"], ...] = setting(
-        (), help="Layout to measure, may be repeated (default: auto)"
+        (), help="Layout to measure; may be repeated (default: auto)"
     )
     drafts: int | None = setting(
-        None, help="Drafts per step of fixed layouts", minimum=1, old_option="--slots"
+        None, help="Drafts per step in fixed layouts", minimum=1, old_option="--slots"
     )
-    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    lookup: bool | None = setting(None, help="Also draft from the text so far (default: only in auto)")
     drafter: str | None = setting(None, help=DRAFTERS)
     emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Drafts: verified, or unverified (lossy)"
+        "verified", help="Verify drafts, or emit them unverified (lossy)"
     )
-    tau: tuple[float, ...] = setting((), help="Least probability of a draft, may be repeated")
+    tau: tuple[float, ...] = setting((), help="Minimum probability of a draft; may be repeated")
     max_tokens: int = setting(128, help="Tokens per prompt", minimum=2, flag="-n")
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
-    plot: Path | None = setting(None, help="Draw speed and acceptance into this SVG file")
+    quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
+    exact: bool = setting(False, help="Match plain decoding bit for bit (slower)")
+    plot: Path | None = setting(None, help="Plot speed and acceptance to this SVG file")
 
 
-@click.command(epilog=EPILOG, short_help="Compare the speed and text with plain mlx-lm")
+@click.command(epilog=EPILOG, short_help="Compare speed and text with plain mlx-lm")
 @options_for(BenchSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(as_json: bool, **options: Any) -> None:
-    """Measure tokens per second, tokens per step and identical text, by category.
+    """Measure speed and tokens per step by category, and check that the text is mlx-lm's.
 
-    A ratio is all tokens over all seconds against mlx-lm's in the same run; where the mean of the prompts' own ratios
-    differs, it follows in brackets.
+    Rows of the prompts file have "prompt", "question" or "turns", and optionally "category". Ratios are ratios of
+    totals: all tokens over all seconds, relative to mlx-lm in the same run. The mean of the per-prompt ratios follows
+    in brackets where it differs.
     """
     settings = from_yaml(BenchSettings, None, options)
     from mtp_mlx.cli.loading import load_model
@@ -85,7 +84,7 @@ def command(as_json: bool, **options: Any) -> None:
     tokens = sum(measurement.reference.timed_tokens for measurement in done)
     plain_speed.remember(settings.model, rows[-1].plain_tokens_per_second, tokens, quantize=settings.quantize)
     if settings.plot is not None:
-        write_text(settings.plot, svg(rows, f"{settings.model}, mtp-mlx against mlx-lm plain"))
+        write_text(settings.plot, svg(rows, f"{settings.model}, mtp-mlx and plain mlx-lm"))
     mismatches = [_mismatch(measurement) for measurement in done if not measurement.comparison.identical]
     if as_json:
         report = {**_header(settings, model), "rows": [row.to_json() for row in rows]}
@@ -97,10 +96,10 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def lanes_of(settings: BenchSettings) -> list[Lane]:
-    """Every layout with every emission.
+    """A lane for every layout and emission.
 
     Raises:
-        MTPError: options that contradict each other.
+        MTPError: if options contradict each other.
     """
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.measure.lanes import Lane
@@ -123,7 +122,7 @@ def lanes_of(settings: BenchSettings) -> list[Lane]:
 
 
 def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
-    """What the report says before its rows."""
+    """The fields of the report other than its rows."""
     from mtp_mlx.cli.loading import loading_arguments
     from mtp_mlx.measure.recorded import drafted_with
 
@@ -137,10 +136,10 @@ def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
 
 
 def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[Measurement]:
-    """Every prompt in every lane; after Ctrl-C, what was measured so far.
+    """Measure every prompt in every lane; after Ctrl-C, return what was measured so far.
 
     Raises:
-        KeyboardInterrupt: stopped before the first prompt was measured.
+        KeyboardInterrupt: if stopped before the first prompt was measured.
     """
     done: list[Measurement] = []
     with Progress(console=console) as progress:
@@ -162,7 +161,7 @@ def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[
 
 
 def _mismatch(measurement: Measurement) -> dict[str, Any]:
-    """Where a text diverges from mlx-lm's, and whether a near-tie explains it."""
+    """Where a text first differs from mlx-lm's, and whether a near tie explains it."""
     comparison = measurement.comparison
     different = "DIFFERENT" if measurement.lane.emission.lossless else "different, lossless: false"
     return {

@@ -1,4 +1,4 @@
-"""`mtp-mlx chat`: a conversation in the terminal, or over a pipe, one message a line."""
+"""`mtp-mlx chat`: a conversation in the terminal or over a pipe, one message per line."""
 
 from __future__ import annotations
 
@@ -38,21 +38,23 @@ PROMPT = "> "
 class ChatSettings(
     PrecisionOptions, EmissionOptions, LoadingOptions, DraftingOptions, SamplingOptions, ModelOptions
 ):
-    """Options of `mtp-mlx chat`; all mean what they mean for `mtp-mlx generate`."""
+    """Options of `mtp-mlx chat`; they mean what they mean in `mtp-mlx generate`."""
 
-    system: str | None = setting(None, help="System message of the chat")
-    max_tokens: int = setting(512, help="Tokens of an answer, -1 for no limit", minimum=-1, flag="-n")
+    system: str | None = setting(None, help="System message")
+    max_tokens: int = setting(
+        512, help="Maximum number of tokens per answer; -1 = no limit", minimum=-1, flag="-n"
+    )
 
 
-@click.command(epilog=EPILOG, short_help="Talk with a model, answer by answer")
+@click.command(epilog=EPILOG, short_help="Chat with a model in the terminal")
 @options_for(ChatSettings)
-@click.option("--color", is_flag=True, help="Tint accepted drafts by depth")
+@click.option("--color", is_flag=True, help="Colour accepted drafts by depth")
 def command(color: bool, **options: Any) -> None:
-    """Talk with a model; every line is a message, and /help lists what else there is.
+    """Chat with a model: every line is a message, and /help lists the commands.
 
-    Of each turn only what is new is run through the model. Ctrl-C stops an answer, /quit or Ctrl-D leaves. Answers
-    go to stdout, everything else to stderr. In a terminal, what you typed is kept in the cache folder for the arrow
-    keys.
+    The KV cache is kept, so each turn processes only new text. Ctrl-C stops an answer; /quit or Ctrl-D leaves.
+    Answers go to stdout, everything else to stderr. In a terminal, the arrow keys recall earlier lines, which are
+    kept in the cache folder.
     """
     settings = GenerateSettings(**asdict(from_yaml(ChatSettings, None, options)))
     if settings.system:
@@ -62,7 +64,7 @@ def command(color: bool, **options: Any) -> None:
 
 
 def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
-    """Loads the model and refuses options that do not go with it; the loop that is then run."""
+    """Load the model, refuse options that do not fit it, and return the `Repl` to run."""
     from mtp_mlx.cli.chat_repl import Chat, Repl
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.conversation import Conversation
@@ -75,14 +77,14 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     sampling, emission = sampling_of(settings), Emission(settings.emit, settings.tau)
     if not emission.lossless:
         emission.greedy(sampling)
-        tell("unverified drafts: answers are lossy, lossless: false")
+        tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings)
     plan_drafting(
         model, settings.layout, settings.drafts, DecodeStats(), settings.lookup, settings.drafter, emission
     )
     if not tokenizer.has_chat_template:
-        tell("no chat template in this tokenizer: messages are joined line by line")
+        tell("this tokenizer has no chat template: messages are joined line by line")
     conversation = Conversation(model, tokenizer, settings.system)
     known = plain_speed.recall(settings.model, quantize=settings.quantize)
     chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color, known)
@@ -93,7 +95,7 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
 
 @contextmanager
 def lines() -> Iterator[Callable[[], str | None]]:
-    """What reads the next line: with line editing and history in a terminal, as it is from a pipe."""
+    """The function that reads the next line: from a terminal with editing and history, or from a pipe."""
     if not sys.stdin.isatty():
         yield _piped
         return
@@ -102,11 +104,13 @@ def lines() -> Iterator[Callable[[], str | None]]:
 
 
 def _piped() -> str | None:
-    line = sys.stdin.buffer.readline()  # not the text: an error in it would take the lines behind it along
+    line = (
+        sys.stdin.buffer.readline()
+    )  # bytes: a decoding error of the text stream would lose the following lines too
     try:
         return line.decode("utf-8").rstrip("\r\n") if line else None
     except UnicodeDecodeError as error:
-        raise MTPError(f"the line is not UTF-8 at byte {error.start}, and is left out") from error
+        raise MTPError(f"the line is not UTF-8 at byte {error.start} and was ignored") from error
 
 
 def _typed() -> str | None:
@@ -116,12 +120,12 @@ def _typed() -> str | None:
         click.echo()
         return None
     except UnicodeDecodeError as error:
-        raise MTPError(f"the line is not UTF-8 at byte {error.start}, and is left out") from error
+        raise MTPError(f"the line is not UTF-8 at byte {error.start} and was ignored") from error
 
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Arrow keys go through what was typed, in this session and earlier ones; only the user can read the file."""
+    """Line history for the arrow keys, also from earlier sessions, in a file that only the user can read."""
     from mtp_mlx.files import cache_dir
 
     try:
@@ -133,7 +137,7 @@ def _history() -> Iterator[None]:
     try:
         readline.read_history_file(path)
     except OSError:
-        pass  # none yet, or not readable: history is a convenience
+        pass  # missing or unreadable: history is only a convenience
     try:
         yield
     finally:

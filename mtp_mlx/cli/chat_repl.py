@@ -1,7 +1,7 @@
-"""The loop of `mtp-mlx chat`: lines in, answers out, and commands that begin with a slash.
+"""The loop of `mtp-mlx chat`: reads lines, writes answers, and runs commands that begin with a slash.
 
-Answers go to stdout, everything else to stderr. A mistake is one sentence and the conversation goes on. Ctrl-C stops
-the answer; at the prompt it clears the line.
+Answers go to stdout, everything else to stderr. After an error, reported in one sentence, the conversation continues.
+Ctrl-C stops an answer; at the prompt it clears the line.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from mtp_mlx.cli.options import GenerateSettings
 
 HELP = """\
-  /stats        what the last answer and all of them took
-  /color        tint accepted drafts by depth, on or off
-  /layout NAME  auto, linear, quadratic or plain; without a name, which it is
-  /save FILE    write the conversation as a line of JSON that `mtp-mlx train` reads
-  /reset        forget everything said
-  /help         this list
-  /quit         leave, as Ctrl-D does
-  //text        a message that begins with a slash
-Ctrl-C stops an answer; what it said so far stays in the conversation."""
+  /stats        show statistics of the last answer and of all answers
+  /color        turn the colouring of accepted drafts on or off
+  /layout NAME  switch to auto, linear, quadratic or plain; without a name, show the layout
+  /save FILE    save the conversation as a line of JSON that `mtp-mlx train` reads
+  /reset        forget the conversation
+  /help         show this list
+  /quit         leave (also Ctrl-D)
+  //text        send a message that begins with a slash
+Ctrl-C stops an answer; what was written so far stays in the conversation."""
 
 
 @dataclass
 class Chat:
-    """What the loop works with; `settings` and `color` change with /layout and /color.
+    """The state of a chat; /layout and /color change `settings` and `color`.
 
     Attributes:
-        options: of `stream_generate`, apart from those in `settings`: sampling and emission.
+        options: arguments of `stream_generate` that are not in `settings`: sampling and emission.
         plain_tok_per_s: remembered speed of plain decoding, or None.
     """
 
@@ -57,12 +57,12 @@ class Chat:
 
 
 class Repl:
-    """Reads lines until there are none.
+    """Reads and answers lines until there are no more.
 
     Args:
         chat: the conversation and its settings.
-        read: the next line without its end; None at the end of input. May raise KeyboardInterrupt, and MTPError for a
-            line that cannot be read.
+        read: returns the next line without its newline, or None at the end of input. May raise KeyboardInterrupt, and
+            MTPError for a line that cannot be read.
     """
 
     def __init__(self, chat: Chat, read: Callable[[], str | None]) -> None:
@@ -80,19 +80,19 @@ class Repl:
         }
 
     def run(self) -> None:
-        """Until /quit or the end of input."""
+        """Run until /quit or the end of input."""
         going = True
         while going:
             try:
                 line = self._read()
                 going = line is not None and self._line(line)
             except KeyboardInterrupt:
-                _say("\n/quit or Ctrl-D leaves.")
+                _say("\nTo leave, type /quit or press Ctrl-D.")
             except MTPError as error:
                 _say(f"Error: {error}")
 
     def _line(self, line: str) -> bool:
-        """One line; False to leave."""
+        """Handle one line; False to leave."""
         text = line.strip()
         if not text:
             return True
@@ -107,7 +107,7 @@ class Repl:
         near = difflib.get_close_matches(name, self._commands, n=1)
         names = ", ".join(f"/{known}" for known in self._commands)
         raise MTPError(
-            f"no command /{name}: " + (f"did you mean /{near[0]}?" if near else f"there is {names}")
+            f"no command /{name}: " + (f"did you mean /{near[0]}?" if near else f"choose one of {names}")
         )
 
     # --- answers ------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Repl:
 
     def _notes(self, turn: Turn) -> None:
         if turn.last is not None and turn.last.finish_reason == "length":
-            _say(f"Cut at {len(turn.tokens)} tokens: --max-tokens allows more.")
+            _say(f"Cut off after {len(turn.tokens)} tokens: raise --max-tokens for longer answers.")
         for reason in turn.stats.fallbacks:
             if reason not in self._noted:
                 _say(f"note: {reason}")
@@ -154,9 +154,9 @@ class Repl:
     def _stats(self, _: str) -> bool:
         turns = self._chat.conversation.turns
         if not turns:
-            raise MTPError("no answer yet: /stats is about answers")
+            raise MTPError("there is no answer yet, so there are no statistics")
         last = turns[-1]
-        _say(f"{self._statistics(last)} · {last.prompt_tokens - last.prefilled} tok of the prompt reused")
+        _say(f"{self._statistics(last)} · {last.prompt_tokens - last.prefilled} prompt tok reused")
         whole = DecodeStats()
         for turn in turns:
             whole.add(turn.stats)
@@ -165,7 +165,7 @@ class Repl:
         _say(
             f"{len(turns)} answers, {tokens} tok, {whole.tokens_per_step:.2f} tok/step, "
             f"{sum(turn.prefilled for turn in turns)} of {prompts} prompt tok prefilled"
-            + (f", cache made anew {restarts} times" if restarts else "")
+            + (f", cache rebuilt {restarts} times" if restarts else "")
         )
         return True
 
@@ -206,13 +206,13 @@ class Repl:
 
     def _save(self, name: str) -> bool:
         if not name:
-            raise MTPError("where to? /save FILE")
+            raise MTPError("name a file: /save FILE")
         messages = self._chat.conversation.messages
         if not self._chat.conversation.turns:
-            raise MTPError("nothing was said yet: there is nothing to save")
+            raise MTPError("the conversation is empty: there is nothing to save")
         path = user_path(name)
         if path.exists() and path.resolve() not in self._saved:
-            raise MTPError(f"{path} is there already: give another name, or remove it first")
+            raise MTPError(f"{path} already exists: choose another name, or remove it first")
         write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         self._saved.add(path.resolve())
         _say(f"{len(messages)} messages -> {path}")
@@ -220,7 +220,7 @@ class Repl:
 
     def _reset(self, _: str) -> bool:
         self._chat.conversation.reset()
-        _say("Forgotten.")
+        _say("Conversation forgotten.")
         return True
 
     def _help(self, _: str) -> bool:

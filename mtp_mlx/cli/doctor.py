@@ -1,4 +1,4 @@
-"""`mtp-mlx doctor`: versions, device, and which lane every kernel is in and why; for bug reports."""
+"""`mtp-mlx doctor`: show versions, the device, and which implementation of every kernel is used and why."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Examples:
 
 
 @click.command(epilog=EPILOG, short_help="Show versions, device and kernels, for bug reports")
-@click.option("--kernels", "check", is_flag=True, help="Run every kernel's self-check and race now")
-@click.option("--forget", is_flag=True, help="Drop what races decided: every shape is raced again")
+@click.option("--kernels", "check", is_flag=True, help="Check and race every kernel now")
+@click.option("--forget", is_flag=True, help="Forget recorded verdicts, so that all shapes are raced again")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(check: bool, forget: bool, as_json: bool) -> None:
-    """Show versions, device and which lane every Metal kernel is in, and why."""
+    """Show versions, the device, and whether each Metal kernel is used and why."""
     report = examine(check, forget)
     click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
 
 def examine(check: bool, forget: bool = False) -> dict[str, Any]:
-    """The report: verdicts on shapes met so far, and with `check` self-checks (in mode auto, races too) on samples.
+    """The report: verdicts on the shapes met so far and, with `check`, new ones on sample calls (raced in mode auto).
 
     Raises:
-        MTPError: MTP_MLX_KERNELS is wrong, or asks for what this machine cannot do.
+        MTPError: if MTP_MLX_KERNELS is invalid, or asks for something this machine cannot do.
     """
     from mtp_mlx.cli.info import machine
     from mtp_mlx.files import cache_dir
@@ -51,7 +51,7 @@ def examine(check: bool, forget: bool = False) -> dict[str, Any]:
 
 
 def _kernel(dispatcher: Dispatcher, name: str, check: bool) -> dict[str, Any]:
-    """Lane and reason of one kernel, its verdicts by shape, and with `check` those on its samples, judged now."""
+    """Lane and reason of one kernel, its verdicts by shape, and, with `check`, new verdicts on its samples."""
     if not dispatcher.active:
         return {"lane": "reference", "reason": dispatcher.factory_name, "shapes": {}, "samples": {}}
     start = f"{name} "
@@ -69,15 +69,15 @@ def _kernel(dispatcher: Dispatcher, name: str, check: bool) -> dict[str, Any]:
 
 
 def _lane(verdicts: dict[str, Verdict], samples: dict[str, Verdict]) -> dict[str, str]:
-    """Of the shapes that generations met; a sample that failed says more than they do."""
+    """Lane and reason, from the shapes that generations met; a failed sample takes precedence."""
     failed = [
         verdict.reason for verdict in samples.values() if not verdict.uses_kernel and not verdict.time_ratio
     ]
     if failed:
         return {"lane": "reference", "reason": failed[0]}
     if not verdicts:
-        checked = "its samples pass" if samples else "--kernels checks its samples"
-        return {"lane": "undecided", "reason": f"no generation has met it yet; {checked}"}
+        checked = "its samples pass" if samples else "check its samples with --kernels"
+        return {"lane": "undecided", "reason": f"no generation has used it yet; {checked}"}
     used = sum(verdict.uses_kernel for verdict in verdicts.values())
     reasons = sorted({verdict.reason for verdict in verdicts.values()})
     lane = "kernel" if used == len(verdicts) else "reference" if not used else "kernel for some shapes"
@@ -102,7 +102,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for what in ("shapes", "samples"):
             for shape, verdict in kernel[what].items():
                 ratio = verdict.get("time_over_reference")
-                timed = "" if ratio is None else f", {ratio:.2f} of stock MLX's time"
+                timed = "" if ratio is None else f", {ratio:.2f} of MLX's time"
                 lane = "kernel" if verdict["kernel"] else "reference"
                 shown.append(f"    {what[:-1]} {shape:<34} {lane}: {verdict['reason']}{timed}")
     return shown

@@ -1,4 +1,4 @@
-"""`mtp-mlx eval`: speed, acceptance and right answers by category; with --sweep-tau, the cost of every tau."""
+"""`mtp-mlx eval`: measure speed, acceptance and right answers by category; with --sweep-tau, the cost of each tau."""
 
 from __future__ import annotations
 
@@ -40,46 +40,46 @@ class EvalSettings:
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
-    questions: Path | None = setting(None, help="JSONL with question or prompt, optional answer", flag="-q")
-    gsm8k: Path | None = setting(None, help="JSONL of GSM8K: the last number must match")
-    limit: int | None = setting(None, help="At most this many of each file, spread over it", minimum=1)
+    questions: Path | None = setting(None, help="JSONL file of questions (default: built-in)", flag="-q")
+    gsm8k: Path | None = setting(None, help="JSONL file of GSM8K; the last number must match")
+    limit: int | None = setting(None, help="Use this many rows of each file, spread over it", minimum=1)
     layout: tuple[Literal["auto", "linear", "quadratic"], ...] = setting(
-        (), help="Verified layout, may be repeated (default: auto)"
+        (), help="Verified layout; may be repeated (default: auto)"
     )
     emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Also measure unverified (lossy) emission"
+        "verified", help="Measure this unverified (lossy) emission too"
     )
     tau: tuple[float, ...] = setting(
         (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995),
-        help="Threshold, may be repeated (with --emit conf-adapt: 0.9)",
+        help="Threshold; may be repeated (with --emit: 0.9)",
     )
     drafts: int | None = setting(None, help="Drafts per step (default: all)", minimum=1, old_option="--slots")
     max_tokens: int = setting(128, help="Tokens per question", minimum=2, flag="-n")
-    out: Path | None = setting(None, help="Keep every measurement here, to resume after a stop", flag="-o")
-    samples: Path | None = setting(None, help="Write the answers for human-eval or evalplus here (JSONL)")
-    plot: Path | None = setting(None, help="Draw the result into this SVG file", flag="--svg")
+    out: Path | None = setting(None, help="Save measurements here, to resume after a stop", flag="-o")
+    samples: Path | None = setting(None, help="Write answers for human-eval or evalplus (JSONL)")
+    plot: Path | None = setting(None, help="Plot the result to this SVG file", flag="--svg")
 
 
-@click.command(epilog=EPILOG, short_help="Measure acceptance, speed and answers by category")
+@click.command(epilog=EPILOG, short_help="Measure speed, acceptance and answers by category")
 @options_for(EvalSettings)
 @click.option("--sweep-tau", is_flag=True, help="Measure ConfAdapt at every --tau instead")
-@click.option("--raw", is_flag=True, help="Continue the questions as they are, without the chat template")
+@click.option("--raw", is_flag=True, help="Use the questions as is, without the chat template")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 @click.pass_context
 def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, **options: Any) -> None:
-    """Measure speed, acceptance, agreement, perplexity and right answers against plain decoding, by category.
+    """Measure speed, acceptance, agreement, perplexity and right answers by category, compared with plain decoding.
 
-    Without a file the built-in prompts are used; they have no reference answers. Rows of HumanEval and MBPP in
-    --questions are answered, but the code is not run: --samples writes what human-eval and evalplus take. With --out
-    the same command resumes after a stop. --sweep-tau measures tokens per pass of ConfAdapt at every --tau, and what
-    that costs.
+    Rows of --questions have "question", "prompt" or "turns", and optionally "answer" and "category"; the built-in
+    prompts have no reference answers. Rows of HumanEval and MBPP are answered, but their code is not run: --samples
+    writes the answers for human-eval and evalplus. With --out, the same command resumes after a stop. --sweep-tau
+    measures how many tokens per pass ConfAdapt gives at every --tau, and what they cost.
     """
     settings = from_yaml(EvalSettings, None, options)
     console = Console(stderr=True)
     if sweep_tau:
         if settings.gsm8k or settings.samples:
             raise MTPError(
-                "--sweep-tau goes with neither --gsm8k nor --samples: give the file with --questions, or leave "
+                "--sweep-tau works with neither --gsm8k nor --samples: give the file with --questions, or leave "
                 "--sweep-tau out"
             )
         rows, whole = sweep(settings, raw, console)
@@ -88,7 +88,7 @@ def command(context: click.Context, sweep_tau: bool, raw: bool, as_json: bool, *
         whole = _evaluate_and_show(settings, options["tau"], raw, as_json, console)
     if not whole:
         more = "; the same command resumes from here" if settings.out else ""
-        click.echo(f"Stopped before the end{more}.", err=True)
+        click.echo(f"Stopped early{more}.", err=True)
         context.exit(130)
 
 
@@ -101,7 +101,7 @@ def _show(
     draw: Callable[[list[Any], str], str],
     facts: dict[str, Any],
 ) -> None:
-    """Prints the rows as JSON or as a table, and draws the plot."""
+    """Print the rows as JSON or as a table, and draw the plot."""
     if settings.plot is not None and rows:
         from mtp_mlx.files import write_text
 
@@ -136,7 +136,7 @@ def _draw_bars(rows: list[EvaluationRow], model: str) -> str:
 def _evaluate_and_show(
     settings: EvalSettings, taus: tuple[float, ...], raw: bool, as_json: bool, console: Console
 ) -> bool:
-    """Measures, prints, and writes the samples once all answers are there. Returns whether they are."""
+    """Measure, print, and write the samples if all answers are there. Returns whether they are."""
     from mtp_mlx.measure.answer_report import summarise, tables
     from mtp_mlx.measure.recorded import drafted_with
     from mtp_mlx.measure.samples import check_samples, write_samples
@@ -163,7 +163,7 @@ def evaluate(
     raw: bool,
     console: Console,
 ) -> tuple[list[Answer], bool]:
-    """The answers, and whether these are all."""
+    """The answers, and whether they are complete."""
     from mtp_mlx.measure.evaluation import Evaluation, EvaluationSettings
 
     plan = EvaluationSettings(settings.max_tokens, raw)
@@ -199,13 +199,15 @@ def lanes_of(settings: EvalSettings, taus: tuple[float, ...], model: AttachedMod
     """The verified layouts, then the unverified emission if one was asked for. --drafts is part of a lane's name.
 
     Raises:
-        MTPError: an emission that the model's drafter does not support, or a tau that does not go with it.
+        MTPError: if the model's drafter does not support the emission, or the emission takes no tau.
     """
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.measure.lanes import Lane
 
     if taus and settings.emit != "conf-adapt":
-        raise MTPError("--tau is the threshold of --emit conf-adapt or --sweep-tau: give one of them too")
+        raise MTPError(
+            "--tau is the threshold of --emit conf-adapt and --sweep-tau: give one of them as well"
+        )
     drafts = settings.drafts if model.most_drafts else None
     with_drafts = "" if drafts is None else f" drafts {drafts}"
     lanes = [
@@ -239,10 +241,10 @@ def _load(settings: EvalSettings) -> tuple[AttachedModel, Any]:
 
 
 def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[TauRow], bool]:
-    """The rows of what was measured, and whether this is all.
+    """The measured rows, and whether they are complete.
 
     Raises:
-        MTPError: the model's drafts cannot be emitted unverified.
+        MTPError: if the model's drafts cannot be emitted unverified.
     """
     from mtp_mlx.decode.drafter import source_of
     from mtp_mlx.measure.prompts import read_questions
@@ -252,7 +254,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
     model, tokenizer = _load(settings)
     source = source_of(model)
     if source is None or source.why_not_unverified():
-        raise MTPError("a sweep of tau needs mask tokens: give an adapter that has them with --adapter")
+        raise MTPError("--sweep-tau needs mask tokens: name an adapter that has them with --adapter")
     measured: list[Measured] = []
     plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.drafts, raw)
     name = f"{settings.model} {settings.adapter} {model.info.base_fingerprint}"
@@ -275,7 +277,7 @@ def table(rows: list[TauRow]) -> Table:
     """A table of the rows."""
     from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
-    out = Table(title="ConfAdapt against the model's own path; every row with a tau is lossy")
+    out = Table(title="ConfAdapt compared with the model's own path; every row with a tau is lossy")
     for name in TAU_COLUMNS:
         out.add_column(name, justify="right")
     for row in rows:

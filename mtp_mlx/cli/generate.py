@@ -1,6 +1,6 @@
-"""`mtp-mlx generate`: text on stdout, one line of statistics on stderr.
+"""`mtp-mlx generate`: write text to stdout and one line of statistics to stderr.
 
-Nothing but text (or, with --json, one object) goes to stdout.
+Nothing but the text (or, with --json, one object) goes to stdout.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
-from mtp_mlx.cli.options import (
-    GenerateSettings,
-)
+from mtp_mlx.cli.options import GenerateSettings
 from mtp_mlx.config import from_yaml, options_for, to_dict
 from mtp_mlx.distributed import launched_rank, launched_size
 from mtp_mlx.errors import MTPError
@@ -37,15 +35,15 @@ Examples:
 
 @click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")
 @options_for(GenerateSettings)
-@click.option("--raw", is_flag=True, help="Use the prompt as it is, without the chat template")
-@click.option("--color", is_flag=True, help="Tint accepted drafts by depth")
-@click.option("--histogram", is_flag=True, help="Show tokens per step and acceptance as bars")
+@click.option("--raw", is_flag=True, help="Use the prompt as is, without the chat template")
+@click.option("--color", is_flag=True, help="Colour accepted drafts by depth")
+@click.option("--histogram", is_flag=True, help="Show bar charts of tokens per step and acceptance")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text")
 @click.pass_context
 def command(
     context: click.Context, raw: bool, color: bool, histogram: bool, as_json: bool, **options: Any
 ) -> None:
-    """Write the text that follows a prompt, the same as mlx-lm alone would write.
+    """Write the text that follows a prompt, exactly as mlx-lm alone would write it.
 
     The prompt comes from --prompt, --prompt-file or stdin.
     """
@@ -71,15 +69,15 @@ def command(
 
 
 def read_prompt(settings: GenerateSettings, raw: bool) -> str:
-    """The prompt's text from the option, the file or stdin.
+    """The prompt, from the option, the file or stdin.
 
     Raises:
-        MTPError: none given, two given, an empty one, or one that is no text.
+        MTPError: if there is no prompt, more than one, an empty one, or one that is not UTF-8.
     """
     if settings.prompt is not None and settings.prompt_file is not None:
         raise MTPError("both --prompt and --prompt-file were given: give one of them")
     if raw and settings.system:
-        raise MTPError("--system is a message of the chat template, which --raw leaves out: drop one of them")
+        raise MTPError("--system needs the chat template, which --raw leaves out: give only one of them")
     if settings.prompt_file is not None:
         try:
             text = settings.prompt_file.read_text(encoding="utf-8")
@@ -88,7 +86,9 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
     elif settings.prompt is not None and settings.prompt != "-":
         text = settings.prompt
     elif launched_size() > 1:
-        raise MTPError("mlx.launch never closes stdin: give --prompt TEXT or --prompt-file FILE")
+        raise MTPError(
+            "the prompt cannot come from stdin under mlx.launch: give --prompt TEXT or --prompt-file FILE"
+        )
     elif settings.prompt == "-" or not sys.stdin.isatty():
         try:
             text = sys.stdin.read()
@@ -107,10 +107,10 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
 
 
 def checked_unicode(text: str, what: str) -> str:
-    """`text`, which the system may have read from bytes that are no text.
+    """Return `text`, refusing what was decoded from bytes that are not UTF-8.
 
     Raises:
-        MTPError: it has what stands for such bytes.
+        MTPError: if `text` has surrogates, which stand for such bytes.
     """
     try:
         text.encode("utf-8")
@@ -123,13 +123,13 @@ def checked_unicode(text: str, what: str) -> str:
 
 
 class _Printer:
-    """Writes text to stdout as it comes, tinted or not."""
+    """Streams text to stdout, coloured or not."""
 
     def __init__(self, streaming: bool, color: bool) -> None:
         self._streaming, self._color = streaming, color
 
     def token(self, response: GenerationResponse) -> None:
-        """The text that became final with this token."""
+        """Write the text that this token completes."""
         if not self._streaming or not response.text:
             return
         text = response.text
@@ -138,7 +138,7 @@ class _Printer:
         click.echo(text, nl=False, color=self._color or None)
 
     def end(self) -> None:
-        """A newline after the text."""
+        """Write a newline after the text."""
         if self._streaming:
             click.echo()
 
@@ -146,7 +146,7 @@ class _Printer:
 def generate(
     settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer, peers: Peers | None = None
 ) -> Run:
-    """Loads the model, decodes and prints; Ctrl-C ends the text and sets `interrupted`."""
+    """Load the model, decode and print; Ctrl-C ends the text and sets `interrupted`."""
     from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.emission import Emission
@@ -159,7 +159,7 @@ def generate(
     sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
     if not emission.lossless:
-        emission.greedy(sampling)  # refuses before the model is loaded what it would refuse after
+        emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
@@ -190,22 +190,22 @@ def generate(
     )
     _consume(responses, run, printer)
     run.kernels = {} if model.kernels is None else model.kernels.report()
-    if model.peers.alone:  # the speed of several processes is not that of this machine
+    if model.peers.alone:  # several processes together say nothing about the speed of this machine
         _remember_plain_speed(settings, run)
     return run
 
 
 def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
-    """Notes where the chat template is missing, or is not how the model's makers prompt it."""
+    """Note a missing chat template, or a model that is meant to be prompted without one."""
     if not tokenizer.has_chat_template:
-        run.stats.fallbacks["no chat template in this tokenizer: the prompt was used as it is"] += 1
+        run.stats.fallbacks["this tokenizer has no chat template: the prompt was used as is"] += 1
     if str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
-        note = "this model's makers prompt it without the chat template: --raw may give better text"
+        note = "this model was made to be prompted without the chat template: --raw may give better text"
         run.stats.fallbacks[note] += 1
 
 
 def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
-    """Keeps the speed of a whole plain run, which later runs are compared with."""
+    """Remember the speed of a complete plain run, for comparison with later runs."""
     from mtp_mlx.measure import plain_speed
 
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
@@ -213,7 +213,7 @@ def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
 
 
 def sampling_of(settings: GenerateSettings) -> SamplingConfig:
-    """How these settings pick tokens."""
+    """The sampling configuration of these settings."""
     from mtp_mlx.decode.pick import SamplingConfig
 
     return SamplingConfig(
@@ -229,15 +229,15 @@ def sampling_of(settings: GenerateSettings) -> SamplingConfig:
 
 
 def _same_work(model: AttachedModel, settings: GenerateSettings, prompt: list[int]) -> None:
-    """Raises MTPError where processes that share a model were not given the same command."""
+    """Raise MTPError if processes that share a model were given different commands."""
     adapter = None if model.info is None else model.info.base_fingerprint
     given = {**to_dict(settings), "the prompt's ids": prompt, "the adapter's base": adapter}
-    given.pop("prompt_file")  # may lie elsewhere on every machine
+    given.pop("prompt_file")  # its path may differ between machines
     model.peers.must_agree(given, "start all of them with the same command")
 
 
 def tell(stage: str) -> None:
-    """What takes long, on stderr; one of several processes says it."""
+    """Report a slow stage on stderr, from the first process only."""
     if launched_rank() == 0:
         click.echo(f"{stage} ...", err=True)
 

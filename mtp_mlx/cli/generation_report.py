@@ -1,4 +1,4 @@
-"""What `mtp-mlx generate` shows of a generation: a line of statistics, a JSON object, bars, tints."""
+"""What `mtp-mlx generate` reports: the line of statistics, the JSON object, bar charts and colours."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
 
-# 256-colour codes of depths 1, 2, ...; the last stands for all deeper ones
+# 256-colour codes of depths 1, 2, ...; the last is for all deeper ones
 TINTS = (76, 39, 213, 208, 196, 226, 51, 141)
 BAR_WIDTH = 30
 
 
 @dataclass
 class Run:
-    """What came of one generation.
+    """The result of one generation.
 
     Attributes:
-        stats: counts of the decode loop.
-        most_drafts: what the model's own drafter drafts in a step; 0 without one.
-        tokens: ids, the end-of-text id included if it came.
+        stats: counts of the decoding loop.
+        most_drafts: most drafts per step of the model's own drafter; 0 without one.
+        tokens: ids, including the end-of-text id if it was written.
         last: the last response, or None before the first token.
-        layout: in use.
+        layout: the layout in use.
         plain_tok_per_s: remembered speed of plain decoding, or None.
-        kernels: calls by kernel and lane; empty where none can run.
+        kernels: number of calls by kernel and implementation; empty if no kernel can run.
     """
 
     stats: DecodeStats
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def tok_per_s(self) -> float | None:
-        """As mlx-lm counts; None for fewer than two tokens."""
+        """Tokens per second as mlx-lm counts them; None for fewer than two tokens."""
         return self.last.generation_tps if self.last and len(self.tokens) > 1 else None
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def acceptance(self) -> list[float | None]:
-        """Per depth, down to the deepest draft that was reached."""
+        """Acceptance by depth, up to the deepest draft that was checked."""
         known = list(self.stats.acceptance)
         while known and known[-1] is None:
             known.pop()
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def speed_up(self) -> float | None:
-        """Over the remembered plain speed, or None if either is unknown."""
+        """Speed relative to the remembered plain speed, or None if either is unknown."""
         own, plain = self.tok_per_s, self.plain_tok_per_s
         return own / plain if own and plain else None
 
@@ -91,7 +91,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "emit": settings.emit,
         "tau": emission.threshold,
         "drafts": _drafts_in_use(settings, run),
-        "slots": _drafts_in_use(settings, run),  # what "drafts" was called
+        "slots": _drafts_in_use(settings, run),  # the old name of "drafts"
         "seed": settings.seed,
         "temperature": settings.temp,
         "lossless": emission.lossless,
@@ -106,13 +106,13 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
 
 
 def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
-    """Every option that can change text or speed, apart from the prompt and what `report` names itself."""
+    """Every option that can change text or speed, except the prompt and those that `report` lists itself."""
     named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "drafts", "seed", "temp")
     return {key: value for key, value in asdict(settings).items() if key not in named}
 
 
 def statistics_line(settings: GenerateSettings, run: Run) -> str:
-    """The one line on stderr."""
+    """The line of statistics on stderr."""
     if run.last is None:
         return "Stopped before the first token."
     parts = [f"{len(run.tokens)} tok"]
@@ -139,8 +139,8 @@ def statistics_line(settings: GenerateSettings, run: Run) -> str:
 
 
 def emission_of(settings: GenerateSettings) -> Emission:
-    """How these settings emit tokens."""
-    from mtp_mlx.decode.emission import Emission  # needs mlx, which --help does not load
+    """The emission of these settings."""
+    from mtp_mlx.decode.emission import Emission  # imports mlx, which --help must not
 
     return Emission(settings.emit, settings.tau, settings.first_token_sampling)
 
@@ -156,7 +156,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def histograms(stats: DecodeStats) -> str:
-    """Bars of tokens per step and of acceptance per depth."""
+    """Bar charts of tokens per step and of acceptance by depth."""
     lines = ["tokens per step"]
     lines += bars(
         (str(size), count / stats.steps, f"{count}") for size, count in sorted(stats.histogram.items())
@@ -171,7 +171,7 @@ def histograms(stats: DecodeStats) -> str:
 
 
 def bars(rows: Iterable[tuple[str, float, str]]) -> list[str]:
-    """Lines of (label, share in [0, 1], remark), to an eighth of a character."""
+    """One bar per (label, share in [0, 1], remark), precise to an eighth of a character."""
     lines = []
     for label, share, remark in rows:
         eighths = round(share * BAR_WIDTH * 8)
@@ -181,7 +181,7 @@ def bars(rows: Iterable[tuple[str, float, str]]) -> list[str]:
 
 
 def legend(slots: int) -> str:
-    """Which tint is which depth."""
+    """The colour of each depth."""
     tints = [click.style(f"draft {depth}", fg=tint(depth)) for depth in range(1, slots + 1)]
     return "model's own pick · " + " · ".join(tints)
 

@@ -1,4 +1,4 @@
-"""Loading the model that a verb's options name. Imports mlx only when it is called."""
+"""Load the model that a verb's options name. mlx is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def loading_arguments(settings: Any) -> dict[str, Any]:
-    """What single drafters take, out of a verb's settings: arguments of `mtp_mlx.load`."""
+    """The options of single drafters in a verb's settings, as arguments of `mtp_mlx.load`."""
     return {field.name: getattr(settings, field.name) for field in fields(LoadingOptions)}
 
 
 def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
-    """The attached model and the tokenizer of a verb's settings; `more` are further arguments of `mtp_mlx.load`.
+    """Load the attached model and the tokenizer; `more` are further arguments of `mtp_mlx.load`.
 
     Raises:
-        MTPError: as `mtp_mlx.load`.
+        MTPError: see `mtp_mlx.load`.
     """
     from mtp_mlx.api import load
 

@@ -1,7 +1,7 @@
-"""Options that several verbs have, in blocks: a verb's settings inherit the blocks it has.
+"""Options that several verbs share, in blocks: a verb's settings class inherits the blocks it needs.
 
-Fields of a later base class stand first, and those of the class itself last; so bases are written from the last block
-of `--help` to the first.
+A dataclass lists the fields of its last base first and its own fields last, so bases are written in the reverse of
+the order in which `--help` shows their blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mtp_mlx.drafters import registry
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, with which adapter."""
+    """The model and its adapter."""
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
@@ -26,12 +26,16 @@ class ModelOptions:
 class SamplingOptions:
     """How tokens are picked, as in mlx-lm."""
 
-    temp: float = setting(0.0, help="Temperature, 0 for the likeliest token", minimum=0)
-    top_k: int = setting(0, help="Sample from the k likeliest tokens, 0 for all", minimum=0)
-    top_p: float = setting(1.0, help="Sample from the likeliest of this probability", minimum=0, maximum=1)
-    min_p: float = setting(0.0, help="Least fraction of the top probability", minimum=0, maximum=1)
-    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens, 1 for none", minimum=0)
-    seed: int = setting(0, help="Seed of the noise", minimum=0)
+    temp: float = setting(0.0, help="Sampling temperature; 0 = greedy", minimum=0)
+    top_k: int = setting(0, help="Sample from the k most likely tokens; 0 = off", minimum=0)
+    top_p: float = setting(
+        1.0, help="Sample from the top tokens of this total probability", minimum=0, maximum=1
+    )
+    min_p: float = setting(
+        0.0, help="Minimum probability, as a fraction of the top one's", minimum=0, maximum=1
+    )
+    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens; 1 = off", minimum=0)
+    seed: int = setting(0, help="Random seed", minimum=0)
 
 
 DRAFTERS = f"Drafters, comma-separated: {', '.join(registry.drafter_names())}, lookup"
@@ -39,15 +43,17 @@ DRAFTERS = f"Drafters, comma-separated: {', '.join(registry.drafter_names())}, l
 
 @dataclass(frozen=True)
 class DraftingOptions:
-    """Who drafts, how much, and how drafts lie in a pass."""
+    """Which drafters to use, how many drafts, and their layout in a pass."""
 
-    layout: Literal["auto", "linear", "quadratic", "plain"] = setting("auto", help="Layout of a step")
+    layout: Literal["auto", "linear", "quadratic", "plain"] = setting(
+        "auto", help="Layout of drafts and slots in a step"
+    )
     drafts: int | None = setting(None, help="Drafts per step", minimum=1, old_option="--slots")
-    lookup: bool | None = setting(None, help="Draft from the text itself too (default: in auto)")
+    lookup: bool | None = setting(None, help="Also draft from the text so far (default: only in auto)")
     drafter: str | None = setting(None, help=DRAFTERS)
 
 
-# What single drafters take when a model is loaded, as their rooms say.
+# Options of single drafters, declared in their own folders.
 LoadingOptions: Any = registry.loading_block()
 
 
@@ -56,36 +62,36 @@ class EmissionOptions:
     """Whether drafts are verified before they are written."""
 
     emit: Literal["verified", "conf-adapt", "static"] = setting(
-        "verified", help="Drafts: verified, or unverified (lossy)"
+        "verified", help="Verify drafts, or emit them unverified (lossy)"
     )
-    tau: float | None = setting(None, help="Least probability of a draft (conf-adapt: 0.9)")
+    tau: float | None = setting(None, help="Minimum probability of a draft (conf-adapt: 0.9)")
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How keys and values are kept."""
+    """Quantisation of the KV cache."""
 
-    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Bits of the KV cache")
-    kv_group_size: Literal[32, 64, 128] = setting(64, help="Values that share a scale in the KV cache")
-    quantized_kv_start: int = setting(5000, help="Tokens before the KV cache is quantised", minimum=0)
+    kv_bits: Literal[2, 3, 4, 6, 8] | None = setting(None, help="Quantise the KV cache to this many bits")
+    kv_group_size: Literal[32, 64, 128] = setting(64, help="Group size of the KV cache quantisation")
+    quantized_kv_start: int = setting(5000, help="Quantise the KV cache after this many tokens", minimum=0)
 
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """How exactly the model computes."""
+    """Precision of the weights and of the computation."""
 
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Same bits as plain decoding, also in near ties; slower")
+    quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
+    exact: bool = setting(False, help="Match plain decoding bit for bit (slower)")
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What is answered, and at what length."""
+    """The prompt, and how long the text may be."""
 
-    prompt: str | None = setting(None, help="Prompt, or - for stdin", flag="-p")
+    prompt: str | None = setting(None, help="Prompt text, or - for stdin", flag="-p")
     prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
-    system: str | None = setting(None, help="System message of the chat")
-    max_tokens: int = setting(256, help="At most this many tokens, -1 for no limit", minimum=-1, flag="-n")
+    system: str | None = setting(None, help="System message")
+    max_tokens: int = setting(256, help="Maximum number of tokens; -1 = no limit", minimum=-1, flag="-n")
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,11 @@ class GenerateSettings(
     PromptOptions,
     ModelOptions,
 ):
-    """Options of `mtp-mlx generate`; sampling means what it means in mlx-lm."""
+    """Options of `mtp-mlx generate`; sampling options mean what they mean in mlx-lm."""
 
-    repetition_context_size: int = setting(20, help="Tokens that count as repeated", minimum=1)
+    repetition_context_size: int = setting(20, help="Number of last tokens the penalty looks at", minimum=1)
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
         None, help="Sampling method (default: the adapter's)"
     )
-    first_token_sampling: bool = setting(False, help="Unverified: sample where one token is emitted")
-    stop: tuple[str, ...] = setting((), help="End before this text, may be repeated")
+    first_token_sampling: bool = setting(False, help="Unverified only: sample when a pass emits one token")
+    stop: tuple[str, ...] = setting((), help="Stop before this text; may be repeated")

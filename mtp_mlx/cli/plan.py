@@ -1,4 +1,4 @@
-"""`mtp-mlx plan`: the speed-up that measured acceptance would give on another machine's published cost curve."""
+"""`mtp-mlx plan`: project measured acceptance onto a published cost curve of another machine."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ Examples:
 class PlanSettings:
     """Options of `mtp-mlx plan`."""
 
-    curve: tuple[str, ...] = setting((), help="Built-in curve or JSON file, may be repeated (default: all)")
+    curve: tuple[str, ...] = setting((), help="Built-in curve or JSON file; may be repeated")
     adapter: Path | None = setting(
-        None, help="Adapter that records its acceptance (default: the bundled one)", flag="-a"
+        None, help="Adapter folder with its acceptance (default: bundled)", flag="-a"
     )
-    bench: Path | None = setting(None, help="Take the acceptance from this bench or eval JSON")
-    lane: str | None = setting(None, help="Lane of --bench (default: the first fixed layout)")
-    draft_cost: float = setting(0.0, help="Cost of a drafted token, in plain steps", minimum=0)
+    bench: Path | None = setting(None, help="JSON of bench or eval to take the acceptance from")
+    lane: str | None = setting(None, help="Lane of --bench to use (default: first fixed layout)")
+    draft_cost: float = setting(0.0, help="Cost of drafting a token, in plain steps", minimum=0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One acceptance on one curve."""
+    """The projections of one acceptance on one curve."""
 
     measured: MeasuredAcceptance
     curve: CostCurve
     projections: list[Projection]
 
 
-@click.command(epilog=EPILOG, short_help="Project the speed-up on another machine's costs")
+@click.command(epilog=EPILOG, short_help="Project the speed-up on other machines")
 @options_for(PlanSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(as_json: bool, **options: Any) -> None:
-    """Project the speed-up that measured acceptance would give on a published cost curve.
+    """Project the speed-up that the measured acceptance would give on another machine.
 
-    A projection, not a measurement: the curve was timed on another machine, and mostly with another model. Nothing is
-    projected beyond the rows of the curve. Slot rows cost as much as real rows, a drafted token --draft-cost.
+    This is a projection, not a measurement: it uses a published cost curve, timed on another machine and mostly with
+    another model. Without --curve, all built-in curves are used. Nothing is projected beyond the last point of a
+    curve. Slot rows are assumed to cost as much as real rows, and drafting a token --draft-cost.
     """
     settings = from_yaml(PlanSettings, None, options)
     plans = make(settings)
@@ -71,10 +72,10 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def make(settings: PlanSettings) -> list[Plan]:
-    """Projects every acceptance on every curve.
+    """Project every acceptance onto every curve.
 
     Raises:
-        MTPError: an unknown curve, no acceptance, or options that contradict each other.
+        MTPError: if a curve is unknown, there is no acceptance, or options contradict each other.
     """
     from mtp_mlx.measure.curves import built_in, read_curve
     from mtp_mlx.measure.projection import project
@@ -83,15 +84,17 @@ def make(settings: PlanSettings) -> list[Plan]:
 
     curves = [read_curve(name) for name in settings.curve or built_in()]
     if settings.bench is not None and settings.adapter is not None:
-        raise MTPError("both --adapter and --bench were given: the acceptance comes from one of them")
+        raise MTPError("both --adapter and --bench were given: give one of them")
     if settings.lane is not None and settings.bench is None:
-        raise MTPError("--lane names a lane of a report: give that with --bench")
+        raise MTPError("--lane names a lane of a report: give the report with --bench")
     if settings.bench is not None:
         measured = from_report(settings.bench, settings.lane)
     else:
         folder = settings.adapter or bundled_adapter(next(iter(EMBEDDED)))
         if folder is None:
-            raise MTPError("no adapter ships with this package: give one with --adapter, or --bench FILE")
+            raise MTPError(
+                "this package has no bundled adapter: name one with --adapter, or give --bench FILE"
+            )
         measured = [from_adapter(folder)]
     return [
         Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost))
@@ -125,7 +128,7 @@ def report(plans: list[Plan], settings: PlanSettings) -> dict[str, Any]:
 
 
 def table(plans: list[Plan]) -> Table:
-    """One curve: every layout of a single acceptance, or the best layout of each of several."""
+    """The table of one curve: every layout if there is one acceptance, else the best layout of each."""
     from mtp_mlx.measure.projection import LABEL, best
 
     curve = plans[0].curve
@@ -152,7 +155,7 @@ def _cells(projection: Projection | None, curve: CostCurve) -> tuple[str, ...]:
 
 
 def notes(plans: list[Plan]) -> list[str]:
-    """Where the figures come from, and the conclusion."""
+    """The sources of the figures, and the conclusion."""
     from mtp_mlx.measure.projection import best
 
     curve = plans[0].curve

@@ -1,4 +1,4 @@
-"""`mtp-mlx serve`: an HTTP server with OpenAI's and Anthropic's interfaces."""
+"""`mtp-mlx serve`: an HTTP server with OpenAI- and Anthropic-compatible APIs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from mtp_mlx.serve.grammar import Grammars
 
 KEY_VARIABLE = "MTP_MLX_API_KEY"
-GOODBYE_SECONDS = (
-    5  # after the grace: for the engine to end its pass, and for the errors to reach the clients
-)
+GOODBYE_SECONDS = 5  # after the grace period: time to finish the pass and to send the errors to the clients
 EPILOG = """\b
 Examples:
   mtp-mlx serve
@@ -44,29 +42,29 @@ Examples:
 class ServeSettings(PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ModelOptions):
     """Options of `mtp-mlx serve`."""
 
-    name: str | None = setting(None, help="What requests call the model (default: its name or folder)")
+    name: str | None = setting(None, help="Model name in requests (default: its name or folder)")
     host: str = setting("127.0.0.1", help="Address to listen on")
-    port: int = setting(8080, help="Port to listen on, 0 for any free one", minimum=0, maximum=65535)
-    api_key_file: Path | None = setting(
-        None, help=f"File with the key that clients must show (or set {KEY_VARIABLE})"
+    port: int = setting(8080, help="Port to listen on; 0 = any free one", minimum=0, maximum=65535)
+    api_key_file: Path | None = setting(None, help=f"File with the API key (or set {KEY_VARIABLE})")
+    open_to_all: bool = setting(False, help="Accept requests from other machines without a key")
+    temp: float = setting(0.0, help="Temperature if a request has none", minimum=0)
+    max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
+    max_output_tokens: int = setting(32768, help="Largest max_tokens of a request", minimum=1)
+    max_prompt_tokens: int = setting(32768, help="Longest prompt, in tokens", minimum=1)
+    max_body_bytes: int = setting(4 << 20, help="Largest request body, in bytes", minimum=1000)
+    queue: int = setting(32, help="Requests that may wait; any more get a 429", minimum=0)
+    concurrent: int = setting(4, help="Requests answered at the same time", minimum=1)
+    batch: bool = setting(True, help="Share forward passes between requests if possible")
+    prefix_cache_mb: int = setting(
+        1024, help="Memory for the KV caches of earlier requests; 0 = off", minimum=0
     )
-    open_to_all: bool = setting(False, help="Listen beyond this machine without a key")
-    temp: float = setting(0.0, help="Temperature where a request gives none", minimum=0)
-    max_tokens: int = setting(1024, help="Tokens to write where a request gives no number", minimum=1)
-    max_output_tokens: int = setting(32768, help="Most tokens a request may ask for", minimum=1)
-    max_prompt_tokens: int = setting(32768, help="Most tokens of a prompt", minimum=1)
-    max_body_bytes: int = setting(4 << 20, help="Most bytes of a request", minimum=1000)
-    queue: int = setting(32, help="Requests that may wait; more get 429", minimum=0)
-    concurrent: int = setting(4, help="Requests answered at once", minimum=1)
-    batch: bool = setting(True, help="Requests answered at once share passes, where the model can")
-    prefix_cache_mb: int = setting(1024, help="Memory for keys and values of earlier texts", minimum=0)
-    grace: int = setting(10, help="Seconds that running answers get when the server stops", minimum=0)
+    grace: int = setting(10, help="Seconds to finish running answers on shutdown", minimum=0)
 
 
-@click.command(epilog=EPILOG, short_help="Answer requests of OpenAI's and Anthropic's clients")
+@click.command(epilog=EPILOG, short_help="Serve OpenAI- and Anthropic-compatible APIs over HTTP")
 @options_for(ServeSettings)
 def command(**options: Any) -> None:
-    """Answer requests of OpenAI's and Anthropic's clients with the same text that generate writes.
+    """Serve a model over HTTP to clients of OpenAI and Anthropic; the text is the same as from generate.
 
     POST /v1/chat/completions, /v1/completions, /v1/messages; GET /v1/models, /health, /metrics.
     """
@@ -81,10 +79,10 @@ def command(**options: Any) -> None:
 
 
 def read_key(settings: ServeSettings) -> str | None:
-    """The API key, or None for none.
+    """The API key, or None if there is none.
 
     Raises:
-        MTPError: an empty key, one that no header can carry, or none where others than this machine may ask.
+        MTPError: if the key is empty, cannot be sent in a header, or is missing although other machines can connect.
     """
     key = os.environ.get(KEY_VARIABLE)
     where = KEY_VARIABLE
@@ -98,14 +96,14 @@ def read_key(settings: ServeSettings) -> str | None:
         raise MTPError(f"{where} must hold a key of printable ASCII characters without spaces")
     if key is None and not is_loopback(settings.host) and not settings.open_to_all:
         raise MTPError(
-            f"on {settings.host} everybody in the network could ask: give --api-key-file (or {KEY_VARIABLE}), or say "
-            "--open-to-all"
+            f"anybody on the network could use a server on {settings.host}: give --api-key-file (or set "
+            f"{KEY_VARIABLE}), or allow it with --open-to-all"
         )
     return key
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:
@@ -115,7 +113,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_names(host: str) -> tuple[str, ...] | None:
-    """Names by which a server on `host` may be addressed; None for any, beyond loopback."""
+    """Names that a `Host` header may have for a server on loopback; None (any name) for other hosts."""
     from mtp_mlx.serve.app import LOOPBACK_NAMES
 
     if not is_loopback(host):
@@ -124,24 +122,22 @@ def host_names(host: str) -> tuple[str, ...] | None:
         spellings = [host, str(ipaddress.ip_address(host))]
     except ValueError:
         spellings = [host]
-    in_brackets = [
-        f"[{spelling}]" for spelling in spellings if ":" in spelling
-    ]  # as they stand in an address
+    in_brackets = [f"[{spelling}]" for spelling in spellings if ":" in spelling]  # as written in a URL
     return tuple(dict.fromkeys([*LOOPBACK_NAMES, *spellings, *in_brackets]))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything takes long; whoever connects before the model is loaded waits for it.
+    """A listening socket, opened before the model is loaded; clients that connect early wait.
 
     Raises:
-        MTPError: the address cannot be had.
+        MTPError: if the address is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # two may bind the same port, only one may listen
+        listener.listen()  # two processes may bind the same port, but only one may listen
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MTPError(
@@ -151,7 +147,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def application(settings: ServeSettings, key: str | None) -> Application:
-    """The application with its model loaded."""
+    """Load the model and build the application."""
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
@@ -177,7 +173,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     )
     plan_drafting(
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
-    )  # refuses now
+    )  # refuses bad settings now, not at the first request
     grammars = _grammars(model, tokenizer)
     engine = Engine(
         model,
@@ -199,24 +195,24 @@ def application(settings: ServeSettings, key: str | None) -> Application:
 
 
 def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:
-    """What answers in JSON are held to, or None where the tokenizer does not go with that."""
+    """The grammars for JSON answers, or None if the tokenizer does not support them."""
     from mtp_mlx.serve.grammar import Grammars
 
     try:
         return Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
     except MTPError as error:
-        tell(f"no JSON schema: {error}")
+        tell(f"JSON schemas are not available: {error}")
         return None
 
 
 def run(settings: ServeSettings, app: Application, listener: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM; running answers then get `grace` seconds, and an error after that."""
+    """Serve until SIGINT or SIGTERM; running answers then get `grace` seconds, and an error after that."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """uvicorn's own raises the signal again at the end; here being told to stop is no error."""
+            """uvicorn raises the signal again at the end; here a request to stop is not an error."""
             before = {name: signal.signal(name, self.handle_exit) for name in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield
@@ -225,7 +221,7 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
                     signal.signal(name, handler)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """uvicorn's own cancels answers after the grace without a word; here the engine ends them before."""
+            """uvicorn silently cancels answers after the grace period; the engine ends them with an error first."""
             ending = threading.Thread(target=app.stop, daemon=True)
             timer = asyncio.get_running_loop().call_later(settings.grace, ending.start)
             try:
@@ -250,5 +246,5 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
 
 
 def tell(stage: str) -> None:
-    """A line on stderr."""
+    """Print a line to stderr."""
     click.echo(stage, err=True)

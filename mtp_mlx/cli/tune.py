@@ -1,4 +1,4 @@
-"""`mtp-mlx tune`: measures every layout and drafter on this machine and keeps the fastest for layout "auto"."""
+"""`mtp-mlx tune`: measure every layout and drafter on this machine and record the fastest for layout "auto"."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class TuneSettings(LoadingOptions):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
-    prompts: Path | None = setting(None, help="JSONL with prompt (or turns) (default: built-in)", flag="-p")
-    limit: int | None = setting(None, help="At most this many prompts, spread over the file", minimum=1)
+    prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
+    limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")
-    quantize: Literal[4, 8] | None = setting(None, help="Bits of the weights, embedded model only")
-    exact: bool = setting(False, help="Tune decoding with --exact, which has a record of its own")
+    quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
+    exact: bool = setting(False, help="Tune decoding with --exact, which is recorded separately")
 
 
-@click.command(epilog=EPILOG, short_help="Find the fastest layout on this machine, for auto")
+@click.command(epilog=EPILOG, short_help="Find the fastest layout on this machine")
 @options_for(TuneSettings)
-@click.option("--forget", is_flag=True, help="Delete the record: auto plans again")
+@click.option("--forget", is_flag=True, help="Delete the record, so that auto plans again")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(forget: bool, as_json: bool, **options: Any) -> None:
-    """Measure plain decoding and every layout and drafter that the model has, and keep the fastest.
+    """Measure plain decoding and every layout and drafter of the model, and record the fastest.
 
-    Layout "auto" then uses it for this model and adapter on this machine, unless --layout, --drafts, --lookup or
-    --drafter is given. If nothing beats plain decoding by 5 %, "auto" decodes plainly. Greedy; the text of the
-    fastest must be mlx-lm's own. A ratio is all tokens over all seconds; where the mean of the prompts' own ratios
-    differs, it follows in brackets.
+    Layout "auto" then uses the record for this model and adapter on this machine, unless --layout, --drafts, --lookup
+    or --drafter is given. If nothing beats plain decoding by 5 %, "auto" decodes plainly. Decoding is greedy, and the
+    fastest must write mlx-lm's text. Ratios are ratios of totals: all tokens over all seconds. The mean of the
+    per-prompt ratios follows in brackets where it differs.
     """
     settings = from_yaml(TuneSettings, None, options)
     if forget:
@@ -69,7 +69,7 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
     rows, choice = results(measured), choose(measured)
     if not choice.tokens_per_second:
         raise MTPError(
-            "every answer ended within the first step, so nothing was measured: give other prompts with --prompts"
+            "every answer ended in its first step, so nothing could be measured: give other prompts with --prompts"
         )
     when = datetime.date.today().isoformat()
     kept = {"date": when, "prompts": len(prompts), "max_tokens": settings.max_tokens}
@@ -93,13 +93,13 @@ def _forget(settings: TuneSettings, as_json: bool) -> str:
     known = forget(_load(settings)[0])
     if as_json:
         return json.dumps({"model": settings.model, "adapter": settings.adapter, "forgotten": known})
-    return "Forgotten: auto plans again." if known else "Nothing was tuned for this model and adapter."
+    return "Record deleted: auto plans again." if known else "There is no record for this model and adapter."
 
 
 def measure(
     settings: TuneSettings, prompts: list[Any], console: Console
 ) -> tuple[AttachedModel, list[Measurement]]:
-    """The model, and every prompt in every lane."""
+    """The model, and measurements of every prompt in every lane."""
     from mtp_mlx.measure.lanes import Bench
     from mtp_mlx.measure.tune import candidates
 
@@ -124,7 +124,7 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
             "name": choice.name,
             "layout": choice.layout,
             "drafts": choice.drafts,
-            "slots": choice.drafts,  # what "drafts" was called
+            "slots": choice.drafts,  # the old name of "drafts"
             "drafter": choice.drafter,
         },
         "beats_plain": choice.layout != "plain",
@@ -140,7 +140,7 @@ def table(rows: list[LaneResult]) -> Table:
     from mtp_mlx.measure.rows import RATIO, SAME_TEXT, lane_table
     from mtp_mlx.measure.speed import ratio_text
 
-    title = "every lane on this machine, against plain decoding of the same weights"
+    title = "every lane on this machine, compared with plain decoding of the same weights"
     out = lane_table(title, ("lane",), ("tok/s", RATIO, "tok/step", SAME_TEXT))
     for row in rows:
         same = f"no: {row.refused} DIFFER" if row.refused else "yes"
@@ -155,7 +155,7 @@ def table(rows: list[LaneResult]) -> Table:
 
 
 def verdict(choice: TunedChoice) -> str:
-    """The sentence at the end."""
+    """The concluding sentence."""
     plain = f"{choice.plain_tokens_per_second:.1f} tok/s"
     if choice.layout == "plain":
         return f"Nothing beats plain decoding here ({plain}); auto now decodes plainly for this model and adapter."

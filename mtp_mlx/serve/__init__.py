@@ -1,8 +1,10 @@
-"""`mtp-mlx serve`: OpenAI's and Anthropic's HTTP interfaces in front of one model (extra `[serve]`).
+"""`mtp-mlx serve`: an HTTP server for one model with OpenAI- and Anthropic-compatible APIs (extra `[serve]`).
 
-app.py           routes, who may ask, limits on what is read
-openai_api.py    JSON of OpenAI's requests and answers        anthropic_api.py  the same for Anthropic's
-engine.py        the one thread that owns the model: queue, turns, cancellation
-sequence.py      one request being answered                   prefix_cache.py   keys and values kept for later ones
-grammar.py       JSON schema as a constraint on tokens        metrics.py        counts for Prometheus
+app.py           routes, access control, size limits
+openai_api.py    OpenAI's requests and responses         anthropic_api.py  Anthropic's requests and responses
+fields.py        checked access to JSON fields           prompts.py        token ids and limits of a request
+engine.py        the thread that owns the model: queue, turns, cancellation
+batch.py         forward passes shared by requests       batch_plan.py     the layout of shared passes
+sequence.py      one request being answered              prefix_cache.py   KV caches kept for later requests
+grammar.py       JSON schema as a constraint on tokens   metrics.py        counters for Prometheus
 """

@@ -1,6 +1,7 @@
-"""Anthropic's messages: what requests mean here, and how answers are written.
+"""Anthropic's messages API: parsing requests and writing responses.
 
-Beyond Anthropic's own fields: seed, min_p and the penalties, as in `openai_api.py`, and in answers `mtp`.
+In addition to Anthropic's fields, requests may have a seed, min_p and penalties, as in `openai_api.py`, and responses
+have `mtp`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def message(body: dict[str, Any], prompts: Prompts) -> MessageAnswer:
-    """Reads a request for /v1/messages.
+    """Parse a request to /v1/messages.
 
     Raises:
-        RequestError: a field that is wrong, or not supported.
+        RequestError: if a field is invalid or not supported.
     """
     fields = Fields(body, IGNORED)
     ids = _conversation(fields, prompts)
@@ -49,7 +50,7 @@ def message(body: dict[str, Any], prompts: Prompts) -> MessageAnswer:
 
 
 def count_tokens(body: dict[str, Any], prompts: Prompts) -> dict[str, Any]:
-    """The answer of /v1/messages/count_tokens; errors as `message`."""
+    """The response of /v1/messages/count_tokens; raises like `message`."""
     fields = Fields(body, IGNORED)
     ids = _conversation(fields, prompts)
     fields.end()
@@ -62,13 +63,15 @@ def _conversation(fields: Fields, prompts: Prompts) -> list[int]:
     fields.refuse("tool_choice", NO_TOOLS, {"type": "none"}, {"type": "auto"})
     fields.refuse("thinking", "the model has no such setting", {"type": "disabled"})
     messages, system = fields.take("messages"), fields.take("system")
-    if system is not None and isinstance(messages, list) and messages:  # it does not stand for a message
+    if (
+        system is not None and isinstance(messages, list) and messages
+    ):  # a system prompt alone is not a conversation
         messages = [{"role": "system", "content": message_text(system, "system")}, *messages]
     return prompts.conversation(messages, ROLES)
 
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
-    """The JSON schema of `output_config.format`; None where there is none."""
+    """The JSON schema of `output_config.format`, or None."""
     config = fields.take("output_config")
     if config is None:
         return None
@@ -102,7 +105,7 @@ def _ending(summary: Summary) -> dict[str, Any]:
 
 
 def _usage(summary: Summary) -> dict[str, Any]:
-    """input_tokens are those that had to run; together with the cached ones they are the prompt."""
+    """input_tokens excludes cached tokens; the sum of both is the length of the prompt."""
     return {
         "input_tokens": summary.prompt_tokens - summary.cached_tokens,
         "cache_read_input_tokens": summary.cached_tokens,
@@ -112,7 +115,7 @@ def _usage(summary: Summary) -> dict[str, Any]:
 
 
 class MessageAnswer:
-    """Writes messages. Arguments: the request, whose words they are, streaming."""
+    """Writes the response to one request for /v1/messages."""
 
     def __init__(self, request: GenerationRequest, prompts: Prompts, stream: bool) -> None:
         self.request, self.stream = request, stream
@@ -139,7 +142,7 @@ class MessageAnswer:
         return {**answer, **_ending(summary), "usage": _usage(summary), "mtp": summary.mtp}
 
     def opening(self) -> str:
-        """See `Answer.opening`. How much of the prompt was cached is known at the end only."""
+        """See `Answer.opening`. The number of cached tokens is only known at the end."""
         usage = {"input_tokens": len(self.request.prompt), "output_tokens": 0}
         start = {"type": "message_start", "message": {**self._message([]), "usage": usage}}
         block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, who may ask, limits on what is read, and the way from the engine to a response."""
+"""The HTTP application: routes, access control, size limits, and turning the engine's events into responses."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mtp_mlx.serve.request import Event, Failure, Piece, RequestError
 
 log = logging.getLogger("mtp_mlx.serve")
 
-BODY_SECONDS = 30.0  # a client that sends its body more slowly is not waited for
-CLIENT_CLOSED = 499  # what logs call a request whose client went away
+BODY_SECONDS = 30.0  # time limit for receiving a body
+CLIENT_CLOSED = 499  # the status logged for a request whose client disconnected
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 Reader = Callable[[dict[str, Any], Prompts], Answer]
@@ -38,13 +38,13 @@ ErrorBody = Callable[[RequestError], dict[str, Any]]
 
 @dataclass(frozen=True)
 class AppSettings:
-    """Who may ask, and how much.
+    """Access control and size limits.
 
     Attributes:
-        api_key: what clients must show, or None.
-        max_body_bytes: of a request.
-        hosts: names by which the server may be addressed, None for any. On loopback this keeps web pages out whose
-            name was made to point here.
+        api_key: the key that clients must send, or None.
+        max_body_bytes: largest request body.
+        hosts: allowed `Host` headers, or None for any. On loopback this protects against DNS rebinding: a web page
+            whose host name resolves to this machine.
     """
 
     api_key: str | None = None
@@ -53,13 +53,13 @@ class AppSettings:
 
 
 class Application:
-    """Routes in front of an engine. `starlette` is the ASGI application; its lifespan starts and stops the engine."""
+    """The routes of an engine. `starlette` is the ASGI application; its lifespan starts and stops the engine."""
 
     def __init__(self, engine: Engine, prompts: Prompts, settings: AppSettings | None = None) -> None:
         self._engine, self._prompts = engine, prompts
         self._settings = settings or AppSettings()
         self._created = int(time.time())
-        # Reading a request means templates and tokenising: in one thread, beside the event loop.
+        # Parsing a request applies templates and tokenises: in one thread, so that the event loop is not blocked.
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="mtp-mlx-reader")
         openai, anthropic = openai_api.error_body, anthropic_api.error_body
         routes = [
@@ -78,11 +78,11 @@ class Application:
 
     @property
     def model_name(self) -> str:
-        """How requests call the model."""
+        """The model's name in requests."""
         return self._prompts.model_name
 
     def stop(self) -> None:
-        """Ends what is being answered with an error, and answers nothing more. Returns when that has been done."""
+        """End all running answers with an error and accept no more requests. Returns when that is done."""
         self._engine.stop()
 
     @contextlib.asynccontextmanager
@@ -102,7 +102,7 @@ class Application:
         error_body: ErrorBody,
         open_to_all: bool = False,
     ) -> Route:
-        """A route whose errors have the form of its interface and which asks for the key."""
+        """A route that checks the key, and whose errors have the form of its API."""
 
         async def answer(request: Request) -> Response:
             try:
@@ -127,22 +127,22 @@ class Application:
 
         return Route(path, endpoint, methods=[method])
 
-    # --- who may ask, and how much --------------------------------------------------------------------------
+    # --- access control and size limits ---------------------------------------------------------------------
 
     def _check_key(self, request: Request) -> None:
-        """Raises RequestError 401 unless the request shows the key, compared in constant time."""
+        """Raise RequestError 401 unless the request has the key (compared in constant time)."""
         key = self._settings.api_key
         if key is None:
             return
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         shown = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode("utf-8")):
-            raise RequestError("a valid API key is needed", 401)
+            raise RequestError("a valid API key is required", 401)
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        """The JSON object of the body, which is never read beyond the limit."""
+        """The JSON object in the body; at most the size limit is read."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # a form on some web page could send any other
+        if kind != "application/json":  # a form on a web page could send other types
             raise RequestError("the body must be sent as application/json", 415)
         most = self._settings.max_body_bytes
         too_large = RequestError(f"the body has more than {most} bytes (--max-body-bytes)", 413)
@@ -175,14 +175,14 @@ class Application:
 
     async def _model(self, request: Request) -> Response:
         if request.path_params["name"] != self.model_name:
-            raise RequestError(f"this server has the model {self.model_name!r}", 404, "model")
+            raise RequestError(f"this server serves the model {self.model_name!r}", 404, "model")
         return JSONResponse(openai_api.models(self._prompts, self._created)["data"][0])
 
     async def _count_tokens(self, request: Request) -> Response:
         return JSONResponse(await self._read(anthropic_api.count_tokens, await self._body(request)))
 
     def _answering(self, read: Reader) -> Callable[[Request], Awaitable[Response]]:
-        """A handler of requests that the engine answers."""
+        """A handler for requests that the engine answers."""
 
         async def handle(request: Request) -> Response:
             answer: Answer = await self._read(read, await self._body(request))
@@ -190,7 +190,7 @@ class Application:
             ticket = self._engine.submit(answer.request, _deliverer(events))
             handed_over = False
             try:
-                # A failure before the first token still gets its own status.
+                # Wait for the first piece, so that a failure before it still gets its own status.
                 first = await _next_or_gone(request, events)
                 if answer.stream:
                     handed_over = True
@@ -207,7 +207,7 @@ class Application:
 
 
 async def _collect(request: Request, most: int, too_large: RequestError) -> bytes:
-    """The body; raises `too_large` as soon as it has more than `most` bytes."""
+    """The body; raises `too_large` as soon as more than `most` bytes have arrived."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -217,7 +217,7 @@ async def _collect(request: Request, most: int, too_large: RequestError) -> byte
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of one ticket, which ends with the response, however that ends."""
+    """Server-sent events of one ticket; however the response ends, the ticket is cancelled with it."""
 
     def __init__(self, events: AsyncIterator[str], ticket: Ticket) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -232,11 +232,11 @@ class _EventStream(StreamingResponse):
 
 
 def _deliverer(events: asyncio.Queue[Event]) -> Callable[[Event], None]:
-    """Takes events from the engine's thread to the event loop."""
+    """A function that passes events from the engine's thread to the event loop."""
     loop = asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is listening
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     return deliver
@@ -252,8 +252,8 @@ async def _next_or_gone(request: Request, events: asyncio.Queue[Event]) -> Piece
     """The next piece.
 
     Raises:
-        RequestError: what the engine failed with.
-        ClientDisconnect: the client went away first.
+        RequestError: if the engine failed.
+        ClientDisconnect: if the client disconnects first.
     """
     if not events.empty():
         return _piece(events.get_nowait())
@@ -270,7 +270,7 @@ async def _next_or_gone(request: Request, events: asyncio.Queue[Event]) -> Piece
 
 
 async def _events(answer: Answer, first: Piece, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
-    """The text of server-sent events."""
+    """The server-sent events as text."""
     piece = first
     try:
         if text := answer.opening():

@@ -1,15 +1,16 @@
-"""Several sequences decoded in one pass, each with its own drafts and its own number of accepted ones.
+"""Decodes several sequences in one pass, each with its own drafts and its own number of accepted drafts.
 
-The trunk and the LM head run over [B, R] rows of one layout; everything else (picks, drafts, penalties, grammar) is
-each `Session`'s own, so the text is what the sequence would get alone. Caches are mlx-lm's `BatchKVCache`: rows are
-right-justified, so sequences that kept fewer rows than others are rolled to the right (a copy of the batch's keys and
-values), and the padding that this leaves on their left is masked and cut off now and then.
+The trunk and the LM head run over [B, R] rows with a common layout. Everything else (picks, drafts, penalties,
+grammar) belongs to each `Session`, so the text is what the sequence would get alone. Caches are mlx-lm's
+`BatchKVCache`, whose rows are right-justified: sequences that kept fewer rows than others are rolled to the right
+(which copies the batch's keys and values). This leaves padding on their left, which is masked, and cut off from
+time to time.
 
-Sequences with fewer drafts than the layout has room for get rows of filler, which nobody looks at.
-Non-goals: sliding windows, recurrent state, quantised caches, exact rows; `why_not_batch` says so, and such sequences
-are decoded one after another.
+Sequences with fewer drafts than the layout has room for get filler rows, which are ignored. Non-goals: sliding
+windows, recurrent state, quantised caches and exact rows. `why_not_batch` gives the reason, and such sequences are
+decoded in turns.
 
-Legend: B sequences, R rows of each, d drafts, a of them accepted.
+Legend: B sequences, R rows of each, d drafts.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.serve.batch_plan import BatchPlan
 
-FILLER = 0  # token id of rows that are no drafts
-CUT_PADDING_AT = 128  # rows of padding that every sequence may carry
-# How far states of a shared pass may be off, relative to their length: far above rounding, far below a wrong mask.
+FILLER = 0  # token id of filler rows
+CUT_PADDING_AT = 128  # cut the padding off once every sequence has this many rows of it
+# Allowed relative error of states in a shared pass: far above rounding, far below the effect of a wrong mask.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05
 
 
@@ -40,9 +41,9 @@ class Member:
     """One sequence of a batch.
 
     Attributes:
-        session: between two steps of its own; its keys and values are in the batch until it leaves.
-        loop: its decode loop, which is not decoding by itself meanwhile.
-        padding: rows on the left of the batch's cache that are not its own.
+        session: between two steps; the batch holds its keys and values until it leaves.
+        loop: its decoding loop, which does not decode by itself meanwhile.
+        padding: rows of padding on its left in the batch's cache.
     """
 
     session: Session
@@ -54,8 +55,8 @@ class Batch:
     """Sequences that take their steps together.
 
     Args:
-        attached: their model.
-        plan: chooses the common layout.
+        attached: the model.
+        plan: chooses the common layout of a step.
     """
 
     def __init__(self, attached: AttachedModel, plan: BatchPlan) -> None:
@@ -64,7 +65,7 @@ class Batch:
         self._caches: list[BatchKVCache] = []
 
     def join(self, session: Session, loop: DecodeLoop) -> Member:
-        """Takes a sequence in, between two of its steps."""
+        """Add a sequence, between two of its steps."""
         member = Member(session, loop)
         own = [BatchKVCache.merge([layer]) for layer in session.lend_caches()]
         if not self.members:
@@ -77,13 +78,13 @@ class Batch:
         return member
 
     def leave(self, member: Member) -> None:
-        """Lets a sequence go; its session then has its keys and values back."""
+        """Remove a sequence and give its session the keys and values back."""
         index = self.members.index(member)
         member.session.take_caches([layer.extract(index) for layer in self._caches])
         self._drop(index)
 
     def forget(self, member: Member) -> None:
-        """Lets a sequence go that nobody wants any more."""
+        """Remove a cancelled sequence; its keys and values are dropped."""
         self._drop(self.members.index(member))
 
     def _drop(self, index: int) -> None:
@@ -95,7 +96,7 @@ class Batch:
         self._filter(rest)
 
     def _filter(self, indices: mx.array) -> None:
-        """Keeps some sequences; padding that all of them have is cut off."""
+        """Keep the sequences at `indices`; padding that all of them have is cut off."""
         for layer in self._caches:
             layer.filter(indices)
         self._read_padding()
@@ -108,7 +109,7 @@ class Batch:
     # --- one step -------------------------------------------------------------------------------------------
 
     def step(self) -> list[list[Token]]:
-        """One pass over all members: the tokens that each of them commits, in order of `members`."""
+        """Run one pass over all members; returns the tokens that each commits, in the order of `members`."""
         offered = [preferred(member.loop.proposals(self._plan.max_drafts)) for member in self.members]
         starts = [member.session.next_position - 1 for member in self.members]
         layout = self._plan.choose([len(proposal.drafts) for proposal in offered], starts)
@@ -133,7 +134,7 @@ class Batch:
         return committed
 
     def _block(self, layout: Layout, offered: list[Proposal], starts: list[int]) -> Block:
-        """The members' rows, [B, R]."""
+        """The rows of all members, [B, R]."""
         blocks = []
         for member, proposal, start in zip(self.members, offered, starts, strict=True):
             filler = [FILLER] * (layout.drafts - len(proposal.drafts))
@@ -147,7 +148,7 @@ class Batch:
         )
 
     def _keep(self, n_rows: int, kept: list[int]) -> None:
-        """Of the pass's rows, sequence b keeps the first kept[b]."""
+        """Trim the caches so that sequence b keeps the first kept[b] of the pass's rows."""
         surplus = [n_rows - count for count in kept]
         common = min(surplus)
         uneven = [count - common for count in surplus]
@@ -163,21 +164,21 @@ class Batch:
 
 
 def _stacked(arrays: list[mx.array | None]) -> mx.array:
-    """[B, ...] of arrays that are all there."""
+    """Stack arrays into [B, ...]; none may be None."""
     there = [array for array in arrays if array is not None]
     assert len(there) == len(arrays)
     return mx.stack(there)
 
 
 def why_not_batch(attached: AttachedModel) -> str:
-    """Why sequences of this model cannot share passes; empty if they can. Runs a few rows to see."""
+    """Why sequences of this model cannot share passes, or "" if they can. Runs a few rows to find out."""
     if attached.exact:
-        return "exact decoding computes every row as if alone"
+        return "exact decoding computes every row as if it were alone"
     other = next(
         (type(layer).__name__ for layer in attached.make_cache() if type(layer) is not KVCache), None
     )
     if other is not None:
-        return f"this model's cache is a {other}, whose rows cannot be rolled"
+        return f"this model has a {other}, whose rows cannot be rolled"
     prompts = [[token % attached.vocab_size for token in range(1, 1 + count)] for count in (3, 7)]
     try:
         alone = [_last_state(attached, [attached.make_cache()], [prompt]) for prompt in prompts]
@@ -185,15 +186,15 @@ def why_not_batch(attached: AttachedModel) -> str:
         apart = mx.linalg.norm(mx.concatenate(alone) - together, axis=-1)
         off = cast(float, mx.max(apart / mx.linalg.norm(together, axis=-1)).item())
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        return f"this model does not take a batch of unequal sequences ({error})"
+        return f"this model cannot run a batch of sequences of different lengths ({error})"
     single = attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype == mx.float32
     if off <= (TOLERANCE if single else HALF_TOLERANCE):
         return ""
-    return "this model computes something else in a batch of unequal sequences"
+    return "this model gives other results in a batch of sequences of different lengths"
 
 
 def _last_state(attached: AttachedModel, caches: list[list[Any]], prompts: list[list[int]]) -> mx.array:
-    """[B, D] float32, states of the prompts' last tokens, whose passes are shared where there are several."""
+    """[B, D] float32: states of the prompts' last tokens, computed in one pass."""
     for cache, prompt in zip(caches, prompts, strict=True):
         attached.forward(Block.real(mx.array([prompt[:-1]])), cache)
     layers = caches[0] if len(caches) == 1 else [BatchKVCache.merge(list(each)) for each in zip(*caches)]

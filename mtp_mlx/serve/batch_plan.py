@@ -1,10 +1,10 @@
 """The common layout of a batch's steps.
 
-A fixed layout stays what it is. "auto" takes the number of slots (or of drafts behind a pass) and the form for which
-expected tokens per second of the whole batch are highest, none included: B sequences of R rows cost about c(B R)
-(design 2.5), so batches draft less than single sequences do. In the linear form sequences wait for each other: the
-one slot group stands behind all drafts of the pass, out of reach of sequences that bring fewer; so its rate is that
-of the whole batch, and falls with every further sequence even where rows are free.
+A fixed layout is used as it is. "auto" chooses the form and the number of slots (or of chained drafts) with the
+most expected tokens per second for the whole batch, where no drafts is one of the choices. B sequences of R rows
+cost about c(B R), so batches draft less than single sequences. In the linear form, sequences wait for each other:
+the only slot group is behind all drafts of the pass, out of reach of sequences that have fewer drafts. Its rate is
+therefore that of the whole batch, and falls with every further sequence even if rows are free.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class BatchDrafting:
     """What a batch may draft with.
 
     Attributes:
-        form: "plain", "linear" and "quadratic" are fixed, "auto" plans.
-        slots: most slots behind one position; 0 where the model's own drafter places none.
-        chain: most drafts that are made behind a pass; 0 where none are.
-        lookup: most drafts from the text itself; 0 where it does not draft.
+        form: "plain", "linear" and "quadratic" are fixed; "auto" plans.
+        slots: most slots behind one position; 0 if the model's own drafter uses no slots.
+        chain: most drafts made after a pass (by heads or a draft model); 0 if there are none.
+        lookup: most drafts from the text itself; 0 without lookup.
         own: name of the model's own drafter; "" without one.
     """
 
@@ -56,9 +56,9 @@ class BatchPlan:
     """Chooses the layout of every step of a batch.
 
     Args:
-        drafting: what may draft.
-        cost: measured seconds of steps; needed for "auto".
-        experience: acceptance learnt so far, shared with single sequences; needed for "auto".
+        drafting: the allowed drafters and limits.
+        cost: measured seconds per step; required for "auto".
+        experience: acceptance observed so far, shared with single sequences; required for "auto".
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class BatchPlan:
         self._steps = 0
 
     def choose(self, at_hand: Sequence[int], contexts: Sequence[int]) -> Layout:
-        """The next step's layout; it may verify fewer drafts than there are.
+        """The layout of the next step, which may verify fewer drafts than there are.
 
         Args:
-            at_hand: [B] drafts of each sequence.
-            contexts: [B] cached tokens of each sequence.
+            at_hand: [B] number of drafts of each sequence.
+            contexts: [B] number of cached tokens of each sequence.
         """
         if self._drafting.form == "auto":
             self._plan(len(at_hand), round(sum(contexts) / max(len(contexts), 1)))
@@ -96,7 +96,7 @@ class BatchPlan:
         return build(drafts, chosen.slots)
 
     def observe(self, proposal: Proposal, n_accepted: int) -> None:
-        """Learns from one sequence's share of a step."""
+        """Record how many drafts one sequence accepted in a step."""
         if self._experience is not None and proposal.drafts:
             known = self._experience.acceptance[proposal.source]
             known.update(len(proposal.drafts), n_accepted, proposal.confidences)
@@ -124,7 +124,7 @@ class BatchPlan:
         return [BatchDrafting(form, slots=k) for k in range(1, drafting.slots + 1) for form in forms]
 
     def rate(self, n_sequences: int, drafting: BatchDrafting) -> float:
-        """Expected tokens per second of each of B sequences in a steady state, of the lengths last planned for."""
+        """Expected steady-state tokens per second of each of B sequences, at the context length last planned for."""
         assert self._experience is not None
         count = drafting.chain or drafting.slots
         known = self._experience.acceptance[self._drafting.own]
@@ -136,9 +136,9 @@ class BatchPlan:
             return (1 + accepted) / self._seconds(n_sequences, Layout.chained(count, count))
         if drafting.form == "quadratic":
             return (1 + accepted) / self._seconds(n_sequences, Layout.quadratic(count, count))
-        # Linear: the one slot group stands behind all drafts. A sequence that rejects one is without drafts until no
-        # sequence has any; then one pass that verifies nothing gives drafts to all, and passes with drafts follow
-        # while at least one sequence has accepted everything so far.
+        # Linear: the only slot group is behind all drafts. A sequence that rejects a draft has none until no sequence
+        # has any; then one pass that verifies nothing gives all of them drafts, and passes with drafts follow as
+        # long as at least one sequence has accepted everything so far.
         empty = self._seconds(n_sequences, Layout.linear(0, count))
         full = self._seconds(n_sequences, Layout.linear(count, count))
         passes = _longest_run(n_sequences, reach[count])
@@ -146,7 +146,7 @@ class BatchPlan:
         return tokens / (empty + passes * full)
 
     def _seconds(self, n_sequences: int, layout: Layout) -> float:
-        """Of one pass; drafting is done for one sequence after another."""
+        """Seconds of one pass, including drafting for one sequence after another."""
         assert self._cost is not None
         drafts = max(*layout.slots, layout.chain)
         rows = n_sequences * self._cost.rows_of(layout)
@@ -156,8 +156,10 @@ class BatchPlan:
 
 def _longest_run(n_sequences: int, chance: float) -> float:
     """Expected number of passes until each of B sequences has failed once, if each succeeds with `chance` < 1."""
-    most = math.ceil(math.log(1e-9) / math.log(chance)) + 1  # further passes are that unlikely for a sequence
-    survives = chance ** np.arange(most)  # [passes] P(a sequence is still to fail)
+    most = (
+        math.ceil(math.log(1e-9) / math.log(chance)) + 1
+    )  # a sequence survives longer with probability 1e-9
+    survives = chance ** np.arange(most)  # [passes] P(a sequence has not failed yet)
     return float((1 - (1 - survives) ** n_sequences).sum())
 
 
@@ -168,10 +170,7 @@ def batch_drafting(
     lookup: bool | None = None,
     drafter: str | None = None,
 ) -> BatchDrafting:
-    """What the arguments of `plan_drafting` stand for where several sequences share passes.
-
-    "auto" looks nothing up there.
-    """
+    """The `BatchDrafting` for the arguments of `plan_drafting`. With layout "auto" it does not use lookup."""
     layout = settled_layout(model, layout, lookup, drafter)
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "plain":

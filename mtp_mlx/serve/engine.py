@@ -1,10 +1,9 @@
-"""The one thread that owns the model: requests wait in a queue, and those being answered take turns.
+"""The thread that owns the model: requests wait in a queue, and those being answered take turns.
 
-Order is first come, first served; `concurrent` requests are answered at once. Between two turns of a sequence that
-is decoding, at most one chunk of somebody else's prompt runs, so a long prompt does not stop the others' text;
-prompts are read in turn, a chunk each, so it does not stop a short prompt either.
-Sequences that are decoding at the same time share their passes (`mtp_mlx.serve.batch`) where the model can;
-otherwise they take turns, a token each.
+Requests are answered in order of arrival, up to `concurrent` at a time. Between two turns of a decoding sequence,
+at most one chunk of another request's prompt is processed, so a long prompt does not hold up other texts; prompts
+take turns, one chunk each, so it does not hold up a short prompt either. Sequences that decode at the same time
+share their passes (`mtp_mlx.serve.batch`) if the model supports it; otherwise they take turns, one token each.
 """
 
 from __future__ import annotations
@@ -35,20 +34,18 @@ from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 
 log = logging.getLogger("mtp_mlx.serve")
 
-FAILED = (
-    "the server failed at this request; its log says why"  # where the reason is not the client's business
-)
+FAILED = "the request failed because of an error in the server; see its log"  # details stay out of responses
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Bounds of the engine.
+    """Limits of the engine, and how it decodes.
 
     Attributes:
-        queue: most requests that wait while `concurrent` are being answered; one more is refused.
-        concurrent: most requests answered at once.
+        queue: most requests that wait while `concurrent` are being answered; any more are refused.
+        concurrent: most requests answered at the same time.
         prefix_cache_bytes: most bytes of keys and values kept between requests.
-        batch: sequences that are decoding share their passes, where the model can.
+        batch: let decoding sequences share passes if the model supports it.
         decode: how texts are decoded.
     """
 
@@ -65,7 +62,7 @@ class Ticket:
 
     Attributes:
         deliver: called on the engine's thread with every event; must not block.
-        cancelled: set by anybody; the engine looks at it before every step.
+        cancelled: may be set from any thread; the engine checks it before every step.
     """
 
     request: GenerationRequest
@@ -75,28 +72,28 @@ class Ticket:
     answered: bool = False
 
     def cancel(self) -> None:
-        """Nobody wants the rest."""
+        """Stop answering this request."""
         self.cancelled.set()
 
 
 @dataclass
 class _Active:
-    """A ticket whose text is being written."""
+    """A ticket that is being answered."""
 
     ticket: Ticket
     sequence: Sequence
-    reading: bool = True  # its prompt has not run yet
-    member: Member | None = None  # of the batch, while it shares steps
+    reading: bool = True  # its prompt is still being processed
+    member: Member | None = None  # its place in the batch while it shares passes
 
 
 class Engine:
     """Answers requests with one model.
 
     Args:
-        model, tokenizer: from `mtp_mlx.load`; not to be used by anybody else while the engine runs.
-        settings: bounds.
-        metrics: where to count.
-        grammars: compiles and starts grammars; None where the grammar library is not there.
+        model, tokenizer: from `mtp_mlx.load`; nothing else may use them while the engine runs.
+        settings: limits and decoding settings.
+        metrics: the counters to update.
+        grammars: compiles grammars; None if the grammar library is not installed.
     """
 
     def __init__(
@@ -114,23 +111,23 @@ class Engine:
         self.prefixes = PrefixCache(self.settings.prefix_cache_bytes)
         self._waiting: deque[Ticket] = deque()
         self._active: list[_Active] = []
-        self._admitting = 0  # taken out of the queue, and not active yet: 0 or 1
+        self._admitting = 0  # taken out of the queue but not active yet: 0 or 1
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._batch: Batch | None = None
-        self.batching = "off"  # or "on", or why not
+        self.batching = "off"  # "off", "on", or the reason why passes cannot be shared
 
     # --- from any thread ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mtp-mlx-engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends what is being written with an error, and the thread. Returns when it has ended."""
+        """End running answers with an error, and stop the thread. Returns when it has ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -139,20 +136,20 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs."""
+        """Whether the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests waiting, and being answered."""
+        """Numbers of waiting and of active requests."""
         with self._changed:
             return len(self._waiting), len(self._active) + self._admitting
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> Ticket:
-        """Queues a request.
+        """Put a request in the queue.
 
         Raises:
-            RequestError: 429 the queue and all places are full, 503 the server is stopping.
+            RequestError: 429 if the queue is full, 503 if the server is stopping.
         """
         ticket = Ticket(request, deliver)
         with self._changed:
@@ -187,31 +184,31 @@ class Engine:
                     self._turn()
                     self._gauge()
         except Exception:
-            log.exception("the engine failed; the server answers nothing any more")
+            log.exception("the engine failed; the server can no longer answer requests")
         finally:
             self._end_all()
             self._gauge()
 
     def _work_to_do(self) -> bool:
-        """Waits for something to do; False when there will be nothing more."""
+        """Wait for work; False once the engine is stopping."""
         with self._changed:
             while not (self._waiting or self._active or self._stopping):
                 self._changed.wait()
             return not self._stopping
 
     def _make_batch(self) -> Batch | None:
-        """Where sequences share passes; None where they are not to, or cannot."""
+        """The batch in which sequences share passes, or None if they cannot or must not."""
         settings = self.settings.decode
         if not self.settings.batch or self.settings.concurrent < 2:
             return None
         reason, drafting = why_not_batch(self.model), BatchDrafting("plain")
         if not reason and settings.kv_bits is not None:
-            reason = "a quantised cache cannot be rolled"
+            reason = "the rows of a quantised KV cache cannot be rolled"
         try:
             drafting = batch_drafting(
                 self.model, settings.layout, settings.drafts, settings.lookup, settings.drafter
             )
-        except MTPError as error:  # which every request will be told as well
+        except MTPError as error:  # every request gets the same error
             reason = str(error)
         if reason:
             log.warning("requests take turns instead of sharing passes: %s", reason)
@@ -220,11 +217,11 @@ class Engine:
         self.batching = "on"
         cost = step_cost(self.model) if drafting.form == "auto" else None
         if cost is not None:
-            recorded_acceptance(self.model)  # an experience to go on from
+            recorded_acceptance(self.model)  # fills model.experience
         return Batch(self.model, BatchPlan(drafting, cost, self.model.experience))
 
     def _admit(self) -> None:
-        """Takes requests out of the queue while there is room."""
+        """Start requests from the queue while there is room."""
         while len(self._active) < self.settings.concurrent:
             with self._changed:
                 if not self._waiting:
@@ -245,12 +242,12 @@ class Engine:
         constraint = None
         if request.grammar is not None:
             if self.grammars is None:
-                raise MTPError("JSON schema needs llguidance: pip install 'mtp-mlx[serve]'")
+                raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'")
             constraint = self.grammars.start(request.grammar)
         return Sequence(self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint)
 
     def _turn(self) -> None:
-        """One turn of everybody: a token each, and one chunk of the prompt that has waited longest."""
+        """One turn of all requests: one token each, and one chunk of the prompt that has waited longest."""
         self._drop_cancelled()
         reading = next((active for active in self._active if active.reading), None)
         if reading is not None:
@@ -267,13 +264,13 @@ class Engine:
                 self._hand_out(active, active.sequence.advance())
 
     def _alone(self, active: _Active) -> None:
-        """The sequence goes on by itself."""
+        """Take the sequence out of the batch, to decode by itself."""
         if active.member is not None and self._batch is not None:
             self._batch.leave(active.member)
             active.member = None
 
     def _share(self, batch: Batch, ready: list[_Active]) -> None:
-        """One pass over all sequences that are decoding."""
+        """One pass over all decoding sequences."""
         for active in ready:
             if active.member is None:
                 with self._guarded(active.ticket, active):
@@ -305,7 +302,7 @@ class Engine:
             self._drop(active)
 
     def _drop(self, active: _Active) -> None:
-        """Ends a sequence without a trace."""
+        """End a sequence without keeping anything."""
         if active.member is not None and self._batch is not None:
             self._batch.forget(active.member)
         active.sequence.drop()
@@ -334,7 +331,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _guarded(self, ticket: Ticket, active: _Active | None = None):  # type: ignore[no-untyped-def]
-        """Turns an error of one request into its failure; the others go on."""
+        """Turn an error into a failure of this request only."""
         try:
             yield
         except Exception as error:
@@ -378,7 +375,7 @@ class Engine:
 
 
 def failure_of(error: Exception) -> RequestError:
-    """What the client is told; only sentences that were written for people leave the server."""
+    """The error for the client; only messages that were written for users leave the server."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, MTPError):

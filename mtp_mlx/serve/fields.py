@@ -1,4 +1,4 @@
-"""Reading a request's JSON: every field is checked, and one that nobody reads is refused by name."""
+"""Reading the JSON of a request: every field is checked, and unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LONGEST_STOP = 1000  # characters
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        RequestError: not UTF-8, not JSON, nested too deeply, or not an object.
+        RequestError: if the body is not UTF-8, not JSON, nested too deeply, or not an object.
     """
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
@@ -35,14 +35,14 @@ def _no_constant(name: str) -> float:
 
 
 class Fields:
-    """The fields of a JSON object, taken one by one. A field that is null is not there.
+    """The fields of a JSON object, taken one by one. A field that is null counts as missing.
 
     Args:
         values: the object.
-        ignored: names that change nothing here and are let through.
+        ignored: names that have no effect here and are accepted.
 
     Raises:
-        RequestError: a name that is no Unicode text.
+        RequestError: if a name is not valid Unicode.
     """
 
     def __init__(self, values: dict[str, Any], ignored: frozenset[str] = frozenset()) -> None:
@@ -51,16 +51,16 @@ class Fields:
         self._left = {k: v for k, v in values.items() if v is not None and k not in ignored}
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Any JSON value."""
+        """Take a field of any type."""
         return self._left.pop(name, default)
 
     def text(self, name: str, default: str | None = None) -> str | None:
-        """A string."""
+        """Take a string."""
         value = self._left.pop(name, default)
         return value if value is None else checked_text(value, name)
 
     def flag(self, name: str) -> bool:
-        """true or false; false if it is not there."""
+        """Take a boolean; False if it is missing."""
         value = self._left.pop(name, False)
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", field=name)
@@ -69,20 +69,20 @@ class Fields:
     def integer(
         self, name: str, default: int | None = None, minimum: int = 0, most: int = 2**64
     ) -> int | None:
-        """A whole number in [minimum, most]."""
+        """Take an integer in [minimum, most]."""
         value = self._left.pop(name, default)
         if value is None:
             return None
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise RequestError(f"{name} must be a whole number", field=name)
+            raise RequestError(f"{name} must be an integer", field=name)
         if not minimum <= value <= most:
-            raise RequestError(f"{name} must be from {minimum} to {most}, not {value}", field=name)
+            raise RequestError(f"{name} must be between {minimum} and {most}, not {value}", field=name)
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A finite number."""
+        """Take a finite number."""
         value = self._left.pop(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise RequestError(f"{name} must be a number", field=name)
@@ -95,7 +95,7 @@ class Fields:
         return value
 
     def stops(self, name: str) -> tuple[str, ...]:
-        """Stop strings: one, or a list of them."""
+        """Take stop strings: one string or a list of them."""
         value = self._left.pop(name, [])
         strings = [value] if isinstance(value, str) else value
         if not isinstance(strings, list) or len(strings) > MOST_STOPS:
@@ -104,26 +104,28 @@ class Fields:
             )
         for string in strings:
             if not checked_text(string, name) or len(string) > LONGEST_STOP:
-                raise RequestError(f"{name}: a stop string has 1 to {LONGEST_STOP} characters", field=name)
+                raise RequestError(
+                    f"{name}: a stop string must have 1 to {LONGEST_STOP} characters", field=name
+                )
         return tuple(strings)
 
     def refuse(self, name: str, why: str, *harmless: Any) -> None:
-        """Refuses a field by name unless its value is one of the harmless ones."""
+        """Refuse a field by name unless its value is one of the harmless ones."""
         value = self._left.pop(name, None)
         if value is not None and value not in harmless:
             raise RequestError(f"{name} is not supported: {why}", field=name)
 
     def end(self) -> None:
-        """Refuses what was not taken."""
+        """Refuse fields that nobody took."""
         if self._left:
             name = sorted(self._left)[0]
             raise RequestError(f"{name} is not supported", field=name)
 
     def sampling(self, default_temperature: float, seed: int) -> SamplingConfig:
-        """Everything that says how tokens are picked. `seed` is taken where none is given.
+        """Take all sampling fields. `seed` is the default seed.
 
         Raises:
-            RequestError: a value out of range.
+            RequestError: if a value is out of range.
         """
         plain = SamplingConfig()
         try:
@@ -155,18 +157,20 @@ class Fields:
 
 
 def checked_text(value: Any, name: str) -> str:
-    """`value` if it is a string of Unicode characters (JSON can spell halves of some)."""
+    """Return `value` if it is a valid Unicode string (JSON can encode lone surrogates)."""
     if not isinstance(value, str):
         raise RequestError(f"{name} must be a string", field=name)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RequestError(f"{name} has half of a surrogate pair", field=name) from None
+        raise RequestError(
+            f"{name} contains a lone surrogate, which is not valid Unicode", field=name
+        ) from None
     return value
 
 
 def message_text(content: Any, name: str) -> str:
-    """The text of a message's content: a string, or a list of parts of type text."""
+    """The text of a message's content: a string, or a list of parts of type "text"."""
     if isinstance(content, str):
         return checked_text(content, name)
     if not isinstance(content, list):

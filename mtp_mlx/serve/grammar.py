@@ -1,6 +1,6 @@
-"""JSON schema as a constraint on tokens, by llguidance (extra `[serve]`).
+"""JSON schema as a constraint on tokens, with llguidance (extra `[serve]`).
 
-The library says which tokens may come next; the decode loop masks the model's logits with it
+The library says which tokens may come next; the decoding loop masks the model's logits accordingly
 (`mtp_mlx.decode.constraint`). Drafting stays on.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_mlx.errors import MTPError
 
-# A weak model likes to write spaces for ever where JSON allows them; this is enough for indented objects.
+# A weak model may write endless white space where JSON allows it; this is enough for indented objects.
 WHITESPACE = r"[ \n\t\r]{0,24}"
 
 
@@ -21,12 +21,12 @@ class Grammars:
     """Compiles schemas for one tokenizer.
 
     Args:
-        tokenizer: the Hugging Face tokenizer; a fast one.
-        vocab_size: columns of the model's logits.
-        eos_ids: tokens that end a text.
+        tokenizer: a fast Hugging Face tokenizer.
+        vocab_size: number of columns of the model's logits.
+        eos_ids: end-of-text tokens.
 
     Raises:
-        MTPError: llguidance is not installed, or cannot read this tokenizer.
+        MTPError: if llguidance is not installed or cannot use this tokenizer.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> None:
@@ -34,7 +34,7 @@ class Grammars:
             import llguidance
             import llguidance.hf
         except ImportError as error:
-            raise MTPError("JSON schema needs llguidance: pip install 'mtp-mlx[serve]'") from error
+            raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'") from error
         self._library = llguidance
         self._vocab_size, self._eos_ids = vocab_size, sorted(eos_ids)
         try:
@@ -42,13 +42,13 @@ class Grammars:
                 tokenizer, n_vocab=vocab_size, eos_token=self._eos_ids
             )
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise MTPError(f"this model's tokenizer cannot be used with JSON schema: {error}") from error
+            raise MTPError(f"this model's tokenizer does not support JSON schemas: {error}") from error
 
     def from_schema(self, schema: dict[str, Any]) -> str:
-        """The grammar of a JSON schema; `{"type": "object"}` is any object.
+        """The grammar of a JSON schema; `{"type": "object"}` allows any object.
 
         Raises:
-            MTPError: not a schema that the library can follow, or one that no text satisfies.
+            MTPError: if the library does not support the schema, or no text satisfies it.
         """
         matcher = self._library.LLMatcher
         try:
@@ -60,31 +60,31 @@ class Grammars:
         problem = matcher.validate_grammar(grammar, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
             raise MTPError(f"the JSON schema cannot be used: {' '.join(problem.split())[:300]}")
-        # Such as {"$ref": "#"}, which the library compiles: the text would end before its first token.
+        # The library compiles schemas such as {"$ref": "#"}, with which the text would end before its first token.
         if not (self.start(str(grammar)).allowed([])[0] & ~self._only_eos()).any():
             raise MTPError("the JSON schema cannot be used: no text satisfies it")
         return str(grammar)
 
     def start(self, grammar: str) -> GrammarConstraint:
-        """The constraint on one text."""
+        """A constraint for one text."""
         matcher = self._library.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise MTPError(f"the grammar cannot be used: {matcher.get_error()}")
         return GrammarConstraint(matcher, self._only_eos())
 
     def _only_eos(self) -> np.ndarray:
-        """[V] bool: tokens that end a text."""
+        """[V] bool: end-of-text tokens."""
         mask = np.zeros(self._vocab_size, dtype=bool)
         mask[self._eos_ids] = True
         return mask
 
 
 class GrammarConstraint:
-    """A `mtp_mlx.decode.constraint.Constraint` by an llguidance matcher, which it moves along the text.
+    """A `mtp_mlx.decode.constraint.Constraint` that advances an llguidance matcher along the text.
 
     Args:
         matcher: at the beginning of the text.
-        only_eos: [V] bool, tokens that end a text.
+        only_eos: [V] bool, end-of-text tokens.
     """
 
     def __init__(self, matcher: Any, only_eos: np.ndarray) -> None:
@@ -96,7 +96,7 @@ class GrammarConstraint:
         masks = [self._mask()]
         consumed = 0
         for draft in drafts:
-            ends = self._only_eos[draft] or self._matcher.is_stopped()  # nothing behind it will be read
+            ends = self._only_eos[draft] or self._matcher.is_stopped()  # later rows are never read
             if ends or not self._matcher.try_consume_tokens([draft]):
                 break
             consumed += 1

@@ -1,4 +1,4 @@
-"""Counts of the server, in Prometheus' text format."""
+"""Counters of the server, in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 
 HELP = {
     "mtp_mlx_requests_total": ("counter", "HTTP requests answered, by path and status"),
-    "mtp_mlx_cancelled_total": ("counter", "Requests whose client went away"),
+    "mtp_mlx_cancelled_total": ("counter", "Requests whose client disconnected"),
     "mtp_mlx_prompt_tokens_total": ("counter", "Prompt tokens"),
     "mtp_mlx_cached_prompt_tokens_total": ("counter", "Prompt tokens taken from the prefix cache"),
     "mtp_mlx_generated_tokens_total": ("counter", "Tokens written"),
-    "mtp_mlx_steps_total": ("counter", "Forward passes of single sequences after their prompts"),
-    "mtp_mlx_drafts_reached_total": ("counter", "Drafts reached by verification, by depth"),
+    "mtp_mlx_steps_total": ("counter", "Decoding steps, summed over sequences"),
+    "mtp_mlx_drafts_reached_total": ("counter", "Drafts checked, by depth"),
     "mtp_mlx_drafts_accepted_total": ("counter", "Drafts accepted, by depth"),
     "mtp_mlx_batched_passes_total": ("counter", "Forward passes shared by several sequences"),
     "mtp_mlx_waiting": ("gauge", "Requests in the queue"),
     "mtp_mlx_active": ("gauge", "Requests being answered"),
     "mtp_mlx_prefix_cache_bytes": ("gauge", "Bytes in the prefix cache"),
     "mtp_mlx_prefix_cache_entries": ("gauge", "Entries of the prefix cache"),
-    "mtp_mlx_mlx_memory_bytes": ("gauge", "Memory that MLX holds arrays in"),
+    "mtp_mlx_mlx_memory_bytes": ("gauge", "Memory used by MLX arrays, in bytes"),
 }
 
 
 class Metrics:
-    """Counts and gauges by name and labels; safe to use from several threads."""
+    """Counters and gauges by name and labels; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,22 +36,22 @@ class Metrics:
         self._first_count = 0
 
     def add(self, name: str, amount: float = 1, **labels: str | int) -> None:
-        """Adds to a counter."""
+        """Add to a counter."""
         with self._lock:
             self._values[name, _labels(labels)] += amount  # type: ignore[assignment]
 
     def set(self, name: str, value: float) -> None:
-        """Sets a gauge."""
+        """Set a gauge."""
         with self._lock:
             self._values[name, ""] = value  # type: ignore[assignment]
 
     def value(self, name: str, **labels: str | int) -> float:
-        """The current value; 0 if there is none."""
+        """The current value; 0 if it was never set."""
         with self._lock:
             return self._values[name, _labels(labels)]
 
     def first_token(self, seconds: float) -> None:
-        """One request's seconds from its arrival to its first token."""
+        """Record the seconds from a request's arrival to its first token."""
         with self._lock:
             self._first_sum += seconds
             self._first_count += 1
@@ -60,7 +60,7 @@ class Metrics:
                     self._first[bound] += 1
 
     def text(self) -> str:
-        """Everything, in Prometheus' text format 0.0.4."""
+        """All metrics, in Prometheus text format 0.0.4."""
         with self._lock:
             lines: list[str] = []
             for name, (kind, about) in HELP.items():

@@ -1,8 +1,8 @@
-"""OpenAI's chat completions and completions: what requests mean here, and how answers are written.
+"""OpenAI's chat completions and completions APIs: parsing requests and writing responses.
 
-Beyond OpenAI's own fields: top_k, min_p, repetition_penalty and the context sizes of penalties (all as in mlx-lm),
-and in answers `mtp`. Penalties are mlx-lm's too: they look at the last 20 tokens, of the prompt as well, unless a
-context size says otherwise.
+In addition to OpenAI's fields, requests may have top_k, min_p, repetition_penalty and the context sizes of penalties
+(all as in mlx-lm), and responses have `mtp`. Penalties work as in mlx-lm: they look at the last 20 tokens, including
+the prompt's, unless a context size is given.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mtp_mlx.serve.fields import Fields
 from mtp_mlx.serve.prompts import Prompts
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError, Summary, TokenLogprob
 
-# Fields that change nothing about the text of one answer by a local model.
+# Fields that have no effect on the text of a local model.
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "parallel_tool_calls verbosity".split()
 )
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-NO_TOOLS = "this server writes text, it calls no tools"
+NO_TOOLS = "this server does not call tools"
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -36,10 +36,10 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
-    """Reads a request for /v1/chat/completions.
+    """Parse a request to /v1/chat/completions.
 
     Raises:
-        RequestError: a field that is wrong, or not supported.
+        RequestError: if a field is invalid or not supported.
     """
     fields = Fields(body, IGNORED)
     prompts.check_model(fields)
@@ -48,7 +48,7 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
         fields.refuse(name, NO_TOOLS, [])
     for name in ("tool_choice", "function_call"):
         fields.refuse(name, NO_TOOLS, "none", "auto")
-    fields.refuse("modalities", "only text", ["text"])
+    fields.refuse("modalities", "this server writes text only", ["text"])
     top = fields.integer("top_logprobs", most=20)
     if fields.flag("logprobs"):
         top = top or 0
@@ -65,13 +65,13 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
 
 
 def completion(body: dict[str, Any], prompts: Prompts) -> CompletionAnswer:
-    """Reads a request for /v1/completions; errors as `chat`."""
+    """Parse a request to /v1/completions; raises like `chat`."""
     fields = Fields(body, IGNORED)
     prompts.check_model(fields)
     _refuse_common(fields)
     fields.refuse("echo", "the prompt is not repeated", False)
     fields.refuse("best_of", "one answer is written", 1)
-    fields.refuse("suffix", "text is written after the prompt only", "")
+    fields.refuse("suffix", "text can only follow the prompt", "")
     top = fields.integer("logprobs", most=20)
     stream, usage = _streaming(fields)
     max_tokens = fields.integer("max_tokens", minimum=1)
@@ -91,21 +91,21 @@ def models(prompts: Prompts, created: int) -> dict[str, Any]:
 
 def _refuse_common(fields: Fields) -> None:
     fields.refuse("n", "one answer is written", 1)
-    fields.refuse("logit_bias", "logits are changed by penalties and schema only", {})
+    fields.refuse("logit_bias", "only penalties and a schema change logits", {})
     fields.refuse("reasoning_effort", "the model has no such setting", "none")
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:
-    """(stream, with usage at its end)."""
+    """(whether to stream, whether to end the stream with usage)."""
     options = fields.take("stream_options", {})
     stream = fields.flag("stream")
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise RequestError("stream_options knows include_usage", field="stream_options")
+        raise RequestError("stream_options: only include_usage is supported", field="stream_options")
     return stream, options.get("include_usage") is True
 
 
 def _schema(response_format: Any) -> dict[str, Any] | None:
-    """The JSON schema that a response_format asks for; None for text."""
+    """The JSON schema of a response_format; None for text."""
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, dict) else None
@@ -141,9 +141,16 @@ def usage_of(summary: Summary) -> dict[str, Any]:
 
 
 class _Answer(ABC):
-    """What both forms share. Arguments: the request, whose words they are, streaming, with usage in the stream."""
+    """What chat completions and completions have in common.
 
-    kind = ""  # of object, as the answer says
+    Args:
+        request: for the engine.
+        prompts: tokenizer and model name.
+        stream: the client wants server-sent events.
+        usage: end the stream with token counts.
+    """
+
+    kind = ""  # the field `object` of a response
     chunk_kind = ""
 
     def __init__(self, request: GenerationRequest, prompts: Prompts, stream: bool, usage: bool) -> None:
@@ -194,15 +201,15 @@ class _Answer(ABC):
 
     @abstractmethod
     def _choice(self, text: str) -> dict[str, Any]:
-        """The only choice of a whole answer, with its text."""
+        """The only choice of a complete response."""
 
     @abstractmethod
     def _delta(self, text: str) -> dict[str, Any]:
-        """The only choice of an event, with what is new of its text."""
+        """The only choice of an event, with the new text."""
 
     @abstractmethod
     def _logprobs(self, pieces: Iterable[Piece]) -> dict[str, Any] | None:
-        """Log-probabilities of the tokens, where they were asked for."""
+        """Log-probabilities of the tokens, or None if they were not requested."""
 
     def _spelt(self, token: int) -> str:
         return str(self._prompts.tokenizer.decode([token]))
@@ -235,7 +242,7 @@ class ChatAnswer(_Answer):
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self._spelt(token)
-        part = "\ufffd" in text  # of a character: its bytes are not known from the text
+        part = "\ufffd" in text  # only part of a character: the decoded text does not tell its bytes
         return {"token": text, "logprob": value, "bytes": None if part else list(text.encode("utf-8"))}
 
 

@@ -1,6 +1,6 @@
-"""Keys and values of earlier texts, for requests that begin alike: the next turn of a chat, a shared system prompt.
+"""KV caches of earlier texts, for requests with the same prefix: the next turn of a chat, a shared system prompt.
 
-Storage, search and order of eviction are mlx-lm's own `LRUPromptCache`; here are the budget and what a Session needs.
+Storage, lookup and eviction are mlx-lm's own `LRUPromptCache`; this adds the budget and what a Session needs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MOST_ENTRIES = 256
 
 
 class PrefixCache:
-    """Prompt caches within a budget. Used by one thread.
+    """Prompt caches within a memory budget. Not thread-safe.
 
     Args:
-        budget: most bytes kept between requests; 0 keeps nothing.
+        budget: most bytes to keep between requests; 0 keeps nothing.
 
     Attributes:
-        hits, reused_tokens: requests that found a prefix, and tokens that did not have to run again.
+        hits, reused_tokens: requests that found a prefix, and the tokens they did not have to process.
     """
 
     def __init__(self, budget: int) -> None:
@@ -35,27 +35,28 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
+        """Bytes in use."""
         return int(self._store.nbytes)
 
     def __len__(self) -> int:
         return len(self._store)
 
     def fetch(self, tokens: list[int], spare: int) -> tuple[list[Any] | None, int]:
-        """A copy of the cache with the longest common prefix, and its length; (None, 0) without one.
+        """A copy of the cache with the longest common prefix, and its length; (None, 0) if there is none.
 
         Args:
             tokens: the prompt.
-            spare: tokens at its end that are to run in any case: one at least, and what penalties look back at.
+            spare: tokens at the end of the prompt that must be processed anyway: at least one, and those that
+                penalties look at.
         """
         usable = len(tokens) - spare
         if usable < 1 or not len(self._store):
             return None, 0
-        # One token more than is used: mlx-lm's search leaves the last one to run where it cuts a longer entry.
+        # One token more than needed: where mlx-lm's search trims a longer entry, it leaves out the last token.
         cache, rest = self._store.fetch_nearest_cache("model", tokens[: usable + 1])
         found = usable + 1 - len(rest)
         if cache is not None and found > usable and can_trim_prompt_cache(cache):
-            found -= cast(int, trim_prompt_cache(cache, found - usable))  # annotated as a list there
+            found -= cast(int, trim_prompt_cache(cache, found - usable))  # annotated as a list in mlx-lm
         if cache is None or not 1 <= found <= usable:
             return None, 0
         self.hits += 1
@@ -63,18 +64,18 @@ class PrefixCache:
         return cache, found
 
     def store(self, tokens: list[int], cache: list[Any]) -> None:
-        """Keeps a cache that holds exactly `tokens`, if it fits the budget; older ones make room."""
+        """Keep a cache that holds exactly `tokens` if it fits the budget; older entries are evicted."""
         size = sum(int(layer.nbytes) for layer in cache)
         if tokens and 0 < size <= self._budget and reusable(cache):
             self._store.insert_cache("model", list(tokens), cache)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drop all entries."""
         self._store = LRUPromptCache(max_size=MOST_ENTRIES, max_bytes=self._budget)
 
 
 def reusable(cache: list[Any]) -> bool:
-    """Whether some layer says how many tokens it holds, which going on from it needs."""
+    """Whether some layer knows how many tokens it holds, which is needed to continue from it."""
     leaves = [
         leaf for layer in cache for leaf in (layer.caches if isinstance(layer, CacheList) else (layer,))
     ]

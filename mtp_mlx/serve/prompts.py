@@ -1,4 +1,4 @@
-"""From a request's words to token ids, within the server's limits; the same for every HTTP interface."""
+"""Turns a request's text into token ids, within the server's limits; shared by all HTTP APIs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 
 MOST_MESSAGES = 4096
-SEEDS = 2**53  # drawn seeds survive JSON readers that know doubles only
+SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, in tokens, and what it gets where it does not say.
+    """Limits of a request, and defaults for missing fields.
 
     Attributes:
-        prompt, output: most tokens of the prompt, and written.
-        default_output: written where the request does not say how many.
-        temperature: where the request does not say one.
+        prompt, output: most tokens of the prompt, and of the text.
+        default_output: most tokens of the text if the request has no max_tokens.
+        temperature: if the request has none.
     """
 
     prompt: int = 32768
@@ -36,11 +36,11 @@ class Limits:
 
 @dataclass
 class Prompts:
-    """Makes requests for the engine.
+    """Builds requests for the engine.
 
     Attributes:
-        model_name: how the model is called in requests and answers.
-        vocab_size: ids from here on are no tokens.
+        model_name: the model's name in requests and responses.
+        vocab_size: token ids are below this.
     """
 
     tokenizer: TokenizerWrapper
@@ -50,26 +50,26 @@ class Prompts:
     grammars: Grammars | None = None
 
     def check_model(self, fields: Fields) -> None:
-        """Takes `model`, which must be the one that is served.
+        """Take the field `model`, which must name the served model.
 
         Raises:
-            RequestError: 404 for another one.
+            RequestError: 404 if it names another one.
         """
         name = fields.text("model")
         if name not in (None, self.model_name, "default"):
             raise RequestError(
-                f"this server has the model {self.model_name!r}, not {name!r}", status=404, field="model"
+                f"this server serves the model {self.model_name!r}, not {name!r}", status=404, field="model"
             )
 
     def conversation(self, messages: Any, roles: dict[str, str]) -> list[int]:
-        """Ids of messages, up to where the answer begins.
+        """Token ids of a conversation, up to where the answer begins.
 
         Args:
             messages: a list of {"role", "content"}.
             roles: role in the request -> role in the chat template.
 
         Raises:
-            RequestError: not such a list, or the template refuses it.
+            RequestError: if `messages` is not such a list, or the template rejects it.
         """
         if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
             raise RequestError(f"messages must be a list of 1 to {MOST_MESSAGES} messages", field="messages")
@@ -82,7 +82,7 @@ class Prompts:
             raise RequestError(str(error)) from None
 
     def text(self, prompt: Any) -> list[int]:
-        """Ids of a text, or of a list of ids."""
+        """Token ids of a prompt, which is a string or a list of ids."""
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
             prompt = prompt[0]
         if isinstance(prompt, str):
@@ -103,10 +103,10 @@ class Prompts:
         top_logprobs: int | None = None,
         schema: dict[str, Any] | None = None,
     ) -> GenerationRequest:
-        """What the engine is given; takes the sampling from `fields` and refuses what is then left in it.
+        """Build the engine's request; takes the sampling from `fields` and refuses any fields left over.
 
         Raises:
-            RequestError: over a limit, or a field that is wrong or unknown.
+            RequestError: if a limit is exceeded, or a field is invalid or unknown.
         """
         limits = self.limits
         sampling = fields.sampling(limits.temperature, secrets.randbelow(SEEDS))
@@ -115,12 +115,12 @@ class Prompts:
             raise RequestError("the prompt is empty", field="prompt")
         if len(prompt) > limits.prompt:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this server takes {limits.prompt} (--max-prompt-tokens)"
+                f"the prompt has {len(prompt)} tokens; this server allows {limits.prompt} (--max-prompt-tokens)"
             )
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
             raise RequestError(
-                f"max_tokens is {max_tokens}; this server writes at most {limits.output} (--max-output-tokens)",
+                f"max_tokens is {max_tokens}; this server allows {limits.output} (--max-output-tokens)",
                 field="max_tokens",
             )
         grammar = None if schema is None else self.grammar(schema)
@@ -130,10 +130,10 @@ class Prompts:
         """The compiled grammar of a JSON schema.
 
         Raises:
-            RequestError: it cannot be followed, or the grammar library is not there.
+            RequestError: if the schema is not supported, or the grammar library is not installed.
         """
         if self.grammars is None:
-            raise RequestError("JSON schema is not available: install mtp-mlx[serve]")
+            raise RequestError("JSON schemas are not available on this server: install mtp-mlx[serve]")
         try:
             return self.grammars.from_schema(schema)
         except MTPError as error:
@@ -153,7 +153,7 @@ def _turn(message: Any, where: str, roles: dict[str, str]) -> dict[str, str]:
 
 
 class Answer(Protocol):
-    """How one HTTP interface writes one answer.
+    """How an HTTP API writes the response to one request.
 
     Attributes:
         request: for the engine.
@@ -164,7 +164,7 @@ class Answer(Protocol):
     stream: bool
 
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The JSON of an answer that is not streamed."""
+        """The JSON of a response that is not streamed."""
         ...
 
     def opening(self) -> str:
@@ -172,9 +172,9 @@ class Answer(Protocol):
         ...
 
     def events(self, piece: Piece) -> str:
-        """Events of a piece; those that end the stream with the last one."""
+        """Events of a piece; after the last piece, also those that end the stream."""
         ...
 
     def failure(self, error: RequestError) -> str:
-        """The event that says why a stream ends early."""
+        """The event that reports why a stream ends early."""
         ...

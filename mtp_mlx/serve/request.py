@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers, whatever HTTP interface is in front of it."""
+"""Requests to the engine and its events, independent of the HTTP API."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mtp_mlx.decode.pick import SamplingConfig
 
 
 class RequestError(Exception):
-    """A request that is not served: one sentence for the client.
+    """A request that cannot be answered: one sentence for the client.
 
     Attributes:
         status: HTTP status.
-        field: the field of the request that is wrong, or None.
+        field: the field of the request that caused it, or None.
     """
 
     def __init__(self, message: str, status: int = 400, field: str | None = None) -> None:
@@ -27,10 +27,10 @@ class GenerationRequest:
 
     Attributes:
         prompt: token ids.
-        max_tokens: exactly so many at most, from 1.
-        sampling: how tokens are picked, seed included.
-        stop: strings that end the text; they are not part of it.
-        top_logprobs: how many alternatives to report with each token's log-probability; None for no report.
+        max_tokens: most tokens to write, at least 1.
+        sampling: how tokens are picked, including the seed.
+        stop: strings that end the text and are not part of it.
+        top_logprobs: number of alternatives to report with each token's log-probability; None to report nothing.
         grammar: compiled grammar that the text must follow, or None.
     """
 
@@ -44,10 +44,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its log-probability under the model, before temperature, warps, penalties and grammar.
+    """A token and its log-probability under the model, before temperature, warping, penalties and grammar.
 
     Attributes:
-        top: the likeliest tokens at this position, likeliest first, as (id, log-probability).
+        top: the most likely tokens at this position as (id, log-probability), most likely first.
     """
 
     token: int
@@ -57,14 +57,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Summary:
-    """What there is to say at the end of a text.
+    """What is reported at the end of a text.
 
     Attributes:
         finish_reason: "stop" or "length".
         stop: the stop string that ended it, or None.
-        prompt_tokens, cached_tokens: of the prompt; of these, how many came from the prefix cache.
-        generation_tokens: tokens written, an end-of-text token included.
-        mtp: counts of decoding, JSON values.
+        prompt_tokens, cached_tokens: length of the prompt, and how much of it came from the prefix cache.
+        generation_tokens: tokens written, including an end-of-text token.
+        mtp: counts of the decoding loop, as JSON values.
     """
 
     finish_reason: str
@@ -77,11 +77,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Piece:
-    """One token's share of the text.
+    """What one token adds to the text.
 
     Attributes:
-        text: became final with this token; may be empty.
-        logprob: of the token, where it was asked for.
+        text: the text that this token completes; may be empty.
+        logprob: of the token, if requested.
         summary: None before the last piece.
     """
 
@@ -92,7 +92,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Failure:
-    """The text ends here, by no wish of the client."""
+    """The text ends here because of an error."""
 
     error: RequestError
 

@@ -1,4 +1,4 @@
-"""One request being answered: prompt, decoding, text. Lives on the engine's thread."""
+"""One request being answered: prompt, decoding, text. Used only on the engine's thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mtp_mlx.text import AnswerText
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How every request is decoded; fields as `mtp_mlx.api.stream_generate` and mlx-lm."""
+    """How requests are decoded; fields as in `mtp_mlx.api.stream_generate` and mlx-lm."""
 
     layout: LayoutName = "auto"
     drafts: int | None = None
@@ -38,29 +38,29 @@ class DecodeSettings:
 
     @property
     def cache(self) -> CacheSettings:
-        """The part that is about keys and values."""
+        """The settings of the KV cache."""
         return CacheSettings(
             self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.prefill_step_size
         )
 
 
 class Sequence:
-    """One text on its way.
+    """One text being written.
 
     Args:
-        model, tokenizer: as everywhere.
-        request: what is asked.
-        settings: how it is decoded.
-        prefixes: where the beginning of the prompt may lie, and where the end is kept.
-        constraint: what its grammar asks of tokens, or None.
+        model, tokenizer: from `mtp_mlx.load`.
+        request: what to write.
+        settings: how to decode.
+        prefixes: may hold a prefix of the prompt; receives the KV cache at the end.
+        constraint: the request's grammar, or None.
 
     Attributes:
-        loop: the decode loop, whose session has the text so far.
-        done: the last piece is out.
-        batched_steps: steps that it shared with other sequences.
+        loop: the decoding loop.
+        done: whether the last piece has been returned.
+        batched_steps: steps shared with other sequences.
 
     Raises:
-        MTPError: a prompt or sampling that the model or its adapter does not go with.
+        MTPError: if the model or its adapter does not support the prompt or the sampling.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Sequence:
             model, settings.layout, settings.drafts, self.stats, settings.lookup, settings.drafter
         )
         self.policy = drafting.policy
-        # Penalties look at the last tokens of the prompt, so those always run again.
+        # Penalties look at the last tokens of the prompt, so these are always processed again.
         spare = max(1, request.sampling.history_size)
         cache, self.n_cached = prefixes.fetch(request.prompt, spare)
         self._prefixes = prefixes
@@ -106,18 +106,18 @@ class Sequence:
         self.batched_steps = 0
 
     def prefill(self) -> bool:
-        """Runs the next chunk of the prompt; True when there is none left."""
+        """Process the next chunk of the prompt; True if there was none left."""
         return next(self._chunks, None) is None
 
     def advance(self) -> list[Piece]:
-        """The next token by itself; a step of decoding where none is at hand."""
+        """The next token; runs a decoding step if none is left from the last one."""
         if self._tokens is None:
             self._tokens = self.loop.tokens()
         token = next(self._tokens, None)
         return [] if token is None else self.take([token])
 
     def take(self, tokens: Iterable[Token]) -> list[Piece]:
-        """Pieces of committed tokens, up to the end of the text."""
+        """The pieces of committed tokens, up to the end of the text."""
         pieces = []
         for token in tokens:
             pieces.append(self._piece(token))
@@ -126,7 +126,7 @@ class Sequence:
         return pieces
 
     def pause(self) -> list[Piece]:
-        """Ends decoding by itself between two steps, where its steps can be shared; `advance` goes on from there."""
+        """Stop decoding alone, between two steps, so that the next can be shared; `advance` continues alone."""
         if self._tokens is None:
             return []
         self.loop.leaving = True
@@ -136,18 +136,18 @@ class Sequence:
         return pieces
 
     def finish(self) -> None:
-        """Ends the sequence; its keys and values go to the prefix cache."""
+        """End the sequence and store its keys and values in the prefix cache."""
         if self._tokens is not None:
             self._tokens.close()
         n_own = len(self.request.prompt) - self.n_cached + self._text.count
-        kept = min(n_own, self.session.cached - self.session.start)  # the last token may not have run
+        kept = min(n_own, self.session.cached - self.session.start)  # the last token may not be in the cache
         self.session.settle(kept)
         self._prefixes.store(
             (self.request.prompt + self.session.generated)[: self.n_cached + kept], self.cache
         )
 
     def drop(self) -> None:
-        """Ends the sequence without a trace."""
+        """End the sequence without keeping anything."""
         if self._tokens is not None:
             self._tokens.close()
         self.cache.clear()

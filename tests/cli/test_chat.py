@@ -67,14 +67,14 @@ def test_answers_are_generate_s(folder: Path) -> None:
         folder, ["The sky", "", "/reset", "The sky"], "--system", "Be brief.", "--layout", "quadratic"
     )
     assert result.exit_code == 0, result.output
-    assert result.stdout == alone * 2 and "Forgotten." in result.stderr
+    assert result.stdout == alone * 2 and "Conversation forgotten." in result.stderr
 
 
 def test_stats_layout_and_color(folder: Path) -> None:
     result = chat(folder, ["/layout", "/layout plain", "a", "b", "/stats", "/color", "/layout linear", "c"])
     lines = result.stderr.splitlines()
     assert "layout auto" in lines and "layout plain" in lines and "layout linear" in lines
-    assert any(line.startswith("12 tok · ") and line.endswith(" tok of the prompt reused") for line in lines)
+    assert any(line.startswith("12 tok · ") and line.endswith(" prompt tok reused") for line in lines)
     assert any(line.startswith("2 answers, 24 tok, 1.00 tok/step, ") for line in lines)
     assert "colour is on" in lines and any("draft 1" in line for line in lines)
     assert "\x1b[" not in chat(folder, ["a"]).stdout
@@ -88,7 +88,7 @@ def test_save(folder: Path, tmp_path: Path) -> None:
     assert "".join(m["content"] + "\n" for m in messages[1::2]) == result.stdout
     kept = path.read_text()
     refused = chat(folder, ["c", f"/save {path}", "/save"])
-    assert "is there already" in refused.stderr and "where to?" in refused.stderr and path.read_text() == kept
+    assert "already exists" in refused.stderr and "name a file" in refused.stderr and path.read_text() == kept
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_options_that_are_no_text(folder: Path) -> None:
     [
         ("/layout cubic", "unknown layout 'cubic': choose one of auto, linear, quadratic, plain"),
         ("/sats", "no command /sats: did you mean /stats?"),
-        ("/xyz", "there is /stats, /color, /layout, /save, /reset, /help, /quit"),
-        ("/stats", "no answer yet"),
-        ("/save x", "nothing was said yet"),
+        ("/xyz", "choose one of /stats, /color, /layout, /save, /reset, /help, /quit"),
+        ("/stats", "there is no answer yet"),
+        ("/save x", "the conversation is empty"),
         ("/help", "/layout NAME"),
     ],
 )
@@ -243,7 +243,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(folder: Path, tmp_path: Path) -
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.until("Stopped.")
         terminal.until("> ")
-        terminal.interrupt_at_prompt("/quit or Ctrl-D leaves.")
+        terminal.interrupt_at_prompt("To leave, type /quit or press Ctrl-D.")
         terminal.type("/stats\n")
         assert "stopped" in terminal.until("1 answers, ")
         terminal.type("/quit\n")

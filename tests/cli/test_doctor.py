@@ -57,7 +57,7 @@ def test_stored_verdicts_are_shown_by_shape(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dispatch, "default_dispatcher", lambda *_: stored)
     text = CliRunner().invoke(main, ["doctor"]).stdout
     assert "gated_lora       kernel for some shapes: lost; won" in text
-    assert "0.50 of stock MLX's time" in text and "1.50 of stock MLX's time" in text
+    assert "0.50 of MLX's time" in text and "1.50 of MLX's time" in text
     assert "row_exact        reference: lost" in text
     assert "verify_tail      undecided" in text
     forgotten = json.loads(CliRunner().invoke(main, ["doctor", "--forget", "--json"]).stdout)

@@ -262,12 +262,12 @@ def test_a_closed_pipe_is_quiet(folder: Path) -> None:
 
 
 ERRORS: list[tuple[list[str], str]] = [
-    (["-m", "~nosuchuser/x"], "no such home folder"),
+    (["-m", "~nosuchuser/x"], "without a home folder"),
     (["-m", "nowhere"], "no model 'nowhere'"),
     (["--prompt", "  "], "the prompt is empty"),
     (["--prompt", "", "--raw"], "the prompt is empty"),
     (["--prompt-file", "x", "--prompt", "y"], "give one of them"),
-    (["--raw", "--system", "x"], "drop one of them"),
+    (["--raw", "--system", "x"], "give only one of them"),
     (["--layout", "cubic"], "'cubic' is not one of"),
     (["--slots", "9"], "drafts per step must be 1 to 4"),
     (["--adapter", "none", "--layout", "linear"], "needs an adapter"),

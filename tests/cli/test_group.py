@@ -141,7 +141,7 @@ def test_names_that_no_file_can_have() -> None:
     assert (
         cli.explain(OSError(errno.EFBIG, "File too large")) == "a file could not be written: file too large."
     )
-    assert "no such home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
+    assert "without a home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
     assert cli.explain(RuntimeError("something else")) is None
 
 

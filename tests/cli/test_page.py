@@ -59,9 +59,11 @@ def test_the_page_has_every_option(verb: str) -> None:
     if " " in verb:
         text = above + dict(zip(sections[::2], sections[1::2], strict=True))[verb]
     for parameter in cli_page.shown_options(command_of(verb)):
-        assert all(f"`{name}`" in text for name in (*parameter.opts, *parameter.secondary_opts)), (
-            parameter.name
-        )
+        assert all(
+            f"`{name}`" in text for name in (*cli_page.shown_names(parameter), *parameter.secondary_opts)
+        ), parameter.name
+        old = set(parameter.opts) - set(cli_page.shown_names(parameter))
+        assert not any(f"`{name}`" in text for name in old), "an old name is hidden"
         assert parameter.help and parameter.help.replace("|", "\\|") in text
         assert not parameter.help.endswith("."), f"{verb}: {parameter.help}"
     flat = re.sub(r"\s+", " ", text.replace("\\\n", " "))

@@ -134,8 +134,8 @@ def test_the_command_keeps_what_auto_then_uses(
     asked = run(folder, "generate", "-p", "the dog", "-n", "8", "--drafter", "slots,lookup")
     assert "tuned" not in asked.stderr and asked.stdout == said.stdout
 
-    assert "Forgotten" in run(folder, "tune", "--forget").stdout
-    assert "Nothing was tuned" in run(folder, "tune", "--forget").stdout
+    assert "Record deleted" in run(folder, "tune", "--forget").stdout
+    assert "There is no record" in run(folder, "tune", "--forget").stdout
     assert "tuned" not in run(folder, "generate", "-p", "the dog", "-n", "8").stderr
 
 

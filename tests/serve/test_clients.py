@@ -222,9 +222,9 @@ def test_a_conversation_goes_on_from_its_cache(gpt: Any, claude: Any, loaded: An
 
 def test_models(gpt: Any) -> None:
     assert [model.id for model in gpt.models.list()] == [NAME] and gpt.models.retrieve(NAME).id == NAME
-    with pytest.raises(openai.NotFoundError, match="has the model 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="serves the model 'tiny'"):
         gpt.models.retrieve("gpt-9")
-    with pytest.raises(openai.NotFoundError, match="has the model 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="serves the model 'tiny'"):
         gpt.chat.completions.create(model="gpt-9", messages=user("a"))
 
 
