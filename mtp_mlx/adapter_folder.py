@@ -40,6 +40,8 @@ SIDECAR = "mtp"  # name of an adapter folder inside its model's
 
 _COMMON = ("format", "method", "base", "source", "training", "acceptance", "measurements", "mask")
 
+_KINDS = {dict: "an object", list: "a list", str: "text"}
+
 log = logging.getLogger("mtp_mlx")
 
 
@@ -102,7 +104,7 @@ def read_header(folder: Path) -> Header:
     """Reads `mtp_config.json`.
 
     Raises:
-        MTPError: no adapter there, or its config is damaged or of another format.
+        MTPError: if there is no adapter, or its config is damaged or of another format.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -133,10 +135,10 @@ def read_header(folder: Path) -> Header:
 
 
 def _typed(raw: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """The value of `key`; raises KeyError or ValueError where it is missing without a default or of another type."""
+    """The value of `key`; raises KeyError if it is missing and has no default, ValueError if of another type."""
     value = raw[key] if default is None else raw.get(key, default)
     if not isinstance(value, kind):
-        raise ValueError(f"{key!r} is {value!r}")
+        raise ValueError(f"{key!r} is {value!r}, not {_KINDS[kind]}")
     return value
 
 
@@ -151,7 +153,7 @@ def damage(folder: Path) -> Iterator[None]:
     """Turns what reading a damaged `mtp_config.json` raises into one sentence.
 
     Raises:
-        MTPError: a missing key, a value of the wrong type, or an impossible one.
+        MTPError: for a missing key, a value of the wrong type, or an impossible one.
     """
     path = Path(folder) / CONFIG_NAME
     try:
@@ -169,9 +171,10 @@ def check_method(folder: Path, header: Header, method: str) -> None:
 
 
 def check_base(folder: Path, header: Header, model: nn.Module) -> None:
-    """Raises MTPError where the adapter in `folder` was made for another base than `model`, with both fingerprints.
+    """Checks that the adapter in `folder` was made for `model`; if its base's fingerprint is not known, it warns.
 
-    An adapter that does not know its base's fingerprint is taken as it is, with a warning.
+    Raises:
+        MTPError: if it was made for another base; both fingerprints are named.
     """
     from mtp_mlx.model.fingerprint import base_fingerprint
 
@@ -190,10 +193,10 @@ def read_tensors(folder: Path, lazy: bool = False) -> dict[str, mx.array]:
     """Every tensor of an adapter folder, by name.
 
     Args:
-        lazy: names, shapes and types now; values from the file when they are used.
+        lazy: read the values when they are first used.
 
     Raises:
-        MTPError: the file is missing or damaged.
+        MTPError: if the file is missing or damaged.
     """
     import mlx.core as mx
 
@@ -286,6 +289,8 @@ def bullets(facts: Mapping[str, Any]) -> str:
 
 def _words(value: Any) -> str:
     """A JSON value for people."""
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
@@ -315,7 +320,7 @@ def write_adapter_folder(
     """Writes the folder whole or not at all; weights in `dtype`, bfloat16 by default.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     with new_folder(Path(folder)) as temporary:
         put_adapter(temporary, header, tensors, card, dtype)
@@ -349,6 +354,6 @@ def write_header(folder: Path, header: Header) -> None:
     """Replaces the config of an adapter folder.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     write_text(Path(folder) / CONFIG_NAME, header.text())

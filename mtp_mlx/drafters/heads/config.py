@@ -119,7 +119,7 @@ def facts(folder: Path, header: Header) -> dict[str, Any]:
 def card_lines(folder: Path, header: Header) -> CardLines:
     """The method's lines of the model card."""
     config, source = config_of(folder, header), header.source
-    convention = config.convention.to_json()
+    convention = {name: value for name, value in config.convention.to_json().items() if value != ""}
     convention["unsettled"] = [name.replace("_", " ") for name in convention["unsettled"]]
     with damage(folder):
         files, notes = ", ".join(source.get("files", [])), source.get("notes", [])

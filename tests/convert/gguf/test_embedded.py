@@ -115,7 +115,7 @@ def test_names_resolve(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, message in wrong.items():
         with pytest.raises(ModelNotFound, match=message):
             resolve_model(name)
-    with pytest.raises(ModelNotFound, match="there is smollm2-135m"):
+    with pytest.raises(ModelNotFound, match="choose one of smollm2-135m"):
         embedded_model("gpt5")
 
 
