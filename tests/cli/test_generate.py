@@ -274,7 +274,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["--adapter", "nowhere"], "nowhere is not an adapter folder"),
     (["--temp", "-1"], "--temp must be at least 0"),
     (["--max-tokens", "0"], "--max-tokens must be at least 1"),
-    (["--quantize", "4"], "only the embedded model"),
+    (["--quantize", "4"], "--quantize is for the embedded model only"),
 ]
 
 
