@@ -35,7 +35,7 @@ class Verified:
         layout: the pass's layout; it may allow more drafts than were verified.
         shape: the pass's rows.
         hidden: [R, D] hidden states after the trunk's final norm.
-        head_input: [1, 1 + d, D] hidden states of the real rows, from where the source reads them
+        head_input: [1, 1 + d, D] hidden states of the real rows at the point in the trunk that the source reads
             (`Speculator.first_hidden`).
         logits: [1 + d, V] of the real rows.
         picks: [1 + d] int32, the target's own pick after each real row.
@@ -105,7 +105,7 @@ class Drafter:
         """Records rows of a pass after which nothing is drafted.
 
         Args:
-            head_input: [1, R, D] hidden states of the next R rows, from where the source reads them.
+            head_input: [1, R, D] hidden states of the next R rows, as in `Verified`.
             tokens: committed tokens of this generation; the newest may be missing.
         """
 

@@ -45,7 +45,7 @@ class LayerCaches:
                 "`prompt_cache` holds recurrent state only, which does not say how many tokens it has read: "
                 "leave it out and give the whole text as the prompt"
             )
-        self._rows = 0  # cached, where no cache counts them
+        self._rows = 0  # rows cached, in case no cache counts them
         self._mark: tuple[int, list[list[Any]]] = (self.length, [])
 
     def _leaves(self) -> Iterator[Any]:

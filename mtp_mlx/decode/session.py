@@ -3,8 +3,8 @@
 Invariant between steps: the cache holds every committed token but the last, the *pending* token, whose key and value
 are written by the next pass. Rejected rows and slot rows are removed by one `keep` (`mtp_mlx.decode.rollback`).
 
-mlx-lm quantises its cache right after the pass that reaches `quantized_kv_start`. Here it is quantised right before
-the next pass, which gives the same result, because rows may be rolled back in between and quantised rows cannot be.
+mlx-lm quantises its cache right after the pass that reaches `quantized_kv_start`. Here this waits until just before
+the next pass, with the same result: rows may be rolled back in between, which quantised rows cannot be.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Session:
         self.start = self.cached
         if self._caches.windowed and settings.kv_bits is not None:
             raise MTPError(
-                "this model has sliding-window layers, whose cache cannot be quantised (in mlx-lm neither): "
+                "this model has sliding-window layers, whose cache cannot be quantised (nor can it in mlx-lm): "
                 "leave `kv_bits` out"
             )
         self.drafter = None if open_drafter is None else open_drafter(self.start)
@@ -128,7 +128,7 @@ class Session:
         return hidden
 
     def _observe(self) -> None:
-        """Reports the newest pass to the drafter if nothing is drafted after it."""
+        """Reports the newest pass, after which nothing is drafted, to the drafter."""
         if self.drafter is not None:
             self.drafter.observe(self.attached.head_input, self.tokens)
 

@@ -127,7 +127,7 @@ def verify(
         start: absolute position of the pending token.
         hidden: [R, D] hidden states of the pass.
         logits: [>= 1 + d, V] of its real rows.
-        head_input: [1, >= 1 + d, D] hidden states of the real rows, from where the drafter reads them.
+        head_input: [1, >= 1 + d, D] hidden states of the real rows, as in `Verified`.
     """
     n_real = 1 + len(drafts)
     logits = logits[:n_real]

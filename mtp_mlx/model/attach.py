@@ -49,7 +49,7 @@ class AttachedModel:
     Attributes:
         model: the mlx-lm model.
         speculator: the weights that draft, or None (then blocks have no slots).
-        head_input: [B, R, D] hidden states of the newest pass, from where the speculator reads them
+        head_input: [B, R, D] hidden states of the newest pass at the point in the trunk that the speculator reads
             (`Speculator.first_hidden`).
         vocab_size: V, rows of the embedding table; larger ids are slots.
         hidden_size: D.

@@ -63,7 +63,7 @@ def rows_of(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ..
         else:
             group = max(a for a, start in enumerate(shape.group_start) if start <= index)
             number = int(shape.slot_index[index - shape.n_real]) + 1 - shape.lead
-            kind, text = "slot", f"slot {number} behind {group} accepted"
+            kind, text = "slot", f"slot {number} after {group} accepted"
         rows.append(Row(kind, text, int(shape.offsets[index]), sees))
     return rows
 

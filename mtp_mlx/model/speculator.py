@@ -36,7 +36,7 @@ class Speculator(nn.Module):
 
     @property
     def first_hidden(self) -> str:
-        """Where it reads the trunk's hidden states: "post-norm", "pre-norm" or "before-last-layer" (`model.tap`)."""
+        """Where in the trunk it reads hidden states: "post-norm", "pre-norm" or "before-last-layer" (`model.tap`)."""
         return "post-norm"
 
     @property

@@ -52,7 +52,7 @@ def choose_drafters(
     if drafter is None:
         return DrafterChoice(own=True, lookup=layout == "auto" if lookup is None else lookup)
     if lookup is not None:
-        raise MTPError("`drafter` already says whether lookup drafts: leave `lookup` out")
+        raise MTPError("use `drafter` or `lookup`, not both: leave `lookup` out")
     source = source_of(model)
     needs = registry.drafter_names()
     names = [name.strip() for name in drafter.split(",")]

@@ -15,18 +15,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_text() -> None:
     lines = block_text(block_shape(1, (2, 1)), accepted=1, texts=("a", "b")).splitlines()
     assert lines == [
-        "row  position  holds                     sees the cached text and rows",
-        "  0       n+0  pending token 'a'         x....",
-        "  1       n+1  draft 1, accepted 'b'     xx...",
-        "  2       n+1  slot 1 behind 0 accepted  x.x..",
-        "  3       n+2  slot 2 behind 0 accepted  x.xx.",
-        "  4       n+2  slot 1 behind 1 accepted  xx..x",
+        "row  position  holds                    sees the cached text and rows",
+        "  0       n+0  pending token 'a'        x....",
+        "  1       n+1  draft 1, accepted 'b'    xx...",
+        "  2       n+1  slot 1 after 0 accepted  x.x..",
+        "  3       n+2  slot 2 after 0 accepted  x.xx.",
+        "  4       n+2  slot 1 after 1 accepted  xx..x",
     ]
 
 
 def test_slots_of_parallel_token_prediction_have_a_leading_one() -> None:
     assert [row.text for row in rows_of(block_shape(0, (2,), lead=1))[1:]] == [
-        f"slot {number} behind 0 accepted" for number in (0, 1, 2)
+        f"slot {number} after 0 accepted" for number in (0, 1, 2)
     ]
 
 

@@ -10,10 +10,10 @@ on drafts just made by the heads before it; they are *provisional* and recompute
     2     .. m - 1       m                draft 1                draft 2
     3     .. m - 2       m - 1, m         draft 2                draft 3
 
-So between steps a head's KV cache holds exactly its final rows, and the hidden states of the head before are kept
-waiting for rows that are not final yet: one row in the steady state, more after steps that ran fewer heads or none
-(plain decoding). A step runs head k over the waiting rows and the block. Where the chain starts in the block depends
-on the number of accepted drafts, which is still an array: later rows are computed too, their output is not used, and
+So between steps a head's KV cache holds exactly its final rows. The inputs of its next rows (hidden states of the
+head before) wait next to it: one row in the steady state, more after steps that ran fewer heads or none (plain
+decoding). A step runs head k over the waiting rows and the block. Where the chain starts in the block depends on the
+number of accepted drafts, which is still an array: later rows are computed too, but their output is not used, and
 they are removed from the caches once the host knows.
 
 Rows count from the first token that this generation ran itself. The hidden states of a prefix that came in a prompt
