@@ -40,7 +40,7 @@ SIDECAR = "mtp"  # name of an adapter folder inside its model's
 
 _COMMON = ("format", "method", "base", "source", "training", "acceptance", "measurements", "mask")
 
-_KINDS = {dict: "an object", list: "a list", str: "text"}
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 
 log = logging.getLogger("mtp_mlx")
 
