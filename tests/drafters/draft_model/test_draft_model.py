@@ -198,7 +198,7 @@ def test_load(folders: Path) -> None:
         ({"draft_model": "other"}, "has another vocabulary (300 tokens, the model has 157"),
         ({"draft_model": "nowhere"}, "no model"),
         ({"num_draft_tokens": 2}, "name one with `draft_model`"),
-        ({"draft_model": "small", "adapter": "adapter"}, "is no adapter folder"),
+        ({"draft_model": "small", "adapter": "adapter"}, "is not an adapter folder"),
         ({"draft_modell": "small"}, "`load` has no argument `draft_modell`"),
     ],
 )
