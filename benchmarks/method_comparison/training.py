@@ -1,4 +1,4 @@
-"""Trains every contestant to its last step; with a budget of seconds, finds out first how many steps that is."""
+"""Trains every contestant; with a budget of seconds, first measures how many steps fit into it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from method_comparison.contestants import Contestant
 from method_comparison.plan import Plan
 from mtp_mlx.train.settings import TrainSettings
 
-TIMED_STEPS = 3  # of the short run that finds out how long a step takes; the first is not counted
+TIMED_STEPS = 3  # of the short run that measures the time of a step; the first step is not counted
 
 
 def train(plan: Plan, console: Console) -> None:
-    """Every contestant to its last step.
+    """Trains every contestant to its last step.
 
     Raises:
-        KeyboardInterrupt: stopped; the state is saved.
+        KeyboardInterrupt: the run was stopped, and its state saved.
     """
     for contestant in plan.settings.contestants:
         if plan.steps_of(contestant) is None:
@@ -34,10 +34,10 @@ def train(plan: Plan, console: Console) -> None:
 
 
 def _trained(settings: TrainSettings, console: Console) -> bool:
-    """Whether it got to its last step; what is trained already is only checked to be of these settings.
+    """Trains, if it is not trained already; whether it reached its last step.
 
     Raises:
-        MTPError: it was trained, so far or to the end, with other settings, on other data or another model.
+        MTPError: it was trained, partly or wholly, with other settings, on other data or on another model.
     """
     from mtp_mlx.cli.train import ProgressListener, prepare
 
@@ -51,7 +51,7 @@ def _trained(settings: TrainSettings, console: Console) -> bool:
 
 
 def _steps_in_time(plan: Plan, contestant: Contestant, console: Console) -> int:
-    """Steps that fit into the budget of seconds, by a short run that is thrown away."""
+    """Number of steps that fit into the budget of seconds, measured in a short run that is thrown away."""
     from mtp_mlx.cli.train import ProgressListener, prepare
 
     assert plan.settings.seconds is not None
@@ -73,6 +73,6 @@ def _steps_in_time(plan: Plan, contestant: Contestant, console: Console) -> int:
 
 
 def trained_steps(folder: Path) -> int | None:
-    """Steps of a finished training; None without one."""
+    """Number of steps of a finished training; None if there is none."""
     config = folder / "mtp_config.json"
     return json.loads(config.read_text(encoding="utf-8"))["training"]["steps"] if config.exists() else None

@@ -42,7 +42,9 @@ class TrainSettings:
     micro_batches: int = setting(2, help="Micro-batches per step; two run in parallel on a CPU", minimum=1)
     max_length: int = setting(1024, help="Sequence length in tokens; longer rows are truncated", minimum=8)
     cut_at_tokens: int = setting(
-        0, help="Treat answers of this many tokens as truncated: no end of turn is learnt; 0 = off", minimum=0
+        0,
+        help="Treat answers of this many tokens or more as truncated, with no end of turn; 0 = off",
+        minimum=0,
     )
 
     learning_rate: float = setting(1e-3, help="Peak learning rate", minimum=0.0)

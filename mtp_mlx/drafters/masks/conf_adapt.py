@@ -62,7 +62,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size) if self._gated else None
         self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
         if settings.start_from is not None:
-            self._start(settings.start_from, tell)
+            self.start_from(settings.start_from, config_of, tell)
         self.attached: AttachedModel = attach(model, self.adapter)
         if self._whole:
             model.unfreeze()
@@ -89,15 +89,6 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
             )
         student: Student = WholeStudent(self.attached) if self._whole else LowRankStudent(self.attached)
         return JointRunner(student, *common, chunk_rows=settings.loss_rows)
-
-    def _start(self, folder: Path, tell: Tell) -> None:
-        """Starts from another adapter; MTPError if `tuning` writes models."""
-        if not self._gated:
-            raise MTPError(
-                f"`start_from` continues adapters, and `tuning` {self.settings.tuning} writes whole models: give "
-                "that model as `model` instead"
-            )
-        self.start_from(folder, config_of, tell)
 
     @property
     def workers(self) -> int:

@@ -55,6 +55,11 @@ class ConfAdaptSettings(SlotSettings):
                 f"`tuning` {self.tuning} trains the model's own predictions, which have the whole vocabulary: "
                 "set `draft_vocab` to 0"
             )
+        if self.tuning != "gated-lora" and self.start_from is not None:
+            problems.append(
+                f"`start_from` continues adapters, and `tuning` {self.tuning} writes whole models: give that model "
+                "as `model` instead"
+            )
         return problems
 
 
