@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.convert.adapters import peft_plan, ptp_plan
 from mtp_mlx.convert.gguf.file import read_gguf
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, find_heads, heads_beside_trunk, plan_heads
@@ -31,7 +32,9 @@ def checkpoint_lines(
         lines = plan_lines(checkpoint, plan_heads(checkpoint, found, overrides))
     else:
         kind = checkpoint.text_config.get("model_type", "?")
-        lines = [source_line(checkpoint), f"model type: {kind}", "heads: none"]
+        beside = sidecar(checkpoint.path)
+        told = "none" if beside is None else f"converted before, in {beside}"
+        lines = [source_line(checkpoint), f"model type: {kind}", f"heads: {told}"]
     if trunk:
         count = len(checkpoint.tensors.keys() - (set() if found is None else found.owned))
         lines.append(

@@ -15,7 +15,9 @@ MAPPED = ("convert", "metal_kernels")  # folders at the top that are sub-package
 LONGEST_FILE, LONGEST_FUNCTION, MOST_IN_DECODE, LONGEST_README = 420, 60, 18, 110
 
 # What a room may import of the package: itself, and rooms below it.
-BELOW = {
+BELOW: dict[str, tuple[str, ...]] = {
+    "metal_kernels": (),
+    "convert": ("drafters", "model"),
     "model": ("metal_kernels",),
     "decode": ("model", "metal_kernels"),
     "train": ("decode", "model", "metal_kernels"),

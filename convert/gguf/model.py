@@ -1,4 +1,4 @@
-"""A GGUF file of a llama- or qwen2-type model -> a normal mlx-lm model folder.
+"""Converts a GGUF file of a llama- or qwen2-type model to an mlx-lm model folder.
 
 The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is
 written under a temporary name beside its destination and renamed at the end, so it is complete or absent.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mtp_mlx.convert.gguf.file import GGUFFile, read_gguf
 from mtp_mlx.convert.gguf.tokenizer import build_tokenizer, stop_ids, tokenizer_config
 from mtp_mlx.convert.gguf.weights import check_tensors, load_weights
 from mtp_mlx.errors import ConversionError, MTPError
-from mtp_mlx.files import check_source_stays
+from mtp_mlx.files import check_out, new_folder
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -52,12 +51,14 @@ def convert_gguf(
     Raises:
         FileNotFoundError: `source` is missing.
         ConversionError: a file that cannot be converted.
-        MTPError: `out` exists.
-        OSError: writing fails (disk full).
+        MTPError: a setting that is not supported; `out` exists; a full disk.
     """
     source, out, tell = Path(source), Path(out), progress or (lambda _: None)
-    _check_options(out, dtype=dtype, quantize=quantize, group_size=group_size, force=force)
-    check_source_stays(out, source)
+    _check_settings(dtype, quantize, group_size)
+    check_free = partial(
+        check_out, out, force=force, mark="config.json", kind="a model folder", source=source
+    )
+    check_free()
     tell("reading the header")
     gguf = read_gguf(source)
     with _damage_reported(gguf):
@@ -73,12 +74,13 @@ def convert_gguf(
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
             model, config = quantize_model(model, config, group_size, quantize)
     tell("writing")
-    with atomic_folder(out, force=force) as folder:
+    with new_folder(out) as folder:
         save_model(folder, model, donate_model=True)
         save_config(config, folder / "config.json")
         tokenizer.save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", texts[0])
         _write_json(folder / "generation_config.json", texts[1])
+        check_free()  # another process may have been faster
     return out
 
 
@@ -97,38 +99,13 @@ def _damage_reported(gguf: GGUFFile) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder to write into, renamed to `out` if the block succeeds and deleted if it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
-        yield folder
-        if force and out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_options(
-    out: Path, *, dtype: str | None, quantize: int | None, group_size: int, force: bool
-) -> None:
+def _check_settings(dtype: str | None, quantize: int | None, group_size: int) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise MTPError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
+        raise MTPError(f"`dtype` must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if quantize not in (None, 4, 8):
-        raise MTPError(f"cannot quantise to {quantize} bits: use 4 or 8.")
+        raise MTPError(f"`quantize` must be 4 or 8 bits, not {quantize}")
     if group_size not in (32, 64):
-        raise MTPError(f"group size {group_size} is not supported: use 32 or 64.")
-    if out.exists() and not force:
-        raise MTPError(f"{out} exists already: choose another folder, or replace it with `force`.")
-    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MTPError(f"{out} is not a model folder, so `force` will not replace it: choose another folder.")
+        raise MTPError(f"`group_size` must be 32 or 64, not {group_size}")
 
 
 def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.convert.adapters.test_ptp import lightning, new_knots
 from tests.convert.gguf.gguf_files import write_model
 from tests.convert.heads.head_checkpoints import make
 from tests.convert.read.torch_files import write_torch
+from tests.convert.whole_checkpoints import whole
 from tests.tiny import save_tiny
 
 
@@ -68,6 +70,16 @@ def test_the_plan_needs_no_mlx(tmp_path: Path) -> None:
     titles = ("Qwen3-Next", "DeepSeek-V3", "Nemotron-H", "Medusa", "Medusa", "PEFT", "llama", "student")
     for line, title in zip(lines, titles, strict=True):
         assert title in line
+
+
+def test_the_plan_of_a_folder_that_was_converted_before(tmp_path: Path) -> None:
+    """Its config.json still announces heads, which lie beside the trunk by now."""
+    source = whole("mimo-7b").write(tmp_path / "model")
+    assert run("convert", source, tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    plan = run("convert", tmp_path / "out", "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert f"heads: converted before, in {tmp_path / 'out' / 'mtp'}" in plan.stdout
 
 
 def test_the_plan_of_what_has_no_heads(tmp_path: Path) -> None:

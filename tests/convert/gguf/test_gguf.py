@@ -304,6 +304,20 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mtp_mlx.convert.gguf.model._write_json", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MTPError, match="the disk is full"):
         convert_gguf(written.path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_folder_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    written, out = write_model(tmp_path / "m.gguf"), tmp_path / "out"
+
+    def other(stage: str) -> None:
+        if stage == "writing":
+            out.mkdir()
+            (out / "config.json").write_text("theirs")
+
+    with pytest.raises(MTPError, match="exists already"):
+        convert_gguf(written.path, out, progress=other)
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out"]
