@@ -115,7 +115,8 @@ class Prompts:
             raise RequestError("the prompt is empty", field="prompt")
         if len(prompt) > limits.prompt:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} (--max-prompt-tokens)"
+                f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} "
+                "(--max-prompt-tokens)"
             )
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
