@@ -115,12 +115,14 @@ class Prompts:
             raise RequestError("the prompt is empty", field="prompt")
         if len(prompt) > limits.prompt:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} (--max-prompt-tokens)"
+                f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} "
+                "(--max-prompt-tokens)"
             )
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
             raise RequestError(
-                f"max_tokens is {max_tokens}; this server allows at most {limits.output} (--max-output-tokens)",
+                f"max_tokens is {max_tokens}; this server allows at most {limits.output} "
+                "(--max-output-tokens)",
                 field="max_tokens",
             )
         grammar = None if schema is None else self.grammar(schema)
