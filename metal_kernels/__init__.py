@@ -1,4 +1,4 @@
-"""Metal kernels for verification: one `.metal` file, one wrapper with a pure-MLX reference, one test each.
+"""Metal kernels for drafting and verification: for each, a `.metal` file, a wrapper with a reference, and a test.
 
-Which of them run is the dispatcher's business; importing this package needs no GPU.
+The dispatcher decides which kernels run. Importing this package needs no GPU.
 """

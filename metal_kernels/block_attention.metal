@@ -4,26 +4,26 @@
 // block's rows, those whose bit is set in visible[r]. The g = Hq / Hkv query heads of a key head and the R rows are
 // packed: `packed` = g * R rows share each key and value, which are read from device memory once per threadgroup.
 //
-//   queries [Hq, R, D]          T       as [Hkv, packed, D]: the heads of a key head lie next to each other
-//   keys    [Hkv, capacity, D]  T       only the first `length` rows of a head count; no other is read
+//   queries [Hq, R, D]          T       as [Hkv, packed, D]: the query heads of a key head are adjacent
+//   keys    [Hkv, capacity, D]  T       only the first `length` rows of a head are read
 //   values  [Hkv, capacity, D]  T
 //   visible [R]                 uint32  bit j of row r: r sees block row j
 //   scale   [1]                 float
 //   numbers [5]                 int32   R, packed, length, capacity, chunk (keys per chunk, a multiple of 32)
-//   out     [chunks, Hq, R, D]  O       softmax-weighted mean of the chunk's visible values; 0 where none is visible
+//   out     [chunks, Hq, R, D]  O       softmax-weighted mean of the chunk's visible values; 0 if none is visible
 //   stats   [chunks, Hq, R, 2]  float   largest score, and sum of exp(score - largest) over the chunk's visible keys
 // template: T, O (T for a single chunk, else float), D (64, 80, 96, 128, 256), ROWS packed rows per simdgroup,
 //           GROUPS simdgroups per threadgroup.
 // threadgroup (32 * GROUPS, 1, 1); grid (32 * GROUPS * chunks, Hkv, ceil(packed / (GROUPS * ROWS))).
 //
-// A tile of 32 keys at a time. Scores: a lane is a key. Weighted values: a lane is every 32nd column. Keys and values
-// pass through one small slab of threadgroup memory, keys a few columns at a time, values a few rows at a time.
-// Rows past `packed` are computed from zeros and never stored, so that nothing diverges.
+// Keys are processed in tiles of 32. For scores, each lane has one key; for weighted values, every 32nd column. Keys
+// and values pass through one small slab of threadgroup memory, keys a few columns at a time, values a few rows.
+// Rows past `packed` are computed from zeros and not stored, so that control flow does not diverge.
 //@header
 constant constexpr int TILE = 32;           // keys per tile, one per lane
-constant constexpr float LOWEST = -3.0e38f;  // finite: differences with it stay ordinary numbers
+constant constexpr float LOWEST = -3.0e38f;  // finite, so that differences with it are not NaN
 
-// Columns of keys that fit the slab: all up to 96, else 64.
+// Columns of keys in the slab: all if there are at most 96, else 64.
 inline constexpr int slab_columns(int D) {
   return D <= 96 ? D : 64;
 }
@@ -33,7 +33,7 @@ inline float4 widen(vec<T, 4> v) {
   return float4(float(v[0]), float(v[1]), float(v[2]), float(v[3]));
 }
 
-// What a simdgroup knows about its rows so far. `sum` is the lane's own share.
+// The running softmax of a simdgroup's rows. `sum` is the lane's own share.
 template <int ROWS, int COLUMNS>
 struct Partial {
   float top[ROWS];
@@ -52,7 +52,7 @@ inline void clear(thread Partial<ROWS, COLUMNS>& rows) {
   }
 }
 
-// Rows of a matrix [., D] in device memory. load: STEP vectors of a row from vector `at`.
+// Rows of a matrix [., D] in device memory. load: STEP vectors of a row, beginning with vector `at`.
 template <typename T, int D>
 struct PlainRows {
   enum { STEP = 1 };
@@ -62,8 +62,8 @@ struct PlainRows {
   }
 };
 
-// Copies `count` rows from `first`, `width` vectors of each from vector `column`, to the slab; rows from `end` on
-// become zero and are not read.
+// Copies `count` rows beginning with `first`, `width` vectors of each beginning with vector `column`, to the slab. Rows
+// from `end` on are not read and become zero.
 template <typename T, typename Rows>
 inline void stage(
     threadgroup vec<T, 4>* slab,
@@ -94,7 +94,7 @@ inline void stage(
   }
 }
 
-// Adds the dot products over `width` vectors of this lane's key with the simdgroup's rows.
+// Adds the dot products of `width` vectors of this lane's key with the simdgroup's rows.
 template <typename T, int D, int ROWS>
 inline void add_scores(
     thread float* score,
@@ -109,8 +109,8 @@ inline void add_scores(
   }
 }
 
-// Folds a tile's scores into the running softmax and leaves the tile's weights in threadgroup memory.
-// `offset` is the lane's key counted from the block's first row: negative in the prefix.
+// Updates the running softmax with a tile's scores, and writes the tile's weights to threadgroup memory.
+// `offset` is the lane's key counted from the block's first row; it is negative in the prefix.
 template <int ROWS, int COLUMNS>
 inline void fold(
     thread Partial<ROWS, COLUMNS>& rows,
@@ -163,7 +163,7 @@ inline void add_values(
   }
 }
 
-// Attends to the keys begin..end-1, of which those from `own` on are the block's. q and weights: the simdgroup's own.
+// Attends to the keys begin..end-1; those from `own` on belong to the block. q and weights are the simdgroup's own.
 template <typename T, int D, int ROWS, int COLUMNS, typename Rows>
 inline void attend(
     thread Partial<ROWS, COLUMNS>& rows,
@@ -181,7 +181,7 @@ inline void attend(
     int threads,
     uint lane) {
   constexpr int WIDTH = slab_columns(D) / 4;  // vectors of a key in the slab
-  constexpr int STRIDE = WIDTH + 1;           // one more, so that lanes meet different banks
+  constexpr int STRIDE = WIDTH + 1;           // one more, so that lanes use different banks
   constexpr int VALUES = 4 * TILE * WIDTH / D;  // value rows in the slab
   for (int tile = begin; tile < end; tile += TILE) {
     float score[ROWS];
@@ -189,7 +189,7 @@ inline void attend(
       score[i] = 0.0f;
     }
     for (int column = 0; column < D / 4; column += WIDTH) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // the slab is free again, the queries are there
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the slab may be overwritten, the queries are loaded
       stage<T>(slab, STRIDE, keys, tile, TILE, end, column, WIDTH, me, threads);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       add_scores<T, D, ROWS>(score, q + column, slab + int(lane) * STRIDE, WIDTH);
@@ -197,7 +197,7 @@ inline void attend(
     const int key = tile + int(lane);
     fold(rows, score, sees, scale, key - own, key < end, (threadgroup float*)weights, lane);
     for (int from = 0; from < TILE; from += VALUES) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // the slab is free again, the weights are there
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the slab may be overwritten, the weights are written
       stage<T>(slab, D / 4, values, tile + from, VALUES, end, 0, D / 4, me, threads);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       add_values<T, D>(rows, weights + from / 4, (const threadgroup T*)slab, VALUES, lane);
@@ -205,7 +205,7 @@ inline void attend(
   }
 }
 
-// Stores the simdgroup's rows: `first` of them lie before it in this head's `packed` rows.
+// Stores the simdgroup's rows, which begin at row `first` of this head's `packed` rows.
 template <typename O, int D, int ROWS, int COLUMNS>
 inline void store(
     thread const Partial<ROWS, COLUMNS>& rows,

@@ -1,15 +1,15 @@
-"""Attention of the few rows of a block over a long KV cache, with the block's visibility computed in the kernel.
+"""Attention of the few rows of a block over a long KV cache; the kernel applies the block's visibility itself.
 
-Contract: batch of one; R = 1..32 query rows; the last R of the cache's `length` keys are the block's own rows. Row r
-sees every key before those and the block rows whose bit is set in `visible[r]`; a row always sees itself. No mask
-array. The caches are whole allocated buffers (mlx-lm keeps more room than is in use; a slice would be copied), plain
-or in mlx-lm's 8-bit layout (`QuantizedKVCache`: packed words, scales, biases).
+Contract: batch size 1; R = 1..32 query rows; the last R of the cache's `length` keys are the block's own rows. Row
+r sees every key before those, and the block rows whose bit is set in `visible[r]`; a row always sees itself. There
+is no mask array. The caches are the whole allocated buffers (mlx-lm allocates more than is in use, and a slice
+would be copied), either plain or in mlx-lm's 8-bit layout (`QuantizedKVCache`: packed words, scales, biases).
 
-The g = Hq / Hkv query heads of a key head are packed with the R rows: a threadgroup serves up to `packed_limit` of
-these g * R rows and reads each key and value once for all of them. Beyond the limit the rows are cut into
-ceil(g * R / limit) parts, and keys and values are read that many times. Softmax in float32.
+The g = Hq / Hkv query heads of a key head are packed with the R rows: a threadgroup handles up to `packed_limit` of
+these g * R rows and reads each key and value once for all of them. Beyond the limit, the rows are split into
+ceil(g * R / limit) parts, and keys and values are read once per part. The softmax is in float32.
 
-Long prefixes take two launches: `launch_partial` cuts the keys into chunks, `launch_merge` joins them.
+Long prefixes take two launches: `launch_partial` splits the keys into chunks, `launch_merge` combines them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def visibility_words(visibility: mx.array) -> mx.array:
-    """Visibility among a block's rows, as one word per row.
+    """Pack the visibility among a block's rows into one word per row.
 
     Args:
         visibility: [R, R] bool, R <= 32; `visibility[i, j]` if row i sees row j.
@@ -58,12 +58,12 @@ def visibility_words(visibility: mx.array) -> mx.array:
         [R] uint32; bit j of row i is `visibility[i, j]`.
 
     Raises:
-        ValueError: not square, or more than 32 rows.
+        ValueError: if it is not square or has more than 32 rows.
     """
     if visibility.ndim != 2 or visibility.shape[0] != visibility.shape[1]:
-        raise ValueError(f"visibility is square, got {visibility.shape}")
+        raise ValueError(f"visibility must be square, got {visibility.shape}")
     if visibility.shape[0] > MAX_ROWS:
-        raise ValueError(f"a word has {MAX_ROWS} bits, got {visibility.shape[0]} rows")
+        raise ValueError(f"visibility must have at most {MAX_ROWS} rows, got {visibility.shape[0]}")
     bits = mx.left_shift(mx.array(1, mx.uint32), mx.arange(visibility.shape[0], dtype=mx.uint32))
     return mx.sum(visibility.astype(mx.uint32) * bits, axis=1).astype(mx.uint32)
 
@@ -75,7 +75,7 @@ def visibility_matrix(visible: mx.array) -> mx.array:
 
 
 def _arrays(cache: Cache) -> tuple[mx.array, ...]:
-    """A cache's buffers: one, or words, scales and biases."""
+    """The buffers of a cache: one array, or words, scales and biases."""
     return (cache,) if isinstance(cache, mx.array) else tuple(cache)
 
 
@@ -87,9 +87,9 @@ def _unsupported_cache(cache: Cache, head_size: int, dtype: mx.Dtype) -> str:
     if len(buffers) == 1:
         return ""
     if len(buffers) != 3 or buffers[0].dtype != mx.uint32:
-        return "a quantised cache has words, scales and biases"
+        return "a quantised cache must have words, scales and biases"
     if 4 * buffers[0].shape[-1] != head_size:
-        return f"a cache of {32 * buffers[0].shape[-1] // head_size} bits, only 8 are done"
+        return f"a cache of {32 * buffers[0].shape[-1] // head_size} bits; only 8 are supported"
     if head_size % buffers[1].shape[-1] or head_size // buffers[1].shape[-1] not in GROUP_SIZES:
         return f"{buffers[1].shape[-1]} scales for a head size of {head_size}"
     if buffers[1].size < SMALL_INPUT:
@@ -106,10 +106,10 @@ def supported(
     scale: float,
     window: int | None = None,
 ) -> Support:
-    """Whether the kernel can do this call, from shapes and dtypes. Arguments: as `run`; window: a sliding window."""
+    """Whether the kernel supports this call, by shapes and dtypes. Arguments as in `run`; window: sliding window."""
     head_size, dtype = queries.shape[-1], queries.dtype
     if window is not None:
-        return Support(False, "no sliding window")
+        return Support(False, "sliding windows are not supported")
     if head_size not in HEAD_SIZES:
         return Support(False, f"head size {head_size} is not one of {', '.join(map(str, HEAD_SIZES))}")
     if dtype not in DTYPES:
@@ -123,11 +123,11 @@ def supported(
 
 
 def _check(queries: mx.array, keys: Cache, values: Cache, visible: mx.array, length: int) -> None:
-    """Raises ValueError, with both numbers, for anything `launch_partial` does not take."""
+    """Raise ValueError, with both numbers, for anything `launch_partial` does not support."""
     buffers = _arrays(keys)
     if queries.ndim != 3 or any(a.ndim != 3 for a in (*buffers, *_arrays(values))):
         raise ValueError(
-            f"queries and caches have three dimensions, got {queries.ndim} and {buffers[0].ndim}"
+            f"queries and caches must have three dimensions, got {queries.ndim} and {buffers[0].ndim}"
         )
     support = supported(queries, keys, values, visible, length, 1.0)
     if not support:
@@ -136,15 +136,13 @@ def _check(queries: mx.array, keys: Cache, values: Cache, visible: mx.array, len
     if len(buffers) == 1 and width != head_size:
         raise ValueError(f"queries have head size {head_size}, keys {width}")
     if any(a.shape[:2] != (key_heads, capacity) for a in buffers):
-        raise ValueError(f"words, scales and biases differ in rows: {[a.shape[:2] for a in buffers]}")
+        raise ValueError(f"words, scales and biases have different rows: {[a.shape[:2] for a in buffers]}")
     if query_heads % key_heads:
-        raise ValueError(f"{query_heads} query heads are no multiple of {key_heads} key heads")
+        raise ValueError(f"{query_heads} query heads are not a multiple of {key_heads} key heads")
     if not rows <= length <= capacity:
-        raise ValueError(
-            f"a length of {length} does not lie between {rows} rows and {capacity} allocated keys"
-        )
+        raise ValueError(f"length {length} must be between {rows} rows and {capacity} allocated keys")
     if visible.shape != (rows,) or visible.dtype != mx.uint32:
-        raise ValueError(f"visible is [{rows}] uint32, got {visible.shape} {visible.dtype}")
+        raise ValueError(f"visible must be [{rows}] uint32, got {visible.shape} {visible.dtype}")
 
 
 def launch_partial(
@@ -156,13 +154,11 @@ def launch_partial(
     scale: float,
     chunk: int | None = None,
 ) -> Launch:
-    """The pass over the keys. Its outputs: [chunks, Hq, R, D] (float32, or the final type for a single chunk) and
-    [chunks, Hq, R, 2] float32.
-
-    Args: as `run`.
+    """The pass over the keys, with outputs [chunks, Hq, R, D] (float32, or the final type for a single chunk) and
+    [chunks, Hq, R, 2] float32. Arguments as in `run`.
 
     Raises:
-        ValueError: shapes or types that do not fit, or a chunk that is no multiple of 32 or makes over 128 chunks.
+        ValueError: if shapes or types do not match, or the chunk is not a multiple of 32 or gives over 128 chunks.
     """
     _check(queries, keys, values, visible, length)
     buffers = _arrays(keys)
@@ -173,7 +169,7 @@ def launch_partial(
         itemsize = queries.dtype.size if len(buffers) == 1 else 1
         chunk = chunk_keys(length, key_heads, packed, parts, itemsize)
     if chunk < TILE or chunk % TILE:
-        raise ValueError(f"a chunk of {chunk} keys is no multiple of {TILE}")
+        raise ValueError(f"a chunk of {chunk} keys is not a multiple of {TILE}")
     chunks = -(-length // chunk)
     if chunks > MAX_CHUNKS:
         raise ValueError(f"{chunks} chunks are more than {MAX_CHUNKS}")
@@ -196,15 +192,17 @@ def launch_partial(
 
 
 def launch_merge(partial: mx.array, stats: mx.array, dtype: mx.Dtype) -> Launch:
-    """The pass that joins the chunks: [chunks, Hq, R, D] and [chunks, Hq, R, 2] float32 -> [Hq, R, D] of `dtype`.
+    """The pass that combines chunks: [chunks, Hq, R, D] and [chunks, Hq, R, 2] float32 -> [Hq, R, D] of `dtype`.
 
     Raises:
-        ValueError: shapes that do not fit, or more than 128 chunks.
+        ValueError: if shapes do not match, or there are more than 128 chunks.
     """
     if partial.ndim != 4 or stats.shape != (*partial.shape[:3], 2):
-        raise ValueError(f"partial results {partial.shape} do not fit statistics {stats.shape}")
+        raise ValueError(f"partial results {partial.shape} do not match statistics {stats.shape}")
     if partial.dtype != mx.float32 or stats.dtype != mx.float32:
-        raise ValueError(f"partial results and statistics are float32, got {partial.dtype} and {stats.dtype}")
+        raise ValueError(
+            f"partial results and statistics must be float32, got {partial.dtype} and {stats.dtype}"
+        )
     chunks, heads, rows, head_size = partial.shape
     if chunks > MAX_CHUNKS:
         raise ValueError(f"{chunks} chunks are more than {MAX_CHUNKS}")
@@ -229,17 +227,17 @@ def run(
     scale: float,
     chunk: int | None = None,
 ) -> mx.array:
-    """Attention of the block's rows: one launch, or two where the prefix is long.
+    """Attention of the block's rows, in one launch, or two if the prefix is long.
 
     Args:
-        factory: makes kernels (`mx.fast.metal_kernel`).
+        factory: builds kernels (`mx.fast.metal_kernel`).
         queries: [Hq, R, D], R <= 32.
         keys, values: the cache's whole buffers: [Hkv, capacity, D] of the type of `queries`, or 8-bit words
             [Hkv, capacity, D / 4] uint32 with scales and biases [Hkv, capacity, D / group] of that type.
-        visible: [R] uint32, see `visibility_words`; a row sees itself.
-        length: keys in use, the block's R rows included; they come last.
-        scale: of the scores.
-        chunk: keys per chunk, a multiple of 32; None lets the shapes decide.
+        visible: [R] uint32, see `visibility_words`; every row sees itself.
+        length: keys in use, including the block's R rows, which come last.
+        scale: factor of the scores.
+        chunk: keys per chunk, a multiple of 32; None chooses by the shapes.
 
     Returns:
         [Hq, R, D] of the type of `queries`.
@@ -266,7 +264,7 @@ def _rows_in_use(cache: Cache, head_size: int, length: int) -> mx.array:
 def reference(
     queries: mx.array, keys: Cache, values: Cache, visible: mx.array, length: int, scale: float
 ) -> mx.array:
-    """The same in MLX's own operations, with a mask array. Arguments and result: as `run`."""
+    """The same with MLX's operations and a mask array. Arguments and result as in `run`."""
     _, rows, head_size = queries.shape
     mask = mx.concatenate(
         [mx.ones((rows, length - rows), dtype=mx.bool_), visibility_matrix(visible)], axis=1
@@ -276,7 +274,7 @@ def reference(
 
 
 def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """What a model runs with the kernel and without it: mlx-lm's attention with the pass's mask, made beforehand."""
+    """What a model runs with the kernel, and without it: mlx-lm's attention with the pass's precomputed mask."""
     _, keys, _, visible, length, scale = arguments
     rows = visible.shape[0]
     mask: Any = mx.concatenate(
@@ -299,7 +297,7 @@ def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
 
 
 def samples() -> list[tuple[Any, ...]]:
-    """Arguments for a self-check: every type and head size, one and several chunks, every layout of rows, 8 bits."""
+    """Sample calls for the self-check: every type and head size, one and several chunks, every tiling, 8 bits."""
     plain = (
         _sample(mx.float16, 64, (6, 2), 5, 97),
         _sample(mx.bfloat16, 128, (8, 1), 8, 1500),
@@ -313,7 +311,7 @@ def samples() -> list[tuple[Any, ...]]:
 def _sample(
     dtype: mx.Dtype, head_size: int, heads: tuple[int, int], rows: int, length: int
 ) -> tuple[Any, ...]:
-    """One call on random numbers; a block row sees every third row up to itself. heads: of queries, of keys."""
+    """A call with random numbers; a block row sees every third row up to itself. heads: (query, key) heads."""
     parts = mx.random.split(mx.random.key(length), 3)
     queries = mx.random.normal((heads[0], rows, head_size), key=parts[0]).astype(dtype)
     keys, values = (
@@ -330,8 +328,8 @@ def _quantised(sample: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def agrees(ours: mx.array, theirs: mx.array) -> bool:
-    """Whether two results differ by rounding only, as a part of the largest value: 1e-5 for float32, 5e-3 for
-    float16, 4e-2 for bfloat16, whose scores and weights MLX may round between its steps."""
+    """Whether two results differ only by rounding: by at most 1e-5 (float32), 5e-3 (float16) or 4e-2 (bfloat16, where
+    MLX may round scores and weights between its steps) of the largest value."""
     bound = {mx.float32: 1e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}[theirs.dtype]
     ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
     return bool((mx.abs(ours - theirs).max() <= bound * mx.abs(theirs).max()).item())
@@ -340,7 +338,7 @@ def agrees(ours: mx.array, theirs: mx.array) -> bool:
 def shape_key(
     queries: mx.array, keys: Cache, values: Cache, visible: mx.array, length: int, scale: float
 ) -> str:
-    """The class of a call for the race cache: type, rows, heads, head size, and the prefix by powers of two."""
+    """The class of a call in the cache of verdicts: type, rows, heads, head size, and the prefix by powers of two."""
     query_heads, rows, head_size = queries.shape
     buffers = _arrays(keys)
     layout = "" if len(buffers) == 1 else f"q8 g{head_size // buffers[1].shape[-1]} "

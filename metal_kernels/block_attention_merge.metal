@@ -1,7 +1,7 @@
-// Joins the partial attention of the chunks of a cache (block_attention.metal). One simdgroup per row.
+// Combines the partial attention of the chunks of a cache (block_attention.metal). One simdgroup per row.
 //
-//   partial [chunks, rows, D]  float   each chunk's mean of the values it sees
-//   stats   [chunks, rows, 2]  float   each chunk's largest score and sum of exp(score - largest); sum 0: sees nothing
+//   partial [chunks, rows, D]  float   each chunk's mean of its visible values
+//   stats   [chunks, rows, 2]  float   each chunk's largest score and sum of exp(score - largest); sum 0: nothing visible
 //   numbers [2]                int32   rows (Hq * R), chunks (1..128)
 //   out     [rows, D]          T       mean over all chunks
 // template: T, D.
@@ -14,7 +14,7 @@
   const int lane = int(thread_index_in_simdgroup);
 
   float tops[4];
-  float top = -3.0e38f;  // finite: a chunk that sees nothing has this value, and the sum 0
+  float top = -3.0e38f;  // finite; a chunk with nothing visible has this value and the sum 0
   for (int i = 0; i < 4; i++) {
     const int c = lane + 32 * i;
     tops[i] = c < chunks ? stats[2 * (size_t(c) * rows + row)] : -3.0e38f;

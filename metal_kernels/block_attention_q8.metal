@@ -1,19 +1,19 @@
-// Attention of the few rows of a block over a long 8-bit KV cache: block_attention.metal, whose header goes before
-// this one, with keys and values in MLX's affine 8-bit layout, as mlx-lm's QuantizedKVCache holds them.
+// Attention of the few rows of a block over a long 8-bit KV cache: as block_attention.metal, with keys and values in
+// MLX's affine 8-bit layout, as in mlx-lm's QuantizedKVCache. The header of block_attention.metal precedes this one.
 //
 //   queries [Hq, R, D]               T       as [Hkv, packed, D]
 //   keys    [Hkv, capacity, D / 4]   uint32  element d of a row is byte d % 4 of word d / 4
 //   key_scales, key_biases [Hkv, capacity, D / G] T   element = byte * scale + bias, rounded to T
-//   values, value_scales, value_biases              as the keys
+//   values, value_scales, value_biases              like the keys
 //   visible [R]                      uint32
 //   scale   [1]                      float
 //   numbers [5]                      int32
 //   out     [chunks, Hq, R, D]       O
 //   stats   [chunks, Hq, R, 2]       float
-// template: T, O, D, ROWS, GROUPS as there (D: 64, 96, 128, 256), G elements that share a scale (32, 64, 128).
+// template: T, O, D, ROWS, GROUPS as there (D: 64, 96, 128, 256), G elements per scale (32, 64, 128).
 // threadgroup and grid: as there.
 //@header
-// Rows of an affine 8-bit matrix [., D], dequantised sixteen elements at a time: one scale serves them all.
+// Rows of an affine 8-bit matrix [., D], dequantised sixteen elements at a time, which share one scale.
 template <typename T, int D, int G>
 struct PackedRows {
   enum { STEP = 4 };

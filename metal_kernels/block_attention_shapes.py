@@ -1,4 +1,4 @@
-"""Which rows and keys of a block's attention go to which threadgroup: arithmetic on shapes, no arrays."""
+"""How the rows and keys of a block's attention are divided among threadgroups: arithmetic on shapes, no arrays."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import NamedTuple
 import mlx.core as mx
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
-MAX_ROWS = 32  # one bit each in a row's visibility
-MAX_CHUNKS = 128  # what the merge pass holds
-TILE = 32  # keys at a time
-FILL = 128  # threadgroups that keep a large GPU busy
-MIN_CHUNK = 256  # keys per chunk, at least: below, starting a chunk costs more than its keys
+MAX_ROWS = 32  # a row's visibility has one bit for each
+MAX_CHUNKS = 128  # what the merge pass can hold
+TILE = 32  # keys processed at a time
+FILL = 128  # number of threadgroups that keeps a large GPU busy
+MIN_CHUNK = 256  # smallest chunk in keys: below this, starting a chunk costs more than its keys
 THREADGROUP_BYTES = 32768
 
-# (simdgroups, packed rows of each): few, because each is a compilation.
+# (simdgroups, packed rows per simdgroup); only a few, because each is compiled separately.
 _LAYOUTS = ((4, 1), (4, 2), (4, 4), (4, 8), (8, 8))
 
 
 class Tiling(NamedTuple):
-    """How the packed rows of a key head are cut: `parts` threadgroups of `groups` simdgroups of `rows` rows."""
+    """How the packed rows of a key head are divided: `parts` threadgroups of `groups` simdgroups of `rows` rows."""
 
     groups: int
     rows: int
@@ -33,7 +33,7 @@ def _threadgroup_bytes(groups: int, rows: int, head_size: int, itemsize: int) ->
 
 
 def packed_limit(head_size: int, dtype: mx.Dtype) -> int:
-    """Most rows (query heads per key head, times R) for which keys and values are read once.
+    """Most packed rows (query heads per key head, times R) for which keys and values are read only once.
 
     64 for 16-bit types up to head size 128; 32 for head size 256 and for float32; 16 for float32 with 256.
     """
@@ -46,7 +46,7 @@ def packed_limit(head_size: int, dtype: mx.Dtype) -> int:
 
 
 def tiling(packed: int, head_size: int, dtype: mx.Dtype) -> Tiling:
-    """As few parts as the limit allows, in the smallest layout that holds their rows."""
+    """The tiling with the fewest parts that the limit allows, in the smallest layout that holds their rows."""
     parts = -(-packed // packed_limit(head_size, dtype))
     share = -(-packed // parts)
     groups, rows = next(layout for layout in _LAYOUTS if layout[0] * layout[1] >= share)
@@ -56,9 +56,9 @@ def tiling(packed: int, head_size: int, dtype: mx.Dtype) -> Tiling:
 def chunk_keys(length: int, key_heads: int, packed: int, parts: int, itemsize: int) -> int:
     """Keys per chunk, a multiple of 32; `length` or more for a single chunk.
 
-    As many chunks as keep the GPU busy, but none so short that its partial results (8 bytes per row and column,
-    written and read again) exceed an eighth of its keys and values (`itemsize` bytes per element): with 16 bits at
-    least 16 keys per packed row, with 8 bits 32.
+    Enough chunks to keep the GPU busy, but none so short that its partial results (8 bytes per row and column,
+    written and read again) exceed an eighth of its keys and values (`itemsize` bytes per element). That is at least
+    16 keys per packed row with 16 bits, and 32 with 8 bits.
     """
     wanted = max(1, FILL // (key_heads * parts))
     chunk = max(-(-length // wanted), MIN_CHUNK, 32 * packed // itemsize)

@@ -1,18 +1,18 @@
-"""Which kernels run: chosen per shape, on this machine, by a self-check and a race against stock MLX.
+"""Decides which kernels run: per shape, on this machine, by a self-check and a race against MLX.
 
-Contract: `Dispatcher.attempt(name, *arguments)` returns the kernel's outputs, or None when the caller must take
-its own pure-MLX path. A kernel is used only if it supports the call, agreed with the reference on this machine, and
-(mode `auto`) was faster there. Whatever stands against it is remembered with its reason and shown by `doctor`.
-A kernel that cannot be compiled or launched, or is wrong, is demoted once and never tried again in this process.
+Contract: `Dispatcher.attempt(name, *arguments)` returns the kernel's outputs, or None if the caller must take its
+own pure-MLX path. A kernel is used only if it supports the call, agreed with the reference on this machine and, in
+mode `auto`, was faster. The reason for not using a kernel is recorded, and shown by `doctor`. A kernel that fails
+to compile or launch, or gives a wrong result, is demoted and not tried again in this process.
 
 Modes (environment variable MTP_MLX_KERNELS)
-    auto    as above; on a machine without Metal, never
-    off     never
-    force   every supported call runs the kernel, checked but not raced; without Metal by the stand-in for it that
-            an entry point of the group `mtp_mlx.kernel_factories` names (as the emulator in tools/ does)
+    auto    as above; without Metal, kernels are off
+    off     no kernel runs
+    force   every supported call runs the kernel, checked but not raced; without Metal, a substitute named by an entry
+            point of the group `mtp_mlx.kernel_factories` runs it (the emulator in tools/ provides one)
 
-Verdicts (`verdicts.py`) are kept in the cache folder and belong to one device, system, MLX version and kernel text.
-With Metal, kernels run only while the GPU is MLX's default device, as their launches always go there.
+Verdicts (`verdicts.py`) are kept in the cache folder, for one device, system, MLX version and kernel source. With
+Metal, kernels run only while the GPU is MLX's default device, because their launches always go there.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ from mtp_mlx.metal_kernels.verdicts import Verdict, Verdicts, machine_key
 
 KERNELS = ("verify_tail", "small_m_qmm", "row_exact", "block_attention", "gated_lora", "lm_head_pick")
 MODE_VARIABLE = "MTP_MLX_KERNELS"
-STAND_INS = "mtp_mlx.kernel_factories"  # entry points: name = what `mx.fast.metal_kernel` is elsewhere
+STAND_INS = (
+    "mtp_mlx.kernel_factories"  # entry points that replace `mx.fast.metal_kernel` on machines without Metal
+)
 FAILED = "failed: "
-MUST_WIN_BY = 0.98  # a kernel is used when its time is at most this share of the reference's
+MUST_WIN_BY = 0.98  # a kernel is used if its time is at most this fraction of the reference's
 Mode = Literal["auto", "off", "force"]
 
 log = logging.getLogger("mtp_mlx")
 
 
 class KernelModule(Protocol):
-    """What a kernel's module offers; all take the same arguments.
+    """The functions of a kernel's module; all take the same arguments.
 
-    Where the model's own code does more with the result than `run`, or other operations than `reference`, a module
-    also has `in_place(factory, arguments)`: the two calls that are raced, each of the same arguments.
+    If the model does more with the result than `run`, or uses other operations than `reference`, the module also has
+    `in_place(factory, arguments)`: the two functions to race, each called with the same arguments.
     """
 
     def supported(self, *arguments: Any) -> Support: ...
@@ -61,27 +63,27 @@ class KernelModule(Protocol):
 
 
 def kernel_module(name: str) -> KernelModule:
-    """The module of a kernel, imported when first asked for."""
+    """The module of a kernel, imported on first use."""
     return cast("KernelModule", importlib.import_module(f"mtp_mlx.metal_kernels.{name}"))
 
 
 def mode_from_environment() -> Mode:
-    """The mode MTP_MLX_KERNELS asks for.
+    """The mode set by MTP_MLX_KERNELS.
 
     Raises:
-        MTPError: it is none of the three.
+        MTPError: if it is not one of the three modes.
     """
     mode = os.environ.get(MODE_VARIABLE, "auto") or "auto"
     if mode not in ("auto", "off", "force"):
-        raise MTPError(f"{MODE_VARIABLE} is {mode!r}; it can be auto, off or force")
+        raise MTPError(f"{MODE_VARIABLE} is {mode!r}; it must be auto, off or force")
     return cast("Mode", mode)
 
 
 def find_factory(mode: Mode) -> tuple[Factory | None, str]:
-    """What turns kernel text into something callable here, and its name (or why there is none).
+    """The function that builds kernels from source here, and its name (or why there is none).
 
     Raises:
-        MTPError: mode `force` on a machine with neither Metal nor a stand-in for it.
+        MTPError: if the mode is `force` and the machine has neither Metal nor a substitute.
     """
     if mode == "off":
         return None, f"{MODE_VARIABLE}=off"
@@ -93,10 +95,10 @@ def find_factory(mode: Mode) -> tuple[Factory | None, str]:
 
 
 def _stand_in() -> tuple[Factory, str]:
-    """What executes kernel text where there is no Metal, and its name.
+    """The substitute for `mx.fast.metal_kernel` without Metal, and its name.
 
     Raises:
-        MTPError: there is none.
+        MTPError: if there is none.
     """
     for found in importlib.metadata.entry_points(group=STAND_INS):
         with suppress(ImportError):
@@ -108,18 +110,18 @@ def _stand_in() -> tuple[Factory, str]:
 
 
 class Dispatcher:
-    """Runs a kernel or its reference, and knows why.
+    """Decides for every call whether a kernel runs, and records why.
 
     Args:
         mode: see the module.
-        factory: from `find_factory`; None when no kernel can run.
-        factory_name: what to call it in reports.
-        cache_file: where verdicts of races are kept; None keeps them in memory.
+        factory: from `find_factory`; None if no kernel can run.
+        factory_name: its name in reports.
+        cache_file: where to keep verdicts; None keeps them in memory.
 
     Attributes:
         verdicts: by "kernel shape".
-        demoted: why a kernel failed here, by its name; it is not tried again in this process.
-        counts: calls by (kernel, "kernel" or the reason why not).
+        demoted: kernel name -> why it failed; it is not tried again in this process.
+        counts: calls by (kernel, "kernel" or the reason for not using it).
     """
 
     def __init__(
@@ -133,16 +135,16 @@ class Dispatcher:
 
     @property
     def active(self) -> bool:
-        """Whether any kernel can run here at all; if not, callers need not ask."""
+        """Whether any kernel can run here; if not, callers need not ask."""
         return self.factory is not None
 
     @property
     def description(self) -> str:
-        """What a measurement made with this dispatcher depends on."""
+        """What timings made with this dispatcher depend on."""
         return f"{self.factory_name} {self.mode} {dict(machine_key())['kernels']}"
 
     def attempt(self, name: str, *arguments: Any) -> Any | None:
-        """The kernel's outputs, or None: not supported, failed here, or slower than stock MLX."""
+        """The kernel's outputs, or None if it is not supported, failed here, or is slower than MLX."""
         if self.factory is None:
             return None
         if name in self.demoted:
@@ -155,7 +157,7 @@ class Dispatcher:
         self.counts[name, "kernel" if verdict.uses_kernel else verdict.reason] += 1
         if not verdict.uses_kernel:
             return None
-        # What is wrong before anything runs, of whatever type; the GPU's own errors come to light in `judge`.
+        # Errors before the launch, of any type; errors on the GPU show up in `judge`.
         try:
             return module.run(self.factory, *arguments)
         except Exception as error:
@@ -182,10 +184,10 @@ class Dispatcher:
 
     def _demote(self, name: str, reason: str) -> None:
         self.demoted[name] = reason
-        log.warning("the kernel %s is not used any more, stock MLX takes its place: %s", name, reason)
+        log.warning("the kernel %s is no longer used, MLX takes its place: %s", name, reason)
 
     def judge_samples(self, name: str, raced: bool) -> dict[str, Verdict]:
-        """{shape: verdict} of the kernel's own sample arguments, judged now."""
+        """{shape: verdict} of the kernel's sample calls, judged now."""
         module = kernel_module(name)
         results = {}
         for arguments in module.samples():
@@ -201,25 +203,25 @@ class Dispatcher:
 
 
 def judge(module: KernelModule, arguments: tuple[Any, ...], factory: Factory, raced: bool) -> Verdict:
-    """Self-check, then the race. A kernel that raises anything is a kernel that is not used; what its arguments are
-    made of is evaluated before, and raises as ever."""
+    """Run the self-check, then the race. A kernel that raises any error is not used. The arguments are evaluated
+    beforehand, so that errors in computing them are raised as usual."""
     mx.eval(tree_map(lambda value: value if isinstance(value, mx.array) else None, list(arguments)))
     try:
         ours, theirs = module.run(factory, *arguments), module.reference(*arguments)
         mx.eval(ours, theirs)
         if not module.agrees(ours, theirs):
-            return Verdict(False, f"{FAILED}its result differs from stock MLX")
+            return Verdict(False, f"{FAILED}its result differs from MLX's")
         if not raced:
             return Verdict(True, "forced; self-check passed")
         ratio = race(*_lanes(module, factory, arguments), arguments)
-    except Exception as error:  # compile errors and thread limits of the GPU at hand arrive as any type
+    except Exception as error:  # compile errors and exceeded thread limits can be of any type
         return Verdict(False, FAILED + _sentence(error))
     won = ratio <= MUST_WIN_BY
     return Verdict(won, f"self-check passed, {'won' if won else 'lost'} its race", round(ratio, 3))
 
 
 def _lanes(module: KernelModule, factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The two calls to race, with the kernel and without."""
+    """The two functions to race: with the kernel and without it."""
     in_place = getattr(module, "in_place", None)
     if in_place is not None:
         return cast("tuple[Any, Any]", in_place(factory, arguments))
@@ -236,10 +238,10 @@ _process_wide: Dispatcher | None = None
 
 
 def default_dispatcher(cache_dir: Callable[[], Path] | None = None) -> Dispatcher:
-    """The process's dispatcher, made from MTP_MLX_KERNELS when first asked for.
+    """The dispatcher of this process, created on first use from MTP_MLX_KERNELS.
 
     Args:
-        cache_dir: where verdicts are kept, asked only when a kernel can run here.
+        cache_dir: returns the folder for verdicts; called only if a kernel can run here.
 
     Raises:
         MTPError: see `mode_from_environment` and `find_factory`.

@@ -1,5 +1,5 @@
 // The low-rank update of a linear layer on slot rows only, in one launch: out = y + scale * (x @ down) @ up.
-// Each threadgroup makes x @ down for itself, keeps it in threadgroup memory, and makes a tile of the columns.
+// Each threadgroup computes x @ down by itself, keeps it in threadgroup memory, and computes a tile of columns.
 //
 //   x       [R, inputs]       T      only rows n_real.. are read
 //   y       [R, outputs]      T      the base layer's result; only rows n_real.. are read
@@ -8,13 +8,13 @@
 //   scale   [1]               float
 //   numbers [5]               int32  R, n_real, inputs, outputs, columns per threadgroup
 //   out     [R - n_real, outputs]  T
-// template: T, RANK, SLOTS: slot rows computed, at least R - n_real (4, 8, 16 or 32); those past the real number are zeros.
+// template: T, RANK, SLOTS: number of slot rows computed, at least R - n_real (4, 8, 16 or 32); surplus rows are zeros.
 // threadgroup (256, 1, 1); grid (256 * ceil(outputs / columns), 1, 1). Sums in float.
 //@header
 constant constexpr int THREADS = 256;
-constant constexpr int DEPTH = 64;  // inputs of x, or ranks of hidden, in threadgroup memory at a time
+constant constexpr int DEPTH = 64;  // inputs of x, or ranks of hidden, held in threadgroup memory at a time
 
-// Slot rows whose shares are summed at a time.
+// Number of slot rows whose partial sums are added at a time.
 inline constexpr int rows_at_once(int slots) {
   return slots < 8 ? slots : 8;
 }
@@ -39,7 +39,7 @@ struct HiddenFar {
 };
 
 // hidden = x[:, begin..end-1] @ down[begin..end-1] for `width` columns of down.
-// A thread has one column and every `shares`th input; the shares are summed at the end, in order.
+// A thread has one column and every `shares`-th input; the partial sums are added at the end, in order.
 // tile: [DEPTH, SLOTS]; scratch: [rows_at_once, THREADS].
 template <typename T, int SLOTS, typename Hidden>
 inline void project_down(
@@ -65,13 +65,13 @@ inline void project_down(
   }
   for (int from = begin; from < end; from += DEPTH) {
     const int depth = min(DEPTH, end - from);
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile is free again
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile may be overwritten
     for (int i = me; i < DEPTH * SLOTS; i += THREADS) {
       const int s = i / DEPTH;
       const int k = i % DEPTH;
       tile[k * SLOTS + s] = s < slots && k < depth ? float(x[size_t(s) * inputs + from + k]) : 0.0f;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile is there
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile is loaded
     for (int k = share < shares ? share : depth; k < depth; k += shares) {
       const float w = float(down[size_t(from + k) * rank + column]);
       for (int s = 0; s < SLOTS; s++) {
@@ -80,11 +80,11 @@ inline void project_down(
     }
   }
   for (int first = 0; first < SLOTS; first += BLOCK) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the scratch is free again
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the scratch may be overwritten
     for (int s = 0; s < BLOCK; s++) {
       scratch[s * THREADS + me] = acc[first + s];
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the scratch is there
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the scratch is written
     for (int i = me; i < BLOCK * width; i += THREADS) {
       const int s = i / width;
       const int j = i % width;
@@ -109,7 +109,7 @@ inline void add_up(
   }
 }
 
-// One column of the result: y and out are its places in the first slot row.
+// One column of the result; y and out point to it in the first slot row.
 template <typename T, int SLOTS>
 inline void add_base(
     thread const float* acc, const device T* y, device T* out, float scale, int slots, int outputs) {
@@ -135,7 +135,7 @@ inline void add_base(
   const HiddenNear<SLOTS> near = {hidden};
   project_down<T, SLOTS>(
       near, x + size_t(n_real) * inputs, down, tile, scratch, slots, inputs, RANK, RANK, 0, inputs, me);
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // hidden is there
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // hidden is complete
   for (int column = begin + me; column < end; column += THREADS) {
     float acc[SLOTS];
     for (int s = 0; s < SLOTS; s++) {

@@ -1,13 +1,14 @@
 """The low-rank update of a linear layer, on slot rows only: y + scale * (x @ down) @ up.
 
-Contract: rows from `n_real` on are slot rows, at most 32 of them; no byte of x or y before them is read, and none
-of the result is made, so ungated rows cost nothing. Rank up to 256. Sums in float32, one rounding at the end.
+Contract: rows from `n_real` on are slot rows, at most 32 of them. The kernel reads no byte of x or y before them and
+computes nothing for them, so real rows cost nothing. Rank up to 256. Sums in float32, rounded once at the end.
 
-One launch or two, by bytes moved. In one, each of G threadgroups makes x @ down for itself and then its columns of
-the result (512, or more where G would exceed 8): `down` and x are read G times. In two, both factors are read once,
-the float32 product between them is written and read back, and the second launch waits for the first, which counts
-as `WAIT_BYTES`. So, roughly, one launch where (G - 1) * (bytes of `down` and of x's slot rows) <= WAIT_BYTES. In 16
-bits and for 8 slot rows: 576 x 1536 at every rank, 2048 x 2048 up to rank 41, 4096 x 14336 never (above rank 1).
+There are one or two launches, depending on the bytes moved. In a single launch, each of G threadgroups computes x @
+down by itself and then its own columns of the result (512, or more if G would exceed 8), so `down` and x are read G
+times. With two launches both factors are read once, but the float32 product between them is written and read back,
+and the second launch waits for the first, which counts as `WAIT_BYTES`. So, roughly, one launch is used if (G - 1)
+* (bytes of `down` and of x's slot rows) <= WAIT_BYTES. With 16 bits and 8 slot rows: 576 x 1536 at every rank, 2048
+x 2048 up to rank 41, 4096 x 14336 only at rank 1.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ UP = replace(
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 MAX_RANK = 256
-SLOT_COUNTS = (4, 8, 16, 32)  # what is compiled; a call takes the smallest that holds its slot rows
+SLOT_COUNTS = (4, 8, 16, 32)  # the compiled variants; a call uses the smallest that holds its slot rows
 THREADS = 256
-DEPTH = 64  # inputs of x in threadgroup memory at a time
-MIN_COLUMNS, MAX_READERS = 512, 8  # single launch: columns per threadgroup, at least; threadgroups, at most
+DEPTH = 64  # inputs of x held in threadgroup memory at a time
+MIN_COLUMNS, MAX_READERS = 512, 8  # single launch: fewest columns per threadgroup, most threadgroups
 RANK_TILE = 64  # columns of `down` per threadgroup of the first launch
 MAX_PARTS = 16  # slices of the inputs in the first launch
 THREADGROUP_BYTES = 32768
-WAIT_BYTES = 1 << 19  # 2 us, an estimate, at 250 GB/s; the race on the user's machine has the last word
+WAIT_BYTES = 1 << 19  # an estimate: 2 us at 250 GB/s; the race on the user's machine decides
 
 
 def _slots(count: int) -> int:
@@ -42,7 +43,7 @@ def _slots(count: int) -> int:
 
 
 def _threadgroup_bytes(slots: int, rank: int) -> int:
-    """Threadgroup memory of the single launch: a tile of x, the sums of the threads, x @ down."""
+    """Threadgroup memory of the single launch: a tile of x, the partial sums of the threads, x @ down."""
     return 4 * (DEPTH * slots + min(slots, 8) * THREADS + rank * slots)
 
 
@@ -52,14 +53,14 @@ def _columns(outputs: int) -> int:
 
 
 def _parts(slots: int, inputs: int, outputs: int, itemsize: int) -> int:
-    """Slices of the inputs: many, so that the GPU is busy, but their products cost at most half of `down`."""
+    """Number of slices of the inputs: many, to keep the GPU busy, but their products cost at most half of `down`."""
     readers = -(-outputs // THREADS)
     affordable = inputs * itemsize // (2 * 4 * slots * (1 + readers))
     return max(1, min(affordable, MAX_PARTS, -(-inputs // DEPTH)))
 
 
 def bytes_moved(slots: int, inputs: int, outputs: int, rank: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that (one launch, two launches) read and write."""
+    """Bytes read and written by (one launch, two launches)."""
     ends = itemsize * (rank * outputs + 2 * slots * outputs)  # up, y, the result
     x, down = itemsize * slots * inputs, itemsize * inputs * rank
     hidden = 4 * slots * rank * _parts(slots, inputs, outputs, itemsize)
@@ -69,7 +70,7 @@ def bytes_moved(slots: int, inputs: int, outputs: int, rank: int, itemsize: int)
 
 
 def takes_one_launch(slots: int, inputs: int, outputs: int, rank: int, itemsize: int) -> bool:
-    """The rule of the module's docstring."""
+    """Whether to use one launch; the rule is in the module's docstring."""
     if _threadgroup_bytes(_slots(slots), rank) > THREADGROUP_BYTES:
         return False
     one, two = bytes_moved(slots, inputs, outputs, rank, itemsize)
@@ -77,7 +78,7 @@ def takes_one_launch(slots: int, inputs: int, outputs: int, rank: int, itemsize:
 
 
 def supported(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> Support:
-    """Whether the kernel can do this call, from shapes and dtypes. Arguments: as `run`."""
+    """Whether the kernel supports this call, by shapes and dtypes. Arguments as in `run`."""
     if x.dtype not in DTYPES:
         return Support(False, f"activations are {x.dtype}")
     if any(a.dtype != x.dtype for a in (y, down, up)):
@@ -92,18 +93,20 @@ def supported(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: in
 
 
 def _check(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> None:
-    """Raises ValueError, with both numbers, for anything the launches do not take."""
+    """Raise ValueError, with both numbers, for anything the launches do not support."""
     if any(a.ndim != 2 for a in (x, y, down, up)):
-        raise ValueError(f"two dimensions each, got {[a.ndim for a in (x, y, down, up)]}")
+        raise ValueError(
+            f"x, y, down and up must have two dimensions, got {[a.ndim for a in (x, y, down, up)]}"
+        )
     rows, inputs = x.shape
     if not 0 <= n_real < rows:
-        raise ValueError(f"n_real is {n_real}, but there are {rows} rows and at least one is a slot row")
+        raise ValueError(f"n_real is {n_real}, but at least one of the {rows} rows must be a slot row")
     if y.shape[0] != rows:
-        raise ValueError(f"x has {rows} rows, y {y.shape[0]}")
+        raise ValueError(f"x has {rows} rows, but y has {y.shape[0]}")
     if down.shape[0] != inputs:
-        raise ValueError(f"x has {inputs} columns, down {down.shape[0]} rows")
+        raise ValueError(f"x has {inputs} columns, but down has {down.shape[0]} rows")
     if up.shape != (down.shape[1], y.shape[1]):
-        raise ValueError(f"up is [{down.shape[1]}, {y.shape[1]}], got {list(up.shape)}")
+        raise ValueError(f"up must be [{down.shape[1]}, {y.shape[1]}], got {list(up.shape)}")
     support = supported(x, y, down, up, n_real, scale)
     if not support:
         raise ValueError(support.reason)
@@ -114,10 +117,10 @@ def _numbers(*values: int) -> mx.array:
 
 
 def launch(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> Launch:
-    """Both factors in one launch; its output: [R - n_real, outputs] of x's type. Arguments: as `run`.
+    """The single launch, with output [R - n_real, outputs] of x's type. Arguments as in `run`.
 
     Raises:
-        ValueError: shapes or types that do not fit, or a product x @ down too large for threadgroup memory.
+        ValueError: if shapes or types do not match, or x @ down does not fit threadgroup memory.
     """
     _check(x, y, down, up, n_real, scale)
     (rows, inputs), (rank, outputs) = x.shape, up.shape
@@ -137,7 +140,7 @@ def launch(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, 
 
 
 def launch_down(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> Launch:
-    """The first of two launches; its output: [parts, R - n_real, rank] float32. Arguments and errors: as `run`."""
+    """The first of two launches, with output [parts, R - n_real, rank] float32. Arguments and errors as in `run`."""
     _check(x, y, down, up, n_real, scale)
     (rows, inputs), (rank, outputs) = x.shape, up.shape
     slots = rows - n_real
@@ -156,20 +159,20 @@ def launch_down(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: 
 
 
 def launch_up(hidden: mx.array, y: mx.array, up: mx.array, n_real: int, scale: float) -> Launch:
-    """The second of two launches; its output: [R - n_real, outputs] of y's type.
+    """The second of two launches, with output [R - n_real, outputs] of y's type.
 
     Args:
-        hidden: [parts, R - n_real, rank] float32, what `launch_down` made.
-        y, up, n_real, scale: as `run`.
+        hidden: [parts, R - n_real, rank] float32, the output of `launch_down`.
+        y, up, n_real, scale: as in `run`.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: if shapes or types do not match.
     """
     rows, outputs = y.shape
     parts, slots, rank = hidden.shape
     if slots != rows - n_real or up.shape != (rank, outputs) or hidden.dtype != mx.float32:
         raise ValueError(
-            f"hidden {list(hidden.shape)} {hidden.dtype} does not fit {rows - n_real} rows and up {list(up.shape)}"
+            f"hidden {list(hidden.shape)} {hidden.dtype} does not match {rows - n_real} rows and up {list(up.shape)}"
         )
     return Launch(
         UP,
@@ -188,7 +191,7 @@ def run(
     """The slot rows of the layer's result.
 
     Args:
-        factory: makes kernels (`mx.fast.metal_kernel`).
+        factory: builds kernels (`mx.fast.metal_kernel`).
         x: [R, inputs], the layer's input.
         y: [R, outputs], the base layer's result.
         down, up: [inputs, rank] and [rank, outputs], of x's type.
@@ -199,7 +202,7 @@ def run(
         [R - n_real, outputs] of x's type.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: if shapes or types do not match.
     """
     _check(x, y, down, up, n_real, scale)
     if takes_one_launch(x.shape[0] - n_real, x.shape[1], y.shape[1], down.shape[1], x.dtype.size):
@@ -211,12 +214,12 @@ def run(
 
 
 def reference(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> mx.array:
-    """The same in MLX's own operations. Arguments and result: as `run`."""
+    """The same with MLX's operations. Arguments and result as in `run`."""
     return mx.addmm(y[n_real:], x[n_real:] @ down, up, alpha=scale)
 
 
 def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """What a layer runs with the kernel (rows joined again) and without it (one fused product over all rows)."""
+    """What a layer runs with the kernel (then it joins the rows) and without (one fused product over all rows)."""
     n_real, scale = arguments[4:]
 
     def with_kernel(x: mx.array, y: mx.array, down: mx.array, up: mx.array, *_: Any) -> mx.array:
@@ -230,7 +233,7 @@ def in_place(factory: Factory, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
 
 
 def samples() -> list[tuple[Any, ...]]:
-    """Arguments for a self-check: every type, one and two launches, ranks and rows off the tiles' edges."""
+    """Sample calls for the self-check: every type, one and two launches, ranks and rows that do not fill tiles."""
     cases = (
         (mx.float32, 200, 700, 12, 5, 3),
         (mx.float16, 576, 1536, 16, 9, 0),
@@ -242,7 +245,7 @@ def samples() -> list[tuple[Any, ...]]:
 
 
 def _sample(dtype: mx.Dtype, inputs: int, outputs: int, rank: int, rows: int, n_real: int) -> tuple[Any, ...]:
-    """One call on random numbers; base result and update are of like size."""
+    """A call with random numbers; the base result and the update are of similar size."""
     parts = mx.random.split(mx.random.key(rank), 4)
     shapes = ((rows, inputs), (rows, outputs), (inputs, rank), (rank, outputs))
     x, y, down, up = (mx.random.normal(shape, key=part) for shape, part in zip(shapes, parts))
@@ -251,14 +254,14 @@ def _sample(dtype: mx.Dtype, inputs: int, outputs: int, rank: int, rows: int, n_
 
 
 def agrees(ours: mx.array, theirs: mx.array) -> bool:
-    """Whether two results differ by rounding only, as a part of the largest value: 1e-5 for float32, 4e-3 for
-    float16, 3e-2 for bfloat16, in which MLX holds x @ down between its two steps."""
+    """Whether two results differ only by rounding: by at most 1e-5 (float32), 4e-3 (float16) or 3e-2 (bfloat16, to
+    which MLX rounds x @ down between its two steps) of the largest value."""
     bound = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}[theirs.dtype]
     ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
     return bool((mx.abs(ours - theirs).max() <= bound * mx.abs(theirs).max()).item())
 
 
 def shape_key(x: mx.array, y: mx.array, down: mx.array, up: mx.array, n_real: int, scale: float) -> str:
-    """The class of a call for the race cache: type, slot rows, rank and sizes."""
+    """The class of a call in the cache of verdicts: type, slot rows, rank and sizes."""
     dtype = str(x.dtype).rsplit(".", 1)[-1]
     return f"{dtype} {x.shape[0] - n_real}x{x.shape[1]}x{y.shape[1]} rank {down.shape[1]}"

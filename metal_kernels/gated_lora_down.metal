@@ -1,5 +1,5 @@
-// First of two launches of a large low-rank update on slot rows: hidden = x @ down, in parts that the second sums.
-// The header of gated_lora.metal goes before this one.
+// First of two launches of a large low-rank update on slot rows: hidden = x @ down, in parts that the second
+// launch adds. The header of gated_lora.metal precedes this one.
 //
 //   x       [R, inputs]       T      only rows n_real.. are read
 //   down    [inputs, rank]    T      read once

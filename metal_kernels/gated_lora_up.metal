@@ -1,5 +1,5 @@
 // Second of two launches of a large low-rank update on slot rows: out = y + scale * sum(hidden) @ up.
-// The header of gated_lora.metal goes before this one.
+// The header of gated_lora.metal precedes this one.
 //
 //   hidden  [parts, R - n_real, rank]  float   read by every threadgroup
 //   y       [R, outputs]      T      only rows n_real.. are read
@@ -23,7 +23,7 @@
   }
   for (int from = 0; from < rank; from += DEPTH) {
     const int depth = min(DEPTH, rank - from);
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the near copy is free again
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the copy may be overwritten
     for (int i = me; i < DEPTH * SLOTS; i += THREADS) {
       const int s = i / DEPTH;
       const int j = i % DEPTH;
@@ -35,7 +35,7 @@
       }
       near[j * SLOTS + s] = sum;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the near copy is there
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the copy is complete
     if (column < outputs) {
       add_up<T, SLOTS>(acc, near, up + size_t(from) * outputs + column, depth, outputs);
     }

@@ -1,12 +1,12 @@
-"""Picks by the inverse CDF in vocabulary order, and the interval of uniforms that picks a token.
+"""Picks by the inverse CDF in vocabulary order, and the interval of uniforms that picks a given token.
 
 The pick of a row is the first column with mass whose cumulative mass exceeds the uniform times the total mass
-(arXiv 2512.21323: Pick(u, P) = min {j : F_j > u}); if rounding leaves none, the last column with mass, so that the
-last edge is 1. Columns without mass have empty bins. Everything is float32; sums run block by block, since one long
-float32 sum would lose 1e-5 of its total.
+(arXiv 2512.21323: Pick(u, P) = min {j : F_j > u}). If rounding leaves no such column, it is the last column with
+mass, so the last edge is 1. Columns without mass have empty intervals. All numbers are float32; sums run block by
+block, because a single long float32 sum would be off by 1e-5 of the total.
 
 A row's result does not depend on the other rows or on their number: columns are padded to whole blocks before any
-element-wise function, whose vectorised and scalar forms may differ in the last bit.
+element-wise function, because vectorised and scalar code may differ in the last bit.
 
 Legend: R rows, V columns, P columns padded to a multiple of BLOCK.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-BLOCK = 256  # columns summed in one go
+BLOCK = 256  # columns summed at a time
 
 
 def _masses(scores: mx.array) -> mx.array:
@@ -36,7 +36,7 @@ def _running_sum(mass: mx.array) -> mx.array:
 
 
 def inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
-    """The column of each row, int32 [R].
+    """The picked column of each row, int32 [R].
 
     scores    [R, V] any float type; their softmax is the distribution. NaN and -inf have no mass; a row without
               any mass gives column 0.
@@ -53,9 +53,9 @@ def inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
 
 
 def interval(scores: mx.array, columns: mx.array) -> tuple[mx.array, mx.array]:
-    """Left and right edge of the uniforms that pick a column, float32 [R] each, from 0 to 1.
+    """Left and right edge of the interval of uniforms that picks a column, float32 [R] each, in [0, 1].
 
-    Equal edges: the column has no mass (or less than float32 can tell), and no uniform picks it.
+    If the edges are equal, the column has no mass (or less than float32 can resolve), and no uniform picks it.
 
     scores   [R, V] as in `inverse_cdf`
     columns  [R] integers, a column of each row

@@ -1,8 +1,8 @@
-"""What every kernel has in common: its Metal text, and a launch as plain data.
+"""What all kernels have in common: their Metal source, and a launch as plain data.
 
-A `Launch` is made by a kernel's own module, which checks shapes and does the grid arithmetic there and nowhere
-else, so that a Mac, the emulator and CUDA make the very same call. A *factory* turns text into something that
-can be called: `mx.fast.metal_kernel`, or a stand-in with the same form.
+A kernel's module builds its `Launch`. Shapes are checked and the grid is computed only there, so that a Mac, the
+emulator and CUDA all make exactly the same call. A *factory* builds a callable kernel from source:
+`mx.fast.metal_kernel`, or a substitute with the same signature.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADER_MARK, BODY_MARK = "//@header\n", "//@body\n"
 
 
 class Support(NamedTuple):
-    """Whether a kernel can do a call, and if not, why not (one clause, for `doctor`)."""
+    """Whether a kernel supports a call, and if not, why (one clause, shown by `doctor`)."""
 
     ok: bool
     reason: str = ""
@@ -34,9 +34,9 @@ class Support(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelText:
-    """A kernel's name, buffer names and Metal text.
+    """A kernel's name, buffer names and Metal source.
 
-    header stands at global scope before the kernel; body is what `mx.fast.metal_kernel` calls `source`.
+    `header` is at global scope before the kernel; `body` is what `mx.fast.metal_kernel` calls `source`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class KernelText:
 def read_kernel(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], atomic_outputs: bool = False
 ) -> KernelText:
-    """The text of `<name>.metal`, which lies beside this file: comments, `//@header`, `//@body`."""
+    """The source in `<name>.metal` beside this file: comments, then `//@header` and `//@body`."""
     text = Path(__file__).with_name(f"{name}.metal").read_text(encoding="utf-8")
     head, body = text.split(BODY_MARK, 1)
     header = head.split(HEADER_MARK, 1)[1] if HEADER_MARK in head else ""
@@ -59,7 +59,7 @@ def read_kernel(
 
 @cache
 def _built(factory: Factory, text: KernelText) -> Any:
-    """The kernel object of a text; MLX compiles once per object and template."""
+    """The kernel object of a source, built once; MLX compiles it once per object and template."""
     return factory(
         name=text.name,
         input_names=list(text.inputs),
@@ -75,7 +75,7 @@ class Launch:
     """One call of a kernel.
 
     Attributes:
-        text: what to run.
+        text: the source to run.
         inputs: row-contiguous arrays with at least one dimension, in the order of `text.inputs`.
         template: template arguments by name.
         grid: threads per axis; a multiple of `threadgroup`.
@@ -94,7 +94,7 @@ class Launch:
     init_value: float | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the kernel object's call."""
+        """The keyword arguments with which the kernel object is called."""
         return {
             "inputs": list(self.inputs),
             "template": list(self.template),
@@ -106,9 +106,9 @@ class Launch:
         }
 
     def kernel(self, factory: Factory) -> Any:
-        """The kernel object `factory` makes of the text, made once."""
+        """The kernel object that `factory` builds from the source, built once."""
         return _built(factory, self.text)
 
     def run(self, factory: Factory) -> list[mx.array]:
-        """The outputs."""
+        """Run the kernel and return its outputs."""
         return list(self.kernel(factory)(**self.arguments()))

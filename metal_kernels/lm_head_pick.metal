@@ -1,32 +1,32 @@
-// LM head and pick without the logits, first of two launches: every threadgroup makes the logits of a few tiles of
-// 16 columns, keeps what a pick and its probability need, and forgets them. lm_head_pick_merge joins the parts.
+// LM head and pick without storing logits, first of two launches: every threadgroup computes the logits of a few tiles
+// of 16 columns, and keeps only what a pick and its probability need. lm_head_pick_merge combines the parts.
 //
 // inputs
 //   hidden               [rows, size]     T        rows <= ROWS, size a multiple of 32
 //   weight               BITS 0: [columns, size] T; else [columns, size * BITS / 32] uint32, as mx.quantize packs it
-//   scales, biases       BITS 0: any; else [columns, size / GROUP] T; weight = scale * value + bias, in float32
-//   keys                 [rows, 2]        uint32   row keys of the noise; any when not noisy
-//   token_ids            [columns]        int32    real id of each column, by which noise goes; any when column = id
+//   scales, biases       BITS 0: unused; else [columns, size / GROUP] T; weight = scale * value + bias, in float32
+//   keys                 [rows, 2]        uint32   row keys of the noise; unused when not noisy
+//   token_ids            [columns]        int32    real id of each column, for the noise; unused when column = id
 //   inverse_temperature  [1]              float
-//   plan                 [3]              int32    tiles per threadgroup, whether noisy, whether token_ids counts
+//   plan                 [3]              int32    tiles per threadgroup, whether noisy, whether token_ids is used
 // outputs, one part per threadgroup
 //   part_values          [4, rows, parts] float    best noisy score, its score without noise, largest score without
-//                                                  noise, sum of exp(score - that)
+//                                                  noise, sum of exp(score - largest)
 //   part_columns         [rows, parts]    int32    column of the best noisy score; `columns` if there is none
 // template: T (float, half, bfloat), BITS (0, 4, 8), GROUP (0 or 32, 64, 128), ROWS (1, 2, 4, 8, 16)
 // threadgroup (128, 1, 1), grid (128 * parts, 1, 1), parts = ceil(columns / (16 * tiles per threadgroup))
 //
-// score = logit * inverse_temperature; noisy score = score + gumbel, each rounded once. Equal noisy scores: the
-// lowest column. Rows from `rows` to ROWS repeat the last one and are not written.
+// score = logit * inverse_temperature; noisy score = score + gumbel, each rounded once. If noisy scores are equal, the
+// lowest column wins. Rows from `rows` to ROWS repeat the last one and are not written.
 //
-// A simdgroup is 8 lanes along size by 4 lanes along columns, 4 columns each; the four simdgroups share out size,
-// 128 values in turn. A weight is loaded by one lane, once, for all rows. The order of a sum depends on size and
-// BITS alone, and its products are explicit fma, so a row's logits are the same in any company. The longer loops are
-// unrolled by order: an array with a run-time index would leave the registers.
+// A simdgroup is 8 lanes along size by 4 lanes along columns, 4 columns each; the four simdgroups divide size among
+// them, 128 values in turn. A weight is loaded by one lane, once, for all rows. The order of a sum depends only on size
+// and BITS, and its products are explicit fma, so a row's logits do not depend on the other rows. The longer loops are
+// explicitly unrolled: an array with a run-time index would not stay in registers.
 //@header
 struct PickState {
   float best;    // noisy score
-  float plain;   // the same without noise
+  float plain;   // its score without noise
   uint column;   // of best
   float top;     // largest score without noise
   float mass;    // sum of exp(score - top)
@@ -47,7 +47,7 @@ inline float mass_of(float x, float top) {
   return x == top ? 1.0f : exp(x - top);
 }
 
-// Both states as one, in any order: the larger best wins, the lower column of equal ones.
+// Merges two states, in any order: the larger best wins, or the lower column if they are equal.
 inline PickState joined(PickState a, PickState b) {
   const uint lead_a = lead_of(a.best);
   const uint lead_b = lead_of(b.best);
@@ -63,7 +63,7 @@ inline PickState joined(PickState a, PickState b) {
   return state;
 }
 
-// The state of the lane whose number differs in the bits of `step`.
+// The state of the lane whose index differs in the bits of `step`.
 inline PickState state_across(PickState a, ushort step) {
   PickState state;
   state.best = simd_shuffle_xor(a.best, step);
@@ -81,7 +81,7 @@ inline PickState state_across(PickState a, ushort step) {
   constexpr uint THREADS = 32 * SPLITS;
   constexpr uint VALUES = 16;                       // values per lane and turn, in four quads
   constexpr uint TURN = K_LANES * VALUES;           // values per simdgroup and turn
-  constexpr uint SLOTS = (ROWS * TILE + THREADS - 1) / THREADS;  // logits per thread once they are summed
+  constexpr uint SLOTS = (ROWS * TILE + THREADS - 1) / THREADS;  // summed logits per thread
   constexpr uint WORDS = BITS == 0 ? 2 : VALUES * BITS / 32;
   constexpr uint PER_WORD = BITS == 0 ? 1 : 32 / BITS;
   constexpr uint SHARE = BITS == 0 ? 1 : GROUP / VALUES;  // neighbouring lanes with the same scale
@@ -134,7 +134,7 @@ inline PickState state_across(PickState a, ushort step) {
             words[c][i] = pair.x;
             words[c][i + 1] = pair.y;
           }
-          const bool loads = live && k_lane % SHARE == 0;  // and passes it on to the lanes of its group
+          const bool loads = live && k_lane % SHARE == 0;  // and shares it with the lanes of its group
           const size_t at = row * (size / (SHARE * VALUES)) + k / (SHARE * VALUES);
           scale[c] = simd_shuffle(loads ? float(scales[at]) : 0.0f, ushort(lane - k_lane % SHARE));
           bias[c] = simd_shuffle(loads ? float(biases[at]) : 0.0f, ushort(lane - k_lane % SHARE));
@@ -142,7 +142,7 @@ inline PickState state_across(PickState a, ushort step) {
       }
       #pragma unroll
       for (uint quad = 0; quad < VALUES / 4; quad++) {
-        // Lanes read neighbouring memory: quantised lanes own 16 values, dense ones 4 at a time.
+        // Lanes read adjacent memory: 16 values per lane if quantised, 4 at a time if dense.
         const uint k = BITS == 0 ? base + quad * 32 + k_lane * 4 : base + k_lane * VALUES + quad * 4;
         if (k < size) {
           float values[COLUMNS][4];
@@ -215,7 +215,7 @@ inline PickState state_across(PickState a, ushort step) {
         states[slot] = joined(states[slot], here);
       }
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the next tile writes over what was read here
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the next tile overwrites what was read here
   }
 
   for (uint slot = 0; slot < SLOTS; slot++) {

@@ -1,9 +1,9 @@
-"""LM head and pick fused: tokens and their probabilities for rows whose logits nobody needs, in two launches.
+"""LM head and pick fused: tokens and their probabilities for rows whose logits are not needed, in two launches.
 
-Contract: `run` picks by float32 logits that were never rounded to the model's type or written to memory; the stock
-path (`reference`) rounds them to it, so the two may differ where the best scores are that close, and only there.
-The noise has the bits of `position_noise` and goes by real token ids. A row's result does not depend on the other
-rows or on their number. Equal scores: the lowest column. The weights are read once for all rows.
+Contract: `run` picks by float32 logits that are neither rounded to the model's type nor written to memory. MLX's path
+(`reference`) rounds them, so the two can differ, but only where the best scores are that close. The noise is that of
+`position_noise`, bit for bit, and depends on real token ids. A row's result does not depend on the other rows or on
+their number. If scores are equal, the lowest column wins. The weights are read once for all rows.
 Non-goals: heads that scale, cap or add to their logits (granite, gemma2), top-p, min-p, top-k, penalties.
 
 Arguments of every function here, after the factory
@@ -28,12 +28,14 @@ from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
-ROW_COUNTS = (1, 2, 4, 8, 16)  # what the kernel is compiled for
+ROW_COUNTS = (1, 2, 4, 8, 16)  # the compiled variants
 MOST_ROWS, SMALLEST_VOCABULARY = ROW_COUNTS[-1], 8
 TILE, THREADS = 16, 128  # columns per tile, threads per threadgroup: fixed in the kernel
-ENOUGH_PARTS, MOST_TILES = 1024, 8  # threadgroups that keep a GPU busy; tiles one of them may take
+ENOUGH_PARTS, MOST_TILES = 1024, 8  # number of threadgroups that keeps a GPU busy; most tiles for each
 MERGE_THREADS = 256
-PROBABILITY_TOLERANCE = 3e-2  # of `agrees`, relative: what rounding logits up to 4 in size to bfloat16 can do
+PROBABILITY_TOLERANCE = (
+    3e-2  # relative, for `agrees`: the effect of rounding logits of size up to 4 to bfloat16
+)
 
 NOISE_HEADER = read_kernel("position_noise", (), ()).header
 _parts = read_kernel(
@@ -64,7 +66,7 @@ def _why_not(
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> str:
-    """What stands against a call, as one clause; empty if nothing does."""
+    """Why the kernel does not support a call, as one clause; "" if it does."""
     if hidden.ndim != 2 or weight.ndim != 2:
         return f"hidden and weight have {hidden.ndim} and {weight.ndim} dimensions, not 2"
     (n_rows, size), n_columns = hidden.shape, weight.shape[0]
@@ -112,7 +114,7 @@ def _why_not_weight(
 
 
 def supported(*arguments: Any) -> Support:
-    """Whether the kernel can do this call, from shapes and types. Arguments: as `run`, without the factory."""
+    """Whether the kernel supports this call, by shapes and types. Arguments as in `run`, without the factory."""
     reason = _why_not(*arguments)
     return Support(not reason, reason)
 
@@ -128,10 +130,10 @@ def launch_parts(
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> Launch:
-    """The first launch: for every few tiles of columns, what a pick and its probability need.
+    """The first launch: for each part, a few tiles of columns, the values that a pick and its probability need.
 
     Raises:
-        ValueError: the call is not `supported`.
+        ValueError: if the call is not `supported`.
     """
     reason = _why_not(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     if reason:
@@ -164,18 +166,18 @@ def launch_parts(
 def launch_merge(
     part_values: mx.array, part_columns: mx.array, n_columns: int, token_ids: MaybeArray = None
 ) -> Launch:
-    """The second launch: joins the parts.
+    """The second launch: combines the parts.
 
     Args:
         part_values, part_columns: the outputs of `launch_parts`.
         n_columns: V.
-        token_ids: as for `launch_parts`.
+        token_ids: as in `launch_parts`.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: if the shapes do not match.
     """
     if part_values.shape != (4, *part_columns.shape):
-        raise ValueError(f"part_values are {part_values.shape} and part_columns {part_columns.shape}")
+        raise ValueError(f"part_values {part_values.shape} do not match part_columns {part_columns.shape}")
     n_rows, parts = part_columns.shape
     threads = min(MERGE_THREADS, 32 * -(-parts // 32))
     plan = mx.array([n_columns, int(token_ids is not None)], dtype=mx.int32)
@@ -191,7 +193,7 @@ def launch_merge(
 
 
 def _no_ids() -> mx.array:
-    return mx.array([0] * SMALLEST_VOCABULARY, dtype=mx.int32)  # long enough to stay in `device` memory
+    return mx.array([0] * SMALLEST_VOCABULARY, dtype=mx.int32)  # large enough to be placed in `device` memory
 
 
 def run(
@@ -206,10 +208,10 @@ def run(
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> tuple[mx.array, mx.array]:
-    """Picked real ids, int32 [R], and their probabilities, float32 [R], as `Picker.pick_with_confidence`.
+    """Picked real ids, int32 [R], and their probabilities, float32 [R], like `Picker.pick_with_confidence`.
 
     Raises:
-        ValueError: the call is not `supported`.
+        ValueError: if the call is not `supported`.
     """
     parts = launch_parts(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     values, columns = parts.run(factory)
@@ -228,7 +230,7 @@ def reference(
     keys: MaybeArray = None,
     token_ids: MaybeArray = None,
 ) -> tuple[mx.array, mx.array]:
-    """As `run`, by the stock head and picking from its logits."""
+    """The same as `run`, with MLX's head and a pick from its logits."""
     reason = _why_not(hidden, weight, scales, biases, group_size, bits, temperature, keys, token_ids)
     if reason:
         raise ValueError(f"lm_head_pick: {reason}")
@@ -260,10 +262,10 @@ def sample(
     temperature: float,
     seed: int,
 ) -> Arguments:
-    """Random arguments whose best scores lie wide apart: one column per row is made the likeliest by far.
+    """Random arguments whose best scores are far apart: in every row one column is the most likely by far.
 
-    The favoured column of a row points along its hidden state, where its score is about 8 and the others' size
-    about 1. Every second call has a reduced vocabulary. MLX's global random state is left alone.
+    The favoured column of a row is parallel to its hidden state and scores about 8, where other scores have size 1.
+    Every second call has a reduced vocabulary. MLX's global random state is not touched.
     """
     hidden_key, weight_key = mx.random.split(mx.random.key(seed))
     hidden = mx.random.normal((n_rows, size), key=hidden_key)
@@ -282,7 +284,7 @@ def sample(
 
 
 def samples() -> list[Arguments]:
-    """Small calls for a self-check: every type, dense and both widths, sizes on and off the tiles."""
+    """Small sample calls for the self-check: every type, dense and both bit widths, full and partial tiles."""
     return [
         sample(1, 37, 96, mx.float32, 0, 0, 0.0, 1),
         sample(3, 1009, 160, mx.float16, 32, 4, 0.0, 2),
@@ -292,7 +294,7 @@ def samples() -> list[Arguments]:
 
 
 def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -> bool:
-    """Whether the picks are the same and the probabilities within PROBABILITY_TOLERANCE."""
+    """Whether the picks are equal and the probabilities agree within PROBABILITY_TOLERANCE."""
     close = mx.allclose(ours[1], theirs[1], rtol=PROBABILITY_TOLERANCE, atol=1e-6)
     return bool(mx.array_equal(ours[0], theirs[0])) and bool(close)
 

@@ -1,14 +1,14 @@
-// LM head and pick without the logits, second of two launches: joins the parts of lm_head_pick, one threadgroup per
-// row. Uses the header of lm_head_pick.metal.
+// LM head and pick without storing logits, second of two launches: combines the parts of lm_head_pick, with one
+// threadgroup per row. The header of lm_head_pick.metal precedes it.
 //
 // inputs
 //   part_values   [4, rows, parts]  float
 //   part_columns  [rows, parts]     int32
-//   token_ids     [columns]         int32   real id of each column; any when column = id
-//   plan          [2]               int32   columns, whether token_ids counts
+//   token_ids     [columns]         int32   real id of each column; unused when column = id
+//   plan          [2]               int32   columns, whether token_ids is used
 // outputs
 //   picks         [rows]            int32   real id of the best noisy score
-//   confidence    [rows]            float   exp(its score without noise) over the sum of exp(score)
+//   confidence    [rows]            float   exp(its score without noise) / sum of exp(score)
 // grid (threads, rows, 1), threadgroup (threads, 1, 1), threads a multiple of 32, at most 1024
 //@body
   threadgroup float group_values[4][32];  // one slot per simdgroup

@@ -1,7 +1,7 @@
-// The noise of metal_kernels/position_noise.py, bit for bit, and the order in which scores win: shared by the kernels
-// that pick tokens, which paste this header before their own. Never launched: it has no body.
+// The noise of metal_kernels/position_noise.py, bit for bit, and the order of scores: a header for the kernels that pick
+// tokens, placed before their own. It is never launched and has no body.
 //@header
-// A product must not be fused with the sum it feeds: MLX computes and rounds them apart.
+// A product must not be fused with the sum it feeds: MLX computes and rounds them separately.
 #pragma METAL fp contract(off)
 
 // 32 uniform bits of a row (its two keys) and a token id.
@@ -19,7 +19,7 @@ inline float uniform_of_bits(uint bits) {
   return min(shifted * 2.3283064365386962890625e-10f, 0.999999940395355224609375f);
 }
 
-// Standard Gumbel noise of a uniform; -log1p(-w) is written out as in noise.py.
+// Standard Gumbel noise of a uniform; -log1p(-w) is written out as in position_noise.py.
 inline float gumbel_of_uniform(float w) {
   const float rest = 1.0f - w;
   float exponential = w;
@@ -30,18 +30,18 @@ inline float gumbel_of_uniform(float w) {
   return -precise::log(exponential);
 }
 
-// No less than gumbel_of_uniform(w), and cheap: -log1p(-w) >= w. The slack is far above both functions' errors.
+// A cheap upper bound of gumbel_of_uniform(w): -log1p(-w) >= w. The slack is far above both functions' errors.
 inline float most_gumbel(float w) {
   return 0.001f - 0.693147182f * fast::log2(w);
 }
 
-// Whether a score takes the lead from the best of the lower columns: greater, or the first NaN, as in mx.argmax.
+// Whether a score beats the best of the lower columns: it is greater, or the first NaN, as in mx.argmax.
 inline bool takes_lead(float score, float best) {
   return !(score <= best) && best == best;
 }
 
-// An unsigned integer that orders as takes_lead does: NaN above all, -0 equal to 0. Reductions over threads use
-// it because Metal's simd_max leaves NaN open.
+// An unsigned integer with the order of takes_lead: NaN is the largest, -0 equals 0. Reductions over threads use it
+// because Metal does not define simd_max for NaN.
 inline uint lead_of(float score) {
   const uint bits = as_type<uint>(score == 0.0f ? 0.0f : score);
   const uint ordered = (bits >> 31) != 0u ? ~bits : (bits | 0x80000000u);

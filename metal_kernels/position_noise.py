@@ -1,6 +1,6 @@
-"""Noise that is drawn once per (seed, position, token id) and never again: a counter-based generator.
+"""Noise that is fixed by (seed, position, token id): a counter-based generator.
 
-Contract: every value is a pure function of its integers. Nothing is stored, so the noise of a position is the
+Contract: every value is a pure function of these integers. Nothing is stored, so the noise of a position is the
 same in any block, at any row, for target and drafter, over a full or a reduced vocabulary.
 Non-goal: cryptography.
 
@@ -16,19 +16,19 @@ The generator, in unsigned 32-bit arithmetic modulo 2^32, so that a Metal kernel
        x = x ^ (x >> 16)
 3. Uniform, in float32: w = min((float(x) + 0.5) * 2^-32, 1 - 2^-24), inside (0, 1). float(x) rounds to
    nearest, which alone would give w = 1 for the 128 largest x.
-4. Gumbel, in float32: g = -log(e) with e = -log1p(-w), which libraries round differently and is therefore
-   written out (Kahan's form; -, *, / are IEEE operations, each rounded once):
+4. Gumbel, in float32: g = -log(e) with e = -log1p(-w). Libraries round log1p differently, so it is written out
+   (Kahan's form; -, *, / are IEEE operations, each rounded once):
        u = 1 - w
        e = w                             where u = 1
        e = (-log(u)) * (w / (1 - u))     elsewhere
    Large g come from small w, where float32 is finest, so the tail that decides an argmax keeps its precision:
-   g lies in [-2.82, 22.88]. No product feeds an addition, so contraction to fused operations changes nothing.
+   g lies in [-2.82, 22.88]. No product feeds an addition, so contraction into fused operations changes nothing.
 
-Parallel Token Prediction draws one uniform per position instead, by the inverse CDF:
+Parallel Token Prediction uses one uniform per position instead, for the inverse CDF:
    u = (key_0 >> 8) * 2^-24, exact in float32, in [0, 1).
 
-On one device every program that follows the four steps with its float32 `log` gets the same bits (the Metal
-kernels do). Between devices steps 1 to 3 are identical, and the last bits of step 4 are those of their `log`.
+On a given device, every program that follows the four steps with the device's float32 `log` gets the same bits (the
+Metal kernels do). Between devices steps 1 to 3 are identical, and step 4 can differ in the last bits, with `log`.
 
 Legend: R rows, N token ids.
 """
@@ -74,7 +74,7 @@ def _row_keys(seed_words: mx.array, positions: mx.array) -> mx.array:
 
 
 def row_keys(seed: int, positions: mx.array) -> mx.array:
-    """Keys of positions, uint32 [R, 2].
+    """The row keys of positions, uint32 [R, 2].
 
     seed       0 <= seed < 2^64
     positions  [R] integers >= 0, the absolute position of the token each row picks
@@ -102,7 +102,7 @@ def gumbel_of_bits(bits: mx.array) -> mx.array:
     uniform = (bits.astype(mx.float32) + 0.5) * 2.0**-32
     uniform = mx.minimum(uniform, LARGEST_UNIFORM)
     rest = 1.0 - uniform
-    # 1 - rest is what of the uniform survived the subtraction; the ratio puts back what was rounded away.
+    # 1 - rest is what is left of the uniform after rounding; the ratio restores what was rounded away.
     exponential = (-mx.log(rest)) * (uniform / (1.0 - rest))
     return -mx.log(mx.where(rest == 1.0, uniform, exponential))
 

@@ -1,7 +1,7 @@
-"""A race of two implementations of the same call: dependent chain, rotated inputs, median of rounds.
+"""A race between two implementations of the same call: a chain of dependent calls, rotating inputs, median of rounds.
 
-Launches that do not depend on each other overlap on a GPU, and a weight that was just read sits in its cache;
-decoding has neither. So every call waits for the one before, and several copies of the inputs take turns.
+Independent launches overlap on a GPU, and weights that were just read are still in its cache; neither happens in
+decoding. So every call waits for the one before, and several copies of the inputs take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Call = Callable[..., Any]
 
 
 def race(ours: Call, theirs: Call, arguments: tuple[Any, ...]) -> float:
-    """Time of `ours` over time of `theirs`, alternating, after a warm-up; below 1 means ours is faster."""
+    """The time of `ours` over the time of `theirs`, measured in turns after a warm-up; below 1, ours is faster."""
     copies = [_rotated(arguments, turn) for turn in range(_copies(arguments))]
     mx.eval(copies)
     _chain(ours, copies)
@@ -35,7 +35,7 @@ def race(ours: Call, theirs: Call, arguments: tuple[Any, ...]) -> float:
 
 
 def _copies(arguments: tuple[Any, ...]) -> int:
-    """Sets of inputs that take turns: one, the caller's own, where they are larger than any cache already."""
+    """Number of input copies that take turns: one if the inputs are larger than any cache."""
     held = sum(
         array.nbytes
         for _, array in cast("list[tuple[str, Any]]", tree_flatten(list(arguments)))
@@ -45,7 +45,7 @@ def _copies(arguments: tuple[Any, ...]) -> int:
 
 
 def _rotated(arguments: tuple[Any, ...], turn: int) -> tuple[Any, ...]:
-    """A copy of the arguments in other memory: matrices rolled along their first axis, all by as much."""
+    """A copy of the arguments in different memory: all matrices are rolled along their first axis by `turn`."""
 
     def rolled(value: Any) -> Any:
         return mx.roll(value, turn, 0) if turn and isinstance(value, mx.array) and value.ndim >= 2 else value
@@ -54,7 +54,7 @@ def _rotated(arguments: tuple[Any, ...], turn: int) -> tuple[Any, ...]:
 
 
 def _chain(call: Call, copies: list[tuple[Any, ...]]) -> float:
-    """Seconds of CHAIN calls, each of which waits for the one before."""
+    """Seconds for CHAIN calls, each of which waits for the one before."""
     before: list[mx.array] = []
     start = time.perf_counter()
     for index in range(CHAIN):
@@ -67,7 +67,7 @@ def _chain(call: Call, copies: list[tuple[Any, ...]]) -> float:
 
 
 def _after(arguments: tuple[Any, ...], before: list[mx.array]) -> tuple[Any, ...]:
-    """The same arguments, their first array waiting for `before`."""
+    """The same arguments, where the first array depends on `before`."""
     arrays = [index for index, value in enumerate(arguments) if isinstance(value, mx.array)]
     first = arrays[0]
     waiting = mx.depends([arguments[first]], before)[0]

@@ -1,6 +1,6 @@
-// y = x @ dequantize(w).T for the few rows of a verification step, each row with the bits that MLX 0.32.4 gives
-// it in a product of one row: the same float32 operations in the same order as its affine_qmv_fast, affine_qmv
-// or affine_qmv_quad, while each weight is read and unpacked once for all rows.
+// y = x @ dequantize(w).T for the few rows of a verification step; each row equals bit for bit what MLX 0.32.4 computes
+// for that row alone. The float32 operations and their order are those of its affine_qmv_fast, affine_qmv or
+// affine_qmv_quad, but each weight is read and unpacked once for all rows.
 //
 //   x        [ROWS, K]      T
 //   w        [N, K*BITS/32] uint32  value k of a row: bits BITS*(k%V) .. of word k/V, V = 32/BITS
@@ -11,20 +11,20 @@
 // template: T (float, half, bfloat), BITS (4, 8), GROUP (32, 64, 128), ROWS (2..16), and MLX's order:
 //   LANES   lanes that share a column: 32 (qmv_fast, qmv), 4 (qmv_quad)
 //   VALUES  consecutive values of k per lane and turn: 64/BITS (qmv_fast), 32/BITS (qmv), K/4 (qmv_quad)
-// threadgroup (64, 1, 1): two simdgroups on their own; each makes 4 columns of y (LANES = 32) or 8 (LANES = 4).
+// threadgroup (64, 1, 1): two independent simdgroups; each computes 4 columns of y (LANES = 32) or 8 (LANES = 4).
 // grid (64 * ceil(N / (2 * columns per simdgroup)), 1, 1).
 //
-// MLX's order: a lane's turns go up through K in steps of LANES * VALUES; a turn adds
-// scale * (sum of x * value) + (sum of x) * bias; the lanes' sums meet in simd_sum or quad_sum. With 4 bits the
-// values stay where they lie in their 16-bit half of a word (value j of four counts 16^j times, x is divided by it),
-// and products and x are added by fours. Sums are written as MLX writes them, without fma, so that a compiler
-// which contracts does so alike; that it does can only be seen on a Mac, where the self-check compares bits.
+// MLX's order: a lane's turns go through K in steps of LANES * VALUES. A turn adds
+// scale * (sum of x * value) + (sum of x) * bias; simd_sum or quad_sum adds up the lanes. With 4 bits, the values stay
+// at their place in a 16-bit half of a word (value j of four counts 16^j times, and x is divided by that), and products
+// and x are added in groups of four. Sums are written as in MLX, without fma, so that a compiler that contracts them
+// should do so in the same way. Only a Mac can show that it does; the self-check there compares bits.
 //
-// A lane's values are held as half, which is exact (at most 8 significant bits, below 65504), and are used ROWS
-// times. A simdgroup reads 32 * VALUES * BITS / 8 consecutive bytes of a weight row per turn. ROWS = 16 keeps 64
-// sums and at most 32 + 16 registers of values and x per thread. x comes from the cache; no threadgroup memory.
+// A lane's values are kept as half, which is exact (at most 8 significant bits, below 65504), and are used ROWS times.
+// A simdgroup reads 32 * VALUES * BITS / 8 consecutive bytes of a weight row per turn. With ROWS = 16, a thread needs 64
+// sums and at most 32 + 16 registers for values and x. x is read through the cache, without threadgroup memory.
 //@header
-// The values of a lane's words as MLX multiplies them: 8-bit as they are, 4-bit value j of four times 16^j.
+// The values of a lane's words as MLX multiplies them: 8-bit values as they are, 4-bit value j of four times 16^j.
 template <int BITS>
 inline void unpack(uint word, thread half* values) {
   if (BITS == 4) {
@@ -65,7 +65,7 @@ inline float load_row(const device T* x, thread float* xs) {
   return sum;
 }
 
-// What one turn adds to a column of one row.
+// What one turn adds to one column of one row.
 template <int BITS, int VALUES>
 inline float turn(const thread float* xs, const thread half* values, float scale, float bias, float x_sum) {
   float dot = 0.0f;
@@ -106,7 +106,7 @@ inline float turn(const thread float* xs, const thread half* values, float scale
     }
   }
 
-  for (int base = 0; base < K; base += LANES * VALUES) {  // the same turns for all lanes of a simdgroup
+  for (int base = 0; base < K; base += LANES * VALUES) {  // uniform across a simdgroup
     const int k = base + k_lane * VALUES;
     half values[COLUMNS][VALUES];
     float scale[COLUMNS], bias[COLUMNS];

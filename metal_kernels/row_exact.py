@@ -1,9 +1,9 @@
-"""A quantised matrix product for 2 to 16 rows in which every row has the bits of MLX's own one-row product.
+"""A quantised matrix product for 2 to 16 rows in which every row equals MLX's one-row product bit for bit.
 
-Contract: row i equals `mx.quantized_matmul` of row i alone on a Mac, bit for bit, so that quantised greedy decoding
-that verifies through this kernel is plain decoding by construction. Weights are read once for all rows. The order
-of the sums is that of MLX 0.32.4; `agrees` compares bits on a GPU, so another order (it has changed between
-releases) fails the self-check.
+Contract: on a Mac, row i equals `mx.quantized_matmul` of row i alone, bit for bit, so quantised greedy decoding that
+verifies with this kernel equals plain decoding by construction. Weights are read once for all rows. The order of the
+sums is that of MLX 0.32.4. `agrees` compares bits on a GPU, so a version of MLX with another order (it has changed
+between releases) fails the self-check.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TEXT = read_kernel("row_exact", ("x", "w", "scales", "biases"), ("y",))
 
 
 class Order(NamedTuple):
-    """How MLX sums one row's product with one column.
+    """The order in which MLX sums the product of a row and a column.
 
     Attributes:
-        lanes: lanes that share the column: 32 or 4.
-        values: consecutive values of K that a lane takes per turn.
+        lanes: lanes that share a column: 32 or 4.
+        values: consecutive values of K per lane and turn.
     """
 
     lanes: int
@@ -36,10 +36,10 @@ class Order(NamedTuple):
 
 
 def one_row_order(size: int, bits: int) -> Order:
-    """The order MLX 0.32.4 uses for one row of `size` values, as its library dispatches.
+    """The order that MLX 0.32.4 uses for one row of `size` values, following its dispatch.
 
-    qmv_quad for 64 and 128 values; qmv_fast where `size` is a multiple of 64 lanes' words (512 values of 4 bits,
-    256 of 8), whatever the number of columns; qmv otherwise.
+    qmv_quad for 64 and 128 values; qmv_fast if `size` is a multiple of 64 words (512 values of 4 bits, 256 of 8),
+    for any number of columns; qmv otherwise.
     """
     per_word = 32 // bits
     if size in (64, 128):
@@ -47,7 +47,7 @@ def one_row_order(size: int, bits: int) -> Order:
     return Order(32, 2 * per_word if size % (64 * per_word) == 0 else per_word)
 
 
-supported = small_m_qmm.supported  # the same calls
+supported = small_m_qmm.supported  # both kernels support the same calls
 
 
 def launch(
@@ -59,10 +59,10 @@ def launch(
     bits: int,
     mode: str = "affine",
 ) -> Launch:
-    """The launch. Arguments: as `run`.
+    """The launch. Arguments as in `run`.
 
     Raises:
-        ValueError: the kernel cannot do this call.
+        ValueError: if the kernel does not support the call.
     """
     reason = why_not(x, w, scales, biases, group_size, bits, mode)
     if reason or biases is None:
@@ -101,19 +101,19 @@ def run(
     """`x @ dequantize(w).T` in one launch, each row as if it were alone.
 
     Args:
-        factory: makes kernels (`mx.fast.metal_kernel`).
+        factory: builds kernels (`mx.fast.metal_kernel`).
         x: [M, K] float16, bfloat16 or float32; M is 2 to 16, K a multiple of group_size.
         w: [N, K * bits / 32] uint32, as `mx.quantize` packs it.
         scales, biases: [N, K / group_size], of x's dtype.
         group_size: 32, 64 or 128.
         bits: 4 or 8.
-        mode: "affine"; others are refused.
+        mode: must be "affine".
 
     Returns:
         [M, N] of x's dtype.
 
     Raises:
-        ValueError: anything else.
+        ValueError: for anything else.
     """
     return launch(x, w, scales, biases, group_size, bits, mode).run(factory)[0]
 
@@ -127,14 +127,14 @@ def reference(
     bits: int,
     mode: str = "affine",
 ) -> mx.array:
-    """The stock product of every row on its own. Arguments and result: as `run`."""
+    """MLX's product of every row on its own. Arguments and result as in `run`."""
     return mx.concatenate(
         [small_m_qmm.reference(row[None], w, scales, biases, group_size, bits, mode) for row in x], axis=0
     )
 
 
 def samples() -> list[tuple[mx.array, mx.array, mx.array, mx.array, int, int]]:
-    """Arguments for a self-check: all three of MLX's kernels, both widths, every dtype and group size."""
+    """Sample calls for the self-check: all three of MLX's kernels, both bit widths, every dtype and group size."""
     return [
         sample(2, 19, 512, 32, 4, mx.float32, 0),
         sample(5, 40, 1536, 64, 4, mx.float16, 1),
@@ -148,7 +148,7 @@ def samples() -> list[tuple[mx.array, mx.array, mx.array, mx.array, int, int]]:
 
 def agrees(ours: mx.array, theirs: mx.array) -> bool:
     """Whether `run` and `reference` agree: bit for bit on a GPU. MLX's CPU product sums in another order and in the
-    type of x; against it, as `small_m_qmm.agrees`."""
+    type of x, so on the CPU this is `small_m_qmm.agrees`."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return small_m_qmm.agrees(ours, theirs)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:

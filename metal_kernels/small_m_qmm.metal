@@ -7,19 +7,19 @@
 //   y        [ROWS, N]      T       sums in float32, rounded once
 // K is a multiple of GROUP, N is any number; both are read from the shapes.
 // template: T (float, half, bfloat), BITS (4, 8), GROUP (32, 64, 128), ROWS (2..16).
-// threadgroup (128, 1, 1): four simdgroups that make TILE = 16 columns of y; grid (128 * ceil(N / 16), 1, 1).
+// threadgroup (128, 1, 1): four simdgroups that compute TILE = 16 columns of y; grid (128 * ceil(N / 16), 1, 1).
 //
-// One simdgroup is 8 lanes along K times 4 lanes along N; a lane holds 16 values of k for 4 columns, so it unpacks
-// a weight once and uses it ROWS times, and uses an x it has loaded 4 times. The 8 lanes along K read 64 (4-bit)
-// or 128 (8-bit) consecutive bytes of a weight row; the 4 lanes along N read the same x, which the memory system
-// serves once. The simdgroups share out K, 128 values in turn: every x is needed by one of them only, hence
-// no copy of x in threadgroup memory and no barrier in the loop. Lanes that share a scale get it by a shuffle, so
-// that it too is read once. ROWS = 16 keeps 64 sums and about 40 other registers per thread; the longer loops over
-// them are unrolled by order, because an array with a run-time index leaves the registers.
+// A simdgroup is 8 lanes along K times 4 lanes along N; a lane holds 16 values of k for 4 columns. So it unpacks a
+// weight once and uses it ROWS times, and uses a loaded x 4 times. The 8 lanes along K read 64 (4-bit) or 128 (8-bit)
+// consecutive bytes of a weight row; the 4 lanes along N read the same x, which the memory system fetches once. The
+// simdgroups divide K among them, 128 values in turn: only one of them needs each x, so there is no copy of x in
+// threadgroup memory and no barrier in the loop. Lanes that share a scale get it by a shuffle, so it is also read only
+// once. With ROWS = 16, a thread needs 64 sums and about 40 other registers; the longer loops over them are explicitly
+// unrolled, because an array with a run-time index does not stay in registers.
 //
-// The order of a sum depends on K alone: 16 values at a time per lane, then the 8 lanes as a butterfly, then the
-// simdgroups from 0 to 3. ROWS and N do not enter, and every product is an explicit fma that no compiler can
-// contract differently in another specialisation, so a row's result is the same in any company.
+// The order of a sum depends only on K: 16 values at a time per lane, then the 8 lanes as a butterfly, then the
+// simdgroups from 0 to 3. It does not depend on ROWS or N, and every product is an explicit fma, which no compiler can
+// contract differently in another specialisation. So a row's result does not depend on the other rows.
 //@header
 // Values 4*quad .. 4*quad+3 of the 16 in `words`, as floats.
 template <int BITS>
@@ -58,7 +58,7 @@ inline void unpack(const thread uint* words, int quad, thread float* values) {
     }
   }
 
-  for (int base = split * TURN; base < K; base += SPLITS * TURN) {  // the same turns for all lanes of a simdgroup
+  for (int base = split * TURN; base < K; base += SPLITS * TURN) {  // uniform across a simdgroup
     const int k = base + k_lane * VALUES;
     uint words[COLUMNS][WORDS];
     float scale[COLUMNS], bias[COLUMNS];

@@ -1,7 +1,7 @@
-"""A quantised matrix product for the 2 to 16 rows of a verification step: one pass over the weights.
+"""A quantised matrix product for the 2 to 16 rows of a verification step, with one pass over the weights.
 
-Contract: `x @ dequantize(w).T`, affine 4- or 8-bit weights in MLX's packed layout, sums in float32. A row's result
-does not depend on how many rows are in the call. It is not the bits of MLX's one-row product (see `row_exact`).
+Contract: `x @ dequantize(w).T` for affine 4- or 8-bit weights in MLX's packed layout, with sums in float32. A row's
+result does not depend on the number of rows. It is not bit for bit MLX's one-row product (see `row_exact`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 MIN_ROWS, MAX_ROWS = 2, 16
 TILE, THREADS = 16, 128  # columns of y and threads per threadgroup
 
-# Largest difference from stock MLX, as a share of the largest result. MLX's CPU product sums in the type of x.
+# Largest difference from MLX, relative to the largest result. MLX's CPU product sums in the type of x.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 CPU_TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 1.6e-1}
 
@@ -31,11 +31,11 @@ def why_not(
     bits: int,
     mode: str = "affine",
 ) -> str:
-    """What stands against a call, as one clause with both numbers; empty if nothing does. Arguments: as `run`."""
+    """Why the kernel does not support a call (a clause with both numbers); "" if it does. Arguments as in `run`."""
     if mode != "affine" or biases is None:
         return f"the mode is {mode}, not affine" if mode != "affine" else "there are no biases"
     if bits not in BITS or group_size not in GROUP_SIZES:
-        return f"{bits} bits in groups of {group_size}; it takes {BITS} bits in groups of {GROUP_SIZES}"
+        return f"{bits} bits in groups of {group_size}; supported are {BITS} bits in groups of {GROUP_SIZES}"
     if x.ndim != 2 or w.ndim != 2:
         return f"x and w have {x.ndim} and {w.ndim} dimensions, not 2"
     if x.dtype not in DTYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
@@ -66,7 +66,7 @@ def supported(
     bits: int,
     mode: str = "affine",
 ) -> Support:
-    """Whether the kernel can do this call, from shapes and dtypes. Arguments: as `run`."""
+    """Whether the kernel supports this call, by shapes and dtypes. Arguments as in `run`."""
     reason = why_not(x, w, scales, biases, group_size, bits, mode)
     return Support(not reason, reason)
 
@@ -80,10 +80,10 @@ def launch(
     bits: int,
     mode: str = "affine",
 ) -> Launch:
-    """The launch. Arguments: as `run`.
+    """The launch. Arguments as in `run`.
 
     Raises:
-        ValueError: the kernel cannot do this call.
+        ValueError: if the kernel does not support the call.
     """
     reason = why_not(x, w, scales, biases, group_size, bits, mode)
     if reason or biases is None:
@@ -113,19 +113,19 @@ def run(
     """`x @ dequantize(w).T` in one launch.
 
     Args:
-        factory: makes kernels (`mx.fast.metal_kernel`).
+        factory: builds kernels (`mx.fast.metal_kernel`).
         x: [M, K] float16, bfloat16 or float32; M is 2 to 16, K a multiple of group_size.
         w: [N, K * bits / 32] uint32, as `mx.quantize` packs it.
         scales, biases: [N, K / group_size], of x's dtype.
         group_size: 32, 64 or 128.
         bits: 4 or 8.
-        mode: "affine"; others are refused.
+        mode: must be "affine".
 
     Returns:
         [M, N] of x's dtype.
 
     Raises:
-        ValueError: anything else.
+        ValueError: for anything else.
     """
     return launch(x, w, scales, biases, group_size, bits, mode).run(factory)[0]
 
@@ -139,7 +139,7 @@ def reference(
     bits: int,
     mode: str = "affine",
 ) -> mx.array:
-    """The stock product. Arguments and result: as `run`."""
+    """MLX's product. Arguments and result as in `run`."""
     return mx.quantized_matmul(
         x, w, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode
     )
@@ -148,7 +148,7 @@ def reference(
 def sample(
     rows: int, columns: int, size: int, group_size: int, bits: int, dtype: mx.Dtype, seed: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, int, int]:
-    """Random arguments of `run`; leaves MLX's global random state alone."""
+    """Random arguments for `run`; does not touch MLX's global random state."""
     x_key, w_key = mx.random.split(mx.random.key(seed))
     x = mx.random.normal((rows, size), key=x_key).astype(dtype)
     dense = mx.random.normal((columns, size), key=w_key).astype(dtype)
@@ -157,7 +157,7 @@ def sample(
 
 
 def samples() -> list[tuple[mx.array, mx.array, mx.array, mx.array, int, int]]:
-    """Arguments for a self-check: every dtype, width and group size, K and N on and off the tiles."""
+    """Sample calls for the self-check: every dtype, bit width and group size; K and N that fill the tiles or not."""
     return [
         sample(2, 19, 96, 32, 4, mx.float32, 0),
         sample(5, 33, 576, 64, 4, mx.float16, 1),
@@ -167,7 +167,7 @@ def samples() -> list[tuple[mx.array, mx.array, mx.array, mx.array, int, int]]:
 
 
 def agrees(ours: mx.array, theirs: mx.array) -> bool:
-    """Whether `run` and `reference` agree: TOLERANCE on a GPU, CPU_TOLERANCE where the reference ran on the CPU."""
+    """Whether `run` and `reference` agree within TOLERANCE, or CPU_TOLERANCE if the reference ran on the CPU."""
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     tolerance = (TOLERANCE if on_gpu else CPU_TOLERANCE)[theirs.dtype]
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -185,6 +185,6 @@ def shape_key(
     bits: int,
     mode: str = "affine",
 ) -> str:
-    """The shape class of a call: width, group, dtype, rows x columns x values."""
+    """The class of a call: bit width, group size, dtype, rows x columns x values."""
     dtype = str(x.dtype).rsplit(".", 1)[-1]
     return f"q{bits} g{group_size} {dtype} {x.shape[0]}x{w.shape[0]}x{x.shape[-1]}"

@@ -1,4 +1,4 @@
-"""What was decided about kernels on this machine, in memory and on disk."""
+"""Verdicts on the kernels on this machine, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ log = logging.getLogger("mtp_mlx")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided for one kernel and shape.
+    """The verdict on one kernel and shape.
 
     Attributes:
         uses_kernel: whether calls of this shape run the kernel.
         reason: why, in a few words.
-        time_ratio: kernel time over stock time; None when not raced.
+        time_ratio: the kernel's time divided by MLX's; None if it was not raced.
     """
 
     uses_kernel: bool
@@ -38,7 +38,7 @@ class Verdict:
 
 @cache
 def machine_key() -> tuple[tuple[str, str], ...]:
-    """What verdicts belong to: device, system, MLX and the kernels' own text, as (name, value) pairs."""
+    """What verdicts are valid for: device, system, MLX version and kernel source, as (name, value) pairs."""
     device = mx.device_info() if hasattr(mx, "device_info") else {}
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*")):
@@ -56,8 +56,8 @@ class Verdicts(dict[str, Verdict]):
     """Verdicts by "kernel shape".
 
     Args:
-        path: a file to read them from and to add new ones to; None keeps them in memory. A file of another
-            machine, MLX or kernel text counts as empty, a damaged one too (said once).
+        path: the file in which they are kept; None keeps them in memory. A file from another machine, MLX version or
+            kernel source counts as empty, and so does a damaged one (reported once).
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -66,7 +66,7 @@ class Verdicts(dict[str, Verdict]):
         self._lock = threading.Lock()
 
     def add(self, key: str, verdict: Verdict) -> None:
-        """Remembers a verdict, on disk too; what other processes wrote meanwhile is kept."""
+        """Record a verdict, also on disk, where verdicts written by other processes are kept."""
         with self._lock:
             self[key] = verdict
             if self._path is None:
@@ -78,11 +78,11 @@ class Verdicts(dict[str, Verdict]):
             try:
                 write_text(self._path, text + "\n")
             except MTPError as error:  # a full disk must not stop generation
-                log.warning("verdicts on kernels are not kept: %s", error)
+                log.warning("verdicts on kernels could not be saved: %s", error)
                 self._path = None
 
     def forget(self) -> None:
-        """Drops all of them, on disk too: every shape is judged again."""
+        """Delete all verdicts, also on disk, so that every shape is judged again."""
         with self._lock:
             self.clear()
             if self._path is not None:

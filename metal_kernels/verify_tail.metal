@@ -1,11 +1,11 @@
-// The tail of a verification pass in one launch: the pick of every real row of a block, and how many drafts the
-// picks accept. One threadgroup per row; the rows meet in one atomic minimum.
+// The tail of a verification pass in one launch: the pick of every real row of a block, and the number of accepted
+// drafts. One threadgroup per row; an atomic minimum combines the rows.
 //
 // inputs
 //   logits               [rows, columns]  float, half or bfloat   rows >= 1, columns >= 8, column = token id
 //   tokens               [rows]           int32                   the block's real tokens: pending, then drafts;
-//                                                                 row r is right to go on if its pick is tokens[r + 1]
-//   noise                MODE 0: any; MODE 1: [rows, 2] uint32 row keys; MODE 2: [rows] float uniforms in [0, 1)
+//                                                                 row r accepts its draft if its pick is tokens[r + 1]
+//   noise                MODE 0: unused; MODE 1: [rows, 2] uint32 row keys; MODE 2: [rows] float uniforms in [0, 1)
 //   inverse_temperature  [1]              float                   unused in MODE 0
 // output (atomic, starts at rows - 1)
 //   result               [rows + 1]       int32                   a pick per row, then the number of accepted drafts
@@ -15,10 +15,10 @@
 //         2 inverse CDF in vocabulary order: the first column whose cumulative probability exceeds the uniform
 // grid (threads, rows, 1), threadgroup (threads, 1, 1), threads a multiple of 32, at most 1024.
 //
-// Modes 0 and 1 read the logits once. Mode 2 gives each simdgroup a contiguous range of columns, reads the logits
-// once for the mass of the ranges, and then only the range that holds the pick again, split over all threads.
-// Equal scores: the lowest column. Nothing above -inf: column 0. NaN: modes 0 and 1 pick the first NaN, as
-// mx.argmax does; in mode 2 it has no mass.
+// Modes 0 and 1 read the logits once. Mode 2 gives each simdgroup a contiguous range of columns, reads the logits once
+// for the mass of each range, and then again only the range that holds the pick, split over all threads.
+// If scores are equal, the lowest column wins. If nothing is above -inf, the pick is column 0. Modes 0 and 1 pick the
+// first NaN, as mx.argmax does; in mode 2, NaN has no mass.
 //@header
 // exp((x - top) * inverse_temperature) with exp(0) where both are the same infinity
 inline float mass_of(float x, float top, float inverse_temperature) {
@@ -44,7 +44,7 @@ inline float mass_of(float x, float top, float inverse_temperature) {
   const uint groups = simdgroups_per_threadgroup;
   const uint base = row * columns;
   uint pick = columns;  // none
-  uint writer = 0;      // the thread that knows the pick
+  uint writer = 0;      // the thread that has the pick
 
   if (MODE != 2) {
     const uint key_0 = MODE == 1 ? uint(noise[2 * row]) : 0u;
@@ -54,10 +54,10 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     float best = -INFINITY;
     uint best_column = columns;  // loses every tie
     for (uint start = 0; start < columns; start += 4 * threads) {
-      // What the simdgroup has seen so far: noise is worked out only where it could still win. No score is lost,
-      // as rounding keeps order: score <= scaled + most_gumbel < to_beat. NaN is never skipped.
+      // The best score of the simdgroup so far: noise is computed only where a column could still win. No winner is
+      // missed, because rounding is monotonic: score <= scaled + most_gumbel < to_beat. NaN is never skipped.
       const float to_beat = MODE == 1 ? simd_max(best) : 0.0f;
-      float score[4];  // four loads on their way at once
+      float score[4];  // four loads in flight
       for (uint k = 0; k < 4; k++) {
         const uint column = start + k * threads + thread_index;
         score[k] = column < columns ? float(logits[base + column]) : -INFINITY;
@@ -94,13 +94,13 @@ inline float mass_of(float x, float top, float inverse_temperature) {
   } else {
     const float scale = inverse_temperature[0];
 
-    // 1. Mass of each simdgroup's range under its own largest logit.
+    // 1. The mass of each simdgroup's range, relative to its own largest logit.
     const uint range = (columns + groups - 1) / groups;
     const uint range_end = min((group + 1) * range, columns);
     float top = -INFINITY;
     float mass = 0.0f;
     for (uint start = group * range + lane; start < range_end; start += 4 * 32) {
-      float x[4];  // four loads on their way at once
+      float x[4];  // four loads in flight
       float new_top = top;
       for (uint k = 0; k < 4; k++) {
         const uint column = start + k * 32;
@@ -121,7 +121,7 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // 2. The range that holds the pick. Every simdgroup works it out; lane = range.
+    // 2. The range that holds the pick, found by every simdgroup; lane = range.
     const float lane_top = lane < groups ? range_top[lane] : -INFINITY;
     const float row_top = simd_max(lane_top);
     const float lane_mass = lane < groups ? range_mass[lane] * mass_of(lane_top, row_top, scale) : 0.0f;
@@ -129,11 +129,11 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     const float total = simd_shuffle(through, 31);
     const float goal = float(noise[row]) * total;
     const uint crossing = simd_min(lane_mass > 0.0f && through > goal ? lane : 32u);
-    const uint last_lane = simd_max(lane_mass > 0.0f ? lane : 0u);  // should rounding put the goal past the end
+    const uint last_lane = simd_max(lane_mass > 0.0f ? lane : 0u);  // in case rounding puts the goal past the end
     const uint chosen = crossing < 32u ? crossing : last_lane;
     const float before_range = simd_shuffle(through - lane_mass, chosen);
 
-    // 3. That range again: a contiguous stretch per thread, in vocabulary order.
+    // 3. Within that range, a contiguous stretch per thread, in vocabulary order.
     const uint chosen_start = min(chosen * range, columns);
     const uint chosen_end = min(chosen_start + range, columns);
     const uint stretch = (chosen_end - chosen_start + threads - 1) / threads;
@@ -163,7 +163,7 @@ inline float mass_of(float x, float top, float inverse_temperature) {
     const uint last = simd_max(lane < groups ? group_last[lane] : 0u);
     const uint owner = first < threads ? first : last;
 
-    // 4. The owner of that stretch walks it.
+    // 4. The thread with the right stretch goes through it.
     writer = first < threads ? first : last;
     if (thread_index == writer) {
       float sum = before_mine;

@@ -1,12 +1,12 @@
-"""Verification tail: the picks of a block's real rows and how many drafts they accept, in one launch.
+"""The tail of verification: the picks of a block's real rows and the number of accepted drafts, in one launch.
 
-Contract: `run` returns what `Picker.pick` and `leading_run` return, token for token: greedy and Gumbel picks come
-from the same float32 operations in the same order. Inverse-CDF picks (Parallel Token Prediction) are the first
-column whose cumulative probability exceeds the uniform. Those sums are float32 and within CDF_ERROR of the exact
-ones, so `run` and `reference` may pick neighbours when the uniform falls that close to a border.
-Equal scores: the lowest column. A row with nothing above -inf: column 0. NaN: greedy and Gumbel pick the first,
-as `mx.argmax` does; it has no mass under the inverse CDF.
-Non-goals: top-p, min-p, top-k and penalties; `Picker` does those.
+Contract: `run` returns what `Picker.pick` and `leading_run` return, token for token. Greedy and Gumbel picks use
+the same float32 operations in the same order. Inverse-CDF picks (Parallel Token Prediction) are the first column
+whose cumulative probability exceeds the uniform. These sums are float32 and within CDF_ERROR of the exact ones, so
+`run` and `reference` may pick neighbouring columns if the uniform is that close to the border between them. If
+scores are equal, the lowest column wins. A row with nothing above -inf gives column 0. Greedy and Gumbel pick the
+first NaN, as `mx.argmax` does; under the inverse CDF, NaN has no mass. Non-goals: top-p, min-p, top-k and
+penalties; `Picker` does those.
 
 Arguments of every function here, after the factory
     logits   [R, V] float32, float16 or bfloat16; column = token id
@@ -31,10 +31,10 @@ GREEDY, GUMBEL, INVERSE_CDF = 0, 1, 2
 MODE_NAMES = ("greedy", "gumbel", "inverse cdf")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SMALLEST_VOCABULARY = 8
-MOST_ELEMENTS = 2**31  # columns of all rows are counted in 32 bits
+MOST_ELEMENTS = 2**31  # the kernel counts the columns of all rows in 32 bits
 SIMD_WIDTH, MOST_THREADS, COLUMNS_PER_THREAD = 32, 1024, 4
 CDF_ERROR = (
-    2e-6  # of a cumulative probability; seen under emulation, up to 262,144 columns: 1e-7, reference 4e-7
+    2e-6  # of a cumulative probability; under emulation, with up to 262,144 columns: 1e-7, reference: 4e-7
 )
 
 NOISE_HEADER = read_kernel("position_noise", (), ()).header
@@ -50,10 +50,10 @@ Arguments = tuple[mx.array, mx.array, float, mx.array | None]
 
 
 def _mode(temperature: float, noise: mx.array | None) -> int:
-    """Which pick is asked for.
+    """The kind of pick.
 
     Raises:
-        ValueError: a temperature without noise, or noise of another type.
+        ValueError: if there is a temperature but no noise, or the noise has another type.
     """
     if temperature == 0:
         return GREEDY
@@ -69,7 +69,7 @@ def _mode(temperature: float, noise: mx.array | None) -> int:
 def supported(
     logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
 ) -> Support:
-    """Whether the kernel can do this call."""
+    """Whether the kernel supports this call."""
     if logits.dtype not in FLOATS:
         return Support(False, f"logits of type {logits.dtype}")
     if logits.shape[-1] < SMALLEST_VOCABULARY:
@@ -80,12 +80,12 @@ def supported(
 
 
 def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None) -> int:
-    """The mode, once every shape has been looked at."""
+    """Check all shapes and types, and return the mode."""
     if logits.ndim != 2 or logits.shape[0] < 1:
         raise ValueError(f"logits have shape {logits.shape} but must be [rows >= 1, vocabulary]")
     support = supported(logits, tokens, temperature, noise)
     if not support:
-        raise ValueError(f"verify_tail cannot do this call: {support.reason}")
+        raise ValueError(f"verify_tail does not support this call: {support.reason}")
     n_rows = logits.shape[0]
     if tokens.shape != (n_rows,) or tokens.dtype != mx.int32:
         raise ValueError(f"tokens are {tokens.dtype} {tokens.shape} but must be int32 ({n_rows},)")
@@ -99,10 +99,10 @@ def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.a
 
 
 def launch(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None) -> Launch:
-    """The one launch; its output holds the picks and then the accepted count, int32 [R + 1].
+    """The launch, whose output is the picks followed by the number of accepted drafts, int32 [R + 1].
 
     Raises:
-        ValueError: a shape or type does not fit, or the call is not `supported`.
+        ValueError: if a shape or type does not match, or the call is not `supported`.
     """
     mode = _checked(logits, tokens, temperature, noise)
     n_rows, n_columns = logits.shape
@@ -140,7 +140,7 @@ def run(
 def reference(
     logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """As `run`, in pure MLX."""
+    """The same as `run`, in pure MLX."""
     mode = _checked(logits, tokens, temperature, noise)
     scores = logits.astype(mx.float32)
     if mode != GREEDY:
@@ -159,15 +159,15 @@ def _with_accepted(picks: mx.array, tokens: mx.array) -> tuple[mx.array, mx.arra
 
 
 def _leading_run(picks: mx.array, tokens: mx.array) -> mx.array:
-    """[1] int32: how many drafts, the tokens after the first, equal the pick of the row before them."""
+    """[1] int32: how many leading drafts (the tokens after the first) equal the pick of the row before them."""
     equal = (picks[:-1] == tokens[1:]).astype(mx.int32)
     return mx.sum(mx.cumprod(equal)).astype(mx.int32).reshape(1)
 
 
 def samples() -> list[Arguments]:
-    """Small calls for a self-check: every mode and type, short and ragged rows, 1 to 9 rows.
+    """Small sample calls for the self-check: every mode and type, short and uneven rows, 1 to 9 rows.
 
-    Uniforms lie in the middle of a likely token's interval, so that the order of summation cannot matter.
+    Uniforms are in the middle of a likely token's interval, so that the order of summation cannot matter.
     """
     generator = np.random.default_rng(0)
     calls: list[Arguments] = []
@@ -180,13 +180,13 @@ def samples() -> list[Arguments]:
             block = mx.zeros((n_rows,), dtype=mx.int32)
             picks, _ = reference(logits, block, temperature, noise)
             drafts = np.concatenate([[0], np.array(picks)[:-1]])
-            drafts[n_rows // 2 + 1 :] = n_columns - 1  # a few drafts are right, the rest probably wrong
+            drafts[n_rows // 2 + 1 :] = n_columns - 1  # the first drafts are right, the rest probably wrong
             calls.append((logits, mx.array(drafts.astype(np.int32)), temperature, noise))
     return calls
 
 
 def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -> bool:
-    """Whether picks and accepted counts are the same integers."""
+    """Whether picks and accepted counts are equal."""
     return all(bool(mx.array_equal(one, other)) for one, other in zip(ours, theirs, strict=True))
 
 

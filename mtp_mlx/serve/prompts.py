@@ -121,7 +121,8 @@ class Prompts:
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
             raise RequestError(
-                f"max_tokens is {max_tokens}; this server allows at most {limits.output} (--max-output-tokens)",
+                f"max_tokens is {max_tokens}; this server allows at most {limits.output} "
+                "(--max-output-tokens)",
                 field="max_tokens",
             )
         grammar = None if schema is None else self.grammar(schema)
