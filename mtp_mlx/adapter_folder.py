@@ -284,10 +284,10 @@ def model_card(header: Header, lines: CardLines, sizes: Mapping[str, int]) -> st
 
 def bullets(facts: Mapping[str, Any]) -> str:
     """A list in Markdown."""
-    return "\n".join(f"- {name.replace('_', ' ')}: {_words(value)}" for name, value in facts.items())
+    return "\n".join(f"- {name.replace('_', ' ')}: {words(value)}" for name, value in facts.items())
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
     """A JSON value for people."""
     if value is None:
         return "none"
@@ -295,10 +295,10 @@ def _words(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, Mapping):
         return (
-            ", ".join(f"{name.replace('_', ' ')} {_words(inner)}" for name, inner in value.items()) or "none"
+            ", ".join(f"{name.replace('_', ' ')} {words(inner)}" for name, inner in value.items()) or "none"
         )
     if isinstance(value, list | tuple):
-        return "; ".join(map(_words, value)) or "none"
+        return "; ".join(map(words, value)) or "none"
     return str(value)
 
 

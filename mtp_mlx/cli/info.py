@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mtp_mlx.adapter_folder import CONFIG_NAME, words
 from mtp_mlx.errors import MTPError
 
 EPILOG = """\b
@@ -97,7 +98,6 @@ def folder(path: Path) -> dict[str, Any]:
     Raises:
         MTPError: if `path` is none of these.
     """
-    from mtp_mlx.adapter_folder import CONFIG_NAME
     from mtp_mlx.models import EMBEDDED, embedded_model
 
     if str(path) in EMBEDDED and not path.exists():
@@ -181,7 +181,7 @@ def adapter(path: Path) -> dict[str, Any]:
     """What an adapter folder says about itself; its base model is not needed.
 
     Raises:
-        MTPError: an unknown method, or a file that is missing or damaged.
+        MTPError: if its method is not known, or a file is missing or damaged.
     """
     from mtp_mlx.adapter_folder import count_weights, read_header, read_tensors, tensor_sizes
     from mtp_mlx.drafters.registry import folder_facts
@@ -203,7 +203,7 @@ def adapter(path: Path) -> dict[str, Any]:
 
 
 def model_folder(path: Path) -> dict[str, Any]:
-    """A model's shape, whether mtp-mlx can drive it, and the fingerprint that its adapters name."""
+    """A model's shape, whether it can be drafted for, and the fingerprint that its adapters name."""
     config = _config(path)
     facts: dict[str, Any] = {
         "kind": "model",
@@ -256,7 +256,7 @@ def _seams(path: Path) -> dict[str, Any]:
         return {**facts, "usable": f"no: {error}"}
     return {
         **facts,
-        "usable": "yes, but not with mask-token adapters" if is_recurrent(caches) else "yes",
+        "usable": "yes, but not with adapters that draft from slots" if is_recurrent(caches) else "yes",
         "seams": {
             "embed_tokens": 1,
             "linear": len(seams.linears),
@@ -289,17 +289,17 @@ def lines(facts: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _readable(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if key == "size" and isinstance(value, int):
         return _bytes(value)
+    if key == "weights" and isinstance(value, int):
+        return f"{value:,}"
     if key == "acceptance" and isinstance(value, list):
         return " / ".join(f"{item:.2f}" for item in value)
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
     if key == "target_modules" and not value:
         return "every linear layer"
-    return f"{value:,}" if isinstance(value, int) and key == "weights" else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words, value)) or "none"
+    return words(value)
 
 
 def _bytes(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
 from tests.tiny import save_tiny, tiny_model
+
+ADAPTERS = Path(__file__).parent.parent / "adapters"
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +63,7 @@ def test_models_with_windows_and_states(tmp_path: Path) -> None:
     window = facts(save_tiny(tmp_path / "window", "gemma3_text", seed=3))
     assert window["usable"] == "yes" and window["seams"]["cache"] == "KVCache, RotatingKVCache"
     states = facts(save_tiny(tmp_path / "states", "qwen3_next", seed=3))
-    assert states["usable"] == "yes, but not with mask-token adapters"
+    assert states["usable"] == "yes, but not with adapters that draft from slots"
     assert states["seams"]["cache"] == "ArraysCache, KVCache"
 
 
@@ -106,9 +109,24 @@ def test_adapter(tmp_path: Path) -> None:
         and found["training"] == {"steps": 7}
     )
     assert found["weights"] == sum(tensor.size for tensor in adapter.tensors().values())
-    assert "acceptance: 0.50 / 0.25" in run(tmp_path / "adapter").stdout
+    shown = run(tmp_path / "adapter").stdout
+    assert "acceptance: 0.50 / 0.25" in shown and "  target_modules: every linear layer" in shown
     (tmp_path / "adapter" / "mtp.safetensors").write_bytes(b"x")
     assert "missing or damaged" in run(tmp_path / "adapter").stderr
+
+
+def test_an_adapter_says_what_its_method_and_its_source_are(tmp_path: Path) -> None:
+    folder = shutil.copytree(ADAPTERS / "medusa", tmp_path / "heads")
+    config = json.loads((folder / "mtp_config.json").read_text())
+    config["source"]["dropped"] = [{"tensor": "a.weight", "same_as": "b.weight"}]
+    (folder / "mtp_config.json").write_text(json.dumps(config))
+    found, shown = facts(folder), run(folder).stdout
+    assert (found["family"], found["heads"], found["convention"]["kind"]) == ("Medusa", 3, "medusa")
+    assert "  dropped: tensor a.weight, same as b.weight\n" in shown and "acceptance: not measured" in shown
+    (folder / "mtp_config.json").write_text(json.dumps({**config, "method": "hydra"}))
+    assert "has the method 'hydra', which this version of mtp-mlx does not know; it knows 'mask-tokens'" in (
+        run(folder).stderr
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "config"])
