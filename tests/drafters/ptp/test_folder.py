@@ -66,7 +66,7 @@ def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "mtp_config.json").read_text())
     for key, value, message in (
         ("variant", "x", "`variant` is 'x'"),
-        ("slots", 0, "slots must be"),
+        ("slots", 0, "`slots` must be"),
         ("teacher", 3, ""),
     ):
         spoilt = {**config, "adapter": {**config["adapter"], key: value}}
