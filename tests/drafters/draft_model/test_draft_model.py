@@ -231,4 +231,4 @@ def test_command_line(folders: Path) -> None:
     assert found["layout"] == "linear" and set(found["acceptance"]) == {1.0}
     assert found["stats"]["drafted_by"] == found["stats"]["submitted_by"] != {}
     refused = CliRunner().invoke(main, [*common, "--num-draft-tokens", "4"])
-    assert refused.exit_code == 2 and "name it with --draft-model" in refused.stderr
+    assert refused.exit_code == 2 and "name one with --draft-model" in refused.stderr
