@@ -65,8 +65,8 @@ def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
         mask_config(tmp_path / "a", read_header(tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "mtp_config.json").read_text())
     for key, value, message in (
-        ("variant", "x", "variant is 'x'"),
-        ("slots", 0, "slots must be"),
+        ("variant", "x", "`variant` is 'x'"),
+        ("slots", 0, "`slots` must be"),
         ("teacher", 3, ""),
     ):
         spoilt = {**config, "adapter": {**config["adapter"], key: value}}
@@ -192,6 +192,6 @@ def test_start_from_weights_of_another_meaning_is_refused(
 
 def test_config_refuses_values_out_of_range() -> None:
     assert PTPConfig(variant="o").lead == 1 and PTPConfig(variant="c").lead == 0
-    with pytest.raises(MTPError, match="embedding is 'round'"):
+    with pytest.raises(MTPError, match="`embedding` is 'round'"):
         PTPConfig(embedding="round")  # type: ignore[arg-type]
     assert VOCABULARY > 65

@@ -210,7 +210,7 @@ def test_the_adapters_noise_is_used_unless_asked_otherwise() -> None:
     masks = attached("llama")
     assert tokens(model, replace(hot, noise="gumbel")) == tokens(masks, hot)
     assert tokens(model, hot) == tokens(masks, replace(hot, noise="inverse-cdf")) != tokens(masks, hot)
-    with pytest.raises(MTPError, match="inverse CDF"):
+    with pytest.raises(MTPError, match="inverse-CDF"):
         tokens(model, replace(hot, noise="gumbel"), FixedPolicy("linear", 2))
 
 
