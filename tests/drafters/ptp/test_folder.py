@@ -66,11 +66,7 @@ def test_another_base_and_other_methods_are_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "mtp_config.json").read_text())
     for key, value, message in (
         ("variant", "x", "`variant` is 'x'"),
-<<<<<<< HEAD
         ("slots", 0, "`slots` must be at least 1"),
-=======
-        ("slots", 0, "`slots` must be"),
->>>>>>> a5976360fb83e7ca3995797a4df4c03efe2e1ead
         ("teacher", 3, ""),
     ):
         spoilt = {**config, "adapter": {**config["adapter"], key: value}}
