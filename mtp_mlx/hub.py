@@ -66,7 +66,7 @@ def check_repository(name: str) -> str:
     """`name`, if it can be the name of a repository.
 
     Raises:
-        MTPError: it is not of the form owner/name.
+        MTPError: if it is not of the form owner/name.
     """
     if not _HUB_ID.fullmatch(name):
         raise MTPError(f"{name!r} is not a repository's name: give OWNER/NAME, as in someone/my-adapter")
@@ -77,7 +77,7 @@ def read_adapter(folder: Path) -> tuple[Header, dict[str, int]]:
     """The header of a whole adapter folder, and the sizes of its tensors by name.
 
     Raises:
-        MTPError: no adapter there, files that are missing or damaged, or an adapter that does not know its base.
+        MTPError: if there is no adapter, a file is missing or damaged, or the base's fingerprint is not known.
     """
     if not folder.is_dir():
         raise MTPError(f"{folder} is not a folder: give an adapter folder, as `mtp-mlx train` writes it")
@@ -97,7 +97,7 @@ def public_base(header: Header, given: str | None) -> str:
     """The name under which others can load the base model.
 
     Raises:
-        MTPError: the header has a path on this machine, and no hub id is given.
+        MTPError: if the header has a path on this machine, and no hub id is given.
     """
     name = given or header.base_name
     if (_HUB_ID.fullmatch(name) and not Path(name).exists()) or name in EMBEDDED:
@@ -189,7 +189,7 @@ def push(folder: Path, repository: str, description: Description, private: bool)
     """Uploads the adapter in `folder` to `repository`, creating it if need be; returns its address.
 
     Raises:
-        MTPError: no adapter there, not logged in, no access, or no network; nothing is then half-published.
+        MTPError: without an adapter, a login, access or a network; nothing is then half-published.
     """
     header, card = published(folder, check_repository(repository), description)
     with tempfile.TemporaryDirectory(prefix="mtp-mlx-") as temporary:
@@ -212,7 +212,8 @@ def pull(repository: str, out: Path, revision: str | None = None) -> Header:
     """Downloads the adapter of `repository` into the folder `out`, whole or not at all; returns its header.
 
     Raises:
-        MTPError: no such repository, no access, no network, no adapter in it, or `out` holds something else.
+        MTPError: without access or a network, if there is no such repository or no adapter in it, or if `out` holds
+            something else.
     """
     from mtp_mlx.train.trainer import check_out
 
@@ -236,7 +237,7 @@ def hub_errors(what: str) -> Iterator[None]:
     """Turns what huggingface_hub and the network raise into one sentence that begins with `what`.
 
     Raises:
-        MTPError: says what to do: log in, check the name, ask for access, or connect.
+        MTPError: for any of these; it says what to do: log in, check the name, ask for access, or connect.
     """
     from huggingface_hub import errors
 

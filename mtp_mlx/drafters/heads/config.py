@@ -71,7 +71,7 @@ def config_of(folder: Path, header: Header) -> HeadsConfig:
     """What the header of `folder` says of its heads.
 
     Raises:
-        MTPError: the folder is of another method, or damaged.
+        MTPError: if the folder is of another method, or damaged.
     """
     check_method(folder, header, METHOD)
     with damage(folder):

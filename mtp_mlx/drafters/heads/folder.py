@@ -22,7 +22,7 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[DraftHeads, He
     """The heads in `folder` for a bare `model`, in the types they are stored in.
 
     Raises:
-        MTPError: not a folder of heads, heads for another base, of a kind that cannot be run yet, or damaged.
+        MTPError: if the folder is of another method, for another base, damaged, or of a kind that cannot be run yet.
     """
     config = config_of(folder, header)
     check_runnable(folder, config.convention)
@@ -40,7 +40,7 @@ def save(folder: Path, heads: DraftHeads, header: Header, dtype: mx.Dtype = mx.b
     """Writes the folder whole or not at all; weights in `dtype`.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     tensors = _parameters(heads)
     if heads.draft_ids is not None:

@@ -37,7 +37,7 @@ def config_of(folder: Path, header: Header) -> MaskAdapterConfig:
     """The adapter's shape, as the header of `folder` says it.
 
     Raises:
-        MTPError: the folder is of another method, or damaged.
+        MTPError: if the folder is of another method, or damaged.
     """
     check_method(folder, header, METHOD)
     with damage(folder):
@@ -50,7 +50,7 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[MaskAdapter, H
     """The adapter in `folder` for a bare `model`.
 
     Raises:
-        MTPError: not a mask-token adapter, one for another base, or damaged.
+        MTPError: if the folder is of another method, for another base, or damaged.
     """
     config = config_of(folder, header)
     check_base(folder, header, model)
@@ -64,7 +64,7 @@ def save(folder: Path, adapter: MaskAdapter, header: Header, dtype: mx.Dtype = m
     """Writes the folder whole or not at all; weights in `dtype`.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     write_adapter_folder(folder, header, adapter.tensors(), card_lines(folder, header), dtype)
 

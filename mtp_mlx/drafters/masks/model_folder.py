@@ -70,7 +70,7 @@ def write_model_folder(out: Path, source: Path, model: nn.Module, mask: mx.array
         mask, header: see `MaskSidecar.of`.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     with new_folder(out) as temporary:
         for file in sorted(source.iterdir()):

@@ -40,7 +40,7 @@ def config_of(folder: Path, header: Header) -> PTPConfig:
     """The adapter's shape and its teacher's sampling, as the header of `folder` says them.
 
     Raises:
-        MTPError: the folder is of another method, or damaged.
+        MTPError: if the folder is of another method, or damaged.
     """
     check_method(folder, header, METHOD)
     with damage(folder):
@@ -54,7 +54,7 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[PTPAdapter, He
     """The adapter in `folder` for a bare `model`.
 
     Raises:
-        MTPError: not a PTP adapter, one for another base, or damaged.
+        MTPError: if the folder is of another method, for another base, or damaged.
     """
     config = config_of(folder, header)
     check_base(folder, header, model)
@@ -68,7 +68,7 @@ def save(folder: Path, adapter: PTPAdapter, header: Header, dtype: mx.Dtype = mx
     """Writes the folder whole or not at all; weights in `dtype`.
 
     Raises:
-        MTPError: it cannot be written.
+        MTPError: if it cannot be written.
     """
     write_adapter_folder(folder, header, adapter.tensors(), card_lines(folder, header), dtype)
 
