@@ -47,7 +47,7 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
-            raise MTPError("give either --steps or --seconds")
+            raise MTPError("give --steps or --seconds, and not both")
         known = [contestant.name for contestant in CONTESTANTS]
         for name in self.only:
             if name not in known:
