@@ -1,14 +1,15 @@
-"""Trains the methods of this package on the same data with the same budget, and measures what each gives.
+"""Train the methods of this package on the same data with the same budget, and measure each of them.
 
-Five contestants: independent slots, O-PTP, C-PTP, gated-LoRA self-distillation, and a single mask token trained
-with the online objective. For each: tokens per step and acceptance per depth in the quadratic layout, at
-temperature 0 and 0.7, against plain decoding with the same noise. For the last one also the sweep of tau.
+There are five contestants: independent slots, O-PTP, C-PTP, self-distilled mask tokens with gated LoRA, and a
+single mask token trained with the online objective. Each is measured in the quadratic layout at temperatures 0 and
+0.7: tokens per step, acceptance by depth, and whether the text equals that of plain decoding with the same noise.
+For the last one tau is swept as well.
 
     python benchmarks/compare_methods.py --data answers.jsonl --out compare --steps 300 \\
         --prompts spec_bench.jsonl --limit 24 --questions gsm8k_test.jsonl --question-limit 40
 
-Everything is kept in the folder --out: adapters with their checkpoints, `measured.jsonl`, `tau.jsonl`, and at
-the end `table.md`, `results.json` and `tau.svg`. The same command resumes after a stop. The parts are in
+Everything is saved in the folder --out: adapters with their checkpoints, `measured.jsonl`, `tau.jsonl`, and at the
+end `table.md`, `results.json` and `tau.svg`. After a stop, the same command resumes. The code is in
 `method_comparison/`.
 """
 
@@ -34,7 +35,7 @@ from mtp_mlx.errors import MTPError
 @click.command()
 @options_for(CompareSettings)
 def main(**options: Any) -> None:
-    """Trains and measures; prints the table."""
+    """Train and measure, then print the table."""
     settings = from_yaml(CompareSettings, None, options)
     console = Console(stderr=True)
     plan = Plan(settings)

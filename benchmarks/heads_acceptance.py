@@ -1,13 +1,13 @@
-"""Acceptance of MTP heads per depth, on the base model's own greedy answers: the tables of arXiv 2603.23911.
+"""Acceptance of MTP heads by depth, on the base model's own greedy answers: the tables of arXiv 2603.23911.
 
-AR at depth k is how often draft k is right given that the drafts before it are; CAR is how often the first k all are.
-The answers must be the base's greedy ones, so that a chain of right drafts is what decoding would accept. Every
-position of the answers counts once, while decoding skips positions where drafts are accepted.
+AR at depth k is how often draft k is right if all drafts before it are; CAR is how often the first k drafts are all
+right. The answers must be the base model's greedy ones, so that decoding would accept the same chains of drafts.
+Every position of the answers counts once, whereas decoding skips positions whose drafts were accepted.
 
     mtp-mlx distill --prompts prompts.jsonl --out answers.jsonl --max-tokens 128
     python benchmarks/heads_acceptance.py --data answers.jsonl --heads heads:4 --heads heads:8
 
-`FOLDER:N` makes N drafts, reusing the folder's heads in order (the loop without training).
+`FOLDER:N` makes N drafts, reusing the folder's heads in order (looped without training).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mtp_mlx.blas import prefer_openblas
 
 
 def folder_and_drafts(value: str) -> tuple[Path, int | None]:
-    """("FOLDER:N") -> (folder, N); without a number, as many as there are heads."""
+    """Split "FOLDER:N" into (folder, N); without a number, N is None: as many drafts as heads."""
     folder, separator, count = value.rpartition(":")
     return (Path(folder), int(count)) if separator and count.isdigit() else (Path(value), None)
 
 
 def table_rows(row: dict[str, Any], most: int) -> list[str]:
-    """Two lines of the table, with `most` columns of depths."""
+    """Two lines of the table, with `most` columns for depths."""
     lines = []
     for rate, last in (("ar", ""), ("car", f"{row['tokens_per_step']:.2f}")):
         cells = [f"{value:.3f}" for value in row[rate]] + [""] * (most - row["drafts"])
@@ -42,11 +42,11 @@ def table_rows(row: dict[str, Any], most: int) -> list[str]:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Greedy answers of the model")
 @click.option("--heads", "entries", multiple=True, required=True, help="Folder of heads, or FOLDER:DRAFTS")
 @click.option(
-    "--max-length", default=1024, show_default=True, help="Longer rows are cut, longer prompts left out"
+    "--max-length", default=1024, show_default=True, help="Truncate rows at this length; drop longer prompts"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
 def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_json: bool) -> None:
-    """Prints a table of AR and CAR per depth, one pair of rows for each folder of heads."""
+    """Print a table of AR and CAR by depth, with two rows per folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
     from mtp_mlx.adapter_folder import read_header
@@ -58,7 +58,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     from mtp_mlx.train.data import load_examples
 
     chosen = [folder_and_drafts(entry) for entry in entries]
-    # Reads every folder first, so that a bad one is refused before any work.
+    # Read all folders first, so that a bad one is refused right away.
     named = [(named_adapter(folder), drafts) for folder, drafts in chosen]
     most = max(drafts or config_of(folder, read_header(folder)).drafts for folder, drafts in named)
     if not as_json:
@@ -71,7 +71,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         attached, tokenizer = load(model, folder)
         examples, report = load_examples(data, tokenizer, max_length)
         if not isinstance(attached.speculator, DraftHeads):
-            raise click.UsageError(f"{folder} holds no MTP heads")
+            raise click.UsageError(f"{folder} has no MTP heads")
         check_plain(attached.speculator, str(folder))
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples]
@@ -94,7 +94,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         fewest, largest = min(row["positions"] for row in found), max(row["positions"] for row in found)
         click.echo(
             f"\n{fewest} to {largest} positions (fewer with more drafts) of {len(examples)} rows of {data.name}; "
-            f"{report.dropped} rows left out, their prompts fill {max_length} tokens; {report.truncated} cut"
+            f"{report.dropped} rows dropped, their prompts fill {max_length} tokens; {report.truncated} truncated"
         )
 
 

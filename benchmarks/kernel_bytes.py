@@ -1,9 +1,9 @@
-"""Bytes that every kernel moves, over the minimum, counted under emulation: the table of docs/kernels.md.
+"""Bytes moved by every kernel relative to the minimum, counted under emulation: the table of docs/kernels.md.
 
-The minimum is every needed input read once and every output written once. The emulator counts what the threads
-ask for, so a second read that a GPU's cache would serve still counts. Hence two ratios: of the operand that a
-launch streams (weights, logits, keys and values, factors), which no cache holds, and of everything, where the
-few kilobytes that every threadgroup reads again (activations, shapes) count as if they came from memory.
+The minimum is to read every needed input once and to write every output once. The emulator counts the loads of the
+threads, so a second load that a GPU's cache would serve still counts. Hence there are two ratios: for the operand
+that a launch streams (weights, logits, keys and values, factors), which no cache holds; and in total, where the few
+kilobytes that every threadgroup loads again (activations, shapes) count as if they came from memory.
 
     PYTHONPATH=tools python benchmarks/kernel_bytes.py
 """
@@ -30,7 +30,7 @@ from mtp_mlx.metal_kernels import (
 )
 from mtp_mlx.metal_kernels.position_noise import row_keys
 
-# What each kernel streams, by the names of its buffers.
+# The buffers that each kernel streams.
 STREAMED = {
     verify_tail: ("logits",),
     small_m_qmm: ("w", "scales", "biases"),
@@ -46,11 +46,11 @@ class Case:
     """One call of a kernel.
 
     Attributes:
-        module: of the kernel.
-        what: the call, for the table.
-        arguments: of the call.
+        module: the kernel's module.
+        what: description of the call, for the table.
+        arguments: arguments of the call.
         streamed: the arrays that it streams.
-        unneeded_streamed, unneeded: bytes that need not be read, of these arrays and of the others.
+        unneeded_streamed, unneeded: bytes of these and of other arrays that need not be read.
     """
 
     module: Any
@@ -62,7 +62,7 @@ class Case:
 
 
 class Counting:
-    """A kernel factory that counts the bytes that launches move."""
+    """A kernel factory that counts the bytes moved by launches."""
 
     def __init__(self) -> None:
         self.read: Counter[str] = Counter()
@@ -82,12 +82,12 @@ class Counting:
 
 
 def nbytes(arrays: Any) -> int:
-    """Bytes of all arrays in a nested value."""
+    """The bytes of all arrays in a nested value."""
     return sum(array.nbytes for _, array in tree_flatten([arrays]) if isinstance(array, mx.array))
 
 
 def measure(case: Case) -> tuple[int, float, float]:
-    """(launches, streamed bytes over their minimum, all bytes over theirs)."""
+    """(launches, streamed bytes / minimum, all bytes / minimum)."""
     counting = Counting()
     outputs = case.module.run(counting, *case.arguments)
     names = STREAMED[case.module]
@@ -99,14 +99,14 @@ def measure(case: Case) -> tuple[int, float, float]:
 
 
 def quantised(rows: int, columns: int, size: int, bits: int) -> tuple[Any, ...]:
-    """Arguments of a quantised product in bfloat16, groups of 64."""
+    """The arguments of a quantised product in bfloat16, with groups of 64."""
     weight = mx.random.normal((columns, size)).astype(mx.bfloat16)
     packed = mx.quantize(weight, group_size=64, bits=bits)
     return (mx.random.normal((rows, size)).astype(mx.bfloat16), *packed, 64, bits)
 
 
 def attention(heads: int, key_heads: int, size: int, rows: int, length: int, bits: int | None = None) -> Case:
-    """A block behind a long prefix, float16; a quarter of the cache's buffer is not in use."""
+    """A block after a long prefix, float16; a quarter of the cache's buffer is unused."""
     capacity = length + length // 4 // 32 * 32
     queries = mx.random.normal((heads, rows, size)).astype(mx.float16)
     caches: list[Any] = [mx.random.normal((key_heads, capacity, size)).astype(mx.float16) for _ in range(2)]
@@ -120,7 +120,7 @@ def attention(heads: int, key_heads: int, size: int, rows: int, length: int, bit
 
 
 def lora(inputs: int, outputs: int, rank: int, real: int, slots: int) -> Case:
-    """Slot rows behind real rows, float16."""
+    """Slot rows after real rows, float16."""
 
     def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape).astype(mx.float16)
@@ -134,7 +134,7 @@ def lora(inputs: int, outputs: int, rank: int, real: int, slots: int) -> Case:
 
 
 def tail(rows: int, columns: int, temperature: float) -> Case:
-    """The pick of a block's real rows, bfloat16 logits."""
+    """The picks of a block's real rows, bfloat16 logits."""
     logits = mx.random.normal((rows, columns)).astype(mx.bfloat16)
     noise = row_keys(1, mx.arange(rows)) if temperature else None
     what = f"{rows} x {columns}, {'Gumbel' if temperature else 'greedy'}"
@@ -142,7 +142,7 @@ def tail(rows: int, columns: int, temperature: float) -> Case:
 
 
 def head(rows: int, columns: int, size: int, bits: int) -> Case:
-    """Head and pick of draft rows, bfloat16."""
+    """The head and picks of draft rows, bfloat16."""
     x, *packed = quantised(rows, columns, size, bits)
     arguments = (x, *packed, 0.0, None, mx.arange(columns, dtype=mx.int32))
     what = f"{rows} x {columns} x {size}, {bits}-bit, reduced vocabulary"
@@ -169,7 +169,7 @@ def cases() -> list[Case]:
 
 
 def main() -> None:
-    """Prints the table as Markdown."""
+    """Print the table as Markdown."""
     print("| kernel | call | launches | streamed / minimum | total / minimum |")
     print("|---|---|---|---|---|")
     for case in cases():

@@ -1,8 +1,8 @@
-"""Counts texts that are the same with mtp-mlx as without, over prompts, layouts and temperatures.
+"""Count the texts that are the same with and without mtp-mlx, over prompts, layouts and temperatures.
 
-At temperature 0 the reference is mlx-lm's own generation on the bare model; above it, this package's plain loop with
-the same seed. A difference is excused only by a near-tie certificate (see `mtp_mlx/measure/certificate.py`), which
-exists at temperature 0 only.
+At temperature 0 the reference is mlx-lm's own generation with the bare model; above it, this package's plain loop
+with the same seed. A difference is accepted only with a near-tie certificate (see
+`mtp_mlx/measure/certificate.py`), which exists only at temperature 0.
 
     python benchmarks/same_text.py --prompts prompts.jsonl --limit 40 --max-tokens 64
 """
@@ -23,12 +23,12 @@ LAYOUTS = ("auto", "quadratic", "linear", "plain")
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id")
 @click.option("--adapter", default="auto", show_default=True, help="Adapter folder or 'auto'")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with prompt, question or turns")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts")
 @click.option("--limit", default=40, show_default=True, help="Number of prompts, spread over the file")
 @click.option("--max-tokens", default=64, show_default=True, help="Tokens per prompt")
 @click.option("--seed", default=7, show_default=True, help="Seed at temperature 0.8")
 def main(model: str, adapter: str, prompts: Path | None, limit: int, max_tokens: int, seed: int) -> None:
-    """Prints a JSON object for every text that differs at temperature 0, and the counts at the end."""
+    """Print a JSON object for every text that differs at temperature 0, and the counts at the end."""
     prefer_openblas()
     import mlx.core as mx
     from mlx_lm.generate import generate_step

@@ -1,4 +1,4 @@
-"""Tokens per second of the server's engine: requests one by one, in turns, and in shared passes.
+"""Measure the throughput of the server's engine: requests one by one, in turns, and in shared passes.
 
     python benchmarks/serving.py --clients 4 --max-tokens 48 --layout plain --layout linear
 

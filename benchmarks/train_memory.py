@@ -1,9 +1,9 @@
-"""Prints the memory table of docs/training.md: the trainer's own estimate for a model, by method and settings.
+"""Print the memory table of docs/training.md: the trainer's own estimate for a model, by method and settings.
 
     python benchmarks/train_memory.py --model smollm2-135m
 
-Nothing is trained: the estimate is what `mtp-mlx train` prints before its first step. Every row of data is
-taken to be as long as --max-length, the worst case.
+Nothing is trained: `mtp-mlx train` prints the same estimate before its first step. Every row of data is assumed to
+be as long as --max-length, which is the worst case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtp_mlx.models import resolve_model
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import gigabytes
 
-# Method, and settings that are not at their defaults.
+# The method, and its settings that differ from the defaults.
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mask-tokens", {}),
     ("mask-tokens", {"max_length": 512}),
@@ -37,7 +37,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def main() -> None:
-    """Prints a Markdown table."""
+    """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()

@@ -1,16 +1,17 @@
-"""From a folder of your own notes to an adapter for them and its measured speed-up, in one command.
+"""Train an adapter for a folder of your own notes and measure its speed-up, in one command.
 
     python examples/finetune_notes.py NOTES --out notes-adapter
     python examples/finetune_notes.py NOTES --model ./model --steps 500 --out notes-adapter
 
-NOTES is a folder with .md and .txt files, searched in depth. Four stages, each of which goes on where it was stopped:
+NOTES is a folder with .md and .txt files, including subfolders. There are four stages; after a stop, the same command
+resumes:
 
-1. The notes are cut at paragraphs into passages, and each becomes a prompt: "continue", "summarise", "explain".
-2. The model answers the prompts itself (an adapter learns best from what its model writes).
-3. A gated-LoRA adapter is trained on these answers; some are held out and only measured.
-4. Plain decoding and the adapter write answers to the held-out prompts: texts compared, tokens per second of both.
+1. The notes are split into passages at paragraphs, and each passage becomes prompts: "continue", "summarise",
+"explain". 2. The model answers the prompts (an adapter learns best from what its model writes). 3. A gated-LoRA
+adapter is trained on these answers, without those to the held-out prompts. 4. The held-out prompts are answered by
+plain decoding and with the adapter, to compare texts and tokens per second.
 
-Nothing leaves this machine, and the notes are not stored in the adapter: it holds weights and counts.
+Nothing leaves this machine, and the notes are not stored in the adapter: it contains only weights and counts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ HELD_OUT = 8  # prompts that are never trained on
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it."""
+    """The results."""
 
     prompts: int
     acceptance: list[float]
@@ -48,13 +49,13 @@ class Result:
 
 
 def passages(folder: Path) -> list[str]:
-    """Pieces of about `PASSAGE` characters of every note, cut between paragraphs.
+    """Passages of about `PASSAGE` characters from every note, split between paragraphs.
 
     Raises:
-        MTPError: no such folder, or no text in it.
+        MTPError: if there is no such folder, or no text in it.
     """
     if not folder.is_dir():
-        raise MTPError(f"{folder} is not a folder: give the folder that your notes are in")
+        raise MTPError(f"{folder} is not a folder: name the folder with your notes")
     found = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in (".md", ".txt") or not path.is_file():
@@ -73,10 +74,10 @@ def passages(folder: Path) -> list[str]:
 
 
 def write_prompts(pieces: list[str], work: Path) -> int:
-    """prompts.jsonl to train on and held_out.jsonl to measure on; how many there are.
+    """Write prompts.jsonl for training and held_out.jsonl for measuring; returns the number of prompts.
 
     Raises:
-        MTPError: too few passages.
+        MTPError: if there are too few passages.
     """
     rows = [{"prompt": task.format(passage=piece), "category": "notes"} for piece in pieces for task in TASKS]
     held_out = rows[:: max(2, len(rows) // HELD_OUT)][:HELD_OUT]
@@ -90,10 +91,10 @@ def write_prompts(pieces: list[str], work: Path) -> int:
 
 
 def run(*words: str) -> dict:
-    """One command of mtp-mlx, and the JSON object it prints.
+    """Run an mtp-mlx command and return the JSON object it prints.
 
     Raises:
-        MTPError: it failed; its own sentence.
+        MTPError: if it fails, with its message.
     """
     print("$ mtp-mlx", *words, file=sys.stderr, flush=True)
     result = CliRunner().invoke(mtp_mlx, [*words, "--json"])
@@ -106,13 +107,13 @@ def run(*words: str) -> dict:
 
 
 def finetune(notes: Path, model: str, out: Path, steps: int, max_tokens: int, extra: list[str]) -> Result:
-    """All four stages; files beside `out`.
+    """Run all four stages; files are written beside `out`.
 
     Args:
         extra: further options of `mtp-mlx train`.
 
     Raises:
-        MTPError: any stage's own.
+        MTPError: if a stage fails.
     """
     work = out.with_name(out.name + "-files")
     work.mkdir(parents=True, exist_ok=True)
@@ -135,8 +136,8 @@ def finetune(notes: Path, model: str, out: Path, steps: int, max_tokens: int, ex
 
 
 def read_report(count: int, trained: dict, report: dict) -> Result:
-    """The numbers out of what `train` and `bench` print."""
-    row = report["rows"][-1]  # all prompts in the one layout
+    """The results, from the output of `train` and `bench`."""
+    row = report["rows"][-1]  # the row of all prompts
     return Result(
         prompts=count,
         acceptance=trained["acceptance"] or [],
@@ -148,7 +149,7 @@ def read_report(count: int, trained: dict, report: dict) -> Result:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="embedded model, mlx-lm folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("notes-adapter"), help="adapter folder to write")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    parser.add_argument("--max-tokens", type=int, default=192, help="tokens of an answer")
+    parser.add_argument("--max-tokens", type=int, default=192, help="maximum number of tokens per answer")
     arguments, extra = parser.parse_known_args()
     try:
         result = finetune(
@@ -167,7 +168,11 @@ def main() -> None:
         sys.exit(2)
     depths = " ".join(f"{value:.2f}" for value in result.acceptance)
     print(f"{result.prompts} prompts; acceptance by depth on held-out answers: {depths}")
-    speed = "no speed" if result.ratio is None else f"{result.ratio:.2f} times the speed of plain mlx-lm"
+    speed = (
+        "speed not measured"
+        if result.ratio is None
+        else f"{result.ratio:.2f} times the speed of plain mlx-lm"
+    )
     print(
         f"{result.tokens_per_step:.2f} tokens per pass, {speed}; {result.same} of {result.compared} texts the same"
     )

@@ -1,14 +1,13 @@
-"""Checks types with mypy: `python tools/check_types.py [MYPY OPTIONS]`, as `make lint`, pre-commit and CI do.
+"""Check types with mypy: `python tools/check_types.py [MYPY OPTIONS]`, as `make lint`, pre-commit and CI do.
 
-convert/ and metal_kernels/ lie at the top of the repository and are sub-packages of mtp_mlx on import (see setup.py).
-mypy reads folders and does not know that, so it is pointed to a tree of links in which they lie where they are
-imported from:
+convert/ and metal_kernels/ are folders at the top of the repository, but sub-packages of mtp_mlx on import
+(setup.py). mypy does not know this, so it gets a tree of links in which they are where they are imported from:
 
-    build/types/mtp_mlx/<name>       -> mtp_mlx/<name>, each file and folder
+    build/types/mtp_mlx/<name>       -> mtp_mlx/<name>, for every file and folder
     build/types/mtp_mlx/convert      -> convert
     build/types/mtp_mlx/metal_kernels -> metal_kernels
 
-Messages name the files themselves. Once the tree is there, plain `mypy` works too.
+Messages name the real files. Once the tree exists, plain `mypy` works too.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def link_package(tree: Path = TREE) -> Path:
 
 
 def real_names(text: str) -> str:
-    """mypy's output with the names that files have in the repository."""
+    """mypy's output with the real names of files."""
     package = f"{TREE.relative_to(ROOT)}/{PACKAGE}/"
     for name in MAPPED:
         text = text.replace(f"{package}{name}/", f"{name}/")

@@ -1,11 +1,11 @@
-"""The methods that are compared, and the temperatures they are measured at."""
+"""The methods that are compared, and the temperatures at which they are measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-SAMPLED = 0.7  # measured besides 0; PTP is trained on its uniforms
+SAMPLED = 0.7  # the temperature measured besides 0; PTP is trained for it
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,10 @@ class Contestant:
     """One trained method.
 
     Attributes:
-        name: of its folder.
-        title: of its row.
+        name: name of its folder.
+        title: title of its row in the table.
         method: as in `mtp-mlx train METHOD`.
-        settings: of the method, besides those that all contestants have in common.
+        settings: settings of the method that differ from the common ones.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Contestant:
 
     @property
     def noise(self) -> str:
-        """How its text is drawn above temperature 0: drafters use the target's noise."""
+        """The sampling method above temperature 0, which drafter and target share."""
         return "inverse-cdf" if self.method == "ptp" else "gumbel"
 
 
-# Half of the blocks stand for temperature 0, the other half for the temperature that is measured too.
+# Half of the blocks are trained for temperature 0, the other half for the other temperature.
 _PTP = {"teacher_temperature": SAMPLED, "greedy_share": 0.5}
 CONTESTANTS = (
     Contestant("independent", "independent slots", "ptp", {**_PTP, "variant": "o", "independent": True}),
     Contestant("o-ptp", "O-PTP", "ptp", {**_PTP, "variant": "o"}),
     Contestant("c-ptp", "C-PTP", "ptp", {**_PTP, "variant": "c"}),
     Contestant("self-distil", "gated-LoRA self-distillation", "mask-tokens", {}),
-    # Where drafts are emitted unverified, a probability must be one among all tokens.
+    # Unverified emission needs probabilities over the full vocabulary.
     Contestant("conf-adapt", "one mask token, online objective", "conf-adapt", {"draft_vocab": 0}),
 )
 LOSSY = "conf-adapt"  # the contestant of the tau sweep

@@ -1,4 +1,4 @@
-"""Decodes every prompt with every contestant, and keeps each measurement at once."""
+"""Decodes every prompt with every contestant, and saves each measurement immediately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtp_mlx.errors import MTPError
 
 
 def measure(plan: Plan, console: Console) -> list[Decoded]:
-    """Every contestant on every prompt at both temperatures, and plain decoding with the same noise."""
+    """Measure every contestant on every prompt at both temperatures, and plain decoding with the same noise."""
     from mtp_mlx.measure.prompts import read_prompts
 
     settings = plan.settings
@@ -44,7 +44,7 @@ def measure(plan: Plan, console: Console) -> list[Decoded]:
 
 @dataclass(frozen=True)
 class Run:
-    """One way of decoding: with an adapter, or plainly (adapter None)."""
+    """One way to decode: with an adapter, or plainly (adapter None)."""
 
     name: str
     adapter: Path | None
@@ -57,10 +57,10 @@ class Decoded:
     """One decoded prompt.
 
     Attributes:
-        tokens: the text, its end token included.
-        counted: tokens of all steps; the last step may have given more than were used.
+        tokens: the text, including its end-of-text token.
+        counted: tokens of all steps; the last step may give more than are used.
         steps, rows: forward passes after the prompt, and their rows.
-        submitted, accepted: drafts per depth, as in `DecodeStats`.
+        submitted, accepted: drafts by depth, as in `DecodeStats`.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Decoded:
 
 
 class Decoder:
-    """Decodes prompts in the way of one `Run`."""
+    """Decodes prompts as one `Run` says."""
 
     def __init__(self, settings: CompareSettings, run: Run) -> None:
         from mtp_mlx.api import load
@@ -115,10 +115,10 @@ class Decoder:
 
 
 class Kept:
-    """Measurements in a JSONL file.
+    """Measurements saved in a JSONL file.
 
     Raises:
-        MTPError: the file belongs to another comparison.
+        MTPError: if the file belongs to another comparison.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -134,7 +134,7 @@ class Kept:
             except ValueError:
                 continue  # the line being written when the run was killed
             if row.pop("key") != self._key:
-                raise MTPError(f"{self._path} holds measurements of other settings: give another --out")
+                raise MTPError(f"{self._path} has measurements of other settings: choose another --out")
             yield Decoded(**row)
 
     def get(self, *which: Any) -> Decoded | None:
@@ -142,7 +142,7 @@ class Kept:
         return next((r for r in self.rows if (r.name, r.temperature, r.noise, r.prompt) == which), None)
 
     def add(self, row: Decoded) -> None:
-        """Keeps it at once."""
+        """Save a row immediately."""
         self.rows.append(row)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"key": self._key, **asdict(row)}) + "\n")

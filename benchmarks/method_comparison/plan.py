@@ -1,4 +1,4 @@
-"""The training settings of each contestant, and its number of steps."""
+"""The training settings and the number of steps of each contestant."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mtp_mlx.drafters.registry import settings_class
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.settings import TrainSettings
 
-# Settings that decoding does not read.
+# Settings that do not affect the decoding measurements.
 NOT_MEASURED = ("only", "steps_of", "questions", "question_limit", "tau")
 
 
 class Plan:
-    """How long each contestant trains; kept in a file, so that a stopped run resumes with the same numbers.
+    """How long each contestant trains; saved in a file, so that a stopped run resumes with the same numbers.
 
     Attributes:
         settings: see `CompareSettings`.
 
     Raises:
-        MTPError: the folder's plan was made for another budget of seconds.
+        MTPError: if the plan in the folder was made for another number of seconds.
     """
 
     def __init__(self, settings: CompareSettings) -> None:
@@ -36,16 +36,16 @@ class Plan:
             plan = json.loads(self._path.read_text(encoding="utf-8"))
             if plan["seconds"] != settings.seconds:
                 raise MTPError(
-                    f"{self._path} was made for --seconds {plan['seconds']:g}: say so again, or give another --out"
+                    f"{self._path} was made for --seconds {plan['seconds']:g}: give the same value, or another --out"
                 )
             self._steps = plan["steps"]
 
     def steps_of(self, contestant: Contestant) -> int | None:
-        """Its number of steps; None until it is known how many fit into the time."""
+        """The contestant's number of steps; None until it is known how many fit into the time."""
         return self.settings.steps or self._steps.get(contestant.name)
 
     def keep(self, contestant: Contestant, steps: int) -> None:
-        """Keeps its number of steps."""
+        """Save the contestant's number of steps."""
         from mtp_mlx.files import write_text
 
         self._steps[contestant.name] = steps
@@ -53,7 +53,7 @@ class Plan:
         write_text(self._path, json.dumps(plan) + "\n")
 
     def training(self, contestant: Contestant, out: Path, steps: int | None = None) -> TrainSettings:
-        """Its training settings."""
+        """The contestant's training settings."""
         own = self.settings
         total = steps or self.steps_of(contestant)
         assert total is not None
@@ -76,12 +76,12 @@ class Plan:
         )
 
     def key(self, prompts: Sequence[str]) -> str:
-        """Of everything that a measurement depends on."""
+        """A digest of everything that a measurement depends on."""
         values = {k: v for k, v in self.to_json().items() if k not in NOT_MEASURED}
         return hashlib.sha256(json.dumps([values, list(prompts)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; files by name only, without the folders of this machine."""
+        """The settings as plain values; files by name only, without local folders."""
         values = {
             k: v.name if isinstance(v, Path) else v for k, v in asdict(self.settings).items() if k != "out"
         }

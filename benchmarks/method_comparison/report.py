@@ -1,4 +1,4 @@
-"""The table, the numbers and the plot of what was trained and measured."""
+"""The table, the numbers and the plot of the comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from method_comparison.tau import tau_table
 
 
 def write(plan: Plan, measured: Sequence[Decoded], tau_rows: Sequence[Any]) -> str:
-    """Writes `table.md`, `results.json` and `tau.svg`. Returns the table's text."""
+    """Write `table.md`, `results.json` and `tau.svg`; returns the table."""
     from mtp_mlx.files import write_text
     from mtp_mlx.measure.tau_plot import svg
 
@@ -31,7 +31,7 @@ def write(plan: Plan, measured: Sequence[Decoded], tau_rows: Sequence[Any]) -> s
 
 
 def _result(plan: Plan, contestant: Contestant, measured: Sequence[Decoded]) -> dict[str, Any]:
-    """Training and decoding of one contestant, as plain values."""
+    """The training and decoding results of one contestant, as plain values."""
     settings = plan.training(contestant, plan.settings.folder(contestant))
     out: dict[str, Any] = {
         "name": contestant.name,
@@ -61,7 +61,7 @@ def _result(plan: Plan, contestant: Contestant, measured: Sequence[Decoded]) -> 
 
 
 def acceptance(rows: Sequence[Decoded]) -> list[float | None]:
-    """Per depth: P(accepted | reached) over all rows."""
+    """Acceptance by depth over all rows: P(accepted | reached)."""
     depths = max((len(row.submitted) for row in rows), default=0)
 
     def total(pick: Callable[[Decoded], list[int]], depth: int) -> int:
@@ -75,19 +75,19 @@ def acceptance(rows: Sequence[Decoded]) -> list[float | None]:
 
 
 def recorded_acceptance(folder: Path) -> list[float]:
-    """Acceptance per depth on held-out rows, teacher-forced, as training last measured it."""
+    """The acceptance by depth that training last measured on held-out rows, teacher-forced."""
     config = json.loads((folder / "mtp_config.json").read_text(encoding="utf-8"))
     return [round(value, 4) for value in config["acceptance"]]
 
 
 def seconds_of(folder: Path) -> float:
-    """Seconds of all training steps."""
+    """The total seconds of all training steps."""
     metrics = folder.with_name(folder.name + ".metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return float(sum(json.loads(line).get("seconds", 0.0) for line in metrics))
 
 
 def method_table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """The table as lines of Markdown."""
     columns = ["method", "steps", "training s"]
     for temperature in (0.0, SAMPLED):
         columns += [f"tok/step at {temperature:g}", "acceptance per depth", "same text"]

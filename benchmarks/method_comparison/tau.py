@@ -1,4 +1,4 @@
-"""The sweep of tau, for the one contestant that is trained to emit drafts unverified."""
+"""The sweep of tau, for the contestant that is trained for unverified emission."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from method_comparison.settings import CompareSettings
 
 
 def sweep(settings: CompareSettings, console: Console) -> list[Any]:
-    """ConfAdapt at every tau; no rows if it takes no part.
+    """Measure ConfAdapt at every tau; no rows if it does not take part.
 
     Raises:
-        KeyboardInterrupt: stopped; what was measured is kept.
+        KeyboardInterrupt: if stopped; measurements so far are saved.
     """
     from mtp_mlx.cli import eval as evaluation
 
@@ -38,7 +38,7 @@ def sweep(settings: CompareSettings, console: Console) -> list[Any]:
 
 
 def tau_table(rows: Sequence[Any]) -> list[str]:
-    """Lines of Markdown; none without a sweep."""
+    """The table as lines of Markdown; empty without a sweep."""
     from mtp_mlx.measure.tau_sweep import TAU_COLUMNS
 
     if not rows:

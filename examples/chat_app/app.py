@@ -1,4 +1,4 @@
-"""The window: a transcript, a line to type in, "Send" and "Stop". The model is in `engine.py`, on its own thread."""
+"""The window: a transcript, an input line, "Send" and "Stop". The model runs on its own thread (`engine.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ChatApp(toga.App):
         super().__init__(formal_name="mtp-mlx chat", app_id="org.mtp-mlx.chat", **kwargs)
 
     def startup(self) -> None:
-        """Builds the window and begins to load the model."""
+        """Build the window and start loading the model."""
         self.transcript = toga.MultilineTextInput(readonly=True, style=Pack(flex=1))
         self.question = toga.TextInput(placeholder="Ask something", on_confirm=self.send, style=Pack(flex=1))
         self.send_button = toga.Button("Send", on_press=self.send, enabled=False)
@@ -41,7 +41,7 @@ class ChatApp(toga.App):
         self.engine.load(self._model_name, self._adapter)
 
     def send(self, widget: Any = None, **kwargs: Any) -> None:
-        """Asks what was typed."""
+        """Send the question to the model."""
         text = (self.question.value or "").strip()
         if not text or not self.send_button.enabled:
             return
@@ -52,12 +52,12 @@ class ChatApp(toga.App):
         self.engine.ask(text)
 
     def stop(self, widget: Any = None, **kwargs: Any) -> None:
-        """Ends the answer at the next token."""
+        """Stop the answer at the next token."""
         self.stop_button.enabled = False
         self.engine.stop()
 
     def _from_engine(self, event: Event) -> None:
-        """On the background thread: widgets belong to the main one."""
+        """Called on the background thread: pass the event to the main thread, which owns the widgets."""
         self.loop.call_soon_threadsafe(self._show, event)
 
     def _show(self, event: Event) -> None:
@@ -67,7 +67,7 @@ class ChatApp(toga.App):
         was_writing = self.stop_button.enabled or self.status.text == "Writing ..."
         self.stop_button.enabled = False
         if event.kind == "failed":
-            self.send_button.enabled = was_writing  # after a failed load there is nothing to ask
+            self.send_button.enabled = was_writing  # after a failed load there is no model to ask
             self.status.text = event.text
             return
         self.send_button.enabled = True

@@ -1,7 +1,8 @@
-"""The model of the chat window: one background thread that loads it, answers, and can be stopped.
+"""The model behind the chat window: a background thread that loads it and answers, and can be stopped.
 
-Knows nothing of windows. Everything that happens is an `Event`, given to a function on the background thread; a user
-interface passes it on to its own thread. MLX arrays stay on the one thread that made them.
+It does not depend on any user interface. Everything that happens is reported as an `Event` to a function that is
+called on the background thread; the user interface passes it on to its own thread. MLX arrays stay on the thread
+that made them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ class Event:
     """Something that happened.
 
     Attributes:
-        kind: "loaded", "failed" (the model could not be loaded, or an answer not be written), "text" (a piece of the
-            answer), or "done" (the answer is complete, or was stopped).
-        text: the piece, the sentence of an error, or a line of statistics.
+        kind: "loaded", "failed" (loading or answering failed), "text" (a piece of the answer), or "done" (the
+        answer is
+            complete or was stopped).
+        text: the piece of text, the error message, or a line of statistics.
     """
 
     kind: Literal["loaded", "failed", "text", "done"]
@@ -32,11 +34,11 @@ class Event:
 
 @dataclass
 class ChatEngine:
-    """Loads and answers on a thread of its own.
+    """Loads a model and answers on its own thread.
 
     Attributes:
         tell: called with every event, on the background thread.
-        max_tokens: of an answer.
+        max_tokens: most tokens of an answer.
         messages: the conversation so far.
     """
 
@@ -53,20 +55,20 @@ class ChatEngine:
         self._thread.start()
 
     def load(self, model: str, adapter: str | None = "auto") -> None:
-        """Loads a model in the background; a second call loads another one."""
+        """Load a model in the background, in place of the current one."""
         self._work.put(lambda: self._load(model, adapter))
 
     def ask(self, text: str) -> None:
-        """Answers in the background: "text" events, then one "done" or "failed"."""
+        """Answer in the background: "text" events, then one "done" or "failed"."""
         self._stop.clear()
         self._work.put(lambda: self._answer(text))
 
     def stop(self) -> None:
-        """Ends the answer at the next token; what was written stays in the conversation."""
+        """Stop the answer at the next token; what was written stays in the conversation."""
         self._stop.set()
 
     def close(self) -> None:
-        """Ends the thread behind the token in progress."""
+        """Stop the thread after the current token."""
         self.stop()
         self._work.put(None)
         self._thread.join()
@@ -77,7 +79,7 @@ class ChatEngine:
         while (job := self._work.get()) is not None:
             try:
                 job()
-            except Exception as error:  # a sentence for the user; the thread lives on
+            except Exception as error:  # report it; the thread keeps running
                 self.tell(Event("failed", str(error) or type(error).__name__))
 
     def _load(self, model: str, adapter: str | None) -> None:
@@ -110,7 +112,7 @@ class ChatEngine:
         self.tell(Event("done", f"{stopped}{tokens} tokens, {tokens / steps:.2f} per pass"))
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        """Ids of the conversation in the model's chat template; without one, of its texts."""
+        """Token ids of the conversation in the model's chat template, or of the joined texts if it has none."""
         if not self._tokenizer.has_chat_template:
             return list(self._tokenizer.encode("\n".join(message["content"] for message in messages)))
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)

@@ -46,7 +46,7 @@ def test_a_wrong_mode_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTP_MLX_KERNELS", "yes")
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("Error: MTP_MLX_KERNELS is 'yes'; it can be auto, off or force")
+    assert result.stderr.startswith("Error: MTP_MLX_KERNELS is 'yes'; it must be auto, off or force")
 
 
 def test_stored_verdicts_are_shown_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ WEIGHT = "if (c < chunks) {\n      const float weight"
 
 # what is wrong, the text, its replacement
 PLAIN = [
-    ("keys overwritten while read", BARRIER + "  // the slab is free again, the queries", "// the queries"),
+    ("keys overwritten while read", BARRIER + "  // the slab may be overwritten, the queries", "// the queries"),
     ("keys read before they are there", BARRIER + "\n      add_scores", "add_scores"),
-    ("values overwrite keys", BARRIER + "  // the slab is free again, the weights", "// the weights"),
+    ("values overwrite keys", BARRIER + "  // the slab may be overwritten, the weights", "// the weights"),
     ("values read before they are there", BARRIER + "\n      add_values", "add_values"),
     ("wrong mem_flags", BARRIER + "\n      add_scores", DEVICE_BARRIER + "\n      add_scores"),
     ("barrier of a simdgroup", BARRIER + "\n      add_values", SIMD_BARRIER + "\n      add_values"),

@@ -246,7 +246,7 @@ def test_large_operands_are_not_copied() -> None:
 
 def test_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTP_MLX_KERNELS", "fast")
-    with pytest.raises(MTPError, match="it can be auto, off or force"):
+    with pytest.raises(MTPError, match="it must be auto, off or force"):
         mode_from_environment()
     monkeypatch.setenv("MTP_MLX_KERNELS", "")
     assert mode_from_environment() == "auto"

@@ -19,12 +19,12 @@ SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 READ_DOWN = "const float w = float(down[size_t(from + k) * rank + column]);"
 # what is wrong, the text, its replacement; the header's faults are planted in the single launch
 FUSED = [
-    ("tile overwritten while read", BARRIER + "  // the tile is free", "// the tile is free"),
-    ("tile read before it is there", BARRIER + "  // the tile is there", "// the tile is there"),
-    ("wrong mem_flags", BARRIER + "  // the tile is there", DEVICE_BARRIER + "//"),
-    ("scratch overwritten while read", BARRIER + "  // the scratch is free", "// the scratch is free"),
-    ("scratch read before it is there", BARRIER + "  // the scratch is there", "// the scratch is there"),
-    ("hidden read before it is there", BARRIER + "  // hidden is there", SIMD_BARRIER + "//"),
+    ("tile overwritten while read", BARRIER + "  // the tile may be overwritten", "// the tile may be overwritten"),
+    ("tile read before it is there", BARRIER + "  // the tile is loaded", "// the tile is loaded"),
+    ("wrong mem_flags", BARRIER + "  // the tile is loaded", DEVICE_BARRIER + "//"),
+    ("scratch overwritten while read", BARRIER + "  // the scratch may be", "// the scratch may be"),
+    ("scratch read before it is there", BARRIER + "  // the scratch is written", "// the scratch is written"),
+    ("hidden read before it is there", BARRIER + "  // hidden is complete", SIMD_BARRIER + "//"),
     ("first real row for slot row", "x + size_t(n_real) * inputs", "x"),
     ("base of the wrong row", "y + size_t(n_real) * outputs", "y + size_t(n_real - 1) * outputs"),
     ("one input too many", "k < depth ? float(x", "k <= depth ? float(x"),
@@ -56,10 +56,10 @@ DOWN = [
     ),
 ]
 UP = [
-    ("copy overwritten while read", BARRIER + "  // the near copy is free", "// the near copy is free"),
-    ("copy read before it is there", BARRIER + "  // the near copy is there", "// the near copy is there"),
-    ("wrong mem_flags", BARRIER + "  // the near copy is there", DEVICE_BARRIER + "//"),
-    ("barrier of a simdgroup", BARRIER + "  // the near copy is free", SIMD_BARRIER + "//"),
+    ("copy overwritten while read", BARRIER + "  // the copy may be", "// the copy may be"),
+    ("copy read before it is there", BARRIER + "  // the copy is complete", "// the copy is complete"),
+    ("wrong mem_flags", BARRIER + "  // the copy is complete", DEVICE_BARRIER + "//"),
+    ("barrier of a simdgroup", BARRIER + "  // the copy may be overwritten", SIMD_BARRIER + "//"),
     ("last part left out", "p < numbers[4]", "p < numbers[4] - 1"),
     ("slots and parts swapped", "(size_t(p) * slots + s)", "(size_t(s) * numbers[4] + p)"),
     ("unmasked tail of the rank", "s < slots && j < depth", "s < slots && j <= depth"),

@@ -1,4 +1,4 @@
-"""Executes the exact text of an `mx.fast.metal_kernel` on a CPU, under Metal's rules. See tools/README.md."""
+"""Runs the unchanged source of an `mx.fast.metal_kernel` on a CPU, under Metal's rules. See tools/README.md."""
 
 from .errors import KernelError
 from .kernel import MetalKernel, generated_source, metal_kernel, mlx_generated_source

@@ -1,7 +1,7 @@
-"""Finds clang, compiles kernels and the runtime, and keeps what it made.
+"""Finds clang, compiles kernels and the runtime, and caches the results.
 
-Every file of the cache is named after a digest of all that it depends on and is moved into place when complete, so
-that processes can share the folder.
+Every file in the cache is named by a digest of all that it depends on, and is moved into place when complete, so that
+processes can share the folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LANGUAGE_FLAGS = [
     "-fno-strict-aliasing",
     "-Xclang",
     "-cl-single-precision-constant",
-    # round half and bfloat after every operation, as an ALU of that width does
+    # round half and bfloat after every operation, like an ALU of that width
     "-Xclang",
     "-ffloat16-excess-precision=none",
     "-Xclang",
@@ -60,7 +60,7 @@ _MODE_FLAGS = {
         "-gline-tables-only",
         "-gdwarf-4",
         "-ftrivial-auto-var-init=pattern",  # an uninitialised float is NaN
-        "-fsanitize=thread",  # its calls are answered by runtime/hooks.h
+        "-fsanitize=thread",  # runtime/hooks.h implements the functions it calls
         "-mllvm",
         "-tsan-instrument-func-entry-exit=0",
         "-fsanitize=bounds,shift-exponent,integer-divide-by-zero,signed-integer-overflow,alignment",
@@ -70,7 +70,7 @@ _MODE_FLAGS = {
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels lie: MSLEMU_CACHE, else the user's cache folder, else a temporary one."""
+    """The folder of compiled kernels: MSLEMU_CACHE, else the user's cache folder, else a temporary one."""
     chosen = os.environ.get("MSLEMU_CACHE")
     if chosen:
         folder = Path(chosen)
@@ -94,7 +94,7 @@ def find_clang() -> list[str]:
     """The command of a clang that is new enough.
 
     Raises:
-        KernelError: there is none, or this is not Linux.
+        KernelError: if there is none, or this is not Linux.
     """
     if not sys.platform.startswith("linux"):
         raise KernelError(f"the emulator runs on Linux, not on {sys.platform}")
@@ -113,7 +113,7 @@ def _find_clang(named: str, path: str) -> list[str]:
         if found and _clang_version([found]) >= OLDEST_CLANG:
             return [found]
     zig = [sys.executable, "-m", "ziglang", "clang", "-target", f"{platform.machine()}-linux-gnu"]
-    if _clang_version(zig) >= OLDEST_CLANG:  # pip install ziglang: a whole clang
+    if _clang_version(zig) >= OLDEST_CLANG:  # pip install ziglang, which includes clang
         return zig
     raise KernelError(_NO_CLANG)
 
@@ -135,7 +135,7 @@ def _linker() -> list[str]:
 
 
 def _run(command: list[str], what: str) -> str:
-    """What the command said on standard error; KernelError with its errors when it failed."""
+    """Run the command and return its standard error; raises KernelError with it if the command fails."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.splitlines()
@@ -182,7 +182,7 @@ def _headers_name() -> str:
 
 @cache
 def _processor_flags() -> list[str]:
-    """Vector instructions with half conversions, where the processor has them: half is slow without."""
+    """Flags for half conversions in hardware, if the processor has them: half is slow without."""
     if platform.machine() != "x86_64":
         return []
     try:
@@ -198,7 +198,7 @@ def _move_into_place(made: Path, target: Path) -> None:
 
 @cache
 def runtime_library() -> Path:
-    """The compiled runtime, on which every kernel's library depends: one for the life of the process."""
+    """The compiled runtime, on which every kernel's library depends; the same for the life of the process."""
     compiler = [shutil.which("g++") or "g++"] if shutil.which("g++") else find_clang()
     digest = _digest(_folder_digest(HERE / "runtime"), _compiler_digest(tuple(compiler)))
     target = cache_folder() / f"runtime-{digest}.so"
@@ -217,7 +217,7 @@ def compile_kernel(spec: KernelSpec, front: Signature, template: Template, chose
     """The library of one specialisation.
 
     Raises:
-        KernelError: the text breaks a rule of Metal, or does not compile; with the author's lines.
+        KernelError: if the source breaks a rule of Metal or does not compile; it names the author's lines.
     """
     clang = find_clang()
     unit = translation_unit(spec, front, template, chosen)
@@ -251,9 +251,9 @@ def compile_kernel(spec: KernelSpec, front: Signature, template: Template, chose
 
 
 def _check_address_spaces(command: list[str], source: Path, name: str) -> None:
-    """Compiles with device, constant and threadgroup as distinct spaces, for the errors only.
+    """Compile with device, constant and threadgroup as distinct address spaces, only to find errors.
 
-    Metal converts nothing to bfloat implicitly (Metal Shading Language Specification, 2.1), which clang would do.
+    Metal has no implicit conversion to bfloat (Metal Shading Language Specification, 2.1), but clang does.
     """
     flags = ["-DMSL_AS_CHECK", "-fsyntax-only", "-Wimplicit-float-conversion"]
     warnings = _run([*command, *flags, str(source)], f"{name}: Metal check")

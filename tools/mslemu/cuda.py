@@ -1,8 +1,8 @@
-"""The same kernel text on NVIDIA: what to give mx.fast.cuda_kernel, and whether it compiles.
+"""The same kernel source on NVIDIA: the arguments for mx.fast.cuda_kernel, and a compile check.
 
-Metal's names come from msl_cuda.h, which is put in front of the author's header. Sources: MLX's
-mlx/backend/cuda/custom_kernel.cpp (the text around a body, which differs from Metal's: no attributes, template
-arguments are local names, every function of the header is a device function).
+msl_cuda.h defines Metal's names and is placed in front of the author's header. Source: MLX's
+mlx/backend/cuda/custom_kernel.cpp, for the code around a body, which differs from Metal's: no attributes, template
+arguments are local names, every function of the header is a device function.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LaunchLike(Protocol):
 
 
 def _as_cuda(text: str) -> str:
-    """`device` cannot be a macro, because CUDA's own __device__ is spelt with that word."""
+    """Adapt the source to CUDA; `device` cannot be a macro, because CUDA's own __device__ expands to that word."""
     text = re.sub(r"\bdevice\b", "", prepare(text))
     return text.replace("#pragma clang loop unroll(full)", "#pragma unroll")
 
@@ -89,9 +89,9 @@ def cuda_kernel(
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
 ) -> Any:
-    """`mx.fast.cuda_kernel` of a Metal text, with the arguments of `mx.fast.metal_kernel`.
+    """An `mx.fast.cuda_kernel` from Metal source, with the arguments of `mx.fast.metal_kernel`.
 
-    CUDA has no atomic type, so `atomic_outputs` changes nothing.
+    CUDA has no atomic type, so `atomic_outputs` has no effect.
     """
     return mx.fast.cuda_kernel(
         name=name,
@@ -125,7 +125,7 @@ def _parameters(launch: LaunchLike) -> list[str]:
 
 
 def _specialisation(launch: LaunchLike, space: str) -> str:
-    """One kernel as MLX writes it around the body, with its header, in a namespace of its own."""
+    """One kernel with its header, as MLX generates it, in a namespace of its own."""
     parameters = ",\n".join(_parameters(launch))
     template = "".join(_template_line(*argument) for argument in launch.template)
     return (
@@ -137,7 +137,7 @@ def _specialisation(launch: LaunchLike, space: str) -> str:
 
 
 def cuda_text(launches: Sequence[LaunchLike]) -> str:
-    """One file with the kernels of all launches."""
+    """The source of one file with the kernels of all launches."""
     kernels = "\n".join(_specialisation(launch, f"launch_{number}") for number, launch in enumerate(launches))
     return (
         '#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n'
@@ -147,22 +147,22 @@ def cuda_text(launches: Sequence[LaunchLike]) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc: MSLEMU_NVCC, on PATH, or at CUDA's usual place."""
+    """The path of nvcc: from MSLEMU_NVCC, on PATH, or in CUDA's usual place."""
     usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     found = os.environ.get("MSLEMU_NVCC") or shutil.which("nvcc")
     return found or (str(usual) if usual.exists() else None)
 
 
 def compile_check(launches: Sequence[LaunchLike], architecture: str = "sm_80") -> str:
-    """Compiles the kernels of all launches down to machine code, without running them.
+    """Compile the kernels of all launches to machine code, without running them.
 
-    All go into one file, because reading CUDA's headers takes longer than a kernel.
+    They all go into one file, because reading CUDA's headers takes longer than compiling a kernel.
 
     Returns:
-        What ptxas tells of registers and shared memory.
+        What ptxas reports on registers and shared memory.
 
     Raises:
-        KernelError: there is no nvcc, or it refuses a text, with its messages.
+        KernelError: if there is no nvcc, or it reports errors.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -171,7 +171,7 @@ def compile_check(launches: Sequence[LaunchLike], architecture: str = "sm_80") -
         source = Path(scratch, "kernels.cu")
         source.write_text(cuda_text(launches), encoding="utf-8")
         flags = ["-cubin", f"-arch={architecture}", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
-        # every kernel does without some part of the prelude; Metal's own pragmas mean nothing here
+        # no kernel uses the whole prelude; Metal's own pragmas are unknown here
         flags += ["--diag-suppress", "177,1675,161,20012"]
         command = [
             nvcc,

@@ -1,7 +1,7 @@
-"""The one error the emulator raises about a kernel."""
+"""The error that the emulator raises about a kernel."""
 
 from __future__ import annotations
 
 
 class KernelError(RuntimeError):
-    """The kernel does not compile, broke one of Metal's rules when run, or no compiler for it was found."""
+    """The kernel does not compile or broke one of Metal's rules, or no compiler was found."""

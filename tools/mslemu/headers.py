@@ -1,7 +1,7 @@
-"""A copy of MLX's own Metal headers, changed so that clang reads them as the Metal compiler does.
+"""A copy of MLX's Metal headers, adapted so that clang reads them as the Metal compiler does.
 
-MLX's wheel carries the headers its kernels are compiled from. Kernels include utils.h; MLX's own kernels, run under
-emulation as a proof of the emulator, include the rest.
+MLX's wheel contains the headers of its kernels. All kernels include utils.h; MLX's own kernels, which are run to
+prove the emulator right, include the others.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ constant constexpr const \1 \2 = MSL_FC_\3;"""
 
 def _as_cpp(text: str, name: str) -> str:
     text = prepare(text, name)
-    text = _ARRAY_PARAMETER.sub(r"\1* strides", text)  # clang knows no array parameter in an address space
-    # function constants are set when Metal loads a kernel; here a macro sets them before the include
+    text = _ARRAY_PARAMETER.sub(
+        r"\1* strides", text
+    )  # clang does not allow array parameters in an address space
+    # Metal sets function constants when it loads a kernel; here a macro sets them before the include
     text = _FUNCTION_CONSTANT.sub(_CONSTANT_AS_MACRO, text)
     text = _ARGUMENT_INDEX.sub("", text)
-    # equal specialisations once the address spaces are gone
+    # specialisations that are equal without address spaces
     return _ONLY_SPACES_DIFFER.sub(r"#if defined(MSL_AS_CHECK)\n\1\n#endif", text)
 
 
 def copy_headers(target: Path) -> None:
-    """Makes `target`, in one step, so that other processes see all of it or nothing."""
+    """Create `target` in one step, so that other processes see all of it or nothing."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`metal_kernel`, called as `mx.fast.metal_kernel` is, that runs on the CPU."""
+"""`metal_kernel`, which is called like `mx.fast.metal_kernel` and runs on the CPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MetalKernel:
     """A kernel that can be called with the arguments of MLX's kernel object.
 
     Attributes:
-        spec: the text and the names.
-        last: what the newest launch moved, also when it broke a rule; None before the first.
+        spec: the source and the names.
+        last: the traffic of the last launch, even if it broke a rule; None before the first.
     """
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -41,15 +41,15 @@ class MetalKernel:
         verbose: bool = False,
         stream: Any = None,
     ) -> list[mx.array]:
-        """The outputs.
+        """Run the kernel and return its outputs.
 
-        A threadgroup is cut to the grid on each axis, and the last one along an axis has only the threads that are
-        left (dispatchThreads, in MLX's mlx/backend/metal/custom_kernel.cpp). Outputs start as all ones bits (NaN,
-        -1) unless `init_value` is given.
+        Threadgroups are clipped to the grid on each axis; the last one along an axis has only the remaining threads
+        (dispatchThreads, in MLX's mlx/backend/metal/custom_kernel.cpp). Unless `init_value` is given, all bits of the
+        outputs are initially 1 (NaN, -1).
 
         Raises:
-            KernelError: the kernel does not compile, or broke a rule of Metal.
-            ValueError: what MLX refuses: wrong counts, more than 1024 threads in a threadgroup.
+            KernelError: if the kernel does not compile or breaks a rule of Metal.
+            ValueError: for what MLX refuses: wrong counts, more than 1024 threads in a threadgroup.
         """
         arrays = [value if isinstance(value, mx.array) else mx.array(value) for value in inputs]
         _check_count("inputs", arrays, self.spec.input_names)
@@ -92,11 +92,11 @@ def metal_kernel(
     atomic_outputs: bool = False,
     compile_options: dict[str, str] | None = None,
 ) -> MetalKernel:
-    """A kernel from its text: the arguments of `mx.fast.metal_kernel`.
+    """Build a kernel from its source; arguments as in `mx.fast.metal_kernel`.
 
     Raises:
-        ValueError: no output.
-        NotImplementedError: inputs that need not be row-contiguous.
+        ValueError: if there is no output.
+        NotImplementedError: if inputs need not be row-contiguous.
     """
     if not output_names:
         raise ValueError("[metal_kernel] Must specify at least one output.")
@@ -114,12 +114,12 @@ def generated_source(
     output_dtypes: Sequence[mx.Dtype],
     template: Template | None = None,
 ) -> str:
-    """The text this kernel is run from; it must equal `mlx_generated_source`."""
+    """The source that is run; it must equal `mlx_generated_source`."""
     return generated_text(kernel.spec, inputs, output_dtypes, template)
 
 
 def mlx_generated_source(kernel: MetalKernel, inputs: Sequence[mx.array], **call: Any) -> str:
-    """The text MLX itself would compile for this call (MLX >= 0.32, any machine)."""
+    """The source that MLX itself would compile for this call (MLX >= 0.32, on any machine)."""
     return mlx_text(kernel.spec, inputs, **call)
 
 

@@ -1,4 +1,4 @@
-"""Hands a compiled kernel, its buffers and its grid to the runtime, and reads back what happened."""
+"""Passes a compiled kernel, its buffers and its grid to the runtime, and reads the results."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .errors import KernelError
 from .options import ORDERS, Options
 from .types import MAX_THREADGROUP_BYTES
 
-_EMPTY_SPACE = 65536  # bytes that belong to nobody on both sides of a buffer
+_EMPTY_SPACE = 65536  # unused bytes on both sides of a buffer
 _PAGE = 4096
 _VECTOR = 16  # alignment of the widest load
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one launch did; in "check" mode bytes are counted, in "fast" mode they stay 0.
+    """Counts of one launch. Bytes are counted in mode "check"; in mode "fast" they stay 0.
 
     An atomic read-modify-write counts as a write. `traffic["read"]["w"]` is `traffic.read["w"]`.
 
@@ -36,7 +36,7 @@ class Traffic:
         read, written: bytes by buffer.
         loads: read accesses by buffer, however wide.
         threadgroups, barriers, simd_ops: how many ran; barriers and simd operations count once per group.
-        threadgroup_bytes: of threadgroup memory.
+        threadgroup_bytes: bytes of threadgroup memory.
     """
 
     read: dict[str, int] = field(default_factory=dict)
@@ -57,8 +57,8 @@ class Traffic:
 class Buffer:
     """One argument of a kernel, in memory with empty space around it.
 
-    The end of the data touches the empty space (to within 16 bytes, which keeps vector loads aligned), so an
-    overrun meets no other buffer.
+    The data end at the empty space (to within 16 bytes, to keep vector loads aligned), so an overrun hits no other
+    buffer.
     """
 
     def __init__(self, name: str, nbytes: int, *, writable: bool, initialised: bool) -> None:
@@ -115,7 +115,7 @@ class _Launch(ctypes.Structure):
     ]
 
 
-# Every launch uses the same fibres, and a call into the runtime releases Python's own lock.
+# Every launch uses the same fibres, and a call into the runtime releases Python's global lock.
 _one_at_a_time = threading.Lock()
 
 
@@ -126,7 +126,7 @@ def _runtime(path: Path) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded kernel, and where its threadgroup variables and its whole image lie."""
+    """A loaded kernel, with the addresses of its threadgroup variables and of its whole image."""
 
     path: Path
     entry: int
@@ -135,13 +135,13 @@ class Library:
 
     @property
     def threadgroup_bytes(self) -> int:
-        """Size of all threadgroup variables."""
+        """The size of all threadgroup variables."""
         return self.shared[1] - self.shared[0]
 
 
 @cache
 def load(path: Path) -> Library:
-    """Loads a compiled kernel, once."""
+    """Load a compiled kernel, only once."""
     _runtime(runtime_library())
     library = ctypes.CDLL(str(path))
     ranges = (ctypes.c_void_p * 4)()
@@ -152,7 +152,7 @@ def load(path: Path) -> Library:
 
 
 def _source_line(library: Library, address: int) -> str:
-    """` at name.metal:12` for an address inside the kernel, or nothing where no tool can tell."""
+    """ " at name.metal:12" for an address inside the kernel, or "" if no tool can tell."""
     tools = ("llvm-symbolizer-19", "llvm-symbolizer", "addr2line")
     tool = next((found for found in map(shutil.which, tools) if found), None)
     if not address or not tool:
@@ -172,10 +172,10 @@ def launch(
     threadgroup: Sequence[int],
     chosen: Options,
 ) -> tuple[Traffic, str]:
-    """Runs every thread of the grid; returns what was counted, and what went wrong or "".
+    """Run every thread of the grid; returns the counts, and an error message or "".
 
     Raises:
-        KernelError: too much threadgroup memory; the kernel is not run then.
+        KernelError: if there is too much threadgroup memory; the kernel is not run then.
     """
     if library.threadgroup_bytes > MAX_THREADGROUP_BYTES:
         raise KernelError(

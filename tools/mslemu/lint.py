@@ -1,7 +1,7 @@
 """Finds pointers and references that lack an address space.
 
-Metal wants `device`, `constant`, `thread` or `threadgroup` on each of them (Metal Shading Language Specification, 4);
-to clang, compiling the text as C++, `float* p` is as good as `device float* p`.
+Metal requires `device`, `constant`, `thread` or `threadgroup` on each of them (Metal Shading Language
+Specification, 4). clang, which compiles the source as C++, accepts `float* p` as well as `device float* p`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _BEFORE_BLOCK = {")", ";", "{", "}", "else", "do", "const"} | _SPACES
 
 
 def lint(source: str, where: str, function_body: bool) -> None:
-    """Raises KernelError with the lines that declare a pointer or reference without an address space.
+    """Raise KernelError with the lines that declare a pointer or reference without an address space.
 
     Args:
-        where: what the text is called in the message.
-        function_body: the text is the inside of a function, as a kernel's `source` is; a header is not.
+        where: the name of the source in the message.
+        function_body: the source is the inside of a function, like a kernel's `source` and unlike a header.
     """
     lines = _Walk(significant(split(source)), function_body).unqualified()
     if lines:
@@ -34,7 +34,7 @@ def lint(source: str, where: str, function_body: bool) -> None:
 
 
 class _Walk:
-    """One pass over the tokens, knowing only whether it is inside a function."""
+    """One pass over the tokens that only keeps track of whether it is inside a function."""
 
     def __init__(self, tokens: list[Token], function_body: bool) -> None:
         self.text = [token.text for token in tokens]
@@ -88,7 +88,7 @@ class _Walk:
         return is_word(self.text[at - 1]) and self.text[at - 1] != "static_assert"
 
     def _read_parameters(self, at: int) -> int:
-        """Checks the parameters of a function; returns the place of its closing bracket."""
+        """Check the parameters of a function; returns the index of the closing bracket."""
         depth, begins = 0, True
         for place in range(at + 1, len(self.text)):
             text = self.text[place]
@@ -104,7 +104,7 @@ class _Walk:
         return len(self.text)
 
     def _lacks_space(self, at: int, ends: set[str]) -> bool:
-        """Whether `type * name` or `type & name`, then one of `ends`, stands here without an address space."""
+        """Whether `type * name` or `type & name`, followed by one of `ends`, is here without an address space."""
         names = angle = 0
         has_space = indirect = False
         for place in range(at, len(self.text)):

@@ -1,8 +1,8 @@
-"""Kernels made of MLX's own Metal functions, which the installed wheel carries as headers.
+"""Kernels built from MLX's own Metal functions, whose headers are in the installed wheel.
 
-MLX's kernels are known good on Apple GPUs: what they compute under emulation shows that the emulator is right, and
-what bits they yield is what a kernel that stands in for one must yield. (The order of a simdgroup's sum is the
-emulator's on both sides: see tools/README.md.)
+MLX's kernels are known to be right on Apple GPUs. So their results under emulation show that the emulator is right,
+and their bits are those that a replacement kernel must give. (The order of a simdgroup's sum is the emulator's on
+both sides: see tools/README.md.)
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def mlx_kernel(
     source: str,
     function_constants: Mapping[int, int] | None = None,
 ) -> MetalKernel:
-    """A kernel whose body calls functions of MLX's headers.
+    """A kernel whose body calls functions from MLX's headers.
 
     Args:
         headers: paths below mlx/backend/metal/kernels.
-        source: the body; a function of MLX that takes `const constant int&` wants an input of fewer than 8 elements.
-        function_constants: values of `[[function_constant(n)]]` by n; the others are 0.
+        source: the body; an MLX function that takes `const constant int&` needs an input of fewer than 8 elements.
+        function_constants: values of `[[function_constant(n)]]` by n; all others are 0.
     """
     lines = [f"#define MSL_FC_{number} {int(value)}" for number, value in (function_constants or {}).items()]
     lines += [f'#include "{KERNELS.as_posix()}/{header}"' for header in headers]
@@ -41,8 +41,8 @@ def mlx_kernel(
 def quantized_kernel(function: str, template: str, arguments: str) -> MetalKernel:
     """A kernel that calls `function<template>` of MLX's quantized.h.
 
-    Its inputs are w, scales, biases, x and dims (int32: K, N, M), its output y, its template argument T. `arguments`
-    are what follows `w, scales, biases, x, y`, where k, n and m are the three numbers.
+    Its inputs are w, scales, biases, x and dims (int32: K, N, M), its output is y, its template argument T.
+    `arguments` follow `w, scales, biases, x, y`; in them k, n and m stand for the three numbers.
     """
     source = (
         "  const constant int& k = dims[0]; const constant int& n = dims[1]; const constant int& m = dims[2];\n"
@@ -55,12 +55,12 @@ def quantized_kernel(function: str, template: str, arguments: str) -> MetalKerne
 def quantized_matvec(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int, fast: bool
 ) -> mx.array:
-    """x @ dequantize(w).T [M, N] as MLX's own kernel for single rows computes it, row by row.
+    """x @ dequantize(w).T [M, N], computed row by row by MLX's own kernel for single rows.
 
     Args:
-        x: [M, K], in the dtype of scales and biases.
-        w, scales, biases: of `mx.quantize`, N rows.
-        fast: by affine_qmv_fast, which needs N a multiple of 8 and K of its block; else by affine_qmv.
+        x: [M, K], with the dtype of scales and biases.
+        w, scales, biases: from `mx.quantize`, N rows.
+        fast: use affine_qmv_fast, which needs N to be a multiple of 8 and K of its block; else affine_qmv.
     """
     rows, columns = x.shape[0], w.shape[0]
     unbatched = "k, nullptr, nullptr, k, nullptr, nullptr, nullptr, nullptr"

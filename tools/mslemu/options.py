@@ -1,4 +1,4 @@
-"""How emulated kernels are run: checked or not, in which order, how strictly."""
+"""How emulated kernels are run: with or without checks, in which order, how strictly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Options:
     """How a kernel is compiled and run.
 
     Attributes:
-        mode: "check" watches every access (races, bounds, initialisation) and counts traffic; "fast" only computes.
+        mode: "check" checks every access (races, bounds, initialisation) and counts traffic; "fast" only computes.
         order: the order in which threads and threadgroups run: "forward", "reverse" or "random".
-        seed: of the random order.
-        strict: divergence and reads of lanes that do not take part are errors; Metal leaves them undefined.
+        seed: seed of the random order.
+        strict: treat divergence and reads of inactive lanes as errors; Metal leaves them undefined.
         address_spaces: compile a second time with device, constant and threadgroup as distinct address spaces.
         mlx_utils: put MLX's own utils.h in front, as MLX does.
     """
@@ -44,13 +44,13 @@ _current: ContextVar[Options] = ContextVar("mslemu_options")
 
 
 def current() -> Options:
-    """The options in force."""
+    """The current options."""
     return _current.get(_DEFAULT)
 
 
 @contextmanager
 def options(**changes: Any) -> Iterator[Options]:
-    """Kernels called inside run with these options changed; see `Options` for their names."""
+    """A context in which kernels run with changed options; see `Options` for their names."""
     token = _current.set(replace(current(), **changes))
     try:
         yield current()

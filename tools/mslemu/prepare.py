@@ -1,9 +1,9 @@
-"""The only two changes made to an author's text before clang, or nvcc, sees it.
+"""The only two changes made to an author's source before clang or nvcc sees it.
 
-1. `MSL_TGVAR` goes in front of each `threadgroup` that declares a variable. Such a variable is shared by the
-   threadgroup (Metal Shading Language Specification, 4.4), which in C++ is a static one; a pointer or reference *to*
-   threadgroup memory, a parameter, a cast or a template argument stays as it is.
-2. A floating literal without a suffix gets the `f` that Metal, which has no double (ibid., 2.1), reads into it.
+1. `MSL_TGVAR` is put in front of each `threadgroup` that declares a variable. Such a variable is shared by the
+   threadgroup (Metal Shading Language Specification, 4.4) and becomes static in C++. A pointer or reference *to*
+   threadgroup memory, a parameter, a cast and a template argument stay as they are.
+2. A floating-point literal without a suffix gets an `f`, because Metal has no double (ibid., 2.1).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _NUMBER = re.compile(r"\.?\d")
 
 
 def prepare(source: str, where: str = "source") -> str:
-    """The text with both changes made; lines stay where they are.
+    """The source with both changes, line by line.
 
     Raises:
-        KernelError: a threadgroup variable has an initialiser, which Metal does not allow. `where` names the text.
+        KernelError: if a threadgroup variable has an initialiser, which Metal forbids. `where` names the source.
     """
     pieces = split(source)
     tokens = significant(pieces)

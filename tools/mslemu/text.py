@@ -1,7 +1,7 @@
-"""The text MLX makes around a kernel's body: written here, and as MLX itself prints it.
+"""The code that MLX generates around a kernel's body: as generated here, and as MLX itself prints it.
 
 Source: write_signature and its caller in MLX's mlx/backend/common/metal_kernel.cpp (0.32). Attributes, shapes and
-strides become parameters where their name occurs anywhere in the body, as a substring; the header is not searched.
+strides become parameters if their name occurs anywhere in the body, as a substring; the header is not searched.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Parameter:
     """One buffer of the kernel.
 
     Attributes:
-        name: of the input or output it belongs to.
-        role: "input", "output", or what it tells of an input: "_shape", "_strides" or "_ndim".
+        name: name of its input or output.
+        role: "input", "output", or a property of an input: "_shape", "_strides" or "_ndim".
         space, type: as in `space type* name`.
-        reference: declared as `&` instead of `*`.
+        reference: whether it is declared with `&` instead of `*`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Parameter:
 
     @property
     def label(self) -> str:
-        """Its name in the kernel."""
+        """The parameter's name in the kernel."""
         return self.name if self.role in ("input", "output") else self.name + self.role
 
     def declaration(self, index: int) -> str:
@@ -64,7 +64,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """What stands in front of the body, and the arguments it asks for."""
+    """The code in front of the body, and the arguments it needs."""
 
     name: str
     text: str
@@ -83,7 +83,7 @@ def kernel_name(
 ) -> str:
     """The name of one specialisation.
 
-    An input is marked `s` when it has no dimension and `c` when it is small: both change the signature.
+    An input is marked `s` if it has no dimensions and `c` if it is small, because both change the signature.
     """
     name = "custom_kernel_" + spec.name
     if template:
@@ -119,7 +119,7 @@ def _template_kind(value: TemplateValue) -> str:
 def signature(
     spec: KernelSpec, inputs: Sequence[mx.array], output_dtypes: Sequence[mx.Dtype], template: Template
 ) -> Signature:
-    """The text between header and body."""
+    """The code between header and body."""
     name = kernel_name(spec, inputs, output_dtypes, template)
     parameters = _parameters(spec, inputs, output_dtypes)
     attributes = [attribute for attribute in ATTRIBUTES if attribute.name in spec.source]
@@ -138,7 +138,7 @@ def generated_text(
     output_dtypes: Sequence[mx.Dtype],
     template: Template | None = None,
 ) -> str:
-    """The whole text MLX compiles after its own utilities: what `mlx_text` must print."""
+    """The whole source that MLX compiles after its own utilities; it must equal `mlx_text`."""
     front = signature(spec, inputs, output_dtypes, template or ())
     text = spec.header + front.text + spec.source + "\n}\n"
     if template:
@@ -148,10 +148,10 @@ def generated_text(
 
 
 def mlx_text(spec: KernelSpec, inputs: Sequence[mx.array], **call: Any) -> str:
-    """The text MLX itself generates for a call, on any machine.
+    """The source that MLX itself generates for a call, on any machine.
 
-    A call needs a GPU, but exporting a function only records it (MLX >= 0.32), and `verbose` prints the text then.
-    The printing is done below Python, so the file descriptor of standard output is redirected meanwhile.
+    A call needs a GPU, but exporting a function only records it (MLX >= 0.32), and `verbose` then prints the source.
+    It is not printed by Python, so the file descriptor of standard output is redirected meanwhile.
     """
     kernel: Any = mx.fast.metal_kernel(
         name=spec.name,

@@ -1,4 +1,4 @@
-"""Metal text as a list of tokens, enough for the changes and the lint, which need no grammar."""
+"""Splits Metal source into tokens; `prepare` and `lint` need no grammar beyond that."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _WORD = re.compile(r"[A-Za-z_]")
 
 
 class Token(NamedTuple):
-    """A token that is neither space nor comment."""
+    """A token that is neither white space nor a comment."""
 
     text: str
     line: int  # from 1
-    piece: int  # its place in the list of `split`
+    piece: int  # its index in the list of `split`
 
 
 def split(source: str) -> list[str]:
-    """Every token, spaces and comments included: joined, they are the source again."""
+    """All tokens, including white space and comments; joined, they give the source again."""
     return _TOKEN.findall(source)
 
 
 def significant(pieces: list[str]) -> list[Token]:
-    """The tokens the language sees."""
+    """The tokens without white space and comments."""
     found, line = [], 1
     for piece, text in enumerate(pieces):
         if not text.isspace() and not text.startswith(("//", "/*")):

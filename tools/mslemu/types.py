@@ -1,4 +1,4 @@
-"""What Metal calls MLX's dtypes, the attributes of a thread, and the limits of a launch.
+"""Metal's names of MLX's dtypes, the attributes of a thread, and the limits of a launch.
 
 Sources: MLX's mlx/backend/common/metal_kernel.cpp (names, the order of attributes, which inputs are `constant`),
 the Metal feature set tables (1024 threads and 32 KiB of threadgroup memory on every Apple GPU).
@@ -51,11 +51,11 @@ HOST_TYPE: dict[mx.Dtype, type[np.generic]] = {
 
 
 class Attribute(NamedTuple):
-    """A value every thread can ask for, such as its place in the grid."""
+    """A value available to every thread, such as its position in the grid."""
 
     name: str
     type: str
-    value: str  # how the launcher finds it in `MslThread* t` (see unit.py)
+    value: str  # its expression in terms of `MslThread* t` (see unit.py)
 
 
 ATTRIBUTES = (

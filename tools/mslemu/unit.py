@@ -1,4 +1,4 @@
-"""The C++ file clang compiles: shim, MLX's utilities, the author's text with its signature, and a way in."""
+"""The C++ file for clang: shim, MLX's utilities, the author's source with its signature, and an entry point."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .options import Options
 from .prepare import prepare
 from .text import KernelSpec, Parameter, Signature, Template, template_arguments
 
-# The runtime passes each thread's place in the grid in this form; runtime/launch.h declares it again.
+# The form in which the runtime passes each thread's position in the grid; runtime/launch.h declares it too.
 _THREAD = """\
 struct MslThread {
   uint thread_position_in_grid[3], thread_position_in_threadgroup[3], threadgroup_position_in_grid[3];
@@ -20,7 +20,7 @@ struct MslThread {
 #define MSL_UNCHECKED __attribute__((no_sanitize("thread")))
 """
 
-# The linker knows where threadgroup variables (section msl_tg) and the whole library begin and end.
+# Symbols of the linker: where threadgroup variables (section msl_tg) and the whole library begin and end.
 _RANGES = """\
 #if !defined(MSL_AS_CHECK)
 #define MSL_LINKER __attribute__((weak, visibility("hidden")))
@@ -43,7 +43,7 @@ def _argument(parameter: Parameter, index: int) -> str:
 
 
 def translation_unit(spec: KernelSpec, front: Signature, template: Template, chosen: Options) -> str:
-    """The file's text. `#line` makes messages name the author's lines: name.metal, name.header.metal."""
+    """The content of the file. `#line` makes messages name the author's lines: name.metal, name.header.metal."""
     instance = front.name + (template_arguments(template) if template else "")
     arguments = [_argument(parameter, index) for index, parameter in enumerate(front.parameters)]
     arguments += [attribute.value for attribute in front.attributes]
