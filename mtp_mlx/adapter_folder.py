@@ -160,7 +160,7 @@ def damage(folder: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise MTPError(f"{path} is damaged: it has no {error}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise MTPError(f"{path} is damaged: {error}") from error
 
 

@@ -262,7 +262,7 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
     if max_tokens == 0 or max_tokens < -1:
         raise MTPError(f"`max_tokens` must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
-        raise MTPError("lookup drafts must be verified: leave `lookup` out, or use emission 'verified'")
+        raise MTPError("lookup drafts must be verified: leave `lookup` out, or use `emission` verified")
 
 
 def generate(

@@ -111,6 +111,7 @@ class Conversation:
             ids[shared:],
             max_tokens,
             prompt_cache=self._cache,
+            prefix=ids[:shared],
             stats=turn.stats,
             **options,
         )

@@ -126,6 +126,7 @@ def test_no_circle_of_imports() -> None:
 def test_arrows_point_down(room: str) -> None:
     """Imports inside functions count as well."""
     files, wrong = package(), []
+    assert any(f"{name}.".startswith(f"mtp_mlx.{room}.") for name in files)
     others = tuple(name for name in (*BELOW, *MAPPED, "cli", "api", "conversation") if name != room)
     for name, path in files.items():
         if not f"{name}.".startswith(f"mtp_mlx.{room}."):
@@ -143,6 +144,7 @@ def test_nothing_else_asks_what_kind_of_drafter_it_is(room: str) -> None:
     """No import from drafters/ but the registry, and no isinstance of a drafter, an adapter or a head."""
     kinds = re.compile(r"Adapter|Heads?\b|Drafter|Slots|Medusa|PTP|DraftModel|Speculator|DraftSource")
     wrong = []
+    assert any(f"{name}.".startswith(f"mtp_mlx.{room}.") for name in package())
     for name, path in package().items():
         if name != f"mtp_mlx.{room}" and not name.startswith(f"mtp_mlx.{room}."):
             continue

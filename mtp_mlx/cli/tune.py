@@ -83,8 +83,13 @@ def command(forget: bool, as_json: bool, **options: Any) -> None:
 
 def _load(settings: TuneSettings) -> tuple[AttachedModel, Any]:
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.decode.drafter import source_of
 
-    return load_model(settings)
+    model, tokenizer = load_model(settings)
+    source = source_of(model)
+    if source is not None and source.fixed:
+        raise MTPError("tune finds how many drafts pay off: leave the number of drafts of every step out")
+    return model, tokenizer
 
 
 def _forget(settings: TuneSettings, as_json: bool) -> str:

@@ -14,6 +14,7 @@ Legend: R rows of a block, D hidden size, d drafts verified in it, a of them acc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -86,11 +87,19 @@ class Drafter:
     """Drafts for one generation, and holds the state that this needs.
 
     Attributes:
-        other_sampling: a sentence on how the sampling differs from the one that the source was trained for; "" if it
+        note: a sentence on how the sampling differs from the one that the source was trained for; "" if it
             does not.
     """
 
-    other_sampling: str = ""
+    note: str = ""
+
+    def begin(self, prefix: Sequence[int], start: int) -> None:
+        """Learns what the cache holds already.
+
+        Args:
+            prefix: token ids in the cache; empty if the caller does not say.
+            start: number of tokens in the cache.
+        """
 
     def uniforms(self, shape: BlockShape, start: int) -> mx.array | None:
         """[R - n_real] float32, the uniforms of a block's slot rows; None if the slots take none.

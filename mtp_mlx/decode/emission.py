@@ -51,7 +51,7 @@ class Emission:
             )
         if self.name == "verified" and self.first_token_sampling:
             raise MTPError(
-                "`first_token_sampling` is for unverified emission; with emission 'verified' every token is sampled "
+                "`first_token_sampling` is for unverified emission; with `emission` verified every token is sampled "
                 "already: leave it out"
             )
 
@@ -91,7 +91,7 @@ class Emission:
         if sampling.temperature and not self.first_token_sampling:
             raise MTPError(
                 f"emission '{self.name}' emits the likeliest tokens, so temperature {sampling.temperature:g} would "
-                "have no effect: add `first_token_sampling`, or use emission 'verified' or temperature 0"
+                "have no effect: add `first_token_sampling`, or use `emission` verified or `temperature` 0"
             )
         if self.first_token_sampling and not sampling.temperature:
             raise MTPError("`first_token_sampling` needs a `temperature` above 0")

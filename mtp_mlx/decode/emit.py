@@ -37,7 +37,7 @@ def check_unverified(source: DraftSource | None, emission: Emission) -> None:
         )
     reason = source.why_not_unverified()
     if reason:
-        raise MTPError(f"emission '{emission.name}' {reason}: use emission 'verified'")
+        raise MTPError(f"emission '{emission.name}' {reason}: use `emission` verified")
 
 
 class EmitLoop:
@@ -68,7 +68,8 @@ class EmitLoop:
         max_tokens: int,
     ) -> None:
         check_unverified(source_of(session.attached), emission)
-        assert session.drafter is not None and slots
+        if session.drafter is None or not slots:
+            raise MTPError(f"emission '{emission.name}' emits drafts, and this policy asks for none")
         self._drafter = session.drafter
         self._session, self._emission, self._slots = session, emission, slots
         self._sampler, self._stats, self._max_tokens = sampler, stats, max_tokens

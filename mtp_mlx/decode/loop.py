@@ -65,6 +65,7 @@ def mtp_generate_step(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     stats: DecodeStats | None = None,
     constraint: Constraint | None = None,
+    prefix: Sequence[int] = (),
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`, called like mlx-lm's `generate_step`.
 
@@ -82,9 +83,10 @@ def mtp_generate_step(
             adapter's slots, without planning or lookup.
         prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
             the prompt and every token yielded; after an error or Ctrl-C inside a step, the first tokens of these, as
-            many as its offset says. MTP heads and draft models have not seen an earlier prefix, so a long one makes
-            their drafts worse.
+            many as its offset says. MTP heads have not seen an earlier prefix, so a long one makes their drafts
+            worse.
         stats: updated while decoding.
+        prefix: the token ids in `prompt_cache`, for a drafter that reads the text itself.
         constraint: constrains every token, such as a grammar; verified emission only.
 
     Raises:
@@ -103,6 +105,7 @@ def mtp_generate_step(
         settings=CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size),
         stats=stats,
         constraint=constraint,
+        prefix=prefix,
     )
     yield from _tokens(session, loop, prompt_progress_callback, keep=prompt_cache is not None)
 
@@ -144,25 +147,33 @@ def open_loop(
     settings: CacheSettings,
     stats: DecodeStats | None,
     constraint: Constraint | None,
+    prefix: Sequence[int] = (),
+    shared_drafts: int = 0,
 ) -> tuple[Session, DecodeLoop | EmitLoop]:
-    """Sets up a generation whose prompt has not run yet; arguments and errors as for `mtp_generate_step`."""
+    """Sets up a generation whose prompt has not run yet; arguments and errors as for `mtp_generate_step`.
+
+    Args:
+        shared_drafts: most drafts that passes shared with other sequences may ask of the model's own drafter.
+    """
     policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
     if constraint is not None and not emission.lossless:
-        raise MTPError("a grammar needs verified drafts: use emission 'verified'")
+        raise MTPError("a grammar needs verified drafts: use `emission` verified")
     source = source_of(model)
-    verifying = emission.lossless and policy.max_drafts > 0
+    own_drafts = max(policy.own_drafts, shared_drafts)
+    verifying = emission.lossless and max(policy.max_drafts, shared_drafts) > 0
     sampling = sampling_for(source, sampling or SamplingConfig(), verifying)
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
     stats = DecodeStats() if stats is None else stats
 
     def open_drafter(start: int) -> Drafter:
         assert source is not None
-        drafter = source.open(model, picker, policy.own_drafts, start, verified=emission.lossless)
-        if drafter.other_sampling:
-            stats.fallbacks[drafter.other_sampling] += 1
+        drafter = source.open(model, picker, own_drafts, start, verified=emission.lossless)
+        drafter.begin(prefix, start)
+        if drafter.note:
+            stats.fallbacks[drafter.note] += 1
         return drafter
 
-    wanted = source is not None and policy.own_drafts > 0
+    wanted = source is not None and own_drafts > 0
     session = Session(model, picker, ids, cache, settings, open_drafter if wanted else None, constraint)
     if emission.lossless:
         return session, DecodeLoop(session, policy, lookup, stats, max_tokens)

@@ -1,7 +1,8 @@
 """The parts of a speculative step: build the block, verify its drafts, draft the next tokens, commit.
 
 `mtp_mlx.decode.loop.speculative_step` runs them for one sequence, `mtp_mlx.serve.batch` for several that share a
-pass. Everything before `commit` is lazy, so a step has one host read.
+pass. Everything before `commit` is lazy, so a step has one host read, beside those that a drafter itself
+needs (a draft model has one).
 
 Legend: R rows of the block, d drafts verified, a of them accepted, V vocabulary, D hidden size, C tokens of history.
 """

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mtp_mlx.adapter_folder import CardLines, Header, read_header
+from mtp_mlx.adapter_folder import CardLines, Header, damage, read_header
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.settings import Trains, TrainSettings
 
@@ -99,7 +99,8 @@ def load_folder(folder: Path, model: Any) -> tuple[Any, Header]:
         MTPError: if there is no adapter, its method is unknown, it belongs to another base model, or it is damaged.
     """
     header = read_header(folder)
-    return _format(folder, header).load(folder, header, model)
+    with damage(folder):
+        return _format(folder, header).load(folder, header, model)
 
 
 def folder_facts(folder: Path, header: Header) -> dict[str, Any]:
@@ -117,7 +118,8 @@ def card_lines(folder: Path, header: Header) -> CardLines:
     Raises:
         MTPError: if the method is unknown, or the section is damaged.
     """
-    return _format(folder, header).card_lines(folder, header)
+    with damage(folder):
+        return _format(folder, header).card_lines(folder, header)
 
 
 def _format(folder: Path, header: Header) -> Any:

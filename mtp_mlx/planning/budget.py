@@ -108,6 +108,8 @@ class BudgetPolicy:
     @property
     def verdict(self) -> str:
         """The planner's current expectation as a sentence."""
+        if not self._drafts:
+            return ""
         plain = 1.0 / self._seconds(Layout.plain())
         if self.rate <= plain * MARGIN:
             return f"drafting by {self.own} does not pay off here; plain unless drafts are near certain"

@@ -25,7 +25,7 @@ from mtp_mlx.planning.tuned import recall
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
 LOOKUP_DRAFTS = 8  # default drafts per step of a fixed layout with lookup alone
 MOST_LOOKUP = 16  # most drafts per step of that layout
-_NO_GROUPS = "layout 'quadratic' is for slots, which {who} not use: use layout linear, auto or plain"
+_NO_GROUPS = "layout 'quadratic' is for slots, not for {who}: use `layout` linear, auto or plain"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
     """
     _check_layout(layout)
     if layout == "quadratic":
-        raise MTPError(_NO_GROUPS.format(who="drafter 'lookup' does"))
+        raise MTPError(_NO_GROUPS.format(who="drafter 'lookup'"))
     if drafts is not None and not 1 <= drafts <= MOST_LOOKUP:
         raise MTPError(f"with drafter 'lookup', drafts per step must be 1 to {MOST_LOOKUP}; got {drafts}")
     if layout == "plain":
@@ -175,7 +175,7 @@ def build_policy(
     if source is None:
         return _bare_policy(model, layout, drafts)
     if layout == "quadratic" and not source.places_slots:
-        raise MTPError(_NO_GROUPS.format(who=f"{source.title} do"))
+        raise MTPError(_NO_GROUPS.format(who=source.title))
     source.check_drafts(drafts)
     if layout == "plain":
         return FixedPolicy("plain", 0)
@@ -196,7 +196,7 @@ def _check_layout(layout: LayoutName) -> None:
 def _bare_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) -> Policy:
     """The policy of a model without a drafter of its own: plain, or planned for lookup."""
     if layout in ("linear", "quadratic"):
-        raise MTPError(f"layout '{layout}' needs an adapter: name one with `adapter`, or use layout plain")
+        raise MTPError(f"layout '{layout}' needs an adapter: name one with `adapter`, or use `layout` plain")
     if drafts is not None:
         raise MTPError(f"this model has no drafter to make {drafts} drafts: name an adapter with `adapter`")
     if layout == "plain":

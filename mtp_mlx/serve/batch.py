@@ -61,6 +61,7 @@ class Batch:
 
     def __init__(self, attached: AttachedModel, plan: BatchPlan) -> None:
         self._attached, self._plan = attached, plan
+        self.own_drafts = plan.own_drafts
         self.members: list[Member] = []
         self._caches: list[BatchKVCache] = []
 
@@ -122,7 +123,7 @@ class Batch:
             session, taken = member.session, head_input[index : index + 1]
             verified = verify(session, layout, proposal.drafts, start, hidden[index], logits[index], taken)
             found.append(draft(session, verified))
-        mx.eval([lazy.arrays() for lazy in found])  # the pass's one host read
+        mx.eval([lazy.arrays() for lazy in found])  # one host read, unless a drafter needs more
         committed, kept = [], []
         for member, proposal, lazy in zip(self.members, offered, found, strict=True):
             result = commit(member.session, lazy)

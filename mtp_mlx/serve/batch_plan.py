@@ -69,6 +69,7 @@ class BatchPlan:
             raise ValueError("a planned layout needs costs and experience")
         own = drafting.chain or drafting.slots
         self.max_drafts = 0 if drafting.form == "plain" else max(own, drafting.lookup)
+        self.own_drafts = 0 if drafting.form == "plain" else own
         self._chosen: BatchDrafting = drafting
         self._planned_for = 0
         self._context = 0

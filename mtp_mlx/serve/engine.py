@@ -244,7 +244,10 @@ class Engine:
             if self.grammars is None:
                 raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'")
             constraint = self.grammars.start(request.grammar)
-        return Sequence(self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint)
+        shared = 0 if self._batch is None else self._batch.own_drafts
+        return Sequence(
+            self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint, shared
+        )
 
     def _turn(self) -> None:
         """One turn of all requests: one token each, and one chunk of the prompt that has waited longest."""

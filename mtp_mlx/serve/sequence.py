@@ -53,6 +53,7 @@ class Sequence:
         settings: how to decode.
         prefixes: may hold a prefix of the prompt; receives the KV cache at the end.
         constraint: the request's grammar, or None.
+        shared_drafts: most drafts that shared passes may ask of the model's own drafter.
 
     Attributes:
         loop: the decoding loop.
@@ -71,6 +72,7 @@ class Sequence:
         settings: DecodeSettings,
         prefixes: PrefixCache,
         constraint: Constraint | None = None,
+        shared_drafts: int = 0,
     ) -> None:
         self.request = request
         self.stats = DecodeStats()
@@ -95,6 +97,8 @@ class Sequence:
             settings=settings.cache,
             stats=self.stats,
             constraint=constraint,
+            prefix=request.prompt[: self.n_cached],
+            shared_drafts=shared_drafts,
         )
         assert isinstance(loop, DecodeLoop)
         self.loop = loop

@@ -8,6 +8,7 @@ temperature 0.7: for every step the drafts that were verified, and how many were
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
+from mtp_mlx.errors import MTPError
 from mtp_mlx.models import bundled_adapter, named_adapter
 from tests.tiny import save_tiny
 
@@ -99,3 +101,24 @@ def test_a_header_that_is_written_again_is_the_same(folder: str | Path, tmp_path
     assert json.dumps(kept, sort_keys=True) == json.dumps(json.loads(after), sort_keys=True)
     if isinstance(folder, str):
         assert after == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "key", "value"),
+    [
+        ("mask-tokens", "adapter", "alpha", None),
+        ("mask-tokens", "adapter", "rank", 3.5),
+        ("ptp-o", "adapter", "rank", "x"),
+        ("mtp-heads", "heads", "blocks", 7),
+    ],
+)
+def test_a_damaged_section_is_one_sentence(
+    kind: str, section: str, key: str, value: Any, base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(HERE / kind, folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config[section][key] = value
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(MTPError, match="is damaged"):
+        load(str(base), folder)

@@ -136,7 +136,7 @@ def test_python_calls(folder: Path, expected: str) -> None:
 @pytest.mark.parametrize(
     ("model", "args", "message"),
     [
-        ("model", ["--layout", "quadratic"], "slots, which MTP heads do not use"),
+        ("model", ["--layout", "quadratic"], "slots, not for MTP heads"),
         ("model", ["--layout", "linear", "--slots", "40"], "drafts per step must be 1 to 16"),
         (
             "model",

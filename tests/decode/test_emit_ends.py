@@ -217,9 +217,9 @@ def test_ptp_is_verified_only(variant: str) -> None:
     """Unverified emission of its slots is refused, by the loop itself too; a tau for submitting drafts is not."""
     model = ptp_attached("llama", variant, "bits")
     for emit in (STATIC, Emission("conf-adapt", 0.5)):
-        with pytest.raises(MTPError, match="Parallel Token Prediction: use emission 'verified'"):
+        with pytest.raises(MTPError, match="Parallel Token Prediction: use `emission` verified"):
             list(stream_generate(model, tiny_tokenizer(), PROMPT, 8, emission=emit))
-        with pytest.raises(MTPError, match="Parallel Token Prediction: use emission 'verified'"):
+        with pytest.raises(MTPError, match="Parallel Token Prediction: use `emission` verified"):
             next(mtp_generate_step(PROMPT, model, policy=FixedPolicy("linear", 2), emission=emit))
     hot = SamplingConfig(temperature=0.9, seed=3)
     plain = [r.token for r in mtp_generate_step(PROMPT, model, max_tokens=16, sampling=hot)]
@@ -258,3 +258,9 @@ def test_an_adapter_with_a_sampler_head_is_emitted_and_labelled() -> None:
         list(mtp_generate_step(text[:start], model, max_tokens=4, policy=watching))
         drafts = watching.seen[1]
         assert len(drafts) >= 2 and drafts == text[start + 1 : start + 1 + len(drafts)]
+
+
+def test_a_policy_that_asks_for_no_drafts_is_refused() -> None:
+    """The default policy is plain decoding, which leaves unverified emission nothing to emit."""
+    with pytest.raises(MTPError, match="this policy asks for none"):
+        list(mtp_generate_step([1, 2, 3], attached("llama"), emission=Emission("static")))

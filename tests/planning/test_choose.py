@@ -74,7 +74,7 @@ def test_policies_of_lookup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(lookup_policy(model, "plain", None), FixedPolicy)
     assert isinstance(lookup_policy(model, "auto", None), BudgetPolicy)
     for layout, drafts, message in [
-        ("quadratic", None, "drafter 'lookup' does not use"),
+        ("quadratic", None, "drafter 'lookup'"),
         ("linear", 17, "must be 1 to 16; got 17"),
         ("cubic", None, "unknown layout 'cubic'"),
     ]:

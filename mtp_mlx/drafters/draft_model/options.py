@@ -22,7 +22,7 @@ class DraftModelLoading:
     draft_model: str | None = setting(None, help="Draft with this smaller model of the same vocabulary")
     num_draft_tokens: int | None = setting(
         None,
-        help=f"Tokens the draft model drafts in every step (default: up to {DEFAULT_DRAFTS})",
+        help=f"Drafts of the draft model in every step (default: up to {DEFAULT_DRAFTS})",
         minimum=1,
         maximum=MOST_DRAFTS,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -32,6 +33,8 @@ class DraftModel(DraftSource):
     def __init__(self, model: nn.Module, vocab_size: int, drafts: int | None = None) -> None:
         super().__init__()
         self._model, self._vocab_size, self._drafts = model, vocab_size, drafts
+        self._columns = cast(Any, model)(mx.array([[0]])).shape[-1]  # lazily: nothing is computed
+        self._last: DraftModelDrafter | None = None
 
     @property
     def drafts(self) -> int:
@@ -59,4 +62,8 @@ class DraftModel(DraftSource):
         self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
     ) -> DraftModelDrafter:
         """See `DraftSource`."""
-        return DraftModelDrafter(self._model, picker, self._vocab_size)
+        drafter = DraftModelDrafter(
+            self._model, picker, self._vocab_size, self._columns, attached.peers, self._last
+        )
+        self._last = drafter
+        return drafter

@@ -20,6 +20,16 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import select_rows
 
+# Step costs and tuned choices on users' disks are stored under these names, wherever the classes lie now.
+_KEY_OF = {
+    "MTPHead": "mtp_mlx.model.mtp_head.MTPHead",
+    "MTPHeads": "mtp_mlx.model.mtp_head.MTPHeads",
+    "MedusaHead": "mtp_mlx.model.medusa_head.MedusaHead",
+    "MedusaHeads": "mtp_mlx.model.medusa_head.MedusaHeads",
+    "ParallelHead": "mtp_mlx.model.parallel_head.ParallelHead",
+    "ParallelHeads": "mtp_mlx.model.parallel_head.ParallelHeads",
+}
+
 
 class DraftHeads(DraftSource):
     """The heads of a model. They draft after the pass and need no rows in it.
@@ -70,7 +80,8 @@ class DraftHeads(DraftSource):
 
     def cost_key(self, columns: int) -> str:
         """See `DraftSource`."""
-        blocks = {f"{type(module).__module__}.{type(module).__qualname__}" for module in self.modules()}
+        kinds = {type(module) for module in self.modules()}
+        blocks = {_KEY_OF.get(kind.__name__, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds}
         tensors = cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))
         weights = sum(value.size for _, value in tensors)
         made_of = f"{sorted(blocks)}, {weights} weights"

@@ -34,7 +34,7 @@ class PTPSlotDrafter(Drafter):
 
     def __init__(self, attached: AttachedModel, picker: Picker, config: PTPConfig) -> None:
         self._attached, self._picker, self._config = attached, picker, config
-        self.other_sampling = self._other_sampling()
+        self.note = self._other_sampling()
 
     def _other_sampling(self) -> str:
         """A sentence on how the sampling differs from the one that the adapter was trained for; "" if it does not.

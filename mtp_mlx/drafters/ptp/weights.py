@@ -71,7 +71,7 @@ class PTPAdapter(SlotAdapter):
         if sampling.noise == "gumbel" and sampling.temperature > 0:
             raise MTPError(
                 "this adapter's slots need the uniforms of inverse-CDF sampling, which noise 'gumbel' does not use: "
-                "leave `noise` out, or use layout 'plain'"
+                "leave `noise` out, or use `layout` plain"
             )
 
     def why_not_unverified(self) -> str:

@@ -91,7 +91,7 @@ def test_a_model_that_drafts_for_itself_is_right(name: str, temperature: float) 
 def test_drafts_are_those_of_a_fresh_model(name: str) -> None:
     """Whatever was accepted or rejected before, the draft model goes on from the committed text, and no other."""
     drafting, rng = tiny_model(name, seed=5), np.random.default_rng(1)
-    drafter, tokens = DraftModelDrafter(drafting, Picker(), VOCABULARY), list(PROMPT)
+    drafter, tokens = DraftModelDrafter(drafting, Picker(), VOCABULARY, VOCABULARY), list(PROMPT)
     drafter.catch_up(tokens)
     for accepted, drafts, count in [(0, 0, 3), (2, 3, 4), (0, 4, 1), (4, 4, 4), (1, 2, 4)]:
         block = rng.integers(0, VOCABULARY, drafts + 1).tolist()
@@ -143,14 +143,56 @@ def opened(model: AttachedModel, start: int) -> Any:
     return model.speculator.open(model, Picker(), 4, start)
 
 
-def test_a_reused_cache_goes_on_with_the_same_text() -> None:
-    model = pair("llama", "qwen3", 7)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_a_reused_cache_goes_on_with_the_same_text(name: str, known: bool) -> None:
+    """A draft model that is told the prefix is as right as ever; one that is not says so."""
+    model, stats = pair("llama", "llama", 3) if name == "llama" else pair(name, name, 3), DecodeStats()
     cache = model.make_cache()
     first = run(model, ChainPolicy(3), max_tokens=5, prompt_cache=cache)
-    steps = mtp_generate_step([7, 8], model, policy=ChainPolicy(3), prompt_cache=cache, max_tokens=9)
+    options: dict[str, Any] = {"prefix": [*PROMPT, *first]} if known else {}
+    steps = mtp_generate_step(
+        [7, 8], model, policy=ChainPolicy(3), prompt_cache=cache, max_tokens=9, stats=stats, **options
+    )
     found = [item.token for item in steps]
     whole = mtp_generate_step([*PROMPT, *first, 7, 8], model, max_tokens=9)
     assert found == [item.token for item in whole]
+    assert (set(stats.acceptance) <= {1.0, None}) == known
+    assert any("has not read" in note for note in stats.fallbacks) != known
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_draft_model_that_knows_fewer_ids(penalty: float) -> None:
+    """Padding that only the target has may stand in the text; it is drafted never, and breaks nothing."""
+    target = tiny_model("llama", seed=3, vocab_size=VOCABULARY + 64)
+    model = attach(target, DraftModel(tiny_model("llama", seed=4), VOCABULARY + 64, 4))
+    sampling = SamplingConfig(repetition_penalty=penalty)
+    prompt = [3, 1, VOCABULARY + 60, 4]
+    steps = mtp_generate_step(prompt, model, policy=ChainPolicy(4), max_tokens=20, sampling=sampling)
+    plain = mtp_generate_step(prompt, model, max_tokens=20, sampling=sampling)
+    assert [item.token for item in steps] == [item.token for item in plain]
+
+
+def test_turns_of_a_conversation_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the draft model read in the turn before is not read again, also where the answer was cut short."""
+    model = pair("llama", "llama", 3)
+    cache, rows = model.make_cache(), []
+    run_rows = DraftModelDrafter._run
+
+    def counting(self: DraftModelDrafter, ids: mx.array, layers: list[Any]) -> mx.array:
+        rows.append(ids.shape[1])
+        return run_rows(self, ids, layers)
+
+    monkeypatch.setattr(DraftModelDrafter, "_run", counting)
+    steps = mtp_generate_step(PROMPT * 8, model, policy=ChainPolicy(3), prompt_cache=cache)
+    told = [next(steps).token for _ in range(6)]
+    steps.close()
+    assert max(rows) >= len(PROMPT) * 8 - 1
+    rows.clear()
+    more = mtp_generate_step(
+        [7, 8], model, policy=ChainPolicy(3), prompt_cache=cache, max_tokens=4, prefix=[*PROMPT * 8, *told]
+    )
+    assert len(list(more)) == 4 and max(rows) <= 8
 
 
 @settings(RELAXED, max_examples=10)
