@@ -124,7 +124,7 @@ def test_a_template_without_a_system_message(folder: Path, tmp_path: Path) -> No
     assert "layout auto" in result.stderr and result.stdout == ""
     options = ["generate", *arguments(strict)[1:], "-p", "a", "--system", "x"]
     refused = CliRunner().invoke(cli.main, options)
-    assert refused.exit_code == 2 and "refuses these messages: no system role" in refused.stderr
+    assert refused.exit_code == 2 and "rejects these messages: no system role" in refused.stderr
 
 
 def test_options_that_are_no_text(folder: Path) -> None:

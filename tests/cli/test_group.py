@@ -116,7 +116,7 @@ def test_convert_refuses_what_is_no_gguf(tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("convert")
     (folder / "notes.txt").write_text("x")
     (folder / "bad.gguf").write_text("x")
-    cases = {"none.gguf": "no such file", "notes.txt": "only .gguf files", "bad.gguf": "not a GGUF file"}
+    cases = {"none.gguf": "no such file", "notes.txt": "files ending in .gguf", "bad.gguf": "not a GGUF file"}
     for name, message in cases.items():
         result = run("convert", str(folder / name), str(folder / "out"))
         assert result.exit_code == 2 and message in result.stderr, result.output
