@@ -72,7 +72,7 @@ class KnowingLookup(LookupDrafter):
 class Uneven:
     """Verifies blocks of all sizes, plain stretches of a few tokens in between."""
 
-    chain = 0
+    own_drafts = 0
     verdict = ""
 
     def __init__(self, most: int) -> None:
