@@ -274,3 +274,14 @@ def test_command_line(folders: Path) -> None:
     assert found["stats"]["drafted_by"] == found["stats"]["submitted_by"] != {}
     refused = CliRunner().invoke(main, [*common, "--num-draft-tokens", "4"])
     assert refused.exit_code == 2 and "name one with --draft-model" in refused.stderr
+
+
+def test_every_process_goes_on_from_the_picks_of_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A near tie may fall otherwise in another process: what the draft model reads must not."""
+    drafter = DraftModelDrafter(tiny_model("llama", seed=5), Picker(), VOCABULARY, VOCABULARY)
+    drafter.catch_up(list(PROMPT))
+    told = mx.array([1, 77], dtype=mx.int32)  # one draft accepted, then 77
+    monkeypatch.setattr("mtp_mlx.drafters.draft_model.draft.led", lambda peers, values: told)
+    seen = verified_block(mx.zeros((1, 3, 4)), mx.array([50, 60, 70]), 2, 0, list(PROMPT), 2)
+    drafter.propose(replace(seen, drafts=[50, 60]))
+    assert drafter._read == [*PROMPT, 50, 77]

@@ -23,6 +23,8 @@ from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.chain import HeadChain
+from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.planning.budget import ChainBudgetPolicy
@@ -267,3 +269,18 @@ def test_layouts_that_the_model_has_no_drafter_for() -> None:
             speculative_step(session, Layout.chained(0, 2), [])
     with pytest.raises(ValueError, match="cannot be combined with slots"):
         Layout(0, (2,), 2)
+
+
+@pytest.mark.parametrize("kind", ["cascade", "medusa"])
+def test_costs_measured_before_are_found_again(kind: str) -> None:
+    """The key of step costs and tuned choices names heads as commit 4398f10 did, wherever their classes lie now."""
+    if kind == "cascade":
+        source: Any = model_with_heads("llama", 2, 2).speculator
+    else:
+        convention = HeadConvention("test", "medusa", "", lm_head="own", output_norm="identity")
+        source = MedusaHeads([MedusaHead(1, 48, VOCABULARY)], convention)
+    key = source.cost_key(VOCABULARY)
+    old = {"cascade": "mtp_mlx.model.mtp_head.MTPHead", "medusa": "mtp_mlx.model.medusa_head.MedusaHead"}[
+        kind
+    ]
+    assert f"'{old}'" in key and f"'{old}s'" in key and "mtp_mlx.drafters" not in key
