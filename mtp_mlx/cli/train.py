@@ -18,7 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mtp_mlx.cli import with_options
 from mtp_mlx.cli.train_options import METHODS, OF_SOME_METHODS, EverySetting, readers, settings_from
 from mtp_mlx.config import options_for
 from mtp_mlx.drafters.registry import method_class, trains
@@ -181,11 +180,12 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
     """The trainer of these settings; tells the listener about the data and the memory that the run may need."""
     from mtp_mlx.models import resolve_model
     from mtp_mlx.train.data import load_splits
-    from mtp_mlx.train.memory import too_much
+    from mtp_mlx.train.memory import check_weights, memory_budget
     from mtp_mlx.train.trainer import Trainer, check_out
 
     check_out(settings.out)  # before the model is loaded, which takes a while
     folder = resolve_model(settings.model)
+    check_weights(Path(folder), memory_budget(settings.memory))
     from mlx_lm import load
 
     model, tokenizer = load(str(folder))[:2]
@@ -200,11 +200,8 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
     listener.on_message(f"data: {data.report}; {len(data.held_out)} held out")
     method = method_class(settings.method)
     trainer = Trainer(method, model, data.train, data.held_out, settings, listener, peers)
-    estimate = trainer.method.estimate_memory(data.train)
-    listener.on_message(str(estimate))
-    warning = too_much(estimate, settings.smaller_steps)
-    if warning:
-        listener.on_message(f"warning: {with_options(warning, command)}")
+    listener.on_message(f"steps: {trainer.plan}")
+    listener.on_message(str(trainer.estimate))
     return trainer
 
 

@@ -1,21 +1,24 @@
-"""Memory that a training run may need: what the estimates of all methods have in common.
+"""Memory: what a training run may use, and what it will need, as the estimates of all methods have in common.
 
 An estimate is made from the model's sizes, before the first step. It counts what grows with them: weights, the
 adapter with its gradients and optimizer state, the base's keys and values, activations kept for the backward pass,
-and logits. It leaves out the framework itself and buffers that MLX keeps for reuse.
+and logits; and what the process has in memory already besides the weights.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
 
@@ -24,11 +27,33 @@ ADAPTER_COPIES = 4  # weights, gradients, two moments of AdamW
 LOGITS_COPIES = 4  # logits, their exponentials, their gradient, and one more while these are combined
 
 
+SHARE = 0.6  # of a machine's memory that training takes by default, where Metal does not recommend a size
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a run may use.
+
+    Attributes:
+        bytes: the budget.
+        source: where it comes from, as part of a sentence.
+    """
+
+    bytes: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source} {gigabytes(self.bytes)}"
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of the largest step, over all workers.
 
     Attributes:
+        process: what the process has in memory already, without the weights.
         weights: of the base model.
         adapter: what is trained, with gradients and optimizer state.
         prefix: what the forward pass of the frozen base leaves: keys and values, or hidden states.
@@ -36,6 +61,7 @@ class MemoryEstimate:
         logits: of the rows whose loss is computed at once.
     """
 
+    process: int
     weights: int
     adapter: int
     prefix: int
@@ -78,12 +104,129 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
+def memory_budget(memory: str | None) -> MemoryBudget:
+    """The budget that `memory` names, as in "12GB"; by default what Metal recommends, or a share of the machine's.
+
+    Raises:
+        MTPError: `memory` is no size, or more than the machine has.
+    """
+    have = machine_memory()
+    if memory is not None:
+        given = parsed_size(memory)
+        if have and given > have:
+            raise MTPError(
+                f"`memory` is {gigabytes(given)}, and the machine has {gigabytes(have)}: give less"
+            )
+        return MemoryBudget(given, "`memory` allows")
+    recommended = _recommended_by_metal()
+    if recommended:
+        return MemoryBudget(recommended, "Metal recommends at most")
+    if have:
+        return MemoryBudget(
+            int(SHARE * have), f"training takes at most {SHARE:.0%} of {gigabytes(have)}, which is"
+        )
+    return MemoryBudget(sys.maxsize, "the system does not tell its memory, so the budget is")
+
+
+def check_weights(folder: Path, budget: MemoryBudget) -> None:
+    """Refuses a model whose weights alone exceed the budget, before they are read.
+
+    Raises:
+        MTPError: they do.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > budget.bytes:
+        raise MTPError(
+            f"{folder.name} cannot be trained on: its weights alone take {gigabytes(size)}, and {budget}; take a "
+            "smaller or quantised model"
+        )
+
+
+def parsed_size(text: str) -> int:
+    """Bytes of a size such as "2GB", "1.5g" or "800MB"; units are powers of 1000.
+
+    Raises:
+        MTPError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    size = float(found[1]) * UNITS[found[2]] if found else 0
+    if not found or size < 1:
+        raise MTPError(f"`memory` must be a size such as 12GB or 800MB, not {text!r}")
+    return int(size)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process can have, the machine's or its container's; 0 if the system tells neither."""
+    sizes = [size for size in (physical_memory(), container_limit()) if size]
+    return min(sizes, default=0)
+
+
 def physical_memory() -> int:
     """Bytes of this machine's memory; 0 if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+
+
+def container_limit(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> int:
+    """The smallest memory limit of the process's control groups (Linux, version 1 or 2), in bytes; 0 if none.
+
+    Args:
+        root: where control groups are mounted.
+        own: the file that names those of the process.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return 0
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place == base.parent:
+                break
+            limits.append(_limit(place / name))
+        limits.append(_limit(base / name))  # inside a container, the path may be that of the host
+    return min((limit for limit in limits if limit), default=0)
+
+
+def _limit(path: Path) -> int:
+    try:
+        value = int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return 0
+    return value if value < 2**60 else 0  # version 1 writes a huge number for none
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now (on macOS at most so far); 0 if the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory, a GPU's own included; 0 if the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most if mx.default_device() == mx.Device(mx.cpu) else max(most, mx.get_peak_memory())
+
+
+def _recommended_by_metal() -> int:
+    """Bytes of the working set that Metal recommends; 0 without Metal."""
+    if not mx.metal.is_available():
+        return 0
+    return int(cast("dict[str, Any]", mx.device_info()).get("max_recommended_working_set_size", 0))
 
 
 def model_sizes(attached: AttachedModel) -> ModelSizes:
@@ -97,8 +240,8 @@ def model_sizes(attached: AttachedModel) -> ModelSizes:
     attention = getattr(layers[-1], "self_attn", layers[-1])
     heads = int(getattr(attention, "n_heads", 0) or getattr(attention, "num_heads", 0))
     kv = sum(size for name, _, size in widths if name in ("k_proj", "v_proj")) or 2 * attached.hidden_size
-    # Every linear keeps its input and output; norms, residuals and rotations about six hidden vectors more.
-    per_row = sum(inputs + 2 * outputs for _, inputs, outputs in widths) + 6 * attached.hidden_size
+    # Every linear keeps its output, and what becomes of it; norms and residuals two hidden vectors more (measured).
+    per_row = 2 * sum(outputs for _, _, outputs in widths) + 2 * attached.hidden_size
     norms = [value for name, value in _named(layers[-1].parameters()) if "norm" in name]
     float_bytes = norms[0].itemsize if norms else FLOAT
     return ModelSizes(len(layers), attached.hidden_size, heads, kv, per_row, float_bytes)
@@ -123,17 +266,6 @@ def _named(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
-def too_much(
-    estimate: MemoryEstimate, smaller_steps: Sequence[str], machine_bytes: int | None = None
-) -> str | None:
-    """A warning if the estimate exceeds the machine's memory, else None.
-
-    Args:
-        smaller_steps: names of the settings that reduce it.
-        machine_bytes: the machine's memory; read off the machine if None.
-    """
-    have = physical_memory() if machine_bytes is None else machine_bytes
-    if not have or estimate.total <= have:
-        return None
-    names = ", ".join(f"`{name}`" for name in smaller_steps)
-    return f"this run may need {gigabytes(estimate.total)}, the machine has {gigabytes(have)}: change one of {names}"
+def beside(weights: int) -> int:
+    """Bytes that the process has in memory now beside weights of this size."""
+    return max(0, resident_memory() - weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +16,8 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts
-from mtp_mlx.train.memory import MemoryEstimate
+from mtp_mlx.train.memory import MemoryEstimate, memory_budget
+from mtp_mlx.train.plan import StepPlan, fastest_that_fits, on_cpu
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import MicroBatchRunner
 
@@ -40,6 +41,7 @@ class Method(ABC, Generic[Settings]):
         attached: the base model with the trained weights attached.
         fingerprint: of the base model.
         depth: number of drafts per block that `measure` measures.
+        plan: how its steps are cut.
 
     Raises:
         MTPError: the model or the settings do not allow this training.
@@ -48,6 +50,7 @@ class Method(ABC, Generic[Settings]):
     attached: AttachedModel
     fingerprint: str
     depth: int
+    plan: StepPlan
     _runner: MicroBatchRunner  # made by the subclass
 
     def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
@@ -78,10 +81,28 @@ class Method(ABC, Generic[Settings]):
             tell(f"{len(examples) - len(kept)} rows left out: {because}")
         return kept
 
+    @classmethod
+    def settled(cls, settings: Settings, train: Sequence[Example]) -> Settings:
+        """The settings with those that the data decides, a function of both only."""
+        return settings
+
     @property
-    def workers(self) -> int:
-        """Number of micro-batches computed in parallel: up to two on a CPU, one on a GPU."""
-        return min(2, self.settings.micro_batches) if mx.default_device() == mx.Device(mx.cpu) else 1
+    def most_workers(self) -> int:
+        """Most micro-batches that it makes sense to compute in parallel: up to two on a CPU, one on a GPU."""
+        return min(2, self.settings.micro_batches) if on_cpu() else 1
+
+    def plans(self) -> Iterator[StepPlan]:
+        """Possible plans of a step, fastest first."""
+        return (StepPlan(workers=count) for count in range(self.most_workers, 0, -1))
+
+    def choose_plan(self, train: Sequence[Example]) -> StepPlan:
+        """The fastest plan that fits the memory that training may use.
+
+        Raises:
+            MTPError: there is none.
+        """
+        budget = memory_budget(self.settings.memory)
+        return fastest_that_fits(self.plans(), lambda plan: self.estimate_memory(train, plan), budget)
 
     @property
     @abstractmethod
@@ -125,8 +146,8 @@ class Method(ABC, Generic[Settings]):
         """
 
     @abstractmethod
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
-        """Memory that training on these examples may need."""
+    def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
+        """Memory that training on these examples needs with a plan."""
 
     def close(self) -> None:
         """Ends the worker threads; the next step starts new ones."""

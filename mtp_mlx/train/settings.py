@@ -10,6 +10,7 @@ from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 
 DEFAULT_WARMUP = 50
+SEQUENCES = 4  # of a step, by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +21,12 @@ class TrainSettings:
 
     Attributes:
         method: name of the training method, as in `mtp-mlx train METHOD`.
-        smaller_steps: names of the settings that reduce the memory of a step.
 
     Raises:
         MTPError: settings contradict each other; the message lists all contradictions.
     """
 
     method: ClassVar[str]
-    smaller_steps: ClassVar[tuple[str, ...]] = ("batch_size", "max_length", "loss_rows")
 
     model: str = setting("smollm2-135m", help="Base model: smollm2-135m, a folder or a hub id", flag="-m")
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
@@ -39,7 +38,12 @@ class TrainSettings:
 
     steps: int = setting(1000, help="Optimizer steps", minimum=1)
     batch_size: int = setting(2, help="Sequences per micro-batch", minimum=1)
-    micro_batches: int = setting(2, help="Micro-batches per step; two run in parallel on a CPU", minimum=1)
+    micro_batches: int = setting(
+        0, help="Micro-batches per step; 0 = as many as make 4 sequences, at least 2", minimum=0
+    )
+    memory: str | None = setting(
+        None, help="Memory to use, as in 12GB (default: what Metal recommends, or 60 %)"
+    )
     max_length: int = setting(1024, help="Sequence length in tokens; longer rows are truncated", minimum=8)
     cut_at_tokens: int = setting(
         0,
@@ -67,7 +71,9 @@ class TrainSettings:
     seed: int = setting(0, help="Seed of initial weights, data order and sampled positions", minimum=0)
 
     def __post_init__(self) -> None:
-        """Fills in the default of `warmup` and refuses contradictions."""
+        """Fills in the defaults of `warmup` and `micro_batches`, and refuses contradictions."""
+        if not self.micro_batches:
+            object.__setattr__(self, "micro_batches", max(2, SEQUENCES // self.batch_size))
         if self.warmup is None:
             object.__setattr__(self, "warmup", min(DEFAULT_WARMUP, self.steps // 2))
         problems = self.problems()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,9 +71,29 @@ class MicroBatchRunner(ABC):
         mx.eval(found, gradients)
         return LossParts(found[0], dict(zip(names, found[1:], strict=True))), gradients
 
+    def _sum(self, losses: Iterable[Callable[[], LossParts]]) -> tuple[LossParts, dict]:
+        """Sum of several losses and of their gradients, evaluated; each runs forward and backward before the next."""
+        total: tuple[LossParts, dict] | None = None
+        for loss in losses:
+            found = self._loss_and_gradients(loss)
+            total = found if total is None else added(total, found)
+        assert total is not None
+        return total
+
     @abstractmethod
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """(supervised rows, loss, gradients of `trained`), evaluated. `number` counts the run's micro-batches."""
+
+
+def added(one: tuple[LossParts, dict], other: tuple[LossParts, dict]) -> tuple[LossParts, dict]:
+    """Sum of two losses and of their gradients, evaluated, so that nothing of both stays in memory."""
+    parts = dict(one[0].parts)
+    for name, value in other[0].parts.items():
+        parts[name] = parts[name] + value if name in parts else value
+    loss = LossParts(one[0].total + other[0].total, parts)
+    gradients = tree_map(mx.add, one[1], other[1])
+    mx.eval(loss.total, loss.parts, gradients)
+    return loss, gradients
 
 
 def _mean(totals: list[Totals]) -> tuple[LossParts, dict, int]:

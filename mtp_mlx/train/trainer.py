@@ -27,8 +27,10 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example, fingerprint
+from mtp_mlx.train.memory import gigabytes, peak_memory
 from mtp_mlx.train.method import Method
 from mtp_mlx.train.order import EpochOrder
+from mtp_mlx.train.plan import StepPlan
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.together import number, start_as_one, step_mean
 
@@ -54,6 +56,17 @@ class Listener(Protocol):
     def on_measurement(self, step: int, agreement: Agreement) -> None: ...
 
     def on_message(self, message: str) -> None: ...
+
+
+STEPS_BEFORE_FORECAST = 3  # the first ones are slower
+
+
+def duration(seconds: float) -> str:
+    """A time in words, as in "2 h 05 min" or "40 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -121,15 +134,17 @@ class Trainer:
         listener: Listener,
         peers: Peers | None = None,
     ) -> None:
-        self.settings, self.listener = settings, listener
+        self.listener = listener
         self.peers = peers or Peers()
-        # The settings of the same run in one process, which checkpoints and adapters record.
-        self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
         check_out(settings.out)
         self._train, self._held_out = method.usable(train, settings, listener.on_message), held_out
+        self.settings = settings = method.settled(settings, self._train)
+        # The settings of the same run in one process, which checkpoints and adapters record.
+        self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
         mx.random.seed(settings.seed)
         model.freeze()
         self.method = method(model, train, settings, listener.on_message)
+        self.estimate = self.method.estimate_memory(self._train, self.method.plan)
         self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.method.module.trainable_parameters())
         self._data_fingerprint = fingerprint(train)
@@ -145,6 +160,7 @@ class Trainer:
         self.loss: float | None = None
         self.agreement: Agreement | None = None
         self._measured_step = -1
+        self._seconds = 0.0  # of the last step
         self._stop = False  # this process was asked to stop
         self._all_stop = False  # a process was, and all know
 
@@ -164,9 +180,14 @@ class Trainer:
         return self.method.attached
 
     @property
+    def plan(self) -> StepPlan:
+        """How steps are cut."""
+        return self.method.plan
+
+    @property
     def workers(self) -> int:
         """Number of micro-batches computed in parallel."""
-        return self.method.workers
+        return self.method.plan.workers
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -283,8 +304,11 @@ class Trainer:
                 "the model's fingerprint": self.method.fingerprint,
             }
             self.step = start_as_one(self.peers, given, self.step, self.method, self._optimizer)
+            first = self.step
             while self.step < self.settings.steps and not self._ending:
                 self._one_step()
+                if self.step == first + STEPS_BEFORE_FORECAST:
+                    self._forecast()
                 due = self.settings.measure_every and self.step % self.settings.measure_every == 0
                 if due and self.step < self.settings.steps:
                     self.measure()
@@ -322,12 +346,19 @@ class Trainer:
                 f"`learning_rate` (now {settings.learning_rate}); this step was not saved"
             )
         self.step += 1
-        self.loss = value
-        report = StepReport(
-            self.step, value, mean.parts, rate, length, mean.rows, time.perf_counter() - started
-        )
+        self.loss, self._seconds = value, time.perf_counter() - started
+        report = StepReport(self.step, value, mean.parts, rate, length, mean.rows, self._seconds)
         self._append_metrics(vars(report))
         self.listener.on_step(report, settings.steps)
+
+    def _forecast(self) -> None:
+        """Tells how much time is left, by the last step's, and how much memory the run has taken."""
+        left = self.settings.steps - self.step
+        if left > 0:
+            self.listener.on_message(
+                f"about {duration(left * self._seconds)} left, at {self._seconds:.1f} s a step; "
+                f"{gigabytes(peak_memory())} of memory so far"
+            )
 
     def measure(self) -> None:
         """Measures acceptance per depth on the held-out rows."""

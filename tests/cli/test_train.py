@@ -132,12 +132,21 @@ def test_answers_cut_at_a_length(
     assert seen == [None, 12]
 
 
-def test_a_memory_warning_is_printed(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mtp_mlx.train.memory.physical_memory", lambda: 1000)
-    result = run(*arguments(model, data, tmp_path / "adapter", steps=2))
-    assert result.exit_code == 0 and "warning: this run may need " in result.stderr
+def test_a_run_that_cannot_fit_is_refused_at_once(model: Path, data: Path, tmp_path: Path) -> None:
+    result = run(*arguments(model, data, tmp_path / "adapter", steps=2, memory="90MB"))
+    assert (
+        result.exit_code == 2 and "even in the smallest slices, and --memory allows 90.0 MB" in result.stderr
+    )
+    result = run(*arguments(model, data, tmp_path / "adapter", steps=2, memory="1kB"))
+    assert result.exit_code == 2 and "its weights alone take" in result.stderr
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_the_plan_and_its_memory_are_told(model: Path, data: Path, tmp_path: Path) -> None:
+    result = run(*arguments(model, data, tmp_path / "adapter", steps=5))
+    assert result.exit_code == 0
+    for words in ("steps: slices of up to 256 rows", "memory, estimated: ", "left, at ", "of memory so far"):
+        assert words in result.stderr, words
 
 
 def test_an_interruption_is_130(

@@ -206,7 +206,7 @@ OLD_BLOCKS = {"block_share": 1.0, "max_blocks": 0, "depth_decay": 1.0}
 OLD_OWN: dict[str, dict[str, Any]] = {
     "mask-tokens": {
         **OLD_SLOTS, **OLD_BLOCKS,
-        "objective": "self-distill", "sampler_width": 16, "lcm_weight": 1.0, "sampler_rate": 0.3,
+        "objective": "self-distill", "sampler_width": 16, "lcm_weight": 0.0, "sampler_rate": 0.3,
     },
     "mtp-heads": {
         "heads": 3, "extend": None, "ce_weight": 1.0, "kl_weight": 1.0, "top_share": 0.2, "temperature": 1.0,

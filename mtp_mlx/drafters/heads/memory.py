@@ -12,16 +12,18 @@ from mtp_mlx.train.memory import (
     FLOAT,
     LOGITS_COPIES,
     MemoryEstimate,
+    beside,
     model_sizes,
     parameter_bytes,
     training_bytes,
 )
+from mtp_mlx.train.plan import StepPlan
 
 
 def estimate_heads_memory(
-    attached: AttachedModel, examples: Sequence[Example], settings: HeadsSettings, workers: int = 1
+    attached: AttachedModel, examples: Sequence[Example], settings: HeadsSettings, plan: StepPlan
 ) -> MemoryEstimate:
-    """Memory of the largest micro-batch of these examples, times `workers`.
+    """Memory of the largest micro-batch of these examples, times the plan's workers.
 
     `prefix` is the pass of the frozen trunk, of which one layer is in memory at a time.
     """
@@ -37,8 +39,10 @@ def estimate_heads_memory(
     logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
     # In addition to a decoder layer's own: the inputs of `fuse` and of the LM head.
     activations = depths * (layer + 6 * rows * sizes.hidden)
+    workers, weights = plan.workers, parameter_bytes(attached.model)
     return MemoryEstimate(
-        weights=parameter_bytes(attached.model),
+        process=beside(weights),
+        weights=weights,
         adapter=training_bytes(heads, workers),
         prefix=workers * 2 * layer * sizes.float_bytes,
         activations=workers * activations * FLOAT,

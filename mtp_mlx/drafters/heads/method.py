@@ -33,6 +33,7 @@ from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Method, Tell
+from mtp_mlx.train.plan import StepPlan
 
 CONVENTION = HeadConvention("mtp-mlx")
 
@@ -75,6 +76,7 @@ class TrainHeads(Method[HeadsSettings]):
         self.heads = heads
         self.depth = len(heads.heads)
         self.attached = attach(model, heads)
+        self.plan = self.choose_plan(train)
         distil = MTPDistil(
             ce_weight=settings.ce_weight,
             kl_weight=settings.kl_weight,
@@ -93,9 +95,9 @@ class TrainHeads(Method[HeadsSettings]):
             depths=range(self._frozen + 1, self.depth + 1),
             seed=settings.seed,
             states=self._states,
-            share=settings.block_share,
+            share=settings.block_share or 1.0,
             chunk_rows=settings.loss_rows,
-            workers=self.workers,
+            workers=self.plan.workers,
         )
 
     def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
@@ -134,6 +136,11 @@ class TrainHeads(Method[HeadsSettings]):
         if not self.settings.learn_prompts:
             return list(examples)
         return [replace(example, loss_start=min(example.loss_start, 1)) for example in examples]
+
+    @classmethod
+    def settled(cls, settings: HeadsSettings, train: Sequence[Example]) -> HeadsSettings:
+        """See `Method`: every position is trained, unless the user says otherwise."""
+        return replace(settings, block_share=settings.block_share or 1.0)
 
     @classmethod
     def can_train_on(cls, settings: HeadsSettings) -> Callable[[Example], bool]:
@@ -183,6 +190,6 @@ class TrainHeads(Method[HeadsSettings]):
         )
         save(folder, self.heads, header)
 
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+    def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`."""
-        return estimate_heads_memory(self.attached, self._supervised(examples), self.settings, self.workers)
+        return estimate_heads_memory(self.attached, self._supervised(examples), self.settings, plan)

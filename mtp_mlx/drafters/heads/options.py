@@ -30,7 +30,6 @@ class HeadsSettings(TrainSettings):
     """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911)."""
 
     method: ClassVar[str] = "mtp-heads"
-    smaller_steps: ClassVar[tuple[str, ...]] = (*TrainSettings.smaller_steps, "draft_vocab")
 
     heads: int = setting(
         DEFAULT_HEADS, help="Number of heads, each of which drafts one token", minimum=1, maximum=16
@@ -47,7 +46,9 @@ class HeadsSettings(TrainSettings):
         maximum=1.0,
     )
     temperature: float = setting(1.0, help="Distillation temperature", minimum=0.01)
-    block_share: float = setting(1.0, help="Fraction of positions that are trained", minimum=0.0, maximum=1.0)
+    block_share: float | None = setting(
+        None, help="Fraction of positions that are trained (default: all)", minimum=0.0, maximum=1.0
+    )
     depth_decay: float = setting(1.0, help="Loss weight of head k: this to the power k - 1", minimum=0.0)
     learn_prompts: bool = setting(False, help="Train on the prompts' tokens too")
     hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")

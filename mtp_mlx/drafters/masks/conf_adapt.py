@@ -7,7 +7,7 @@ text. Ordinary LoRA and a full fine-tune change real rows, so they write a whole
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from mtp_mlx.drafters.masks.options import ConfAdaptSettings
 from mtp_mlx.drafters.masks.regions import real_tokens
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
-from mtp_mlx.drafters.slots.memory import estimate_memory
+from mtp_mlx.drafters.slots.memory import chunk_blocks_of, estimate_memory
 from mtp_mlx.drafters.slots.method import SlotMethod
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.errors import MTPError
@@ -39,6 +39,7 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns, draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
+from mtp_mlx.train.plan import StepPlan
 from mtp_mlx.train.step import MicroBatchRunner
 
 
@@ -66,6 +67,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         self.attached: AttachedModel = attach(model, self.adapter)
         if self._whole:
             model.unfreeze()
+        self.plan = self.choose_plan(train)
         self._runner = self._make_runner()
 
     def _shape(self) -> MaskAdapterConfig:
@@ -83,17 +85,16 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
             return OnlineRunner(
                 self.attached,
                 *common,
-                chunk_blocks=settings.chunk_blocks,
+                chunk_blocks=chunk_blocks_of(settings.chunk_blocks, settings.slots, self.plan),
                 chunk_rows=settings.loss_rows,
-                workers=self.workers,
+                plan=self.plan,
             )
         student: Student = WholeStudent(self.attached) if self._whole else LowRankStudent(self.attached)
         return JointRunner(student, *common, chunk_rows=settings.loss_rows)
 
-    @property
-    def workers(self) -> int:
-        """See `Method`; joint passes cannot run in parallel, since the teacher replaces the model's weights."""
-        return super().workers if self.settings.tuning == "gated-lora" else 1
+    def plans(self) -> Iterator[StepPlan]:
+        """See `Method`; a joint pass is one piece, and the teacher replaces the model's weights in it."""
+        return super().plans() if self._gated else iter([StepPlan()])
 
     @property
     def module(self) -> nn.Module:
@@ -141,14 +142,14 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
             model = bare if self._whole else merged(bare, self.adapter)
             write_model_folder(folder, source, model, mask, header)
 
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+    def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`: as for as many blocks as there are regions; a full fine-tune adds the model's own state."""
         regions = BlockChoice(
             slots=self.depth,
             share=1 / real_tokens(self.depth + 1, self.settings.region_rows),
-            chunk_blocks=self.settings.chunk_blocks,
+            chunk_blocks=chunk_blocks_of(self.settings.chunk_blocks, self.depth, plan),
         )
-        estimate = estimate_memory(self.attached, examples, self.settings, regions, self.workers)
+        estimate = estimate_memory(self.attached, examples, self.settings, regions, plan)
         if not self._whole:
             return estimate
         return replace(estimate, adapter=estimate.adapter + 4 * estimate.weights)

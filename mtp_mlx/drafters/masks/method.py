@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mtp_mlx.drafters.masks.step import StepRunner
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.drafters.slots.memory import estimate_memory
-from mtp_mlx.drafters.slots.method import SlotMethod, block_choice
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, settled_share
 from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
@@ -25,6 +26,9 @@ from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
+from mtp_mlx.train.plan import StepPlan
+
+LCM_WEIGHT = {"apple": 1.0, "self-distill": 0.0}  # by default, for each objective
 
 
 def mask_shape(settings: SlotSettings, sampler_width: int) -> MaskAdapterConfig:
@@ -42,9 +46,8 @@ def mask_shape(settings: SlotSettings, sampler_width: int) -> MaskAdapterConfig:
 
 def build_objective(settings: MaskTokenSettings) -> Objective:
     """The objective that `settings.objective` names."""
-    if settings.objective == "apple":
-        return Apple(lcm_weight=settings.lcm_weight, chunk_rows=settings.loss_rows)
-    return SelfDistil(chunk_rows=settings.loss_rows)
+    kind = Apple if settings.objective == "apple" else SelfDistil
+    return kind(lcm_weight=settings.lcm_weight or 0.0, chunk_rows=settings.loss_rows)
 
 
 class MaskTokens(SlotMethod[MaskTokenSettings]):
@@ -66,14 +69,20 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
         if settings.start_from is not None:
             self.start_from(settings.start_from, config_of, tell)
         self.attached = attach(model, self.adapter)
+        self.plan = self.choose_plan(train)
         self._runner = StepRunner(
             self.attached,
             build_objective(settings),
-            block_choice(settings),
+            block_choice(settings, self.plan),
             settings.seed,
-            workers=self.workers,
-            grad_checkpoint=settings.grad_checkpoint,
+            plan=self.plan,
         )
+
+    @classmethod
+    def settled(cls, settings: MaskTokenSettings, train: Sequence[Example]) -> MaskTokenSettings:
+        """See `Method`."""
+        weight = LCM_WEIGHT[settings.objective] if settings.lcm_weight is None else settings.lcm_weight
+        return replace(settled_share(settings, train), lcm_weight=weight)
 
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
         """See `Method`; the sampler head takes only the fraction `sampler_rate` of the update.
@@ -91,12 +100,10 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
         """See `Method`."""
         return measure_agreement(self.attached, batches, self.settings.slots)
 
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+    def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`."""
-        settings = self.settings
-        return estimate_memory(
-            self.attached, examples, settings, block_choice(settings), self.workers, settings.grad_checkpoint
-        )
+        choice = block_choice(self.settings, plan)
+        return estimate_memory(self.attached, examples, self.settings, choice, plan)
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""

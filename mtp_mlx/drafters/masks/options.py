@@ -23,8 +23,8 @@ class MaskTokenSettings(BlockSettings):
     sampler_rate: float = setting(
         0.3, help="Learning rate of the sampler head, as a fraction of the rate", minimum=0.0
     )
-    lcm_weight: float = setting(
-        1.0, help="Weight of latent consistency matching (objective apple)", minimum=0.0
+    lcm_weight: float | None = setting(
+        None, help="Weight of latent consistency matching (default: apple 1, else 0)", minimum=0.0
     )
 
 

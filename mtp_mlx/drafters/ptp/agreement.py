@@ -13,7 +13,7 @@ from mtp_mlx.drafters.ptp.uniforms import known_so_far, picker_of, teacher_rows,
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.agreement import labelled_anchors
 from mtp_mlx.drafters.slots.layout import build_layout
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_states
 from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement, Tally
@@ -47,11 +47,11 @@ def measure_ptp(
             [example.tokens for example in examples], anchors, slots, min(most, 16), config.lead
         )
         prefix = prefix_pass(attached, layout)
-        teacher = teacher_rows(attached, layout, prefix, picker, with_logits=False)
+        teacher = teacher_rows(attached, layout, prefix, picker)
         text = text_uniforms(layout, teacher, 1.0, (seed, number, PLACES))
         greedy = np.full(layout.anchors.shape, picker.config.temperature == 0)
         targets = slot_targets(layout, teacher, text, config, greedy, 1.0)
-        hidden = slot_pass(attached, layout, prefix, targets.carried)
+        hidden = slot_states(attached, layout, prefix, targets.carried)
         right = drafted_ids(attached, config, hidden, text.values.reshape(-1)[layout.target + 1])
         reachable = known_so_far(layout, text.reachable, own=True).reshape(-1, layout.slots).all(axis=1)
         tally.add((right == layout.label).reshape(-1, layout.slots)[reachable, config.lead :])

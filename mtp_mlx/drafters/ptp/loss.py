@@ -26,7 +26,7 @@ PTPLossName = Literal["ce", "kl", "reverse-kl"]
 
 @dataclass(frozen=True)
 class PTPBatch:
-    """Supervised rows of a micro-batch.
+    """Supervised rows of a slice, M of them.
 
     Attributes:
         hidden: [M, D] hidden states of the slots after the final norm; carries gradients.
@@ -34,6 +34,8 @@ class PTPBatch:
         weight: [M] float32; 0 for rows that are not trained on.
         greedy: [M] bool, rows of blocks for temperature 0, whose loss is always CE, at temperature 1.
         teacher_row: [M] int32 index into `teacher_logits`.
+        weight_sum: of the weights of all rows of the micro-batch.
+        row_count: number of rows of the micro-batch.
         teacher_logits: [Q, C] of the draft columns, constants; None if the loss is CE.
     """
 
@@ -42,6 +44,8 @@ class PTPBatch:
     weight: mx.array
     greedy: mx.array
     teacher_row: mx.array
+    weight_sum: float
+    row_count: int
     teacher_logits: mx.array | None = None
 
 
@@ -60,8 +64,8 @@ class PTPLoss:
     chunk_rows: int = 2048
 
     def __call__(self, attached: AttachedModel, batch: PTPBatch) -> LossParts:
-        """Loss; its parts are itself, by name, and the fraction of rows with a weight, "used"."""
-        norm = mx.maximum(mx.sum(batch.weight), 1e-9)
+        """A slice's share of the loss; its parts are itself, by name, and of the rows with a weight, "used"."""
+        norm = max(batch.weight_sum, 1e-9)
         constants = (batch.label, batch.weight, batch.greedy, batch.teacher_row)
 
         def chunk(
@@ -72,7 +76,7 @@ class PTPLoss:
             return mx.sum(weight * self.rows_loss(logits, label, greedy, teacher))
 
         total = sum_over_chunks(chunk, self.chunk_rows, batch.hidden, *constants) / norm
-        used = mx.mean((batch.weight > 0).astype(mx.float32))
+        used = mx.sum(batch.weight > 0).astype(mx.float32) / batch.row_count
         return LossParts(total, {self.name: total, "used": used})
 
     def rows_loss(

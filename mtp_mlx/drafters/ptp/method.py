@@ -17,13 +17,14 @@ from mtp_mlx.drafters.ptp.step import PTPRunner
 from mtp_mlx.drafters.ptp.targets import UniformChoice
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.drafters.slots.memory import estimate_memory
-from mtp_mlx.drafters.slots.method import SlotMethod, block_choice
+from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, settled_share
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
+from mtp_mlx.train.plan import StepPlan
 
 
 def ptp_shape(settings: PTPSettings) -> PTPConfig:
@@ -67,26 +68,29 @@ class TrainPTP(SlotMethod[PTPSettings]):
         if settings.start_from is not None:
             self.start_from(settings.start_from, config_of, tell)
         self.attached = attach(model, self.adapter)
+        self.plan = self.choose_plan(train)
         self._runner = PTPRunner(
             self.attached,
             ptp_loss(settings),
-            block_choice(settings),
+            block_choice(settings, self.plan),
             UniformChoice(settings.u_beta, settings.greedy_share, settings.uniforms),
             settings.seed,
-            workers=self.workers,
-            grad_checkpoint=settings.grad_checkpoint,
+            plan=self.plan,
         )
+
+    @classmethod
+    def settled(cls, settings: PTPSettings, train: Sequence[Example]) -> PTPSettings:
+        """See `Method`."""
+        return settled_share(settings, train)
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
         return measure_ptp(self.attached, batches, self.settings.slots)
 
-    def estimate_memory(self, examples: Sequence[Example]) -> MemoryEstimate:
+    def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`."""
-        settings = self.settings
-        return estimate_memory(
-            self.attached, examples, settings, block_choice(settings), self.workers, settings.grad_checkpoint
-        )
+        choice = block_choice(self.settings, plan)
+        return estimate_memory(self.attached, examples, self.settings, choice, plan)
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""

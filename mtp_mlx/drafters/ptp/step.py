@@ -1,13 +1,12 @@
 """A micro-batch of Parallel Token Prediction.
 
 layout -> pass 1 (base model): KV, and the CDF intervals of the text's tokens -> uniforms inside them
--> pass 2 (slots that carry uniforms) -> loss and gradients
+-> pass 2 (slots that carry uniforms), slice by slice -> loss and gradients
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -15,16 +14,17 @@ import numpy as np
 from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.loss import PTPBatch, PTPLoss
 from mtp_mlx.drafters.ptp.own_uniforms import with_own_uniforms
-from mtp_mlx.drafters.ptp.targets import UniformChoice, slot_targets
-from mtp_mlx.drafters.ptp.uniforms import picker_of, teacher_rows, text_uniforms
+from mtp_mlx.drafters.ptp.targets import SlotTargets, UniformChoice, slot_targets
+from mtp_mlx.drafters.ptp.uniforms import picker_of, teacher_logits, teacher_rows, text_uniforms
 from mtp_mlx.drafters.slots.adapter import adapter_of
+from mtp_mlx.drafters.slots.layout import Part, SlotLayout
 from mtp_mlx.drafters.slots.step import BlockChoice, evaluate_constants
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import Prefix, prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
-from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.loss import LossParts
+from mtp_mlx.train.plan import WHOLE, StepPlan
 from mtp_mlx.train.step import MicroBatchRunner, Totals
 
 # Last element of the seeds (seed of the run, number of the micro-batch, ...) of its random numbers.
@@ -40,8 +40,7 @@ class PTPRunner(MicroBatchRunner):
         choice: which positions have a block of slots.
         uniforms: how the uniforms of the slots are drawn.
         seed: of the run.
-        workers: see `MicroBatchRunner`.
-        grad_checkpoint: whether layers are recomputed in the backward pass.
+        plan: slices and threads.
     """
 
     def __init__(
@@ -51,60 +50,83 @@ class PTPRunner(MicroBatchRunner):
         choice: BlockChoice,
         uniforms: UniformChoice,
         seed: int,
-        workers: int = 1,
-        grad_checkpoint: bool = False,
+        plan: StepPlan = WHOLE,
     ) -> None:
-        super().__init__(adapter_of(attached), workers)
+        super().__init__(adapter_of(attached), plan.workers)
         self._attached, self._loss, self._choice, self._uniforms = attached, loss, choice, uniforms
-        self._seed, self._grad_checkpoint = seed, grad_checkpoint
+        self._seed, self._plan = seed, plan
         self._config: PTPConfig = adapter_of(attached).config
         self._picker = picker_of(self._config.teacher)
         self._columns = draft_columns(attached)
-        if workers > 1:
+        if plan.workers > 1:
             evaluate_constants(attached, self._config.lead, uniform=0.5)
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """See `MicroBatchRunner`."""
-        attached, choice = self._attached, self._choice
-        layout = choice.layout(examples, self._seed, number, self._config.lead)
+        layout = self._choice.layout(examples, self._seed, number, self._config.lead)
         with self._building:
-            prefix = prefix_pass(attached, layout)
+            prefix = prefix_pass(self._attached, layout)
         mx.eval(prefix.arrays())
-        teacher = teacher_rows(attached, layout, prefix, self._picker, self._loss.name != "ce")
+        targets = self._targets(layout, prefix, number)
+        used = int(np.count_nonzero(targets.weight))  # the loss is a mean over these
+        parts = layout.parts(self._plan.slice_rows)
+        return used, *self._sum(self._loss_of(layout, prefix, targets, part) for part in parts)
+
+    def _targets(self, layout: SlotLayout, prefix: Prefix, number: int) -> SlotTargets:
+        """Inputs and targets of all slots of micro-batch `number`."""
+        attached, choice = self._attached, self._choice
+        teacher = teacher_rows(attached, layout, prefix, self._picker)
         text = text_uniforms(layout, teacher, self._uniforms.beta, (self._seed, number, PLACES))
         random = np.random.default_rng((self._seed, number, GREEDY_BLOCKS))
-        greedy = random.random(layout.anchors.shape) < self._uniforms.greedy_share
+        drawn = (
+            random.random(layout.tokens.shape) < self._uniforms.greedy_share
+        )  # by anchor, however blocks are cut
+        greedy = np.take_along_axis(drawn, layout.anchors, axis=1)
         targets = slot_targets(layout, teacher, text, self._config, greedy, choice.depth_decay)
-        if self._uniforms.source == "own":
+        if self._uniforms.source != "own":
+            return targets
 
-            def hidden_states(carried: np.ndarray) -> mx.array:
+        def hidden_states(carried: np.ndarray) -> mx.array:
+            pieces = []
+            for part in layout.parts(self._plan.slice_rows):
                 with self._building:
-                    return slot_pass(attached, layout, prefix, carried)
+                    pieces.append(slot_pass(attached, layout, prefix, part, carried))
+                mx.eval(pieces[-1])
+            return mx.concatenate(pieces)
 
-            targets = with_own_uniforms(
-                attached,
-                layout,
-                targets,
-                text,
-                hidden_states,
-                self._picker,
-                self._columns,
-                choice.depth_decay,
-                (self._seed, number, OWN_PLACES),
-            )
+        return with_own_uniforms(
+            attached,
+            layout,
+            targets,
+            text,
+            hidden_states,
+            self._picker,
+            self._columns,
+            choice.depth_decay,
+            (self._seed, number, OWN_PLACES),
+        )
+
+    def _loss_of(
+        self, layout: SlotLayout, prefix: Prefix, targets: SlotTargets, part: Part
+    ) -> Callable[[], LossParts]:
+        """The loss of a slice, whose teacher is evaluated now."""
+        attached, own = self._attached, part.rows
+        rows, row = np.unique(layout.target[own], return_inverse=True)
+        teacher = None
+        if self._loss.name != "ce":
+            teacher = teacher_logits(attached, prefix.hidden, rows)
+        constants = {
+            "label": mx.array(self._columns[targets.label[own]]),
+            "weight": mx.array(targets.weight[own]),
+            "greedy": mx.array(targets.greedy[own]),
+            "teacher_row": mx.array(row.astype(np.int32)),
+            "weight_sum": float(targets.weight.sum()),
+            "row_count": len(layout.rows),
+        }
 
         def loss() -> LossParts:
-            with checkpointed_layers(attached) if self._grad_checkpoint else nullcontext():
-                hidden = slot_pass(attached, layout, prefix, targets.carried)
-            batch = PTPBatch(
-                hidden=hidden,
-                label=mx.array(self._columns[targets.label]),
-                weight=mx.array(targets.weight),
-                greedy=mx.array(targets.greedy),
-                teacher_row=mx.array(np.searchsorted(teacher.rows, layout.target).astype(np.int32)),
-                teacher_logits=teacher.logits,
-            )
-            return self._loss(attached, batch)
+            with self._plan.layers(attached):
+                hidden = slot_pass(attached, layout, prefix, part, targets.carried)
+            return self._loss(attached, PTPBatch(hidden=hidden, teacher_logits=teacher, **constants))
 
-        used = int(np.count_nonzero(targets.weight))  # the loss is a mean over these
-        return used, *self._loss_and_gradients(loss)
+        return loss

@@ -48,43 +48,49 @@ class TeacherRows:
         rows: [Q] ascending indices into the S * T real rows.
         left, right: [Q] float64 ends of the CDF interval of the token after the row.
         likeliest: [Q] int32 most likely token after the row.
-        logits: [Q, C] of the draft columns; None if the loss does not need them.
     """
 
     rows: np.ndarray
     left: np.ndarray
     right: np.ndarray
     likeliest: np.ndarray
-    logits: mx.array | None = None
 
 
-def teacher_rows(
-    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, picker: Picker, with_logits: bool
-) -> TeacherRows:
+def teacher_rows(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, picker: Picker) -> TeacherRows:
     """The base model's predictions at every real row from an anchor to the last one that its slots must match.
 
     Args:
         picker: of the teacher's sampling.
-        with_logits: whether to keep the logits of the draft columns.
     """
     rows = _covered(layout)
     flat = layout.tokens.reshape(-1)
     token = flat[np.minimum(rows + 1, len(flat) - 1)]
-    ids = attached.draft_ids
-    edges, best, kept = [], [], []
+    edges, best = [], []
     for start in range(0, len(rows), TEACHER_CHUNK):
         own = slice(start, start + TEACHER_CHUNK)
         logits = attached.head(prefix.hidden[mx.array(rows[own])])  # [<= chunk, V]
         likeliest = mx.argmax(logits.astype(mx.float32), axis=-1)
         left, right = _edges(picker, logits, likeliest, mx.array(token[own]))
-        if with_logits:
-            kept.append(logits if ids is None else logits[:, ids])
-        mx.eval(left, right, likeliest, kept)
+        mx.eval(left, right, likeliest)
         edges.append((np.array(left), np.array(right)))
         best.append(np.array(likeliest))
     left_edges, right_edges = (np.concatenate(side).astype(np.float64) for side in zip(*edges, strict=True))
-    columns = mx.concatenate(kept) if with_logits else None
-    return TeacherRows(rows, left_edges, right_edges, np.concatenate(best).astype(np.int32), columns)
+    return TeacherRows(rows, left_edges, right_edges, np.concatenate(best).astype(np.int32))
+
+
+def teacher_logits(attached: AttachedModel, hidden: mx.array, rows: np.ndarray) -> mx.array:
+    """The base model's logits of the draft columns at real rows, [Q, C], evaluated.
+
+    Args:
+        hidden: [S * T, D] hidden states of all real rows.
+        rows: [Q] indices into them.
+    """
+    ids, kept = attached.draft_ids, []
+    for start in range(0, len(rows), TEACHER_CHUNK):
+        logits = attached.head(hidden[mx.array(rows[start : start + TEACHER_CHUNK])])  # [<= chunk, V]
+        kept.append(logits if ids is None else logits[:, ids])
+        mx.eval(kept[-1])
+    return mx.concatenate(kept)
 
 
 def _edges(

@@ -9,7 +9,7 @@ import numpy as np
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_states
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement, Tally
 from mtp_mlx.train.data import Example
@@ -54,7 +54,7 @@ def measure_agreement(
         layout = build_layout(
             [example.tokens for example in examples], anchors, slots, chunk_blocks=min(most, 16)
         )
-        hidden = slot_pass(attached, layout, prefix_pass(attached, layout))
+        hidden = slot_states(attached, layout, prefix_pass(attached, layout))
         right = np.array(draft_picks(attached, hidden, mx.array(layout.previous))) == layout.label
         tally.add(right.reshape(-1, slots))
     return tally.agreement()

@@ -16,6 +16,26 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Part:
+    """A slice of a layout: chunks of one sequence, whose slots run forward and backward together (design 2.8).
+
+    Attributes:
+        sequence: number of the sequence, below S.
+        chunks: its chunks, of the S * chunks of the layout.
+        rows: their supervised rows, of the M of the layout.
+    """
+
+    sequence: int
+    chunks: slice
+    rows: slice
+
+    @property
+    def count(self) -> int:
+        """Number of chunks."""
+        return int(self.chunks.stop - self.chunks.start)
+
+
+@dataclass(frozen=True)
 class SlotLayout:
     """Index arrays of one batch.
 
@@ -48,17 +68,45 @@ class SlotLayout:
         """Chunks per sequence, N / G."""
         return self.anchors.shape[1] // self.chunk_blocks
 
+    @property
+    def chunk_rows(self) -> int:
+        """Slot rows of a chunk, G * k."""
+        return self.chunk_blocks * self.slots
+
+    def parts(self, most_rows: int | None = None) -> list[Part]:
+        """The layout in slices of at most `most_rows` slot rows each, but at least a chunk; None: by sequence.
+
+        No slice has chunks of two sequences, and chunks without supervised rows are in none.
+        """
+        per_part = self.chunks if most_rows is None else max(1, most_rows // self.chunk_rows)
+        parts = []
+        for sequence in range(len(self.tokens)):
+            end = (sequence + 1) * self.chunks
+            for start in range(sequence * self.chunks, end, per_part):
+                stop = min(start + per_part, end)
+                first, last = np.searchsorted(self.rows, np.array([start, stop]) * self.chunk_rows)
+                if last > first:
+                    parts.append(Part(sequence, slice(start, stop), slice(int(first), int(last))))
+        return parts
+
     def positions(self) -> np.ndarray:
         """Absolute positions, int32 [S * chunks, G * k]: slot j behind anchor i has position i + j."""
         offsets = np.arange(self.slots, dtype=np.int32) + 1 - self.lead
         positions = self.anchors[:, :, None] + offsets
         return positions.reshape(-1, self.chunk_blocks * self.slots).astype(np.int32)
 
-    def visibility(self) -> np.ndarray:
-        """bool [S * chunks, G * k, T + G * k]: a slot sees the prefix to its anchor, and its block to itself."""
-        length = self.tokens.shape[1]
-        anchors = self.anchors.reshape(-1, self.chunk_blocks)
-        prefix = np.arange(length)[None, None] <= anchors[:, :, None]  # [S * chunks, G, T]
+    def seen(self, chunks: slice = slice(None)) -> int:
+        """Length of the longest prefix that a slot of these chunks sees."""
+        return int(self.anchors.reshape(-1, self.chunk_blocks)[chunks].max()) + 1
+
+    def visibility(self, chunks: slice = slice(None)) -> np.ndarray:
+        """bool [chunks, G * k, t + G * k]: a slot sees the prefix to its anchor, and its block to itself.
+
+        t is `seen(chunks)`: no slot of these chunks sees more of the prefix.
+        """
+        length = self.seen(chunks)
+        anchors = self.anchors.reshape(-1, self.chunk_blocks)[chunks]
+        prefix = np.arange(length)[None, None] <= anchors[:, :, None]  # [chunks, G, t]
         prefix = np.repeat(prefix, self.slots, axis=1)
         causal = np.tril(np.ones((self.slots, self.slots), dtype=bool))
         own = np.kron(np.eye(self.chunk_blocks, dtype=bool), causal)  # [G * k, G * k]

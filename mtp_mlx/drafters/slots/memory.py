@@ -5,7 +5,7 @@ Legend: T tokens of a sequence, N blocks per sequence, G blocks per chunk, R slo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mtp_mlx.drafters.slots.adapter import SlotAdapter, adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
@@ -17,10 +17,14 @@ from mtp_mlx.train.memory import (
     FLOAT,
     LOGITS_COPIES,
     MemoryEstimate,
+    beside,
     model_sizes,
     parameter_bytes,
     training_bytes,
 )
+from mtp_mlx.train.plan import StepPlan, sliced_plans
+
+SCORES = 1.2  # copies of the scores of attention that are kept, measured
 
 
 def estimate_memory(
@@ -28,14 +32,13 @@ def estimate_memory(
     examples: Sequence[Example],
     settings: SlotSettings,
     choice: BlockChoice,
-    workers: int = 1,
-    grad_checkpoint: bool = False,
+    plan: StepPlan,
 ) -> MemoryEstimate:
-    """Memory of the largest micro-batch of these examples, times `workers`.
+    """Memory of the largest slice of these examples, times the plan's workers.
 
     Args:
         choice: number of blocks.
-        grad_checkpoint: whether layers are recomputed in the backward pass.
+        plan: slices, workers, and whether layers are recomputed in the backward pass.
     """
     sizes = model_sizes(attached)
     adapter = adapter_of(attached)
@@ -44,26 +47,48 @@ def estimate_memory(
     blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)
     blocks = max(1, round(choice.share * blocks))
     blocks = min(blocks, choice.most) if choice.most else blocks  # N
-    per_chunk = min(choice.chunk_blocks, blocks)  # G
-    chunks = count * -(-blocks // per_chunk)
-    keys = length + per_chunk * choice.slots
-    rows = chunks * per_chunk * choice.slots  # R
-    # Attention keeps scores and probabilities; every chunk has its copy of keys and values.
-    layer = rows * sizes.per_row + 2 * rows * sizes.heads * keys + 2 * chunks * keys * sizes.kv
-    layers = sizes.layers * layer
-    if grad_checkpoint:  # activations of one layer and their gradients, and the input of every layer
-        layers = 2 * layer + sizes.layers * rows * sizes.hidden
+    per_chunk = min(chunk_blocks_of(choice.chunk_blocks, choice.slots, plan), blocks)  # G
+    rows_of_chunk = per_chunk * choice.slots
+    chunks = -(-blocks // per_chunk)
+    if plan.slice_rows is not None:
+        chunks = min(chunks, max(1, plan.slice_rows // rows_of_chunk))
+    keys, rows = length + rows_of_chunk, chunks * rows_of_chunk
+    # Attention keeps its probabilities; every chunk has its copy of keys and values.
+    layer = rows * sizes.per_row + SCORES * rows * sizes.heads * keys + chunks * keys * sizes.kv
+    layers = sizes.layers * round(layer)
+    if plan.grad_checkpoint:  # activations of one layer and their gradients, and the input of every layer
+        layers = 2 * round(layer) + sizes.layers * rows * sizes.hidden
     vocabulary = attached.vocab_size
     drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)
     in_loss = min(settings.loss_rows, rows) * (1 if rows > settings.loss_rows else 2)  # two heads at once
-    logits = LOGITS_COPIES * in_loss * drafted + count * blocks * drafted + 2 * TEACHER_CHUNK * vocabulary
+    taught = min(chunks * (per_chunk + choice.slots), length)  # teacher rows of a slice
+    logits = LOGITS_COPIES * in_loss * drafted + taught * drafted
+    # Pass 1 and the teacher come before pass 2, so they need no memory of their own.
+    first_pass = count * length * sizes.per_row + 3 * count * sizes.heads * length**2
+    teacher = 3 * min(TEACHER_CHUNK, taught) * vocabulary
+    activations = max(
+        layers * sizes.float_bytes + logits * FLOAT, first_pass * sizes.float_bytes, teacher * FLOAT
+    )
+    weights = parameter_bytes(attached.model) - _bytes_inside(adapter)
+    workers = plan.workers
     return MemoryEstimate(
-        weights=parameter_bytes(attached.model) - _bytes_inside(adapter),
+        process=beside(weights),
+        weights=weights,
         adapter=training_bytes(adapter, workers),
         prefix=workers * sizes.layers * count * length * sizes.kv * sizes.float_bytes,
-        activations=workers * layers * sizes.float_bytes,
+        activations=workers * (activations - logits * FLOAT),
         logits=workers * logits * FLOAT,
     )
+
+
+def chunk_blocks_of(most: int, slots: int, plan: StepPlan) -> int:
+    """Blocks of a chunk: at most `most`, and no more than fit a slice."""
+    return most if plan.slice_rows is None else min(most, max(1, plan.slice_rows // slots))
+
+
+def block_plans(settings: SlotSettings, workers: int) -> Iterator[StepPlan]:
+    """Plans of a method of slots, fastest first; a slice has one chunk of blocks at least."""
+    return sliced_plans(workers, settings.grad_checkpoint, settings.slots)
 
 
 def _bytes_inside(adapter: SlotAdapter) -> int:

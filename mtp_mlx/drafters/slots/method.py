@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mtp_mlx.adapter_folder import Header, read_header, read_tensors
 from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
+from mtp_mlx.drafters.slots.memory import block_plans, chunk_blocks_of
 from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.errors import MTPError
@@ -23,8 +24,10 @@ from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import same_draft_ids
 from mtp_mlx.train.method import Method, Tell
+from mtp_mlx.train.plan import WHOLE, StepPlan
 
 Settings = TypeVar("Settings", bound=SlotSettings)
+Blocks = TypeVar("Blocks", bound=BlockSettings)
 
 
 class SlotMethod(Method[Settings]):
@@ -64,6 +67,10 @@ class SlotMethod(Method[Settings]):
             f"their responses have one token, and {cls.what} need two",
         )
 
+    def plans(self) -> Iterator[StepPlan]:
+        """See `Method`."""
+        return block_plans(self.settings, self.most_workers)
+
     @property
     def module(self) -> nn.Module:
         """See `Method`."""
@@ -98,13 +105,25 @@ class SlotMethod(Method[Settings]):
         self.adapter.load_tensors(tensors)
 
 
-def block_choice(settings: BlockSettings) -> BlockChoice:
+SLOTS_PER_STEP = 4096  # by default; neighbouring positions of a long text teach much the same
+
+
+def settled_share(settings: Blocks, train: Sequence[Example]) -> Blocks:
+    """The settings with a `block_share`: by default about `SLOTS_PER_STEP` slots a step, if there are as many."""
+    if settings.block_share is not None:
+        return settings
+    positions = [len(candidate_anchors(len(example), example.loss_start)) for example in train]
+    a_step = settings.slots * settings.batch_size * settings.micro_batches * sum(positions) / len(positions)
+    return replace(settings, block_share=min(1.0, round(SLOTS_PER_STEP / a_step, 3)))
+
+
+def block_choice(settings: BlockSettings, plan: StepPlan = WHOLE) -> BlockChoice:
     """Which positions have a block of slots, and the loss weight of each slot."""
     return BlockChoice(
         slots=settings.slots,
-        share=settings.block_share,
+        share=1.0 if settings.block_share is None else settings.block_share,
         most=settings.max_blocks,
-        chunk_blocks=settings.chunk_blocks,
+        chunk_blocks=chunk_blocks_of(settings.chunk_blocks, settings.slots, plan),
         depth_decay=settings.depth_decay,
     )
 

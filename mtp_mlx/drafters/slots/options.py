@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mtp_mlx.config import setting
 from mtp_mlx.train.settings import TrainSettings
@@ -19,7 +18,10 @@ class SlotSettings(TrainSettings):
     target_modules: tuple[str, ...] = setting(
         (), help="Names of the linear layers with LoRA (default: all); may be repeated"
     )
-    chunk_blocks: int = setting(16, help="Blocks that share a copy of the prefix", minimum=1)
+    chunk_blocks: int = setting(16, help="Blocks that share a copy of the prefix, at most", minimum=1)
+    grad_checkpoint: bool | None = setting(
+        None, help="Recompute layers in the backward pass (default: if memory is short)"
+    )
 
     def problems(self) -> list[str]:
         """See `TrainSettings`."""
@@ -36,18 +38,14 @@ class SlotSettings(TrainSettings):
 class BlockSettings(SlotSettings):
     """What the methods read that train a block of slots behind every position, or behind a random share of them."""
 
-    smaller_steps: ClassVar[tuple[str, ...]] = (
-        *TrainSettings.smaller_steps, "block_share", "max_blocks", "grad_checkpoint"
-    )  # fmt: skip
-
-    block_share: float = setting(
-        1.0, help="Fraction of positions with a block of slots", minimum=0.0, maximum=1.0
+    block_share: float | None = setting(
+        None,
+        help="Fraction of positions with a block of slots (default: 4,096 slots a step)",
+        minimum=0.0,
+        maximum=1.0,
     )
     max_blocks: int = setting(0, help="Maximum number of blocks per sequence; 0 = no limit", minimum=0)
     depth_decay: float = setting(1.0, help="Loss weight of slot j: this to the power j - 1", minimum=0.0)
-    grad_checkpoint: bool = setting(
-        False, help="Gradient checkpointing: recompute layers in the backward pass"
-    )
 
     def problems(self) -> list[str]:
         """See `TrainSettings`."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout, candidate_anchors
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_states
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 
@@ -66,7 +66,7 @@ def evaluate_constants(attached: AttachedModel, lead: int = 0, uniform: float | 
     layout = build_layout([[0, 0, 0]], [np.array([0], dtype=np.int32)], slots=1, chunk_blocks=1, lead=lead)
     prefix = prefix_pass(attached, layout)
     shape = layout.positions().shape
-    hidden = slot_pass(
+    hidden = slot_states(
         attached, layout, prefix, None if uniform is None else np.full(shape, uniform, dtype=np.float32)
     )
     mx.eval(adapter_of(attached).parameters(), attached.draft_head(hidden), attached.head(hidden))

@@ -1,7 +1,8 @@
 """The two passes of training slots (design 2.4); the base model itself is the teacher, at no cost.
 
 Pass 1 runs the base model, without the adapter, over the text and keeps its KV and hidden states as constants.
-Pass 2 runs the slot rows alone against that KV, with gradients.
+Pass 2 runs the slot rows alone against that KV, with gradients, in slices: no slot sees another block's, so slices
+add up to the whole (design 2.8).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.drafters.slots.layout import SlotLayout
+from mtp_mlx.drafters.slots.layout import Part, SlotLayout
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.cache import PrefixCache
@@ -47,51 +48,89 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
 
 
 def slot_pass(
-    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
+    attached: AttachedModel,
+    layout: SlotLayout,
+    prefix: Prefix,
+    part: Part,
+    uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Pass 2: hidden states of the supervised slot rows, [M, D]; differentiable in the adapter.
+    """Pass 2: hidden states of the supervised slot rows of a slice, [m, D]; differentiable in the adapter.
 
     Args:
         uniforms: [S * chunks, G * k] float32, what the slots carry (Parallel Token Prediction only).
     """
-    return every_slot_pass(attached, layout, prefix, uniforms)[mx.array(layout.rows)]
+    first = part.chunks.start * layout.chunk_rows
+    rows = mx.array(layout.rows[part.rows] - first)
+    return every_slot_pass(attached, layout, prefix, part, uniforms)[rows]
 
 
 def every_slot_pass(
-    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
+    attached: AttachedModel,
+    layout: SlotLayout,
+    prefix: Prefix,
+    part: Part,
+    uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Pass 2: hidden states of all slot rows, [S * N * k, D], supervised or not."""
+    """Pass 2: hidden states of all slot rows of a slice, [chunks * G * k, D], supervised or not."""
     slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
-    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (len(layout.positions()), len(slot)))
-    return _pass_behind(attached, layout, prefix, ids, n_real=0, uniforms=uniforms)
+    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (part.count, len(slot)))
+    own = None if uniforms is None else uniforms[part.chunks]
+    return _pass_behind(attached, layout, prefix, part, ids, n_real=0, uniforms=own)
 
 
-def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, tokens: mx.array) -> mx.array:
-    """Hidden states of the base model over tokens in place of the slots, with the same visibility, [S * N * k, D].
+def slot_states(
+    attached: AttachedModel,
+    layout: SlotLayout,
+    prefix: Prefix,
+    uniforms: np.ndarray | None = None,
+    most_rows: int | None = None,
+) -> mx.array:
+    """Hidden states of all supervised slot rows, [M, D], slice by slice and evaluated: constants.
 
     Args:
-        tokens: [S * N * k] int32, in the order of the slot rows.
+        uniforms: as in `slot_pass`.
+        most_rows: as in `SlotLayout.parts`.
     """
-    ids = tokens.reshape(len(layout.positions()), -1)
-    return _pass_behind(attached, layout, prefix, ids, n_real=ids.shape[1])
+    pieces = []
+    for part in layout.parts(most_rows):
+        pieces.append(slot_pass(attached, layout, prefix, part, uniforms))
+        mx.eval(pieces[-1])
+    return mx.concatenate(pieces)
+
+
+def token_pass(
+    attached: AttachedModel, layout: SlotLayout, prefix: Prefix, part: Part, tokens: mx.array
+) -> mx.array:
+    """Hidden states of the base model over tokens in place of a slice's slots, with the same visibility.
+
+    Args:
+        tokens: [chunks * G * k] int32, in the order of the slot rows.
+
+    Returns:
+        [chunks * G * k, D].
+    """
+    ids = tokens.reshape(part.count, -1)
+    return _pass_behind(attached, layout, prefix, part, ids, n_real=ids.shape[1])
 
 
 def _pass_behind(
     attached: AttachedModel,
     layout: SlotLayout,
     prefix: Prefix,
+    part: Part,
     ids: mx.array,
     n_real: int,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [S * N * k, D] of `ids` [S * chunks, G * k] behind the prefix."""
-    positions = layout.positions()
-    visibility = layout.visibility()
+    """Hidden states [chunks * G * k, D] of `ids` [chunks, G * k] behind the prefix of a slice."""
+    positions = layout.positions()[part.chunks]
+    visibility = layout.visibility(part.chunks)
+    seen = layout.seen(part.chunks)
     if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
         pieces = []
-        for row in range(len(positions)):
-            caches = _prefix_of(prefix, row, layout)
-            mask = mx.array(visibility[row])  # [G * k, T + G * k]
+        for row in range(part.count):
+            caches = _behind(prefix, part.sequence, seen)
+            mask = mx.array(visibility[row])  # [G * k, t + G * k]
             own = slice(row, row + 1)
             carried = None if uniforms is None else uniforms[own]
             pieces.append(
@@ -99,9 +138,9 @@ def _pass_behind(
             )
         hidden = mx.concatenate(pieces)
     else:
-        mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
-        caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
-        hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, layout.chunks, uniforms)
+        mask = mx.array(visibility)[:, None]  # [chunks, 1, G * k, t + G * k]
+        caches = _behind(prefix, part.sequence, seen)
+        hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, part.count, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -123,18 +162,13 @@ def _chunks_pass(
     return attached.forward(block, caches)
 
 
-def _prefix_of(prefix: Prefix, row: int, layout: SlotLayout) -> list[PrefixCache]:
-    """The prefix of chunk `row`, as views of the whole prefix's keys and values."""
-    own = slice(row // layout.chunks, row // layout.chunks + 1)
-    return [
-        _behind(cache.keys[own], cache.values[own])
-        for cache in prefix.caches
-        if cache.keys is not None and cache.values is not None
-    ]
-
-
-def _behind(keys: mx.array | None, values: mx.array | None) -> PrefixCache:
-    """A new cache that starts with these keys and values."""
-    cache = PrefixCache()
-    cache.keys, cache.values = keys, values
-    return cache
+def _behind(prefix: Prefix, sequence: int, seen: int) -> list[PrefixCache]:
+    """New caches that start with the first `seen` keys and values of a sequence, as views."""
+    caches = []
+    for stored in prefix.caches:
+        cache = PrefixCache()
+        if stored.keys is not None and stored.values is not None:
+            own = slice(sequence, sequence + 1)
+            cache.keys, cache.values = stored.keys[own, :, :seen], stored.values[own, :, :seen]
+        caches.append(cache)
+    return caches

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.drafters.masks.losses import Apple, SelfDistil, SlotBatch
-from mtp_mlx.drafters.masks.step import slot_batch, teacher_targets
+from mtp_mlx.drafters.masks.step import row_weights, slot_batch, teacher_targets
 from mtp_mlx.drafters.slots.layout import build_layout
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
 from mtp_mlx.model.attach import AttachedModel, attach
@@ -42,17 +42,23 @@ def random_batch(model: AttachedModel, seed: int = 0) -> SlotBatch:
     label, teacher_label = rng.integers(0, columns, ROWS), rng.integers(0, columns, TEACHERS)
     label[[2, 7]] = -1
     teacher_label[3] = -1
+    teacher_row = np.array([0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4, 1])
+    counts = np.bincount(teacher_row, minlength=TEACHERS)
+    weight = rng.uniform(0.2, 1, ROWS).astype(np.float32)
     return SlotBatch(
         hidden=mx.array(rng.normal(size=(ROWS, SIZE)).astype(np.float32)),
-        depth=mx.array(rng.integers(1, 4, ROWS)),
-        weight=mx.array(rng.uniform(0.2, 1, ROWS).astype(np.float32)),
-        teacher_row=mx.array(np.array([0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4, 1])),
+        weight=mx.array(weight),
+        matching=mx.array((1 / counts[teacher_row] / np.count_nonzero(counts)).astype(np.float32)),
+        teacher_row=mx.array(teacher_row),
         previous=mx.array(rng.integers(0, VOCABULARY, ROWS)),
         label=mx.array(label),
         teacher_hidden=mx.array(rng.normal(size=(TEACHERS, SIZE)).astype(np.float32)),
         teacher_probs=mx.array(probs.astype(np.float32)),
         teacher_previous=mx.array(rng.integers(0, VOCABULARY, TEACHERS)),
         teacher_label=mx.array(teacher_label),
+        real=mx.arange(TEACHERS),
+        weight_sum=float(weight.sum()),
+        real_count=TEACHERS,
     )
 
 
@@ -92,7 +98,7 @@ class Reference:
         x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w["norm.weight"] + w["norm.bias"]
         return hidden + w["second.weight"] @ x
 
-    def self_distil(self) -> dict[str, float]:
+    def self_distil(self, lcm_weight: float) -> dict[str, float]:
         b, total = self.batch, {"base": 0.0, "sampler": 0.0}
         for row in range(ROWS):
             probs = b["teacher_probs"][int(b["teacher_row"][row])]
@@ -103,7 +109,8 @@ class Reference:
             for name, hidden in heads.items():
                 total[name] -= b["weight"][row] * float(probs @ self.log_probs(hidden))
         parts = {name: value / b["weight"].sum() for name, value in total.items()}
-        return {**parts, "total": sum(parts.values())}
+        lcm = self.matching()
+        return {**parts, "lcm": lcm, "total": sum(parts.values()) + lcm_weight * lcm}
 
     def apple(self, lcm_weight: float) -> dict[str, float]:
         b, base, sampler = self.batch, 0.0, 0.0
@@ -118,19 +125,26 @@ class Reference:
             if label >= 0:
                 refined = self.refined(b["teacher_hidden"][row], int(b["teacher_previous"][row]))
                 sampler -= self.log_probs(refined)[label]
-        per_anchor = []
+        norm = b["weight"].sum() + TEACHERS
+        parts = {"base": base / norm, "sampler": sampler / norm, "lcm": self.matching()}
+        return {**parts, "total": parts["base"] + parts["sampler"] + lcm_weight * parts["lcm"]}
+
+    def matching(self) -> float:
+        b, per_anchor = self.batch, []
         for teacher in range(TEACHERS):
             own = [row for row in range(ROWS) if int(b["teacher_row"][row]) == teacher]
             if own:
-                distances = [np.mean((b["teacher_hidden"][teacher] - b["hidden"][row]) ** 2) for row in own]
+                anchor = b["teacher_hidden"][teacher]
+                distances = [np.mean((anchor - b["hidden"][row]) ** 2) / np.mean(anchor**2) for row in own]
                 per_anchor.append(np.mean(distances))
-        norm = b["weight"].sum() + TEACHERS
-        parts = {"base": base / norm, "sampler": sampler / norm, "lcm": float(np.mean(per_anchor))}
-        return {**parts, "total": parts["base"] + parts["sampler"] + lcm_weight * parts["lcm"]}
+        return float(np.mean(per_anchor))
 
 
 OBJECTIVES: dict[str, tuple[Callable[..., Any], Callable[[Reference], dict[str, float]]]] = {
-    "self-distill": (lambda chunk=2048: SelfDistil(chunk_rows=chunk), Reference.self_distil),
+    "self-distill": (
+        lambda chunk=2048: SelfDistil(lcm_weight=0.3, chunk_rows=chunk),
+        lambda reference: reference.self_distil(0.3),
+    ),
     "apple": (lambda chunk=2048: Apple(0.7, chunk_rows=chunk), lambda reference: reference.apple(0.7)),
 }
 CASES = [("llama", None), ("llama", IDS), ("gemma2", IDS)]
@@ -211,8 +225,9 @@ def test_a_student_that_is_the_shifted_teacher_has_no_divergence() -> None:
     layout = build_layout([list(range(3, 20))], [np.arange(2, 10, dtype=np.int32)], 3, 4)
     columns = draft_columns(model)
     prefix = prefix_pass(model, layout)
-    targets = teacher_targets(model, layout, prefix, columns)
-    batch = slot_batch(prefix.hidden[mx.array(layout.target)], layout, targets, columns, depth_decay=0.5)
+    (part,) = layout.parts()
+    targets, weights = teacher_targets(model, layout, prefix, columns, part), row_weights(layout, 0.5)
+    batch = slot_batch(prefix.hidden[mx.array(layout.target)], layout, part, targets, weights, columns)
     loss = SelfDistil()(model, batch)
     probs = np.array(batch.teacher_probs, dtype=np.float64)[np.array(batch.teacher_row)]
     entropy = -np.sum(probs * np.log(np.maximum(probs, 1e-300)), axis=1)
@@ -220,7 +235,7 @@ def test_a_student_that_is_the_shifted_teacher_has_no_divergence() -> None:
     assert loss.parts["base"].item() == pytest.approx(expected, abs=1e-5)
     assert loss.parts["sampler"].item() == pytest.approx(expected, abs=1e-5)
     assert Apple()(model, batch).parts["lcm"].item() == 0
-    student = slot_pass(model, layout, prefix)
+    student = slot_pass(model, layout, prefix, part)
     assert SelfDistil()(model, replace(batch, hidden=student)).parts["base"].item() > expected + 0.1
 
 
@@ -231,13 +246,19 @@ def test_teacher_is_the_base_model_at_the_row_that_predicts_the_token(ids: list[
     sequences = [[5, 9, 31, 77, 140, 20, 21, 3], [8, 2, 156, 40, 61]]
     layout = build_layout(sequences, [np.array([1, 3]), np.array([0])], 2, 2)
     columns = draft_columns(model)
-    targets = teacher_targets(model, layout, prefix_pass(model, layout), columns, chunk_rows=3)
-    batch = slot_batch(mx.zeros((len(layout.rows), SIZE)), layout, targets, columns, depth_decay=0.5)
+    prefix, weights = prefix_pass(model, layout), row_weights(layout, 0.5)
+    parts = layout.parts()
+    assert [(part.rows.start, part.rows.stop) for part in parts] == [(0, 4), (4, 6)]
+    every = []
+    for part in parts:
+        targets = teacher_targets(model, layout, prefix, columns, part, chunk_rows=3)
+        count = part.rows.stop - part.rows.start
+        batch = slot_batch(mx.zeros((count, SIZE)), layout, part, targets, weights, columns)
+        every += [(batch, row) for row in range(count)]
     bare = tiny_model("qwen3", seed=3)
     used = list(range(VOCABULARY)) if ids is None else ids
     expected = [(0, 1, 1), (0, 1, 2), (0, 3, 1), (0, 3, 2), (1, 0, 1), (1, 0, 2)]  # sequence, anchor, slot
-    assert len(batch.depth) == len(expected)
-    for row, (sequence, anchor, slot) in enumerate(expected):
+    for (batch, row), (sequence, anchor, slot) in zip(every, expected, strict=True):
         position = anchor + slot
         probs = mx.softmax(bare(mx.array([sequences[sequence]]))[0, position])[mx.array(used)]
         teacher = int(batch.teacher_row[row].item())
@@ -252,7 +273,7 @@ def test_teacher_is_the_base_model_at_the_row_that_predicts_the_token(ids: list[
             == batch.teacher_previous[teacher].item()
             == sequences[sequence][position]
         )
-        assert batch.weight[row].item() == 0.5 ** (slot - 1) and batch.depth[row].item() == slot
+        assert batch.weight[row].item() == 0.5 ** (slot - 1)
 
 
 def test_draft_columns_number_the_draft_vocabulary() -> None:

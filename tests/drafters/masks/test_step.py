@@ -17,6 +17,7 @@ from mtp_mlx.drafters.masks.losses import SelfDistil
 from mtp_mlx.drafters.masks.step import StepRunner
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.model.attach import attach
+from mtp_mlx.train.plan import StepPlan
 from tests.model.naive import random_adapter
 from tests.tiny import tiny_model
 from tests.train.training import Remembering, examples, trainer_for
@@ -30,7 +31,8 @@ def one_step(
     model.freeze()
     attached = attach(model, random_adapter(model))
     choice = BlockChoice(slots=3, chunk_blocks=4, depth_decay=0.8)
-    runner = StepRunner(attached, SelfDistil(chunk_rows=16), choice, seed=0, workers=workers, **options)
+    plan = StepPlan(workers=workers, **options)
+    runner = StepRunner(attached, SelfDistil(chunk_rows=16), choice, seed=0, plan=plan)
     rows = examples(6)
     with closing(runner):
         loss, gradients, _ = runner([rows[0:2], rows[2:4], rows[4:6]], step=5)

@@ -29,12 +29,13 @@ from mtp_mlx.drafters.ptp.uniforms import (
 )
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
 from mtp_mlx.drafters.slots.step import BlockChoice
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import prefix_pass
 from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.train.data import Example
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
+from tests.drafters.slots.passes import whole_pass
 from tests.tiny import VOCABULARY, tiny_model
 
 SLOTS = 3
@@ -61,7 +62,7 @@ def test_slot_rows_are_those_of_decoding(architecture: str, variant: str) -> Non
     layout = layout_for(lead)
     values = np.random.default_rng(1).random(layout.tokens.shape).astype(np.float32)
     prefix = prefix_pass(attached, layout)
-    found = np.array(slot_pass(attached, layout, prefix, carried_uniforms(layout, values)))
+    found = np.array(whole_pass(attached, layout, prefix, carried_uniforms(layout, values)))
     expected, sequence_rows = [], []
     for s, (sequence, own) in enumerate(zip(SEQUENCES, ANCHORS, strict=True)):
         for anchor in own:
@@ -118,7 +119,7 @@ def test_uniforms_pick_the_texts_tokens(teacher: TeacherSampling, beta: float) -
     sampled += [item.token for item in steps]
     layout = build_layout([sampled, *SEQUENCES[1:]], ANCHORS, SLOTS, 2, 1)
     prefix = prefix_pass(attached, layout)
-    rows = teacher_rows(attached, layout, prefix, picker, with_logits=False)
+    rows = teacher_rows(attached, layout, prefix, picker)
     text = text_uniforms(layout, rows, beta, (5, 6))
     assert text.reachable[0, 3:].all()
     scores = picker.scores(attached.head(prefix.hidden[mx.array(rows.rows)]))
@@ -139,9 +140,7 @@ def test_every_row_that_a_slot_matches_is_covered_once() -> None:
     attached = dressed("llama")
     for lead in (0, 1):
         layout = layout_for(lead)
-        rows = teacher_rows(
-            attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling()), False
-        )
+        rows = teacher_rows(attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling()))
         length = layout.tokens.shape[1]
         wanted = {
             s * length + anchor + i
@@ -156,9 +155,7 @@ def test_every_row_that_a_slot_matches_is_covered_once() -> None:
 
 def test_at_temperature_0_any_uniform_picks_the_likeliest() -> None:
     attached, layout = dressed("llama"), layout_for(0)
-    rows = teacher_rows(
-        attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling(0.0)), False
-    )
+    rows = teacher_rows(attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling(0.0)))
     text = text_uniforms(layout, rows, 1.0, (1,))
     assert np.array_equal(text.reachable, text.greedy)
     assert ((rows.right == 1) == (layout.tokens.reshape(-1)[rows.rows + 1] == rows.likeliest)).all()
@@ -217,7 +214,7 @@ def test_micro_batches_count_by_the_rows_that_something_is_learnt_from() -> None
 
 def test_greedy_and_independent_blocks_carry_nothing() -> None:
     attached, layout = dressed("llama", variant="c"), layout_for(0)
-    rows = teacher_rows(attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling()), False)
+    rows = teacher_rows(attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling()))
     text = text_uniforms(layout, rows, 1.0, (1,))
     greedy = np.zeros(layout.anchors.shape, dtype=bool)
     greedy[0, 1] = True
@@ -284,7 +281,7 @@ def test_gradients_reach_the_embedding_of_uniforms(embedding: Any) -> None:
 
     def of(candidate: mx.array) -> mx.array:
         module.weight = candidate
-        return mx.sum(weights * slot_pass(attached, layout, prefix, carried))
+        return mx.sum(weights * whole_pass(attached, layout, prefix, carried))
 
     gradient = mx.grad(of)(value)
     direction = mx.array(RNG.normal(size=value.shape).astype(np.float32))
@@ -336,7 +333,7 @@ def test_own_uniforms_against_one_block_after_another() -> None:
     columns[SEQUENCES[0][6]] = -1  # a token that cannot be drafted
     prefix = prefix_pass(attached, layout)
     picker = picker_of(TeacherSampling(4.0))  # hot, so that every token has some mass
-    rows = teacher_rows(attached, layout, prefix, picker, with_logits=False)
+    rows = teacher_rows(attached, layout, prefix, picker)
     text = text_uniforms(layout, rows, 1.0, (4,))
     greedy = np.zeros(layout.anchors.shape, dtype=bool)
     greedy[0, 2] = True
@@ -344,7 +341,7 @@ def test_own_uniforms_against_one_block_after_another() -> None:
     targets = slot_targets(layout, rows, text, shape, greedy, 0.5)
 
     def latents(carried: np.ndarray) -> mx.array:
-        return slot_pass(attached, layout, prefix, carried)
+        return whole_pass(attached, layout, prefix, carried)
 
     arguments = (attached, layout, targets, text, latents, picker, columns, 0.5)
     found = with_own_uniforms(*arguments, seed)

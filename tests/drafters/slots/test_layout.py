@@ -61,7 +61,7 @@ def test_rows_stand_and_see_as_in_the_paper(
     sequences, anchors, slots, chunk_blocks = batch
     layout = build_layout(sequences, anchors, slots, chunk_blocks)
     positions, visibility = layout.positions(), layout.visibility()
-    group, length = layout.chunk_blocks, layout.tokens.shape[1]
+    group, length = layout.chunk_blocks, max(int(own.max()) for own in anchors if len(own)) + 1
     assert positions.shape == (len(sequences) * layout.chunks, group * slots)
     assert visibility.shape == (*positions.shape, length + group * slots)
     for index, own in enumerate(anchors):

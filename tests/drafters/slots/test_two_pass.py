@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_pass
+from mtp_mlx.drafters.slots.two_pass import prefix_pass
 from mtp_mlx.model.attach import AttachedModel, attach
+from tests.drafters.slots.passes import whole_pass
 from tests.model.naive import NaiveModel, quantized_model, random_adapter
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
@@ -36,7 +37,7 @@ def two_passes(attached: AttachedModel, layout: SlotLayout) -> np.ndarray:
     """Hidden states of the supervised rows, [M, D]."""
     prefix = prefix_pass(attached, layout)
     mx.eval(prefix.arrays())
-    return np.array(slot_pass(attached, layout, prefix))
+    return np.array(whole_pass(attached, layout, prefix))
 
 
 def naive_rows(naive: NaiveModel, sequences: list[list[int]], anchors: list[np.ndarray]) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_gradients_reach_the_adapter_through_slot_rows_only(name: str) -> None:
     weights = mx.array(RANDOM.normal(size=(len(layout.rows), attached.hidden_size)).astype(np.float32))
 
     def total() -> mx.array:
-        return mx.sum(weights * slot_pass(attached, layout, prefix))
+        return mx.sum(weights * whole_pass(attached, layout, prefix))
 
     attached.model.freeze()
     for low_rank in adapter.low_rank.values():
