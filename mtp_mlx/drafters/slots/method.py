@@ -106,6 +106,7 @@ def block_choice(settings: BlockSettings) -> BlockChoice:
         most=settings.max_blocks,
         chunk_blocks=settings.chunk_blocks,
         depth_decay=settings.depth_decay,
+        lengths=settings.block_lengths,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mtp_mlx.config import setting
 from mtp_mlx.train.settings import TrainSettings
@@ -42,6 +42,9 @@ class BlockSettings(SlotSettings):
 
     block_share: float = setting(
         1.0, help="Fraction of positions with a block of slots", minimum=0.0, maximum=1.0
+    )
+    block_lengths: Literal["fixed", "random"] = setting(
+        "fixed", help="Slots per block: all of them, or a random number from 1 on"
     )
     max_blocks: int = setting(0, help="Maximum number of blocks per sequence; 0 = no limit", minimum=0)
     depth_decay: float = setting(1.0, help="Loss weight of slot j: this to the power j - 1", minimum=0.0)

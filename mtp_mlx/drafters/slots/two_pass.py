@@ -52,7 +52,7 @@ def slot_pass(
     """Pass 2: hidden states of the supervised slot rows, [M, D]; differentiable in the adapter.
 
     Args:
-        uniforms: [S * chunks, G * k] float32, what the slots carry (Parallel Token Prediction only).
+        uniforms: [S * chunks, C] float32, what the slots carry (Parallel Token Prediction only).
     """
     return every_slot_pass(attached, layout, prefix, uniforms)[mx.array(layout.rows)]
 
@@ -60,17 +60,16 @@ def slot_pass(
 def every_slot_pass(
     attached: AttachedModel, layout: SlotLayout, prefix: Prefix, uniforms: np.ndarray | None = None
 ) -> mx.array:
-    """Pass 2: hidden states of all slot rows, [S * N * k, D], supervised or not."""
-    slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
-    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (len(layout.positions()), len(slot)))
+    """Pass 2: hidden states of all slot rows, [S * R, D], supervised or not."""
+    ids = mx.array(layout.slot.reshape(-1, layout.chunk_rows) + attached.vocab_size)
     return _pass_behind(attached, layout, prefix, ids, n_real=0, uniforms=uniforms)
 
 
 def token_pass(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, tokens: mx.array) -> mx.array:
-    """Hidden states of the base model over tokens in place of the slots, with the same visibility, [S * N * k, D].
+    """Hidden states of the base model over tokens in place of the slots, with the same visibility, [S * R, D].
 
     Args:
-        tokens: [S * N * k] int32, in the order of the slot rows.
+        tokens: [S * R] int32, in the order of the slot rows.
     """
     ids = tokens.reshape(len(layout.positions()), -1)
     return _pass_behind(attached, layout, prefix, ids, n_real=ids.shape[1])
@@ -84,14 +83,14 @@ def _pass_behind(
     n_real: int,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [S * N * k, D] of `ids` [S * chunks, G * k] behind the prefix."""
+    """Hidden states [S * R, D] of `ids` [S * chunks, C] behind the prefix."""
     positions = layout.positions()
     visibility = layout.visibility()
     if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
         pieces = []
         for row in range(len(positions)):
             caches = _prefix_of(prefix, row, layout)
-            mask = mx.array(visibility[row])  # [G * k, T + G * k]
+            mask = mx.array(visibility[row])  # [C, T + C]
             own = slice(row, row + 1)
             carried = None if uniforms is None else uniforms[own]
             pieces.append(
@@ -99,7 +98,7 @@ def _pass_behind(
             )
         hidden = mx.concatenate(pieces)
     else:
-        mask = mx.array(visibility)[:, None]  # [S * chunks, 1, G * k, T + G * k]
+        mask = mx.array(visibility)[:, None]  # [S * chunks, 1, C, T + C]
         caches = [_behind(cache.keys, cache.values) for cache in prefix.caches]
         hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, layout.chunks, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])
@@ -115,7 +114,7 @@ def _chunks_pass(
     repeats: int = 1,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [B, G * k, D] of chunks whose rows have `positions` [B, G * k]."""
+    """Hidden states [B, C, D] of chunks whose rows have `positions` [B, C]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
     carried = None if uniforms is None else mx.array(uniforms)
