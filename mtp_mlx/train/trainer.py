@@ -26,6 +26,7 @@ from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.data import Example, fingerprint
 from mtp_mlx.train.method import Method
 from mtp_mlx.train.order import EpochOrder
@@ -132,6 +133,7 @@ class Trainer:
         self.method = method(model, train, settings, listener.on_message)
         self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.method.module.trainable_parameters())
+        self._average = WeightAverage(self.method.module, settings.ema)
         self._data_fingerprint = fingerprint(train)
         weights = {example.weight for example in self._train}
         self._order = EpochOrder(
@@ -201,7 +203,7 @@ class Trainer:
         checkpoints.check_resumable(
             state, self.checkpoint_path, self._whole, self._data_fingerprint, self.method.fingerprint
         )
-        checkpoints.restore(state, self.method, self._optimizer)
+        checkpoints.restore(state, self.method, self._optimizer, self._average)
         self.step = state.step
         for row in self._drop_metrics_behind(state.step):
             self.loss = row.get("loss", self.loss)
@@ -241,6 +243,7 @@ class Trainer:
             self.checkpoint_path,
             self.method,
             self._optimizer,
+            self._average,
             self.step,
             self._whole,
             self._data_fingerprint,
@@ -266,7 +269,8 @@ class Trainer:
             return
         check_out(self.settings.out)
         acceptance = self.agreement.acceptance if self.agreement else []
-        self.method.export(self.settings.out, self.provenance(), acceptance)
+        with self._average.in_place():
+            self.method.export(self.settings.out, self.provenance(), acceptance)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -282,7 +286,9 @@ class Trainer:
                 "the data's fingerprint": self._data_fingerprint,
                 "the model's fingerprint": self.method.fingerprint,
             }
-            self.step = start_as_one(self.peers, given, self.step, self.method, self._optimizer)
+            self.step = start_as_one(
+                self.peers, given, self.step, self.method, self._optimizer, self._average
+            )
             while self.step < self.settings.steps and not self._ending:
                 self._one_step()
                 due = self.settings.measure_every and self.step % self.settings.measure_every == 0
@@ -321,6 +327,7 @@ class Trainer:
                 f"in step {self.step + 1} the loss is {value} and the gradient norm {length}: lower "
                 f"`learning_rate` (now {settings.learning_rate}); this step was not saved"
             )
+        self._average.update(self.step)
         self.step += 1
         self.loss = value
         report = StepReport(
@@ -335,7 +342,8 @@ class Trainer:
             return
         size = self.settings.batch_size
         batches = [self._held_out[start : start + size] for start in range(0, len(self._held_out), size)]
-        agreement = self.method.measure(batches)
+        with self._average.in_place():
+            agreement = self.method.measure(batches)
         self._measured_step = self.step
         if not agreement.blocks:
             self.listener.on_message(

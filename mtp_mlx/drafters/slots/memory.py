@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mtp_mlx.drafters.slots.adapter import SlotAdapter, adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
+from mtp_mlx.drafters.slots.method import taught
 from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.drafters.slots.step import TEACHER_CHUNK, BlockChoice
 from mtp_mlx.model.attach import AttachedModel
@@ -41,7 +42,8 @@ def estimate_memory(
     adapter = adapter_of(attached)
     count = settings.batch_size
     length = max(len(example) for example in examples)  # T
-    blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)
+    learnt = [taught(example, settings) for example in examples]
+    blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in learnt)
     blocks = max(1, round(choice.share * blocks))
     blocks = min(blocks, choice.most) if choice.most else blocks  # N
     per_chunk = min(choice.chunk_blocks, blocks)  # G

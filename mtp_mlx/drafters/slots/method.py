@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,8 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import same_draft_ids
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
+from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.method import Method, Tell
 
 Settings = TypeVar("Settings", bound=SlotSettings)
@@ -54,15 +55,27 @@ class SlotMethod(Method[Settings]):
     @classmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
         """See `Method`: a response of one token leaves nothing for a slot to predict."""
-        return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
+        return lambda example: len(candidate_anchors(len(example), taught(example, settings).loss_start)) > 0
 
     @classmethod
     def too_short(cls, settings: Settings) -> tuple[str, str]:
         """See `Method`."""
+        if settings.learn_from == "all":
+            return f"{cls.what} need rows of three tokens or more", f"{cls.what} need three tokens"
         return (
             f"{cls.what} need responses of two tokens or more",
             f"their responses have one token, and {cls.what} need two",
         )
+
+    def draft_vocabulary(self, examples: Sequence[Example]) -> mx.array | None:
+        """The ids most used in what is learnt from, as many as the settings say; None for all."""
+        learnt = [taught(example, self.settings) for example in examples]
+        return draft_vocabulary(learnt, self.settings.draft_vocab, self.vocab_size)
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        learnt = [[taught(example, self.settings) for example in batch] for batch in examples]
+        return super().gradients(learnt, step)
 
     @property
     def module(self) -> nn.Module:
@@ -96,6 +109,14 @@ class SlotMethod(Method[Settings]):
         if not same_draft_ids(self.adapter.tensors().get("draft_ids"), tensors.get("draft_ids")):
             tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
         self.adapter.load_tensors(tensors)
+
+
+def taught(example: Example, settings: SlotSettings) -> Example:
+    """The example as it is learnt from: all of it is a response if prompts are learnt from too.
+
+    Prompts are not the base model's own text, but what it predicts in them teaches as well.
+    """
+    return example if settings.learn_from == "responses" else replace(example, loss_start=0)
 
 
 def block_choice(settings: BlockSettings) -> BlockChoice:

@@ -19,6 +19,9 @@ class SlotSettings(TrainSettings):
     target_modules: tuple[str, ...] = setting(
         (), help="Names of the linear layers with LoRA (default: all); may be repeated"
     )
+    learn_from: Literal["responses", "all"] = setting(
+        "responses", help="Learn from responses only, or from prompts too"
+    )
     chunk_blocks: int = setting(16, help="Blocks that share a copy of the prefix", minimum=1)
 
     def problems(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Proves the training layout row by row against loops: positions, who sees whom, targets, labels, padding.
 
-Blocks of one length are checked place by place, blocks of any length as a set: which rows there are, and what they see.
+Blocks of one length are checked place by place, blocks of any length by which rows there are and what they see.
 """
 
 from __future__ import annotations
