@@ -215,57 +215,6 @@ def test_micro_batches_count_by_the_rows_that_something_is_learnt_from() -> None
     assert not any(np.array(leaf).any() for _, leaf in tree_flatten(gradients))
 
 
-@pytest.mark.parametrize("variant", ["o", "c"])
-def test_shorter_blocks_have_the_targets_of_whole_ones(variant: Any) -> None:
-    """Uniforms, labels and weights of every row that is left are those of its row in a whole block."""
-    attached = dressed("llama", variant=variant)
-    config = attached.speculator.config  # type: ignore[union-attr]
-    lengths = [np.array(own) for own in ([3, 1, 2, 1, 2], [2], [1, 3])]
-
-    def targets_by_row(layout: SlotLayout) -> dict[tuple[int, int], tuple[float, int, float]]:
-        prefix = prefix_pass(attached, layout)
-        rows = teacher_rows(attached, layout, prefix, picker_of(config.teacher), with_logits=False)
-        text = text_uniforms(layout, rows, 0.3, (1,))
-        targets = slot_targets(layout, rows, text, config, np.zeros(layout.anchors.shape, dtype=bool), 0.9)
-        keys = zip(layout.target.tolist(), layout.depth.tolist(), strict=True)
-        carried = targets.carried.reshape(-1)[layout.rows].tolist()
-        values = zip(carried, targets.label.tolist(), targets.weight.tolist(), strict=True)
-        return dict(zip(keys, values, strict=True))
-
-    whole = targets_by_row(layout_for(config.lead))
-    layout = build_layout(SEQUENCES, ANCHORS, SLOTS, 2, config.lead, lengths)
-    found = targets_by_row(layout)
-    assert len(found) == len(layout.rows) < len(whole)
-    assert found == {key: whole[key] for key in found}
-
-
-def test_own_uniforms_stay_inside_shorter_blocks() -> None:
-    """A slot hands its uniform to the next one of its block only, and its gaps to none of another."""
-    attached = dressed("llama", variant="c")
-    config, picker = attached.speculator.config, picker_of(TeacherSampling())  # type: ignore[union-attr]
-    lengths = [np.array(own) for own in ([3, 1, 2, 1, 2], [2], [1, 3])]
-    layout = build_layout(SEQUENCES, ANCHORS, SLOTS, 2, lengths=lengths)
-    prefix = prefix_pass(attached, layout)
-    rows = teacher_rows(attached, layout, prefix, picker, with_logits=False)
-    text = text_uniforms(layout, rows, 0.3, (1,))
-    targets = slot_targets(layout, rows, text, config, np.zeros(layout.anchors.shape, dtype=bool), 1.0)
-    columns = np.arange(attached.vocab_size)
-    # The token that the first block's slot 1 predicts has no column: rows behind it cannot be trained.
-    columns[layout.label[0]] = -1
-
-    def hidden_states(carried: np.ndarray) -> mx.array:
-        return slot_pass(attached, layout, prefix, carried)
-
-    own = with_own_uniforms(attached, layout, targets, text, hidden_states, picker, columns, 1.0, (2,))
-    changed = np.flatnonzero((own.carried != targets.carried).reshape(-1))
-    assert len(changed) and layout.slot.reshape(-1)[changed].min() == 1
-    flat, expected = layout.tokens.reshape(-1), []
-    for target, depth in zip(layout.target.tolist(), layout.depth.tolist(), strict=True):
-        between = flat[target - depth + 2 : target + 1]  # the tokens that slots before this one predict
-        expected.append(0.0 if (columns[between] == -1).any() else 1.0)
-    assert own.weight.tolist() == expected and 0 < expected.count(0.0) < len(expected)
-
-
 def test_greedy_and_independent_blocks_carry_nothing() -> None:
     attached, layout = dressed("llama", variant="c"), layout_for(0)
     rows = teacher_rows(attached, layout, prefix_pass(attached, layout), picker_of(TeacherSampling()), False)
