@@ -32,6 +32,7 @@ SMALL = {
     "slots": 2,
     "rank": 3,
     "sampler_width": 16,
+    "ema": 0.8,
 }
 Run = tuple[list[dict[str, Any]], dict[str, np.ndarray]]
 

@@ -1,6 +1,7 @@
 """Training state on disk: one safetensors file, written whole or not at all, from which a run resumes exactly.
 
-It holds the adapter in float32, the optimizer's state, the step and the settings. Data order and sampled positions
+It holds the adapter in float32, the average of its weights if there is one, the optimizer's state, the step and the
+settings. Data order and sampled positions
 are functions of (seed, step), so nothing else is needed.
 """
 
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
+from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.settings import TrainSettings
 
 # Settings that may change when a run resumes, because losses do not depend on them (except for the rounding of
@@ -76,6 +78,7 @@ def save_checkpoint(
     path: Path,
     adapter: Trained,
     optimizer: optim.Optimizer,
+    average: WeightAverage,
     step: int,
     settings: TrainSettings,
     data_fingerprint: str,
@@ -86,7 +89,7 @@ def save_checkpoint(
     Raises:
         MTPError: the file cannot be written; the previous checkpoint stays.
     """
-    tensors = state_tensors(adapter, optimizer)
+    tensors = state_tensors(adapter, optimizer, average)
     metadata = {
         "step": str(step),
         "settings": json.dumps(comparable(settings)),
@@ -102,10 +105,12 @@ def save_checkpoint(
     write_file(path, write)
 
 
-def state_tensors(adapter: Trained, optimizer: optim.Optimizer) -> dict[str, mx.array]:
-    """Weights and optimizer state by the names they have in a checkpoint."""
-    tensors = {f"adapter/{name}": value for name, value in adapter.tensors().items()}
-    return tensors | {f"optimizer/{name}": value for name, value in flat_state(optimizer).items()}
+def state_tensors(
+    adapter: Trained, optimizer: optim.Optimizer, average: WeightAverage
+) -> dict[str, mx.array]:
+    """Weights, optimizer state and averaged weights by the names they have in a checkpoint."""
+    parts = {"adapter": adapter.tensors(), "optimizer": flat_state(optimizer), "average": average.tensors()}
+    return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
 def remove_leftovers(path: Path) -> None:
@@ -179,22 +184,32 @@ def check_resumable(
         )
 
 
-def restore(checkpoint: Checkpoint, adapter: Trained, optimizer: optim.Optimizer) -> None:
-    """Sets the weights and the state of an initialised optimizer to those of a checkpoint.
+def restore(
+    checkpoint: Checkpoint, adapter: Trained, optimizer: optim.Optimizer, average: WeightAverage
+) -> None:
+    """Sets the weights, the state of an initialised optimizer and the average to those of a checkpoint.
+
+    The average of a checkpoint without one, which is older than `ema`, starts at its weights.
 
     Raises:
         MTPError: tensors are missing or have another shape.
     """
-    weights = {
-        name.removeprefix("adapter/"): value
-        for name, value in checkpoint.tensors.items()
-        if name.startswith("adapter/")
-    }
-    adapter.load_tensors(weights)
+    adapter.load_tensors(_part(checkpoint, "adapter"))
+    averaged = _part(checkpoint, "average")
+    if averaged:
+        average.load_tensors(averaged)
+    else:
+        average.restart()
     for name, holder, key in _leaves(optimizer.state):
         if f"optimizer/{name}" not in checkpoint.tensors:
             raise MTPError(f"the checkpoint is damaged (no optimizer/{name}): delete it to start again")
         holder[key] = checkpoint.tensors[f"optimizer/{name}"]
+
+
+def _part(checkpoint: Checkpoint, part: str) -> dict[str, mx.array]:
+    """The tensors of a checkpoint whose names start with "part/", without that."""
+    named = checkpoint.tensors.items()
+    return {name.removeprefix(f"{part}/"): value for name, value in named if name.startswith(f"{part}/")}
 
 
 def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:

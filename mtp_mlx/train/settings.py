@@ -59,6 +59,9 @@ class TrainSettings:
     final_rate: float = setting(
         0.05, help="Final learning rate, as a fraction of the peak", minimum=0.0, maximum=1.0
     )
+    ema: float = setting(
+        0.0, help="Decay of the average of the weights that is exported; 0 = off", minimum=0.0, maximum=1.0
+    )
     weight_decay: float = setting(0.0, help="AdamW weight decay", minimum=0.0)
     clip: float = setting(1.0, help="Clip the gradient norm at this value; 0 = off", minimum=0.0)
     loss_rows: int = setting(2048, help="Rows per chunk of the loss, whose logits are in memory", minimum=1)
@@ -85,6 +88,8 @@ class TrainSettings:
         problems = []
         if self.warmup is not None and self.warmup > self.steps:
             problems.append(f"`warmup` ({self.warmup}) is longer than the run (`steps` {self.steps})")
+        if self.ema == 1:
+            problems.append("`ema` 1 keeps the initial weights: give a decay below 1, such as 0.999")
         if self.learning_rate == 0:
             problems.append("`learning_rate` 0 trains nothing")
         return problems

@@ -14,6 +14,7 @@ import mlx.optimizers as optim
 
 from mtp_mlx.distributed import Peers
 from mtp_mlx.train import checkpoint as checkpoints
+from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.loss import LossParts
 
 
@@ -71,8 +72,9 @@ def start_as_one(
     step: int,
     trained: checkpoints.Trained,
     optimizer: optim.Optimizer,
+    average: WeightAverage,
 ) -> int:
-    """Copies weights and optimizer state of process 0 to all processes; returns the step they start from.
+    """Copies the training state of process 0 to all processes; returns the step that they start from.
 
     Args:
         given: JSON values that must be the same in all processes.
@@ -84,6 +86,6 @@ def start_as_one(
         return step
     peers.must_agree(given, "start all of them with the same command, model and data")
     first = int(peers.gather(step)[0])
-    tensors = peers.share(checkpoints.state_tensors(trained, optimizer))
-    checkpoints.restore(checkpoints.Checkpoint(first, tensors, {}, ""), trained, optimizer)
+    tensors = peers.share(checkpoints.state_tensors(trained, optimizer, average))
+    checkpoints.restore(checkpoints.Checkpoint(first, tensors, {}, ""), trained, optimizer, average)
     return first

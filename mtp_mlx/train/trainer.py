@@ -26,6 +26,7 @@ from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
+from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.data import Example, fingerprint
 from mtp_mlx.train.memory import gigabytes, peak_memory
 from mtp_mlx.train.method import Method
@@ -147,6 +148,7 @@ class Trainer:
         self.estimate = self.method.estimate_memory(self._train, self.method.plan)
         self._optimizer = build_optimizer(settings)
         self._optimizer.init(self.method.module.trainable_parameters())
+        self._average = WeightAverage(self.method.module, settings.ema)
         self._data_fingerprint = fingerprint(train)
         weights = {example.weight for example in self._train}
         self._order = EpochOrder(
@@ -222,7 +224,7 @@ class Trainer:
         checkpoints.check_resumable(
             state, self.checkpoint_path, self._whole, self._data_fingerprint, self.method.fingerprint
         )
-        checkpoints.restore(state, self.method, self._optimizer)
+        checkpoints.restore(state, self.method, self._optimizer, self._average)
         self.step = state.step
         for row in self._drop_metrics_behind(state.step):
             self.loss = row.get("loss", self.loss)
@@ -262,6 +264,7 @@ class Trainer:
             self.checkpoint_path,
             self.method,
             self._optimizer,
+            self._average,
             self.step,
             self._whole,
             self._data_fingerprint,
@@ -287,7 +290,8 @@ class Trainer:
             return
         check_out(self.settings.out)
         acceptance = self.agreement.acceptance if self.agreement else []
-        self.method.export(self.settings.out, self.provenance(), acceptance)
+        with self._average.in_place():
+            self.method.export(self.settings.out, self.provenance(), acceptance)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -303,7 +307,9 @@ class Trainer:
                 "the data's fingerprint": self._data_fingerprint,
                 "the model's fingerprint": self.method.fingerprint,
             }
-            self.step = start_as_one(self.peers, given, self.step, self.method, self._optimizer)
+            self.step = start_as_one(
+                self.peers, given, self.step, self.method, self._optimizer, self._average
+            )
             first = self.step
             while self.step < self.settings.steps and not self._ending:
                 self._one_step()
@@ -345,6 +351,7 @@ class Trainer:
                 f"in step {self.step + 1} the loss is {value} and the gradient norm {length}: lower "
                 f"`learning_rate` (now {settings.learning_rate}); this step was not saved"
             )
+        self._average.update(self.step)
         self.step += 1
         self.loss, self._seconds = value, time.perf_counter() - started
         report = StepReport(self.step, value, mean.parts, rate, length, mean.rows, self._seconds)
@@ -366,7 +373,8 @@ class Trainer:
             return
         size = self.settings.batch_size
         batches = [self._held_out[start : start + size] for start in range(0, len(self._held_out), size)]
-        agreement = self.method.measure(batches)
+        with self._average.in_place():
+            agreement = self.method.measure(batches)
         self._measured_step = self.step
         if not agreement.blocks:
             self.listener.on_message(

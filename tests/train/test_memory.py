@@ -56,8 +56,9 @@ def test_the_parts_of_an_estimate() -> None:
     assert str(estimate).startswith("memory, estimated: ")
 
 
-def test_the_largest_slices_that_fit_are_taken(tmp_path: Path) -> None:
+def test_the_largest_slices_that_fit_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less memory: smaller slices, then one thread, then gradient checkpointing; then a refusal."""
+    monkeypatch.setattr("mtp_mlx.drafters.slots.memory.beside", lambda weights: 10**6)
     model = tiny_model("llama", seed=3, hidden_size=96, intermediate_size=192, num_hidden_layers=6)
     rows = [Example(np.random.default_rng(0).integers(3, VOCABULARY, 400).tolist(), 4)] * 4
     settings = settings_for(tmp_path / "a", max_length=512)

@@ -227,10 +227,10 @@ OLD_OWN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", training_methods())
 def test_a_checkpoint_from_before_methods_had_settings_of_their_own(tmp_path: Path, method: str) -> None:
-    """It resumes, and what is written today is what was written then."""
+    """It resumes, and what was written then is written today; what is newer is at its default."""
     old = {"method": method, **OLD_SHARED, **OLD_OWN[method]}
     trainer = trainer_for(tmp_path / "adapter", method=method)
-    assert checkpoints.comparable(trainer.settings) == old
+    assert old.items() <= checkpoints.comparable(trainer.settings).items()
     trainer.save()
     tensors, metadata = mx.load(str(trainer.checkpoint_path), return_metadata=True)
     mx.save_safetensors(str(trainer.checkpoint_path), tensors, {**metadata, "settings": json.dumps(old)})

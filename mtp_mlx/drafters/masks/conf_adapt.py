@@ -36,7 +36,7 @@ from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.models import resolve_model
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import draft_columns, draft_vocabulary
+from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
 from mtp_mlx.train.plan import StepPlan
@@ -60,7 +60,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
         if not self._gated:
             _check_unquantised(model, settings.tuning)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size) if self._gated else None
+        draft_ids = self.draft_vocabulary(train) if self._gated else None
         self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
         if settings.start_from is not None:
             self.start_from(settings.start_from, config_of, tell)

@@ -23,7 +23,6 @@ from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
 from mtp_mlx.train.plan import StepPlan
@@ -62,7 +61,7 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
         self, model: nn.Module, train: Sequence[Example], settings: MaskTokenSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
+        draft_ids = self.draft_vocabulary(train)
         self.adapter: MaskAdapter = new_adapter(
             model, mask_shape(settings, settings.sampler_width), draft_ids
         )

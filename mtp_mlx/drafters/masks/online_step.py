@@ -101,7 +101,8 @@ class OnlineRunner(MicroBatchRunner):
 
     def _first_picks(self, layout: SlotLayout, prefix: Prefix, part: Part) -> mx.array:
         """The base's most likely token behind the last real token of each region of a slice, [regions]."""
-        anchors = layout.anchors.reshape(-1, layout.chunk_blocks)[part.chunks].reshape(-1)
+        anchors = layout.of_block(layout.anchors).reshape(-1, layout.chunk_rows)[part.chunks]
+        anchors = anchors.reshape(-1, layout.slots)[:, 0]
         rows = part.sequence * layout.tokens.shape[1] + anchors
         return self._in_chunks(
             prefix.hidden[mx.array(rows)], lambda h: mx.argmax(self._attached.head(h), axis=-1)

@@ -21,7 +21,6 @@ from mtp_mlx.drafters.slots.method import SlotMethod, block_choice, settled_shar
 from mtp_mlx.model.attach import attach
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import draft_vocabulary
 from mtp_mlx.train.memory import MemoryEstimate
 from mtp_mlx.train.method import Tell
 from mtp_mlx.train.plan import StepPlan
@@ -63,7 +62,7 @@ class TrainPTP(SlotMethod[PTPSettings]):
 
     def __init__(self, model: nn.Module, train: Sequence[Example], settings: PTPSettings, tell: Tell) -> None:
         super().__init__(model, train, settings, tell)
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, self.vocab_size)
+        draft_ids = self.draft_vocabulary(train)
         self.adapter: PTPAdapter = new_ptp_adapter(model, ptp_shape(settings), draft_ids)
         if settings.start_from is not None:
             self.start_from(settings.start_from, config_of, tell)

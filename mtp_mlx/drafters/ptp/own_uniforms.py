@@ -6,7 +6,7 @@
 That takes k - 1 passes without gradients, one after another. The first token of a block is the base model's in
 decoding too. `inverse_ar.py` trains the whole model this way.
 
-Legend: S sequences, T padded length, k slots, M supervised rows, C draft columns, V vocabulary.
+Legend: S sequences, T padded length, k slots, R slot rows per sequence, M supervised rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtp_mlx.drafters.slots.layout import SlotLayout
 from mtp_mlx.metal_kernels.inverse_cdf import interval
 from mtp_mlx.model.attach import AttachedModel
 
-# From what every slot carries, [S * chunks, G * k], to the hidden states of the supervised rows, [M, D].
+# From what every slot carries, in the layout's chunks, to the hidden states of the supervised rows, [M, D].
 SlotPass = Callable[[np.ndarray], mx.array]
 
 
@@ -59,16 +59,19 @@ def with_own_uniforms(
     stands = np.minimum(layout.positions().reshape(len(layout.tokens), -1), layout.tokens.shape[1] - 1)
     known = np.take_along_axis(text.reachable, stands, axis=1).reshape(-1)
     column = columns[layout.label]
+    behind = layout.of_block(layout.lengths).reshape(-1)[layout.rows] > layout.depth  # rows with a next slot
     for depth in range(1, layout.slots):
-        own = np.flatnonzero((layout.depth == depth) & ~targets.greedy)
+        own = np.flatnonzero((layout.depth == depth) & behind & ~targets.greedy)
         if not len(own):
             break
-        logits = attached.draft_head(slot_pass(carried)[mx.array(own)])  # [rows of this depth, C]
+        logits = attached.draft_head(slot_pass(carried)[mx.array(own)])  # [rows of this depth, columns]
         edges = interval(picker.scores(logits), mx.array(np.maximum(column[own], 0)))
         left, right = (np.array(edge).astype(np.float64) for edge in edges)
         flat[layout.rows[own] + 1], reachable = drawn_inside(left, right, place[own])
         known[layout.rows[own] + 1] = reachable & (column[own] >= 0)
-    so_far = np.logical_and.accumulate(known.reshape(-1, layout.slots), axis=1).reshape(-1)[layout.rows]
+    unknown = np.concatenate([[0], np.cumsum(~known)])
+    first = layout.rows - layout.slot.reshape(-1)[layout.rows]  # of the row's block
+    so_far = unknown[layout.rows + 1] == unknown[first]
     weight = depth_decay ** (layout.depth - 1).astype(np.float32) * so_far
     weight = np.where(targets.greedy, targets.weight, weight).astype(np.float32)
     return replace(targets, carried=carried, weight=weight)

@@ -1,6 +1,6 @@
 """The uniforms that slots carry in a step of Parallel Token Prediction, and the tokens that they predict.
 
-Legend: S sequences, N blocks per sequence, G blocks per chunk, k rows of a block, M supervised rows.
+Legend: S sequences, N blocks per sequence, C rows per chunk, M supervised rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SlotTargets:
     """Inputs and targets of the slots of a layout.
 
     Attributes:
-        carried: [S * chunks, G * k] float32 uniforms; NOTHING where a slot carries none.
+        carried: [S * chunks, C] float32 uniforms; NOTHING where a slot carries none.
         label: [M] int32 token to predict.
         weight: [M] float32 weight of the loss.
         greedy: [M] bool, see `PTPBatch`.
@@ -68,7 +68,7 @@ def slot_targets(
     Args:
         greedy_blocks: [S, N] bool, blocks for temperature 0.
     """
-    greedy = np.repeat(greedy_blocks.reshape(-1), layout.slots)  # of every slot row
+    greedy = layout.of_block(greedy_blocks).reshape(-1)  # of every slot row
     carried = carried_uniforms(layout, text.values)
     nothing = np.ones_like(greedy) if config.independent else greedy
     carried = np.where(nothing.reshape(carried.shape), np.float32(NOTHING), carried)

@@ -105,14 +105,13 @@ def _edges(
 def _covered(layout: SlotLayout) -> np.ndarray:
     """Ascending indices of the real rows from each anchor to the row before the last token of its block."""
     sequences, length = layout.tokens.shape
-    count = layout.slots + 1 - layout.lead  # rows from the anchor to anchor + drafts
     covered = np.zeros((sequences, length), dtype=bool)
-    supervised = np.zeros(layout.anchors.size * layout.slots, dtype=bool)
-    supervised[layout.rows] = True
-    real = supervised.reshape(*layout.anchors.shape, layout.slots).any(axis=2)  # blocks that are not padding
-    for offset in range(count):
+    real = np.zeros(layout.anchors.shape, dtype=bool)  # blocks that train something
+    sequence, row = np.divmod(layout.rows, layout.block.shape[1])
+    real[sequence, layout.block[sequence, row]] = True
+    for offset in range(layout.slots + 1 - layout.lead):  # from the anchor to anchor + drafts of the longest
         row = layout.anchors + offset
-        inside = real & (row < length - 1)
+        inside = real & (offset <= layout.lengths - layout.lead) & (row < length - 1)
         sequence = np.broadcast_to(np.arange(sequences)[:, None], row.shape)
         covered[sequence[inside], row[inside]] = True
     return np.flatnonzero(covered.reshape(-1))
@@ -166,7 +165,7 @@ def drawn_inside(left: np.ndarray, right: np.ndarray, place: np.ndarray) -> tupl
 
 
 def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:
-    """The uniform that each slot row carries, float32 [S * chunks, G * k].
+    """The uniform that each slot row carries, float32 [S * chunks, C].
 
     With a lead it is the uniform of the token that the row predicts, without one that of the token at its position.
 
@@ -176,7 +175,7 @@ def carried_uniforms(layout: SlotLayout, values: np.ndarray) -> np.ndarray:
     sequences, length = values.shape
     position = layout.positions().reshape(sequences, -1) + layout.lead
     carried = np.take_along_axis(values, np.minimum(position, length - 1), axis=1)
-    return carried.reshape(-1, layout.chunk_blocks * layout.slots)
+    return carried.reshape(-1, layout.chunk_rows)
 
 
 def known_so_far(layout: SlotLayout, known: np.ndarray, own: bool) -> np.ndarray:
@@ -186,7 +185,7 @@ def known_so_far(layout: SlotLayout, known: np.ndarray, own: bool) -> np.ndarray
         own: include the token of the row itself.
     """
     sequences, length = known.shape
-    sequence = layout.rows // (layout.anchors.shape[1] * layout.slots)
+    sequence = layout.rows // layout.block.shape[1]
     predicted = layout.target - sequence * length + 1  # position of the token
     anchor = predicted - layout.depth - 1
     unknown = np.concatenate([np.zeros((sequences, 1), dtype=int), np.cumsum(~known, axis=1)], axis=1)

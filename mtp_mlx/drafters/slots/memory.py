@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from mtp_mlx.drafters.slots.adapter import SlotAdapter, adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.drafters.slots.options import SlotSettings
-from mtp_mlx.drafters.slots.step import TEACHER_CHUNK, BlockChoice
+from mtp_mlx.drafters.slots.step import TEACHER_CHUNK, BlockChoice, taught
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import (
@@ -44,7 +44,8 @@ def estimate_memory(
     adapter = adapter_of(attached)
     count = settings.batch_size
     length = max(len(example) for example in examples)  # T
-    blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in examples)
+    learnt = [taught(example, settings) for example in examples]
+    blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in learnt)
     blocks = max(1, round(choice.share * blocks))
     blocks = min(blocks, choice.most) if choice.most else blocks  # N
     per_chunk = min(chunk_blocks_of(choice.chunk_blocks, choice.slots, plan), blocks)  # G
@@ -61,11 +62,11 @@ def estimate_memory(
     vocabulary = attached.vocab_size
     drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)
     in_loss = min(settings.loss_rows, rows) * (1 if rows > settings.loss_rows else 2)  # two heads at once
-    taught = min(chunks * (per_chunk + choice.slots), length)  # teacher rows of a slice
-    logits = LOGITS_COPIES * in_loss * drafted + taught * drafted
+    teachers = min(chunks * (per_chunk + choice.slots), length)  # teacher rows of a slice
+    logits = LOGITS_COPIES * in_loss * drafted + teachers * drafted
     # Pass 1 and the teacher come before pass 2, so they need no memory of their own.
     first_pass = count * length * sizes.per_row + 3 * count * sizes.heads * length**2
-    teacher = 3 * min(TEACHER_CHUNK, taught) * vocabulary
+    teacher = 3 * min(TEACHER_CHUNK, teachers) * vocabulary
     activations = max(
         layers * sizes.float_bytes + logits * FLOAT, first_pass * sizes.float_bytes, teacher * FLOAT
     )

@@ -16,13 +16,14 @@ from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.drafters.slots.memory import block_plans, chunk_blocks_of
 from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
-from mtp_mlx.drafters.slots.step import BlockChoice
+from mtp_mlx.drafters.slots.step import BlockChoice, taught
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
-from mtp_mlx.train.draft_vocabulary import same_draft_ids
+from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
+from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.method import Method, Tell
 from mtp_mlx.train.plan import WHOLE, StepPlan
 
@@ -57,11 +58,13 @@ class SlotMethod(Method[Settings]):
     @classmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
         """See `Method`: a response of one token leaves nothing for a slot to predict."""
-        return lambda example: len(candidate_anchors(len(example), example.loss_start)) > 0
+        return lambda example: len(candidate_anchors(len(example), taught(example, settings).loss_start)) > 0
 
     @classmethod
     def too_short(cls, settings: Settings) -> tuple[str, str]:
         """See `Method`."""
+        if settings.learn_from == "all":
+            return f"{cls.what} need rows of three tokens or more", f"{cls.what} need three tokens"
         return (
             f"{cls.what} need responses of two tokens or more",
             f"their responses have one token, and {cls.what} need two",
@@ -70,6 +73,16 @@ class SlotMethod(Method[Settings]):
     def plans(self) -> Iterator[StepPlan]:
         """See `Method`."""
         return block_plans(self.settings, self.most_workers)
+
+    def draft_vocabulary(self, examples: Sequence[Example]) -> mx.array | None:
+        """The ids most used in what is learnt from, as many as the settings say; None for all."""
+        learnt = [taught(example, self.settings) for example in examples]
+        return draft_vocabulary(learnt, self.settings.draft_vocab, self.vocab_size)
+
+    def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
+        """See `Method`."""
+        learnt = [[taught(example, self.settings) for example in batch] for batch in examples]
+        return super().gradients(learnt, step)
 
     @property
     def module(self) -> nn.Module:
@@ -112,8 +125,10 @@ def settled_share(settings: Blocks, train: Sequence[Example]) -> Blocks:
     """The settings with a `block_share`: by default about `SLOTS_PER_STEP` slots a step, if there are as many."""
     if settings.block_share is not None:
         return settings
-    positions = [len(candidate_anchors(len(example), example.loss_start)) for example in train]
-    a_step = settings.slots * settings.batch_size * settings.micro_batches * sum(positions) / len(positions)
+    learnt = [taught(example, settings) for example in train]
+    positions = [len(candidate_anchors(len(example), example.loss_start)) for example in learnt]
+    slots = block_choice(settings).mean_slots
+    a_step = slots * settings.batch_size * settings.micro_batches * sum(positions) / len(positions)
     return replace(settings, block_share=min(1.0, round(SLOTS_PER_STEP / a_step, 3)))
 
 
@@ -125,6 +140,7 @@ def block_choice(settings: BlockSettings, plan: StepPlan = WHOLE) -> BlockChoice
         most=settings.max_blocks,
         chunk_blocks=chunk_blocks_of(settings.chunk_blocks, settings.slots, plan),
         depth_decay=settings.depth_decay,
+        lengths=settings.block_lengths,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mtp_mlx.config import setting
 from mtp_mlx.train.settings import TrainSettings
@@ -17,6 +18,9 @@ class SlotSettings(TrainSettings):
     alpha: float = setting(24.0, help="LoRA scale: the update is multiplied by alpha / rank")
     target_modules: tuple[str, ...] = setting(
         (), help="Names of the linear layers with LoRA (default: all); may be repeated"
+    )
+    learn_from: Literal["responses", "all"] = setting(
+        "responses", help="Learn from responses only, or from prompts too"
     )
     chunk_blocks: int = setting(16, help="Blocks that share a copy of the prefix, at most", minimum=1)
     grad_checkpoint: bool | None = setting(
@@ -43,6 +47,9 @@ class BlockSettings(SlotSettings):
         help="Fraction of positions with a block of slots (default: 4,096 slots a step)",
         minimum=0.0,
         maximum=1.0,
+    )
+    block_lengths: Literal["fixed", "random"] = setting(
+        "fixed", help="Slots per block: all of them, or a random number from 1 on"
     )
     max_blocks: int = setting(0, help="Maximum number of blocks per sequence; 0 = no limit", minimum=0)
     depth_decay: float = setting(1.0, help="Loss weight of slot j: this to the power j - 1", minimum=0.0)

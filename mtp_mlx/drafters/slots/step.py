@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout, candidate_anchors
+from mtp_mlx.drafters.slots.options import SlotSettings
 from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_states
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
+
+BlockLengths = Literal["fixed", "random"]
 
 TEACHER_CHUNK = 512  # real rows whose logits over the whole vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """Draws the positions that have a block of slots.
+    """Draws the positions that have a block of slots, and the lengths of the blocks.
 
     Attributes:
         slots: k, slots per block.
@@ -27,6 +31,7 @@ class BlockChoice:
         most: maximum number of blocks per sequence; 0 = no limit.
         chunk_blocks: blocks that share a copy of the prefix.
         depth_decay: the loss of slot j has weight depth_decay ** (j - 1).
+        lengths: "fixed": every block has k slots. "random": 1 to k, each as often, and none behind the text's end.
     """
 
     slots: int = 4
@@ -34,6 +39,12 @@ class BlockChoice:
     most: int = 0
     chunk_blocks: int = 16
     depth_decay: float = 1.0
+    lengths: BlockLengths = "fixed"
+
+    @property
+    def mean_slots(self) -> float:
+        """Expected slots per block."""
+        return (self.slots + 1) / 2 if self.lengths == "random" else self.slots
 
     def layout(self, examples: Sequence[Example], seed: int, step: int, lead: int = 0) -> SlotLayout:
         """The layout of a micro-batch; it depends on (seed, step) only, so a resumed run repeats it.
@@ -51,9 +62,25 @@ class BlockChoice:
             count = int(np.ceil(self.share * len(candidates)))
             count = min(count, self.most) if self.most else count
             anchors.append(np.sort(random.permutation(candidates)[:count]))
-        return build_layout(
-            [example.tokens for example in examples], anchors, self.slots, self.chunk_blocks, lead
-        )
+        sequences = [example.tokens for example in examples]
+        lengths = None
+        if self.lengths == "random":
+            lengths = [
+                self._lengths(own, len(text), random) for own, text in zip(anchors, sequences, strict=True)
+            ]
+        return build_layout(sequences, anchors, self.slots, self.chunk_blocks, lead, lengths)
+
+    def _lengths(self, anchors: np.ndarray, length: int, random: np.random.Generator) -> np.ndarray:
+        """Slots behind each anchor of a text of `length` tokens: slot j needs the token at anchor + j + 1."""
+        return np.minimum(random.integers(1, self.slots + 1, len(anchors)), length - 2 - anchors)
+
+
+def taught(example: Example, settings: SlotSettings) -> Example:
+    """The example as it is learnt from: all of it is a response if prompts are learnt from too.
+
+    Prompts are not the base model's own text, but what it predicts in them teaches as well.
+    """
+    return example if settings.learn_from == "responses" else replace(example, loss_start=0)
 
 
 def evaluate_constants(attached: AttachedModel, lead: int = 0, uniform: float | None = None) -> None:

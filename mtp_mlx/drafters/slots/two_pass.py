@@ -57,7 +57,7 @@ def slot_pass(
     """Pass 2: hidden states of the supervised slot rows of a slice, [m, D]; differentiable in the adapter.
 
     Args:
-        uniforms: [S * chunks, G * k] float32, what the slots carry (Parallel Token Prediction only).
+        uniforms: [S * chunks, C] float32, what the slots carry (Parallel Token Prediction only).
     """
     first = part.chunks.start * layout.chunk_rows
     rows = mx.array(layout.rows[part.rows] - first)
@@ -71,9 +71,9 @@ def every_slot_pass(
     part: Part,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Pass 2: hidden states of all slot rows of a slice, [chunks * G * k, D], supervised or not."""
-    slot = np.tile(np.arange(layout.slots, dtype=np.int32), layout.chunk_blocks)
-    ids = mx.broadcast_to(mx.array(slot + attached.vocab_size), (part.count, len(slot)))
+    """Pass 2: hidden states of all slot rows of a slice, [chunks * C, D], supervised or not."""
+    slot = layout.slot.reshape(-1, layout.chunk_rows)[part.chunks]
+    ids = mx.array(slot + attached.vocab_size)
     own = None if uniforms is None else uniforms[part.chunks]
     return _pass_behind(attached, layout, prefix, part, ids, n_real=0, uniforms=own)
 
@@ -104,10 +104,10 @@ def token_pass(
     """Hidden states of the base model over tokens in place of a slice's slots, with the same visibility.
 
     Args:
-        tokens: [chunks * G * k] int32, in the order of the slot rows.
+        tokens: [chunks * C] int32, in the order of the slot rows.
 
     Returns:
-        [chunks * G * k, D].
+        [chunks * C, D].
     """
     ids = tokens.reshape(part.count, -1)
     return _pass_behind(attached, layout, prefix, part, ids, n_real=ids.shape[1])
@@ -122,7 +122,7 @@ def _pass_behind(
     n_real: int,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [chunks * G * k, D] of `ids` [chunks, G * k] behind the prefix of a slice."""
+    """Hidden states [chunks * C, D] of `ids` [chunks, C] behind the prefix of a slice."""
     positions = layout.positions()[part.chunks]
     visibility = layout.visibility(part.chunks)
     seen = layout.seen(part.chunks)
@@ -130,7 +130,7 @@ def _pass_behind(
         pieces = []
         for row in range(part.count):
             caches = _behind(prefix, part.sequence, seen)
-            mask = mx.array(visibility[row])  # [G * k, t + G * k]
+            mask = mx.array(visibility[row])  # [C, t + C]
             own = slice(row, row + 1)
             carried = None if uniforms is None else uniforms[own]
             pieces.append(
@@ -138,7 +138,7 @@ def _pass_behind(
             )
         hidden = mx.concatenate(pieces)
     else:
-        mask = mx.array(visibility)[:, None]  # [chunks, 1, G * k, t + G * k]
+        mask = mx.array(visibility)[:, None]  # [chunks, 1, C, t + C]
         caches = _behind(prefix, part.sequence, seen)
         hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, part.count, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])
@@ -154,7 +154,7 @@ def _chunks_pass(
     repeats: int = 1,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
-    """Hidden states [B, G * k, D] of chunks whose rows have `positions` [B, G * k]."""
+    """Hidden states [B, C, D] of chunks whose rows have `positions` [B, C]."""
     for cache in caches:
         cache.mask, cache.repeats = mask, repeats
     carried = None if uniforms is None else mx.array(uniforms)

@@ -52,18 +52,13 @@ def masks(objective: Any) -> Callable[[StepPlan, int], MicroBatchRunner]:
     return runner
 
 
-def ptp(loss: PTPLoss, variant: Any, source: Any = "teacher") -> Callable[[StepPlan, int], MicroBatchRunner]:
-    # Own uniforms follow from logits. With bits, their rounding would flip the last one, and with it the slot.
-    embedding: Any = "bits" if source == "teacher" else "linear-interpolation"
-
+def ptp(loss: PTPLoss, variant: Any) -> Callable[[StepPlan, int], MicroBatchRunner]:
     def runner(plan: StepPlan, chunk_blocks: int) -> MicroBatchRunner:
         model = frozen("llama")
         mx.random.seed(5)
-        adapter = new_ptp_adapter(
-            model, PTPConfig(variant=variant, embedding=embedding, slots=SLOTS, rank=4, alpha=8.0)
-        )
+        adapter = new_ptp_adapter(model, PTPConfig(variant=variant, slots=SLOTS, rank=4, alpha=8.0))
         choice = BlockChoice(slots=SLOTS, chunk_blocks=chunk_blocks)
-        uniforms = UniformChoice(greedy_share=0.3, source=source)
+        uniforms = UniformChoice(greedy_share=0.3)  # own uniforms would follow from the rounding of logits
         return PTPRunner(attach(model, adapter), loss, choice, uniforms, seed=0, plan=plan)
 
     return runner
@@ -84,7 +79,7 @@ METHODS = {
     "apple": masks(Apple(lcm_weight=0.7)),
     "o-ptp": ptp(PTPLoss("ce"), "o"),
     "c-ptp": ptp(PTPLoss("kl"), "c"),
-    "c-ptp, own uniforms": ptp(PTPLoss("reverse-kl", 0.8), "c", "own"),
+    "c-ptp, reverse": ptp(PTPLoss("reverse-kl", 0.8), "c"),
     "conf-adapt, hard": online("hard-teacher"),
     "conf-adapt, soft": online("soft-teacher"),
     "conf-adapt, text": online("ground-truth"),

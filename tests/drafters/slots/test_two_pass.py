@@ -71,6 +71,25 @@ def test_one_sequence_in_one_chunk(name: str) -> None:
     np.testing.assert_allclose(two_passes(attached, layout), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("chunk_blocks", [2, 16])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_shorter_blocks_give_the_same_rows(name: str, chunk_blocks: int) -> None:
+    """Block lengths of 1 to k: every row that is left equals its row of a whole block."""
+    attached = dressed(name)
+    whole = build_layout(SEQUENCES, ANCHORS, SLOTS, chunk_blocks)
+    lengths = [np.array(own) for own in ([3, 1, 2, 1, 2], [2], [1, 3])]
+    layout = build_layout(SEQUENCES, ANCHORS, SLOTS, chunk_blocks, lengths=lengths)
+    every = {place: row for place, row in zip(places(whole), two_passes(attached, whole), strict=True)}
+    assert len(layout.rows) < len(whole.rows)
+    expected = np.array([every[place] for place in places(layout)])
+    np.testing.assert_allclose(two_passes(attached, layout), expected, **TOLERANCE)
+
+
+def places(layout: SlotLayout) -> list[tuple[int, int]]:
+    """(the real row that predicts the same token, slot) of the supervised rows."""
+    return list(zip(layout.target.tolist(), layout.depth.tolist(), strict=True))
+
+
 def test_pass_one_is_the_base_model() -> None:
     """Its hidden states are the base's, adapter or not."""
     attached = dressed("qwen3")
