@@ -1,9 +1,10 @@
 """Hidden states of the frozen trunk over training text: computed in every step, or cached on disk.
 
 The trunk is most of the work of training heads, and its states never change. A cache file holds the states of one
-example, in 16 bits. Its name depends on what they depend on: the weights of the base model and the example's tokens.
+example, in 16 bits. Its name depends on what they depend on: the weights of the base model, the layers that are
+read, and the example's tokens.
 
-Legend: S sequences, T padded length, D hidden size.
+Legend: S sequences, T padded length, D hidden size, n tapped layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -35,8 +37,28 @@ class TrunkStates(Protocol):
     """A source of hidden states."""
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
-        """States after the final norm, [S, T, D]; rows of the padding on the right have no meaning."""
+        """What the heads read (`AttachedModel.head_input`), [S, T, D] or, with n tapped layers, [S, T, (n + 1) * D].
+
+        Rows of the padding on the right have no meaning.
+        """
         ...
+
+
+def last_state(attached: AttachedModel, states: mx.array) -> mx.array:
+    """The trunk's own state in what is read from it: [..., (n + 1) * D] -> [..., D]."""
+    return states[..., -attached.hidden_size :]
+
+
+class _TrunkPass:
+    """Passes of the trunk from any thread: its taps hold the states of one pass at a time."""
+
+    def __init__(self, attached: AttachedModel) -> None:
+        self._attached, self._lock = attached, threading.Lock()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """What the heads read of tokens [S, T]; lazy."""
+        with self._lock:
+            return self._attached.states_of(tokens)
 
 
 def padded(examples: Sequence[Example]) -> np.ndarray:
@@ -51,7 +73,7 @@ class ComputedStates:
     """States by a pass of the trunk over each batch; lazy, in the model's dtype."""
 
     def __init__(self, attached: AttachedModel) -> None:
-        self._trunk = attached.model.model
+        self._trunk = _TrunkPass(attached)
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
         """See `TrunkStates`."""
@@ -69,9 +91,12 @@ class CachedStates:
     """
 
     def __init__(self, attached: AttachedModel, folder: Path) -> None:
-        self._trunk = attached.model.model
-        self._folder = folder / weights_key(attached.model)
-        self._hidden_size = attached.hidden_size
+        self._trunk = _TrunkPass(attached)
+        taps = (
+            "" if attached.speculator is None else "".join(f"-{n}" for n in attached.speculator.tapped_layers)
+        )
+        self._folder = folder / f"{weights_key(attached.model)}{taps}"
+        self._size = attached.head_input_size
 
     def path(self, example: Example) -> Path:
         """Path of an example's file."""
@@ -86,7 +111,7 @@ class CachedStates:
         )
 
     def _one(self, example: Example) -> mx.array:
-        """States of one example, [T, D]."""
+        """States of one example, [T, (n + 1) * D]."""
         path = self.path(example)
         if not path.exists():
             states = in_half(self._trunk(mx.array(example.tokens, dtype=mx.int32)[None])[0])
@@ -100,7 +125,7 @@ class CachedStates:
             raise MTPError(
                 f"the cached hidden states {path} are damaged ({error}): delete the file"
             ) from error
-        if states.shape != (len(example), self._hidden_size):
+        if states.shape != (len(example), self._size):
             raise MTPError(
                 f"the cached hidden states {path} are damaged (shape {states.shape}): delete the file"
             )
@@ -113,8 +138,8 @@ class CachedStates:
             MTPError: the disk has too little space.
         """
         missing = [example for example in examples if not self.path(example).exists()]
-        most = 2 * self._hidden_size * sum(len(example) for example in examples)
-        needed = 2 * self._hidden_size * sum(len(example) for example in missing)
+        most = 2 * self._size * sum(len(example) for example in examples)
+        needed = 2 * self._size * sum(len(example) for example in missing)
         free = shutil.disk_usage(_existing(self._folder)).free
         if needed > free:
             raise MTPError(

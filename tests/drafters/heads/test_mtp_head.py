@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
@@ -67,7 +66,7 @@ def test_row_by_row_with_caches_equals_the_cascade(architecture: str) -> None:
     heads = random_heads(model)
     embeddings, hidden = inputs(model)
     expected = heads.cascade(embeddings, hidden)
-    caches = [KVCache() for _ in heads.heads]
+    caches = [head.make_cache() for head in heads.heads]
     for position in range(5):
         state = hidden[:, position : position + 1]
         for depth, (head, cache) in enumerate(zip(heads.heads, caches, strict=True), start=1):
