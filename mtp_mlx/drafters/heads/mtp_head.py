@@ -24,10 +24,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.head_cache import HeadCache
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import EMBEDDING_NAMES
 
 
 class MTPHead(nn.Module):
@@ -137,14 +139,40 @@ def blocks_like(trunk: nn.Module, layers: int) -> nn.Module | list[nn.Module]:
     """Copies of the trunk's last decoder layers, see `block_like`: one, or a list of several.
 
     Raises:
-        MTPError: if the trunk has fewer layers, or the model is attached.
+        MTPError: if the trunk has fewer such layers (`last_layers`), or the model is attached.
     """
-    if not 1 <= layers <= len(trunk.layers):
-        raise MTPError(
-            f"a head cannot be a copy of the last {layers} layers of a model that has {len(trunk.layers)}"
-        )
-    blocks = [block_like(trunk, layer) for layer in range(-layers, 0)]
+    blocks = [block_like(trunk, index) for index in last_layers(trunk, layers)]
     return blocks if layers > 1 else blocks[0]
+
+
+def last_layers(trunk: nn.Module, count: int) -> list[int]:
+    """Indices of the decoder layers whose copies are the block of a new head, ascending: the last ones.
+
+    Layers with recurrent state are passed over where several are copied: a head's layers are rolled back by their
+    keys and values.
+
+    Raises:
+        MTPError: if there are fewer.
+    """
+    found = [len(trunk.layers) - 1]
+    if count > 1:
+        found = [index for index, layer in enumerate(trunk.layers) if _keeps_keys(layer, trunk)]
+    if not 1 <= count <= len(found):
+        raise MTPError(
+            f"a head of {count} layers needs as many with attention to copy; this model has {len(found)}"
+        )
+    return found[-count:]
+
+
+def _keeps_keys(layer: nn.Module, trunk: nn.Module) -> bool:
+    """Whether a decoder layer puts its keys and values into a plain cache; nothing is computed."""
+    embedding = trunk[next(name for name in EMBEDDING_NAMES if name in trunk)]
+    cache = KVCache()
+    try:
+        layer(embedding(mx.zeros((1, 1), dtype=mx.int32)), None, cache)
+    except (TypeError, ValueError, AttributeError):  # it takes a cache of another kind
+        return False
+    return cache.offset == 1
 
 
 def block_like(trunk: nn.Module, layer_index: int = -1) -> nn.Module:

@@ -19,6 +19,7 @@ import numpy as np
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
 from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop
+from mtp_mlx.drafters.heads.teacher import teacher_targets
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates, last_state
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
@@ -26,34 +27,9 @@ from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.step import MicroBatchRunner, Totals
 
-TEACHER_CHUNK = 256  # teacher rows whose logits are in memory at once
 MOST_CHUNK = (
     512  # rows per chunk of the loss: on a CPU larger chunks are slower, since they do not fit its caches
 )
-
-
-def teacher_targets(
-    attached: AttachedModel, hidden: mx.array, layout: HeadLayout, distil: MTPDistil
-) -> TeacherTop | None:
-    """The main head's most likely draft columns at the Q teacher rows, evaluated; None without distillation.
-
-    Args:
-        hidden: [S, T, D] of the trunk, after its final norm.
-    """
-    if not distil.kl_weight:
-        return None
-    states = hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.teacher_rows)]  # [Q, D]
-    states = states.astype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
-    ids = attached.draft_ids
-    pieces = []
-    for start in range(0, states.shape[0], TEACHER_CHUNK):
-        logits = attached.head(states[start : start + TEACHER_CHUNK]).astype(mx.float32)  # [<= chunk, V]
-        normaliser = mx.logsumexp(logits / distil.temperature, axis=-1)
-        pieces.append(distil.teacher(logits if ids is None else logits[:, ids], normaliser))
-        mx.eval(pieces[-1].arrays())
-    top = TeacherTop.joined(pieces)
-    mx.eval(top.arrays())
-    return top
 
 
 @dataclass(frozen=True)
@@ -207,7 +183,8 @@ class HeadsRunner(MicroBatchRunner):
         layout = build_head_layout(examples, self._depths, self._share, random)
         states, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
         mx.eval(states, embeddings)
-        teacher = teacher_targets(attached, last_state(attached, states), layout, distil)
+        normaliser = self._states.normaliser(examples) if distil.kl_weight else None
+        teacher = teacher_targets(attached, last_state(attached, states), layout, distil, normaliser)
         rows = head_rows(layout, self._columns, distil, self._depths)
 
         def loss() -> LossParts:

@@ -23,10 +23,10 @@ TOKENS = mx.array([[5, 9, 2, 77, 140, 3, 9, 21]])
 
 
 def random_heads(
-    model: Any, count: int = 3, convention: HeadConvention | None = None, seed: int = 0
+    model: Any, count: int = 3, convention: HeadConvention | None = None, seed: int = 0, **shape: Any
 ) -> MTPHeads:
     """Heads none of whose weights is symmetric, so that a swapped half or a wrong row shows."""
-    heads = new_heads(model, count, convention or HeadConvention("test"))
+    heads = new_heads(model, count, convention or HeadConvention("test"), **shape)
     rng = np.random.default_rng(seed)
     noise = [
         (name, value + mx.array(0.2 * rng.normal(size=value.shape).astype(np.float32)))
