@@ -110,10 +110,15 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
     from mlx_lm.utils import _get_classes
 
     from mtp_mlx.adapter_folder import DRAFT_IDS, read_header
+    from mtp_mlx.drafters.heads.build import LAST_LAYERS
     from mtp_mlx.drafters.heads.folder import LAST_LAYER, config_of
 
     header = read_header(folder)
     heads = config_of(folder, header)
+    if heads.taps or any(spec.get("like") == LAST_LAYERS for spec in heads.blocks):
+        raise ConversionError(
+            f"{folder}: this layout has no place for heads of several layers, or that read several states of the base"
+        )
     config = base or heads.model_config
     if not config:
         raise ConversionError(

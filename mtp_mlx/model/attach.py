@@ -38,7 +38,7 @@ from mtp_mlx.model.seams import (
 )
 from mtp_mlx.model.speculator import Speculator
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
-from mtp_mlx.model.tap import Tap, tapped_module
+from mtp_mlx.model.tap import OutputTap, Tap, tapped_layers, tapped_module
 
 
 class AttachedModel:
@@ -50,7 +50,8 @@ class AttachedModel:
         model: the mlx-lm model.
         speculator: the weights that draft, or None (then blocks have no slots).
         head_input: [B, R, D] hidden states of the newest pass at the point in the trunk that the speculator reads
-            (`Speculator.first_hidden`).
+            (`Speculator.first_hidden`); if it reads n more layers (`Speculator.tapped_layers`), [B, R, (n + 1) * D],
+            theirs first.
         vocab_size: V, rows of the embedding table; larger ids are slots.
         hidden_size: D.
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
@@ -92,7 +93,9 @@ class AttachedModel:
         slots = speculator if speculator is not None and speculator.places_slots else None
         first = "post-norm" if speculator is None else speculator.first_hidden
         listened = tapped_module(self._seams.trunk, first)
+        below = tapped_layers(self._seams.trunk, () if speculator is None else speculator.tapped_layers)
         self._tap = None if listened is None else Tap(listened)
+        self._layer_taps = [OutputTap(layer) for layer in below]
         if self.kernels is not None or self.exact:
             names = block_attention.install(self._seams.trunk)
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
@@ -140,6 +143,8 @@ class AttachedModel:
         for path, rope in self._seams.ropes.items():
             replace_module(trunk, path, rope)
         trunk[self._seams.embedding_name] = self._embed
+        for tap in self._layer_taps:
+            tap.remove()
 
     def detach(self) -> None:
         """Restores the model exactly; this object must not be used afterwards."""
@@ -179,8 +184,23 @@ class AttachedModel:
         with self._rows.running(block):
             view = [block_view(layer_cache, self._rows) for layer_cache in cache]
             hidden = self._seams.trunk(block.ids, cache=view)
-        self.head_input = hidden if self._tap is None else self._tap.take()
+        self.head_input = self._heard(hidden)
         return hidden
+
+    def states_of(self, ids: mx.array) -> mx.array:
+        """What the speculator reads (`head_input`) of texts [B, T] from their start, without a cache."""
+        return self._heard(self._seams.trunk(ids))
+
+    def _heard(self, hidden: mx.array) -> mx.array:
+        """`head_input` of the pass that gave `hidden`."""
+        first = hidden if self._tap is None else self._tap.take()
+        below = [tap.take() for tap in self._layer_taps]
+        return mx.concatenate([*below, first], axis=-1) if below else first
+
+    @property
+    def head_input_size(self) -> int:
+        """Size of the last axis of `head_input`."""
+        return (1 + len(self._layer_taps)) * self.hidden_size
 
     def embed(self, ids: mx.array) -> mx.array:
         """The base model's own embedding, [...] -> [..., D]; takes no slot ids."""

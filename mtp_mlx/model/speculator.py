@@ -40,6 +40,11 @@ class Speculator(nn.Module):
         return "post-norm"
 
     @property
+    def tapped_layers(self) -> tuple[int, ...]:
+        """Decoder layers, counted from 1, whose outputs it reads too; in `head_input` they precede `first_hidden`."""
+        return ()
+
+    @property
     def lead(self) -> int:
         """Rows at the start of every slot group that draft nothing."""
         return 0

@@ -216,7 +216,7 @@ def _propose_seconds(session: Session, count: int) -> float:
         layout=layout,
         shape=shape,
         hidden=hidden,
-        head_input=hidden[None, :1],
+        head_input=mx.zeros((1, 1, model.head_input_size), dtype=hidden.dtype),
         logits=mx.zeros((1, 1)),
         picks=zero.reshape(1),
         accepted=zero,

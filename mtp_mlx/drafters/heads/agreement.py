@@ -9,7 +9,8 @@ import numpy as np
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads, heads_of
-from mtp_mlx.drafters.heads.trunk_states import TrunkStates, padded
+from mtp_mlx.drafters.heads.layout import padded
+from mtp_mlx.drafters.heads.trunk_states import TrunkStates
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement, Tally

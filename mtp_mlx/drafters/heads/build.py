@@ -16,12 +16,14 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, norm_eps
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, blocks_like, norm_eps
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
+from mtp_mlx.drafters.heads.taps import TapFusion
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import embedding_shape, find_seams
 
 LAST_LAYER = {"like": "last layer"}
+LAST_LAYERS = "last layers"
 BLOCK_MODULES = "mlx_lm.models."
 
 # For each kind of heads, the supported values of its convention.
@@ -57,6 +59,7 @@ class Described(Protocol):
     model_config: dict[str, Any]
     drafts: int
     count: int
+    taps: list[int]
 
 
 def check_runnable(folder: Path, convention: HeadConvention) -> None:
@@ -101,7 +104,8 @@ def _cascade(
     for spec in info.blocks:
         block = _block(folder, spec, info.model_config, seams.trunk)
         heads.append(MTPHead(block, size, eps, info.convention, vocab_size, spec.get("window")))
-    return MTPHeads(heads, info.convention, draft_ids, info.drafts)
+    fusion = TapFusion(info.taps, size, eps) if info.taps else None
+    return MTPHeads(heads, info.convention, draft_ids, info.drafts, fusion)
 
 
 def _medusa(
@@ -136,6 +140,11 @@ def _no_more_than(folder: Path, info: Described) -> int:
     return info.drafts
 
 
+def block_spec(layers: int) -> dict[str, Any]:
+    """How a config describes a block that is a copy of the base's last layers."""
+    return dict(LAST_LAYER) if layers == 1 else {"like": LAST_LAYERS, "layers": layers}
+
+
 def _block(
     folder: Path, spec: dict[str, Any], model_config: dict[str, Any], trunk: nn.Module
 ) -> nn.Module | list[nn.Module]:
@@ -146,6 +155,8 @@ def _block(
     """
     if spec == LAST_LAYER:
         return block_like(trunk)
+    if spec.get("like") == LAST_LAYERS and isinstance(spec.get("layers"), int):
+        return blocks_like(trunk, spec["layers"])
     path = Path(folder) / CONFIG_NAME
     try:
         module, layers = str(spec["module"]), spec["layers"]

@@ -26,17 +26,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.head_cache import HeadCache
 from mtp_mlx.drafters.heads.mtp_head import MTPHead, first_masked
 from mtp_mlx.model.attach import AttachedModel
+
+if TYPE_CHECKING:
+    from mtp_mlx.drafters.heads.cascade import MTPHeads
 
 CATCH_UP_AT = 256  # most rows that wait before the heads run over them
 
@@ -52,13 +54,13 @@ class _Depth:
     """
 
     head: MTPHead
-    cache: Any = field(default_factory=KVCache)
+    cache: HeadCache
     waiting: list[mx.array] = field(default_factory=list)
 
     @property
     def final(self) -> int:
         """Number of final rows."""
-        return int(self.cache.offset)
+        return self.cache.offset
 
     def inputs(self, new: mx.array | None = None) -> mx.array:
         """[1, w, D] the waiting rows, followed by the `new` ones."""
@@ -95,12 +97,12 @@ class HeadChain(Drafter):
         self,
         attached: AttachedModel,
         picker: Picker,
-        heads: DraftHeads,
+        heads: MTPHeads,
         depths: Sequence[MTPHead],
         first_position: int = 0,
     ) -> None:
         self._attached, self._picker, self._heads = attached, picker, heads
-        self._depths = [_Depth(head) for head in depths]
+        self._depths = [_Depth(head, head.make_cache()) for head in depths]
         self._first_position = first_position
         self._rows = 0  # n
         self._ran: list[_Ran] = []
@@ -108,7 +110,7 @@ class HeadChain(Drafter):
 
     def observe(self, head_input: mx.array, tokens: list[int]) -> None:
         """See `Drafter`."""
-        self._depths[0].waiting.append(head_input)
+        self._depths[0].waiting.append(self._heads.first_state(head_input))
         self._rows += head_input.shape[1]
         if self._rows - self._depths[0].final >= CATCH_UP_AT:
             self.catch_up(tokens)
@@ -147,7 +149,8 @@ class HeadChain(Drafter):
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""
-        hidden, picks, accepted = verified.head_input, verified.picks, verified.accepted
+        hidden, picks = self._heads.first_state(verified.head_input), verified.picks
+        accepted = verified.accepted
         history, tokens, count = verified.history, verified.tokens, verified.layout.chain
         self._block, self._ran = hidden, []
         n, block = self._rows, hidden.shape[1]

@@ -4,13 +4,18 @@
                                     the token i + 2 places after the hidden state's own
     heads.convention                every field of `HeadConvention`
     heads.blocks                    for each head how its decoder block is built: {"like": "last layer"} copies the
-                                    base's last layer (heads trained here); else a class of mlx-lm, made as
+                                    base's last layer (heads trained here), {"like": "last layers", "layers": n}
+                                    its last n; else a class of mlx-lm, made as
                                     class(args_class.from_dict({**model_config, **overrides}), **layers[j]),
                                     and the window of its attention (rows, its own included) or null
+    heads.taps                      numbers (from 1) of the base's layers whose states the first head reads besides
+                                    the one that the convention names; absent or [] for none
     heads.model_config              the language model's configuration that those blocks are built from
 
-The tensors are `heads.{i}.fuse.weight` and so on, and `draft_ids` where there is a draft vocabulary. Every norm is a
-plain gain and every fuse weight embedding-first, whatever `convention` says of how a checkpoint stored them.
+The tensors are `heads.{i}.fuse.weight` and so on, `fusion.fuse.weight` and `fusion.norms.{j}.weight` with taps, and
+`draft_ids` where there is a draft vocabulary. One head that drafts several tokens is used for each in turn. Every
+norm is a plain gain and every fuse weight embedding-first, whatever `convention` says of how a checkpoint stored
+them.
 
 Needs no mlx.
 """
@@ -38,6 +43,7 @@ class HeadsConfig:
         model_config: the configuration that blocks are built from; empty where none is.
         drafts: tokens drafted in each step, by default one for each head; more apply the heads again in turn.
         count: number of heads, by default one for each block.
+        taps: numbers (from 1) of the base's layers that the first head reads too.
     """
 
     convention: HeadConvention
@@ -45,6 +51,7 @@ class HeadsConfig:
     model_config: dict[str, Any] = field(default_factory=dict)
     drafts: int = 0
     count: int = 0
+    taps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.count = self.count or len(self.blocks)
@@ -57,6 +64,7 @@ class HeadsConfig:
             "drafts": self.drafts,
             "convention": self.convention.to_json(),
             "blocks": self.blocks,
+            "taps": self.taps,
             "model_config": self.model_config,
         }
 
@@ -84,6 +92,7 @@ def config_of(folder: Path, header: Header) -> HeadsConfig:
             model_config=dict(section.get("model_config", {})),
             drafts=int(section.get("drafts", 0)),
             count=int(section["count"]),
+            taps=list(section.get("taps", [])),
         )
         _check(config)
         return config
@@ -98,11 +107,29 @@ def _check(config: HeadsConfig) -> None:
         raise ValueError(f"{count} heads, but {len(blocks)} blocks")
     if not all(isinstance(block, dict) for block in blocks):
         raise ValueError("a head's block is not a JSON object")
+    if not all(type(number) is int for number in config.taps) or config.taps != sorted(set(config.taps)):
+        raise ValueError(f"taps are {config.taps!r}, not ascending numbers of layers")
+    if config.taps and config.convention.kind != "cascade":
+        raise ValueError(f"heads of the kind {config.convention.kind!r} have taps")
     plain = HeadConvention("")
     for name in (item.name for item in dataclasses.fields(plain)):
         value = getattr(config.convention, name)
         if type(value) is not type(getattr(plain, name)):
             raise ValueError(f"the convention's {name} is {value!r}")
+
+
+def block_layers(spec: dict[str, Any]) -> int:
+    """Number of decoder layers of a block."""
+    layers = spec.get("layers", 1)
+    return len(layers) if isinstance(layers, list) else int(layers)
+
+
+def states_read(config: HeadsConfig) -> str:
+    """The states of the base model that the first head reads, in words."""
+    last = config.convention.first_hidden
+    if not config.taps:
+        return last
+    return f"layer {', '.join(map(str, config.taps))} and {last}"
 
 
 def facts(folder: Path, header: Header) -> dict[str, Any]:
@@ -112,6 +139,8 @@ def facts(folder: Path, header: Header) -> dict[str, Any]:
         "family": header.source.get("family", config.convention.family),
         "heads": config.count,
         "drafts": config.drafts,
+        "layers": "/".join(map(str, sorted({block_layers(block) for block in config.blocks}))),
+        "reads": states_read(config),
         "convention": {name.replace("_", " "): value for name, value in config.convention.to_json().items()},
     }
 
@@ -127,7 +156,8 @@ def card_lines(folder: Path, header: Header) -> CardLines:
     return CardLines(
         title=f"MTP heads for {header.base_name}",
         about=(
-            f"{config.count} head(s) that draft {config.drafts} token(s) a step, "
+            f"{config.count} head(s) that draft {config.drafts} token(s) a step from the base model's states "
+            f"{states_read(config)}, "
             + (f"converted by mtp-mlx from {files}.\n" if files else "trained by mtp-mlx.\n")
             + "The base model's own output is unchanged: drafts are verified."
         ),

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtp_mlx.drafters.heads.trunk_states import padded
 from mtp_mlx.train.data import Example
+
+
+def padded(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of the examples, right-padded with zeros, int32 [S, T]."""
+    tokens = np.zeros((len(examples), max(len(example) for example in examples)), dtype=np.int32)
+    for row, example in zip(tokens, examples, strict=True):
+        row[: len(example)] = example.tokens
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,19 @@
 """The loss of MTP heads: cross-entropy (MTP), and distillation from the model's main head (MTP-D, arXiv 2603.23911).
 
-    loss = sum_k decay^(k-1) * (ce * CE(head k, t[i+k+1]) + kl * KL(teacher || head k)) / sum_k decay^(k-1)
+    loss = sum_k decay^(k-1) * (ce * CE(head k, t[i+k+1]) + kl * mass * KL(teacher || head k)) / sum_k decay^(k-1)
 
 The teacher of head k at position i is the main head at position i + k, which predicts the same token; it is a
 constant. KL is over the teacher's N most likely columns, with both distributions renormalised over these, and is
 multiplied by the square of the temperature.
 
-Legend: M rows, C columns of the draft head, N of them kept.
+mass, in [0, 1], is the teacher's probability of the columns that KL is over, as a share of its whole vocabulary. The
+paper has no draft vocabulary and no such factor. Without it a row whose likely tokens cannot be drafted teaches, as
+loudly as any other, a distribution over tokens that the teacher considers unlikely.
+
+Without cross-entropy nothing would teach the columns outside the N: a head whose choice is one of them would have no
+loss. So KL then has one more column, for all of these together.
+
+Legend: M rows, C columns of the draft head, N of them kept, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +31,8 @@ class MTPDistil:
     """The loss, and the weights in it.
 
     Attributes:
-        ce_weight: weight of the cross-entropy with the text; plain MTP has this loss only.
+        ce_weight: weight of the cross-entropy with the text; plain MTP has this loss only. If 0, nothing depends on
+            the token that followed.
         kl_weight: weight of distillation (beta in the paper, 1.0).
         top_share: N as a fraction of the columns; 1 keeps all. The paper's 10,000 of 122,880 is 0.08.
         temperature: distillation temperature.
@@ -40,6 +48,11 @@ class MTPDistil:
     def kept(self, columns: int) -> int:
         """N, the number of columns kept of `columns`."""
         return max(1, round(self.top_share * columns))
+
+    def teacher(self, logits: mx.array, normaliser: mx.array) -> TeacherTop:
+        """What this loss needs of a teacher's logits [M, C] and their `normaliser` [M], see `teacher_top`."""
+        kept = self.kept(logits.shape[-1])
+        return teacher_top(logits, kept, self.temperature, normaliser, with_rest=not self.ce_weight)
 
     def rows_parts(
         self, logits: mx.array, teacher: TeacherTop | None, label: mx.array
@@ -57,7 +70,7 @@ class MTPDistil:
             parts["ce"] = hard_cross_entropy(logits, label)
         if self.kl_weight:
             assert teacher is not None
-            parts["kl"] = kl_to_teacher(logits, teacher, self.temperature)
+            parts["kl"] = teacher.mass * kl_to_teacher(logits, teacher, self.temperature)
         return parts
 
     def total(self, parts: dict[str, mx.array]) -> mx.array:
@@ -76,38 +89,80 @@ class TeacherTop:
     """The teacher's N most likely columns of every row; constants.
 
     Attributes:
-        log_probs: [M, N] float32 log-probabilities, renormalised over the N columns.
+        log_probs: [M, N] float32 log-probabilities, renormalised over the N columns; [M, N + 1] if the last one is
+            that of all other columns together.
+        mass: [M] float32, the teacher's probability of these columns, of 1 over its whole vocabulary.
         columns: [M, N] their numbers; None if all C are kept.
     """
 
     log_probs: mx.array
+    mass: mx.array
     columns: mx.array | None = None
+
+    @property
+    def with_rest(self) -> bool:
+        """Whether the last log-probability is that of all other columns together."""
+        return self.columns is not None and self.log_probs.shape[-1] > self.columns.shape[-1]
 
     def rows(self, index: mx.array) -> TeacherTop:
         """The rows `index` [m]."""
         columns = None if self.columns is None else self.columns[index]
-        return TeacherTop(self.log_probs[index], columns)
+        return TeacherTop(self.log_probs[index], self.mass[index], columns)
 
     def arrays(self) -> list[mx.array]:
         """Its arrays, for evaluation."""
-        return [self.log_probs, *([] if self.columns is None else [self.columns])]
+        return [self.log_probs, self.mass, *([] if self.columns is None else [self.columns])]
+
+    @staticmethod
+    def joined(pieces: Sequence[TeacherTop]) -> TeacherTop:
+        """The rows of all pieces."""
+        columns = [piece.columns for piece in pieces if piece.columns is not None]
+        return TeacherTop(
+            mx.concatenate([piece.log_probs for piece in pieces]),
+            mx.concatenate([piece.mass for piece in pieces]),
+            mx.concatenate(columns) if columns else None,
+        )
 
 
-def teacher_top(logits: mx.array, kept: int, temperature: float = 1.0) -> TeacherTop:
-    """The `kept` most likely columns of logits [M, C]; `kept` is at least 1."""
-    teacher, columns = mx.stop_gradient(logits.astype(mx.float32)), None
+def teacher_top(
+    logits: mx.array,
+    kept: int,
+    temperature: float = 1.0,
+    normaliser: mx.array | None = None,
+    with_rest: bool = False,
+) -> TeacherTop:
+    """The `kept` most likely columns of logits [M, C]; `kept` is at least 1.
+
+    Args:
+        normaliser: [M] log of the sum of exp(logits / temperature) over the whole vocabulary; None if the C columns
+            are the whole vocabulary.
+        with_rest: whether the columns that are not kept count as one more.
+    """
+    teacher, columns = mx.stop_gradient(logits.astype(mx.float32)) / temperature, None
+    if normaliser is None:
+        normaliser = mx.logsumexp(teacher, axis=-1)
     if kept < teacher.shape[-1]:
         columns = mx.argpartition(-teacher, kth=kept - 1, axis=-1)[:, :kept]  # [M, N]
-        teacher = mx.take_along_axis(teacher, columns, axis=-1)
-    teacher = teacher / temperature
-    return TeacherTop(teacher - mx.logsumexp(teacher, axis=-1, keepdims=True), columns)
+        teacher = _columns_of(teacher, columns, with_rest)
+    own = mx.logsumexp(teacher, axis=-1, keepdims=True)
+    # Over all columns both sums are the same but for rounding.
+    mass = mx.minimum(mx.exp(own[:, 0] - mx.stop_gradient(normaliser)), 1.0)
+    return TeacherTop(teacher - own, mass, columns)
+
+
+def _columns_of(logits: mx.array, columns: mx.array, with_rest: bool) -> mx.array:
+    """Logits [M, C] of the `columns` [M, N]; with the rest, [M, N + 1] and the last is that of all other columns."""
+    chosen = mx.take_along_axis(logits, columns, axis=-1)
+    if not with_rest:
+        return chosen
+    others = mx.put_along_axis(logits, columns, mx.array(-mx.inf), axis=-1)
+    return mx.concatenate([chosen, mx.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
 
 
 def kl_to_teacher(logits: mx.array, teacher: TeacherTop, temperature: float = 1.0) -> mx.array:
     """temperature^2 * KL(teacher || student) over the teacher's columns: student's logits [M, C] -> float32 [M]."""
-    student = logits.astype(mx.float32)
+    student = logits.astype(mx.float32) / temperature
     if teacher.columns is not None:
-        student = mx.take_along_axis(student, teacher.columns, axis=-1)
-    student = student / temperature
+        student = _columns_of(student, teacher.columns, teacher.with_rest)
     log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)
     return temperature**2 * mx.sum(mx.exp(teacher.log_probs) * (teacher.log_probs - log_p), axis=-1)

@@ -28,7 +28,7 @@ def estimate_heads_memory(
     `prefix` is the pass of the frozen trunk, of which one layer is in memory at a time.
     """
     sizes, heads = model_sizes(attached), heads_of(attached)
-    depths = len(heads.heads)
+    depths, layers = heads.drafts, len(heads.heads[0].layers)
     length = max(len(example) for example in examples)  # T
     responses = max(len(example) - example.loss_start for example in examples)
     rows, supervised = settings.batch_size * length, settings.batch_size * min(responses, length)
@@ -38,7 +38,7 @@ def estimate_heads_memory(
     in_loss = min(settings.loss_rows, supervised * depths)
     logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
     # In addition to a decoder layer's own: the inputs of `fuse` and of the LM head.
-    activations = depths * (layer + 6 * rows * sizes.hidden)
+    activations = depths * (layers * layer + 6 * rows * sizes.hidden) + 2 * rows * attached.head_input_size
     workers, weights = plan.workers, parameter_bytes(attached.model)
     return MemoryEstimate(
         process=beside(weights),

@@ -9,23 +9,27 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+from mtp_mlx.drafters.heads.build import block_spec
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, config_of, heads_header, load, save
+from mtp_mlx.drafters.heads.folder import HeadsConfig, config_of, heads_header, load, save
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.memory import estimate_heads_memory
 from mtp_mlx.drafters.heads.options import HeadsSettings
+from mtp_mlx.drafters.heads.shape import HeadShape, check_start
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
 from mtp_mlx.drafters.heads.step import HeadsRunner
+from mtp_mlx.drafters.heads.taps import layer_numbers
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
-from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
@@ -49,6 +53,17 @@ def first_trained_depth(settings: HeadsSettings) -> int:
     return config_of(settings.start_from, read_header(settings.start_from)).count + 1
 
 
+def supervised(example: Example, settings: HeadsSettings) -> Example:
+    """The example, supervised from its second token on if prompts are learnt from too.
+
+    Prompts are not the base model's own text, but they are more text, whose hidden states are computed anyway.
+    Measurements and the draft vocabulary use responses only.
+    """
+    if settings.learn_from == "responses" and not settings.learn_prompts:
+        return example
+    return replace(example, loss_start=min(example.loss_start, 1))
+
+
 class TrainHeads(Method[HeadsSettings]):
     """Trains a cascade of heads.
 
@@ -61,20 +76,21 @@ class TrainHeads(Method[HeadsSettings]):
         self, model: nn.Module, train: Sequence[Example], settings: HeadsSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
+        if settings.learn_prompts:
+            tell("`learn_prompts` is now called `learn_from` all")
         self.fingerprint = base_fingerprint(model)
         bare = attach(model)
         bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
-        self._config = HeadsConfig(CONVENTION, [LAST_LAYER] * settings.heads)
         self._frozen = 0  # number of heads that are not trained
         if settings.start_from is None:
-            heads = new_heads(model, settings.heads, CONVENTION, draft_ids)
+            heads = self._new_heads(model, draft_ids)
             start_like_trunk(heads, model, train[0].tokens)
         else:
             heads = self._start_from(model, settings.start_from, draft_ids, tell)
         heads.set_dtype(mx.float32)
         self.heads = heads
-        self.depth = len(heads.heads)
+        self.depth = heads.drafts
         self.attached = attach(model, heads)
         self.plan = self.choose_plan(train)
         distil = MTPDistil(
@@ -100,6 +116,19 @@ class TrainHeads(Method[HeadsSettings]):
             workers=self.plan.workers,
         )
 
+    def _new_heads(self, model: nn.Module, draft_ids: mx.array | None) -> MTPHeads:
+        """New heads of the shape that the settings say."""
+        settings = self.settings
+        shape = HeadShape.of(settings)
+        count = 1 if shape.shared else settings.heads
+        taps = layer_numbers(shape.taps, len(find_seams(model).trunk.layers))
+        self._config = HeadsConfig(
+            CONVENTION, [block_spec(shape.layers)] * count, drafts=settings.heads, taps=list(taps)
+        )
+        return new_heads(
+            model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=settings.heads
+        )
+
     def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
         """The heads of a folder, extended if the settings say so, with the draft vocabulary of this data.
 
@@ -109,33 +138,30 @@ class TrainHeads(Method[HeadsSettings]):
         loaded, header = load(folder, read_header(folder), model)
         theirs = config_of(folder, header)
         check_plain(loaded, f"`start_from` {folder}")
+        assert isinstance(loaded, MTPHeads)
+        shared = check_start(folder, theirs, self.settings, len(find_seams(model).trunk.layers))
         heads, blocks = loaded.heads, theirs.blocks
         if self.settings.extend is not None:
             self._frozen = len(heads)
+            loaded.freeze_fusion()
             heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
             blocks = [blocks[index % self._frozen] for index in range(len(heads))]
             tell(
                 f"{self._frozen} heads of {folder} are frozen; {len(heads) - self._frozen} copies are trained"
             )
-        elif len(heads) != self.settings.heads:
-            raise MTPError(
-                f"`start_from` {folder} has {len(heads)} heads, and `heads` is {self.settings.heads}: set `heads` to "
-                f"{len(heads)}, or `extend` to get more"
-            )
-        self._config = HeadsConfig(theirs.convention, blocks, theirs.model_config)
+        drafts = self.settings.heads if shared else len(heads)
+        if shared and drafts != theirs.drafts:
+            tell(f"the head of {folder} made {theirs.drafts} draft(s) a step; it is trained for {drafts}")
+        self._config = HeadsConfig(
+            theirs.convention, blocks, theirs.model_config, drafts=drafts, taps=theirs.taps
+        )
         if not same_draft_ids(draft_ids, loaded.draft_ids):
             tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
-        return MTPHeads(heads, theirs.convention, draft_ids)
+        return MTPHeads(heads, theirs.convention, draft_ids, drafts, loaded.get("fusion"))
 
     def _supervised(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples, supervised from their second token on if prompts are trained on too.
-
-        Prompts are not the base model's own text, but they are more text, whose hidden states are computed anyway.
-        Measurements and the draft vocabulary use responses only.
-        """
-        if not self.settings.learn_prompts:
-            return list(examples)
-        return [replace(example, loss_start=min(example.loss_start, 1)) for example in examples]
+        """See `supervised`."""
+        return [supervised(example, self.settings) for example in examples]
 
     @classmethod
     def settled(cls, settings: HeadsSettings, train: Sequence[Example]) -> HeadsSettings:
@@ -146,7 +172,7 @@ class TrainHeads(Method[HeadsSettings]):
     def can_train_on(cls, settings: HeadsSettings) -> Callable[[Example], bool]:
         """See `Method`: the first head predicts from the third token on, later heads from a later one on."""
         first = first_trained_depth(settings)
-        return lambda example: can_supervise(example, [first])
+        return lambda example: can_supervise(supervised(example, settings), [first])
 
     @classmethod
     def too_short(cls, settings: HeadsSettings) -> tuple[str, str]:
@@ -174,6 +200,20 @@ class TrainHeads(Method[HeadsSettings]):
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """See `Method`."""
         return super().gradients([self._supervised(batch) for batch in examples], step)
+
+    def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
+        """See `Method`; copied layers take only the fraction `block_rate` of the update.
+
+        They were trained already, unlike what joins them. With Adam a fraction of the update is a fraction of the
+        rate.
+        """
+        rate = self.settings.block_rate
+        before = [head.block_parameters() for head in self.heads.heads]
+        optimizer.update(self.heads, gradients)
+        if rate == 1:
+            return
+        for head, old in zip(self.heads.heads, before, strict=True):
+            head.set_block(tree_map(lambda one, new: one + rate * (new - one), old, head.block_parameters()))
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""

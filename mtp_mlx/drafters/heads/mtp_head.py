@@ -4,7 +4,8 @@ Head k (from 1) at position i takes the embedding of token i + k and the hidden 
 trunk) at position i, and predicts token i + k + 1:
 
     x = fuse([norm_embedding(E[t[i+k]]) ; norm_hidden(h[k-1][i])])
-    y = block(x)                          with attention over the head's earlier positions and its own KV cache
+    y = block(x)                          with attention over the head's earlier positions and its own KV cache;
+                                          one decoder layer or several, one after another
     z = norm_out(y)                       the input of the LM head
     h[k][i] = z, y or h[k-1][i]           `HeadConvention.recycled_hidden`
 
@@ -23,17 +24,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.head_cache import HeadCache
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import EMBEDDING_NAMES
 
 
 class MTPHead(nn.Module):
     """One head.
 
     Args:
-        block: a decoder layer, called as mlx-lm calls its own, or several, of which at most one has attention
-            (Nemotron-H).
+        block: a decoder layer, called as mlx-lm calls its own, or several.
         hidden_size: D.
         eps: epsilon of the norms.
         convention: how it is run.
@@ -73,7 +76,24 @@ class MTPHead(nn.Module):
         """[..., D] embeddings of ids [...], from the head's own table or from `shared`."""
         return self.embed_tokens(ids) if "embed_tokens" in self else shared(ids)
 
-    def mask(self, hidden: mx.array, cache: Any = None) -> mx.array | None:
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers of the block, in order."""
+        return self.block if isinstance(self.block, list) else [self.block]
+
+    def make_cache(self) -> HeadCache:
+        """An empty cache of keys and values."""
+        return HeadCache(len(self.layers))
+
+    def block_parameters(self) -> Any:
+        """The tree of the block's weights."""
+        return self.parameters()["block"]
+
+    def set_block(self, weights: Any) -> None:
+        """Sets the block's weights from a tree as `block_parameters` gives it."""
+        self.update({"block": weights})
+
+    def mask(self, hidden: mx.array, cache: HeadCache | None = None) -> mx.array | None:
         """[T, c + T] bool mask of T new rows after c cached ones; None if they see all.
 
         Args:
@@ -86,7 +106,7 @@ class MTPHead(nn.Module):
         )
 
     def __call__(
-        self, embedding: mx.array, hidden: mx.array, mask: Any, cache: Any = None
+        self, embedding: mx.array, hidden: mx.array, mask: Any, cache: HeadCache | None = None
     ) -> tuple[mx.array, mx.array]:
         """(z, h): the inputs of the LM head and of the next head, both [B, T, D].
 
@@ -101,10 +121,10 @@ class MTPHead(nn.Module):
         z = self.norm_out(y) if "norm_out" in self else y
         return z, {"normed": z, "raw": y, "trunk": hidden}[self._recycled]
 
-    def _through_block(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    def _through_block(self, x: mx.array, mask: Any, cache: HeadCache | None) -> mx.array:
         """[B, T, D] -> [B, T, D]; layers without attention ignore mask and cache."""
-        for layer in self.block if isinstance(self.block, list) else [self.block]:
-            x = layer(x, mask, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, mask, None if cache is None else cache.layers[index])
         return x
 
 
@@ -115,13 +135,53 @@ def first_masked(convention: HeadConvention, embeddings: mx.array, first_positio
     return mx.concatenate([mx.zeros_like(embeddings[:, :1]), embeddings[:, 1:]], axis=1)
 
 
-def block_like(trunk: nn.Module) -> nn.Module:
-    """A copy of the trunk's last decoder layer with dequantised weights: the start of a new head.
+def blocks_like(trunk: nn.Module, layers: int) -> nn.Module | list[nn.Module]:
+    """Copies of the trunk's last decoder layers, see `block_like`: one, or a list of several.
+
+    Raises:
+        MTPError: if the trunk has fewer such layers (`last_layers`), or the model is attached.
+    """
+    blocks = [block_like(trunk, index) for index in last_layers(trunk, layers)]
+    return blocks if layers > 1 else blocks[0]
+
+
+def last_layers(trunk: nn.Module, count: int) -> list[int]:
+    """Indices of the decoder layers whose copies are the block of a new head, ascending: the last ones.
+
+    Layers with recurrent state are passed over where several are copied: a head's layers are rolled back by their
+    keys and values.
+
+    Raises:
+        MTPError: if there are fewer.
+    """
+    found = [len(trunk.layers) - 1]
+    if count > 1:
+        found = [index for index, layer in enumerate(trunk.layers) if _keeps_keys(layer, trunk)]
+    if not 1 <= count <= len(found):
+        raise MTPError(
+            f"a head of {count} layers needs as many with attention to copy; this model has {len(found)}"
+        )
+    return found[-count:]
+
+
+def _keeps_keys(layer: nn.Module, trunk: nn.Module) -> bool:
+    """Whether a decoder layer puts its keys and values into a plain cache; nothing is computed."""
+    embedding = trunk[next(name for name in EMBEDDING_NAMES if name in trunk)]
+    cache = KVCache()
+    try:
+        layer(embedding(mx.zeros((1, 1), dtype=mx.int32)), None, cache)
+    except (TypeError, ValueError, AttributeError):  # it takes a cache of another kind
+        return False
+    return cache.offset == 1
+
+
+def block_like(trunk: nn.Module, layer_index: int = -1) -> nn.Module:
+    """A copy of a decoder layer of the trunk with dequantised weights: the start of a new head.
 
     Raises:
         MTPError: if the layer is wrapped, because the model is attached.
     """
-    layer = trunk.layers[-1]
+    layer = trunk.layers[layer_index]
     if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
         raise MTPError("new heads need a bare model: detach it first")
     block = copy.deepcopy(layer)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mtp_mlx.config import setting
 from mtp_mlx.train.settings import Trains, TrainSettings
 
 DEFAULT_HEADS = 4
+DEFAULT_LAYERS = 1
+DEFAULT_TAPS = "last"
+DEFAULT_SHARED = False
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,24 @@ class HeadsLoading:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsSettings(TrainSettings):
-    """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911)."""
+    """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911), one head for all depths.
+
+    Heads of `start_from` keep their own `layers`, `taps` and `shared`.
+    """
 
     method: ClassVar[str] = "mtp-heads"
 
     heads: int = setting(
         DEFAULT_HEADS, help="Number of heads, each of which drafts one token", minimum=1, maximum=16
+    )
+    shared: bool | None = setting(
+        None, help="One head makes all drafts, each on its own state (default: off)"
+    )
+    layers: int | None = setting(
+        None, help=f"Decoder layers of a head (default: {DEFAULT_LAYERS})", minimum=1, maximum=16
+    )
+    taps: str | None = setting(
+        None, help=f"States that heads read, such as low,middle,last (default: {DEFAULT_TAPS})"
     )
     extend: str | None = setting(
         None, help="Extend the heads of --start-from: to 2x as many, or to this number"
@@ -45,12 +60,18 @@ class HeadsSettings(TrainSettings):
         minimum=0.0,
         maximum=1.0,
     )
+    block_rate: float = setting(
+        1.0, help="Learning rate of the copied layers, as a fraction of the rate", minimum=0.0
+    )
     temperature: float = setting(1.0, help="Distillation temperature", minimum=0.01)
     block_share: float | None = setting(
         None, help="Fraction of positions that are trained (default: all)", minimum=0.0, maximum=1.0
     )
     depth_decay: float = setting(1.0, help="Loss weight of head k: this to the power k - 1", minimum=0.0)
-    learn_prompts: bool = setting(False, help="Train on the prompts' tokens too")
+    learn_from: Literal["responses", "all"] = setting(
+        "responses", help="Learn from responses only, or from prompts too"
+    )
+    learn_prompts: bool = setting(False, help="Old name of --learn-from all")
     hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")
 
     def problems(self) -> list[str]:
@@ -67,6 +88,10 @@ class HeadsSettings(TrainSettings):
             problems.append("`ce_weight` and `kl_weight` are both 0, which leaves no loss")
         if self.kl_weight and not self.top_share:
             problems.append("`top_share` 0 leaves nothing to distil")
+        if self.extend is not None and self.shared:
+            problems.append(
+                "`extend` copies one head after another, and `shared` heads are one: `loop` drafts more"
+            )
         if self.extend is not None and self.start_from is None:
             problems.append("`extend` needs trained heads: name their folder with `start_from`")
         if self.extend is not None and self.heads != DEFAULT_HEADS:
@@ -82,6 +107,7 @@ TRAINS = {
         help="MTP heads on the frozen model, distilled from its own head (arXiv 2603.23911)",
         examples=(
             "mtp-mlx train mtp-heads --data answers.jsonl --out heads --hidden-cache states",
+            "mtp-mlx train mtp-heads --data answers.jsonl --out heads --shared --layers 2 --taps low,middle,last",
             "mtp-mlx train mtp-heads --data answers.jsonl --out heads8 --start-from heads --extend 2x",
         ),
     ),

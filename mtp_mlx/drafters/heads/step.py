@@ -18,44 +18,18 @@ import numpy as np
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
-from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop, teacher_top
-from mtp_mlx.drafters.heads.trunk_states import TrunkStates
+from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop
+from mtp_mlx.drafters.heads.teacher import teacher_targets
+from mtp_mlx.drafters.heads.trunk_states import TrunkStates, last_state
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.step import MicroBatchRunner, Totals
 
-TEACHER_CHUNK = 256  # teacher rows whose logits are in memory at once
 MOST_CHUNK = (
     512  # rows per chunk of the loss: on a CPU larger chunks are slower, since they do not fit its caches
 )
-
-
-def teacher_targets(
-    attached: AttachedModel, hidden: mx.array, layout: HeadLayout, distil: MTPDistil
-) -> TeacherTop | None:
-    """The main head's most likely draft columns at the Q teacher rows, evaluated; None without distillation.
-
-    Args:
-        hidden: [S, T, D] of the trunk.
-    """
-    if not distil.kl_weight:
-        return None
-    states = hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.teacher_rows)]  # [Q, D]
-    states = states.astype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
-    kept = distil.kept(attached.draft_head.columns)
-    pieces = []
-    for start in range(0, states.shape[0], TEACHER_CHUNK):
-        logits = attached.draft_head(states[start : start + TEACHER_CHUNK])  # [<= chunk, C]
-        pieces.append(teacher_top(logits, kept, distil.temperature))
-        mx.eval(pieces[-1].arrays())
-    columns = [piece.columns for piece in pieces if piece.columns is not None]
-    top = TeacherTop(
-        mx.concatenate([piece.log_probs for piece in pieces]), mx.concatenate(columns) if columns else None
-    )
-    mx.eval(top.arrays())
-    return top
 
 
 @dataclass(frozen=True)
@@ -95,10 +69,15 @@ def head_rows(layout: HeadLayout, columns: np.ndarray, distil: MTPDistil, depths
 
 
 def cascade_rows(heads: MTPHeads, embeddings: mx.array, hidden: mx.array, layout: HeadLayout) -> mx.array:
-    """Inputs of the LM head at the supervised rows, depth by depth, [M, D]; differentiable in the heads."""
+    """Inputs of the LM head at the supervised rows, depth by depth, [M, D]; differentiable in the heads.
+
+    Args:
+        embeddings: [S, T, D] of the tokens.
+        hidden: [S, T, D] or, with tapped layers, [S, T, (n + 1) * D] of the trunk.
+    """
     found = heads.cascade(embeddings, hidden, layout.depths[-1])
     pieces = [
-        found[depth - 1].reshape(-1, hidden.shape[-1])[mx.array(rows)]
+        found[depth - 1].reshape(-1, embeddings.shape[-1])[mx.array(rows)]
         for depth, rows in zip(layout.depths, layout.rows, strict=True)
     ]
     return mx.concatenate(pieces)
@@ -191,25 +170,28 @@ class HeadsRunner(MicroBatchRunner):
     def _evaluate_constants(self) -> None:
         """Evaluates every array that a step reads: a lazy array belongs to the thread that made it."""
         tokens = mx.zeros((1, self._depths[-1] + 2), dtype=mx.int32)
-        hidden = self._attached.model.model(tokens)
-        cascade = self._heads.cascade(self._attached.embed(tokens), hidden)
-        mx.eval(self._heads.parameters(), cascade, self._attached.draft_head(hidden))
+        states = self._attached.states_of(tokens)
+        cascade = self._heads.cascade(self._attached.embed(tokens), states, self._depths[-1])
+        hidden = last_state(self._attached, states)
+        heads = self._attached.draft_head(hidden), self._attached.head(hidden)
+        mx.eval(self._heads.parameters(), cascade, heads)
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """See `MicroBatchRunner`."""
         attached, distil = self._attached, self._distil
         random = np.random.default_rng((self._seed, number))
         layout = build_head_layout(examples, self._depths, self._share, random)
-        hidden, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
-        mx.eval(hidden, embeddings)
-        teacher = teacher_targets(attached, hidden, layout, distil)
+        states, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
+        mx.eval(states, embeddings)
+        normaliser = self._states.normaliser(examples) if distil.kl_weight else None
+        teacher = teacher_targets(attached, last_state(attached, states), layout, distil, normaliser)
         rows = head_rows(layout, self._columns, distil, self._depths)
 
         def loss() -> LossParts:
-            states = cascade_rows(
-                self._heads, embeddings.astype(mx.float32), hidden.astype(mx.float32), layout
+            found = cascade_rows(
+                self._heads, embeddings.astype(mx.float32), states.astype(mx.float32), layout
             )
-            return LossParts(*chunked_loss(attached, distil, states, rows, teacher, self._chunk_rows))
+            return LossParts(*chunked_loss(attached, distil, found, rows, teacher, self._chunk_rows))
 
         per_row, gradients = self._loss_and_gradients(loss)
         parts = summary(distil, rows, per_row.parts)

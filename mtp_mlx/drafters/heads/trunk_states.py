@@ -1,9 +1,10 @@
 """Hidden states of the frozen trunk over training text: computed in every step, or cached on disk.
 
 The trunk is most of the work of training heads, and its states never change. A cache file holds the states of one
-example, in 16 bits. Its name depends on what they depend on: the weights of the base model and the example's tokens.
+example, in 16 bits, and the normaliser of the main head's logits (`normaliser_of`). Its name depends on what they
+depend on: the weights of the base model, the layers that are read, and the example's tokens.
 
-Legend: S sequences, T padded length, D hidden size.
+Legend: S sequences, T padded length, D hidden size, n tapped layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,13 +22,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mtp_mlx.drafters.heads.layout import padded
+from mtp_mlx.drafters.heads.teacher import normaliser_of
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.memory import gigabytes
 
-NAME = "hidden"
+NAME, NORMALISER = "hidden", "normaliser"
 LARGEST_HALF = 6e4  # float16 holds less than 65520
 SAMPLE = 4096  # values of every weight that are hashed
 
@@ -35,27 +39,47 @@ class TrunkStates(Protocol):
     """A source of hidden states."""
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
-        """States after the final norm, [S, T, D]; rows of the padding on the right have no meaning."""
+        """What the heads read (`AttachedModel.head_input`), [S, T, D] or, with n tapped layers, [S, T, (n + 1) * D].
+
+        Rows of the padding on the right have no meaning.
+        """
+        ...
+
+    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
+        """[S, T] float32 as `normaliser_of` gives it, or None if it would have to be computed first."""
         ...
 
 
-def padded(examples: Sequence[Example]) -> np.ndarray:
-    """Tokens of the examples, right-padded with zeros, int32 [S, T]."""
-    tokens = np.zeros((len(examples), max(len(example) for example in examples)), dtype=np.int32)
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example)] = example.tokens
-    return tokens
+def last_state(attached: AttachedModel, states: mx.array) -> mx.array:
+    """The trunk's own state in what is read from it: [..., (n + 1) * D] -> [..., D]."""
+    return states[..., -attached.hidden_size :]
+
+
+class _TrunkPass:
+    """Passes of the trunk from any thread: its taps hold the states of one pass at a time."""
+
+    def __init__(self, attached: AttachedModel) -> None:
+        self._attached, self._lock = attached, threading.Lock()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """What the heads read of tokens [S, T]; lazy."""
+        with self._lock:
+            return self._attached.states_of(tokens)
 
 
 class ComputedStates:
     """States by a pass of the trunk over each batch; lazy, in the model's dtype."""
 
     def __init__(self, attached: AttachedModel) -> None:
-        self._trunk = attached.model.model
+        self._trunk = _TrunkPass(attached)
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
         """See `TrunkStates`."""
         return self._trunk(mx.array(padded(examples)))
+
+    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
+        """See `TrunkStates`: only the rows that teach are worth it."""
+        return None
 
 
 class CachedStates:
@@ -69,9 +93,10 @@ class CachedStates:
     """
 
     def __init__(self, attached: AttachedModel, folder: Path) -> None:
-        self._trunk = attached.model.model
-        self._folder = folder / weights_key(attached.model)
-        self._hidden_size = attached.hidden_size
+        self._attached, self._trunk = attached, _TrunkPass(attached)
+        tapped = () if attached.speculator is None else attached.speculator.tapped_layers
+        self._folder = folder / "-".join([weights_key(attached.model), *map(str, tapped)])
+        self._size = attached.head_input_size
 
     def path(self, example: Example) -> Path:
         """Path of an example's file."""
@@ -80,31 +105,40 @@ class CachedStates:
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
         """See `TrunkStates`."""
-        length = max(len(example) for example in examples)
-        return mx.stack(
-            [mx.pad(own, [(0, length - own.shape[0]), (0, 0)]) for own in map(self._one, examples)]
-        )
+        return _stacked([self._stored(example)[NAME] for example in examples])
 
-    def _one(self, example: Example) -> mx.array:
-        """States of one example, [T, D]."""
+    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
+        """See `TrunkStates`."""
+        return _stacked([self._stored(example)[NORMALISER] for example in examples])
+
+    def _stored(self, example: Example) -> dict[str, mx.array]:
+        """States [T, (n + 1) * D] of one example and their normaliser [T], evaluated; written if they are missing."""
         path = self.path(example)
-        if not path.exists():
-            states = in_half(self._trunk(mx.array(example.tokens, dtype=mx.int32)[None])[0])
-            mx.eval(states)
-            write_file(path, lambda temporary: mx.save_safetensors(str(temporary), {NAME: states}))
-            return states
+        found = self._read(path, example) if path.exists() else {}
+        if NORMALISER in found:
+            return found
+        if NAME not in found:
+            found[NAME] = in_half(self._trunk(mx.array(example.tokens, dtype=mx.int32)[None])[0])
+        mx.eval(found)
+        found[NORMALISER] = normaliser_of(self._attached, last_state(self._attached, found[NAME]))
+        write_file(path, lambda temporary: mx.save_safetensors(str(temporary), found))
+        return found
+
+    def _read(self, path: Path, example: Example) -> dict[str, mx.array]:
+        """The tensors of a file; earlier versions wrote no normaliser."""
         try:
-            states = cast("dict[str, mx.array]", mx.load(str(path)))[NAME]
-            mx.eval(states)
+            found = dict(cast("dict[str, mx.array]", mx.load(str(path))))
+            states = found[NAME]
+            mx.eval(found)
         except (RuntimeError, ValueError, KeyError) as error:
             raise MTPError(
                 f"the cached hidden states {path} are damaged ({error}): delete the file"
             ) from error
-        if states.shape != (len(example), self._hidden_size):
+        if states.shape != (len(example), self._size):
             raise MTPError(
                 f"the cached hidden states {path} are damaged (shape {states.shape}): delete the file"
             )
-        return states
+        return found
 
     def report(self, examples: Sequence[Example]) -> str:
         """A line for the user: where the states are, how much space they take, and how many there are.
@@ -113,8 +147,9 @@ class CachedStates:
             MTPError: the disk has too little space.
         """
         missing = [example for example in examples if not self.path(example).exists()]
-        most = 2 * self._hidden_size * sum(len(example) for example in examples)
-        needed = 2 * self._hidden_size * sum(len(example) for example in missing)
+        of_token = 2 * self._size + 4
+        most = of_token * sum(len(example) for example in examples)
+        needed = of_token * sum(len(example) for example in missing)
         free = shutil.disk_usage(_existing(self._folder)).free
         if needed > free:
             raise MTPError(
@@ -125,6 +160,12 @@ class CachedStates:
             f"hidden states are cached in {self._folder.parent}, at most {gigabytes(most)}: "
             f"{len(examples) - len(missing)} of {len(examples)} rows are there already"
         )
+
+
+def _stacked(rows: Sequence[mx.array]) -> mx.array:
+    """[S, T, ...] of arrays [T_s, ...], with zeros on the right of the shorter ones."""
+    length = max(len(own) for own in rows)
+    return mx.stack([mx.pad(own, [(0, length - len(own)), *[(0, 0)] * (own.ndim - 1)]) for own in rows])
 
 
 def in_half(states: mx.array) -> mx.array:

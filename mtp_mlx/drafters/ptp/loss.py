@@ -6,7 +6,8 @@
 
 Logits of C-PTP are on the base model's scale: logits of both are divided by the teacher's temperature, so that a
 picker can treat a slot's logits like those of the target, at any temperature. KL is over the draft columns, with both
-distributions renormalised over them.
+distributions renormalised over them, and multiplied by the teacher's probability of all of them together: a row whose
+token can hardly be drafted has little to teach.
 
 Legend: M rows, C draft columns, Q teacher rows.
 """
@@ -37,6 +38,8 @@ class PTPBatch:
         weight_sum: of the weights of all rows of the micro-batch.
         row_count: number of rows of the micro-batch.
         teacher_logits: [Q, C] of the draft columns, constants; None if the loss is CE.
+        teacher_mass: [Q] float32, the teacher's probability of all draft columns together, at its temperature;
+            constants; None if the loss is CE.
     """
 
     hidden: mx.array
@@ -47,6 +50,7 @@ class PTPBatch:
     weight_sum: float
     row_count: int
     teacher_logits: mx.array | None = None
+    teacher_mass: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,22 @@ class PTPLoss:
             hidden: mx.array, label: mx.array, weight: mx.array, greedy: mx.array, row: mx.array
         ) -> mx.array:
             logits = attached.draft_head(hidden)
-            teacher = None if batch.teacher_logits is None else batch.teacher_logits[row]
-            return mx.sum(weight * self.rows_loss(logits, label, greedy, teacher))
+            if batch.teacher_logits is None or batch.teacher_mass is None:
+                return mx.sum(weight * self.rows_loss(logits, label, greedy))
+            teacher, mass = batch.teacher_logits[row], batch.teacher_mass[row]
+            return mx.sum(weight * self.rows_loss(logits, label, greedy, teacher, mass))
 
         total = sum_over_chunks(chunk, self.chunk_rows, batch.hidden, *constants) / norm
         used = mx.sum(batch.weight > 0).astype(mx.float32) / batch.row_count
         return LossParts(total, {self.name: total, "used": used})
 
     def rows_loss(
-        self, logits: mx.array, label: mx.array, greedy: mx.array, teacher: mx.array | None
+        self,
+        logits: mx.array,
+        label: mx.array,
+        greedy: mx.array,
+        teacher: mx.array | None = None,
+        mass: mx.array | float = 1.0,
     ) -> mx.array:
         """Loss of every row, float32 [m].
 
@@ -88,12 +99,13 @@ class PTPLoss:
             logits: [m, C] of the slots.
             label, greedy: [m], see `PTPBatch`.
             teacher: [m, C] logits; None for CE.
+            mass: [m], see `PTPBatch`.
         """
         scaled = logits.astype(mx.float32) * (1.0 / self.temperature)
         if teacher is None:
             own = hard_cross_entropy(scaled, label)
         else:
-            own = divergence(teacher.astype(mx.float32) * (1.0 / self.temperature), scaled, self.name)
+            own = mass * divergence(teacher.astype(mx.float32) * (1.0 / self.temperature), scaled, self.name)
         return mx.where(greedy, hard_cross_entropy(logits, label), own)
 
 

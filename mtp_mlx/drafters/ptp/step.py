@@ -112,9 +112,9 @@ class PTPRunner(MicroBatchRunner):
         """The loss of a slice, whose teacher is evaluated now."""
         attached, own = self._attached, part.rows
         rows, row = np.unique(layout.target[own], return_inverse=True)
-        teacher = None
+        teacher = mass = None
         if self._loss.name != "ce":
-            teacher = teacher_logits(attached, prefix.hidden, rows)
+            teacher, mass = teacher_logits(attached, prefix.hidden, rows, self._picker.config.temperature)
         constants = {
             "label": mx.array(self._columns[targets.label[own]]),
             "weight": mx.array(targets.weight[own]),
@@ -127,6 +127,7 @@ class PTPRunner(MicroBatchRunner):
         def loss() -> LossParts:
             with self._plan.layers(attached):
                 hidden = slot_pass(attached, layout, prefix, part, targets.carried)
-            return self._loss(attached, PTPBatch(hidden=hidden, teacher_logits=teacher, **constants))
+            batch = PTPBatch(hidden=hidden, teacher_logits=teacher, teacher_mass=mass, **constants)
+            return self._loss(attached, batch)
 
         return loss

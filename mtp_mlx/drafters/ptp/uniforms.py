@@ -78,19 +78,35 @@ def teacher_rows(attached: AttachedModel, layout: SlotLayout, prefix: Prefix, pi
     return TeacherRows(rows, left_edges, right_edges, np.concatenate(best).astype(np.int32))
 
 
-def teacher_logits(attached: AttachedModel, hidden: mx.array, rows: np.ndarray) -> mx.array:
-    """The base model's logits of the draft columns at real rows, [Q, C], evaluated.
+def teacher_logits(
+    attached: AttachedModel, hidden: mx.array, rows: np.ndarray, temperature: float
+) -> tuple[mx.array, mx.array]:
+    """What the base model predicts at real rows, evaluated.
 
     Args:
         hidden: [S * T, D] hidden states of all real rows.
         rows: [Q] indices into them.
+        temperature: the teacher's.
+
+    Returns:
+        logits: [Q, C] of the draft columns.
+        mass: [Q] float32, the probability of all draft columns together at the temperature.
     """
-    ids, kept = attached.draft_ids, []
+    ids, kept, masses = attached.draft_ids, [], []
     for start in range(0, len(rows), TEACHER_CHUNK):
         logits = attached.head(hidden[mx.array(rows[start : start + TEACHER_CHUNK])])  # [<= chunk, V]
         kept.append(logits if ids is None else logits[:, ids])
-        mx.eval(kept[-1])
-    return mx.concatenate(kept)
+        masses.append(draft_mass(logits, ids, temperature))
+        mx.eval(kept[-1], masses[-1])
+    return mx.concatenate(kept), mx.concatenate(masses)
+
+
+def draft_mass(logits: mx.array, ids: mx.array | None, temperature: float) -> mx.array:
+    """The probability of all draft columns together, float32 [Q], by logits [Q, V] over the whole vocabulary."""
+    if ids is None:
+        return mx.ones(logits.shape[:1])
+    scaled = logits.astype(mx.float32) / temperature
+    return mx.exp(mx.logsumexp(scaled[:, ids], axis=-1) - mx.logsumexp(scaled, axis=-1))
 
 
 def _edges(

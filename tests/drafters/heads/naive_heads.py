@@ -92,12 +92,25 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def row_loss(student: np.ndarray, teacher: np.ndarray, label: int | None, knobs: Knobs) -> float:
-    """One head at one position, logits [C] each; `label` is the column of the token that followed, or None."""
+def row_loss(
+    student: np.ndarray, teacher: np.ndarray, drafted: list[int], label: int | None, knobs: Knobs
+) -> float:
+    """One head at one position; `label` is the column of the token that followed, or None.
+
+    Args:
+        student: [C] logits of the ids that may be drafted.
+        teacher: [V] logits of all ids.
+    """
+    q, p = softmax(teacher / knobs.temperature)[drafted], softmax(student / knobs.temperature)
     kept = max(1, round(knobs.share * len(student)))
-    best = np.argsort(-teacher, kind="stable")[:kept]
-    q, p = softmax(teacher[best] / knobs.temperature), softmax(student[best] / knobs.temperature)
-    kl = knobs.temperature**2 * float((q * np.log(q / p)).sum())
+    best, rest = np.argsort(-q, kind="stable")[:kept], np.argsort(-q, kind="stable")[kept:]
+    classes = [[column] for column in best]
+    if knobs.ce == 0 and len(rest):
+        classes.append(rest)
+    q, p = (np.array([x[one].sum() for one in classes]) for x in (q, p))
+    mass = q.sum()
+    q, p = q / mass, p / p.sum()
+    kl = knobs.temperature**2 * mass * float((q * np.log(q / p)).sum())
     ce = 0.0 if label is None else -float(np.log(softmax(student)[label]))
     return knobs.ce * ce + knobs.kl * kl
 
@@ -128,10 +141,10 @@ def loss(
                 predicted = i + k + 1
                 if predicted < start or k < trained_from:
                     continue
-                teacher = columns @ states[predicted - 1]  # the main head's row that predicts the same token
+                teacher = head @ states[predicted - 1]  # the main head's row that predicts the same token
                 token = tokens[predicted]
                 label = drafted.index(token) if token in drafted else None
-                per_head[k].append(row_loss(columns @ z[i], teacher, label, knobs))
+                per_head[k].append(row_loss(columns @ z[i], teacher, drafted, label, knobs))
     shares = {k: knobs.decay ** (k - 1) for k in per_head}
     return sum(
         shares[k] / sum(shares.values()) * float(np.mean(losses)) for k, losses in per_head.items() if losses

@@ -36,6 +36,7 @@ from tests.decode.fakes import untouched
 from tests.decode.test_hybrid_loop import NEAR_TIE, KnowingLookup
 from tests.drafters.heads import test_independent as test_independent_heads
 from tests.drafters.heads import test_loop as test_heads_loop
+from tests.drafters.heads.test_chain import SHAPES
 from tests.drafters.heads.test_loop import SometimesChain
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.planning.test_budget import cost_of
@@ -81,6 +82,7 @@ class Case:
     prefill_step_size: int
     sampling: SamplingConfig
     turns: tuple[Turn, ...]
+    shape: int = 0
 
     @property
     def overrides(self) -> tuple[tuple[str, int], ...]:
@@ -103,6 +105,9 @@ class Case:
         found = [self.kind, self.policy, *(["exact"] if self.exact else [])]
         found += ["loop"] if self.drafts > self.heads else []
         found += ["lookup"] if self.lookup else []
+        if self.kind == "cascade":
+            layers, taps = SHAPES[self.shape]
+            found += [*(["layers"] if layers > 1 else []), *(["taps"] if taps else [])]
         found += ["quantised"] if self.kv_bits else []
         found += ["reused"] if len(self.turns) > 1 else []
         found += ["window"] if self.architecture in WINDOWS else []
@@ -126,13 +131,15 @@ def model_of(
     heads: int,
     convention: int,
     exact: bool,
+    shape: int = 0,
 ) -> AttachedModel:
     """A tiny model with random heads of a kind; without any where `heads` is 0."""
     model = tiny_model(architecture, seed=3, **dict(overrides))
     made: DraftHeads | None = None
     if heads and kind == "cascade":
-        random = random_heads(model, heads, CONVENTIONS[convention])
-        made = MTPHeads(random.heads, CONVENTIONS[convention])
+        layers, taps = SHAPES[shape]
+        random = random_heads(model, heads, CONVENTIONS[convention], layers=layers, taps=taps)
+        made = MTPHeads(random.heads, CONVENTIONS[convention], fusion=random.get("fusion"))
     elif heads:
         size = dict(overrides).get("hidden_size", 48)
         rng = np.random.default_rng(5)
@@ -170,7 +177,9 @@ def expected(case: Case) -> list[tuple[list[int], list[mx.array]]]:
 
 def run(case: Case, truth: list[tuple[list[int], Any]], stats: DecodeStats) -> list[list[Token]]:
     """The tokens of every turn with heads, over one cache."""
-    model = model_of(case.architecture, case.overrides, case.kind, case.heads, case.convention, case.exact)
+    model = model_of(
+        case.architecture, case.overrides, case.kind, case.heads, case.convention, case.exact, case.shape
+    )
     cache, found, start = model.make_cache(), [], 0
     policies: dict[str, Any] = {
         "chain": ChainPolicy,
@@ -258,6 +267,8 @@ def cases(draw: Any) -> Case:
             repetition_penalty=penalty,
         ),
         turns=made,
+        # Of the tiny models with recurrent state most have one layer with attention.
+        shape=draw(st.sampled_from([0, 2] if architecture in STATES else [0, 1, 2, 3])),
     )
 
 
@@ -304,7 +315,7 @@ def test_same_text() -> None:
     print(f"{EXAMPLES} examples: {dict(seen)}; accepted {dict(accepted)}, {rejected} rejected, "
           f"{len(certificates)} near ties")  # fmt: skip
     wanted = "cascade medusa parallel chain sometimes auto exact loop lookup quantised reused window state"
-    assert all(seen[name] >= 3 for name in wanted.split()), seen
+    assert all(seen[name] >= 3 for name in [*wanted.split(), "layers", "taps"]), seen
     assert accepted["heads"] > 2 * EXAMPLES and accepted["lookup"] > EXAMPLES and rejected > EXAMPLES
     assert len(certificates) <= EXAMPLES // 35, certificates
 

@@ -32,7 +32,7 @@ from mtp_mlx.planning.choose import build_policy
 from tests.decode.fakes import attached as with_mask_adapter
 from tests.decode.fakes import untouched
 from tests.decode.test_loop import Case, certified, plain_tokens
-from tests.drafters.heads.test_chain import model_with_heads
+from tests.drafters.heads.test_chain import SHAPES, model_with_heads
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.planning.test_budget import cost_of
 from tests.tiny import VOCABULARY, tiny_model
@@ -95,6 +95,7 @@ class HeadsCase:
     drafts: int
     knowing: bool
     policy: str
+    shape: int = 0
 
     def run(self, truth: list[int], stats: DecodeStats, patch: pytest.MonkeyPatch) -> list[Token]:
         """Tokens of the loop under test."""
@@ -109,7 +110,7 @@ class HeadsCase:
         return list(
             mtp_generate_step(
                 list(self.case.prompt),
-                model_with_heads(self.case.architecture, self.heads, self.drafts),
+                model_with_heads(self.case.architecture, self.heads, self.drafts, shape=self.shape),
                 max_tokens=self.case.max_tokens,
                 sampling=self.case.sampling,
                 policy=made[self.policy](self.drafts),
@@ -143,7 +144,8 @@ def cases(draw: Any) -> HeadsCase:
         ),
     )
     heads, policies = draw(st.integers(1, 3)), st.sampled_from(["chain", "sometimes", "auto"])
-    return HeadsCase(case, heads, draw(st.sampled_from([heads, 4])), draw(st.booleans()), draw(policies))
+    drafts, knowing = draw(st.sampled_from([heads, 4])), draw(st.booleans())
+    return HeadsCase(case, heads, drafts, knowing, draw(policies), draw(st.integers(0, len(SHAPES) - 1)))
 
 
 def test_same_text() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
@@ -24,10 +23,10 @@ TOKENS = mx.array([[5, 9, 2, 77, 140, 3, 9, 21]])
 
 
 def random_heads(
-    model: Any, count: int = 3, convention: HeadConvention | None = None, seed: int = 0
+    model: Any, count: int = 3, convention: HeadConvention | None = None, seed: int = 0, **shape: Any
 ) -> MTPHeads:
     """Heads none of whose weights is symmetric, so that a swapped half or a wrong row shows."""
-    heads = new_heads(model, count, convention or HeadConvention("test"))
+    heads = new_heads(model, count, convention or HeadConvention("test"), **shape)
     rng = np.random.default_rng(seed)
     noise = [
         (name, value + mx.array(0.2 * rng.normal(size=value.shape).astype(np.float32)))
@@ -67,7 +66,7 @@ def test_row_by_row_with_caches_equals_the_cascade(architecture: str) -> None:
     heads = random_heads(model)
     embeddings, hidden = inputs(model)
     expected = heads.cascade(embeddings, hidden)
-    caches = [KVCache() for _ in heads.heads]
+    caches = [head.make_cache() for head in heads.heads]
     for position in range(5):
         state = hidden[:, position : position + 1]
         for depth, (head, cache) in enumerate(zip(heads.heads, caches, strict=True), start=1):

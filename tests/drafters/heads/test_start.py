@@ -9,7 +9,7 @@ import pytest
 
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.start import last_layer_input, norm_weight, start_like_trunk
+from mtp_mlx.drafters.heads.start import layer_input, norm_weight, start_like_trunk
 from tests.tiny import tiny_model
 
 TOKENS = [5, 9, 2, 77, 140, 3, 9, 21]
@@ -23,7 +23,7 @@ def test_a_block_starts_on_the_residual_stream(architecture: str) -> None:
     trunk = model.model
     heads = new_heads(model, 2, HeadConvention("test"))
     assert start_like_trunk(heads, model, TOKENS)
-    given = last_layer_input(trunk, mx.array([TOKENS]))
+    given = layer_input(trunk, -1, mx.array([TOKENS]))
     mask = mx.tril(mx.ones((len(TOKENS), len(TOKENS)), dtype=mx.bool_))
     last = np.array(trunk.layers[-1](given, mask, None)[0])
     hidden = trunk(mx.array([TOKENS]))

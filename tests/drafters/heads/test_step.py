@@ -17,7 +17,8 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.layout import build_head_layout, can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
-from mtp_mlx.drafters.heads.step import HeadsRunner, chunked_loss, head_rows, summary, teacher_targets
+from mtp_mlx.drafters.heads.step import HeadsRunner, chunked_loss, head_rows, summary
+from mtp_mlx.drafters.heads.teacher import teacher_targets
 from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.data import Example

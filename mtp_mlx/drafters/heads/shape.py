@@ -1,0 +1,79 @@
+"""Shape of trained heads: layers of a head, states of the trunk that it reads, one head for all drafts or many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_mlx.drafters.heads.config import HeadsConfig, block_layers
+from mtp_mlx.drafters.heads.options import DEFAULT_LAYERS, DEFAULT_SHARED, DEFAULT_TAPS, HeadsSettings
+from mtp_mlx.drafters.heads.taps import layer_numbers
+from mtp_mlx.errors import MTPError
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The shape of new heads.
+
+    Attributes:
+        layers: decoder layers of a head.
+        taps: the states of the trunk that the first head reads, as in `HeadsSettings.taps`.
+        shared: whether one head makes all drafts, each on its own state.
+    """
+
+    layers: int
+    taps: str
+    shared: bool
+
+    @classmethod
+    def of(cls, settings: HeadsSettings) -> HeadShape:
+        """What the settings say, or the defaults."""
+        return cls(
+            layers=DEFAULT_LAYERS if settings.layers is None else settings.layers,
+            taps=DEFAULT_TAPS if settings.taps is None else settings.taps,
+            shared=DEFAULT_SHARED if settings.shared is None else settings.shared,
+        )
+
+
+def is_shared(config: HeadsConfig) -> bool:
+    """Whether a folder has one head that makes several drafts."""
+    return config.count == 1 and config.drafts > 1
+
+
+def check_start(folder: Path, config: HeadsConfig, settings: HeadsSettings, trunk_layers: int) -> bool:
+    """Whether training goes on with one head for all depths from the heads in `folder`.
+
+    Args:
+        folder: `start_from`.
+        config: what it says of its heads.
+        settings: of the new run.
+        trunk_layers: decoder layers of the base model.
+
+    Raises:
+        MTPError: the settings ask for another shape than that of the heads in `folder`.
+    """
+    where = f"`start_from` {folder}"
+    layers = block_layers(config.blocks[0])
+    if settings.layers is not None and settings.layers != layers:
+        raise MTPError(
+            f"{where} has heads of {layers} layer(s), and `layers` is {settings.layers}: leave `layers` out"
+        )
+    if settings.taps is not None and list(layer_numbers(settings.taps, trunk_layers)) != config.taps:
+        own = ",".join([*map(str, config.taps), "last"])
+        raise MTPError(f"{where} has heads that read {own}, and `taps` is {settings.taps}: leave `taps` out")
+    if settings.extend is not None:
+        if is_shared(config):
+            raise MTPError(
+                f"{where} has one head for all drafts, which `extend` would copy: to train it for more drafts, set "
+                "`heads`"
+            )
+        return False
+    shared = is_shared(config) if settings.shared is None else settings.shared
+    if shared and config.count > 1:
+        raise MTPError(f"{where} has {config.count} heads, and `shared` trains one: leave `shared` out")
+    if not shared and config.count != settings.heads:
+        raise MTPError(
+            f"{where} has {config.count} heads, and `heads` is {settings.heads}: set `heads` to {config.count}, or "
+            "`extend` to get more"
+        )
+    return shared
