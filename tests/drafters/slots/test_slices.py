@@ -53,10 +53,15 @@ def masks(objective: Any) -> Callable[[StepPlan, int], MicroBatchRunner]:
 
 
 def ptp(loss: PTPLoss, variant: Any, source: Any = "teacher") -> Callable[[StepPlan, int], MicroBatchRunner]:
+    # Own uniforms follow from logits. With bits, their rounding would flip the last one, and with it the slot.
+    embedding: Any = "bits" if source == "teacher" else "linear-interpolation"
+
     def runner(plan: StepPlan, chunk_blocks: int) -> MicroBatchRunner:
         model = frozen("llama")
         mx.random.seed(5)
-        adapter = new_ptp_adapter(model, PTPConfig(variant=variant, slots=SLOTS, rank=4, alpha=8.0))
+        adapter = new_ptp_adapter(
+            model, PTPConfig(variant=variant, embedding=embedding, slots=SLOTS, rank=4, alpha=8.0)
+        )
         choice = BlockChoice(slots=SLOTS, chunk_blocks=chunk_blocks)
         uniforms = UniformChoice(greedy_share=0.3, source=source)
         return PTPRunner(attach(model, adapter), loss, choice, uniforms, seed=0, plan=plan)
