@@ -10,7 +10,7 @@ from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
 from mtp_mlx.convert.heads.write import Base, fill_folder, trunk_name
 from mtp_mlx.convert.read.checkpoint import Checkpoint
-from mtp_mlx.convert.trunk import trunk_fingerprint
+from mtp_mlx.convert.trunk import trunk_identity
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import check_out, new_folder
 
@@ -45,7 +45,7 @@ def convert_heads(
             "`adapters.peft.write_peft`"
         )
     check_out(out, force=force, mark=CONFIG_NAME, kind="an adapter folder", source=checkpoint.path)
-    base = base or Base(trunk_name(checkpoint), *trunk_fingerprint(checkpoint, found))
+    base = base or Base(trunk_name(checkpoint), *trunk_identity(checkpoint, found))
     with new_folder(out) as folder:
         fill_folder(folder, checkpoint, plan, base, progress=progress)
     return out

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,8 @@ from mtp_mlx.convert.heads.targets import AS_IT_IS, Target, save_targets
 from mtp_mlx.convert.read.checkpoint import Checkpoint, fp8_block
 from mtp_mlx.convert.read.safetensors import SCALE
 from mtp_mlx.errors import ConversionError, MTPError
-from mtp_mlx.model.fingerprint import fingerprint_of
+from mtp_mlx.model.base_sample import BaseSample
+from mtp_mlx.model.fingerprint import fingerprint_of, sample_lazily
 
 # What mlx-lm may raise for a folder that it cannot load: its models check little.
 LOAD_ERRORS = (
@@ -308,24 +309,33 @@ def _check(checkpoint: Checkpoint, model: nn.Module, weights: Mapping[str, mx.ar
         )
 
 
-# --- its fingerprint ----------------------------------------------------------------------------------------
+# --- what tells it apart ------------------------------------------------------------------------------------
 
 
-def trunk_fingerprint(checkpoint: Checkpoint, found: Found | None) -> tuple[str | None, str]:
-    """The fingerprint of the trunk that `checkpoint` holds; or None, and why it has none.
+class TrunkIdentity(NamedTuple):
+    """The fingerprint of a trunk and a sample of its weights; or None, and why they are not known."""
 
-    Only the norms are read, which the fingerprint is made of. Heads can be used without one: they are then not
+    fingerprint: str | None
+    unknown_because: str = ""
+    sample: BaseSample | None = None
+
+
+def trunk_identity(checkpoint: Checkpoint, found: Found | None) -> TrunkIdentity:
+    """What tells the trunk that `checkpoint` holds apart.
+
+    Only the norms and the sampled layers are read, one layer at a time. Heads can be used without: they are then not
     checked against the model that they are attached to.
 
     Args:
         found: the heads of the checkpoint, as for `open_trunk`.
     """
     if checkpoint.container != "safetensors" or not checkpoint.path.is_dir():
-        return None, "there is no folder of safetensors that mlx-lm could load the trunk from"
+        return TrunkIdentity(None, "there is no folder of safetensors that mlx-lm could load the trunk from")
     try:
         with open_trunk(checkpoint, found) as trunk:
-            return fingerprint_of(trunk.model)
+            fingerprint, reason = fingerprint_of(trunk.model)
+            return TrunkIdentity(fingerprint, reason, sample_lazily(trunk.model) if fingerprint else None)
     except (MTPError, ImportError) as error:
         # The folder is published, and where the checkpoint lay on this machine is nobody's business.
         reason = str(error).replace(f"{checkpoint.path}: ", "")
-        return None, reason if len(reason) < 200 else f"{reason[:200]} ..."
+        return TrunkIdentity(None, reason if len(reason) < 200 else f"{reason[:200]} ...")

@@ -29,7 +29,6 @@ from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import Trunk, open_trunk
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import check_out, new_folder
-from mtp_mlx.model.fingerprint import fingerprint_of
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -114,7 +113,7 @@ def convert_whole(
         if settings.quantize:
             tell(f"quantising to {settings.quantize} bits")
             _quantise(checkpoint, trunk, settings)
-        base = Base(out.name, *fingerprint_of(trunk.model))
+        base = Base.of(out.name, trunk.model)
         notes = [] if plan is None else [*plan.notes, *base.notes]
         result = Converted(out, plan, notes, trunk.left_out)
         beside = None if mask is None else mask_sidecar(mask, trunk.model, out.name)

@@ -4,20 +4,21 @@ mtp_config.json:
 
     "format": 1
     "method": "mask-tokens"                        which drafter it is, see `mtp_mlx.drafters.registry`
-    "base": {"name": ..., "fingerprint": ...}      the model it was made for
+    "base": {"name": ..., "fingerprint": ..., "sample": {...}}    the model it was made for
     "adapter": {...}                               the method's own section, under a name that the method chooses
     "source": {...}                                where converted weights come from
     "training": {...}, "acceptance": [0.5, 0.4], "measurements": {...}
+    "acceptance_by_precision": {"float32": [0.5, 0.4], "4-bit": [0.48, 0.39]}    by the base's own precision
     "mask": {...}                                  of a model with a mask token of its own
 
-An adapter works with its own base model only; the fingerprint tells another one apart. The folder may lie inside the
+An adapter works with its own base model only, in any precision; the fingerprint and the sampled weights tell another
+one apart. The folder may lie inside the
 model's, as `MODEL/mtp`: then `load` finds it there. Reading headers needs no mlx.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder, write_text
+from mtp_mlx.model.base_sample import BaseSample
 
 if TYPE_CHECKING:
     import mlx.core as mx
-    import mlx.nn as nn
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
@@ -38,11 +39,12 @@ FORMAT_VERSION = 1
 DRAFT_IDS = "draft_ids"  # [N] int32, the one tensor that is no weight: ids that may be drafted
 SIDECAR = "mtp"  # name of an adapter folder inside its model's
 
-_COMMON = ("format", "method", "base", "source", "training", "acceptance", "measurements", "mask")
+_COMMON = (
+    *("format", "method", "base", "source", "training"),
+    *("acceptance", "acceptance_by_precision", "measurements", "mask"),
+)
 
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
-
-log = logging.getLogger("mtp_mlx")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Header:
         base_fingerprint: see `mtp_mlx.model.fingerprint.base_fingerprint`; None if it is not known.
         own: the method's own section under its name, as in the file: {"adapter": {...}}. The method's room reads it.
         training: how it was trained: data, steps, settings; free-form.
+        base_sample: see `mtp_mlx.model.base_sample`; None in older folders, and if the base was not at hand.
         acceptance: for each depth the share of drafts accepted, given that those before were; empty if not measured.
+        acceptance_by_precision: the same by the base's precision (`mtp_mlx.model.precision`); empty in older folders.
         measurements: named reports, free-form.
         source: where converted weights come from, free-form.
         mask: of a model with a mask token of its own: the token's id and name, and how its makers prompt and stop it;
@@ -71,17 +75,25 @@ class Header:
     measurements: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     mask: dict[str, Any] = field(default_factory=dict)
+    base_sample: BaseSample | None = None
+    acceptance_by_precision: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `mtp_config.json`."""
+        sample, by_precision = self.base_sample, self.acceptance_by_precision
         return {
             "format": FORMAT_VERSION,
             "method": self.method,
-            "base": {"name": self.base_name, "fingerprint": self.base_fingerprint},
+            "base": {
+                "name": self.base_name,
+                "fingerprint": self.base_fingerprint,
+                **({} if sample is None else {"sample": sample.to_json()}),
+            },
             **self.own,
             **({"source": self.source} if self.source else {}),
             "training": self.training,
             "acceptance": self.acceptance,
+            **({"acceptance_by_precision": by_precision} if by_precision else {}),
             "measurements": self.measurements,
             **({"mask": self.mask} if self.mask else {}),
         }
@@ -131,6 +143,8 @@ def read_header(folder: Path) -> Header:
             measurements=_typed(raw, "measurements", dict, {}),
             source=_typed(raw, "source", dict, {}),
             mask=_typed(raw, "mask", dict, {}),
+            base_sample=BaseSample.from_json(_typed(base, "sample", dict)) if "sample" in base else None,
+            acceptance_by_precision=_by_precision(_typed(raw, "acceptance_by_precision", dict, {})),
         )
 
 
@@ -146,6 +160,10 @@ def _numbers(values: list[Any]) -> list[float]:
     if not all(type(value) in (int, float) for value in values):
         raise ValueError(f"'acceptance' is {values!r}, not a list of numbers")
     return values
+
+
+def _by_precision(raw: dict[str, Any]) -> dict[str, list[float]]:
+    return {precision: _numbers(_typed(raw, precision, list)) for precision in raw}
 
 
 @contextmanager
@@ -168,25 +186,6 @@ def check_method(folder: Path, header: Header, method: str) -> None:
     """Raises MTPError where the adapter in `folder` is of another method than `method`."""
     if header.method != method:
         raise MTPError(f"the adapter {folder} is of the method '{header.method}', not '{method}'")
-
-
-def check_base(folder: Path, header: Header, model: nn.Module) -> None:
-    """Checks that the adapter in `folder` was made for `model`; if its base's fingerprint is not known, it warns.
-
-    Raises:
-        MTPError: if it was made for another base; both fingerprints are named.
-    """
-    from mtp_mlx.model.fingerprint import base_fingerprint
-
-    if header.base_fingerprint is None:
-        log.warning("%s does not say which base it was made for, so it is used unchecked", folder)
-        return
-    found = base_fingerprint(model)
-    if found != header.base_fingerprint:
-        raise MTPError(
-            f"the adapter {folder} was made for base '{header.base_name}' (fingerprint {header.base_fingerprint}), "
-            f"this model's fingerprint is {found}; use it with its own base or train one for this model"
-        )
 
 
 def read_tensors(folder: Path, lazy: bool = False) -> dict[str, mx.array]:
@@ -256,14 +255,13 @@ def model_card(header: Header, lines: CardLines, sizes: Mapping[str, int]) -> st
         sizes: of its tensors, see `tensor_sizes`.
     """
     base, fingerprint = header.base_name, header.base_fingerprint
-    depths = " / ".join(f"{value:.2f}" for value in header.acceptance)
     facts = [
         f"base: {base}, fingerprint " + (f"`{fingerprint}`" if fingerprint else "not known"),
         f"method: {lines.method}",
         *lines.facts,
         f"draft vocabulary: {sizes.get(DRAFT_IDS, 'whole')}",
         f"weights: {count_weights(sizes) / 1e6:.2f} M",
-        f"acceptance per depth on held-out text: {depths or 'not measured'}",
+        f"acceptance per depth on held-out text: {_acceptance_words(header)}",
     ]
     commands = lines.commands or (f"mtp-mlx generate --model {base} --adapter . --prompt ...",)
     reports = {
@@ -280,6 +278,19 @@ def model_card(header: Header, lines: CardLines, sizes: Mapping[str, int]) -> st
     parts = [f"# {lines.title}", lines.about, "\n".join(f"- {fact}" for fact in facts)]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
+
+
+def _acceptance_words(header: Header) -> str:
+    known = header.acceptance_by_precision or {"": header.acceptance}
+    shown = {
+        precision: " / ".join(f"{value:.2f}" for value in values)
+        for precision, values in known.items()
+        if values
+    }
+    words = "; ".join(
+        f"{depths} (base in {precision})" if precision else depths for precision, depths in shown.items()
+    )
+    return words or "not measured"
 
 
 def bullets(facts: Mapping[str, Any]) -> str:

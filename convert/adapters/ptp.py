@@ -25,7 +25,7 @@ from mtp_mlx.drafters.ptp.uniform_embedding import TEETH, UniformEmbeddingName
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out
-from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 
 PEFT_ALPHA = 8.0
 COMPLETION_SLOTS = 16
@@ -87,18 +87,18 @@ def write_ptp(
         target_modules=tuple(sorted({path.rsplit(".", 2)[-2] for path in low_rank})),
         teacher=teacher or RELEASED_TEACHER,
     )
-    if teacher is None:
-        notes.append("the teacher's sampling is that of the released configurations")
+    notes += [] if teacher else ["the teacher's sampling is that of the released configurations"]
     adapter = new_ptp_adapter(base, config)
     _fill(adapter, checkpoint.path, low_rank, embedded)
-    stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
-    source_facts = {
+    source = {
         "family": "released code of arXiv 2512.21323",
         "files": ", ".join(checkpoint.files),
         "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
-    header = ptp_header(config, base_name, base_fingerprint(base), source=source_facts)
+    about = {"source": source, "base_sample": sample_base(base)}
+    header = ptp_header(config, base_name, base_fingerprint(base), **about)
+    stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     save(Path(out), adapter, header, _DTYPES.get(stored, mx.float32))
     return Path(out)
 

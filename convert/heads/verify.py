@@ -213,7 +213,16 @@ def verify_folder(
     bare.detach()
     result = verify_heads(model, tokenizer, heads, prompts, tokens)
     measurements = {**header.measurements, "verify": result.to_json()}
-    write_header(folder, replace(header, acceptance=result.acceptance, measurements=measurements))
+    by_precision = {**header.acceptance_by_precision, bare.precision: result.acceptance}
+    write_header(
+        folder,
+        replace(
+            header,
+            acceptance=result.acceptance,
+            acceptance_by_precision=by_precision,
+            measurements=measurements,
+        ),
+    )
     return result
 
 

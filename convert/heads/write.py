@@ -12,11 +12,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtp_mlx.adapter_folder import WEIGHTS_NAME, Header, model_card, put_texts
 from mtp_mlx.convert.heads.targets import HeadPlan, save_targets
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, heads_header
+from mtp_mlx.model.base_sample import BaseSample
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,21 @@ class Base:
         name: what the folder calls it.
         fingerprint: as `mtp_mlx.model.fingerprint` makes it; None if it is not known.
         unknown_because: why it is not known; empty if it is.
+        sample: of its weights, see `mtp_mlx.model.base_sample`.
     """
 
     name: str
     fingerprint: str | None = None
     unknown_because: str = ""
+    sample: BaseSample | None = None
+
+    @staticmethod
+    def of(name: str, model: nn.Module) -> Base:
+        """A bare model that is at hand."""
+        from mtp_mlx.model.fingerprint import fingerprint_of, sample_base
+
+        fingerprint, reason = fingerprint_of(model)
+        return Base(name, fingerprint, reason, None if fingerprint is None else sample_base(model))
 
     @property
     def notes(self) -> list[str]:
@@ -77,7 +92,7 @@ def planned_header(checkpoint: Checkpoint, plan: HeadPlan, base: Base) -> Header
         "dropped": [{"tensor": name, "same_as": trunk} for name, trunk in plan.dropped],
         "notes": [*plan.notes, *base.notes],
     }
-    return heads_header(config, base.name, base.fingerprint, source=source)
+    return heads_header(config, base.name, base.fingerprint, source=source, base_sample=base.sample)
 
 
 def trunk_name(checkpoint: Checkpoint) -> str:

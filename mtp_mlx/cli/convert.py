@@ -261,17 +261,16 @@ def _write_heads(
     from mtp_mlx.convert.heads.write import Base, trunk_name
     from mtp_mlx.convert.heads_only import convert_heads
     from mtp_mlx.convert.whole import open_base
-    from mtp_mlx.model.fingerprint import fingerprint_of
     from mtp_mlx.models import load_base
 
     with ExitStack() as stack:
         model, tokenizer, base = None, None, None
         if how.base:
             model, tokenizer = load_base(how.base)
-            base = Base(Path(how.base).name, *fingerprint_of(model))
+            base = Base.of(Path(how.base).name, model)
         elif how.verify:
             model, tokenizer = stack.enter_context(open_base(checkpoint, found))
-            base = Base(trunk_name(checkpoint), *fingerprint_of(model))
+            base = Base.of(trunk_name(checkpoint), model)
         folder = convert_heads(
             checkpoint, found, out, overrides=how.overrides, base=base, force=how.force, progress=progress
         )

@@ -192,11 +192,20 @@ def adapter(path: Path) -> dict[str, Any]:
         "method": header.method,
         "size": _size(path),
         "weights": count_weights(tensor_sizes(read_tensors(path, lazy=True))),
-        "base": {"name": header.base_name, "fingerprint": header.base_fingerprint or "not known"},
+        "base": {
+            "name": header.base_name,
+            "fingerprint": header.base_fingerprint or "not known",
+            "sampled weights": "not known" if header.base_sample is None else header.base_sample.form,
+        },
         **folder_facts(path, header),
         **({"mask": header.mask} if header.mask else {}),
         **({"source": header.source} if header.source else {}),
         "acceptance": header.acceptance or "not measured",
+        **(
+            {"acceptance by precision": by_precision}
+            if (by_precision := header.acceptance_by_precision)
+            else {}
+        ),
         "training": header.training or "not recorded",
         "measurements": header.measurements or "none",
     }
@@ -293,7 +302,7 @@ def _readable(key: str, value: Any) -> str:
         return _bytes(value)
     if key == "weights" and isinstance(value, int):
         return f"{value:,}"
-    if key == "acceptance" and isinstance(value, list):
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
         return " / ".join(f"{item:.2f}" for item in value)
     if key == "target_modules" and not value:
         return "every linear layer"

@@ -25,6 +25,7 @@ from mtp_mlx.model.cache import block_view
 from mtp_mlx.model.gated_lora import GatedLinear
 from mtp_mlx.model.head import HeadView, Vocabulary
 from mtp_mlx.model.positions import PositionedRoPE
+from mtp_mlx.model.precision import precision_of
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.seams import (
     Seams,
@@ -54,6 +55,7 @@ class AttachedModel:
             theirs first.
         vocab_size: V, rows of the embedding table; larger ids are slots.
         hidden_size: D.
+        precision: of the decoder layers' weights, in words: "bfloat16", "4-bit".
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
@@ -79,6 +81,7 @@ class AttachedModel:
         self._seams = seams
         self.kernels = kernels if kernels is not None and kernels.active else None
         self.exact = exact
+        self.precision = precision_of(seams.linears.values())
         self._rows = RowContext(kernels=self.kernels, exact=exact)
         self._hook: Callable[[], Any] | None = None
         self._embed = seams.embedding

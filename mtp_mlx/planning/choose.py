@@ -18,6 +18,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.precision import nearest_precision
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
 from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.planning.tuned import recall
@@ -237,9 +238,14 @@ def own_name(model: AttachedModel) -> str:
 def recorded_acceptance(model: AttachedModel) -> list[float]:
     """The adapter's recorded acceptance per depth; also creates the model's experience if it has none yet.
 
+    Of several records it is the one of the base in the precision nearest to this model's.
     Later generations may ask for more drafts than this one, so the experience has room for the most possible.
     """
-    prior = list(model.info.acceptance) if model.info is not None else []
+    prior: list[float] = []
+    if model.info is not None:
+        known = model.info.acceptance_by_precision
+        nearest = nearest_precision(known, model.precision)
+        prior = list(model.info.acceptance if nearest is None else known[nearest])
     if model.experience is None:
         source = source_of(model)
         most = 0 if source is None else max(source.most_drafts, source.drafts)

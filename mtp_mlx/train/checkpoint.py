@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import write_file
+from mtp_mlx.model.base_sample import BaseSample
 from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.settings import TrainSettings
 
@@ -48,6 +49,7 @@ class Checkpoint:
     settings: dict[str, Any]
     data_fingerprint: str
     base_fingerprint: str = ""
+    base_sample: BaseSample | None = None
 
 
 def comparable(settings: TrainSettings) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def save_checkpoint(
     settings: TrainSettings,
     data_fingerprint: str,
     base_fingerprint: str = "",
+    base_sample: BaseSample | None = None,
 ) -> None:
     """Writes the state after `step` steps.
 
@@ -95,6 +98,7 @@ def save_checkpoint(
         "settings": json.dumps(comparable(settings)),
         "data": data_fingerprint,
         "base": base_fingerprint,
+        "base_sample": "" if base_sample is None else json.dumps(base_sample.to_json()),
     }
 
     def write(temporary: Path) -> None:
@@ -140,14 +144,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         tensors, metadata = cast("tuple[dict, dict]", mx.load(str(path), return_metadata=True))
         mx.eval(tensors)
+        sample = metadata.get("base_sample")
         return Checkpoint(
             step=int(metadata["step"]),
             tensors=tensors,
             settings=json.loads(metadata["settings"]),
             data_fingerprint=metadata["data"],
             base_fingerprint=metadata.get("base", ""),
+            base_sample=BaseSample.from_json(json.loads(sample)) if sample else None,
         )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         raise MTPError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
 
 
@@ -157,10 +163,11 @@ def check_resumable(
     settings: TrainSettings,
     data_fingerprint: str,
     base_fingerprint: str = "",
+    base_sample: BaseSample | None = None,
 ) -> None:
     """Refuses to resume a run with other settings, other data or another base model.
 
-    Fingerprints of the base are compared if both are known.
+    Fingerprints and samples of the base are compared if both are known; its precision may change.
 
     Raises:
         MTPError: something differs; the message lists all differences.
@@ -177,6 +184,9 @@ def check_resumable(
     if "" not in (base_fingerprint, checkpoint.base_fingerprint):
         if base_fingerprint != checkpoint.base_fingerprint:
             changed.append(f"the base model was {checkpoint.base_fingerprint}, now {base_fingerprint}")
+        elif base_sample is not None and checkpoint.base_sample is not None:
+            if checkpoint.base_sample.against(base_sample) != "same":
+                changed.append("the base model's weights changed by more than rounding, though not its norms")
     if changed:
         raise MTPError(
             f"{path} belongs to another run: {'; '.join(changed)}. Use the old settings or another `out`, or "

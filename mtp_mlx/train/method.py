@@ -13,6 +13,8 @@ import mlx.optimizers as optim
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.base_sample import BaseSample
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts
@@ -39,7 +41,7 @@ class Method(ABC, Generic[Settings]):
 
     Attributes:
         attached: the base model with the trained weights attached.
-        fingerprint: of the base model.
+        fingerprint, base_sample: of the base model, see `mtp_mlx.model.fingerprint`.
         depth: number of drafts per block that `measure` measures.
         plan: how its steps are cut.
 
@@ -49,12 +51,14 @@ class Method(ABC, Generic[Settings]):
 
     attached: AttachedModel
     fingerprint: str
+    base_sample: BaseSample
     depth: int
     plan: StepPlan
     _runner: MicroBatchRunner  # made by the subclass
 
     def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
         self.settings = settings
+        self.fingerprint, self.base_sample = base_fingerprint(model), sample_base(model)
 
     @classmethod
     @abstractmethod
@@ -144,6 +148,19 @@ class Method(ABC, Generic[Settings]):
         Raises:
             MTPError: it cannot be written.
         """
+
+    def about(self, training: dict[str, Any], acceptance: list[float]) -> dict[str, Any]:
+        """What the header of the exported folder says of the run and of the base model it was made on.
+
+        Args:
+            training, acceptance: as for `export`.
+        """
+        return {
+            "base_sample": self.base_sample,
+            "training": {**training, "base_precision": self.attached.precision},
+            "acceptance": acceptance,
+            "acceptance_by_precision": {self.attached.precision: acceptance} if acceptance else {},
+        }
 
     @abstractmethod
     def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:

@@ -222,7 +222,12 @@ class Trainer:
             return False
         state = checkpoints.load_checkpoint(self.checkpoint_path)
         checkpoints.check_resumable(
-            state, self.checkpoint_path, self._whole, self._data_fingerprint, self.method.fingerprint
+            state,
+            self.checkpoint_path,
+            self._whole,
+            self._data_fingerprint,
+            self.method.fingerprint,
+            self.method.base_sample,
         )
         checkpoints.restore(state, self.method, self._optimizer, self._average)
         self.step = state.step
@@ -269,6 +274,7 @@ class Trainer:
             self._whole,
             self._data_fingerprint,
             self.method.fingerprint,
+            self.method.base_sample,
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -306,6 +312,7 @@ class Trainer:
                 **checkpoints.comparable(self.settings),
                 "the data's fingerprint": self._data_fingerprint,
                 "the model's fingerprint": self.method.fingerprint,
+                "the model's weights": self.method.base_sample.key(),
             }
             self.step = start_as_one(
                 self.peers, given, self.step, self.method, self._optimizer, self._average

@@ -180,7 +180,8 @@ def test_a_base_for_heads_that_come_without_one(tmp_path: Path) -> None:
     result = run("convert", source, tmp_path / "heads", "--heads-only", "--base", base)
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "heads" / "mtp_config.json").read_text())
-    assert config["base"] == {"name": "base", "fingerprint": info["fingerprint"]}
+    assert (config["base"]["name"], config["base"]["fingerprint"]) == ("base", info["fingerprint"])
+    assert config["base"]["sample"]["form"] == "float32"
     nowhere = refused("convert", source, tmp_path / "x", "--heads-only", "--base", tmp_path / "none")
     assert "no model" in nowhere
 

@@ -279,7 +279,7 @@ def test_starting_from_another_adapter(tmp_path: Path, uninterrupted: Run) -> No
         if name != "draft_ids":
             np.testing.assert_allclose(value, weights(whole)[name], rtol=0.01, atol=1e-6)
     cases: dict[str, dict[str, Any]] = {
-        "its base has fingerprint": {"model": tiny_model("qwen3", seed=4)},
+        "this model.s fingerprint is": {"model": tiny_model("qwen3", seed=4)},
         "trained with rank 4, these settings say 5": {"rank": 5},
         "trained with alpha 8.0, these settings say 64.0": {"alpha": 64.0},
     }

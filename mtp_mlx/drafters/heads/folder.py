@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter_folder import DRAFT_IDS, Header, check_base, read_tensors, write_adapter_folder
+from mtp_mlx.adapter_folder import DRAFT_IDS, Header, read_tensors, write_adapter_folder
+from mtp_mlx.base_check import check_base
 from mtp_mlx.drafters.heads.build import LAST_LAYER, build_heads, check_runnable
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, config_of, facts, heads_header
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads

@@ -28,7 +28,6 @@ from mtp_mlx.drafters.heads.step import HeadsRunner
 from mtp_mlx.drafters.heads.taps import layer_numbers
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
 from mtp_mlx.model.attach import attach
-from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import find_seams
 from mtp_mlx.model.tensor_fit import check_fit
 from mtp_mlx.train.agreement import Agreement
@@ -78,7 +77,6 @@ class TrainHeads(Method[HeadsSettings]):
         super().__init__(model, train, settings, tell)
         if settings.learn_prompts:
             tell("`learn_prompts` is now called `learn_from` all")
-        self.fingerprint = base_fingerprint(model)
         bare = attach(model)
         bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
@@ -221,13 +219,8 @@ class TrainHeads(Method[HeadsSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        header = heads_header(
-            self._config,
-            self.settings.model,
-            self.fingerprint,
-            training={**training, "heads": self.depth},
-            acceptance=acceptance,
-        )
+        about = self.about({**training, "heads": self.depth}, acceptance)
+        header = heads_header(self._config, self.settings.model, self.fingerprint, **about)
         save(folder, self.heads, header)
 
     def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:

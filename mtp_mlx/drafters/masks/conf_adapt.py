@@ -123,20 +123,13 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`: an adapter folder for gated LoRA, else a model folder."""
         if self._gated:
-            header = mask_header(
-                self.adapter.config,
-                self.settings.model,
-                self.fingerprint,
-                training=training,
-                acceptance=acceptance,
-            )
+            about = self.about(training, acceptance)
+            header = mask_header(self.adapter.config, self.settings.model, self.fingerprint, **about)
             save(folder, self.adapter, header)
             return
         source = Path(resolve_model(self.settings.model))
         training = {"base": source.name, "base_fingerprint": self.fingerprint, **training}
-        header = mask_header(
-            mask_only(self.depth), folder.name, None, training=training, acceptance=acceptance
-        )
+        header = mask_header(mask_only(self.depth), folder.name, None, **self.about(training, acceptance))
         mask = self.adapter.slot_embeddings.weight[0]
         with self.attached.unwrapped() as bare:
             model = bare if self._whole else merged(bare, self.adapter)

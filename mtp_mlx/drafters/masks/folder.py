@@ -13,13 +13,13 @@ from mtp_mlx.adapter_folder import (
     DRAFT_IDS,
     CardLines,
     Header,
-    check_base,
     check_method,
     damage,
     paper,
     read_tensors,
     write_adapter_folder,
 )
+from mtp_mlx.base_check import check_base
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 
 METHOD = "mask-tokens"

@@ -106,11 +106,6 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        header = mask_header(
-            self.adapter.config,
-            self.settings.model,
-            self.fingerprint,
-            training=training,
-            acceptance=acceptance,
-        )
+        about = self.about(training, acceptance)
+        header = mask_header(self.adapter.config, self.settings.model, self.fingerprint, **about)
         save(folder, self.adapter, header)

@@ -18,7 +18,7 @@ from mtp_mlx.adapter_folder import SIDECAR, CardLines, Header, paper, put_adapte
 from mtp_mlx.drafters.masks.folder import card_lines, config_of
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.files import new_folder
-from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 
 WEIGHTS_AND_CODE = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".py")
 
@@ -47,12 +47,13 @@ class MaskSidecar:
         Args:
             model: as it will be in the folder: cast, quantised.
             mask: [D] the mask token's embedding.
-            header: its fingerprint is set here.
+            header: its fingerprint and its sample of the base are set here.
         """
         adapter = new_adapter(model, config_of(Path(SIDECAR), header))
         adapter.load_tensors({"slot_embeddings.weight": mask[None]})
         mx.eval(adapter.parameters())
-        return MaskSidecar(adapter, replace(header, base_fingerprint=base_fingerprint(model)))
+        fingerprint, sample = base_fingerprint(model), sample_base(model)
+        return MaskSidecar(adapter, replace(header, base_fingerprint=fingerprint, base_sample=sample))
 
     def put_into(self, folder: Path) -> None:
         """Puts it into a model folder that is being made."""

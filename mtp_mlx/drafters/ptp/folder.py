@@ -17,13 +17,13 @@ from mtp_mlx.adapter_folder import (
     DRAFT_IDS,
     CardLines,
     Header,
-    check_base,
     check_method,
     damage,
     paper,
     read_tensors,
     write_adapter_folder,
 )
+from mtp_mlx.base_check import check_base
 from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 

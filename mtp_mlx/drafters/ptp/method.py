@@ -93,11 +93,6 @@ class TrainPTP(SlotMethod[PTPSettings]):
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        header = ptp_header(
-            self.adapter.config,
-            self.settings.model,
-            self.fingerprint,
-            training=training,
-            acceptance=acceptance,
-        )
+        about = self.about(training, acceptance)
+        header = ptp_header(self.adapter.config, self.settings.model, self.fingerprint, **about)
         save(folder, self.adapter, header)

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
 from mtp_mlx.adapter_folder import Header, read_header, read_tensors
+from mtp_mlx.base_check import compare_fingerprints, compare_samples
 from mtp_mlx.drafters.slots.adapter import SlotAdapter
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.drafters.slots.memory import block_plans, chunk_blocks_of
@@ -19,7 +20,6 @@ from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
 from mtp_mlx.drafters.slots.step import BlockChoice, taught
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.seams import cache_leaves, is_recurrent
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
@@ -49,7 +49,6 @@ class SlotMethod(Method[Settings]):
 
     def __init__(self, model: nn.Module, train: Sequence[Example], settings: Settings, tell: Tell) -> None:
         super().__init__(model, train, settings, tell)
-        self.fingerprint = base_fingerprint(model)
         self.depth = settings.slots
         bare = attach(model)
         check_slot_caches(bare, train)
@@ -110,7 +109,8 @@ class SlotMethod(Method[Settings]):
         """
         header = read_header(folder)
         shape = config_of(folder, header)
-        check_base(folder, header, self.fingerprint)
+        compare_fingerprints(f"`start_from` {folder}", header, self.fingerprint)
+        compare_samples(f"`start_from` {folder}", header, self.base_sample)
         check_shape(folder, shape, self.adapter.config)
         tensors = read_tensors(folder)
         if not same_draft_ids(self.adapter.tensors().get("draft_ids"), tensors.get("draft_ids")):
@@ -163,23 +163,6 @@ def check_shape(folder: Path, shape: Any, own: Any) -> None:
             raise MTPError(
                 f"`start_from` {folder}: it was trained with {name} {there[name]}, these settings say {here[name]}"
             )
-
-
-def check_base(folder: Path, header: Header, fingerprint: str) -> None:
-    """Refuses to start from an adapter of another base model.
-
-    Args:
-        folder: the adapter folder.
-        header: its header.
-        fingerprint: of the base model at hand.
-
-    Raises:
-        MTPError: the fingerprints differ.
-    """
-    if header.base_fingerprint != fingerprint:
-        raise MTPError(
-            f"`start_from` {folder}: its base has fingerprint {header.base_fingerprint}, this model has {fingerprint}"
-        )
 
 
 def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:

@@ -15,7 +15,7 @@ from mtp_mlx.cli.info import adapter
 from mtp_mlx.convert.heads.report import describe
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 from tests.convert.checkpoints import bf16, write_safetensors
 from tests.convert.conversions import heads_folder
 from tests.convert.heads.head_cases import CASES
@@ -73,7 +73,12 @@ def test_the_fingerprint_is_that_of_the_trunk(tmp_path: Path) -> None:
     out = write(source, tmp_path / "heads")
     base = json.loads((out / "mtp_config.json").read_text())["base"]
     model.load_weights([(name, mx.array(value)) for name, value in made.stored.items() if "mtp" not in name])
-    assert base == {"name": "model", "fingerprint": base_fingerprint(model)}
+    expected = {
+        "name": "model",
+        "fingerprint": base_fingerprint(model),
+        "sample": sample_base(model).to_json(),
+    }
+    assert base == expected
     assert base["fingerprint"] in (out / "README.md").read_text()
 
 
