@@ -84,8 +84,12 @@ def test_a_folder_says_its_shape(every: Path) -> None:
     assert section["blocks"] == [{"like": "last layers", "layers": 2}]
     facts = folder_facts(every, header)
     assert (facts["heads"], facts["drafts"], facts["layers"]) == (1, 3, "2")
-    assert facts["reads"] == "layer 1, 2 and post-norm"
-    assert "states layer 1, 2 and post-norm" in (every / "README.md").read_text()
+    assert facts["reads"] == "the states after layers 1, 2 and after the last norm"
+    card = (every / "README.md").read_text()
+    assert (
+        "draft 3 token(s) a step and read the states after layers 1, 2 and after the last norm, trained"
+        in card
+    )
     heads, _ = load_folder(every, tiny_model("qwen3", seed=3))
     assert heads.tapped_layers == (1, 2) and len(heads.heads[0].layers) == 2 and heads.drafts == 3
 
@@ -97,7 +101,9 @@ def test_folders_from_before_have_no_taps(tmp_path: Path) -> None:
     del config["heads"]["taps"]
     (folder / "mtp_config.json").write_text(json.dumps(config))
     heads, header = load_folder(folder, tiny_model("qwen3", seed=3))
-    assert heads.tapped_layers == () and folder_facts(folder, header)["reads"] == "post-norm"
+    assert (
+        heads.tapped_layers == () and folder_facts(folder, header)["reads"] == "the state after the last norm"
+    )
 
 
 @pytest.mark.parametrize(
