@@ -35,7 +35,7 @@ from mtp_mlx.serve.batch import Batch, Member, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, PlainWatching, attached, drafting, untouched
 from tests.decode.test_loop import samplings
-from tests.drafters.heads.test_chain import SHAPES, model_with_heads
+from tests.drafters.heads.test_chain import model_with_heads
 from tests.drafters.heads.test_loop import Knowing
 from tests.drafters.ptp.ptp_fakes import ptp_attached, ptp_drafting
 from tests.tiny import VOCABULARY, tiny_model
@@ -224,12 +224,7 @@ def test_parallel_token_prediction(cases: list[Text], form: tuple[str, str], var
 
 
 @settings(RELAXED, max_examples=10)
-@given(
-    st.lists(texts(), min_size=2, max_size=4),
-    st.integers(1, 4),
-    st.booleans(),
-    st.integers(0, len(SHAPES) - 1),
-)
+@given(st.lists(texts(), min_size=2, max_size=4), st.integers(1, 4), st.booleans(), st.integers(0, 3))
 def test_mtp_heads(cases: list[Text], chain: int, lookup: bool, shape: int) -> None:
     model = model_with_heads("qwen3", 1 if shape else 2, 4, shape=shape)
     truths = [expected(model, text) for text in cases]

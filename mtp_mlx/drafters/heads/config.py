@@ -31,6 +31,11 @@ from mtp_mlx.adapter_folder import CardLines, Header, bullets, check_method, dam
 from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
 
 METHOD = "mtp-heads"
+PLACES = {
+    "post-norm": "after the last norm",
+    "pre-norm": "before the last norm",
+    "before-last-layer": "before the last layer",
+}
 
 
 @dataclass
@@ -126,10 +131,10 @@ def block_layers(spec: dict[str, Any]) -> int:
 
 def states_read(config: HeadsConfig) -> str:
     """The states of the base model that the first head reads, in words."""
-    last = config.convention.first_hidden
+    last = PLACES.get(config.convention.first_hidden, config.convention.first_hidden)
     if not config.taps:
-        return last
-    return f"layer {', '.join(map(str, config.taps))} and {last}"
+        return f"the state {last}"
+    return f"the states after layers {', '.join(map(str, config.taps))} and {last}"
 
 
 def facts(folder: Path, header: Header) -> dict[str, Any]:
@@ -156,8 +161,8 @@ def card_lines(folder: Path, header: Header) -> CardLines:
     return CardLines(
         title=f"MTP heads for {header.base_name}",
         about=(
-            f"{config.count} head(s) that draft {config.drafts} token(s) a step from the base model's states "
-            f"{states_read(config)}, "
+            f"{config.count} head(s) that draft {config.drafts} token(s) a step"
+            + (f" and read {states_read(config)}, " if config.taps else ", ")
             + (f"converted by mtp-mlx from {files}.\n" if files else "trained by mtp-mlx.\n")
             + "The base model's own output is unchanged: drafts are verified."
         ),

@@ -7,6 +7,7 @@ layout -> pass 1 (base model): KV, and the CDF intervals of the text's tokens ->
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -115,7 +116,7 @@ class PTPRunner(MicroBatchRunner):
         teacher = mass = None
         if self._loss.name != "ce":
             teacher, mass = teacher_logits(attached, prefix.hidden, rows, self._picker.config.temperature)
-        constants = {
+        constants: dict[str, Any] = {
             "label": mx.array(self._columns[targets.label[own]]),
             "weight": mx.array(targets.weight[own]),
             "greedy": mx.array(targets.greedy[own]),

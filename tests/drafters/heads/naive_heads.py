@@ -62,11 +62,36 @@ def block(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
     return x + apply("mlp.down_proj", gate / (1 + np.exp(-gate)) * apply("mlp.up_proj", h))
 
 
-def cascade(weights: Weights, count: int, embeddings: np.ndarray, hidden: np.ndarray) -> list[np.ndarray]:
-    """What the LM head reads for every head, [T - k, D] each, from embeddings and trunk states [T, D]."""
-    found = []
+def fused(weights: Weights, states: np.ndarray) -> np.ndarray:
+    """[T, D] of trunk states [T, (n + 1) * D], of which each is normalised by itself."""
+    if "fusion.fuse.weight" not in weights:
+        return states
+    parts = np.split(states, states.shape[1] // len(weights["fusion.fuse.weight"]), axis=1)
+    normed = [norm(part, weights[f"fusion.norms.{j}.weight"]) for j, part in enumerate(parts)]
+    return np.concatenate(normed, axis=1) @ weights["fusion.fuse.weight"].T
+
+
+def blocks(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
+    """The layers of a head, one or several."""
+    if f"{prefix}.0.input_layernorm.weight" not in weights:
+        return block(weights, prefix, x)
+    for j in range(16):
+        if f"{prefix}.{j}.input_layernorm.weight" in weights:
+            x = block(weights, f"{prefix}.{j}", x)
+    return x
+
+
+def cascade(weights: Weights, count: int, embeddings: np.ndarray, states: np.ndarray) -> list[np.ndarray]:
+    """What the LM head reads at each of `count` depths, [T - k, D] each; heads are used in turn.
+
+    Args:
+        embeddings: [T, D].
+        states: [T, D] or [T, (n + 1) * D] of the trunk.
+    """
+    found, hidden = [], fused(weights, states)
+    heads = len({name.split(".")[1] for name in weights if name.startswith("heads.")})
     for k in range(1, count + 1):
-        own = f"heads.{k - 1}"
+        own = f"heads.{(k - 1) % heads}"
         rows = len(embeddings) - k
         if rows < 1:
             break
@@ -82,7 +107,7 @@ def cascade(weights: Weights, count: int, embeddings: np.ndarray, hidden: np.nda
                 for i in range(rows)
             ]
         )
-        hidden = norm(block(weights, f"{own}.block", x), weights[f"{own}.norm_out.weight"])
+        hidden = norm(blocks(weights, f"{own}.block", x), weights[f"{own}.norm_out.weight"])
         found.append(hidden)
     return found
 
@@ -130,6 +155,7 @@ def loss(
 
     Args:
         sequences: (tokens, index of the first response token).
+        hidden: [T, D] or [T, (n + 1) * D] of the trunk, its last state last.
         head: [V, D] of the LM head; `drafted` are the ids that may be drafted.
         trained_from: the first head that has a loss.
     """
@@ -141,7 +167,8 @@ def loss(
                 predicted = i + k + 1
                 if predicted < start or k < trained_from:
                     continue
-                teacher = head @ states[predicted - 1]  # the main head's row that predicts the same token
+                # The main head's row that predicts the same token.
+                teacher = head @ states[predicted - 1, -head.shape[1] :]
                 token = tokens[predicted]
                 label = drafted.index(token) if token in drafted else None
                 per_head[k].append(row_loss(columns @ z[i], teacher, drafted, label, knobs))

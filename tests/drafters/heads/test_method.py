@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mtp_mlx.api import load, stream_generate
-from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, weights_key
 from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.checkpoint import load_checkpoint
@@ -125,98 +123,75 @@ def test_other_architectures(tmp_path: Path, architecture: str) -> None:
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), losses
 
 
-# --- hidden states on disk ----------------------------------------------------------------------------------
+# --- how it learns ------------------------------------------------------------------------------------------
 
 
-def test_cached_states_are_those_of_the_trunk(tmp_path: Path) -> None:
-    listener = Remembering()
-    cached = heads_trainer(tmp_path / "a", listener, hidden_cache=tmp_path / "cache", steps=4)
-    assert "0 of 10 rows are there" in listener.messages[0] and "at most 0.0 MB" in listener.messages[0]
-    assert cached.run()
-    computed = heads_trainer(tmp_path / "b", other := Remembering(), steps=4)
-    assert computed.run()
-    for one, two in zip(cached.listener.steps, other.steps, strict=True):
-        assert one.loss == pytest.approx(two.loss, rel=2e-3) and one.loss != two.loss  # rounded to 16 bits
-    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    assert 10 <= len(files) <= 14 and cached.agreement is not None
-    model = tiny_model("qwen3", seed=3)
-    rows = examples()[:3]
-    states = CachedStates(cached.attached, tmp_path / "cache")(rows)
-    for row, own in zip(rows, states, strict=True):
-        expected = np.array(model.model(mx.array([row.tokens]))[0])
-        np.testing.assert_allclose(np.array(own[: len(row)]), expected, rtol=2e-3, atol=2e-3)
-    assert states.dtype == mx.float16
+def test_copied_layers_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    """With Adam the first update of a weight is the rate; that of a block's is a quarter of it, or nothing."""
+
+    def moved(rate: float) -> dict[str, float]:
+        trainer = heads_trainer(tmp_path / str(rate), steps=1, warmup=0, block_rate=rate, layers=2)
+        before = {name: np.array(value) for name, value in trainer.method.tensors().items()}
+        trainer._one_step()
+        after = {name: np.array(value) for name, value in trainer.method.tensors().items()}
+        return {name: float(np.abs(after[name] - before[name]).max()) for name in before}
+
+    whole, quarter, none = moved(1.0), moved(0.25), moved(0.0)
+    for name, change in whole.items():
+        expected = change / 4 if ".block." in name else change
+        assert change > 0 and quarter[name] == pytest.approx(expected, rel=2e-2), name
+        assert (none[name] == 0) == (".block." in name), name
 
 
-def test_a_run_does_not_depend_on_which_states_were_cached(tmp_path: Path) -> None:
-    """A second run over a warm cache, of which half was deleted, has the losses of the first, bit for bit."""
-    first = heads_trainer(tmp_path / "a", Remembering(), hidden_cache=tmp_path / "cache", steps=4)
-    assert first.run()
-    for file in sorted((tmp_path / "cache").rglob("*.safetensors"))[::2]:
-        file.unlink()
-    second = heads_trainer(tmp_path / "b", Remembering(), hidden_cache=tmp_path / "cache", steps=4)
-    assert second.run()
-    assert [step.loss for step in first.listener.steps] == [step.loss for step in second.listener.steps]
+def test_without_cross_entropy_the_next_token_does_not_matter(tmp_path: Path) -> None:
+    """Another last token leaves the loss as it is: nothing but labels depends on it."""
+
+    def losses(ce_weight: float) -> list[float]:
+        found = []
+        for last in (5, 99):
+            data = [Example([*row.tokens, last], row.loss_start) for row in examples()[:2]]
+            settings = settings_for(
+                tmp_path / "a", "mtp-heads", steps=1, warmup=0, heads=1, draft_vocab=0, ce_weight=ce_weight
+            )
+            trainer = make_trainer(tiny_model("qwen3", seed=3), data, [], settings, listener := Remembering())
+            trainer._one_step()
+            found.append(listener.steps[0].loss)
+        return found
+
+    silent, loud = losses(0.0), losses(1.0)
+    assert silent[0] == pytest.approx(silent[1], rel=1e-6)
+    assert loud[0] != pytest.approx(loud[1], rel=1e-3)
 
 
-def test_cached_states_of_another_precision_are_not_used() -> None:
-    def key(change: Any, **settings: Any) -> str:
-        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96, **settings)
-        change(model)
-        return weights_key(model)
+def test_the_old_name_of_learn_from(tmp_path: Path) -> None:
+    def first_step(**changes: Any) -> tuple[int, list[str]]:
+        listener = Remembering()
+        trainer = heads_trainer(tmp_path / "a", listener, steps=1, warmup=0, **changes)
+        trainer._one_step()
+        return listener.steps[0].rows, [line for line in listener.messages if "learn_from" in line]
 
-    def fine_tuned(model: Any) -> None:
-        model.layers[0].mlp.up_proj.weight = model.layers[0].mlp.up_proj.weight + 1e-3
-
-    keys = [
-        key(lambda _: None),
-        key(lambda model: model.set_dtype(mx.bfloat16)),
-        key(lambda model: nn.quantize(model, group_size=32, bits=8)),
-        key(lambda model: nn.quantize(model, group_size=32, bits=4)),
-        key(fine_tuned),
-        key(lambda _: None, rope_theta=123.0),  # the same weights, read in another way
-    ]
-    assert len(set(keys)) == 6 and key(lambda _: None) == keys[0]
+    responses, everything = first_step(), first_step(learn_from="all")
+    assert everything[0] > responses[0] and responses[1] == everything[1] == []
+    assert first_step(learn_prompts=True) == (
+        everything[0],
+        ["`learn_prompts` is now called `learn_from` all"],
+    )
 
 
-def test_a_damaged_cache_file_is_named(tmp_path: Path) -> None:
-    trainer = heads_trainer(tmp_path / "a", hidden_cache=tmp_path / "cache")
-    states = CachedStates(trainer.attached, tmp_path / "cache")
-    row = examples()[0]
-    states([row])
-    content = states.path(row).read_bytes()
-    states.path(row).write_bytes(content[:-10])
-    with pytest.raises(MTPError, match=rf"{states.path(row).name} are damaged .*: delete the file"):
-        states([row])
-    other = Example([*row.tokens, 5], 1)
-    shutil.copy(tmp_path / "cache" / states.path(row).parent.name / states.path(row).name, states.path(other))
-    states.path(other).write_bytes(content)
-    with pytest.raises(MTPError, match="damaged .shape"):
-        states([other])
+def test_a_row_without_a_response_teaches_by_its_prompt(tmp_path: Path) -> None:
+    row = Example([5, 6, 7, 8, 9, 10], 6)
 
+    def trainer(learn_from: str) -> Trainer:
+        settings = settings_for(
+            tmp_path / "a", "mtp-heads", steps=1, warmup=0, draft_vocab=0, learn_from=learn_from
+        )
+        return make_trainer(tiny_model("qwen3", seed=3), [row], [], settings, Remembering())
 
-def test_a_disk_without_room_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(100))
-    with pytest.raises(
-        MTPError, match=r"`hidden_cache` .*cache needs .* more, and its disk has .* left: use another"
-    ):
-        heads_trainer(tmp_path / "a", hidden_cache=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-class _Usage:
-    def __init__(self, free: int) -> None:
-        self.free = free
-
-
-def test_states_too_large_for_float16(tmp_path: Path) -> None:
-    trainer = heads_trainer(tmp_path / "a")
-    trainer.attached.model.model.norm.weight = trainer.attached.model.model.norm.weight * 1e5
-    row = examples()[0]
-    states = CachedStates(trainer.attached, tmp_path / "cache")([row])
-    assert states.dtype == mx.bfloat16
-    expected = ComputedStates(trainer.attached)([row])
-    np.testing.assert_allclose(np.array(states.astype(mx.float32)), np.array(expected), rtol=1e-2)
+    with pytest.raises(MTPError, match="no training row is long enough"):
+        trainer("responses")
+    learning = trainer("all")
+    learning._one_step()
+    assert learning.listener.steps[0].rows % (4 + 3 + 2) == 0
 
 
 # --- refused ------------------------------------------------------------------------------------------------
@@ -331,9 +306,9 @@ def test_prompts_are_learnt_from_too(tmp_path: Path) -> None:
         assert trainer.run()
         return listener.steps[0], trainer.method.heads.draft_ids
 
-    found, _ = first_step("prompts too", rows, 0, learn_prompts=True)
+    found, _ = first_step("prompts too", rows, 0, learn_from="all")
     expected, _ = first_step("whole", whole, 0)
     assert (found.loss, found.rows) == (expected.loss, expected.rows)
     assert found.rows > first_step("responses", rows, 0)[0].rows
     assert 2 in first_step("whole", whole, 9)[1].tolist()
-    assert 2 not in first_step("prompts too", rows, 9, learn_prompts=True)[1].tolist()
+    assert 2 not in first_step("prompts too", rows, 9, learn_from="all")[1].tolist()

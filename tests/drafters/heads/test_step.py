@@ -31,11 +31,13 @@ DRAFTED = list(range(0, VOCABULARY, 2))
 ROWS = [Example([5, 9, 2, 77, 140, 3, 9, 21], 3), Example([8, 30, 12, 8, 30], 1), Example([4, 6, 100], 2)]
 
 
-def heads_for(model: Any, count: int, drafted: list[int] | None = None, seed: int = 0) -> MTPHeads:
+def heads_for(
+    model: Any, count: int, drafted: list[int] | None = None, seed: int = 0, **shape: Any
+) -> MTPHeads:
     """Heads none of whose weights is symmetric."""
     convention = HeadConvention("test")
     heads = new_heads(
-        model, count, convention, None if drafted is None else mx.array(drafted, dtype=mx.int32)
+        model, count, convention, None if drafted is None else mx.array(drafted, dtype=mx.int32), **shape
     )
     rng = np.random.default_rng(seed)
     noise = [
@@ -46,15 +48,15 @@ def heads_for(model: Any, count: int, drafted: list[int] | None = None, seed: in
     return heads
 
 
-def attached_llama(count: int, drafted: list[int] | None = DRAFTED, **options: Any) -> AttachedModel:
-    model = tiny_model("llama", seed=3, **options)
+def attached_llama(count: int, drafted: list[int] | None = DRAFTED, **shape: Any) -> AttachedModel:
+    model = tiny_model("llama", seed=3)
     model.freeze()
-    return attach(model, heads_for(model, count, drafted))
+    return attach(model, heads_for(model, count, drafted, **shape))
 
 
 def runner(attached: AttachedModel, distil: MTPDistil, **options: Any) -> HeadsRunner:
     assert attached.speculator is not None
-    depths = options.pop("depths", range(1, 1 + len(attached.speculator.heads)))
+    depths = options.pop("depths", range(1, 1 + attached.speculator.drafts))
     return HeadsRunner(attached, distil, depths, 0, ComputedStates(attached), **options)
 
 
@@ -62,12 +64,25 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in tree_flatten(tree)}
 
 
+def layer_by_layer(trunk: Any, tokens: list[int], taps: tuple[int, ...]) -> np.ndarray:
+    """[T, (n + 1) * D] float64: what the layers `taps` (from 1) return, and the trunk's last state."""
+    x = trunk.embed_tokens(mx.array([tokens]))
+    mask = mx.tril(mx.ones((len(tokens), len(tokens)), dtype=mx.bool_))
+    found = []
+    for number, layer in enumerate(trunk.layers, start=1):
+        x = layer(x, mask, None)
+        found += [x] if number in taps else []
+    return np.array(mx.concatenate([*found, trunk.norm(x)], axis=-1)[0]).astype(np.float64)
+
+
 def naive(
     attached: AttachedModel, weights: dict[str, np.ndarray], rows: list[Example], **options: Any
 ) -> float:
     """The same loss by `naive_heads`; each sequence goes through the trunk alone, without padding."""
     embed = np.array(attached.model.model.embed_tokens.weight).astype(np.float64)
-    hidden = [np.array(attached.model.model(mx.array([row.tokens]))[0]).astype(np.float64) for row in rows]
+    heads = attached.speculator
+    assert heads is not None
+    hidden = [layer_by_layer(attached.model.model, row.tokens, heads.tapped_layers) for row in rows]
     return naive_heads.loss(
         weights,
         sequences=[(row.tokens, row.loss_start) for row in rows],
@@ -119,6 +134,36 @@ def test_loss_and_gradients_equal_numpy_in_float64(count: int, knobs: str, chunk
         )
         expected = (up - down) / (2 * step_size)
         assert float((gradient * direction).sum()) == pytest.approx(expected, rel=2e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("count", "drafts", "layers", "taps"), [(1, 3, 1, ()), (2, 2, 2, ()), (1, 3, 2, (1, 2)), (2, 4, 1, (1,))]
+)
+def test_shapes_equal_numpy_in_float64(count: int, drafts: int, layers: int, taps: tuple[int, ...]) -> None:
+    """One head for all drafts, several layers, lower layers' states: each tensor along a random direction."""
+    knob = Knobs(share=0.1, decay=0.8)
+    attached = attached_llama(count, drafts=drafts, layers=layers, taps=taps)
+    distil = MTPDistil(knob.ce, knob.kl, knob.share, knob.temperature, knob.decay)
+    with closing(runner(attached, distil, chunk_rows=5)) as step:
+        loss, gradients, _ = step([ROWS], 0)
+    assert set(loss.parts) == {"ce", "kl", *(f"head {depth}" for depth in range(1, drafts + 1))}
+    assert attached.speculator is not None
+    weights = {
+        name: value.astype(np.float64) for name, value in flat(attached.speculator.parameters()).items()
+    }
+    common = {"count": drafts, "drafted": DRAFTED, "knobs": knob}
+    assert loss.total.item() == pytest.approx(naive(attached, weights, ROWS, **common), rel=1e-5)
+    found, rng = flat(gradients), np.random.default_rng(1)
+    assert found.keys() == weights.keys()
+    for name, gradient in found.items():
+        direction = rng.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        up, down = (
+            naive(attached, {**weights, name: weights[name] + sign * 1e-4 * direction}, ROWS, **common)
+            for sign in (1, -1)
+        )
+        expected = (up - down) / 2e-4
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=5e-3, abs=5e-5), name
 
 
 def test_heads_without_a_loss_get_no_gradient() -> None:
