@@ -123,7 +123,9 @@ def measured(method: str, folders: list[Path], answers: Path, limit: int | None)
 @click.command()
 @click.argument("plan_file", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Training rows")
-@click.option("--answers", type=click.Path(path_type=Path), required=True, help="Greedy answers to measure on")
+@click.option(
+    "--answers", type=click.Path(path_type=Path), required=True, help="Greedy answers to measure on"
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the runs")
 @click.option("--limit", type=int, help="Measure on this many answers only")
 @click.option("--train-only", is_flag=True, help="Train all cases, measure none")
@@ -157,7 +159,9 @@ def main(
     if as_json:
         click.echo(json.dumps(table))
         return
-    click.echo("| recipe | seed | steps | rows | accepted by depth | tokens per step |\n|---|---|---|---|---|---|")
+    click.echo(
+        "| recipe | seed | steps | rows | accepted by depth | tokens per step |\n|---|---|---|---|---|---|"
+    )
     for row in table:
         depths = " / ".join(f"{value:.3f}" for value in row["acceptance"])
         click.echo(

@@ -41,7 +41,8 @@ class StepPlan:
         return checkpointed_layers(attached) if self.grad_checkpoint else nullcontext()
 
     def __str__(self) -> str:
-        rows = "whole sequences" if self.slice_rows is None else f"slices of up to {self.slice_rows} rows"
+        rows = "whole micro-batches" if self.slice_rows is None else f"slices of up to {self.slice_rows} rows"
+        rows = "sequence by sequence" if self.slice_rows == 1 else rows
         words = [rows, f"{self.workers} at a time" if self.workers > 1 else "one at a time"]
         return ", ".join([*words, *(["gradient checkpointing"] if self.grad_checkpoint else [])])
 

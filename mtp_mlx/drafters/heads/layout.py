@@ -45,6 +45,11 @@ class HeadLayout:
     label: np.ndarray
 
     @property
+    def counts(self) -> dict[int, int]:
+        """{depth: number of supervised rows}, for the depths that have some."""
+        return {depth: len(rows) for depth, rows in zip(self.depths, self.rows, strict=True)}
+
+    @property
     def count(self) -> int:
         """Number of supervised rows of all depths."""
         return sum(len(rows) for rows in self.rows)
@@ -76,15 +81,58 @@ def build_head_layout(
     Raises:
         ValueError: no row is supervised.
     """
+    return lay_out(examples, depths, [_positions(example, depths, share, random) for example in examples])
+
+
+def sliced_layouts(
+    examples: Sequence[Example],
+    depths: Sequence[int],
+    share: float,
+    random: np.random.Generator,
+    most_rows: int | None,
+) -> list[tuple[Sequence[Example], HeadLayout]]:
+    """(examples, layout) of slices of a batch, which together supervise the rows of `build_head_layout`.
+
+    Args:
+        most_rows: rows of a slice at most, padding included, but at least a sequence; None for the whole batch.
+
+    Raises:
+        ValueError: no row is supervised.
+    """
+    chosen = [_positions(example, depths, share, random) for example in examples]
+    longest = max(len(example) for example in examples)
+    count = len(examples) if most_rows is None else max(1, most_rows // longest)
+    slices = []
+    for start in range(0, len(examples), count):
+        own, positions = examples[start : start + count], chosen[start : start + count]
+        if any(
+            _supervised(*pair, depth).size for pair in zip(own, positions, strict=True) for depth in depths
+        ):
+            slices.append((own, lay_out(own, depths, positions)))
+    if not slices:
+        raise ValueError("no supervised row in this batch: its responses are too short")
+    return slices
+
+
+def _supervised(example: Example, positions: np.ndarray, depth: int) -> np.ndarray:
+    """Those of `positions` at which head `depth` predicts a token of the response."""
+    first = first_position(example.loss_start, depth)
+    return positions[(positions >= first) & (positions + depth + 1 < len(example))]
+
+
+def lay_out(examples: Sequence[Example], depths: Sequence[int], chosen: Sequence[np.ndarray]) -> HeadLayout:
+    """The layout of a batch whose sequences are supervised at the positions `chosen`.
+
+    Raises:
+        ValueError: no row is supervised.
+    """
     tokens = padded(examples)
     length = tokens.shape[1]
-    chosen = [_positions(example, depths, share, random) for example in examples]
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for depth in depths:
         rows, teachers = [], []
         for index, (example, positions) in enumerate(zip(examples, chosen, strict=True)):
-            first = first_position(example.loss_start, depth)
-            own = positions[(positions >= first) & (positions + depth + 1 < len(example))]
+            own = _supervised(example, positions, depth)
             rows.append(index * (length - depth) + own)
             teachers.append(index * length + own + depth)
         if sum(len(own) for own in rows):

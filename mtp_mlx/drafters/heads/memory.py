@@ -31,7 +31,8 @@ def estimate_heads_memory(
     depths, layers = heads.drafts, len(heads.heads[0].layers)
     length = max(len(example) for example in examples)  # T
     responses = max(len(example) - example.loss_start for example in examples)
-    rows, supervised = settings.batch_size * length, settings.batch_size * min(responses, length)
+    count = settings.batch_size if plan.slice_rows is None else max(1, plan.slice_rows // length)
+    rows, supervised = count * length, count * min(responses, length)
     layer = rows * sizes.per_row + 2 * rows * sizes.heads * length
     columns = attached.draft_head.columns
     kept = round(settings.top_share * columns) if settings.kl_weight else 0

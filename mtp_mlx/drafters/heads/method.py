@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -111,7 +111,7 @@ class TrainHeads(Method[HeadsSettings]):
             states=self._states,
             share=settings.block_share or 1.0,
             chunk_rows=settings.loss_rows,
-            workers=self.plan.workers,
+            plan=self.plan,
         )
 
     def _new_heads(self, model: nn.Module, draft_ids: mx.array | None) -> MTPHeads:
@@ -160,6 +160,11 @@ class TrainHeads(Method[HeadsSettings]):
     def _supervised(self, examples: Sequence[Example]) -> list[Example]:
         """See `supervised`."""
         return [supervised(example, self.settings) for example in examples]
+
+    def plans(self) -> Iterator[StepPlan]:
+        """See `Method`: whole micro-batches, or one sequence at a time."""
+        yield from super().plans()
+        yield from (StepPlan(1, count) for count in range(self.most_workers, 0, -1))
 
     @classmethod
     def settled(cls, settings: HeadsSettings, train: Sequence[Example]) -> HeadsSettings:

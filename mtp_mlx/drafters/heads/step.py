@@ -10,14 +10,15 @@ the draft head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.drafters.heads.cascade import MTPHeads
-from mtp_mlx.drafters.heads.layout import HeadLayout, build_head_layout
+from mtp_mlx.drafters.heads.layout import HeadLayout, sliced_layouts
 from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop
 from mtp_mlx.drafters.heads.teacher import teacher_targets
 from mtp_mlx.drafters.heads.trunk_states import TrunkStates, last_state
@@ -25,7 +26,8 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.loss import LossParts
-from mtp_mlx.train.step import MicroBatchRunner, Totals
+from mtp_mlx.train.plan import WHOLE, StepPlan
+from mtp_mlx.train.step import MicroBatchRunner, Totals, added
 
 MOST_CHUNK = (
     512  # rows per chunk of the loss: on a CPU larger chunks are slower, since they do not fit its caches
@@ -34,37 +36,48 @@ MOST_CHUNK = (
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The supervised rows of a micro-batch, depth by depth.
+    """The supervised rows of a slice, depth by depth.
 
     Attributes:
         target: [M] teacher row.
         label: [M] column of the token that followed, -1 if it is outside the draft vocabulary.
-        weight: [M] float32; the sum is 1 if every depth has rows.
+        weight: [M] float32; the sum over the micro-batch is 1 if every depth has rows.
         counts: {depth: number of rows}, for the depths that have rows.
+        totals: the same of the whole micro-batch.
     """
 
     target: mx.array
     label: mx.array
     weight: mx.array
     counts: dict[int, int]
+    totals: Mapping[int, int]
 
 
-def head_rows(layout: HeadLayout, columns: np.ndarray, distil: MTPDistil, depths: Sequence[int]) -> HeadRows:
-    """The rows of a layout; the weight of each depth is spread evenly over its rows.
+def head_rows(
+    layout: HeadLayout,
+    columns: np.ndarray,
+    distil: MTPDistil,
+    depths: Sequence[int],
+    totals: Mapping[int, int] | None = None,
+) -> HeadRows:
+    """The rows of a layout; the weight of each depth is spread evenly over its rows in the micro-batch.
 
     Args:
         columns: [V] as `draft_columns` gives them.
         depths: all trained depths; with short responses, some may have no rows.
+        totals: {depth: rows of the micro-batch}; None if the layout is all of it.
     """
     shares = dict(zip(depths, distil.head_weights(depths), strict=True))
-    counts = {depth: len(rows) for depth, rows in zip(layout.depths, layout.rows, strict=True)}
-    weight = [np.full(count, shares[depth] / count, np.float32) for depth, count in counts.items()]
+    counts = layout.counts
+    totals = counts if totals is None else totals
+    weight = [np.full(count, shares[depth] / totals[depth], np.float32) for depth, count in counts.items()]
     target = np.concatenate(layout.targets)
     return HeadRows(
         target=mx.array(target),
         label=mx.array(columns[layout.label][target]),
         weight=mx.array(np.concatenate(weight)),
         counts=counts,
+        totals=totals,
     )
 
 
@@ -122,12 +135,12 @@ def chunked_loss(
 
 
 def summary(distil: MTPDistil, rows: HeadRows, parts: dict[str, mx.array]) -> LossParts:
-    """The loss, the weighted means of its parts "ce" and "kl", and the mean loss of each head ("head 1", ...)."""
+    """A slice's share of the loss, of the means of "ce" and "kl", and of each head's loss ("head 1", ...)."""
     means = {name: mx.sum(rows.weight * part) for name, part in parts.items()}
     each = distil.total(parts)
     per_head, start = {}, 0
     for depth, count in rows.counts.items():
-        per_head[f"head {depth}"] = mx.mean(each[start : start + count])
+        per_head[f"head {depth}"] = mx.sum(each[start : start + count]) / rows.totals[depth]
         start += count
     return LossParts(distil.total(means), {**means, **per_head})
 
@@ -143,7 +156,7 @@ class HeadsRunner(MicroBatchRunner):
         states: source of the trunk's hidden states.
         share: fraction of the positions that are trained.
         chunk_rows: rows whose logits are in memory at once.
-        workers: see `MicroBatchRunner`.
+        plan: slices and threads; sequences are never cut.
     """
 
     def __init__(
@@ -155,16 +168,16 @@ class HeadsRunner(MicroBatchRunner):
         states: TrunkStates,
         share: float = 1.0,
         chunk_rows: int = 2048,
-        workers: int = 1,
+        plan: StepPlan = WHOLE,
     ) -> None:
         heads = attached.speculator
         assert isinstance(heads, MTPHeads)
-        super().__init__(heads, workers)
-        self._heads = heads
+        super().__init__(heads, plan.workers)
+        self._heads, self._slice_rows = heads, plan.slice_rows
         self._attached, self._distil, self._depths = attached, distil, list(depths)
         self._seed, self._share, self._chunk_rows = seed, share, min(chunk_rows, MOST_CHUNK)
         self._columns, self._states = draft_columns(attached), states
-        if workers > 1:
+        if plan.workers > 1:
             self._evaluate_constants()
 
     def _evaluate_constants(self) -> None:
@@ -178,14 +191,28 @@ class HeadsRunner(MicroBatchRunner):
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """See `MicroBatchRunner`."""
-        attached, distil = self._attached, self._distil
         random = np.random.default_rng((self._seed, number))
-        layout = build_head_layout(examples, self._depths, self._share, random)
+        slices = sliced_layouts(examples, self._depths, self._share, random, self._slice_rows)
+        totals: Counter[int] = Counter()
+        for _, layout in slices:
+            totals.update(layout.counts)
+        total: tuple[LossParts, dict] | None = None
+        for own, layout in slices:
+            found = self._slice(own, layout, totals)
+            total = found if total is None else added(total, found)
+        assert total is not None
+        return sum(totals.values()), *total
+
+    def _slice(
+        self, examples: Sequence[Example], layout: HeadLayout, totals: Mapping[int, int]
+    ) -> tuple[LossParts, dict]:
+        """Loss and gradients of a slice, as its share of the micro-batch; evaluated."""
+        attached, distil = self._attached, self._distil
         states, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
         mx.eval(states, embeddings)
         normaliser = self._states.normaliser(examples) if distil.kl_weight else None
         teacher = teacher_targets(attached, last_state(attached, states), layout, distil, normaliser)
-        rows = head_rows(layout, self._columns, distil, self._depths)
+        rows = head_rows(layout, self._columns, distil, self._depths, totals)
 
         def loss() -> LossParts:
             found = cascade_rows(
@@ -196,4 +223,4 @@ class HeadsRunner(MicroBatchRunner):
         per_row, gradients = self._loss_and_gradients(loss)
         parts = summary(distil, rows, per_row.parts)
         mx.eval(parts.total, parts.parts)
-        return layout.count, parts, gradients
+        return parts, gradients

@@ -23,6 +23,7 @@ from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
+from mtp_mlx.train.plan import StepPlan
 from tests.drafters.heads import naive_heads
 from tests.drafters.heads.naive_heads import Knobs
 from tests.tiny import VOCABULARY, tiny_model
@@ -212,7 +213,8 @@ def test_chunks_workers_and_padding_change_nothing() -> None:
     """The same loss and gradients with few rows of logits at a time, and with the batch on two threads."""
     rows = [[ROWS[0], ROWS[1]], [ROWS[2], ROWS[0]]]
     results = []
-    for options in ({}, {"chunk_rows": 2}, {"workers": 2}):
+    plans = {"plan": StepPlan(workers=2)}, {"plan": StepPlan(1)}, {"plan": StepPlan(20, workers=2)}
+    for options in ({}, {"chunk_rows": 2}, *plans):
         with closing(runner(attached_llama(3), MTPDistil(top_share=0.25), **options)) as step:
             loss, gradients, _ = step(rows, 3)
             results.append((loss.total.item(), flat(gradients)))
