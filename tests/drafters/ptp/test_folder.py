@@ -179,7 +179,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
 
 
 def test_c_ptp_drafts_from_all_ids(tmp_path: Path) -> None:
-    """By default; picks by the CDF over fewer ids are other tokens than the model's, even if the slots know the model."""
+    """By default: by the CDF over fewer ids, even slots that know the model pick other tokens than it picks."""
     paths = {"data": tmp_path / "d", "out": tmp_path / "o"}
     assert PTPSettings(**paths, variant="c").draft_vocab == 0
     assert PTPSettings(**paths).draft_vocab == PTPSettings(**paths, variant="o").draft_vocab == 8192
