@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import heads_acceptance
+import mlx.core as mx
 import pytest
 import same_text
 import serving
+import slots_acceptance
 from click.testing import CliRunner
 
+from mtp_mlx import load
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
 from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
+from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.train.data import load_examples
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
+from tests.model.naive import random_adapter as random_drafting_adapter
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -43,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
-    for module in (same_text, heads_acceptance):
+    for module in (same_text, heads_acceptance, slots_acceptance):
         monkeypatch.setattr(module, "prefer_openblas", lambda: None)
 
 
@@ -75,3 +82,30 @@ def test_heads_acceptance(folder: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert [len(row["ar"]) for row in json.loads(result.stdout)] == [2, 4]
+
+
+def test_slots_acceptance(folder: Path) -> None:
+    """With two adapters, whose shared first pass changes nothing: each has what training measures of it alone."""
+    rows = [{"prompt": f"fox {n}", "completion": "the fox the dog " * 5} for n in range(3)]
+    (folder / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, tokenizer = load(str(folder / "model"), None)
+    examples, _ = load_examples(folder / "same.jsonl", tokenizer, 1024)
+    used = Counter(token for example in examples for token in example.tokens[example.loss_start :])
+    few_ids = mx.array(
+        sorted(token for token, _ in used.most_common(4)), dtype=mx.int32
+    )  # some drafts are right
+    for name, slots in (("two", 2), ("three", 3)):
+        model = tiny_model("llama", seed=3)
+        adapter = random_drafting_adapter(model, slots=slots, draft_ids=few_ids)
+        save_adapter(folder / name, adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
+    entries = [part for name in ("two", "three") for part in ("--adapter", str(folder / name))]
+    options = ["--model", str(folder / "model"), "--data", str(folder / "same.jsonl"), *entries]
+    result = CliRunner().invoke(slots_acceptance.main, [*options, "--json"])
+    assert result.exit_code == 0, result.output
+    for name, row in zip(("two", "three"), json.loads(result.stdout), strict=True):
+        attached, _ = load(str(folder / "model"), folder / name)
+        alone = measure_agreement(attached, [[one] for one in examples], attached.most_drafts, most=1000)
+        assert row["positions"] == alone.blocks > 20 and 0 < row["ar"][0] < 1
+        assert row["ar"] == alone.acceptance and row["tokens_per_step"] == alone.tokens_per_step
+    few = CliRunner().invoke(slots_acceptance.main, [*options, "--every", "3", "--limit", "2"])
+    assert few.exit_code == 0 and few.stdout.count("| CAR |") == 2 and "of 2 rows" in few.stdout

@@ -35,7 +35,7 @@ _PTP = {"teacher_temperature": SAMPLED, "greedy_share": 0.5}
 CONTESTANTS = (
     Contestant("independent", "independent slots", "ptp", {**_PTP, "variant": "o", "independent": True}),
     Contestant("o-ptp", "O-PTP", "ptp", {**_PTP, "variant": "o"}),
-    Contestant("c-ptp", "C-PTP", "ptp", {**_PTP, "variant": "c"}),
+    Contestant("c-ptp", "C-PTP", "ptp", {**_PTP, "variant": "c", "draft_vocab": 0}),
     Contestant("self-distil", "gated-LoRA self-distillation", "mask-tokens", {}),
     # Unverified emission needs probabilities over the full vocabulary.
     Contestant("conf-adapt", "one mask token, online objective", "conf-adapt", {"draft_vocab": 0}),

@@ -256,10 +256,14 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(value.nbytes for _, value in _named(module.parameters()))
 
 
-def training_bytes(module: nn.Module, workers: int) -> int:
-    """Bytes of the trained parameters of `module`, with optimizer state and a gradient per worker, in float32."""
+def training_bytes(module: nn.Module, workers: int, averaged: bool) -> int:
+    """Bytes of the trained parameters of `module`, with optimizer state and a gradient per worker, in float32.
+
+    Args:
+        averaged: whether their average is kept too.
+    """
     trained = sum(value.size for _, value in _named(module.trainable_parameters()))
-    return FLOAT * trained * (ADAPTER_COPIES + workers - 1)
+    return FLOAT * trained * (ADAPTER_COPIES + averaged + workers - 1)
 
 
 def _named(tree: Any) -> list[tuple[str, mx.array]]:

@@ -10,6 +10,7 @@ from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 
 DEFAULT_WARMUP = 50
+DEFAULT_DRAFT_VOCAB = 8192
 SEQUENCES = 4  # of a step, by default
 
 
@@ -32,8 +33,11 @@ class TrainSettings:
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="Adapter folder to write; its checkpoint lies beside it", flag="-o")
     start_from: Path | None = setting(None, help="Adapter folder to start from")
-    draft_vocab: int = setting(
-        8192, help="Size of the draft vocabulary: the most frequent ids of the data; 0 = all ids", minimum=0
+    draft_vocab: int | None = setting(
+        None,
+        help="Size of the draft vocabulary, the data's most frequent ids; 0 = all ids (default: 8192, or what "
+        "the method needs)",
+        minimum=0,
     )
 
     steps: int = setting(1000, help="Optimizer steps", minimum=1)
@@ -74,7 +78,9 @@ class TrainSettings:
     seed: int = setting(0, help="Seed of initial weights, data order and sampled positions", minimum=0)
 
     def __post_init__(self) -> None:
-        """Fills in the defaults of `warmup` and `micro_batches`, and refuses contradictions."""
+        """Fills in the defaults of `draft_vocab`, `micro_batches` and `warmup`, and refuses contradictions."""
+        if self.draft_vocab is None:
+            object.__setattr__(self, "draft_vocab", self.default_draft_vocab())
         if not self.micro_batches:
             object.__setattr__(self, "micro_batches", max(2, SEQUENCES // self.batch_size))
         if self.warmup is None:
@@ -82,6 +88,10 @@ class TrainSettings:
         problems = self.problems()
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
+
+    def default_draft_vocab(self) -> int:
+        """Size of the draft vocabulary unless one is given; 0 for all ids."""
+        return DEFAULT_DRAFT_VOCAB
 
     def problems(self) -> list[str]:
         """Contradictions between settings, a clause each; subclasses add those of their own fields."""

@@ -11,8 +11,9 @@ import pytest
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.data import Example
+from mtp_mlx.train.optimizer import learning_rate
 from mtp_mlx.train.settings import TrainSettings
-from mtp_mlx.train.trainer import Trainer, learning_rate
+from mtp_mlx.train.trainer import Trainer
 from tests.tiny import tiny_model
 from tests.train.training import Remembering, examples, make_trainer, metrics, settings_for, trainer_for
 

@@ -225,18 +225,22 @@ OLD_OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+OTHER_DEFAULT_THEN: dict[str, dict[str, Any]] = {"conf-adapt": {"region_rows": 32}}
+
+
 @pytest.mark.parametrize("method", training_methods())
 def test_a_checkpoint_from_before_methods_had_settings_of_their_own(tmp_path: Path, method: str) -> None:
     """It resumes, and what was written then is written today; what is newer is at its default."""
     old = {"method": method, **OLD_SHARED, **OLD_OWN[method]}
-    trainer = trainer_for(tmp_path / "adapter", method=method)
+    given = {"method": method, **OTHER_DEFAULT_THEN.get(method, {})}
+    trainer = trainer_for(tmp_path / "adapter", **given)
     assert old.items() <= checkpoints.comparable(trainer.settings).items()
     trainer.save()
     tensors, metadata = mx.load(str(trainer.checkpoint_path), return_metadata=True)
     mx.save_safetensors(str(trainer.checkpoint_path), tensors, {**metadata, "settings": json.dumps(old)})
-    assert trainer_for(tmp_path / "adapter", method=method).resume()
+    assert trainer_for(tmp_path / "adapter", **given).resume()
     with pytest.raises(MTPError, match="clip was 1.0, now 2.0. Use"):
-        trainer_for(tmp_path / "adapter", method=method, clip=2.0).resume()
+        trainer_for(tmp_path / "adapter", **given, clip=2.0).resume()
 
 
 def test_a_checkpoint_older_than_a_setting(tmp_path: Path) -> None:

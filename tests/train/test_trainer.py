@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary
-from mtp_mlx.train.trainer import learning_rate
+from mtp_mlx.train.optimizer import learning_rate
 from tests.model.naive import quantized_model
 from tests.tiny import VOCABULARY, tiny_model
 from tests.train.training import Remembering, same, settings_for, trainer_for, weights

@@ -44,7 +44,7 @@ def estimate_heads_memory(
     return MemoryEstimate(
         process=beside(weights),
         weights=weights,
-        adapter=training_bytes(heads, workers),
+        adapter=training_bytes(heads, workers, settings.ema > 0),
         prefix=workers * 2 * layer * sizes.float_bytes,
         activations=workers * activations * FLOAT,
         logits=workers * logits * FLOAT,

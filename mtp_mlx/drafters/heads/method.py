@@ -79,7 +79,7 @@ class TrainHeads(Method[HeadsSettings]):
             tell("`learn_prompts` is now called `learn_from` all")
         bare = attach(model)
         bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
-        draft_ids = draft_vocabulary(train, settings.draft_vocab, bare.vocab_size)
+        draft_ids = draft_vocabulary(train, settings.draft_vocab or 0, bare.vocab_size)
         self._frozen = 0  # number of heads that are not trained
         if settings.start_from is None:
             heads = self._new_heads(model, draft_ids)

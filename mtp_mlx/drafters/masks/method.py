@@ -38,7 +38,7 @@ def mask_shape(settings: SlotSettings, sampler_width: int) -> MaskAdapterConfig:
         alpha=settings.alpha,
         target_modules=settings.target_modules,
         sampler_width=sampler_width,
-        draft_vocab_size=settings.draft_vocab,
+        draft_vocab_size=settings.draft_vocab or 0,
         shared_mask=sampler_width == 0,
     )
 

@@ -40,7 +40,19 @@ class ConfAdaptSettings(SlotSettings):
     supervision: Literal["hard-teacher", "soft-teacher", "ground-truth"] = setting(
         "hard-teacher", help="Target: the teacher's argmax, the teacher's distribution, or the text"
     )
-    region_rows: int = setting(32, help="Rows of a region, real tokens and masks together", minimum=3)
+    region_rows: int = setting(
+        0, help="Rows of a region, real tokens and masks; 0 = twice the tokens it predicts", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        """Fills in the default of `region_rows`: the paper has 32 rows for up to 16 tokens, of which 15 are masks."""
+        if not self.region_rows:
+            object.__setattr__(self, "region_rows", 2 * (self.slots + 1))
+        super().__post_init__()
+
+    def default_draft_vocab(self) -> int:
+        """See `TrainSettings`."""
+        return super().default_draft_vocab() if self.tuning == "gated-lora" else 0
 
     def problems(self) -> list[str]:
         """See `TrainSettings`."""

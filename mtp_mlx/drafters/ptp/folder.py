@@ -7,6 +7,7 @@ conditional.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mtp_mlx.drafters.ptp.config import PTPConfig, TeacherSampling
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 
 METHOD = "ptp"
+
+log = logging.getLogger("mtp_mlx")
 
 
 def ptp_header(config: PTPConfig, base_name: str, base_fingerprint: str | None, **about: Any) -> Header:
@@ -59,6 +62,13 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[PTPAdapter, He
     config = config_of(folder, header)
     check_base(folder, header, model)
     tensors = read_tensors(folder)
+    if config.variant == "c" and DRAFT_IDS in tensors:
+        log.warning(
+            "%s: this C-PTP adapter drafts from %s ids, by whose distribution it picks other tokens than the model "
+            "does by that of all ids: fewer drafts are accepted than could be. Train it again for all ids",
+            folder,
+            f"{len(tensors[DRAFT_IDS]):,}",
+        )
     adapter = new_ptp_adapter(model, config, tensors.get(DRAFT_IDS))
     adapter.load_tensors(tensors)
     return adapter, header

@@ -36,7 +36,7 @@ def ptp_shape(settings: PTPSettings) -> PTPConfig:
         alpha=settings.alpha,
         target_modules=settings.target_modules,
         independent=settings.independent,
-        draft_vocab_size=settings.draft_vocab,
+        draft_vocab_size=settings.draft_vocab or 0,
         teacher=TeacherSampling(
             temperature=settings.teacher_temperature,
             top_k=settings.teacher_top_k,

@@ -51,9 +51,18 @@ class PTPSettings(BlockSettings):
         0.0, help="Min-p with which it was sampled; 0 = off", minimum=0.0, maximum=1.0
     )
 
+    def default_draft_vocab(self) -> int:
+        """See `TrainSettings`."""
+        return 0 if self.variant == "c" else super().default_draft_vocab()
+
     def problems(self) -> list[str]:
         """See `TrainSettings`."""
         problems = super().problems()
+        if self.variant == "c" and self.draft_vocab:
+            problems.append(
+                "`variant` c picks by the distribution over all ids, whose edges a draft vocabulary would shift: set "
+                "`draft_vocab` to 0"
+            )
         if self.variant == "o" and self.ptp_loss != "ce":
             problems.append(
                 f"`ptp_loss` {self.ptp_loss} compares distributions, and `variant` o predicts tokens"

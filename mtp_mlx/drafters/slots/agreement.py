@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.drafters.slots.adapter import adapter_of
-from mtp_mlx.drafters.slots.layout import build_layout, candidate_anchors
-from mtp_mlx.drafters.slots.two_pass import prefix_pass, slot_states
+from mtp_mlx.drafters.slots.layout import SlotLayout, build_layout, candidate_anchors
+from mtp_mlx.drafters.slots.two_pass import Prefix, prefix_pass, slot_states
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.agreement import Agreement, Tally
 from mtp_mlx.train.data import Example
@@ -21,6 +21,18 @@ def draft_picks(attached: AttachedModel, hidden: mx.array, previous: mx.array) -
     column = mx.argmax(attached.draft_head(refined), axis=-1)
     ids = adapter_of(attached).draft_ids
     return column if ids is None else ids[column]
+
+
+def right_drafts(attached: AttachedModel, layout: SlotLayout, prefix: Prefix) -> np.ndarray:
+    """Whether the draft of each slot is the token of the text, bool [blocks, k].
+
+    Args:
+        layout: whose blocks all have k slots, all of them supervised, or none.
+        prefix: of pass 1 over it.
+    """
+    hidden = slot_states(attached, layout, prefix)
+    right = np.array(draft_picks(attached, hidden, mx.array(layout.previous))) == layout.label
+    return right.reshape(-1, layout.slots)
 
 
 def labelled_anchors(
@@ -54,7 +66,5 @@ def measure_agreement(
         layout = build_layout(
             [example.tokens for example in examples], anchors, slots, chunk_blocks=min(most, 16)
         )
-        hidden = slot_states(attached, layout, prefix_pass(attached, layout))
-        right = np.array(draft_picks(attached, hidden, mx.array(layout.previous))) == layout.label
-        tally.add(right.reshape(-1, slots))
+        tally.add(right_drafts(attached, layout, prefix_pass(attached, layout)))
     return tally.agreement()

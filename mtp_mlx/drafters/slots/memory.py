@@ -48,6 +48,7 @@ def estimate_memory(
     blocks = max(len(candidate_anchors(len(example), example.loss_start)) for example in learnt)
     blocks = max(1, round(choice.share * blocks))
     blocks = min(blocks, choice.most) if choice.most else blocks  # N
+    blocks = max(1, round(blocks * choice.mean_slots / choice.slots))  # as many of k slots
     per_chunk = min(chunk_blocks_of(choice.chunk_blocks, choice.slots, plan), blocks)  # G
     rows_of_chunk = per_chunk * choice.slots
     chunks = -(-blocks // per_chunk)
@@ -62,7 +63,8 @@ def estimate_memory(
     vocabulary = attached.vocab_size
     drafted = vocabulary if adapter.draft_ids is None else len(adapter.draft_ids)
     in_loss = min(settings.loss_rows, rows) * (1 if rows > settings.loss_rows else 2)  # two heads at once
-    teachers = min(chunks * (per_chunk + choice.slots), length)  # teacher rows of a slice
+    in_chunk = rows_of_chunk / choice.mean_slots  # blocks
+    teachers = min(chunks * round(in_chunk + choice.slots), length)  # teacher rows of a slice
     logits = LOGITS_COPIES * in_loss * drafted + teachers * drafted
     # Pass 1 and the teacher come before pass 2, so they need no memory of their own.
     first_pass = count * length * sizes.per_row + 3 * count * sizes.heads * length**2
@@ -75,7 +77,7 @@ def estimate_memory(
     return MemoryEstimate(
         process=beside(weights),
         weights=weights,
-        adapter=training_bytes(adapter, workers),
+        adapter=training_bytes(adapter, workers, settings.ema > 0),
         prefix=workers * sizes.layers * count * length * sizes.kv * sizes.float_bytes,
         activations=workers * (activations - logits * FLOAT),
         logits=workers * logits * FLOAT,

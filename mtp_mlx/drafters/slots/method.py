@@ -76,7 +76,7 @@ class SlotMethod(Method[Settings]):
     def draft_vocabulary(self, examples: Sequence[Example]) -> mx.array | None:
         """The ids most used in what is learnt from, as many as the settings say; None for all."""
         learnt = [taught(example, self.settings) for example in examples]
-        return draft_vocabulary(learnt, self.settings.draft_vocab, self.vocab_size)
+        return draft_vocabulary(learnt, self.settings.draft_vocab or 0, self.vocab_size)
 
     def gradients(self, examples: Sequence[Sequence[Example]], step: int) -> tuple[LossParts, dict, int]:
         """See `Method`."""

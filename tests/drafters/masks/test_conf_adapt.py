@@ -160,6 +160,19 @@ def test_settings_that_do_not_go_together(
         settings_for(base, tmp_path / "out", **{"tuning": "gated-lora", **changes})
 
 
+def test_defaults_that_follow_from_other_settings(tmp_path: Path) -> None:
+    """The paper's regions of 32 rows are for up to 16 tokens; models of their own predict all ids."""
+
+    def made(**changes: Any) -> ConfAdaptSettings:
+        return ConfAdaptSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
+
+    assert made().region_rows == 10 and made(slots=15).region_rows == 32
+    assert made(region_rows=32).region_rows == 32
+    assert (
+        made().draft_vocab == 8192 and made(tuning="lora").draft_vocab == made(tuning="full").draft_vocab == 0
+    )
+
+
 def test_quantised_weights_are_not_tuned(base: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
     nn.quantize(model, group_size=32, bits=4)

@@ -28,6 +28,7 @@ from mtp_mlx.drafters.ptp.options import PTPSettings
 from mtp_mlx.drafters.ptp.uniform_embedding import UNIFORM_EMBEDDINGS
 from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
+from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
@@ -125,6 +126,7 @@ RUN = {"method": "ptp", "steps": 6, "save_every": 2, "measure_every": 3, "warmup
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, variant: str, uniforms: str) -> None:
     """Losses, measurements and the adapter of an interrupted run equal those of one that was not."""
     settings = {**RUN, "variant": variant, "uniforms": uniforms, "greedy_share": 0.3}
+    settings |= {"draft_vocab": 0} if variant == "c" else {}
     whole = trainer_for(tmp_path / "whole", **settings)
     assert whole.run()
     first = trainer_for(tmp_path / "parts", **settings)
@@ -152,7 +154,7 @@ def test_losses_of_distributions_go_down(tmp_path: Path, changes: dict[str, str]
     """C-PTP's divergences on one batch of text that the base may have written; and inverse-AR training."""
     trainer = trainer_for(
         tmp_path / "a",
-        **{**RUN, "variant": "c", "learning_rate": 1e-2, "steps": 12, **changes},
+        **{**RUN, "variant": "c", "draft_vocab": 0, "learning_rate": 1e-2, "steps": 12, **changes},
     )
     trainer.run()
     losses = [row["loss"] for row in metrics(tmp_path / "a") if "loss" in row]
@@ -168,6 +170,7 @@ def test_losses_of_distributions_go_down(tmp_path: Path, changes: dict[str, str]
         ({"variant": "c", "uniforms": "own", "u_beta": 1.0}, "leave `u_beta` out"),
         ({"variant": "c", "uniforms": "own", "independent": True}, "leave `uniforms` out"),
         ({"block_share": 0.0}, "leaves no block to train on"),
+        ({"variant": "c", "draft_vocab": 8192}, "a draft vocabulary would shift: set `draft_vocab` to 0"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -175,10 +178,36 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         PTPSettings(data=tmp_path / "d", out=tmp_path / "o", **changes)
 
 
+def test_c_ptp_drafts_from_all_ids(tmp_path: Path) -> None:
+    """By default: by the CDF over fewer ids, even slots that know the model pick other tokens than it picks."""
+    paths = {"data": tmp_path / "d", "out": tmp_path / "o"}
+    assert PTPSettings(**paths, variant="c").draft_vocab == 0
+    assert PTPSettings(**paths).draft_vocab == PTPSettings(**paths, variant="o").draft_vocab == 8192
+    logits = mx.random.normal((500, VOCABULARY), key=mx.random.key(0)) * 2
+    uniforms = mx.random.uniform(shape=(500,), key=mx.random.key(1))
+    drafted = mx.argsort(-logits.mean(axis=0))[: VOCABULARY // 2]
+    drafted = mx.sort(drafted)
+    whole = inverse_cdf(logits, uniforms)
+    part = drafted[inverse_cdf(logits[:, drafted], uniforms)]
+    mass = mx.softmax(logits, axis=-1)[:, drafted].sum(axis=-1).mean()
+    assert float((whole == part).mean()) < 0.7 * float(mass), "far below what could be drafted"
+
+
+def test_an_old_c_ptp_adapter_with_a_draft_vocabulary_loads_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path / "c", variant="c")
+    written(tmp_path / "o", variant="o")
+    loaded, _ = load_folder(tmp_path / "o", tiny_model("llama", seed=3))
+    assert "C-PTP" not in caplog.text
+    loaded, _ = load_folder(tmp_path / "c", tiny_model("llama", seed=3))
+    assert loaded.draft_ids is not None and "this C-PTP adapter drafts from 60 ids" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "c"}, "variant o, these settings say c"),
+        ({"variant": "c", "draft_vocab": 0}, "variant o, these settings say c"),
         ({"u_embedding": "ieee-bits"}, "embedding bits, "),
     ],
 )

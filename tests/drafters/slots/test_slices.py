@@ -42,11 +42,11 @@ def frozen(architecture: str) -> Any:
     return model
 
 
-def masks(objective: Any) -> Callable[[StepPlan, int], MicroBatchRunner]:
+def masks(objective: Any, lengths: Any = "fixed") -> Callable[[StepPlan, int], MicroBatchRunner]:
     def runner(plan: StepPlan, chunk_blocks: int) -> MicroBatchRunner:
         model = frozen("qwen3")
         attached = attach(model, random_adapter(model, draft_ids=mx.array(IDS, dtype=mx.int32)))
-        choice = BlockChoice(slots=SLOTS, chunk_blocks=chunk_blocks, depth_decay=0.8)
+        choice = BlockChoice(slots=SLOTS, chunk_blocks=chunk_blocks, depth_decay=0.8, lengths=lengths)
         return StepRunner(attached, objective, choice, seed=0, plan=plan)
 
     return runner
@@ -77,6 +77,7 @@ def online(supervision: Any) -> Callable[[StepPlan, int], MicroBatchRunner]:
 METHODS = {
     "self-distill": masks(SelfDistil(lcm_weight=0.3)),
     "apple": masks(Apple(lcm_weight=0.7)),
+    "blocks of random length": masks(SelfDistil(lcm_weight=0.3), "random"),
     "o-ptp": ptp(PTPLoss("ce"), "o"),
     "c-ptp": ptp(PTPLoss("kl"), "c"),
     "c-ptp, reverse": ptp(PTPLoss("reverse-kl", 0.8), "c"),
