@@ -97,6 +97,10 @@ class DraftHeads(DraftSource):
             f"heads of the kind '{self._convention.kind}' cannot be reused in a step: leave `loop` out"
         )
 
+    def forget_rows(self) -> None:
+        """Forgets the rows that were selected from the heads' own LM heads; call when these change."""
+        self._unembeddings = {}
+
     def unembedding(self, depth: int) -> nn.Module | None:
         """The LM head of the head at `depth` (from 1), [..., D] -> [..., V], or N columns with a draft vocabulary.
 

@@ -17,6 +17,7 @@ from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
 from mtp_mlx.drafters.heads.build import block_spec
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.folder import HeadsConfig, config_of, heads_header, load, save
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
@@ -25,6 +26,7 @@ from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.drafters.heads.shape import HeadShape, check_start
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
 from mtp_mlx.drafters.heads.step import HeadsRunner
+from mtp_mlx.drafters.heads.stored import as_stored, is_quantised, quantisation_of
 from mtp_mlx.drafters.heads.taps import layer_numbers
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
 from mtp_mlx.model.attach import attach
@@ -75,6 +77,8 @@ class TrainHeads(Method[HeadsSettings]):
         self, model: nn.Module, train: Sequence[Example], settings: HeadsSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
+        self._tell, self._store = tell, settings.store or "bf16"
+        self._held_out: Sequence[Sequence[Example]] = ()
         if settings.learn_prompts:
             tell("`learn_prompts` is now called `learn_from` all")
         bare = attach(model)
@@ -137,6 +141,9 @@ class TrainHeads(Method[HeadsSettings]):
         theirs = config_of(folder, header)
         check_plain(loaded, f"`start_from` {folder}")
         assert isinstance(loaded, MTPHeads)
+        if is_quantised(loaded):
+            dequantise(loaded)
+            self._store = self.settings.store or "8bit"
         shared = check_start(folder, theirs, self.settings, len(find_seams(model).trunk.layers))
         heads, blocks = loaded.heads, theirs.blocks
         if self.settings.extend is not None:
@@ -215,13 +222,24 @@ class TrainHeads(Method[HeadsSettings]):
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
+        self._held_out = batches
         return measure_heads(self.attached, batches, self.depth, self._states)
+
+    def _acceptance_of(self, heads: MTPHeads) -> list[float]:
+        """Acceptance of other heads on the text that was measured last."""
+        self.attached.speculator = heads
+        try:
+            return measure_heads(self.attached, self._held_out, self.depth, self._states).acceptance
+        finally:
+            self.attached.speculator = self.heads
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        about = self.about({**training, "heads": self.depth}, acceptance)
-        header = heads_header(self._config, self.settings.model, self.fingerprint, **about)
-        save(folder, self.heads, header)
+        known = acceptance if self._held_out else []
+        heads, found = as_stored(self.heads, self._store, known, self._acceptance_of, self._tell)
+        about = self.about({**training, "heads": self.depth}, found or acceptance)
+        config = replace(self._config, quantization=quantisation_of(heads))
+        save(folder, heads, heads_header(config, self.settings.model, self.fingerprint, **about))
 
     def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`."""
