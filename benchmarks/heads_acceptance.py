@@ -50,7 +50,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     prefer_openblas()
     from mtp_mlx import load
     from mtp_mlx.adapter_folder import read_header
-    from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+    from mtp_mlx.drafters.heads.agreement import measure_heads
     from mtp_mlx.drafters.heads.draft_heads import DraftHeads
     from mtp_mlx.drafters.heads.folder import config_of
     from mtp_mlx.drafters.heads.trunk_states import ComputedStates
@@ -72,7 +72,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
         examples, report = load_examples(data, tokenizer, max_length)
         if not isinstance(attached.speculator, DraftHeads):
             raise click.UsageError(f"{folder} has no MTP heads")
-        check_plain(attached.speculator, str(folder))
+        attached.speculator.check_drafts(drafts)
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples]
         result = measure_heads(attached, batches, depths, ComputedStates(attached))

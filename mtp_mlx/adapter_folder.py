@@ -215,8 +215,9 @@ def count_weights(sizes: Mapping[str, int]) -> int:
 
 
 def tensor_sizes(tensors: Mapping[str, mx.array]) -> dict[str, int]:
-    """How many numbers each tensor has."""
-    return {name: tensor.size for name, tensor in tensors.items()}
+    """How many numbers each tensor has, and those of quantised weights: four to each number that is stored."""
+    packed = {f"{name.removesuffix('scales')}weight" for name in tensors if name.endswith(".scales")}
+    return {name: tensor.size * (4 if name in packed else 1) for name, tensor in tensors.items()}
 
 
 # --- the model card -------------------------------------------------------------------------------------------
@@ -326,9 +327,9 @@ def write_adapter_folder(
     header: Header,
     tensors: Mapping[str, mx.array],
     card: CardLines,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | Mapping[str, mx.Dtype] | None = None,
 ) -> None:
-    """Writes the folder whole or not at all; weights in `dtype`, bfloat16 by default.
+    """Writes the folder whole or not at all; weights in `dtype`, or each in its own; bfloat16 by default.
 
     Raises:
         MTPError: if it cannot be written.
@@ -342,13 +343,16 @@ def put_adapter(
     header: Header,
     tensors: Mapping[str, mx.array],
     card: CardLines,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | Mapping[str, mx.Dtype] | None = None,
 ) -> None:
     """Puts the three files into a folder that is being made."""
     import mlx.core as mx
 
+    of_each = dtype if isinstance(dtype, Mapping) else dict.fromkeys(tensors, dtype or mx.bfloat16)
     stored = {
-        name: value.astype(dtype or mx.bfloat16) if mx.issubdtype(value.dtype, mx.floating) else value
+        name: value.astype(of_each.get(name, mx.bfloat16))
+        if mx.issubdtype(value.dtype, mx.floating)
+        else value
         for name, value in tensors.items()
     }
     mx.save_safetensors(str(folder / WEIGHTS_NAME), stored, metadata={"format": "mlx"})

@@ -119,6 +119,11 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
         raise ConversionError(
             f"{folder}: this layout has no place for heads of several layers, or that read several states of the base"
         )
+    if heads.quantization:
+        raise ConversionError(
+            f"{folder}: its heads are stored in {heads.quantization['bits']} bits, for which this layout has no "
+            "place: train with `store` bf16"
+        )
     config = base or heads.model_config
     if not config:
         raise ConversionError(

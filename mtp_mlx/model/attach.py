@@ -194,6 +194,20 @@ class AttachedModel:
         """What the speculator reads (`head_input`) of texts [B, T] from their start, without a cache."""
         return self._heard(self._seams.trunk(ids))
 
+    def states_to_train_on(self, ids: mx.array) -> mx.array:
+        """`states_of` with the trunk's last state, after its final norm, as the last D columns: it teaches.
+
+        The speculator may read that one itself; then it is there once.
+        """
+        hidden = self._seams.trunk(ids)
+        heard = self._heard(hidden)
+        return heard if self._tap is None else mx.concatenate([heard, hidden], axis=-1)
+
+    @property
+    def trained_on_size(self) -> int:
+        """Size of the last axis of `states_to_train_on`."""
+        return self.head_input_size + (0 if self._tap is None else self.hidden_size)
+
     def _heard(self, hidden: mx.array) -> mx.array:
         """`head_input` of the pass that gave `hidden`."""
         first = hidden if self._tap is None else self._tap.take()

@@ -28,7 +28,17 @@ from mtp_mlx.train.settings import TrainSettings
 # Settings that may change when a run resumes, because losses do not depend on them (except for the rounding of
 # cached hidden states). An adapter does not record them either.
 FREE_SETTINGS = frozenset(
-    {"out", "data", "measure_every", "save_every", "grad_checkpoint", "model", "hidden_cache", "memory"}
+    {
+        "out",
+        "data",
+        "measure_every",
+        "save_every",
+        "grad_checkpoint",
+        "model",
+        "hidden_cache",
+        "memory",
+        "store",
+    }
 )
 
 

@@ -98,19 +98,35 @@ class MTPHeads(DraftHeads):
             for head, own in zip(self.heads, before, strict=True):
                 head._recycled = own
 
+    def over_text(
+        self,
+        attached: AttachedModel,
+        tokens: mx.array,
+        embeddings: mx.array,
+        states: mx.array,
+        depths: int,
+    ) -> list[mx.array]:
+        """See `DraftHeads`."""
+        return self.cascade(embeddings, states, depths, tokens)
+
     def at_depth(self, depth: int) -> MTPHead:
         """The head that makes draft `depth` (from 1); after the last head, the first is reused."""
         return self.heads[(depth - 1) % len(self.heads)]
 
     def cascade(
-        self, embeddings: mx.array, hidden: mx.array, most_depths: int | None = None
+        self,
+        embeddings: mx.array,
+        hidden: mx.array,
+        most_depths: int | None = None,
+        tokens: mx.array | None = None,
     ) -> list[mx.array]:
         """Runs all heads over known text.
 
         Args:
-            embeddings: [B, T, D] of the tokens; by `MTPHead.embed` if heads have an embedding of their own.
+            embeddings: [B, T, D] of the tokens.
             hidden: [B, T, D] or, with tapped layers, [B, T, (n + 1) * D] of the trunk, as `AttachedModel.head_input`.
             most_depths: number of depths, by default one per head; see `at_depth` for more.
+            tokens: [B, T] ids, from which heads with an embedding of their own take it; None if `embeddings` are it.
 
         Returns:
             z of every depth: z[k - 1] is [B, T - k, D], and its row i predicts token i + k + 1. Depths without any
@@ -122,7 +138,10 @@ class MTPHeads(DraftHeads):
             rows = embeddings.shape[1] - depth
             if rows < 1:
                 break
-            shifted = first_masked(self.convention, embeddings[:, depth:], 0)
+            shifted = embeddings[:, depth:]
+            if tokens is not None and "embed_tokens" in head:
+                shifted = head.embed_tokens(tokens[:, depth:])
+            shifted = first_masked(self.convention, shifted, 0)
             z, hidden = head(shifted, hidden[:, :rows], head.mask(shifted))
             found.append(z)
         return found

@@ -10,6 +10,7 @@
                                     and the window of its attention (rows, its own included) or null
     heads.taps                      numbers (from 1) of the base's layers whose states the first head reads besides
                                     the one that the convention names; absent or [] for none
+    heads.quantization              {"group_size": 64, "bits": 8}, if linear layers are stored so, as in mlx-lm
     heads.model_config              the language model's configuration that those blocks are built from
 
 The tensors are `heads.{i}.fuse.weight` and so on, `fusion.fuse.weight` and `fusion.norms.{j}.weight` with taps, and
@@ -49,6 +50,7 @@ class HeadsConfig:
         drafts: tokens drafted in each step, by default one for each head; more apply the heads again in turn.
         count: number of heads, by default one for each block.
         taps: numbers (from 1) of the base's layers that the first head reads too.
+        quantization: "group_size" and "bits" of quantised layers; empty if none is quantised.
     """
 
     convention: HeadConvention
@@ -57,6 +59,7 @@ class HeadsConfig:
     drafts: int = 0
     count: int = 0
     taps: list[int] = field(default_factory=list)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.count = self.count or len(self.blocks)
@@ -71,6 +74,7 @@ class HeadsConfig:
             "blocks": self.blocks,
             "taps": self.taps,
             "model_config": self.model_config,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
 
@@ -98,6 +102,7 @@ def config_of(folder: Path, header: Header) -> HeadsConfig:
             drafts=int(section.get("drafts", 0)),
             count=int(section["count"]),
             taps=list(section.get("taps", [])),
+            quantization=dict(section.get("quantization", {})),
         )
         _check(config)
         return config
@@ -116,6 +121,12 @@ def _check(config: HeadsConfig) -> None:
         raise ValueError(f"taps are {config.taps!r}, not ascending numbers of layers")
     if config.taps and config.convention.kind != "cascade":
         raise ValueError(f"heads of the kind {config.convention.kind!r} have taps")
+    numbers = config.quantization.values()
+    if config.quantization and (
+        config.quantization.keys() != {"group_size", "bits"}
+        or not all(type(number) is int for number in numbers)
+    ):
+        raise ValueError(f"the quantization is {config.quantization!r}, not a group size and bits")
     plain = HeadConvention("")
     for name in (item.name for item in dataclasses.fields(plain)):
         value = getattr(config.convention, name)
@@ -146,6 +157,7 @@ def facts(folder: Path, header: Header) -> dict[str, Any]:
         "drafts": config.drafts,
         "layers": "/".join(map(str, sorted({block_layers(block) for block in config.blocks}))),
         "reads": states_read(config),
+        "stored": f"{config.quantization.get('bits')}-bit" if config.quantization else "not quantised",
         "convention": {name.replace("_", " "): value for name, value in config.convention.to_json().items()},
     }
 

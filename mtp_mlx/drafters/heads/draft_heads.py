@@ -97,6 +97,60 @@ class DraftHeads(DraftSource):
             f"heads of the kind '{self._convention.kind}' cannot be reused in a step: leave `loop` out"
         )
 
+    def over_text(
+        self,
+        attached: AttachedModel,
+        tokens: mx.array,
+        embeddings: mx.array,
+        states: mx.array,
+        depths: int,
+    ) -> list[mx.array]:
+        """Runs the heads of all depths over known text; differentiable in the heads.
+
+        Args:
+            attached: the model that they are attached to.
+            tokens: [B, T] the text.
+            embeddings: [B, T, D] of it, by the base model.
+            states: [B, T, (n + 1) * D] of it, as `AttachedModel.head_input`.
+            depths: number of depths.
+
+        Returns:
+            The inputs of the LM head at every depth, [B, T - k, D] each, whose row i predicts token i + k + 1; depths
+            without any row are left out.
+        """
+        raise NotImplementedError
+
+    def logits(self, attached: AttachedModel, states: mx.array, depth: int) -> mx.array:
+        """[..., C] logits of what the head at `depth` (from 1) made, [..., D], over the draft vocabulary."""
+        own = self.unembedding(depth)
+        return attached.draft_head(states) if own is None else own(states)
+
+    @property
+    def owns_lm_heads(self) -> bool:
+        """Whether each head has an LM head of its own."""
+        return self._convention.lm_head == "own"
+
+    def freeze_vocabulary(self) -> None:
+        """Excludes the heads' own embeddings and LM heads from training, as those of the base are."""
+        for head in self.heads:
+            for name in ("embed_tokens", "lm_head"):
+                if name in head:
+                    head[name].freeze()
+
+    def set_heads(self, heads: Sequence[nn.Module], drafts: int) -> None:
+        """Replaces the heads, and sets the drafts per step."""
+        self.heads, self._drafts = list(heads), drafts
+        self.forget_rows()
+
+    def set_draft_ids(self, draft_ids: mx.array | None) -> None:
+        """Sets the draft vocabulary, [N] int32 ids, or None for all."""
+        self._draft_ids = draft_ids
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Forgets the rows that were selected from the heads' own LM heads; call when these change."""
+        self._unembeddings = {}
+
     def unembedding(self, depth: int) -> nn.Module | None:
         """The LM head of the head at `depth` (from 1), [..., D] -> [..., V], or N columns with a draft vocabulary.
 
@@ -118,6 +172,26 @@ class IndependentHeads(DraftHeads):
     def most_drafts(self) -> int:
         """See `DraftSource`."""
         return len(self.heads)
+
+    def over_text(
+        self,
+        attached: AttachedModel,
+        tokens: mx.array,
+        embeddings: mx.array,
+        states: mx.array,
+        depths: int,
+    ) -> list[mx.array]:
+        """See `DraftHeads`."""
+        rows = states.shape[1]
+        return [
+            self.over_states(attached, head, states)[:, : rows - depth]
+            for depth, head in enumerate(self.heads[:depths], start=1)
+            if depth < rows
+        ]
+
+    def over_states(self, attached: AttachedModel, head: Any, states: mx.array) -> mx.array:
+        """The input of the LM head, [B, T, D], of a head that reads states [B, T, D] from the start of a text."""
+        raise NotImplementedError
 
 
 def heads_of(attached: AttachedModel) -> DraftHeads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -9,11 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.adapter_folder import DRAFT_IDS, Header, read_tensors, write_adapter_folder
+from mtp_mlx.adapter_folder import DRAFT_IDS, Header, damage, read_tensors, write_adapter_folder
 from mtp_mlx.base_check import check_base
 from mtp_mlx.drafters.heads.build import LAST_LAYER, build_heads, check_runnable
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, config_of, facts, heads_header
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.stored import quantise_like
 from mtp_mlx.model.tensor_fit import check_fit
 
 __all__ = ["LAST_LAYER", "HeadsConfig", "card_lines", "config_of", "facts", "heads_header", "load", "save"]
@@ -31,14 +33,19 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[DraftHeads, He
     tensors = read_tensors(folder)
     draft_ids = tensors.pop(DRAFT_IDS, None)
     heads = build_heads(folder, config, model, tensors.keys(), draft_ids)
+    if config.quantization:
+        with damage(folder):
+            quantise_like(heads, tensors.keys(), config.quantization)
     check_fit(_parameters(heads), tensors)
     heads.update(tree_unflatten(list(tensors.items())))
     heads.eval()
     return heads, header
 
 
-def save(folder: Path, heads: DraftHeads, header: Header, dtype: mx.Dtype = mx.bfloat16) -> None:
-    """Writes the folder whole or not at all; weights in `dtype`.
+def save(
+    folder: Path, heads: DraftHeads, header: Header, dtype: mx.Dtype | Mapping[str, mx.Dtype] = mx.bfloat16
+) -> None:
+    """Writes the folder whole or not at all; weights in `dtype`, or each in its own, bfloat16 where it has none.
 
     Raises:
         MTPError: if it cannot be written.

@@ -34,6 +34,11 @@ class MedusaHead(nn.Module):
         self.residual = [nn.Linear(hidden_size, hidden_size) for _ in range(layers)]
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The residual layers, in order."""
+        return [*self.residual]
+
     def __call__(self, hidden: mx.array) -> mx.array:
         """The input of the LM head, [..., D] -> [..., D]."""
         for layer in self.residual:
@@ -52,6 +57,10 @@ class MedusaHeads(IndependentHeads):
         """See `DraftSource`."""
         self.check_drafts(drafts)
         return MedusaDrafter(attached, picker, self)
+
+    def over_states(self, attached: AttachedModel, head: MedusaHead, states: mx.array) -> mx.array:
+        """See `IndependentHeads`."""
+        return head(states)
 
 
 class MedusaDrafter(Drafter):

@@ -39,7 +39,7 @@ def estimate_heads_memory(
     in_loss = min(settings.loss_rows, supervised * depths)
     logits = LOGITS_COPIES * (in_loss + 256) * columns + 2 * supervised * kept
     # In addition to a decoder layer's own: the inputs of `fuse` and of the LM head.
-    activations = depths * (layers * layer + 6 * rows * sizes.hidden) + 2 * rows * attached.head_input_size
+    activations = depths * (layers * layer + 6 * rows * sizes.hidden) + 2 * rows * attached.trained_on_size
     workers, weights = plan.workers, parameter_bytes(attached.model)
     return MemoryEstimate(
         process=beside(weights),

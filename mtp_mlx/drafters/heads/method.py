@@ -13,18 +13,21 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mtp_mlx.adapter_folder import read_header
-from mtp_mlx.drafters.heads.agreement import check_plain, measure_heads
+from mtp_mlx.drafters.heads.agreement import measure_heads
 from mtp_mlx.drafters.heads.build import block_spec
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
-from mtp_mlx.drafters.heads.folder import HeadsConfig, config_of, heads_header, load, save
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads
+from mtp_mlx.drafters.heads.folder import HeadsConfig, config_of, heads_header, save
 from mtp_mlx.drafters.heads.layout import can_supervise
 from mtp_mlx.drafters.heads.loss import MTPDistil
 from mtp_mlx.drafters.heads.memory import estimate_heads_memory
 from mtp_mlx.drafters.heads.options import HeadsSettings
-from mtp_mlx.drafters.heads.shape import HeadShape, check_start
-from mtp_mlx.drafters.heads.start import extend_heads, extended_count, start_like_trunk
+from mtp_mlx.drafters.heads.shape import HeadShape
+from mtp_mlx.drafters.heads.start import start_like_trunk
+from mtp_mlx.drafters.heads.start_from import read_start
 from mtp_mlx.drafters.heads.step import HeadsRunner
+from mtp_mlx.drafters.heads.stored import as_stored, quantisation_of
 from mtp_mlx.drafters.heads.taps import layer_numbers
 from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates, TrunkStates
 from mtp_mlx.model.attach import attach
@@ -75,15 +78,21 @@ class TrainHeads(Method[HeadsSettings]):
         self, model: nn.Module, train: Sequence[Example], settings: HeadsSettings, tell: Tell
     ) -> None:
         super().__init__(model, train, settings, tell)
+        self._tell = tell
+        self._store: str = settings.store or "bf16"
+        self._dtypes: dict[str, mx.Dtype] = {}  # of weights that are not stored in bfloat16
+        self._source: dict[str, Any] = {}
+        self._held_out: Sequence[Sequence[Example]] = ()
         if settings.learn_prompts:
             tell("`learn_prompts` is now called `learn_from` all")
         bare = attach(model)
         bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab or 0, bare.vocab_size)
+        bare.detach()
         self._frozen = 0  # number of heads that are not trained
+        heads: DraftHeads
         if settings.start_from is None:
-            heads = self._new_heads(model, draft_ids)
-            start_like_trunk(heads, model, train[0].tokens)
+            heads = self._new_heads(model, draft_ids, train[0].tokens)
         else:
             heads = self._start_from(model, settings.start_from, draft_ids, tell)
         heads.set_dtype(mx.float32)
@@ -114,8 +123,8 @@ class TrainHeads(Method[HeadsSettings]):
             plan=self.plan,
         )
 
-    def _new_heads(self, model: nn.Module, draft_ids: mx.array | None) -> MTPHeads:
-        """New heads of the shape that the settings say."""
+    def _new_heads(self, model: nn.Module, draft_ids: mx.array | None, tokens: list[int]) -> MTPHeads:
+        """New heads of the shape that the settings say; `tokens`: see `start_like_trunk`."""
         settings = self.settings
         shape = HeadShape.of(settings)
         count = 1 if shape.shared else settings.heads
@@ -123,39 +132,24 @@ class TrainHeads(Method[HeadsSettings]):
         self._config = HeadsConfig(
             CONVENTION, [block_spec(shape.layers)] * count, drafts=settings.heads, taps=list(taps)
         )
-        return new_heads(
+        heads = new_heads(
             model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=settings.heads
         )
+        start_like_trunk(heads, model, tokens)
+        return heads
 
-    def _start_from(self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell) -> MTPHeads:
-        """The heads of a folder, extended if the settings say so, with the draft vocabulary of this data.
-
-        Raises:
-            MTPError: no heads there, or heads for another base model, or another number of them.
-        """
-        loaded, header = load(folder, read_header(folder), model)
-        theirs = config_of(folder, header)
-        check_plain(loaded, f"`start_from` {folder}")
-        assert isinstance(loaded, MTPHeads)
-        shared = check_start(folder, theirs, self.settings, len(find_seams(model).trunk.layers))
-        heads, blocks = loaded.heads, theirs.blocks
-        if self.settings.extend is not None:
-            self._frozen = len(heads)
-            loaded.freeze_fusion()
-            heads = extend_heads(heads, extended_count(self.settings.extend, self._frozen))
-            blocks = [blocks[index % self._frozen] for index in range(len(heads))]
-            tell(
-                f"{self._frozen} heads of {folder} are frozen; {len(heads) - self._frozen} copies are trained"
-            )
-        drafts = self.settings.heads if shared else len(heads)
-        if shared and drafts != theirs.drafts:
-            tell(f"the head of {folder} made {theirs.drafts} draft(s) a step; it is trained for {drafts}")
-        self._config = HeadsConfig(
-            theirs.convention, blocks, theirs.model_config, drafts=drafts, taps=theirs.taps
-        )
-        if not same_draft_ids(draft_ids, loaded.draft_ids):
+    def _start_from(
+        self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell
+    ) -> DraftHeads:
+        """The heads of a folder, extended if the settings say so, with the draft vocabulary of this data."""
+        start = read_start(folder, model, self.settings, tell)
+        self._config, self._source, self._frozen = start.config, start.source, start.frozen
+        if self.settings.store is None:
+            self._store, self._dtypes = start.store, start.dtypes
+        if not same_draft_ids(draft_ids, start.heads.draft_ids):
             tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
-        return MTPHeads(heads, theirs.convention, draft_ids, drafts, loaded.get("fusion"))
+        start.heads.set_draft_ids(draft_ids)
+        return start.heads
 
     def _supervised(self, examples: Sequence[Example]) -> list[Example]:
         """See `supervised`."""
@@ -211,22 +205,35 @@ class TrainHeads(Method[HeadsSettings]):
         rate.
         """
         rate = self.settings.block_rate
+        if rate == 1:
+            optimizer.update(self.heads, gradients)
+            return
         before = [head.block_parameters() for head in self.heads.heads]
         optimizer.update(self.heads, gradients)
-        if rate == 1:
-            return
         for head, old in zip(self.heads.heads, before, strict=True):
             head.set_block(tree_map(lambda one, new: one + rate * (new - one), old, head.block_parameters()))
 
     def measure(self, batches: Sequence[Sequence[Example]]) -> Agreement:
         """See `Method`."""
+        self._held_out = batches
         return measure_heads(self.attached, batches, self.depth, self._states)
+
+    def _acceptance_of(self, heads: DraftHeads) -> list[float]:
+        """Acceptance of other heads on the text that was measured last."""
+        self.attached.speculator = heads
+        try:
+            return measure_heads(self.attached, self._held_out, self.depth, self._states).acceptance
+        finally:
+            self.attached.speculator = self.heads
 
     def export(self, folder: Path, training: dict[str, Any], acceptance: list[float]) -> None:
         """See `Method`."""
-        about = self.about({**training, "heads": self.depth}, acceptance)
-        header = heads_header(self._config, self.settings.model, self.fingerprint, **about)
-        save(folder, self.heads, header)
+        known = acceptance if self._held_out else []
+        heads, found = as_stored(self.heads, self._store, known, self._acceptance_of, self._tell)
+        about = self.about({**training, "heads": self.depth}, found or acceptance)
+        config = replace(self._config, quantization=quantisation_of(heads))
+        header = heads_header(config, self.settings.model, self.fingerprint, source=self._source, **about)
+        save(folder, heads, header, self._dtypes)
 
     def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
         """See `Method`."""

@@ -22,11 +22,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.convention import HeadConvention
+from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.head_cache import HeadCache
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import EMBEDDING_NAMES
@@ -185,26 +185,9 @@ def block_like(trunk: nn.Module, layer_index: int = -1) -> nn.Module:
     if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
         raise MTPError("new heads need a bare model: detach it first")
     block = copy.deepcopy(layer)
-    dense = tree_map_with_path(
-        lambda _, module: _dense(module), block.leaf_modules(), is_leaf=nn.Module.is_module
-    )
-    block.update_modules(dense)
+    dequantise(block)
     block.unfreeze()
     return block
-
-
-def _dense(module: Any) -> Any:
-    """An `nn.Linear` with the values of a quantised layer; any other module unchanged."""
-    if not isinstance(module, nn.QuantizedLinear):
-        return module
-    weight = mx.dequantize(
-        module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
-    )
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
-    linear.weight = weight
-    if "bias" in module:
-        linear.bias = module.bias
-    return linear
 
 
 def norm_eps(trunk: nn.Module) -> float:

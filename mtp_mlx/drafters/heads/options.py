@@ -72,6 +72,9 @@ class HeadsSettings(TrainSettings):
         "responses", help="Learn from responses only, or from prompts too"
     )
     learn_prompts: bool = setting(False, help="Old name of --learn-from all")
+    store: Literal["bf16", "8bit", "auto"] | None = setting(
+        None, help="Weights on disk: bf16, 8bit, auto (8bit if it costs nothing)"
+    )
     hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")
 
     def problems(self) -> list[str]:

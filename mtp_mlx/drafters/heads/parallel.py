@@ -32,6 +32,11 @@ class ParallelHead(nn.Module):
         super().__init__()
         self.block = block
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layer, in a list."""
+        return [self.block]
+
     def __call__(self, hidden: mx.array, cache: Any = None) -> mx.array:
         """[B, T, D] -> [B, T, D], before the trunk's final norm; the cache grows by T."""
         return self.block(hidden, create_attention_mask(hidden, cache, return_array=True), cache)
@@ -48,6 +53,10 @@ class ParallelHeads(IndependentHeads):
         """See `DraftSource`."""
         self.check_drafts(drafts)
         return ParallelDrafter(attached, picker, self, drafts)
+
+    def over_states(self, attached: AttachedModel, head: ParallelHead, states: mx.array) -> mx.array:
+        """See `IndependentHeads`."""
+        return attached.last_norm(head(states))
 
 
 @dataclass

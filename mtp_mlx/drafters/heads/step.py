@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.drafters.heads.cascade import MTPHeads
+from mtp_mlx.drafters.heads.draft_heads import DraftHeads, heads_of
 from mtp_mlx.drafters.heads.layout import HeadLayout, sliced_layouts
 from mtp_mlx.drafters.heads.loss import MTPDistil, TeacherTop
 from mtp_mlx.drafters.heads.teacher import teacher_targets
-from mtp_mlx.drafters.heads.trunk_states import TrunkStates, last_state
+from mtp_mlx.drafters.heads.trunk_states import TrunkStates, last_state, read_states
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
@@ -81,14 +81,18 @@ def head_rows(
     )
 
 
-def cascade_rows(heads: MTPHeads, embeddings: mx.array, hidden: mx.array, layout: HeadLayout) -> mx.array:
+def supervised_rows(
+    attached: AttachedModel, embeddings: mx.array, states: mx.array, layout: HeadLayout
+) -> mx.array:
     """Inputs of the LM head at the supervised rows, depth by depth, [M, D]; differentiable in the heads.
 
     Args:
+        attached: the model with the heads.
         embeddings: [S, T, D] of the tokens.
-        hidden: [S, T, D] or, with tapped layers, [S, T, (n + 1) * D] of the trunk.
+        states: [S, T, (n + 1) * D] that the heads read.
     """
-    found = heads.cascade(embeddings, hidden, layout.depths[-1])
+    tokens = mx.array(layout.tokens)
+    found = heads_of(attached).over_text(attached, tokens, embeddings, states, layout.depths[-1])
     pieces = [
         found[depth - 1].reshape(-1, embeddings.shape[-1])[mx.array(rows)]
         for depth, rows in zip(layout.depths, layout.rows, strict=True)
@@ -109,19 +113,22 @@ def chunked_loss(
     The scalar's value has no meaning. The parts, float32 [M] each, carry no gradient.
 
     Args:
-        states: [M, D] from `cascade_rows`.
+        states: [M, D] from `supervised_rows`.
         chunk_rows: rows whose logits are in memory at once.
     """
     dtype = attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype
     constants = mx.stop_gradient(states)
     gradients: list[mx.array] = []
     found: list[dict[str, mx.array]] = []
-    for start in range(0, states.shape[0], chunk_rows):
-        own = slice(start, start + chunk_rows)
+    heads = heads_of(attached)
+    for depth, own in _chunks(heads, rows, chunk_rows):
         of_rows = None if teacher is None else teacher.rows(rows.target[own])
 
-        def loss(z: mx.array, own: slice = own, of_rows: TeacherTop | None = of_rows) -> tuple:
-            parts = distil.rows_parts(attached.draft_head(z.astype(dtype)), of_rows, rows.label[own])
+        def loss(
+            z: mx.array, depth: int = depth, own: slice = own, of_rows: TeacherTop | None = of_rows
+        ) -> tuple:
+            logits = heads.logits(attached, z.astype(dtype), depth)
+            parts = distil.rows_parts(logits, of_rows, rows.label[own])
             return mx.sum(rows.weight[own] * distil.total(parts)), parts
 
         z = constants[own]
@@ -132,6 +139,19 @@ def chunked_loss(
         found.append(dict(zip(parts, mx.depends(list(parts.values()), [gradient]), strict=True)))
     surrogate = mx.sum(states * mx.stop_gradient(mx.concatenate(gradients)))
     return surrogate, {name: mx.concatenate([piece[name] for piece in found]) for name in found[0]}
+
+
+def _chunks(heads: DraftHeads, rows: HeadRows, chunk_rows: int) -> list[tuple[int, slice]]:
+    """(a depth that has their LM head, rows) of each chunk; of one depth only, if each head has its own LM head."""
+    counts = rows.counts if heads.owns_lm_heads else {1: sum(rows.counts.values())}
+    found, first = [], 0
+    for depth, count in counts.items():
+        last = first + count
+        found += [
+            (depth, slice(start, min(start + chunk_rows, last))) for start in range(first, last, chunk_rows)
+        ]
+        first = last
+    return found
 
 
 def summary(distil: MTPDistil, rows: HeadRows, parts: dict[str, mx.array]) -> LossParts:
@@ -170,8 +190,7 @@ class HeadsRunner(MicroBatchRunner):
         chunk_rows: int = 2048,
         plan: StepPlan = WHOLE,
     ) -> None:
-        heads = attached.speculator
-        assert isinstance(heads, MTPHeads)
+        heads = heads_of(attached)
         super().__init__(heads, plan.workers)
         self._heads, self._slice_rows = heads, plan.slice_rows
         self._attached, self._distil, self._depths = attached, distil, list(depths)
@@ -183,11 +202,11 @@ class HeadsRunner(MicroBatchRunner):
     def _evaluate_constants(self) -> None:
         """Evaluates every array that a step reads: a lazy array belongs to the thread that made it."""
         tokens = mx.zeros((1, self._depths[-1] + 2), dtype=mx.int32)
-        states = self._attached.states_of(tokens)
-        cascade = self._heads.cascade(self._attached.embed(tokens), states, self._depths[-1])
-        hidden = last_state(self._attached, states)
-        heads = self._attached.draft_head(hidden), self._attached.head(hidden)
-        mx.eval(self._heads.parameters(), cascade, heads)
+        attached, states = self._attached, self._attached.states_to_train_on(tokens)
+        read, hidden = read_states(attached, states), last_state(attached, states)
+        found = self._heads.over_text(attached, tokens, attached.embed(tokens), read, self._depths[-1])
+        logits = [self._heads.logits(attached, hidden, depth) for depth in self._depths]
+        mx.eval(self._heads.parameters(), found, logits, attached.draft_head(hidden), attached.head(hidden))
 
     def _micro_batch(self, examples: Sequence[Example], number: int) -> Totals:
         """See `MicroBatchRunner`."""
@@ -215,9 +234,8 @@ class HeadsRunner(MicroBatchRunner):
         rows = head_rows(layout, self._columns, distil, self._depths, totals)
 
         def loss() -> LossParts:
-            found = cascade_rows(
-                self._heads, embeddings.astype(mx.float32), states.astype(mx.float32), layout
-            )
+            read = read_states(attached, states)
+            found = supervised_rows(attached, embeddings.astype(mx.float32), read.astype(mx.float32), layout)
             return LossParts(*chunked_loss(attached, distil, found, rows, teacher, self._chunk_rows))
 
         per_row, gradients = self._loss_and_gradients(loss)

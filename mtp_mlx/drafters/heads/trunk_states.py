@@ -39,9 +39,9 @@ class TrunkStates(Protocol):
     """A source of hidden states."""
 
     def __call__(self, examples: Sequence[Example]) -> mx.array:
-        """What the heads read (`AttachedModel.head_input`), [S, T, D] or, with n tapped layers, [S, T, (n + 1) * D].
+        """What the heads read and what teaches them (`AttachedModel.states_to_train_on`), [S, T, m * D].
 
-        Rows of the padding on the right have no meaning.
+        m is 1 for heads that read the last state alone. Rows of the padding on the right have no meaning.
         """
         ...
 
@@ -51,8 +51,14 @@ class TrunkStates(Protocol):
 
 
 def last_state(attached: AttachedModel, states: mx.array) -> mx.array:
-    """The trunk's own state in what is read from it: [..., (n + 1) * D] -> [..., D]."""
+    """The trunk's last state, after its final norm, of `TrunkStates`: [..., m * D] -> [..., D]."""
     return states[..., -attached.hidden_size :]
+
+
+def read_states(attached: AttachedModel, states: mx.array) -> mx.array:
+    """What the heads read (`AttachedModel.head_input`) of `TrunkStates`: [..., m * D] -> [..., (n + 1) * D]."""
+    size = attached.head_input_size
+    return states if states.shape[-1] == size else states[..., :size]
 
 
 class _TrunkPass:
@@ -62,9 +68,9 @@ class _TrunkPass:
         self._attached, self._lock = attached, threading.Lock()
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """What the heads read of tokens [S, T]; lazy."""
+        """`AttachedModel.states_to_train_on` of tokens [S, T]; lazy."""
         with self._lock:
-            return self._attached.states_of(tokens)
+            return self._attached.states_to_train_on(tokens)
 
 
 class ComputedStates:
@@ -94,9 +100,8 @@ class CachedStates:
 
     def __init__(self, attached: AttachedModel, folder: Path) -> None:
         self._attached, self._trunk = attached, _TrunkPass(attached)
-        tapped = () if attached.speculator is None else attached.speculator.tapped_layers
-        self._folder = folder / "-".join([weights_key(attached.model), *map(str, tapped)])
-        self._size = attached.head_input_size
+        self._folder = folder / "-".join([weights_key(attached.model), *_states_read(attached)])
+        self._size = attached.trained_on_size
 
     def path(self, example: Example) -> Path:
         """Path of an example's file."""
@@ -112,7 +117,7 @@ class CachedStates:
         return _stacked([self._stored(example)[NORMALISER] for example in examples])
 
     def _stored(self, example: Example) -> dict[str, mx.array]:
-        """States [T, (n + 1) * D] of one example and their normaliser [T], evaluated; written if they are missing."""
+        """States [T, m * D] of one example and their normaliser [T], evaluated; written if they are missing."""
         path = self.path(example)
         found = self._read(path, example) if path.exists() else {}
         if NORMALISER in found:
@@ -160,6 +165,15 @@ class CachedStates:
             f"hidden states are cached in {self._folder.parent}, at most {gigabytes(most)}: "
             f"{len(examples) - len(missing)} of {len(examples)} rows are there already"
         )
+
+
+def _states_read(attached: AttachedModel) -> list[str]:
+    """The states that the heads read besides the last one, for the name of a folder."""
+    heads = attached.speculator
+    if heads is None:
+        return []
+    first = [] if heads.first_hidden == "post-norm" else [heads.first_hidden]
+    return [*map(str, heads.tapped_layers), *first]
 
 
 def _stacked(rows: Sequence[mx.array]) -> mx.array:

@@ -106,11 +106,9 @@ def test_a_loop_without_training_is_an_extension_without_steps(tmp_path: Path, t
 
 
 @pytest.mark.parametrize(("field", "value"), [("first_hidden", "pre-norm"), ("lm_head", "own")])
-def test_heads_that_training_would_run_in_another_way(
+def test_heads_of_another_convention_are_extended_in_it(
     tmp_path: Path, two: Path, field: str, value: str
 ) -> None:
-    """Training gives heads the state after the trunk's last norm, and the trunk's LM head; converted heads may take
-    others, and would be trained for what nobody runs."""
     folder = shutil.copytree(two, tmp_path / "heads")
     config = json.loads((folder / "mtp_config.json").read_text())
     config["heads"]["convention"][field] = value
@@ -119,8 +117,16 @@ def test_heads_that_training_would_run_in_another_way(
         model = tiny_model("qwen3", seed=3)
         own = {f"heads.{i}.lm_head.weight": model.model.embed_tokens.weight for i in range(2)}
         mx.save_safetensors(str(folder / "mtp.safetensors"), read_tensors(folder) | own)
-    with pytest.raises(MTPError, match="only a cascade on the state 'post-norm' that shares both"):
-        extending(tmp_path / "four", folder)
+    assert extending(tmp_path / "four", folder).run()
+    found = read_header(tmp_path / "four")
+    assert found.own["heads"]["convention"][field] == value
+    before, after = read_tensors(folder), read_tensors(tmp_path / "four")
+    assert all(
+        mx.array_equal(value, after[name]) and value.dtype == after[name].dtype
+        for name, value in before.items()
+    )
+    if field == "lm_head":
+        assert mx.array_equal(after["heads.3.lm_head.weight"], own["heads.1.lm_head.weight"]), "kept as it is"
 
 
 @pytest.mark.parametrize(
