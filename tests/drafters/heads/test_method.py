@@ -279,10 +279,13 @@ def test_a_checkpoint_of_the_other_method_is_refused(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "a.checkpoint.safetensors").step == 0
 
 
-def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [{}, {"shared": True, "layers": 2, "taps": "low,middle,last"}], ids=str)
+def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = tiny_model("llama", seed=3, hidden_size=96, intermediate_size=192)
     rows = [Example(np.random.default_rng(0).integers(3, 157, 90).tolist(), 4)] * 4
-    settings = settings_for(tmp_path / "a", method="mtp-heads", micro_batches=1, loss_rows=512, draft_vocab=0)
+    settings = settings_for(
+        tmp_path / "a", method="mtp-heads", micro_batches=1, loss_rows=512, draft_vocab=0, **shape
+    )
     trainer = make_trainer(model, rows, [], settings, Remembering())
     estimate = trainer.estimate
     mx.clear_cache()

@@ -17,6 +17,9 @@ from mlx.utils import tree_flatten
 from mtp_mlx.adapter_folder import read_header
 from mtp_mlx.api import load, stream_generate
 from mtp_mlx.convert.heads.speculators import export_speculators
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.policy import ChainPolicy
+from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import config_of
@@ -75,6 +78,24 @@ def test_trained_heads_draft_and_the_text_stays(tmp_path: Path, name: str) -> No
     assert "".join(response.text for response in responses) == expected
     attached.detach()
     assert mlx_lm.generate(attached.model, tokenizer, "The sky", max_tokens=30) == expected
+
+
+def test_on_a_quantised_base(tmp_path: Path) -> None:
+    """Trained on it, stored, and loaded for another copy of it; the text is that of a run without drafts."""
+
+    def build() -> Any:
+        model = tiny_model("qwen3", seed=3, hidden_size=64, intermediate_size=96)
+        nn.quantize(model, group_size=32, bits=4)
+        return model
+
+    assert shaped(tmp_path / "heads", model=build(), steps=6, **SHAPES["all"]).run()
+    model, stats = build(), DecodeStats()
+    plain = [item.token for item in mtp_generate_step([5, 9, 2], attach(build()), max_tokens=30)]
+    heads, _ = load_folder(tmp_path / "heads", model)
+    steps = mtp_generate_step(
+        [5, 9, 2], attach(model, heads), max_tokens=30, policy=ChainPolicy(3), stats=stats
+    )
+    assert [item.token for item in steps] == plain and sum(stats.submitted) > 0
 
 
 def test_a_folder_says_its_shape(every: Path) -> None:
