@@ -163,8 +163,11 @@ def verify_heads(
         MTPError: not a cascade on the state before or after the trunk's last norm; or no continuation is long enough
             to draft anything.
     """
-    measurable = isinstance(heads, MTPHeads) and heads.convention.first_hidden != "before-last-layer"
-    if not measurable or heads.tapped_layers:
+    if (
+        not isinstance(heads, MTPHeads)
+        or heads.convention.first_hidden == "before-last-layer"
+        or heads.tapped_layers
+    ):
         raise MTPError(
             f"heads of the family {heads.convention.family} cannot be measured: only cascades that take the state "
             "before or after the trunk's last norm alone can"
