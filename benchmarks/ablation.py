@@ -30,7 +30,7 @@ import click
 import yaml
 
 MEASURES = {"mask-tokens": "slots_acceptance.py", "mtp-heads": "heads_acceptance.py"}
-PROBE_STEPS = 2  # how many rows a step of a case has is found out by training that many
+PROBE_STEPS = 8  # how many rows a step of a case has is found out by training that many
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def run(plan: Plan, name: str, seed: int, settings: dict[str, Any], data: Path, 
         return out
     held = {"held_out": 0, "measure_every": 0, "warmup": 0}
     if not (probe / "mtp_config.json").exists():
-        train(plan.method, {**settings, **held, "steps": PROBE_STEPS * 4}, data, probe)
-    per_step = sum(row["rows"] for row in steps_of(probe)) / (PROBE_STEPS * 4)
+        train(plan.method, {**settings, **held, "steps": PROBE_STEPS}, data, probe)
+    per_step = sum(row["rows"] for row in steps_of(probe)) / PROBE_STEPS
     steps = max(2, round(plan.budget / per_step))
     click.echo(f"{name}, seed {seed}: {steps} steps of about {per_step:.0f} rows", err=True)
     train(plan.method, {**settings, "held_out": 0, "measure_every": 0, "steps": steps}, data, out)
@@ -136,7 +136,10 @@ def main(
     """Train the cases of PLAN_FILE and print a table of their acceptance."""
     plan = read(plan_file)
     out.mkdir(parents=True, exist_ok=True)
-    started, runs = time.monotonic(), plan.runs()
+    started = time.monotonic()
+    if plan.method == "mtp-heads":  # the base's states are the same for all cases
+        plan.shared["hidden_cache"] = str(out / "states")
+    runs = plan.runs()
     folders = [run(plan, *one, data, out) for one in runs]
     click.echo(f"{len(runs)} runs after {time.monotonic() - started:.0f} s", err=True)
     if train_only:
