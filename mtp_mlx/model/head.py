@@ -118,6 +118,11 @@ class HeadView:
         return self._view(hidden)
 
     @property
+    def layer(self) -> nn.Module:
+        """The linear or embedding layer, or the draft vocabulary's rows of it."""
+        return self._layer
+
+    @property
     def columns(self) -> int:
         """V, or N with a draft vocabulary."""
         return int(self._layer.weight.shape[0])

@@ -28,6 +28,7 @@ from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.data import Example, fingerprint
+from mtp_mlx.train.dense_products import dense_products
 from mtp_mlx.train.memory import gigabytes, peak_memory
 from mtp_mlx.train.method import Method
 from mtp_mlx.train.optimizer import build_optimizer, learning_rate
@@ -286,7 +287,7 @@ class Trainer:
         Raises:
             MTPError: the loss is not finite, or a file cannot be written.
         """
-        with self._interruptible(), closing(self.method):
+        with self._interruptible(), closing(self.method), dense_products(self.attached):
             given = {
                 **checkpoints.comparable(self.settings),
                 "the data's fingerprint": self._data_fingerprint,
