@@ -67,10 +67,13 @@ def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
     function = mx.custom_function(pure)
 
     @function.vjp
-    def backward(primals: tuple, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        waiting = mx.depends(list(primals), [cotangent])
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        alone = isinstance(primals, mx.array)  # MLX gives the only input of a function by itself
+        waiting = mx.depends([primals] if alone else list(primals), [cotangent])
         first, *others = mx.vjp(pure, waiting, [cotangent])[1]
-        return (*mx.depends([first], others), *others) if others else (first,)
+        if not others:
+            return first if alone else (first,)
+        return (*mx.depends([first], others), *others)
 
     return cast("Callable[..., mx.array]", function)
 
