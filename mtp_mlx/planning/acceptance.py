@@ -5,8 +5,14 @@ earlier drafts did), clipped to [FLOOR, 1 - FLOOR]. Invariant: only drafts that 
 accepted ones and the first rejected one. Drafts after a rejection tell nothing, since they continue a text that was
 not written.
 
-Estimates are shrunk hierarchically: that of a confidence bin towards that of its depth, and that towards the prior,
-each weighed like a fixed number of observations. Depths count from 1 (the first draft).
+Whoever plans submits the drafts that look good, so the verified ones say too much of the others. `offer` therefore
+counts the confidences of all drafts at hand, verified or not, and the acceptance of a depth is the mean over these of
+the acceptance of their confidence bins.
+
+Estimates are shrunk, each weighed like a fixed number of observations: that of a bin towards the confidence times
+how far acceptance has been from it at this depth, and that factor towards the one that gives the prior. As long as
+nothing was offered, a bin is shrunk towards its depth, and that towards the prior. Depths count from 1 (the first
+draft).
 """
 
 from __future__ import annotations
@@ -53,6 +59,22 @@ class AcceptanceEstimate:
         self._seen = np.zeros((max_depth, len(BIN_EDGES) + 1))  # [depth, bin] decayed observations
         self._accepted = np.zeros_like(self._seen)
         self._unbinned = np.zeros((max_depth, 2))  # [depth, (seen, accepted)] of drafts without a confidence
+        self._expected = np.zeros(max_depth)  # [depth] decayed sum of the confidences of observations
+        self._offered = np.zeros(
+            (max_depth, len(BIN_EDGES) + 1, 2)
+        )  # [depth, bin, (drafts, confidences)] at hand
+
+    def offer(self, confidences: Sequence[float]) -> None:
+        """Counts the drafts at hand in a step, whether they are verified or not, by the chance that they are reached.
+
+        Args:
+            confidences: of the drafts, in order.
+        """
+        reached = 1.0
+        for index, confidence in enumerate(confidences[: self.max_depth]):
+            self._offered[index] *= self._kept
+            self._offered[index, bisect_right(BIN_EDGES, confidence)] += (reached, reached * confidence)
+            reached *= self.probability(index + 1, confidence)
 
     def update(self, n_submitted: int, n_accepted: int, confidences: Sequence[float] | None = None) -> None:
         """Learns from a step that verified `n_submitted` drafts and accepted the first `n_accepted`.
@@ -79,13 +101,15 @@ class AcceptanceEstimate:
                 column = bisect_right(BIN_EDGES, confidences[index])
                 self._seen[index, column] += 1
                 self._accepted[index, column] += accepted
+                self._expected[index] += confidences[index]
 
     def fade(self, kept: float) -> None:
         """Scales the weight of all observations by `kept` in [0, 1], as after a stretch without observations."""
         self._fade(slice(None), kept)
+        self._offered *= kept
 
     def _fade(self, depths: slice, kept: float) -> None:
-        for counts in (self._seen, self._accepted, self._unbinned):
+        for counts in (self._seen, self._accepted, self._unbinned, self._expected):
             counts[depths] *= kept
 
     def probability(self, depth: int, confidence: float | None = None) -> float:
@@ -99,6 +123,34 @@ class AcceptanceEstimate:
         if depth < 1:
             raise ValueError(f"depths count from 1, not {depth}")
         index = min(depth, self.max_depth) - 1
+        estimate = self._of_depth(index, confidence) if self._offered[index].any() else None
+        if estimate is None:
+            estimate = self._without_offers(index, confidence)
+        return float(min(max(estimate, FLOOR), 1 - FLOOR))
+
+    def _of_depth(self, index: int, confidence: float | None) -> float:
+        """Acceptance at a confidence, or its mean over the drafts at hand."""
+        drafts, sums = self._offered[index].T  # [bin] each
+        mean = sums.sum() / drafts.sum()
+        factor = (self._accepted[index].sum() + PRIOR_STRENGTH * self._prior[index]) / (
+            self._expected[index] + PRIOR_STRENGTH * max(mean, FLOOR)
+        )
+        if confidence is not None:
+            return self._of_bin(index, bisect_right(BIN_EDGES, confidence), factor * confidence)
+        rates = [
+            self._of_bin(index, column, factor * total / count) if count else 0.0
+            for column, (count, total) in enumerate(zip(drafts, sums, strict=True))
+        ]
+        return float(np.dot(drafts, rates) / drafts.sum())
+
+    def _of_bin(self, index: int, column: int, guess: float) -> float:
+        """Acceptance in a confidence bin, shrunk towards `guess`."""
+        guess = min(guess, 1.0)
+        accepted = self._accepted[index, column] + DEPTH_STRENGTH * guess
+        return float(accepted / (self._seen[index, column] + DEPTH_STRENGTH))
+
+    def _without_offers(self, index: int, confidence: float | None) -> float:
+        """Acceptance by the observations alone."""
         seen = self._seen[index].sum() + self._unbinned[index, 0]
         accepted = self._accepted[index].sum() + self._unbinned[index, 1]
         estimate = (accepted + PRIOR_STRENGTH * self._prior[index]) / (seen + PRIOR_STRENGTH)
@@ -106,7 +158,7 @@ class AcceptanceEstimate:
             column = bisect_right(BIN_EDGES, confidence)
             weighted = self._accepted[index, column] + DEPTH_STRENGTH * estimate
             estimate = weighted / (self._seen[index, column] + DEPTH_STRENGTH)
-        return float(min(max(estimate, FLOOR), 1 - FLOOR))
+        return float(estimate)
 
     def summary(self) -> list[float]:
         """[max_depth] conditional acceptance per depth."""

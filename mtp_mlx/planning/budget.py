@@ -125,6 +125,8 @@ class BudgetPolicy:
         """The proposal and layout of the highest value; see `Policy`."""
         if not self._planned:
             self._solve()
+        for proposal in proposals:
+            self._acceptance[proposal.source].offer(proposal.confidences)
         if self._probing and self._drafts:
             self._probing = False
             return proposals[0].cut(0), self._fullest(0)

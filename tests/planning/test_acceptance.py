@@ -99,3 +99,37 @@ def test_bad_arguments_are_refused(arguments: tuple) -> None:
         estimate.update(2, 1, [0.5])
     with pytest.raises(ValueError, match="from 1"):
         estimate.probability(0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_what_is_submitted_does_not_say_what_is_held(scale: float) -> None:
+    """Drafts of which only the confident ones are verified: the estimate is of all that are at hand, also where the
+    drafter is overconfident. Counting the verified ones only gives 0.8 (or 0.56) for a true 0.5 (or 0.35)."""
+    estimate, generator = AcceptanceEstimate(1, [0.6], memory=1000), np.random.default_rng(3)
+    for _ in range(4000):
+        confidence = generator.random()
+        estimate.offer([confidence])
+        if confidence > 0.6:
+            estimate.update(1, int(generator.random() < scale * confidence), [confidence])
+    assert estimate.probability(1) == pytest.approx(0.5 * scale, abs=0.05)
+    assert estimate.probability(1, 0.3) == pytest.approx(0.3 * scale, abs=0.06)
+    assert estimate.probability(1, 0.9) == pytest.approx(0.875 * scale, abs=0.08)
+
+
+def test_the_prior_holds_until_something_is_observed() -> None:
+    """Whatever the confidences of the first drafts, their mean acceptance is the recorded one."""
+    estimate = AcceptanceEstimate(2, [0.5, 0.4])
+    for confidences in ([0.9, 0.3], [0.5, 0.7], [0.7, 0.5]):
+        estimate.offer(confidences)
+    assert estimate.probability(1) == pytest.approx(0.5, abs=0.02)
+    assert estimate.probability(2) == pytest.approx(0.4, abs=0.03)
+    assert estimate.probability(1, 0.9) > estimate.probability(1, 0.5)
+
+
+def test_deeper_drafts_count_by_the_chance_that_they_are_reached() -> None:
+    estimate = AcceptanceEstimate(2, [0.5, 0.5])
+    for _ in range(50):
+        estimate.offer([0.95, 0.9])  # the second is nearly always reached
+        estimate.offer([0.01, 0.1])  # and this one hardly ever
+    drafts, sums = estimate._offered[1].sum(axis=0)
+    assert sums / drafts > 0.85
