@@ -200,7 +200,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         return " ".join(result.stderr.split())
 
     inside = base / "mtp"
-    run(inside, "--heads", "2")
+    run(inside, "--heads", "2", "--draft-vocab", "60")
     config = json.loads((inside / "mtp_config.json").read_text())
     config["heads"]["convention"] |= {"first_hidden": "pre-norm", "recycled_hidden": "raw"}
     (inside / "mtp_config.json").write_text(json.dumps(config))
@@ -208,4 +208,6 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     header = read_header(tmp_path / "heads")
     assert header.own["heads"]["convention"] == config["heads"]["convention"]
     assert header.training["start_from"] == "mtp" and header.training["heads"] == 2
+    own, kept = (read_tensors(folder)["draft_ids"] for folder in (inside, tmp_path / "heads"))
+    assert mx.array_equal(own, kept) and len(own) == 60, "the draft vocabulary is kept"
     same_text(base, tmp_path / "heads")
