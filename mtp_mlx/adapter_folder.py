@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder, write_text
-from mtp_mlx.model.base_sample import BaseSample
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from mtp_mlx.model.base_sample import BaseSample
 
 CONFIG_NAME = "mtp_config.json"
 WEIGHTS_NAME = "mtp.safetensors"
@@ -143,7 +144,7 @@ def read_header(folder: Path) -> Header:
             measurements=_typed(raw, "measurements", dict, {}),
             source=_typed(raw, "source", dict, {}),
             mask=_typed(raw, "mask", dict, {}),
-            base_sample=BaseSample.from_json(_typed(base, "sample", dict)) if "sample" in base else None,
+            base_sample=_sample(_typed(base, "sample", dict)) if "sample" in base else None,
             acceptance_by_precision=_by_precision(_typed(raw, "acceptance_by_precision", dict, {})),
         )
 
@@ -160,6 +161,12 @@ def _numbers(values: list[Any]) -> list[float]:
     if not all(type(value) in (int, float) for value in values):
         raise ValueError(f"'acceptance' is {values!r}, not a list of numbers")
     return values
+
+
+def _sample(raw: dict[str, Any]) -> BaseSample:
+    from mtp_mlx.model.base_sample import BaseSample
+
+    return BaseSample.from_json(raw)
 
 
 def _by_precision(raw: dict[str, Any]) -> dict[str, list[float]]:

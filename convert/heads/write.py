@@ -18,10 +18,11 @@ from mtp_mlx.adapter_folder import WEIGHTS_NAME, Header, model_card, put_texts
 from mtp_mlx.convert.heads.targets import HeadPlan, save_targets
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, heads_header
-from mtp_mlx.model.base_sample import BaseSample
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+
+    from mtp_mlx.model.base_sample import BaseSample
 
 
 @dataclass(frozen=True)

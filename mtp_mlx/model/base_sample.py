@@ -87,21 +87,28 @@ class BaseSample:
         fine-tuned, or quantised by a method that does more than round to the nearest (AWQ, DWQ, GPTQ). A fine-tune
         that is small against the rounding of both is "same".
         """
-        if self.values.shape != other.values.shape:
-            return "may differ"
+        if self.values.shape == other.values.shape:
+            most = MOST_MOVED if self._same_format(other) else MOST_OUTSIDE
+            if self.share_outside(other) <= most:
+                return "same"
+        return "differs" if self._original and other._original else "may differ"
+
+    def share_outside(self, other: BaseSample) -> float:
+        """Share of the sampled weights in which this and `other` differ by more than rounding explains.
+
+        Two copies in the same quantised format should be equal, so only the rounding of their scales is allowed for.
+        """
         one, two = (sample.values.astype(np.float32) for sample in (self, other))
         known = ~(np.isnan(one) | np.isnan(two))
-        size = np.fmax(np.abs(one), np.abs(two))
-        bound, most = (_precision(one) + _precision(two)) * size + _TINY, MOST_OUTSIDE
-        if self.quantised and self.form == other.form:
-            most = MOST_MOVED
-        else:
+        bound = (_precision(one) + _precision(two)) * np.fmax(np.abs(one), np.abs(two)) + _TINY
+        if not self._same_format(other):
             bound = bound + (self.half_steps + other.half_steps).astype(np.float32)[:, None]
         with np.errstate(invalid="ignore"):
             outside = known & (np.abs(one - two) > bound)
-        if outside.sum() <= most * known.sum():
-            return "same"
-        return "differs" if self._original and other._original else "may differ"
+        return float(outside.sum() / max(known.sum(), 1))
+
+    def _same_format(self, other: BaseSample) -> bool:
+        return self.quantised and self.form == other.form
 
     @property
     def _original(self) -> bool:

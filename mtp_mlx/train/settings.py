@@ -89,8 +89,8 @@ class TrainSettings:
         if problems:
             raise MTPError(f"these settings do not go together: {'; '.join(problems)}")
 
-    def default_draft_vocab(self) -> int:
-        """Size of the draft vocabulary unless one is given; 0 for all ids."""
+    def default_draft_vocab(self) -> int | None:
+        """Size of the draft vocabulary unless one is given; 0 for all ids, None for that of `start_from`."""
         return DEFAULT_DRAFT_VOCAB
 
     def problems(self) -> list[str]:

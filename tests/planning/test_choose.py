@@ -87,7 +87,7 @@ def test_lookup_alone_does_not_forget_what_the_adapter_records(monkeypatch: pyte
     monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
     model = attach(base, random_heads(base, 2))
-    model.info = SimpleNamespace(acceptance=[0.9, 0.4])
+    model.info = SimpleNamespace(acceptance=[0.9, 0.4], acceptance_by_precision={})
     lookup_policy(model, "auto", None)
     assert model.experience.acceptance["heads"].summary()[:2] == pytest.approx([0.9, 0.4])
 

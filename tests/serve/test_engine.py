@@ -316,7 +316,7 @@ def test_planned_batches_begin_with_the_acceptance_that_the_adapter_records(
     """The batch is made before the first request, so what it begins is what every request goes on with."""
     model = loaded[0]
     monkeypatch.setattr("mtp_mlx.serve.engine.step_cost", lambda _: cost_of(0.1))
-    monkeypatch.setattr(model, "info", SimpleNamespace(acceptance=[0.9, 0.3]))
+    monkeypatch.setattr(model, "info", SimpleNamespace(acceptance=[0.9, 0.3], acceptance_by_precision={}))
     monkeypatch.setattr(model, "experience", None)
     engine = Engine(*loaded, EngineSettings(decode=DecodeSettings(layout="auto"), concurrent=2))
     assert engine._make_batch() is not None

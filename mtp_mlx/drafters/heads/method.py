@@ -88,7 +88,7 @@ class TrainHeads(Method[HeadsSettings]):
         bare = attach(model)
         bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab or 0, bare.vocab_size)
-        bare.detach()
+        bare.detach()  # the trunk of a hybrid model is wrapped even without heads
         self._frozen = 0  # number of heads that are not trained
         heads: DraftHeads
         if settings.start_from is None:
@@ -141,11 +141,13 @@ class TrainHeads(Method[HeadsSettings]):
     def _start_from(
         self, model: nn.Module, folder: Path, draft_ids: mx.array | None, tell: Tell
     ) -> DraftHeads:
-        """The heads of a folder, extended if the settings say so, with the draft vocabulary of this data."""
+        """The heads of a folder, extended if the settings say so; with `draft_ids` if the settings say how many."""
         start = read_start(folder, model, self.settings, tell)
         self._config, self._source, self._frozen = start.config, start.source, start.frozen
         if self.settings.store is None:
             self._store, self._dtypes = start.store, start.dtypes
+        if self.settings.draft_vocab is None:
+            return start.heads
         if not same_draft_ids(draft_ids, start.heads.draft_ids):
             tell(f"{folder} was trained with another draft vocabulary; that of this data is used")
         start.heads.set_draft_ids(draft_ids)

@@ -32,7 +32,8 @@ class HeadsLoading:
 class HeadsSettings(TrainSettings):
     """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911), one head for all depths.
 
-    Heads of `start_from` keep their own `layers`, `taps` and `shared`.
+    Heads of `start_from` keep their own `layers`, `taps` and `shared`, and their number and draft vocabulary unless
+    others are given.
     """
 
     method: ClassVar[str] = "mtp-heads"
@@ -76,6 +77,10 @@ class HeadsSettings(TrainSettings):
         None, help="Weights on disk: bf16, 8bit, auto (8bit if it costs nothing)"
     )
     hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")
+
+    def default_draft_vocab(self) -> int | None:
+        """See `TrainSettings`: heads that exist keep theirs."""
+        return super().default_draft_vocab() if self.start_from is None else None
 
     def problems(self) -> list[str]:
         """See `TrainSettings`."""

@@ -68,7 +68,7 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     heads.freeze_vocabulary()
     own = config.drafts if is_shared(config) else config.count
     if settings.heads == DEFAULT_HEADS != own and settings.extend is None:
-        tell(f"`heads` is {own}, as in {folder}")
+        tell(f"trained: {own} draft{'s' * (own > 1)} a step, as in {folder}")
         settings = replace(settings, heads=own)
     if isinstance(heads, MTPHeads):
         layers = len(find_seams(model).trunk.layers)

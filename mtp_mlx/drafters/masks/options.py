@@ -50,7 +50,7 @@ class ConfAdaptSettings(SlotSettings):
             object.__setattr__(self, "region_rows", 2 * (self.slots + 1))
         super().__post_init__()
 
-    def default_draft_vocab(self) -> int:
+    def default_draft_vocab(self) -> int | None:
         """See `TrainSettings`."""
         return super().default_draft_vocab() if self.tuning == "gated-lora" else 0
 

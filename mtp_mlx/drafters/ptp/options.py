@@ -51,7 +51,7 @@ class PTPSettings(BlockSettings):
         0.0, help="Min-p with which it was sampled; 0 = off", minimum=0.0, maximum=1.0
     )
 
-    def default_draft_vocab(self) -> int:
+    def default_draft_vocab(self) -> int | None:
         """See `TrainSettings`."""
         return 0 if self.variant == "c" else super().default_draft_vocab()
 

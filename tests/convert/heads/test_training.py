@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
+import mtp_mlx.cli as cli
 from mtp_mlx import load, stream_generate
 from mtp_mlx.adapter_folder import read_header, read_tensors
 from mtp_mlx.drafters.heads.config import config_of
@@ -26,6 +29,7 @@ from tests.convert.heads.numpy_layers import Array
 from tests.convert.heads.parity_families import FAMILIES
 from tests.convert.heads.parity_setup import TOKENS, Parity
 from tests.convert.heads.test_parity_independent import head_logits, medusa, meta
+from tests.tiny import save_tiny
 from tests.train.training import Remembering, make_trainer, settings_for
 
 TEXT = Example(TOKENS, 1)
@@ -175,6 +179,35 @@ def _wide(layer: nn.Module) -> bool:
 def test_the_number_of_heads_is_that_of_the_folder_unless_another_is_named(tmp_path: Path) -> None:
     parity, listener = Parity.of("llama with own heads", tmp_path), Remembering()
     trainer = trainer_for(load_model(parity.folder)[0], tmp_path / "a", parity.heads_folder, listener)
-    assert trainer.method.depth == 2 and f"`heads` is 2, as in {parity.heads_folder}" in listener.messages
+    assert (
+        trainer.method.depth == 2
+        and f"trained: 2 drafts a step, as in {parity.heads_folder}" in listener.messages
+    )
     with pytest.raises(MTPError, match="has 2 heads, and `heads` is 3: set `heads` to 2"):
         trainer_for(load_model(parity.folder)[0], tmp_path / "b", parity.heads_folder, heads=3)
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """As docs/training.md says it, with heads that read the state before the last norm."""
+    base, data = save_tiny(tmp_path / "model", "llama", seed=3), tmp_path / "answers.jsonl"
+    rows = [{"prompt": "a", "completion": "the sky is blue, the sky is wide"}] * 4
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(out: Path, *options: str) -> str:
+        arguments = ["train", "mtp-heads", "--model", str(base), "--data", str(data), "--out", str(out)]
+        result = CliRunner().invoke(cli.main, [*arguments, "--steps", "2", *options])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.stderr.split())
+
+    inside = base / "mtp"
+    run(inside, "--heads", "2", "--draft-vocab", "60")
+    config = json.loads((inside / "mtp_config.json").read_text())
+    config["heads"]["convention"] |= {"first_hidden": "pre-norm", "recycled_hidden": "raw"}
+    (inside / "mtp_config.json").write_text(json.dumps(config))
+    assert "trained: 2 drafts a step, as in" in run(tmp_path / "heads", "--start-from", str(inside))
+    header = read_header(tmp_path / "heads")
+    assert header.own["heads"]["convention"] == config["heads"]["convention"]
+    assert header.training["start_from"] == "mtp" and header.training["heads"] == 2
+    own, kept = (read_tensors(folder)["draft_ids"] for folder in (inside, tmp_path / "heads"))
+    assert mx.array_equal(own, kept) and len(own) == 60, "the draft vocabulary is kept"
+    same_text(base, tmp_path / "heads")

@@ -248,7 +248,7 @@ def test_a_short_chain_leaves_room_to_learn_about_longer_ones(monkeypatch: pytes
     monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost_of(0.1))
     base = tiny_model("llama", seed=3)
     model, recorded = attach(base, random_heads(base, 2)), [0.9, 0.4, 0.1, 0.05]
-    model.info = SimpleNamespace(acceptance=recorded)
+    model.info = SimpleNamespace(acceptance=recorded, acceptance_by_precision={})
     build_policy(model, "auto", 1, DecodeStats())
     planner = build_policy(model, "auto", 4, DecodeStats())
     known = model.experience.acceptance["heads"]
