@@ -145,7 +145,7 @@ cuda_tests() { # on a GPU, none of those that need one may be skipped
 
 train() { # METHOD
   local name=$1 given count
-  given=(train "$name" --config "recipes/$name.yaml" --model "$MODEL" --data "$DATA" --measure-every 0)
+  given=(train "$name" --config "recipes/$name.yaml" --model "$MODEL" --data "$DATA" --measure-every 0 --save-every 500)
   if [ -n "$TINY" ]; then given+=(--max-length 60 --held-out 1); fi
   if [ ! -s "$WORK/$name.steps" ]; then # as many steps as fit, so that the schedule ends when the time does
     mtp "${given[@]}" --out "$WORK/$name-probe" --steps "$PROBE" --warmup 0 --held-out 1 || return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import mixture
 import pytest
 from click.testing import CliRunner, Result
 
@@ -19,8 +19,6 @@ from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.append(str(RECIPES))
-import mixture  # noqa: E402
 
 
 @pytest.mark.parametrize("name, kind", [("mask-tokens", MaskTokenSettings), ("mtp-heads", HeadsSettings)])
