@@ -8,22 +8,28 @@ from pathlib import Path
 
 import heads_acceptance
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import same_text
 import serving
 import slots_acceptance
+import train_memory
 from click.testing import CliRunner
+from model_shapes import config_of, weightless
 
 from mtp_mlx import load
+from mtp_mlx.cli.train_options import settings_from
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
 from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
+from mtp_mlx.drafters.registry import method_class
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.train.data import load_examples
+from mtp_mlx.train.memory import MemoryBudget, parameter_bytes, resident_memory
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.model.naive import random_adapter as random_drafting_adapter
@@ -109,3 +115,51 @@ def test_slots_acceptance(folder: Path) -> None:
         assert row["ar"] == alone.acceptance and row["tokens_per_step"] == alone.tokens_per_step
     few = CliRunner().invoke(slots_acceptance.main, [*options, "--every", "3", "--limit", "2"])
     assert few.exit_code == 0 and few.stdout.count("| CAR |") == 2 and "of 2 rows" in few.stdout
+
+
+def test_train_memory_counts_what_a_real_model_has(tmp_path: Path) -> None:
+    """A model without weights has the sizes of the quantised model, and the trainer's own estimate."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    folder = save_tiny(tmp_path / "model", "llama", seed=3, **sizes)
+    model = tiny_model("llama", seed=3, **sizes)
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 32, 4)
+    config = config_of(str(folder)) | {"quantization": {"group_size": 32, "bits": 4}}
+    empty = weightless(config, 16)
+    assert parameter_bytes(empty) == parameter_bytes(model)
+    rows = train_memory.rows_of(157)
+    for _, name, path, options in train_memory.CASES:
+        found = train_memory.run_of(empty, name, path, options, rows, MemoryBudget(10**12, "`memory` allows"))
+        method = method_class(name)
+        settings = settings_from(path, {"data": Path("d"), "out": tmp_path / "a", **options}, name)
+        real = method(model, rows, method.settled(settings, rows), lambda message: None)
+        estimate = real.estimate_memory(rows, found.plan)
+        real.attached.detach()
+        assert found.memory - estimate.total + estimate.process == pytest.approx(resident_memory(), rel=0.2)
+        assert found.least <= found.memory
+
+
+def test_train_memory_counts_flop() -> None:
+    """Of smollm2-135m, by hand: a slot row takes 425 MFLOP in the trunk, 16 in LoRA and 75 in its heads."""
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-5,
+    }
+    trunk = train_memory.Trunk.of(weightless(shape, 16))
+    assert 2 * trunk.forward(0) == pytest.approx(425e6, rel=0.01)
+    assert (trunk.attention, trunk.layers) == (576, 30) and trunk.lm_head == 2 * 576 * 49152
+
+
+def test_train_memory_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    train_memory.main(["--model", "qwen2.5-0.5b", "--memory", "1GB"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| qwen")]
+    assert len(lines) == len(train_memory.CASES) + 1
+    assert [("does not fit" in line) for line in lines] == [False, True, True, False, True, False]
+    train_memory.main(["--model", "qwen2.5-0.5b", "--tflops", "3"])
+    assert "3 TFLOP/s |" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     code = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f"}
     (home / "humaneval.jsonl").write_text(json.dumps(code) + "\n")
     (home / "question.txt").write_text("Why is the sky blue?\n")
+    shutil.copytree(ROOT / "recipes", home / "recipes")
+    shutil.copy(home / "data.jsonl", home / "mixture.jsonl")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
     monkeypatch.setattr("mtp_mlx.models.embedded_model", lambda *_, **__: model)
     for module in ("mtp_mlx.models", "mtp_mlx.api"):
@@ -176,7 +179,8 @@ def test_linked_pages_exist() -> None:
 def test_pages_name_files_that_exist() -> None:
     for page in PAGES:
         named = re.findall(
-            r"`((?:examples|tests|benchmarks|docs|dev|mtp_mlx)/[\w./-]+)`", page.read_text(encoding="utf-8")
+            r"`((?:examples|tests|benchmarks|recipes|docs|dev|mtp_mlx)/[\w./-]+)`",
+            page.read_text(encoding="utf-8"),
         )
         missing = [name for name in named if not (ROOT / name).exists()]
         assert missing == [], page.name

@@ -39,7 +39,7 @@ class DenseEmbedding(nn.QuantizedEmbedding):
         return super().as_linear(x) if _rows(x) < FEWEST_ROWS else _product(self, x)
 
 
-DENSE = {nn.QuantizedLinear: DenseLinear, nn.QuantizedEmbedding: DenseEmbedding}
+DENSE: dict[type, type] = {nn.QuantizedLinear: DenseLinear, nn.QuantizedEmbedding: DenseEmbedding}
 
 
 def _rows(x: mx.array) -> int:
@@ -53,7 +53,7 @@ def _product(layer: Any, x: mx.array) -> mx.array:
         weight = mx.dequantize(
             layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, mode=layer.mode
         )
-        return x @ weight.T.astype(x.dtype)
+        return x @ weight.astype(x.dtype).T
 
     return recomputed(pure)(x)
 

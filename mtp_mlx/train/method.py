@@ -19,7 +19,7 @@ from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts
 from mtp_mlx.train.memory import MemoryEstimate, memory_budget
-from mtp_mlx.train.plan import StepPlan, fastest_that_fits, on_cpu
+from mtp_mlx.train.plan import MOST_ROWS_CPU, MOST_ROWS_GPU, StepPlan, fastest_that_fits, on_cpu
 from mtp_mlx.train.settings import TrainSettings
 from mtp_mlx.train.step import MicroBatchRunner
 
@@ -94,6 +94,11 @@ class Method(ABC, Generic[Settings]):
     def most_workers(self) -> int:
         """Most micro-batches that it makes sense to compute in parallel: up to two on a CPU, one on a GPU."""
         return min(2, self.settings.micro_batches) if on_cpu() else 1
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest slices, which keep the device busy."""
+        return MOST_ROWS_CPU if on_cpu() else MOST_ROWS_GPU
 
     def plans(self) -> Iterator[StepPlan]:
         """Possible plans of a step, fastest first."""

@@ -55,15 +55,15 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def sliced_plans(workers: int, grad_checkpoint: bool | None, fewest: int) -> Iterator[StepPlan]:
+def sliced_plans(workers: int, most: int, grad_checkpoint: bool | None, fewest: int) -> Iterator[StepPlan]:
     """Plans of a method whose rows can be sliced, fastest first.
 
     Args:
         workers: most threads.
+        most: rows of the largest slices.
         grad_checkpoint: as the user wants it; None: only if nothing else fits.
         fewest: rows that cannot be separated, of a block.
     """
-    most = MOST_ROWS_CPU if on_cpu() else MOST_ROWS_GPU
     for recompute in (False, True) if grad_checkpoint is None else (grad_checkpoint,):
         for count in range(workers, 0, -1):
             rows = max(most, fewest)

@@ -89,9 +89,9 @@ def chunk_blocks_of(most: int, slots: int, plan: StepPlan) -> int:
     return most if plan.slice_rows is None else min(most, max(1, plan.slice_rows // slots))
 
 
-def block_plans(settings: SlotSettings, workers: int) -> Iterator[StepPlan]:
+def block_plans(settings: SlotSettings, workers: int, most_rows: int) -> Iterator[StepPlan]:
     """Plans of a method of slots, fastest first; a slice has one chunk of blocks at least."""
-    return sliced_plans(workers, settings.grad_checkpoint, settings.slots)
+    return sliced_plans(workers, most_rows, settings.grad_checkpoint, settings.slots)
 
 
 def _bytes_inside(adapter: SlotAdapter) -> int:

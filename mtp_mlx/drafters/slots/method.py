@@ -71,7 +71,7 @@ class SlotMethod(Method[Settings]):
 
     def plans(self) -> Iterator[StepPlan]:
         """See `Method`."""
-        return block_plans(self.settings, self.most_workers)
+        return block_plans(self.settings, self.most_workers, self.most_rows)
 
     def draft_vocabulary(self, examples: Sequence[Example]) -> mx.array | None:
         """The ids most used in what is learnt from, as many as the settings say; None for all."""
