@@ -29,7 +29,7 @@ from mtp_mlx.drafters.registry import method_class
 from mtp_mlx.drafters.slots.agreement import measure_agreement
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.train.data import load_examples
-from mtp_mlx.train.memory import MemoryBudget, parameter_bytes, resident_memory
+from mtp_mlx.train.memory import MemoryBudget, parameter_bytes
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.model.naive import random_adapter as random_drafting_adapter
@@ -135,7 +135,7 @@ def test_train_memory_counts_what_a_real_model_has(tmp_path: Path) -> None:
         real = method(model, rows, method.settled(settings, rows), lambda message: None)
         estimate = real.estimate_memory(rows, found.plan)
         real.attached.detach()
-        assert found.memory - estimate.total + estimate.process == pytest.approx(resident_memory(), rel=0.2)
+        assert found.memory - estimate.total + estimate.process == pytest.approx(train_memory.PROCESS, abs=1)
         assert found.least <= found.memory
 
 

@@ -24,8 +24,8 @@ class Emission:
     """Which tokens of a step are emitted.
 
     Attributes:
-        name: "verified" emits drafts that equal the model's own picks; "conf-adapt" the leading run of tokens with a
-            probability of at least tau, and at least one token; "static" every draft.
+        name: "verified" emits drafts that equal the model's own picks; "conf-adapt" the first token of a pass and the
+            leading run of drafts with a probability of at least tau (arXiv 2602.06019); "static" every draft.
         tau: probability threshold in (0, 1], default 0.9 with "conf-adapt". With "verified", drafts less likely than
             tau are not submitted; None submits all of them. With 1 every pass gives one token, which is plain
             decoding: a float32 probability can round to 1 without being certain.
@@ -72,14 +72,21 @@ class Emission:
         chosen = "quadratic" if layout == "auto" else layout  # with a tau, "auto" means quadratic
         return f"{chosen if self.lossless else self.name} tau {self.threshold:g}"
 
-    def count(self, confidences: Sequence[float]) -> int:
+    def count(self, confidences: Sequence[float], own_pick: bool = False) -> int:
         """How many tokens an unverified step emits.
 
+        The paper asks tau of a pass's first token too, which its fine-tuned model predicts like the others. Where the
+        first token is the base model's own pick, as behind gated slots, it is what the base would write however sure
+        it is, and tau is asked of the drafts only.
+
         Args:
-            confidences: of the model's own pick, then of the drafts; at least one.
+            confidences: of the first token, then of the drafts; at least one.
+            own_pick: whether the first token is the base model's own pick.
         """
         if self.threshold is None:
             return len(confidences)
+        if own_pick:
+            return 1 + sure_run(confidences[1:], self.threshold)
         return max(1, sure_run(confidences, self.threshold))
 
     def greedy(self, sampling: SamplingConfig) -> SamplingConfig:

@@ -67,7 +67,9 @@ class EmitLoop:
         stats: DecodeStats,
         max_tokens: int,
     ) -> None:
-        check_unverified(source_of(session.attached), emission)
+        source = source_of(session.attached)
+        check_unverified(source, emission)
+        self._own_pick = source is not None and bool(source.gated_layers())  # else the model was fine-tuned
         if session.drafter is None or not slots:
             raise MTPError(f"emission '{emission.name}' emits drafts, and this policy asks for none")
         self._drafter = session.drafter
@@ -118,7 +120,7 @@ class EmitLoop:
         confidences = led(session.attached.peers, mx.concatenate([sure, fresh.confidences]))
         mx.eval(integers, confidences)  # the pass's one host read
         own, *run = cast("list[int]", integers.tolist())
-        count = self._emission.count(cast("list[float]", confidences.tolist()))
+        count = self._emission.count(cast("list[float]", confidences.tolist()), self._own_pick)
         emitted = [own] if count == 1 else run[:count]
         session.tokens += emitted
         self._stats.record_emitted(shape.n_real, slots, count)

@@ -29,10 +29,13 @@ class Emitted:
         return [token for block in self.blocks for token in block]
 
 
-def emit(logits: Logits, prompt: list[int], max_tokens: int, k: int, tau: float | None) -> Emitted:
+def emit(
+    logits: Logits, prompt: list[int], max_tokens: int, k: int, tau: float | None, own_pick: bool = False
+) -> Emitted:
     """Reference of arXiv 2602.06019's generator: k tokens a pass from the last row and k - 1 masks.
 
-    tau None is static emission; a tau of 1 emits one token a pass.
+    tau None is static emission; a tau of 1 emits one token a pass. With `own_pick` the first token of a pass need not
+    reach tau; the paper's own rule is without.
     """
     out, text = Emitted(), list(prompt)
     while (left := max_tokens - len(out.tokens)) > 0:
@@ -41,11 +44,11 @@ def emit(logits: Logits, prompt: list[int], max_tokens: int, k: int, tau: float 
         probabilities = exponentials.max(axis=1) / exponentials.sum(axis=1)
         count = len(rows)
         if tau is not None:
-            count = 0
+            count = int(own_pick)
             while tau < 1 and count < len(rows) and probabilities[count] >= tau:
                 count += 1
             count = max(count, 1)
-            out.margin = min(out.margin, *np.abs(probabilities - tau))
+            out.margin = min(out.margin, *np.abs(probabilities[int(own_pick) :] - tau), np.inf)
         for row in rows[:count]:
             best = np.sort(row)
             out.margin = min(out.margin, best[-1] - best[-2])

@@ -26,6 +26,15 @@ def test_conf_adapt_emits_the_leading_run(confidences: list[float], tau: float, 
     assert Emission("conf-adapt", tau).count(confidences) == count
 
 
+@pytest.mark.parametrize(
+    ("confidences", "count"),
+    [([0.2, 0.99, 0.95, 0.3], 3), ([0.2, 0.5, 0.99], 1), ([0.2], 1), ([0.99, 0.9], 2)],
+)
+def test_tau_is_not_asked_of_the_base_models_own_pick(confidences: list[float], count: int) -> None:
+    assert Emission("conf-adapt", 0.9).count(confidences, own_pick=True) == count
+    assert Emission("conf-adapt", 1.0).count(confidences, own_pick=True) == 1
+
+
 def test_static_emits_everything() -> None:
     assert Emission("static").count([0.0, 0.0, 0.0]) == 3
 

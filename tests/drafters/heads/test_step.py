@@ -33,7 +33,7 @@ ROWS = [Example([5, 9, 2, 77, 140, 3, 9, 21], 3), Example([8, 30, 12, 8, 30], 1)
 
 
 def heads_for(
-    model: Any, count: int, drafted: list[int] | None = None, seed: int = 0, **shape: Any
+    model: Any, count: int, drafted: list[int] | None = None, seed: int = 0, noise: float = 0.2, **shape: Any
 ) -> MTPHeads:
     """Heads none of whose weights is symmetric."""
     convention = HeadConvention("test")
@@ -41,11 +41,11 @@ def heads_for(
         model, count, convention, None if drafted is None else mx.array(drafted, dtype=mx.int32), **shape
     )
     rng = np.random.default_rng(seed)
-    noise = [
-        (name, value + mx.array(0.2 * rng.normal(size=value.shape).astype(np.float32)))
+    moved = [
+        (name, value + mx.array(noise * rng.normal(size=value.shape).astype(np.float32)))
         for name, value in tree_flatten(heads.parameters())
     ]
-    heads.load_weights(noise)
+    heads.load_weights(moved)
     return heads
 
 
