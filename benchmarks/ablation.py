@@ -76,14 +76,30 @@ def train(method: str, settings: dict[str, Any], data: Path, out: Path) -> None:
     """Runs `mtp-mlx train`, or what is left of it; its own words go to stderr.
 
     Raises:
-        click.ClickException: it failed.
+        click.ClickException: it failed, was interrupted, or `out` is of a run with other settings.
     """
     config = out.with_name(out.name + ".yaml")
-    config.write_text(yaml.safe_dump({**settings, "data": str(data), "out": str(out)}), encoding="utf-8")
+    content = yaml.safe_dump({**settings, "data": str(data), "out": str(out)})
+    if config.exists() and config.read_text(encoding="utf-8") != content:
+        raise click.ClickException(
+            f"{config} is of a run with other settings: give another --out, or remove it"
+        )
+    config.write_text(content, encoding="utf-8")
+    if finished(out):
+        return
     program = str(Path(sys.executable).with_name("mtp-mlx"))
     command = [program, "train", method, "--config", str(config)]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise click.ClickException(f"{' '.join(command)} failed")
+
+
+def finished(out: Path) -> bool:
+    """Whether an adapter folder is that of a whole run: one that was stopped is written too."""
+    try:
+        training = json.loads((out / "mtp_config.json").read_text(encoding="utf-8"))["training"]
+    except OSError:
+        return False
+    return bool(training["steps"] == training["planned_steps"])
 
 
 def steps_of(out: Path) -> list[dict[str, Any]]:
@@ -94,17 +110,15 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
 
 
 def run(plan: Plan, name: str, seed: int, settings: dict[str, Any], data: Path, folder: Path) -> Path:
-    """Trains a case on its budget, unless it has been; returns its adapter folder."""
+    """Trains a case on its budget, as far as it has not been; returns its adapter folder."""
     stem = f"{name.replace(' ', '-')}-{seed}"
     out, probe = folder / stem, folder / f"{stem}.probe"
-    if (out / "mtp_config.json").exists():
-        return out
     held = {"held_out": 0, "measure_every": 0, "warmup": 0}
-    if not (probe / "mtp_config.json").exists():
-        train(plan.method, {**settings, **held, "steps": PROBE_STEPS}, data, probe)
+    train(plan.method, {**settings, **held, "steps": PROBE_STEPS}, data, probe)
     per_step = sum(row["rows"] for row in steps_of(probe)) / PROBE_STEPS
     steps = max(2, round(plan.budget / per_step))
-    click.echo(f"{name}, seed {seed}: {steps} steps of about {per_step:.0f} rows", err=True)
+    if not finished(out):
+        click.echo(f"{name}, seed {seed}: {steps} steps of about {per_step:.0f} rows", err=True)
     train(plan.method, {**settings, "held_out": 0, "measure_every": 0, "steps": steps}, data, out)
     return out
 

@@ -64,17 +64,23 @@ class AcceptanceEstimate:
             (max_depth, len(BIN_EDGES) + 1, 2)
         )  # [depth, bin, (drafts, confidences)] at hand
 
-    def offer(self, confidences: Sequence[float]) -> None:
+    def offer(self, confidences: Sequence[float]) -> list[float]:
         """Counts the drafts at hand in a step, whether they are verified or not, by the chance that they are reached.
 
         Args:
             confidences: of the drafts, in order.
+
+        Returns:
+            The `probability` of each.
         """
-        reached = 1.0
+        reached, chances = 1.0, []
         for index, confidence in enumerate(confidences[: self.max_depth]):
             self._offered[index] *= self._kept
             self._offered[index, bisect_right(BIN_EDGES, confidence)] += (reached, reached * confidence)
-            reached *= self.probability(index + 1, confidence)
+            chances.append(self.probability(index + 1, confidence))
+            reached *= chances[-1]
+        deeper = confidences[self.max_depth :]
+        return chances + [self.probability(self.max_depth, confidence) for confidence in deeper]
 
     def update(self, n_submitted: int, n_accepted: int, confidences: Sequence[float] | None = None) -> None:
         """Learns from a step that verified `n_submitted` drafts and accepted the first `n_accepted`.

@@ -125,15 +125,12 @@ class BudgetPolicy:
         """The proposal and layout of the highest value; see `Policy`."""
         if not self._planned:
             self._solve()
-        for proposal in proposals:
-            self._acceptance[proposal.source].offer(proposal.confidences)
+        offered = [self._acceptance[proposal.source].offer(proposal.confidences) for proposal in proposals]
         if self._probing and self._drafts:
             self._probing = False
             return proposals[0].cut(0), self._fullest(0)
         best = (self._plain_value(), proposals[0].cut(0), Layout.plain())
-        for proposal in proposals:
-            known = self._acceptance[proposal.source]
-            chances = [known.probability(i + 1, c) for i, c in enumerate(proposal.confidences)]
+        for proposal, chances in zip(proposals, offered, strict=True):
             value, layout = self._best_layout(chances)
             if value > best[0]:
                 best = (value, proposal, layout)

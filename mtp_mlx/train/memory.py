@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
@@ -27,6 +29,7 @@ ADAPTER_COPIES = 4  # weights, gradients, two moments of AdamW
 LOGITS_COPIES = 4  # logits, their exponentials, their gradient, and one more while these are combined
 
 
+SHARE_OF_GPU = 0.9  # of the memory of a GPU that has its own
 SHARE = 0.6  # of a machine's memory that training takes by default, where Metal does not recommend a size
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 CGROUP = Path("/sys/fs/cgroup")
@@ -110,7 +113,7 @@ def memory_budget(memory: str | None) -> MemoryBudget:
     Raises:
         MTPError: `memory` is no size, or more than the machine has.
     """
-    have = machine_memory()
+    have = _memory_of_gpu() or machine_memory()
     if memory is not None:
         given = parsed_size(memory)
         if have and given > have:
@@ -121,11 +124,28 @@ def memory_budget(memory: str | None) -> MemoryBudget:
     recommended = _recommended_by_metal()
     if recommended:
         return MemoryBudget(recommended, "Metal recommends at most")
+    on_gpu = _memory_of_gpu()
+    if on_gpu:
+        return MemoryBudget(
+            int(SHARE_OF_GPU * on_gpu), f"training takes at most {SHARE_OF_GPU:.0%} of the GPU's,"
+        )
     if have:
         return MemoryBudget(
             int(SHARE * have), f"training takes at most {SHARE:.0%} of {gigabytes(have)}, which is"
         )
     return MemoryBudget(sys.maxsize, "the system does not tell its memory, so the budget is")
+
+
+def memory_of_one(memory: str | None, peers: Peers) -> str | None:
+    """The `memory` of each process: as given, or by default an even share of what those on one machine have.
+
+    Raises:
+        MTPError: another process is lost.
+    """
+    if memory is not None or peers.alone:
+        return memory
+    here = peers.gather(socket.gethostname()).count(socket.gethostname())
+    return f"{memory_budget(None).bytes // here}B" if here > 1 else None
 
 
 def check_weights(folder: Path, budget: MemoryBudget) -> None:
@@ -134,7 +154,7 @@ def check_weights(folder: Path, budget: MemoryBudget) -> None:
     Raises:
         MTPError: they do.
     """
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))  # what mlx-lm reads
     if size > budget.bytes:
         raise MTPError(
             f"{folder.name} cannot be trained on: its weights alone take {gigabytes(size)}, and {budget}; take a "
@@ -143,12 +163,12 @@ def check_weights(folder: Path, budget: MemoryBudget) -> None:
 
 
 def parsed_size(text: str) -> int:
-    """Bytes of a size such as "2GB", "1.5g" or "800MB"; units are powers of 1000.
+    """Bytes of a size such as "2GB", "1.5g" or "800MB", never without a unit; units are powers of 1000.
 
     Raises:
         MTPError: it is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?=[kmgtb])([kmgt]?)i?b?\s*", text.lower())
     size = float(found[1]) * UNITS[found[2]] if found else 0
     if not found or size < 1:
         raise MTPError(f"`memory` must be a size such as 12GB or 800MB, not {text!r}")
@@ -222,6 +242,14 @@ def peak_memory() -> int:
     return most if mx.default_device() == mx.Device(mx.cpu) else max(most, mx.get_peak_memory())
 
 
+def _memory_of_gpu() -> int:
+    """Bytes of a GPU that has memory of its own; 0 without one, or if MLX does not tell."""
+    if mx.default_device() == mx.Device(mx.cpu) or mx.metal.is_available():
+        return 0
+    told = cast("dict[str, Any]", mx.device_info())
+    return int(told.get("total_memory", 0) or told.get("memory_size", 0))
+
+
 def _recommended_by_metal() -> int:
     """Bytes of the working set that Metal recommends; 0 without Metal."""
     if not mx.metal.is_available():
@@ -271,5 +299,5 @@ def _named(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def beside(weights: int) -> int:
-    """Bytes that the process has in memory now beside weights of this size."""
-    return max(0, resident_memory() - weights)
+    """Bytes that the process has in memory now beside weights of this size; a GPU's own memory if it has some."""
+    return max(0, (mx.get_active_memory() if _memory_of_gpu() else resident_memory()) - weights)

@@ -90,6 +90,11 @@ class Method(ABC, Generic[Settings]):
         """The settings with those that the data decides, a function of both only."""
         return settings
 
+    @classmethod
+    def as_read_today(cls, recorded: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a checkpoint, as this version would record the same run."""
+        return recorded
+
     @property
     def most_workers(self) -> int:
         """Most micro-batches that it makes sense to compute in parallel: up to two on a CPU, one on a GPU."""

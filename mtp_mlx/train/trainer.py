@@ -29,7 +29,7 @@ from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.data import Example, fingerprint
 from mtp_mlx.train.dense_products import dense_products
-from mtp_mlx.train.memory import gigabytes, peak_memory
+from mtp_mlx.train.memory import gigabytes, memory_of_one, peak_memory
 from mtp_mlx.train.method import Method
 from mtp_mlx.train.optimizer import build_optimizer, learning_rate
 from mtp_mlx.train.order import EpochOrder
@@ -119,9 +119,11 @@ class Trainer:
         self.peers = peers or Peers()
         check_out(settings.out)
         self._train, self._held_out = method.usable(train, settings, listener.on_message), held_out
-        self.settings = settings = method.settled(settings, self._train)
+        settings = replace(settings, memory=memory_of_one(settings.memory, self.peers))
         # The settings of the same run in one process, which checkpoints and adapters record.
-        self._whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
+        whole = replace(settings, micro_batches=settings.micro_batches * self.peers.size)
+        self._whole = method.settled(whole, self._train)
+        self.settings = settings = replace(self._whole, micro_batches=settings.micro_batches)
         mx.random.seed(settings.seed)
         model.freeze()
         self.method = method(model, train, settings, listener.on_message)
@@ -201,6 +203,7 @@ class Trainer:
                 write_text(self.metrics_path, "")
             return False
         state = checkpoints.load_checkpoint(self.checkpoint_path)
+        state.settings = self.method.as_read_today(state.settings)
         checkpoints.check_resumable(
             state,
             self.checkpoint_path,

@@ -32,7 +32,16 @@ from tests.train.training import Remembering, examples, make_trainer, settings_f
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"grad_checkpoint": True}, {"loss_rows": 32, "draft_vocab": 0}], ids=str
+    "changes",
+    [
+        {},
+        {"grad_checkpoint": True},
+        {"loss_rows": 32, "draft_vocab": 0},
+        {"method": "conf-adapt", "slots": 7, "region_rows": 16},
+        {"method": "conf-adapt", "slots": 7, "region_rows": 16, "tuning": "lora", "draft_vocab": 0},
+        {"method": "conf-adapt", "slots": 7, "region_rows": 16, "tuning": "full", "draft_vocab": 0},
+    ],
+    ids=str,
 )
 def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = tiny_model("llama", seed=3, hidden_size=96, intermediate_size=192, num_hidden_layers=6)
@@ -78,10 +87,10 @@ def of(size: int) -> MemoryBudget:
 
 
 def test_sizes_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [parsed_size(text) for text in ("2GB", "1.5g", "800 MB", "3GiB", "12")] == [
+    assert [parsed_size(text) for text in ("2GB", "1.5g", "800 MB", "3GiB", "12b")] == [
         2_000_000_000, 1_500_000_000, 800_000_000, 3_000_000_000, 12
     ]  # fmt: skip
-    for wrong in ("", "much", "-2GB", "0", "2 PB", "GB"):
+    for wrong in ("", "much", "-2GB", "0", "2 PB", "GB", "12"):
         with pytest.raises(MTPError, match="`memory` must be a size such as 12GB"):
             parsed_size(wrong)
     assert physical_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

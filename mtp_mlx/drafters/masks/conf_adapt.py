@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +17,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mtp_mlx.drafters.masks.folder import config_of, mask_header, save
 from mtp_mlx.drafters.masks.joint_step import JointRunner, LowRankStudent, Student, WholeStudent
+from mtp_mlx.drafters.masks.memory import joint_memory, online_memory
 from mtp_mlx.drafters.masks.method import mask_shape
 from mtp_mlx.drafters.masks.model_folder import mask_only, write_model_folder
 from mtp_mlx.drafters.masks.online_loss import Online
 from mtp_mlx.drafters.masks.online_step import OnlineRunner
 from mtp_mlx.drafters.masks.options import ConfAdaptSettings
-from mtp_mlx.drafters.masks.regions import real_tokens
 from mtp_mlx.drafters.masks.weights import MaskAdapter, MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.slots.agreement import measure_agreement
-from mtp_mlx.drafters.slots.memory import chunk_blocks_of, estimate_memory
+from mtp_mlx.drafters.slots.memory import chunk_blocks_of
 from mtp_mlx.drafters.slots.method import SlotMethod
-from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block_linear import is_quantised
@@ -136,16 +134,10 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
             write_model_folder(folder, source, model, mask, header)
 
     def estimate_memory(self, examples: Sequence[Example], plan: StepPlan) -> MemoryEstimate:
-        """See `Method`: as for as many blocks as there are regions; a full fine-tune adds the model's own state."""
-        regions = BlockChoice(
-            slots=self.depth,
-            share=1 / real_tokens(self.depth + 1, self.settings.region_rows),
-            chunk_blocks=chunk_blocks_of(self.settings.chunk_blocks, self.depth, plan),
-        )
-        estimate = estimate_memory(self.attached, examples, self.settings, regions, plan)
-        if not self._whole:
-            return estimate
-        return replace(estimate, adapter=estimate.adapter + 4 * estimate.weights)
+        """See `Method`."""
+        if self._gated:
+            return online_memory(self.attached, examples, self.settings, plan)
+        return joint_memory(self.attached, examples, self.settings)
 
 
 def merged(model: nn.Module, adapter: MaskAdapter) -> nn.Module:

@@ -83,6 +83,13 @@ class MaskTokens(SlotMethod[MaskTokenSettings]):
         weight = LCM_WEIGHT[settings.objective] if settings.lcm_weight is None else settings.lcm_weight
         return replace(settled_share(settings, train), lcm_weight=weight)
 
+    @classmethod
+    def as_read_today(cls, recorded: dict[str, Any]) -> dict[str, Any]:
+        """See `Method`: the weight of latent matching was recorded, and not read, beside self-distillation."""
+        if "learn_from" in recorded or recorded.get("objective") != "self-distill":
+            return recorded
+        return {**recorded, "lcm_weight": 0.0}
+
     def apply_update(self, optimizer: optim.Optimizer, gradients: dict) -> None:
         """See `Method`; the sampler head takes only the fraction `sampler_rate` of the update.
 

@@ -82,7 +82,7 @@ TRAINS = {
         help="Mask tokens: gated LoRA and a sampler head (arXiv 2507.11851)",
         examples=(
             "mtp-mlx train mask-tokens --data answers.jsonl --out adapter",
-            "mtp-mlx train mask-tokens --data answers.jsonl --out adapter8 --slots 8 --block-share 0.5",
+            "mtp-mlx train mask-tokens --data answers.jsonl --out adapter8 --slots 8 --block-lengths random",
         ),
     ),
     "conf-adapt": Trains(

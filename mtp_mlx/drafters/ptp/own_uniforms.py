@@ -19,7 +19,7 @@ import numpy as np
 
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.ptp.targets import SlotTargets
-from mtp_mlx.drafters.ptp.uniforms import TextUniforms, drawn_inside
+from mtp_mlx.drafters.ptp.uniforms import TEACHER_CHUNK, TextUniforms, drawn_inside
 from mtp_mlx.drafters.slots.layout import SlotLayout
 from mtp_mlx.metal_kernels.inverse_cdf import interval
 from mtp_mlx.model.attach import AttachedModel
@@ -64,9 +64,15 @@ def with_own_uniforms(
         own = np.flatnonzero((layout.depth == depth) & behind & ~targets.greedy)
         if not len(own):
             break
-        logits = attached.draft_head(slot_pass(carried)[mx.array(own)])  # [rows of this depth, columns]
-        edges = interval(picker.scores(logits), mx.array(np.maximum(column[own], 0)))
-        left, right = (np.array(edge).astype(np.float64) for edge in edges)
+        hidden, wanted = slot_pass(carried)[mx.array(own)], mx.array(np.maximum(column[own], 0))
+        pieces = []
+        for start in range(0, len(own), TEACHER_CHUNK):
+            rows = slice(start, start + TEACHER_CHUNK)
+            edges = interval(
+                picker.scores(attached.draft_head(hidden[rows])), wanted[rows]
+            )  # [<= chunk] each
+            pieces.append([np.array(edge).astype(np.float64) for edge in edges])
+        left, right = (np.concatenate(side) for side in zip(*pieces, strict=True))
         flat[layout.rows[own] + 1], reachable = drawn_inside(left, right, place[own])
         known[layout.rows[own] + 1] = reachable & (column[own] >= 0)
     unknown = np.concatenate([[0], np.cumsum(~known)])

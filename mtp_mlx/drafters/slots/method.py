@@ -129,7 +129,7 @@ def settled_share(settings: Blocks, train: Sequence[Example]) -> Blocks:
     positions = [len(candidate_anchors(len(example), example.loss_start)) for example in learnt]
     slots = block_choice(settings).mean_slots
     a_step = slots * settings.batch_size * settings.micro_batches * sum(positions) / len(positions)
-    return replace(settings, block_share=min(1.0, round(SLOTS_PER_STEP / a_step, 3)))
+    return replace(settings, block_share=min(1.0, float(f"{SLOTS_PER_STEP / a_step:.3g}")))
 
 
 def block_choice(settings: BlockSettings, plan: StepPlan = WHOLE) -> BlockChoice:
