@@ -132,9 +132,7 @@ class TrainHeads(Method[HeadsSettings]):
         self._config = HeadsConfig(
             CONVENTION, [block_spec(shape.layers)] * count, drafts=drafts, taps=list(taps)
         )
-        heads = new_heads(
-            model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=drafts
-        )
+        heads = new_heads(model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=drafts)
         start_like_trunk(heads, model, tokens)
         return heads
 

@@ -90,7 +90,9 @@ class HeadsSettings(TrainSettings):
         """The clause that says that no row is long enough for so many drafts, or None if rows may be."""
         if self.max_length >= drafts + 2:
             return None
-        return f"`max_length` {self.max_length} is too short for {drafts} heads, which take {drafts + 2} tokens"
+        return (
+            f"`max_length` {self.max_length} is too short for {drafts} heads, which take {drafts + 2} tokens"
+        )
 
     def problems(self) -> list[str]:
         """See `TrainSettings`; the length that heads of `start_from` need is known once their folder is read."""

@@ -22,7 +22,7 @@ from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.folder import load
 from mtp_mlx.drafters.heads.options import HeadsSettings
-from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train, is_shared
+from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count
 from mtp_mlx.drafters.heads.stored import is_quantised
 from mtp_mlx.errors import MTPError
