@@ -212,12 +212,18 @@ RECURRENT: dict[str, dict[str, Any]] = {
     },
 }
 
+# A language model inside a multimodal one.
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": {**COMMON, **WINDOWED["gemma3_text"], "model_type": "gemma3_text"}},
+}
+
 DENSE_ARCHITECTURES = [name for name in SPECIFIC if name not in ("qwen3_moe", "olmoe", "glm4_moe")]
 MOE_ARCHITECTURES = ["qwen3_moe", "olmoe", "glm4_moe"]
 ARCHITECTURES = DENSE_ARCHITECTURES + MOE_ARCHITECTURES
 
 SPECIFIC.update(WINDOWED)
 SPECIFIC.update(RECURRENT)
+SPECIFIC.update(MULTIMODAL)
 
 
 # --- models -------------------------------------------------------------------------------------------------

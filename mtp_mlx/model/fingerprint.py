@@ -108,8 +108,15 @@ def sample_of(runs: Iterable[Run]) -> BaseSample:
 
 def sampled_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path below the trunk, layer) of the sampled layers: chosen by their names, spread over depths and kinds."""
-    linears = {name.removesuffix(".base"): bare(layer) for name, layer in find_seams(model).linears.items()}
+    linears = {_without_wrappers(name): bare(layer) for name, layer in find_seams(model).linears.items()}
     return [(name, linears[name]) for name in sorted(sorted(linears, key=_hash)[:MOST_LAYERS])]
+
+
+def _without_wrappers(name: str) -> str:
+    """The path of a layer as it is in a model that is not attached; a layer may be wrapped twice."""
+    while name.endswith(".base"):
+        name = name.removesuffix(".base")
+    return name
 
 
 def _hash(name: str) -> int:

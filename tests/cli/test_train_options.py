@@ -156,7 +156,13 @@ def test_a_setting_of_another_method_is_refused(
 
 def test_a_setting_of_another_method_at_its_default_is_not(tmp_path: Path) -> None:
     """So one file of all settings serves several methods."""
-    values = {"slots": 4, "objective": "self-distill", "heads": 4, "data": "data.jsonl", "out": "adapter"}
+    values = {
+        "slots": 4,
+        "objective": "self-distill",
+        "top_share": 0.08,
+        "data": "data.jsonl",
+        "out": "adapter",
+    }
     for method in METHODS:
         found = settings_from(config_file(tmp_path, method=method, **values), {})
         assert found == settings_class(method)(**FILES)

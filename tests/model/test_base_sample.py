@@ -107,6 +107,10 @@ def test_wrappers_and_laziness_change_nothing(tmp_path: Path) -> None:
     own = sample_base(model)
     attach(model, random_adapter(model))
     assert sample_base(model) == own
+    twice = build()
+    attach(twice, random_adapter(twice), exact=True)
+    assert any(name.endswith(".base.base") for name, _ in twice.named_modules()), "this proves nothing"
+    assert sample_base(twice) == own
     save_tiny(tmp_path, "llama", **{**QUANTIZABLE, "intermediate_size": 128, "seed": 3})
     lazy, _ = load_model(tmp_path, lazy=True)
     assert sample_base(lazy) == own and sample_lazily(lazy) == own

@@ -117,6 +117,11 @@ def _check(config: HeadsConfig) -> None:
         raise ValueError(f"{count} heads, but {len(blocks)} blocks")
     if not all(isinstance(block, dict) for block in blocks):
         raise ValueError("a head's block is not a JSON object")
+    for layers in (block["layers"] for block in blocks if "layers" in block):
+        if not (type(layers) is int and layers > 0) and not (isinstance(layers, list) and layers):
+            raise ValueError(
+                f"a head's block has layers {layers!r}, which is neither a number of layers nor a list"
+            )
     if not all(type(number) is int for number in config.taps) or config.taps != sorted(set(config.taps)):
         raise ValueError(f"taps are {config.taps!r}, not ascending numbers of layers")
     if config.taps and config.convention.kind != "cascade":

@@ -126,15 +126,13 @@ class TrainHeads(Method[HeadsSettings]):
     def _new_heads(self, model: nn.Module, draft_ids: mx.array | None, tokens: list[int]) -> MTPHeads:
         """New heads of the shape that the settings say; `tokens`: see `start_like_trunk`."""
         settings = self.settings
-        shape = HeadShape.of(settings)
-        count = 1 if shape.shared else settings.heads
+        shape, drafts = HeadShape.of(settings), settings.new_drafts()
+        count = 1 if shape.shared else drafts
         taps = layer_numbers(shape.taps, len(find_seams(model).trunk.layers))
         self._config = HeadsConfig(
-            CONVENTION, [block_spec(shape.layers)] * count, drafts=settings.heads, taps=list(taps)
+            CONVENTION, [block_spec(shape.layers)] * count, drafts=drafts, taps=list(taps)
         )
-        heads = new_heads(
-            model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=settings.heads
-        )
+        heads = new_heads(model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=drafts)
         start_like_trunk(heads, model, tokens)
         return heads
 
@@ -164,8 +162,9 @@ class TrainHeads(Method[HeadsSettings]):
 
     @classmethod
     def settled(cls, settings: HeadsSettings, train: Sequence[Example]) -> HeadsSettings:
-        """See `Method`: every position is trained, unless the user says otherwise."""
-        return replace(settings, block_share=settings.block_share or 1.0)
+        """See `Method`: every position is trained, and new heads are as many as usual, if nothing else is said."""
+        count = settings.new_drafts() if settings.start_from is None else settings.heads
+        return replace(settings, heads=count, block_share=settings.block_share or 1.0)
 
     @classmethod
     def can_train_on(cls, settings: HeadsSettings) -> Callable[[Example], bool]:

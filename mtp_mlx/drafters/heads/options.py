@@ -38,8 +38,8 @@ class HeadsSettings(TrainSettings):
 
     method: ClassVar[str] = "mtp-heads"
 
-    heads: int = setting(
-        DEFAULT_HEADS, help="Number of heads, each of which drafts one token", minimum=1, maximum=16
+    heads: int | None = setting(
+        None, help=f"Number of heads, each of one draft (default: {DEFAULT_HEADS})", minimum=1, maximum=16
     )
     shared: bool | None = setting(
         None, help="One head makes all drafts, each on its own state (default: off)"
@@ -82,14 +82,24 @@ class HeadsSettings(TrainSettings):
         """See `TrainSettings`: heads that exist keep theirs."""
         return super().default_draft_vocab() if self.start_from is None else None
 
+    def new_drafts(self) -> int:
+        """Drafts per step of new heads."""
+        return DEFAULT_HEADS if self.heads is None else self.heads
+
+    def too_short_for(self, drafts: int) -> str | None:
+        """The clause that says that no row is long enough for so many drafts, or None if rows may be."""
+        if self.max_length >= drafts + 2:
+            return None
+        return (
+            f"`max_length` {self.max_length} is too short for {drafts} heads, which take {drafts + 2} tokens"
+        )
+
     def problems(self) -> list[str]:
-        """See `TrainSettings`."""
+        """See `TrainSettings`; the length that heads of `start_from` need is known once their folder is read."""
         problems = super().problems()
-        if self.max_length < self.heads + 2:
-            problems.append(
-                f"`max_length` {self.max_length} is too short for {self.heads} heads, "
-                f"which take {self.heads + 2} tokens"
-            )
+        too_short = self.too_short_for(self.new_drafts()) if self.start_from is None else None
+        if too_short is not None:
+            problems.append(too_short)
         if self.block_share == 0:
             problems.append("`block_share` 0 leaves no position to train on")
         if not self.ce_weight and not self.kl_weight:
@@ -102,7 +112,7 @@ class HeadsSettings(TrainSettings):
             )
         if self.extend is not None and self.start_from is None:
             problems.append("`extend` needs trained heads: name their folder with `start_from`")
-        if self.extend is not None and self.heads != DEFAULT_HEADS:
+        if self.extend is not None and self.heads is not None:
             problems.append("`extend` says how many heads there will be: leave `heads` out")
         return problems
 

@@ -40,13 +40,28 @@ def is_shared(config: HeadsConfig) -> bool:
     return config.count == 1 and config.drafts > 1
 
 
-def check_start(folder: Path, config: HeadsConfig, settings: HeadsSettings, trunk_layers: int) -> bool:
+def drafts_to_train(config: HeadsConfig, settings: HeadsSettings) -> int:
+    """Drafts per step that the heads of `start_from` are trained for: those the settings say, or else their own.
+
+    A single head of one draft that is to be `shared` has no number of its own, and gets that of new heads.
+    """
+    if settings.heads is not None:
+        return settings.heads
+    if settings.shared and config.count == config.drafts == 1:
+        return settings.new_drafts()
+    return config.drafts if is_shared(config) else config.count
+
+
+def check_start(
+    folder: Path, config: HeadsConfig, settings: HeadsSettings, drafts: int, trunk_layers: int
+) -> bool:
     """Whether training goes on with one head for all depths from the heads in `folder`.
 
     Args:
         folder: `start_from`.
         config: what it says of its heads.
         settings: of the new run.
+        drafts: per step, see `drafts_to_train`.
         trunk_layers: decoder layers of the base model.
 
     Raises:
@@ -71,9 +86,9 @@ def check_start(folder: Path, config: HeadsConfig, settings: HeadsSettings, trun
     shared = is_shared(config) if settings.shared is None else settings.shared
     if shared and config.count > 1:
         raise MTPError(f"{where} has {config.count} heads, and `shared` trains one: leave `shared` out")
-    if not shared and config.count != settings.heads:
+    if not shared and config.count != drafts:
         raise MTPError(
-            f"{where} has {config.count} heads, and `heads` is {settings.heads}: set `heads` to {config.count}, or "
+            f"{where} has {config.count} heads, and `heads` is {drafts}: set `heads` to {config.count}, or "
             "`extend` to get more"
         )
     return shared

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.mtp_head import MTPHead, last_layers
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.seams import find_seams
 
 SMALLEST = 0.1  # norm weights below this fraction of their typical size are raised to it before dividing
 EMBEDDING_SHARE = 0.1  # initial scale of the embedding, relative to the hidden state
@@ -33,7 +34,7 @@ def start_like_trunk(heads: MTPHeads, model: nn.Module, tokens: list[int]) -> bo
         model: the base model, not attached.
         tokens: any text, to measure the size of the residual stream on.
     """
-    trunk = model.model
+    trunk = find_seams(model).trunk
     weight = norm_weight(trunk)
     if weight is None or any("norm_out" not in head for head in heads.heads):
         return False
@@ -52,7 +53,7 @@ def start_like_trunk(heads: MTPHeads, model: nn.Module, tokens: list[int]) -> bo
 
 def norm_weight(trunk: nn.Module) -> mx.array | None:
     """Weights of the trunk's final norm, float32 [D]; None if it does more than scale a normalised state."""
-    norm = getattr(trunk, "norm", None)
+    norm = getattr(trunk, "norm", None) or getattr(trunk, "norm_f", None)
     if norm is None or "weight" not in norm:
         return None
     size = norm["weight"].size

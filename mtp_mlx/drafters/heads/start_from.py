@@ -21,8 +21,8 @@ from mtp_mlx.drafters.heads.config import HeadsConfig, config_of
 from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.folder import load
-from mtp_mlx.drafters.heads.options import DEFAULT_HEADS, HeadsSettings
-from mtp_mlx.drafters.heads.shape import check_start, is_shared
+from mtp_mlx.drafters.heads.options import HeadsSettings
+from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count
 from mtp_mlx.drafters.heads.stored import is_quantised
 from mtp_mlx.errors import MTPError
@@ -66,23 +66,27 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     dequantise(heads)
     heads.train()  # some layers of mlx-lm have kernels without gradients, which they use otherwise
     heads.freeze_vocabulary()
-    own = config.drafts if is_shared(config) else config.count
-    if settings.heads == DEFAULT_HEADS != own and settings.extend is None:
-        tell(f"trained: {own} draft{'s' * (own > 1)} a step, as in {folder}")
-        settings = replace(settings, heads=own)
+    wanted = drafts_to_train(config, settings)
     if isinstance(heads, MTPHeads):
         layers = len(find_seams(model).trunk.layers)
-        drafts = settings.heads if check_start(folder, config, settings, layers) else config.drafts
+        drafts = wanted if check_start(folder, config, settings, wanted, layers) else config.drafts
     else:
         _check_independent(folder, config, settings)
         drafts = config.drafts
-    if is_shared(config) and drafts != config.drafts:
+    if settings.heads is None and settings.extend is None and drafts == config.drafts:
+        tell(f"trained: {drafts} draft{'s' * (drafts > 1)} a step, as in {folder}")
+    if drafts != config.drafts:
         tell(f"the head of {folder} made {config.drafts} draft(s) a step; it is trained for {drafts}")
     heads.set_heads(heads.heads, drafts)
     parameters = cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
     dtypes = {name: value.dtype for name, value in parameters}
     start = Start(heads, replace(config, drafts=drafts, quantization={}), dict(header.source), store, dtypes)
-    return start if settings.extend is None else _extended(folder, start, settings.extend, tell)
+    if settings.extend is not None:
+        start = _extended(folder, start, settings.extend, tell)
+    too_short = settings.too_short_for(start.config.drafts)
+    if too_short is not None:
+        raise MTPError(f"{too_short}: set `max_length` to {start.config.drafts + 2} or more")
+    return start
 
 
 def _check_independent(folder: Path, config: HeadsConfig, settings: HeadsSettings) -> None:
@@ -93,7 +97,7 @@ def _check_independent(folder: Path, config: HeadsConfig, settings: HeadsSetting
             raise MTPError(f"{where}, for which `{name}` has no meaning: leave it out")
     if settings.block_rate != 1:
         raise MTPError(f"{where}, which have no copied layers: leave `block_rate` out")
-    if settings.heads != config.count:
+    if settings.heads not in (None, config.count):
         raise MTPError(
             f"{where} and {config.count} of them, and `heads` is {settings.heads}: leave `heads` out"
         )

@@ -37,7 +37,7 @@ TEXT = Example(TOKENS, 1)
 
 def trainer_for(model: nn.Module, out: Path, start: Path, listener: Any = None, **changes: Any) -> Trainer:
     """A run of three steps on one text, on cross-entropy over all ids."""
-    values: dict[str, Any] = {"start_from": start, "heads": 4, "draft_vocab": 0, "steps": 3, "warmup": 0}
+    values: dict[str, Any] = {"start_from": start, "heads": None, "draft_vocab": 0, "steps": 3, "warmup": 0}
     values |= {"batch_size": 1, "micro_batches": 1, "schedule": "constant", "learning_rate": 2e-4}
     values |= {"kl_weight": 0.0, "measure_every": 1, "save_every": 9}
     settings = settings_for(out, method="mtp-heads", **values | changes)

@@ -28,7 +28,7 @@ FUSE = "heads.{}.fuse.weight"
 
 
 def extending(out: Path, start: Path, listener: Any = None, **changes: Any) -> Trainer:
-    values: dict[str, Any] = {"steps": 4, "extend": "2x", "heads": 4, **changes}
+    values: dict[str, Any] = {"steps": 4, "extend": "2x", "heads": None, **changes}
     return trainer_for(out, listener, method="mtp-heads", start_from=start, **values)
 
 

@@ -175,6 +175,10 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: raw["heads"]["convention"].update(kind=["cascade"]), "the convention's kind is"),
     (lambda raw: raw["heads"]["convention"].update(zero_centred_norms="no"), "zero_centred_norms is 'no'"),
     (lambda raw: raw["heads"].update(blocks=[3, 4]), "a head's block is not a JSON object"),
+    *(
+        (lambda raw, layers=layers: raw["heads"]["blocks"][1].update(like="last layers", layers=layers), "has layers")
+        for layers in ("x", None, 0, 2.5, True, [])
+    ),
     (lambda raw: raw["heads"].update(drafts=10**9), "draft 1000000000 tokens a step"),
     (lambda raw: raw["heads"].update(drafts=-1), "draft -1 tokens a step"),
     (lambda raw: raw["heads"].update(drafts=float("inf")), "is damaged"),
@@ -200,6 +204,14 @@ def test_damage_is_one_sentence(tmp_path: Path, edit: Callable[[Any], Any], mess
     with pytest.raises(MTPError, match=message) as error:
         load_folder(tmp_path / "heads", model)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("layers", ["x", None, 0, 2.5, []], ids=str)
+def test_info_of_a_damaged_block_is_one_sentence(tmp_path: Path, layers: Any) -> None:
+    written(tmp_path / "heads", tiny_model("llama", seed=3))
+    change(tmp_path / "heads", lambda raw: raw["heads"]["blocks"][1].update(layers=layers))
+    with pytest.raises(MTPError, match="is damaged: a head's block has layers"):
+        adapter(tmp_path / "heads")
 
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:

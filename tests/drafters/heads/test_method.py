@@ -236,7 +236,7 @@ def test_rows_too_short_for_a_copy(tmp_path: Path) -> None:
         first.settings,
         start_from=tmp_path / "first",
         extend="2x",
-        heads=4,
+        heads=None,
         out=tmp_path / "second",
         batch_size=1,
     )

@@ -237,7 +237,7 @@ def test_start_from_keeps_the_shape(tmp_path: Path, every: Path) -> None:
     for changes, message in (
         ({"layers": 1}, "has heads of 2 layer.s., and `layers` is 1: leave `layers` out"),
         ({"taps": "last"}, "has heads that read 1,2,last, and `taps` is last: leave `taps` out"),
-        ({"extend": "2x", "heads": 4}, "has one head for all drafts, which `extend` would copy"),
+        ({"extend": "2x", "heads": None}, "has one head for all drafts, which `extend` would copy"),
         ({"shared": False}, "has 1 heads, and `heads` is 3"),
     ):
         with pytest.raises(MTPError, match=message):
@@ -253,14 +253,39 @@ def test_one_head_goes_on_as_shared_and_several_do_not(tmp_path: Path) -> None:
         shaped(tmp_path / "no", start_from=tmp_path / "2", shared=True, heads=2)
     with pytest.raises(MTPError, match="`extend` copies one head after another, and `shared` heads are one"):
         settings_for(
-            tmp_path / "no", "mtp-heads", start_from=tmp_path / "2", shared=True, extend="2x", heads=4
+            tmp_path / "no", "mtp-heads", start_from=tmp_path / "2", shared=True, extend="2x", heads=None
         )
+
+
+def test_the_number_of_heads_is_never_dropped(tmp_path: Path, every: Path) -> None:
+    """The usual number is one like any other: where it contradicts the folder, it is refused."""
+    assert shaped(tmp_path / "two", steps=1, warmup=0, heads=2).run()
+    assert shaped(tmp_path / "one", steps=1, warmup=0, heads=1).run()
+    with pytest.raises(MTPError, match="has 2 heads, and `heads` is 4"):
+        shaped(tmp_path / "no", start_from=tmp_path / "two", heads=4)
+    assert shaped(tmp_path / "a", start_from=every, heads=4).method.depth == 4
+    assert shaped(tmp_path / "b", start_from=every, heads=None).method.depth == 3
+    listener = Remembering()
+    shared = shaped(tmp_path / "c", listener, start_from=tmp_path / "one", heads=None, shared=True)
+    assert shared.method.depth == 4
+    assert f"the head of {tmp_path / 'one'} made 1 draft(s) a step; it is trained for 4" in listener.messages
+    with pytest.raises(MTPError, match="`extend` says how many heads there will be: leave `heads` out"):
+        settings_for(tmp_path / "no", "mtp-heads", start_from=tmp_path / "two", extend="4", heads=4)
+
+
+def test_rows_must_be_as_long_as_the_heads_of_the_folder_need(tmp_path: Path) -> None:
+    """Sixteen heads take 18 tokens; two from a folder take 4, whatever the usual number is."""
+    assert shaped(tmp_path / "two", steps=1, warmup=0, heads=2).run()
+    assert shaped(tmp_path / "eight", steps=1, warmup=0, shared=True, heads=8).run()
+    assert shaped(tmp_path / "a", start_from=tmp_path / "two", heads=None, max_length=8).method.depth == 2
+    with pytest.raises(MTPError, match="`max_length` 8 is too short for 8 heads, which take 10 tokens: set"):
+        shaped(tmp_path / "b", start_from=tmp_path / "eight", heads=None, max_length=8)
 
 
 def test_an_extension_keeps_layers_and_taps(tmp_path: Path) -> None:
     """What joins the states is frozen with the first group; the new group has as many layers."""
     assert shaped(tmp_path / "two", steps=3, heads=2, layers=2, taps="1,last").run()
-    four = shaped(tmp_path / "four", start_from=tmp_path / "two", extend="2x", heads=4, steps=4)
+    four = shaped(tmp_path / "four", start_from=tmp_path / "two", extend="2x", heads=None, steps=4)
     before = {name: np.array(value) for name, value in four.method.tensors().items()}
     assert four.run()
     for name, value in four.method.tensors().items():

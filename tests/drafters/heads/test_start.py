@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.policy import ChainPolicy
+from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.start import layer_input, norm_weight, start_like_trunk
+from mtp_mlx.drafters.registry import load_folder
+from mtp_mlx.model.attach import attach
 from tests.tiny import tiny_model
+from tests.train.training import trainer_for
 
 TOKENS = [5, 9, 2, 77, 140, 3, 9, 21]
 
@@ -38,6 +46,23 @@ def test_a_block_starts_on_the_residual_stream(architecture: str) -> None:
         np.array(head.norm_out(mx.array(last))), np.array(hidden[0]), rtol=1e-3, atol=1e-3
     )
     assert type(trunk.layers[-1]) is type(trunk.layers[0]), "the layer is put back"
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "nemotron_h"])
+def test_where_the_trunk_is_elsewhere(tmp_path: Path, architecture: str) -> None:
+    """In the language model of a multimodal model, or under the name `backbone`: new heads start so and train."""
+    model = tiny_model(architecture, seed=3)
+    assert start_like_trunk(new_heads(model, 1, HeadConvention("test")), model, TOKENS)
+    trainer = trainer_for(tmp_path / "heads", model=model, method="mtp-heads", steps=2, warmup=0, heads=2)
+    assert trainer.run()
+    base = tiny_model(architecture, seed=3)
+    source, _ = load_folder(tmp_path / "heads", base)
+    stats = DecodeStats()
+    steps = mtp_generate_step(
+        [5, 9, 2], attach(base, source), max_tokens=8, policy=ChainPolicy(2), stats=stats
+    )
+    expected = mtp_generate_step([5, 9, 2], attach(tiny_model(architecture, seed=3)), max_tokens=8)
+    assert [one.token for one in steps] == [one.token for one in expected] and sum(stats.submitted) > 0
 
 
 def test_heads_do_not_share_their_start() -> None:
