@@ -217,8 +217,14 @@ def read_tensors(folder: Path, lazy: bool = False) -> dict[str, mx.array]:
 
 
 def count_weights(sizes: Mapping[str, int]) -> int:
-    """Numbers in tensors of these sizes, without the draft vocabulary."""
-    return sum(size for name, size in sizes.items() if name != DRAFT_IDS)
+    """Weights in tensors of these sizes, without the draft vocabulary and what quantised weights are scaled by."""
+    return sum(size for name, size in sizes.items() if name != DRAFT_IDS and not _scales(name, sizes))
+
+
+def _scales(name: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a tensor holds scales or biases of a quantised weight."""
+    owner, _, last = name.rpartition(".")
+    return last in ("scales", "biases") and f"{owner}.weight" in sizes
 
 
 def tensor_sizes(tensors: Mapping[str, mx.array]) -> dict[str, int]:

@@ -72,6 +72,15 @@ def compare_samples(what: str, header: Header, found: BaseSample) -> None:
             "drafts are rarely accepted, check that this is the model it was made for"
         )
         return
+    if not header.base_sample.comparable(found):
+        log.warning(
+            "%s was made for base '%s', whose layers have other names or another number than this model's here, so "
+            "their weights cannot be compared: if drafts are rarely accepted, check that this is the model it was "
+            "made for",
+            what,
+            header.base_name,
+        )
+        return
     verdict = header.base_sample.against(found)
     if verdict == "differs":
         raise MTPError(

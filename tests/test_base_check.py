@@ -69,6 +69,14 @@ def test_an_older_folder_loads_with_a_notice_told_once(
     ]
 
 
+def test_layers_of_other_names_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    folder = written(tmp_path / "adapter", model, base_sample=replace(sample_base(model), layers="0" * 8))
+    load_folder(folder, model)
+    (record,) = caplog.records
+    assert "whose layers have other names or another number than this model's here" in record.message
+
+
 def test_a_damaged_sample_is_one_sentence(tmp_path: Path) -> None:
     folder = written(tmp_path / "adapter", build())
     raw = json.loads((folder / "mtp_config.json").read_text())

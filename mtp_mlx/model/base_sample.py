@@ -41,16 +41,19 @@ class BaseSample:
         form: the format of the weights, in words.
         values: [N, RUN] float16, a run of each sampled layer; NaN where the rounding error has no bound.
         half_steps: [N] float16, the largest rounding error of a run's quantised weights; 0 if they are not quantised.
+        layers: 8 hex digits that depend on the names of the sampled layers; "" in folders of earlier versions.
     """
 
     form: str
     values: np.ndarray
     half_steps: np.ndarray
+    layers: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As the header of an adapter folder holds it: 4.3 kB for 48 layers."""
         raw = np.concatenate([self.half_steps[:, None], self.values], axis=1).astype("<f2").tobytes()
-        return {"form": self.form, "weights": base64.b64encode(raw).decode("ascii")}
+        weights = base64.b64encode(raw).decode("ascii")
+        return {"form": self.form, **({"layers": self.layers} if self.layers else {}), "weights": weights}
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> BaseSample:
@@ -64,7 +67,7 @@ class BaseSample:
         except binascii.Error as error:
             raise ValueError(f"the base's sampled weights are not base64 ({error})") from error
         table = stored.reshape(-1, RUN + 1)
-        return BaseSample(str(raw["form"]), table[:, 1:], table[:, 0])
+        return BaseSample(str(raw["form"]), table[:, 1:], table[:, 0], str(raw.get("layers", "")))
 
     def key(self) -> str:
         """16 hex digits that depend on all of it."""
@@ -80,17 +83,23 @@ class BaseSample:
         """Whether any of the weights is quantised."""
         return bool(np.any(self.half_steps > 0))
 
+    def comparable(self, other: BaseSample) -> bool:
+        """Whether this and `other` are of the same layers, as far as is known: other names, other weights."""
+        known = "" not in (self.layers, other.layers)
+        return self.values.shape == other.values.shape and (self.layers == other.layers or not known)
+
     def against(self, other: BaseSample) -> Verdict:
         """Whether this and `other` are copies of the same weights.
 
         "differs" is certain: neither was ever rounded to 8 bits or fewer. "may differ" leaves it open whether one was
-        fine-tuned, or quantised by a method that does more than round to the nearest (AWQ, DWQ, GPTQ). A fine-tune
-        that is small against the rounding of both is "same".
+        fine-tuned, or quantised by a method that does more than round to the nearest (AWQ, DWQ, GPTQ). It also stands
+        for samples that cannot be compared: another version of mlx-lm may have named or joined layers in another
+        way. A fine-tune that is small against the rounding of both is "same".
         """
-        if self.values.shape == other.values.shape:
-            most = MOST_MOVED if self._same_format(other) else MOST_OUTSIDE
-            if self.share_outside(other) <= most:
-                return "same"
+        if not self.comparable(other):
+            return "may differ"
+        if self.share_outside(other) <= (MOST_MOVED if self._same_format(other) else MOST_OUTSIDE):
+            return "same"
         return "differs" if self._original and other._original else "may differ"
 
     def share_outside(self, other: BaseSample) -> float:

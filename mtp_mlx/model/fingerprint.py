@@ -65,6 +65,7 @@ def fingerprint_of(model: Any) -> tuple[str | None, str]:
 class Run(NamedTuple):
     """The sampled weights of a layer: see `BaseSample`."""
 
+    name: str
     form: str
     values: np.ndarray  # [RUN] float32
     half_step: float
@@ -103,7 +104,8 @@ def sample_of(runs: Iterable[Run]) -> BaseSample:
     values = np.where(np.abs(values) < np.finfo(np.float16).max, values, np.nan)
     half_steps = np.array([run.half_step for run in found], dtype=np.float32)
     form = "; ".join(sorted({run.form for run in found})) or "no linear layers"
-    return BaseSample(form, values.astype(np.float16), half_steps.astype(np.float16))
+    layers = hashlib.sha256("\n".join(run.name for run in found).encode()).hexdigest()[:8]
+    return BaseSample(form, values.astype(np.float16), half_steps.astype(np.float16), layers)
 
 
 def sampled_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -128,10 +130,10 @@ def _run(name: str, layer: nn.Module) -> Run:
     weight, chosen = layer["weight"], _hash(name)
     row = chosen % weight.shape[0]
     if "scales" in layer:
-        return _quantised_run(layer, row, chosen)
+        return _quantised_run(name, layer, row, chosen)
     first = _first(weight.shape[1], chosen)
     values = np.array(weight[row, first : first + RUN].astype(mx.float32))
-    return Run(weight_format(layer), _padded(values), 0.0)
+    return Run(name, weight_format(layer), _padded(values), 0.0)
 
 
 def _first(width: int, chosen: int) -> int:
@@ -139,7 +141,7 @@ def _first(width: int, chosen: int) -> int:
     return (chosen >> 20) % max(width // RUN, 1) * RUN
 
 
-def _quantised_run(layer: nn.Module, row: int, chosen: int) -> Run:
+def _quantised_run(name: str, layer: nn.Module, row: int, chosen: int) -> Run:
     mode, biases = getattr(layer, "mode", "affine"), layer.get("biases")
     whole = mx.dequantize(
         layer["weight"][row : row + 1],
@@ -154,13 +156,13 @@ def _quantised_run(layer: nn.Module, row: int, chosen: int) -> Run:
     largest, group = float(np.abs(values).max()), first // layer.group_size
     if biases is None:
         error = largest * (_FLOAT4_ERROR if layer.bits == 4 else _FLOAT8_ERROR)
-        return Run(weight_format(layer), _padded(values), error)
-    step, bias = (float(layer[name][row, group].item()) for name in ("scales", "biases"))
+        return Run(name, weight_format(layer), _padded(values), error)
+    step, bias = (float(layer[part][row, group].item()) for part in ("scales", "biases"))
     levels = np.round((values - bias) / step) if step else np.zeros_like(values)
     # A weight beyond the first or last level was clipped, so its error has no bound.
     inner = np.where((levels > 0) & (levels < 2**layer.bits - 1), values, np.nan)
     rounding = _UNIT.get(layer["scales"].dtype, 0.0) * (abs(bias) + largest)
-    return Run(weight_format(layer), _padded(inner), 0.525 * abs(step) + rounding)
+    return Run(name, weight_format(layer), _padded(inner), 0.525 * abs(step) + rounding)
 
 
 def _padded(values: np.ndarray) -> np.ndarray:

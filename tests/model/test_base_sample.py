@@ -131,6 +131,23 @@ def test_a_sample_comes_back_from_json_and_damage_is_an_error() -> None:
             BaseSample.from_json(raw)
 
 
+def test_samples_of_other_layers_are_never_certain_to_differ() -> None:
+    """A version of mlx-lm that joins layers, or names them anew, has other rows in its sample."""
+    model = build()
+    own, shorter = sample_base(model), sample_base(build(num_hidden_layers=1))
+    assert own.values.shape != shorter.values.shape and own.against(shorter) == "may differ"
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.query = layer.self_attn.pop("q_proj")
+        assert index or own.layers != sample_base(model).layers
+    renamed = sample_base(model)
+    assert renamed.values.shape == own.values.shape and own.against(renamed) == "may differ"
+    assert BaseSample.from_json(renamed.to_json()).layers == renamed.layers
+    raw = own.to_json()
+    del raw["layers"]
+    before = BaseSample.from_json(raw)
+    assert before.against(own) == "same" and before.against(sample_base(tuned(build(), 0.05))) == "differs"
+
+
 def test_precisions_have_names_and_neighbours() -> None:
     model = build()
     assert attach(copy_of(model, mx.bfloat16)).precision == "bfloat16"

@@ -24,7 +24,7 @@ from mtp_mlx.drafters.heads.folder import load
 from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count
-from mtp_mlx.drafters.heads.stored import is_quantised
+from mtp_mlx.drafters.heads.stored import BITS, GROUP_SIZE, is_quantised
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import find_seams
 from mtp_mlx.train.method import Tell
@@ -63,20 +63,22 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     """
     heads, header = load(folder, read_header(folder), model)
     config, store = config_of(folder, header), "8bit" if is_quantised(heads) else "bf16"
+    if store == "8bit" and settings.store is None:
+        _check_quantisation(folder, config)
     dequantise(heads)
     heads.train()  # some layers of mlx-lm have kernels without gradients, which they use otherwise
     heads.freeze_vocabulary()
-    wanted = drafts_to_train(config, settings)
+    drafts, wanted = config.drafts, drafts_to_train(config, settings)
     if isinstance(heads, MTPHeads):
-        layers = len(find_seams(model).trunk.layers)
-        drafts = wanted if check_start(folder, config, settings, wanted, layers) else config.drafts
+        if check_start(folder, config, settings, wanted, len(find_seams(model).trunk.layers)):
+            drafts = wanted
     else:
         _check_independent(folder, config, settings)
-        drafts = config.drafts
+    drafts = max(drafts, config.count)  # heads that the folder does not use are trained as well
     if settings.heads is None and settings.extend is None and drafts == config.drafts:
         tell(f"trained: {drafts} draft{'s' * (drafts > 1)} a step, as in {folder}")
-    if drafts != config.drafts:
-        tell(f"the head of {folder} made {config.drafts} draft(s) a step; it is trained for {drafts}")
+    if settings.extend is None and drafts != config.drafts:
+        tell(f"the heads of {folder} made {config.drafts} draft(s) a step; they are trained for {drafts}")
     heads.set_heads(heads.heads, drafts)
     parameters = cast("list[tuple[str, mx.array]]", tree_flatten(heads.parameters()))
     dtypes = {name: value.dtype for name, value in parameters}
@@ -87,6 +89,16 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     if too_short is not None:
         raise MTPError(f"{too_short}: set `max_length` to {start.config.drafts + 2} or more")
     return start
+
+
+def _check_quantisation(folder: Path, config: HeadsConfig) -> None:
+    """Refuses to store heads in another quantisation than theirs, unless the settings say so."""
+    own = config.quantization
+    if own != {"group_size": GROUP_SIZE, "bits": BITS}:
+        raise MTPError(
+            f"`start_from` {folder} has heads in {own['bits']} bits, in groups of {own['group_size']}, which are not "
+            f"written: set `store` to 8bit ({BITS} bits, in groups of {GROUP_SIZE}), bf16 or auto"
+        )
 
 
 def _check_independent(folder: Path, config: HeadsConfig, settings: HeadsSettings) -> None:

@@ -228,7 +228,7 @@ def test_fusion_normalises_each_state() -> None:
 def test_start_from_keeps_the_shape(tmp_path: Path, every: Path) -> None:
     listener = Remembering()
     second = shaped(tmp_path / "second", listener, start_from=every, steps=3, heads=5)
-    assert f"the head of {every} made 3 draft(s) a step; it is trained for 5" in listener.messages
+    assert f"the heads of {every} made 3 draft(s) a step; they are trained for 5" in listener.messages
     assert second.run()
     config = config_of(tmp_path / "second", read_header(tmp_path / "second"))
     assert (config.count, config.drafts, config.taps) == (1, 5, [1, 2])
@@ -268,7 +268,9 @@ def test_the_number_of_heads_is_never_dropped(tmp_path: Path, every: Path) -> No
     listener = Remembering()
     shared = shaped(tmp_path / "c", listener, start_from=tmp_path / "one", heads=None, shared=True)
     assert shared.method.depth == 4
-    assert f"the head of {tmp_path / 'one'} made 1 draft(s) a step; it is trained for 4" in listener.messages
+    assert (
+        f"the heads of {tmp_path / 'one'} made 1 draft(s) a step; they are trained for 4" in listener.messages
+    )
     with pytest.raises(MTPError, match="`extend` says how many heads there will be: leave `heads` out"):
         settings_for(tmp_path / "no", "mtp-heads", start_from=tmp_path / "two", extend="4", heads=4)
 
@@ -280,6 +282,24 @@ def test_rows_must_be_as_long_as_the_heads_of_the_folder_need(tmp_path: Path) ->
     assert shaped(tmp_path / "a", start_from=tmp_path / "two", heads=None, max_length=8).method.depth == 2
     with pytest.raises(MTPError, match="`max_length` 8 is too short for 8 heads, which take 10 tokens: set"):
         shaped(tmp_path / "b", start_from=tmp_path / "eight", heads=None, max_length=8)
+
+
+def test_heads_that_a_folder_does_not_use_are_trained_too(tmp_path: Path) -> None:
+    """Three heads of which two draft: training makes it three, and says so."""
+    assert shaped(tmp_path / "a", steps=1, warmup=0).run()
+    path, listener = tmp_path / "a" / "mtp_config.json", Remembering()
+    config = json.loads(path.read_text())
+    config["heads"]["drafts"] = 2
+    path.write_text(json.dumps(config))
+    trainer = shaped(tmp_path / "b", listener, start_from=tmp_path / "a", heads=None, steps=2, warmup=0)
+    assert (
+        f"the heads of {tmp_path / 'a'} made 2 draft(s) a step; they are trained for 3" in listener.messages
+    )
+    before = {name: np.array(value) for name, value in trainer.method.tensors().items()}
+    assert trainer.run()
+    for name, value in trainer.method.tensors().items():
+        assert not np.array_equal(np.array(value), before[name]), name
+    assert config_of(tmp_path / "b", read_header(tmp_path / "b")).drafts == 3
 
 
 def test_an_extension_keeps_layers_and_taps(tmp_path: Path) -> None:

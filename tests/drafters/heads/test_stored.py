@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mtp_mlx.adapter_folder import read_header, read_tensors, tensor_sizes
+from mtp_mlx.adapter_folder import count_weights, read_header, read_tensors, tensor_sizes
 from mtp_mlx.convert.heads.speculators import export_speculators
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
@@ -53,6 +53,8 @@ def test_a_folder_in_8_bits_is_half_as_large_and_drafts(tmp_path: Path) -> None:
         small["heads.1.fuse.weight"].dtype == mx.uint32 and small["heads.1.fuse.scales"].dtype == mx.bfloat16
     )
     assert tensor_sizes(small)["heads.1.fuse.weight"] == whole["heads.1.fuse.weight"].size
+    counts = [count_weights(tensor_sizes(tensors)) for tensors in (small, whole)]
+    assert counts[0] == counts[1], "scales are not weights"
     section = read_header(tmp_path / "small").own["heads"]
     assert section["quantization"] == {"group_size": 64, "bits": 8}
     assert "quantization" not in read_header(tmp_path / "whole").own["heads"]
@@ -82,6 +84,24 @@ def test_training_goes_on_from_8_bits_and_stays_in_them(tmp_path: Path, architec
     assert not mx.array_equal(one, two) and mx.allclose(one, two, atol=0.05).item()
     train(tmp_path / "c", model=model_of(architecture), start_from=tmp_path / "a", steps=1, store="bf16")
     assert not is_quantised(load_folder(tmp_path / "c", model)[0])
+
+
+def test_another_quantisation_is_not_replaced_unasked(tmp_path: Path) -> None:
+    train(tmp_path / "a", store="8bit")
+    path, config = tmp_path / "a" / "mtp.safetensors", tmp_path / "a" / "mtp_config.json"
+    heads, _ = load_folder(tmp_path / "a", model_of())
+    dequantise(heads)
+    nn.quantize(heads, 32, 4, class_predicate=lambda _, layer: isinstance(layer, nn.Linear))
+    mx.save_safetensors(str(path), dict(tree_flatten(heads.parameters())))
+    raw = json.loads(config.read_text())
+    raw["heads"]["quantization"] = {"group_size": 32, "bits": 4}
+    config.write_text(json.dumps(raw))
+    with pytest.raises(
+        MTPError, match="has heads in 4 bits, in groups of 32, which are not written: set `store`"
+    ):
+        train(tmp_path / "b", start_from=tmp_path / "a", draft_vocab=0)
+    train(tmp_path / "c", start_from=tmp_path / "a", draft_vocab=0, store="8bit")
+    assert is_quantised(load_folder(tmp_path / "c", model_of())[0])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
