@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -11,12 +12,21 @@ import mlx.nn as nn
 
 
 def precision_of(linears: Iterable[nn.Module]) -> str:
-    """The precision of linear layers: "float32", "bfloat16", "4-bit", or "mixed: 4-bit, 6-bit".
+    """The precision of linear layers: "float32", "bfloat16", "4-bit", or "mixed: 4-bit, 6-bit (4.4 bits a weight)".
 
-    Affine quantisation is named by its bits, another by its mode: "mxfp4".
+    Affine quantisation is named by its bits, another by its mode: "mxfp4". The bits a weight are the mean over the
+    weights, without their scales.
     """
-    found = sorted({_precision(bare(layer)) for layer in linears})
-    return found[0] if len(found) == 1 else f"mixed: {', '.join(found) or 'no linear layers'}"
+    weights: Counter[str] = Counter()
+    for layer in map(bare, linears):
+        name = _precision(layer)
+        weights[name] += layer["weight"].nbytes * 8 / _bits(name)
+    if len(weights) == 1:
+        return next(iter(weights))
+    if not weights:
+        return "mixed: no linear layers"
+    mean = sum(_bits(name) * count for name, count in weights.items()) / weights.total()
+    return f"mixed: {', '.join(sorted(weights))} ({mean:.1f} bits a weight)"
 
 
 def _precision(layer: nn.Module) -> str:
@@ -58,6 +68,9 @@ def _distance(one: str, other: str) -> float:
 
 
 def _bits(precision: str) -> float:
-    """Bits of a weight, the mean over the parts of a mixed precision."""
+    """Bits of a weight; of a mixed precision the mean that it names, or in older folders the mean over its parts."""
+    mean = re.search(r"\(([\d.]+) bits a weight\)", precision)
+    if mean is not None:
+        return float(mean[1])
     numbers = [int(digits) for digits in re.findall(r"\d+", precision)]
     return max(sum(numbers) / len(numbers), 1.0) if numbers else 16.0

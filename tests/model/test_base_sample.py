@@ -155,8 +155,29 @@ def test_precisions_have_names_and_neighbours() -> None:
     assert attach(copy_of(model, **FORMATS["mxfp4"])).precision == "mxfp4"
     nn.quantize(model.model.layers[0], group_size=32, bits=8)
     nn.quantize(model.model.layers[1], group_size=32, bits=4)
-    assert attach(model).precision == "mixed: 4-bit, 8-bit"
+    assert attach(model).precision == "mixed: 4-bit, 8-bit (6.0 bits a weight)"
     known = ["float32", "4-bit"]
     assert nearest_precision(known, "4-bit") == nearest_precision(known, "mxfp4") == "4-bit"
     assert nearest_precision(known, "bfloat16") == "float32" and nearest_precision([], "4-bit") is None
     assert nearest_precision(["3-bit", "8-bit"], "mixed: 4-bit, 8-bit") == "8-bit"
+
+
+def test_a_mixed_precision_is_the_mean_over_its_weights() -> None:
+    """One small layer in 8 bits does not make a 4-bit model one of 6 bits."""
+    model = copy_of(build(), **FORMATS["4 bits"])
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = nn.QuantizedLinear(64, 32, bias=False, group_size=32, bits=8)
+    small, total = 64 * 32, sum(layer.size for layer in _linear_weights(build()))
+    mean = 4 + 4 * small / total
+    name = attach(model).precision
+    assert name == f"mixed: 4-bit, 8-bit ({mean:.1f} bits a weight)"
+    assert nearest_precision(["6-bit", "4-bit"], name) == "4-bit"
+    assert nearest_precision(["4-bit", "mixed: 4-bit, 8-bit (7.6 bits a weight)"], "8-bit").startswith(
+        "mixed"
+    )
+
+
+def _linear_weights(model: nn.Module) -> list[mx.array]:
+    return [
+        layer.weight for _, layer in model.model.layers[0].named_modules() if isinstance(layer, nn.Linear)
+    ] * 2

@@ -167,6 +167,13 @@ def facts(folder: Path, header: Header) -> dict[str, Any]:
     }
 
 
+def _made(files: str, trained: bool) -> str:
+    """Where heads come from, in words: converted from `files`, trained here, or both."""
+    if not files:
+        return "trained by mtp-mlx"
+    return f"converted by mtp-mlx from {files}" + (", then trained by mtp-mlx" if trained else "")
+
+
 def card_lines(folder: Path, header: Header) -> CardLines:
     """The method's lines of the model card."""
     config, source = config_of(folder, header), header.source
@@ -180,7 +187,7 @@ def card_lines(folder: Path, header: Header) -> CardLines:
         about=(
             f"{config.count} head(s) that draft {config.drafts} token(s) a step"
             + (f" and read {states_read(config)}, " if config.taps else ", ")
-            + (f"converted by mtp-mlx from {files}.\n" if files else "trained by mtp-mlx.\n")
+            + f"{_made(files, trained=bool(header.training))}.\n"
             + "The base model's own output is unchanged: drafts are verified."
         ),
         method=(f"MTP heads, {source.get('family')}" if files else paper("MTP heads", "2603.23911")),

@@ -227,9 +227,9 @@ class HeadsRunner(MicroBatchRunner):
     ) -> tuple[LossParts, dict]:
         """Loss and gradients of a slice, as its share of the micro-batch; evaluated."""
         attached, distil = self._attached, self._distil
-        states, embeddings = self._states(examples), attached.embed(mx.array(layout.tokens))
+        states, normaliser = self._states.with_normaliser(examples)
+        embeddings = attached.embed(mx.array(layout.tokens))
         mx.eval(states, embeddings)
-        normaliser = self._states.normaliser(examples) if distil.kl_weight else None
         teacher = teacher_targets(attached, last_state(attached, states), layout, distil, normaliser)
         rows = head_rows(layout, self._columns, distil, self._depths, totals)
 

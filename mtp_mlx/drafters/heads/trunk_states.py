@@ -45,8 +45,8 @@ class TrunkStates(Protocol):
         """
         ...
 
-    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
-        """[S, T] float32 as `normaliser_of` gives it, or None if it would have to be computed first."""
+    def with_normaliser(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array | None]:
+        """The same, and [S, T] float32 as `normaliser_of` gives it, or None if it would have to be computed first."""
         ...
 
 
@@ -83,9 +83,9 @@ class ComputedStates:
         """See `TrunkStates`."""
         return self._trunk(mx.array(padded(examples)))
 
-    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
+    def with_normaliser(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array | None]:
         """See `TrunkStates`: only the rows that teach are worth it."""
-        return None
+        return self(examples), None
 
 
 class CachedStates:
@@ -112,9 +112,10 @@ class CachedStates:
         """See `TrunkStates`."""
         return _stacked([self._stored(example)[NAME] for example in examples])
 
-    def normaliser(self, examples: Sequence[Example]) -> mx.array | None:
-        """See `TrunkStates`."""
-        return _stacked([self._stored(example)[NORMALISER] for example in examples])
+    def with_normaliser(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array | None]:
+        """See `TrunkStates`; every file is read once."""
+        found = [self._stored(example) for example in examples]
+        return _stacked([one[NAME] for one in found]), _stacked([one[NORMALISER] for one in found])
 
     def _stored(self, example: Example) -> dict[str, mx.array]:
         """States [T, m * D] of one example and their normaliser [T], evaluated; written if they are missing."""

@@ -90,6 +90,11 @@ def check_trained(model: nn.Module, folder: Path, start: Path, out: Path, logits
     assert last.loss < first.loss
     header = read_header(out)
     assert config_of(out, header) == theirs and header.source == read_header(start).source
+    cards = [(one / "README.md").read_text() for one in (start, out)]
+    assert [", then trained by mtp-mlx." in card for card in cards] == [
+        False,
+        bool(header.source.get("files")),
+    ]
     stored, written = read_tensors(start), read_tensors(out)
     assert {name: (value.shape, value.dtype) for name, value in stored.items()} == {
         name: (value.shape, value.dtype) for name, value in written.items()
@@ -164,7 +169,7 @@ def test_a_quantised_base_and_quantised_heads(tmp_path: Path, name: str) -> None
         return model
 
     assert trainer_for(base(), tmp_path / "a", parity.heads_folder, store="8bit").run()
-    assert list(read_header(tmp_path / "a").acceptance_by_precision) == ["mixed: 8-bit, float32"]
+    assert list(read_header(tmp_path / "a").acceptance_by_precision)[0].startswith("mixed: 8-bit, float32 (")
     again = trainer_for(base(), tmp_path / "b", tmp_path / "a")
     assert not is_quantised(again.method.module) and again.run()
     heads, _ = load_folder(tmp_path / "b", base())

@@ -126,11 +126,11 @@ def test_a_file_without_the_normaliser_is_completed(tmp_path: Path) -> None:
     """Earlier versions cached states alone."""
     attached, row = heads_trainer(tmp_path / "a").method.attached, examples()[0]
     states = CachedStates(attached, tmp_path / "cache")
-    whole = states.normaliser([row])
+    _, whole = states.with_normaliser([row])
     assert whole is not None and whole.shape == (1, len(row))
     path = states.path(row)
     mx.save_safetensors(str(path), {"hidden": mx.load(str(path))["hidden"]})  # type: ignore[index]
-    again = states.normaliser([row])
+    _, again = states.with_normaliser([row])
     assert again is not None and mx.array_equal(again, whole).item()
     assert set(mx.load(str(path))) == {"hidden", "normaliser"}
     logits = attached.model(mx.array([row.tokens]))[0]
@@ -144,7 +144,25 @@ def test_a_known_normaliser_changes_nothing(tmp_path: Path, temperature: float) 
     first = heads_trainer(tmp_path / "a", one := Remembering(), **settings)
     assert first.run()
     second = heads_trainer(tmp_path / "b", other := Remembering(), **settings)
-    second.method._states.normaliser = lambda examples: None
+    states = second.method._states
+    with_normaliser = states.with_normaliser
+    states.with_normaliser = lambda examples: (with_normaliser(examples)[0], None)
     assert second.run()
     for known, computed in zip(one.steps, other.steps, strict=True):
         assert known.loss == pytest.approx(computed.loss, rel=1e-5)
+
+
+def test_a_step_reads_every_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"steps": 2, "warmup": 0, "measure_every": 0, "hidden_cache": tmp_path / "cache"}
+    assert heads_trainer(tmp_path / "a", **settings).run()
+    trainer, read = heads_trainer(tmp_path / "b", **settings), []
+    own = CachedStates._read
+
+    def counted(states: CachedStates, path: Path, example: Example) -> Any:
+        read.append(path)
+        return own(states, path, example)
+
+    monkeypatch.setattr(CachedStates, "_read", counted)
+    trainer._one_step()
+    shown = trainer.settings.batch_size * trainer.settings.micro_batches
+    assert 0 < len(read) <= shown
