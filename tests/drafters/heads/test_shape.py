@@ -4,6 +4,7 @@ one head for all drafts; and that shapes that do not fit are refused."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ from mtp_mlx.convert.heads.speculators import export_speculators
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.heads import agreement
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import config_of
 from mtp_mlx.drafters.heads.mtp_head import last_layers
 from mtp_mlx.drafters.heads.start import start_like_trunk
 from mtp_mlx.drafters.heads.taps import TapFusion, layer_numbers
+from mtp_mlx.drafters.heads.trunk_states import ComputedStates
 from mtp_mlx.drafters.registry import folder_facts, load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.planning.calibrate import measure
+from mtp_mlx.train.data import Example
 from mtp_mlx.train.trainer import Trainer
 from tests.tiny import save_tiny, tiny_config, tiny_model
-from tests.train.training import Remembering, settings_for, trainer_for
+from tests.train.training import Remembering, make_trainer, settings_for, trainer_for
 
 SHAPES: dict[str, dict[str, Any]] = {
     "shared": {"shared": True},
@@ -48,6 +52,26 @@ def shaped(out: Path, listener: Any = None, model: Any = None, **changes: Any) -
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in tree_flatten(tree)}
+
+
+def check_drafts(folder: Path, build: Callable[[], Any], **changes: Any) -> None:
+    """On the base's own text, learnt by heart, each step accepts as many drafts as teacher forcing finds right."""
+    prompt = [5, 9, 2]
+    plain = [item.token for item in mtp_generate_step(prompt, attach(build()), max_tokens=44)]
+    row = Example(prompt + plain, len(prompt))
+    changes = {"steps": 25, "learning_rate": 5e-3, "draft_vocab": 0, "measure_every": 0, **changes}
+    settings = settings_for(folder, "mtp-heads", batch_size=1, micro_batches=1, **changes)
+    assert make_trainer(build(), [row], [row], settings, Remembering()).run()
+    model, stats = build(), DecodeStats()
+    attached = attach(model, load_folder(folder, model)[0])
+    right = agreement._right(attached, [row], 3, ComputedStates(attached))
+    steps = mtp_generate_step(prompt, attached, max_tokens=30, policy=ChainPolicy(3), stats=stats)
+    assert [item.token for item in steps] == plain[:30]
+    left, expected = 29, []  # tokens behind the first, which comes without drafts
+    while left > 0:
+        expected.append(min(int(np.cumprod(right[29 - left]).sum()), left - 1))
+        left -= expected[-1] + 1
+    assert sum(stats.accepted) == sum(expected) > 12, (stats, expected)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +102,11 @@ def test_trained_heads_draft_and_the_text_stays(tmp_path: Path, name: str) -> No
     assert "".join(response.text for response in responses) == expected
     attached.detach()
     assert mlx_lm.generate(attached.model, tokenizer, "The sky", max_tokens=30) == expected
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decoding_accepts_what_the_measurement_says(tmp_path: Path, name: str) -> None:
+    check_drafts(tmp_path / "heads", lambda: tiny_model("qwen3", seed=3), **SHAPES[name])
 
 
 def test_on_a_quantised_base(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from tests.drafters.heads.test_mtp_head import random_heads
+from tests.drafters.heads.test_shape import check_drafts
 from tests.tiny import tiny_model
 from tests.train.training import Remembering, trainer_for
 
@@ -68,6 +69,11 @@ def test_a_folder_in_8_bits_is_half_as_large_and_drafts(tmp_path: Path) -> None:
         tokens = mtp_generate_step(mx.array([5, 9, 11]), attached, max_tokens=12, policy=ChainPolicy(2))
         assert [token.token for token in tokens] == plain
         attached.detach()
+
+
+def test_heads_in_8_bits_draft_what_they_were_measured_to(tmp_path: Path) -> None:
+    check_drafts(tmp_path / "small", model_of, store="8bit")
+    assert is_quantised(load_folder(tmp_path / "small", model_of())[0])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
