@@ -10,9 +10,10 @@ They work from any thread, with one generation at a time per model. Closing the 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.adapter_folder import sidecar
+from mtp_mlx.adapter_folder import Header, sidecar
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -37,6 +38,7 @@ from mtp_mlx.files import cache_dir
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.models import bundled_adapter, load_base, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
@@ -134,7 +136,8 @@ def load(
     wanted = registry.replaces_adapter(drafter_options) and adapter == "auto"
     folder = None if wanted or adapter is None else _adapter_folder(model, path, adapter)
     if folder is not None:
-        source, info = registry.load_folder(folder, base)
+        again = partial(load_base, model, quantize, lazy=True) if lazy else None
+        source, info = _load_adapter(folder, base, again)
     context = registry.LoadContext(base, tokenizer, adapter_named=adapter not in ("auto", None))
     source = registry.prepare(source, drafter_options, context)
     kernels = None
@@ -155,6 +158,14 @@ def load(
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
+
+
+def _load_adapter(folder: Path, base: Any, again: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Header]:
+    """The adapter in `folder` and its header, for a bare model; `again` loads the model once more if it is lazy."""
+    if again is None:
+        return registry.load_folder(folder, base)
+    with sampled_through(base, lambda: again()[0]):
+        return registry.load_folder(folder, base)
 
 
 def _adapter_folder(model: str, path: str | Path, adapter: str | Path) -> Path | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.utils import load_model
 
 from mtp_mlx import base_check
 from mtp_mlx.adapter_folder import Header, read_header, write_header
@@ -16,10 +19,11 @@ from mtp_mlx.drafters.masks.folder import mask_header, save
 from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
-from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base, sampled_through
 from mtp_mlx.planning.choose import recorded_acceptance
 from tests.model.naive import random_adapter
 from tests.model.test_base_sample import FORMATS, build, copy_of, tuned
+from tests.tiny import save_tiny, tiny_model
 from tests.train.training import trainer_for
 
 CERTAIN = "though its norms are the same: a fine-tune was merged into them"
@@ -75,6 +79,27 @@ def test_layers_of_other_names_are_warned_of(tmp_path: Path, caplog: pytest.LogC
     load_folder(folder, model)
     (record,) = caplog.records
     assert "whose layers have other names or another number than this model's here" in record.message
+
+
+def test_checking_a_lazy_model_leaves_its_layers_on_disk(tmp_path: Path) -> None:
+    """So a process that will have a part of each layer never has whole ones in memory."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}
+    save_tiny(tmp_path / "model", "llama", seed=3, **sizes)
+    folder = written(tmp_path / "adapter", tiny_model("llama", seed=3, **sizes), acceptance=[])
+    load = lambda: load_model(tmp_path / "model", lazy=True)[0]  # noqa: E731
+    header, model = read_header(folder), load()
+    gc.collect()
+    before = mx.get_active_memory()
+    with sampled_through(model, load):
+        base_check.check_base(folder, header, model)
+        assert sample_base(model) == header.base_sample
+    gc.collect()
+    assert mx.get_active_memory() - before < 100_000, "the norms alone"
+    base_check.check_base(folder, header, model)
+    assert mx.get_active_memory() - before > 4_000_000, "this proves nothing"
+    other, tuned_folder = build(), written(tmp_path / "other", tuned(build(), 0.05))
+    with sampled_through(other, build), pytest.raises(MTPError, match=CERTAIN):
+        load_folder(tuned_folder, other)
 
 
 def test_a_damaged_sample_is_one_sentence(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 from mtp_mlx.model.sharded import shard
 from tests.decode.fakes import PlainWatching, random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "llama", "llama", seed=3)
     base = tiny_model("llama", seed=3)
     adapter = random_adapter(base)
-    save_adapter(root / "slots", adapter, mask_header(adapter.config, "tiny", base_fingerprint(base)))
+    sample = sample_base(base)
+    info = mask_header(adapter.config, "tiny", base_fingerprint(base), base_sample=sample)
+    save_adapter(root / "slots", adapter, info)
     convention = HeadConvention("test")
     heads = MTPHeads(random_heads(base, 3, convention).heads, convention)
     info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 3), "tiny", base_fingerprint(base))

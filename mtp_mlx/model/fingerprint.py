@@ -7,7 +7,8 @@ The sample notices that, see `mtp_mlx.model.base_sample`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mtp_mlx.model.precision import bare, weight_format
 from mtp_mlx.model.seams import Seams, embedding_shape, find_seams
 
 MOST_LAYERS = 48  # layers that are sampled
+_KNOWN = "_known_sample"  # attribute of a model, see `sampled_through`
 # Largest rounding error of a 4-bit and of an 8-bit float, relative to the largest weight nearby: e2m1 has no value
 # between 4 and 6, and larger ones are clipped; e4m3 has three bits after the first.
 _FLOAT4_ERROR, _FLOAT8_ERROR = 1 / 3, 1 / 16
@@ -74,11 +76,15 @@ class Run(NamedTuple):
 def sample_base(model: nn.Module) -> BaseSample:
     """A sample of the model's linear layers, the same layers, rows and columns in any precision.
 
-    Takes a few milliseconds once the weights are in memory: a single row of each layer is dequantised.
+    Takes a few milliseconds once the weights are in memory: a single row of each layer is dequantised. Lazy layers
+    are read whole and stay in memory: see `sampled_through`.
 
     Raises:
         MTPError: if the model lacks a seam.
     """
+    known = getattr(model, _KNOWN, None)
+    if isinstance(known, BaseSample):
+        return known
     return sample_of(_run(name, layer) for name, layer in sampled_layers(model))
 
 
@@ -95,6 +101,20 @@ def sample_lazily(model: nn.Module) -> BaseSample:
             layer.clear()
 
     return sample_of(runs())
+
+
+@contextmanager
+def sampled_through(model: nn.Module, again: Callable[[], nn.Module]) -> Iterator[None]:
+    """Meanwhile `sample_base` of a lazy model leaves its weights unread: it samples a second load, thrown away then.
+
+    Args:
+        again: loads the same model, lazily too.
+    """
+    setattr(model, _KNOWN, sample_lazily(again()))
+    try:
+        yield
+    finally:
+        delattr(model, _KNOWN)
 
 
 def sample_of(runs: Iterable[Run]) -> BaseSample:
