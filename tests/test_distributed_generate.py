@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 
 from mtp_mlx.cli import main
 from mtp_mlx.decode.layout import Layout
@@ -65,6 +69,30 @@ def requests(folder: Path) -> list[dict[str, Any]]:
         {"adapter": heads, "layout": "linear", "sampling": sampled},
         {"adapter": slots, "layout": "auto"},
     ]
+
+
+def test_whole_layers_of_a_lazy_model_do_not_stay_in_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 2048}
+    save_tiny(tmp_path / "llama", "llama", seed=3, **sizes)
+    adapter = random_adapter(tiny_model("llama", seed=3, **sizes))
+    model = load_model(tmp_path / "llama", lazy=True)[0]
+
+    def halve(group: Any) -> None:
+        for layer in model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                own = nn.Linear(1, 1, bias=False)
+                own.weight = mx.contiguous(mx.split(layer.mlp[name].weight, 2, axis=0)[0])
+                layer.mlp[name] = own
+
+    model.shard = halve
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    shard(model, adapter, Peers())
+    size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    largest = 4 * 256 * 2048
+    assert mx.get_peak_memory() - before < size + 1.5 * largest
+    assert mx.get_active_memory() - before < size + 0.2 * largest
 
 
 def test_a_shared_model_writes_the_same_tokens(folder: Path, tmp_path: Path) -> None:
