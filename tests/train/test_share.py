@@ -23,7 +23,7 @@ ROWS = [Example(np.random.default_rng(n).integers(3, VOCABULARY, 700).tolist(), 
 def share(out: Path, size: int, micro_batches: int, **changes: Any) -> float | None:
     """Of one of `size` processes."""
     settings = settings_for(
-        out, block_share=None, micro_batches=micro_batches, max_length=1024, memory="1GB", **changes
+        out, block_share=None, micro_batches=micro_batches, max_length=1024, memory="10GB", **changes
     )
     kind = method_class("mask-tokens")
     peers = Peers(0, size)
