@@ -1,7 +1,7 @@
 """Quantised layers on a CPU, in training: many rows at once are multiplied by dequantised weights.
 
-MLX's product with quantised weights on a CPU takes each row by itself, a hundred times longer than BLAS does for a
-slice of rows (measured). On a GPU it is fast, and nothing is changed.
+MLX's product with quantised weights on a CPU takes each row by itself, many times longer than BLAS does for a slice
+of rows. On a GPU it is fast, and nothing is changed.
 """
 
 from __future__ import annotations

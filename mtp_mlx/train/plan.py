@@ -17,7 +17,7 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.train.grad_checkpoint import checkpointed_layers
 from mtp_mlx.train.memory import MemoryBudget, MemoryEstimate, gigabytes
 
-# More rows in a slice gain nothing: a CPU is busy with these (measured), a GPU surely with those.
+# These rows keep a CPU's, or a GPU's, matrix products busy; more take more memory.
 MOST_ROWS_CPU, MOST_ROWS_GPU = 256, 2048
 FEWEST_ROWS = 16
 
@@ -27,7 +27,8 @@ class StepPlan:
     """A plan.
 
     Attributes:
-        slice_rows: most rows that run forward and backward together in a thread; None for a whole sequence.
+        slice_rows: most rows that run forward and backward together in a thread; None for no limit. Sequences that
+            a method never cuts run one at a time at least, and with 1 never together.
         workers: micro-batches computed in parallel.
         grad_checkpoint: whether the backward pass recomputes decoder layers.
     """
@@ -47,7 +48,7 @@ class StepPlan:
         return ", ".join([*words, *(["gradient checkpointing"] if self.grad_checkpoint else [])])
 
 
-WHOLE = StepPlan()  # no slices: a sequence runs in one piece
+WHOLE = StepPlan()  # nothing is cut
 
 
 def on_cpu() -> bool:

@@ -123,6 +123,32 @@ def test_gated_lora_acts_on_masks_only(tau: float | None) -> None:
     assert run(model, PROMPT, 20, emission(tau)) == expected.tokens
 
 
+def test_behind_gated_slots_the_first_token_need_not_reach_tau() -> None:
+    """Tau between the probabilities of the first token and of a surer draft: the paper would emit one."""
+    model, naive = gated_single_mask()
+
+    def logits(text: list[int], masks: int) -> np.ndarray:
+        return np.array(model.head(mx.array(naive.hidden(text, masks)[len(text) - 1 :])[None])[0])
+
+    checked = 0
+    for first in range(3, 150, 3):
+        prompt = [first, (first * 7) % 150]
+        rows = logits(prompt, 1).astype(np.float64)
+        own, draft = (np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1) ** -1).tolist()
+        tau = (own + draft) / 2
+        if draft < own * 1.01:
+            continue
+        expected = naive_emit.emit(logits, prompt, 2, SLOTS + 1, tau, own_pick=True)
+        assert (
+            len(expected.blocks) == 1 and len(naive_emit.emit(logits, prompt, 2, SLOTS + 1, tau).blocks) == 2
+        )
+        stats = DecodeStats()
+        assert run(model, prompt, 2, emission(tau), stats=stats) == expected.tokens
+        assert stats.steps == 1
+        checked += 1
+    assert checked > 2
+
+
 @pytest.mark.parametrize("tau", [None, 0.02, 0.05, 0.1])
 def test_a_draft_vocabulary_is_for_verified_drafts(tau: float | None) -> None:
     """What nobody checks competes with all tokens, in the pick and in the probability that tau is compared with."""
