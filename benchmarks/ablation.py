@@ -30,6 +30,7 @@ import click
 import yaml
 
 MEASURES = {"mask-tokens": "slots_acceptance.py", "mtp-heads": "heads_acceptance.py"}
+FOLDER_OPTIONS = {"slots_acceptance.py": "--adapter", "heads_acceptance.py": "--heads"}
 PROBE_STEPS = 8  # how many rows a step of a case has is found out by training that many
 
 
@@ -125,10 +126,9 @@ def run(plan: Plan, name: str, seed: int, settings: dict[str, Any], data: Path, 
 
 def measured(method: str, folders: list[Path], answers: Path, limit: int | None) -> list[dict[str, Any]]:
     """What the method's acceptance benchmark finds for every folder."""
-    script = Path(__file__).with_name(MEASURES[method])
-    flag = "--heads" if method == "mtp-heads" else "--adapter"
-    command = [sys.executable, str(script), "--data", str(answers), "--json"]
-    command += [word for folder in folders for word in (flag, str(folder))]
+    script = MEASURES[method]
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--data", str(answers), "--json"]
+    command += [word for folder in folders for word in (FOLDER_OPTIONS[script], str(folder))]
     if limit is not None:
         command += ["--limit", str(limit)]
     return list(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))

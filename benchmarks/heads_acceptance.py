@@ -41,11 +41,14 @@ def table_rows(row: dict[str, Any], most: int) -> list[str]:
 @click.option("--model", default="smollm2-135m", show_default=True, help="Embedded model, folder or hub id")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Greedy answers of the model")
 @click.option("--heads", "entries", multiple=True, required=True, help="Folder of heads, or FOLDER:DRAFTS")
+@click.option("--limit", type=click.IntRange(1), help="The first N answers only")
 @click.option(
     "--max-length", default=1024, show_default=True, help="Truncate rows at this length; drop longer prompts"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
-def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_json: bool) -> None:
+def main(
+    model: str, data: Path, entries: tuple[str, ...], limit: int | None, max_length: int, as_json: bool
+) -> None:
     """Print a table of AR and CAR by depth, with two rows per folder of heads."""
     prefer_openblas()
     from mtp_mlx import load
@@ -74,7 +77,7 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
             raise click.UsageError(f"{folder} has no MTP heads")
         attached.speculator.check_drafts(drafts)
         depths = drafts or attached.most_drafts
-        batches = [[example] for example in examples]
+        batches = [[example] for example in examples[:limit]]
         result = measure_heads(attached, batches, depths, ComputedStates(attached))
         row = {
             "heads": entry,
@@ -93,8 +96,9 @@ def main(model: str, data: Path, entries: tuple[str, ...], max_length: int, as_j
     else:
         fewest, largest = min(row["positions"] for row in found), max(row["positions"] for row in found)
         click.echo(
-            f"\n{fewest} to {largest} positions (fewer with more drafts) of {len(examples)} rows of {data.name}; "
-            f"{report.dropped} rows dropped, their prompts fill {max_length} tokens; {report.truncated} truncated"
+            f"\n{fewest} to {largest} positions (fewer with more drafts) of {len(examples[:limit])} rows of "
+            f"{data.name}; {report.dropped} rows dropped, their prompts fill {max_length} tokens; "
+            f"{report.truncated} truncated"
         )
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import ablation
 import heads_acceptance
 import mlx.core as mx
 import mlx.nn as nn
@@ -88,6 +89,16 @@ def test_heads_acceptance(folder: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert [len(row["ar"]) for row in json.loads(result.stdout)] == [2, 4]
+
+
+@pytest.mark.parametrize("script", ablation.MEASURES.values())
+def test_what_an_ablation_asks_of_the_benchmarks(script: str) -> None:
+    """All cases are measured with the same words, whatever the method."""
+    command = {"heads_acceptance.py": heads_acceptance.main, "slots_acceptance.py": slots_acceptance.main}[
+        script
+    ]
+    asked = {option for parameter in command.params for option in parameter.opts}
+    assert {"--data", "--json", "--limit", ablation.FOLDER_OPTIONS[script]} <= asked
 
 
 def test_slots_acceptance(folder: Path) -> None:
