@@ -74,8 +74,8 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     if layouts:
         known = sorted({kind for family in layouts for kind in family.model_types or BLOCKS})
         raise ConversionError(
-            f"the tensors have the names of {layouts[0].title}, but model_type in config.json is {kind!r}; with "
-            f"these names it must be one of {', '.join(known)}"
+            f"the heads' tensors have names like {layouts[0].names.fuse}, but model_type in config.json is {kind!r}; "
+            f"with these names it must be one of {', '.join(known)}"
         )
     for pattern, title in REFUSED.items():
         if any(re.match(_ROOT + pattern, name) for name in names):

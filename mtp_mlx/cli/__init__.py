@@ -50,6 +50,8 @@ _MENDABLE_OS_ERRORS = (
 )
 # Errors without a class of their own: impossible names, read-only file systems, files too large for the file system.
 _MENDABLE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EFBIG)
+# What fails without the name of a file.
+_DOING = {number: "a file could not be written: " for number in (errno.EROFS, errno.EFBIG)}
 
 
 class LazyGroup(click.Group):
@@ -100,12 +102,23 @@ def explain(error: Exception) -> str | None:
         return 'a path begins with "~" and the name of a user without a home folder: give the full path.'
     if not isinstance(error, OSError):
         return None
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return "the working directory was deleted: change to another folder (cd) and run the command again."
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full; free some space and run the command again."
     if isinstance(error, _MENDABLE_OS_ERRORS) or error.errno in _MENDABLE_NUMBERS:
-        return f"{where or 'a file could not be written: '}{(error.strerror or str(error)).lower()}."
+        reason = error.strerror.lower() if error.strerror else str(error).rstrip(".")
+        return f"{where or _DOING.get(error.errno or 0, 'a file could not be used: ')}{reason}."
     return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 # Arguments of the library that have another name on the command line.

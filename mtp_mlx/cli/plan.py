@@ -80,7 +80,7 @@ def make(settings: PlanSettings) -> list[Plan]:
     from mtp_mlx.measure.curves import built_in, read_curve
     from mtp_mlx.measure.projection import project
     from mtp_mlx.measure.recorded import from_adapter, from_report
-    from mtp_mlx.models import EMBEDDED, bundled_adapter
+    from mtp_mlx.models import EMBEDDED, bundled_adapter, named_adapter
 
     curves = [read_curve(name) for name in settings.curve or built_in()]
     if settings.bench is not None and settings.adapter is not None:
@@ -90,7 +90,8 @@ def make(settings: PlanSettings) -> list[Plan]:
     if settings.bench is not None:
         measured = from_report(settings.bench, settings.lane)
     else:
-        folder = settings.adapter or bundled_adapter(next(iter(EMBEDDED)))
+        given = settings.adapter
+        folder = named_adapter(given) if given else bundled_adapter(next(iter(EMBEDDED)))
         if folder is None:
             raise MTPError(
                 "this package has no bundled adapter: name one with --adapter, or give --bench FILE"

@@ -151,7 +151,7 @@ class Application:
             raise too_large
         try:
             return parse_object(await asyncio.wait_for(_collect(request, most, too_large), BODY_SECONDS))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise RequestError("the body did not arrive in time", 408) from None
 
     async def _read(self, read: Callable[[dict[str, Any], Prompts], Any], body: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
+from mtp_mlx.models import named_adapter
 
 DEFAULT_WARMUP = 50
 DEFAULT_DRAFT_VOCAB = 8192
@@ -78,7 +79,9 @@ class TrainSettings:
     seed: int = setting(0, help="Seed of initial weights, data order and sampled positions", minimum=0)
 
     def __post_init__(self) -> None:
-        """Fills in the defaults of `draft_vocab`, `micro_batches` and `warmup`, and refuses contradictions."""
+        """Fills in the folder of a named adapter and missing defaults, and refuses contradictions."""
+        if self.start_from is not None:
+            object.__setattr__(self, "start_from", named_adapter(self.start_from))
         if self.draft_vocab is None:
             object.__setattr__(self, "draft_vocab", self.default_draft_vocab())
         if not self.micro_batches:

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -143,6 +144,23 @@ def test_names_that_no_file_can_have() -> None:
     )
     assert "without a home folder" in str(cli.explain(RuntimeError("Could not determine home directory.")))
     assert cli.explain(RuntimeError("something else")) is None
+
+
+def test_a_deleted_working_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    assert cli.explain(gone) == "a file could not be used: no such file or directory."
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    for args in (("info", "model"), ("generate", "-m", "model", "-p", "a"), ("plan", "-a", "adapter")):
+        result = run(*args)
+        assert result.exit_code == 2 and "could not be written" not in result.stderr, result.stderr
+    assert "working directory was deleted" in str(cli.explain(gone))
+
+
+def test_other_libraries_messages_keep_their_capitals() -> None:
+    error = FileNotFoundError("Cannot find a snapshot. Set HF_HUB_OFFLINE=0.")
+    assert cli.explain(error) == "a file could not be used: Cannot find a snapshot. Set HF_HUB_OFFLINE=0."
 
 
 def test_arguments_of_the_library_are_options_of_the_verb() -> None:

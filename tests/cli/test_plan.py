@@ -31,6 +31,11 @@ def test_text(adapter: Path) -> None:
     assert "Best projected: " in result.stdout
 
 
+def test_the_bundled_heads_are_known_by_their_name() -> None:
+    result = run("--curve", "m5-max", "--adapter", "demo-heads")
+    assert result.exit_code == 0 and "smollm2-135m-heads" in result.stdout, result.output
+
+
 def test_json_and_all_curves(adapter: Path) -> None:
     result = run("--adapter", str(adapter), "--json", "--draft-cost", "0.1")
     report = json.loads(result.stdout)
