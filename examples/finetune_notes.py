@@ -102,7 +102,7 @@ def run(*words: str) -> dict:
         raise KeyboardInterrupt
     if result.exit_code:
         said = (result.stderr or str(result.exception)).strip()
-        raise MTPError(f"mtp-mlx {words[0]}: {said.removeprefix('Error: ')}")
+        raise MTPError(f"mtp-mlx {words[0]}: {said.rpartition('Error: ')[2]}")  # behind a progress bar
     return json.loads(result.stdout)
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mtp_mlx.adapter_faults import not_an_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import new_folder, write_text
 
@@ -121,7 +122,7 @@ def read_header(folder: Path) -> Header:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise MTPError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}")
+        raise MTPError(not_an_adapter(Path(folder), CONFIG_NAME))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

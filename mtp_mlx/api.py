@@ -19,11 +19,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jinja2.exceptions import TemplateError
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.adapter_folder import Header, sidecar
+from mtp_mlx.base_model import load_base
+from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -40,9 +41,10 @@ from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
-from mtp_mlx.models import bundled_adapter, load_base, named_adapter, resolve_model
+from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.text import AnswerText
+from mtp_mlx.token_ids import check_ids
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
 
@@ -220,20 +222,22 @@ def stream_generate(
             quantized_kv_start, prompt_progress_callback, constraint.
 
     Raises:
-        MTPError: if an option is wrong, the prompt is empty, or the cache cannot be rolled back.
+        MTPError: if an option is wrong, the prompt is empty or has an id that the model has no row for, or the cache
+                cannot be rolled back.
     """
     emission = emission or Emission()
     _check_options(max_tokens, lookup, emission)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
+    check_ids(ids, model.vocab_size, "the prompt", tokenizer)
     stats = DecodeStats() if stats is None else stats
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission)
     policy = led_policy(drafting.policy, model.peers)
     kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
     steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)
-    answer = AnswerText(tokenizer, stop, max_tokens)
+    answer = AnswerText(tokenizer, stop, max_tokens, stats.fallbacks)
     clock = _Clock(len(ids))
     with wired_limit(model.model), closing(steps):
         for response in _responses(model.peers.each(steps), answer, clock, stats, emission.lossless):
@@ -308,16 +312,3 @@ def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = N
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     return chat_ids(tokenizer, messages)
-
-
-def chat_ids(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        MTPError: if the template rejects the messages, as many do with a system message.
-    """
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise MTPError(f"the model's chat template rejects these messages: {error}") from error
-    return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

@@ -17,7 +17,8 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.api import GenerationResponse, chat_ids, encode_prompt, stream_generate
+from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
+from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats

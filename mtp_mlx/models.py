@@ -16,7 +16,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mtp_mlx.errors import ModelNotFound, MTPError
 from mtp_mlx.files import cache_dir
@@ -139,33 +138,6 @@ def resolve_model(
             f"nor an embedded model ({', '.join(EMBEDDED)})."
         )
     return name
-
-
-def load_base(
-    name_or_path: str | Path,
-    quantize: int | None = None,
-    *,
-    tokenizer_config: dict[str, Any] | None = None,
-    lazy: bool = False,
-) -> tuple[Any, Any]:
-    """A bare mlx-lm model and its tokenizer, by the names that `resolve_model` knows.
-
-    Args:
-        quantize: 4 or 8 bits, for the embedded model only.
-        tokenizer_config: as `mlx_lm.load`.
-        lazy: read weights when they are first used.
-
-    Raises:
-        MTPError: if there is no such model, or it cannot be loaded.
-    """
-    import mlx_lm
-
-    path = resolve_model(name_or_path, quantize=quantize)
-    try:
-        return mlx_lm.load(str(path), tokenizer_config=tokenizer_config, lazy=lazy)[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        # A damaged folder shows as any of them.
-        raise MTPError(f"the model {name_or_path} could not be loaded: {error}") from error
 
 
 def _convert(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from mtp_mlx.token_ids import knows
+
+WITHOUT_TEXT = "the model wrote ids that its tokenizer does not know: they have no text"
 
 
 class StopStrings:
@@ -59,14 +64,18 @@ class AnswerText:
         tokenizer: mlx-lm's wrapper.
         stop: strings that end the text; they are not part of it.
         max_tokens: most tokens of the text; negative for no limit.
+        notes: counts, in words, the ids that have no text.
 
     Attributes:
         count: tokens so far, including an end-of-text token.
         stops: the stop strings, and which of them was found.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str], max_tokens: int, notes: Counter[str] | None = None
+    ) -> None:
         self._eos_ids, self._detokenizer = tokenizer.eos_token_ids, tokenizer.detokenizer
+        self._tokenizer, self._notes = tokenizer, Counter() if notes is None else notes
         self._max_tokens = max_tokens
         self.stops = StopStrings(stop)
         self.count = 0
@@ -77,8 +86,10 @@ class AnswerText:
         reason = "length" if self.count == self._max_tokens else None
         if token in self._eos_ids:
             reason = "stop"
-        else:
+        elif knows(self._tokenizer, token):
             self._detokenizer.add_token(token)
+        else:  # mlx-lm's detokenizers write "!", or fail
+            self._notes[WITHOUT_TEXT] += 1
         if reason is not None:
             self._detokenizer.finalize()
         text = self.stops.feed(self._detokenizer.last_segment)

@@ -113,7 +113,8 @@ class ChatEngine:
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of the conversation in the model's chat template, or of the joined texts if it has none."""
+        from mtp_mlx.chat_template import chat_ids
+
         if not self._tokenizer.has_chat_template:
             return list(self._tokenizer.encode("\n".join(message["content"] for message in messages)))
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        return chat_ids(self._tokenizer, messages)

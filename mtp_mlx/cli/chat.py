@@ -65,6 +65,7 @@ def command(color: bool, **options: Any) -> None:
 
 def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
     """Load the model, refuse options that do not fit it, and return the `Repl` to run."""
+    from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.chat_repl import Chat, Repl
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.conversation import Conversation
@@ -83,6 +84,7 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     plan_drafting(
         model, settings.layout, settings.drafts, DecodeStats(), settings.lookup, settings.drafter, emission
     )
+    check_template(tokenizer, model.vocab_size)
     if not tokenizer.has_chat_template:
         tell("this tokenizer has no chat template: messages are joined line by line")
     conversation = Conversation(model, tokenizer, settings.system)

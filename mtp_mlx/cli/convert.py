@@ -202,7 +202,7 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
 def _verify(folder: Path) -> list[str]:
     """Lines about the heads beside a converted model, measured with it."""
     from mtp_mlx.adapter_folder import sidecar
-    from mtp_mlx.models import load_base
+    from mtp_mlx.base_model import load_base
 
     heads = sidecar(folder)
     if heads is None:
@@ -258,10 +258,10 @@ def _write_heads(
     progress: Callable[[str], None],
 ) -> Path:
     """Writes an adapter folder of heads for --base, or for the trunk beside them."""
+    from mtp_mlx.base_model import load_base
     from mtp_mlx.convert.heads.write import Base, trunk_name
     from mtp_mlx.convert.heads_only import convert_heads
     from mtp_mlx.convert.whole import open_base
-    from mtp_mlx.models import load_base
 
     with ExitStack() as stack:
         model, tokenizer, base = None, None, None
@@ -299,8 +299,8 @@ def _export(source: Path, out: Path, how: ConvertOptions) -> Path:
 
 
 def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
+    from mtp_mlx.base_model import load_base
     from mtp_mlx.convert.adapters.peft import write_peft
-    from mtp_mlx.models import load_base
 
     how.check_no_heads(f"{checkpoint.path}: it is a PEFT adapter and has no MTP heads")
     named = checkpoint.config.get("base_model_name_or_path")
@@ -313,8 +313,8 @@ def _convert_peft(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Pat
 
 
 def _convert_ptp(checkpoint: Checkpoint, out: Path, how: ConvertOptions) -> Path:
+    from mtp_mlx.base_model import load_base
     from mtp_mlx.convert.adapters.ptp import write_ptp
-    from mtp_mlx.models import load_base
 
     if how.base is None:
         raise MTPError(

@@ -51,11 +51,9 @@ def command(context: click.Context, config: Path | None, as_json: bool, **option
 
 def run(settings: DistillSettings, console: Console) -> DistillSummary:
     """Loads the model and answers the prompts, with a progress bar on `console`."""
-    from mlx_lm import load
+    from mtp_mlx.base_model import load_base
 
-    from mtp_mlx.models import resolve_model
-
-    model, tokenizer = load(str(resolve_model(settings.model)))[:2]
+    model, tokenizer = load_base(settings.model)
     columns: tuple[ProgressColumn, ...] = (
         TextColumn("answers"),
         BarColumn(),

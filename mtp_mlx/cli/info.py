@@ -98,8 +98,10 @@ def folder(path: Path) -> dict[str, Any]:
     Raises:
         MTPError: if `path` is none of these.
     """
-    from mtp_mlx.models import EMBEDDED, embedded_model
+    from mtp_mlx.adapter_faults import not_an_adapter
+    from mtp_mlx.models import EMBEDDED, embedded_model, named_adapter
 
+    path = named_adapter(path)
     if str(path) in EMBEDDED and not path.exists():
         return model_folder(embedded_model(str(path)))
     if not path.exists():
@@ -111,6 +113,8 @@ def folder(path: Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
         return model_folder(path) | checkpoint_heads(path)
     found = checkpoint_or_none(path)
+    if found is None and (path / "adapter_config.json").is_file():
+        raise MTPError(not_an_adapter(path, CONFIG_NAME))
     if found is None:
         raise MTPError(
             f"{path} is neither a model folder (config.json) nor an adapter folder ({CONFIG_NAME})"
@@ -213,7 +217,9 @@ def adapter(path: Path) -> dict[str, Any]:
 
 def model_folder(path: Path) -> dict[str, Any]:
     """A model's shape, whether it can be drafted for, and the fingerprint that its adapters name."""
-    config = _config(path)
+    from mtp_mlx.model_faults import read_config
+
+    config = read_config(path)
     facts: dict[str, Any] = {
         "kind": "model",
         "path": str(path),
@@ -228,33 +234,21 @@ def model_folder(path: Path) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None} | _seams(path)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MTPError(f"{path / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MTPError(f"{path / 'config.json'} does not hold a model's config")
-    return config
-
-
 def _seams(path: Path) -> dict[str, Any]:
     """Whether the model has the seams that drafting needs; of the weights only the fingerprint's are read."""
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
 
-    from mtp_mlx.convert.trunk import LOAD_ERRORS
+    from mtp_mlx.base_model import read_model, read_tokenizer
     from mtp_mlx.model.attach import attach
     from mtp_mlx.model.fingerprint import base_fingerprint
     from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
     try:
-        model, _ = load_model(path, lazy=True)
-    except LOAD_ERRORS as error:
-        return {
-            "usable": f"no: mlx-lm cannot load it ({type(error).__name__}: {' '.join(str(error).split())})"
-        }
+        model, config = read_model(path, "no", lazy=True)
+        read_tokenizer(path, "no", config)
+    except MTPError as error:
+        return {"usable": str(error)}
     weights = dict(tree_flatten(model.parameters()))
     facts: dict[str, Any] = {"tensors": len(weights)}
     try:

@@ -148,6 +148,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
+    from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
@@ -174,6 +175,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     plan_drafting(
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
     )  # refuses bad settings now, not at the first request
+    check_template(tokenizer, model.vocab_size)
     grammars = _grammars(model, tokenizer)
     engine = Engine(
         model,

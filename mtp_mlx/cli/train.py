@@ -178,17 +178,15 @@ def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -
 
 def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | None = None) -> Trainer:
     """The trainer of these settings; tells the listener about the data and the memory that the run may need."""
-    from mtp_mlx.models import resolve_model
+    from mtp_mlx.base_model import load_base, local_folder
+    from mtp_mlx.model.seams import embedding_rows
     from mtp_mlx.train.data import load_splits
     from mtp_mlx.train.memory import check_weights, memory_budget
     from mtp_mlx.train.trainer import Trainer, check_out
 
     check_out(settings.out)  # before the model is loaded, which takes a while
-    folder = resolve_model(settings.model)
-    check_weights(Path(folder), memory_budget(settings.memory))
-    from mlx_lm import load
-
-    model, tokenizer = load(str(folder))[:2]
+    check_weights(local_folder(settings.model), memory_budget(settings.memory))
+    model, tokenizer = load_base(settings.model)
     data = load_splits(
         settings.data,
         tokenizer,
@@ -196,6 +194,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
         held_out=settings.held_out,
         seed=settings.seed,
         cut_at_tokens=settings.cut_at_tokens or None,
+        vocab_size=embedding_rows(model),
     )
     listener.on_message(f"data: {data.report}; {len(data.held_out)} held out")
     method = method_class(settings.method)

@@ -25,6 +25,7 @@ from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
+from mtp_mlx.token_ids import check_ids
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Session:
     ) -> None:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
-        if max(prompt) >= attached.vocab_size or min(prompt) < 0:
-            raise MTPError(f"the prompt has token ids outside the vocabulary of {attached.vocab_size} tokens")
+        check_ids(prompt, attached.vocab_size, "the prompt")
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
         self.attached, self.picker, self.constraint = attached, picker, constraint
         self.cache, self._settings = cache, settings

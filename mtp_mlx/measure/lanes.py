@@ -25,6 +25,7 @@ from mtp_mlx.measure.certificate import Comparison, compare
 from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import plan_drafting
+from mtp_mlx.token_ids import check_ids
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Bench:
 
     def warm_up(self) -> None:
         """One short generation per lane, not counted. It also measures the costs that "auto" plans with."""
-        prompt = chat_prompt(self._tokenizer, "Hello")
+        prompt = self._ids("Hello")
         for lane in [Lane("mlx-lm"), *self.lanes]:
             self._generate(lane, prompt, 12)
 
@@ -95,7 +96,7 @@ class Bench:
         """Every prompt in every lane. The order of the lanes rotates from prompt to prompt."""
         results: list[Measurement] = []
         for index, prompt in enumerate(prompts):
-            ids = chat_prompt(self._tokenizer, prompt.text)
+            ids = self._ids(prompt.text)
             order = [Lane("mlx-lm"), *self.lanes]
             shift = index % len(order)
             timed = {
@@ -112,6 +113,12 @@ class Bench:
             if on_prompt is not None:
                 on_prompt(index, rows)
         return results
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a user's message; checked here, since mlx-lm checks nothing."""
+        ids = chat_prompt(self._tokenizer, text)
+        check_ids(ids, self._model.vocab_size, "the prompt", self._tokenizer)
+        return ids
 
     def _generate(self, lane: Lane, ids: list[int], max_tokens: int) -> Timed:
         return self._plain(ids, max_tokens) if lane.layout is None else self._drafted(lane, ids, max_tokens)

@@ -313,7 +313,8 @@ def _check_head(attached: AttachedModel) -> None:
     except (AttributeError, TypeError, ValueError) as error:
         attached.detach()
         raise MTPError(
-            f"model type '{attached.name}' has no seam 'head': no logits from given hidden states ({error})"
+            f"models of type '{attached.name}' cannot be used here: mlx-lm computes their logits in a way that needs "
+            "the layers (no seam 'head'); use mlx-lm itself for them"
         ) from error
 
 

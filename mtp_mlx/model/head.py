@@ -21,10 +21,11 @@ from mtp_mlx.model.seams import text_model, trunk_name
 
 
 class _PassThroughTrunk:
-    """Replaces the trunk: returns the hidden states it is given, and holds the (tied) embedding."""
+    """Replaces the trunk: returns the hidden states it is given; holds its (tied) embedding and its arguments."""
 
-    def __init__(self, embed_tokens: Any) -> None:
+    def __init__(self, embed_tokens: Any, args: Any) -> None:
         self.embed_tokens = self.embeddings = embed_tokens
+        self.args = args  # cohere scales its logits by a number in them
 
     def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
         return hidden
@@ -110,8 +111,8 @@ class HeadView:
         else:
             tied = head if hasattr(head, "as_linear") else _RowsOfEmbedding(head)
         name = trunk_name(model) or "model"
-        view.pop(name)
-        object.__setattr__(view, name, _PassThroughTrunk(tied))
+        trunk = view.pop(name)
+        object.__setattr__(view, name, _PassThroughTrunk(tied, getattr(trunk, "args", None)))
         self._view = view
 
     def __call__(self, hidden: mx.array) -> mx.array:

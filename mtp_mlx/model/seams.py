@@ -93,13 +93,15 @@ def find_seams(model: nn.Module) -> Seams:
     called = trunk_name(text)
     if called is None:
         raise MTPError(
-            f"model type '{name}' has no seam 'trunk' (model.model with .layers): it cannot be wrapped"
+            f"models of type '{name}' cannot be used here: mlx-lm does not build them as a list of layers that can "
+            "be wrapped (no seam 'trunk'); use mlx-lm itself for them"
         )
     trunk = text[called]
     embedding = next((known for known in EMBEDDING_NAMES if known in trunk), None)
     if embedding is None:
         raise MTPError(
-            f"model type '{name}' has no seam 'embed_tokens' in its trunk: slots cannot be embedded"
+            f"models of type '{name}' cannot be used here: their embedding is not where other models of mlx-lm have "
+            "it (no seam 'embed_tokens'); use mlx-lm itself for them"
         )
     seams = Seams(trunk=trunk, embedding_name=embedding)
     for index, layer in enumerate(trunk.layers):
@@ -194,6 +196,14 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
         owner[int(last)] = module
     else:
         owner[last] = module
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """V, the rows of a model's embedding; None if the embedding is not where mlx-lm's models have it."""
+    text = text_model(model)
+    trunk = text.get(trunk_name(text) or "")
+    embedding = next((trunk[name] for name in EMBEDDING_NAMES if name in trunk), None) if trunk else None
+    return None if embedding is None else embedding_shape(embedding)[0]
 
 
 def embedding_shape(embed_tokens: nn.Module) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 from mtp_mlx.serve.fields import Fields
 from mtp_mlx.serve.prompts import Prompts
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError, Summary, TokenLogprob
+from mtp_mlx.token_ids import text_of
 
 # Fields that have no effect on the text of a local model.
 IGNORED = frozenset(
@@ -212,7 +213,7 @@ class _Answer(ABC):
         """Log-probabilities of the tokens, or None if they were not requested."""
 
     def _spelt(self, token: int) -> str:
-        return str(self._prompts.tokenizer.decode([token]))
+        return text_of(self._prompts.tokenizer, [token])
 
 
 class ChatAnswer(_Answer):

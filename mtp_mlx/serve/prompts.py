@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.api import chat_ids, encode_prompt
+from mtp_mlx.api import encode_prompt
+from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
+from mtp_mlx.token_ids import check_ids
 
 MOST_MESSAGES = 4096
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
@@ -87,8 +89,7 @@ class Prompts:
             prompt = prompt[0]
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, message_text(prompt, "prompt"))
-        whole = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-        if not whole or not all(0 <= token < self.vocab_size for token in prompt):
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
             raise RequestError(
                 "prompt must be one string, or one list of token ids of this model", field="prompt"
             )
@@ -113,6 +114,10 @@ class Prompts:
         fields.end()
         if not prompt:
             raise RequestError("the prompt is empty", field="prompt")
+        try:
+            check_ids(prompt, self.vocab_size, "the prompt", self.tokenizer)
+        except MTPError as error:
+            raise RequestError(str(error), field="prompt") from None
         if len(prompt) > limits.prompt:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} "

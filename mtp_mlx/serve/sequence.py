@@ -104,7 +104,7 @@ class Sequence:
         self.loop = loop
         self._chunks = self.session.prefill_chunks()
         self._tokens: Generator[Token, None, None] | None = None
-        self._text = AnswerText(tokenizer, request.stop, request.max_tokens)
+        self._text = AnswerText(tokenizer, request.stop, request.max_tokens, self.stats.fallbacks)
         self._started = time.perf_counter()
         self.done = False
         self.batched_steps = 0

@@ -27,14 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.jsonl import read_jsonl, type_name
+from mtp_mlx.token_ids import check_ids
+from mtp_mlx.train.messages import (
+    answer_text,
+    end_of_turn_id,
+    messages_prompt_ids,
+    prompt_ids,
+    read_messages,
+)
 from mtp_mlx.train.order import held_out_indices
-
-# What chat templates raise for chats that they refuse: errors of jinja, or of a renderer.
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError)
 
 DEFAULT_HELD_OUT = 32
 
@@ -127,79 +131,7 @@ def _weight(row: dict[str, Any], where: str) -> float:
     return float(value)
 
 
-def _check_messages(messages: list[Any], where: str) -> None:
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise MTPError(f'{where}: "messages"[{index}] must be an object with a "role". Fix this row.')
-        if "content" not in message and "tool_calls" not in message:
-            raise MTPError(f'{where}: "messages"[{index}] has no "content". Fix this row.')
-
-
 # --- tokens -------------------------------------------------------------------------------------------------
-
-
-def chat_prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
-    """Prompt ids of a chat with the generation prompt, as mlx-lm's `generate` makes them."""
-    extra = {} if tools is None else {"tools": tools}
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **extra)
-    if not isinstance(ids, (list, tuple)):  # transformers 5 returns a BatchEncoding, or a list
-        ids = ids["input_ids"]
-    if ids and not isinstance(ids[0], int):
-        ids = ids[0]
-    return [int(token) for token in ids]
-
-
-def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None) -> list[int]:
-    """Ids of a user's prompt, through the chat template if there is one."""
-    if getattr(tokenizer, "has_chat_template", False):
-        return chat_prompt_ids(tokenizer, [{"role": "user", "content": prompt}], tools)
-    return list(tokenizer.encode(prompt))
-
-
-def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: str) -> list[int]:
-    """`chat_prompt_ids` of messages from a file.
-
-    Raises:
-        MTPError: at `where`, if the messages are not a chat or there is no chat template that takes them.
-    """
-    _check_messages(messages, where)
-    if not getattr(tokenizer, "has_chat_template", False):
-        raise MTPError(
-            f'{where}: this model has no chat template, so "messages" cannot be used. Write rows with '
-            '"prompt" and "completion", or "text".'
-        )
-    try:
-        return chat_prompt_ids(tokenizer, messages, tools)
-    except TEMPLATE_ERRORS as error:
-        raise MTPError(
-            f"{where}: the chat template refuses these messages ({error}). Fix this row."
-        ) from error
-
-
-def end_of_turn_id(tokenizer: Any) -> int:
-    """The id that ends an answer: what the chat template puts behind one, else the tokenizer's eos.
-
-    They differ in some families: gemma ends a turn with <end_of_turn>, and its eos is <eos>.
-
-    Raises:
-        MTPError: the tokenizer has neither.
-    """
-    eos_ids = set(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
-    if getattr(tokenizer, "has_chat_template", False):
-        user = {"role": "user", "content": "a"}
-        try:
-            text = tokenizer.apply_chat_template(
-                [user, {"role": "assistant", "content": "MARKED ANSWER"}], tokenize=False
-            )
-        except TEMPLATE_ERRORS:  # the template refuses this chat
-            text = ""
-        tail = text.rpartition("MARKED ANSWER")[2]
-        for token in tokenizer.encode(tail, add_special_tokens=False) if tail else []:
-            if token in eos_ids:
-                return int(token)
-    if tokenizer.eos_token_id is None:
-        raise MTPError("the tokenizer has no eos token. Set eos_token in its tokenizer_config.json.")
-    return int(tokenizer.eos_token_id)
 
 
 class Encoder:
@@ -209,20 +141,26 @@ class Encoder:
         tokenizer: of the base model.
         cut_at_tokens: without "finished" in its row, a response of at least this many tokens counts as truncated
             (for files of tools that do not record it); None: as finished.
+        vocab_size: V, rows of the model's embedding; None if the model is not at hand, so that ids are not checked.
     """
 
-    def __init__(self, tokenizer: Any, *, cut_at_tokens: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, cut_at_tokens: int | None = None, vocab_size: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.cut_at_tokens = cut_at_tokens
+        self.cut_at_tokens, self.vocab_size = cut_at_tokens, vocab_size
         self.end_of_turn = end_of_turn_id(tokenizer)
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The example of a row.
 
         Raises:
-            MTPError: at `where`, if the row has none of the formats.
+            MTPError: at `where`, if the row has none of the formats, or an id that the model has no row for.
         """
         example = self._example(row, where)
+        if self.vocab_size is not None:
+            made_by = None if "response_tokens" in row else self.tokenizer
+            check_ids(example.tokens, self.vocab_size, f"{where}: the row", made_by)
         return replace(example, weight=_weight(row, where)) if "weight" in row else example
 
     def _example(self, row: dict[str, Any], where: str) -> Example:
@@ -232,32 +170,43 @@ class Encoder:
             if not text.strip():
                 raise MTPError(f'{where}: "text" is empty. Delete this row.')
             return Example(self._ended(list(self.tokenizer.encode(text)), finished), 0)
-        prompt, response = self._prompt_and_text(row, where)
-        return Example(prompt + self._response_ids(row, response, finished, where), len(prompt))
-
-    def _prompt_and_text(self, row: dict[str, Any], where: str) -> tuple[list[int], str]:
         if "messages" in row:
-            return self._chat(row, where)
+            prompt, ids = self._chat(row, where)
+        else:
+            prompt, ids = self._pair(row, where)
+        return Example(prompt + self._response_ids(row, ids, finished, where), len(prompt))
+
+    def _pair(self, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt and of its response."""
         reply = next((key for key in ("completion", "response") if key in row), None)
         if "prompt" not in row or reply is None:
             raise MTPError(
                 f"{where}: no known format, the row has {sorted(row) or 'no fields'}. It needs {ROW_FORMATS}."
             )
-        prompt = _typed(row, "prompt", str, where)
-        return prompt_ids(self.tokenizer, prompt, row.get("tools")), _typed(row, reply, str, where)
+        prompt, response = _typed(row, "prompt", str, where), _typed(row, reply, str, where)
+        try:
+            return prompt_ids(self.tokenizer, prompt, row.get("tools")), self._encoded(response)
+        except MTPError as error:
+            raise MTPError(f"{where}: {error}") from error
 
-    def _chat(self, row: dict[str, Any], where: str) -> tuple[list[int], str]:
-        messages = _typed(row, "messages", list, where)
-        _check_messages(messages, where)
+    def _chat(self, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+        """Ids of all messages but the last, and of the last."""
+        messages = read_messages(_typed(row, "messages", list, where), where)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise MTPError(
                 f"{where}: the last of \"messages\" must be the assistant's, after a user's. Fix this row."
             )
         prompt = messages_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"), where)
-        return prompt, _typed(messages[-1], "content", str, where)
+        if not messages[-1].get("tool_calls"):
+            return prompt, self._encoded(messages[-1]["content"])
+        ids = self._encoded(answer_text(self.tokenizer, messages, row.get("tools"), where))
+        return prompt, ids[: ids.index(self.end_of_turn)] if self.end_of_turn in ids else ids
+
+    def _encoded(self, response: str) -> list[int]:
+        return list(self.tokenizer.encode(response, add_special_tokens=False)) if response.strip() else []
 
     def _response_ids(
-        self, row: dict[str, Any], response: str, finished: bool | None, where: str
+        self, row: dict[str, Any], ids: list[int], finished: bool | None, where: str
     ) -> list[int]:
         if "response_tokens" in row:
             ids = _typed(row, "response_tokens", list, where)
@@ -265,8 +214,6 @@ class Encoder:
                 raise MTPError(f'{where}: "response_tokens" must be a list of token ids. Fix this row.')
             if not ids and finished:  # the model answered with nothing
                 return [self.end_of_turn]
-        else:
-            ids = list(self.tokenizer.encode(response, add_special_tokens=False)) if response.strip() else []
         if not ids:
             raise MTPError(f"{where}: the response is empty. Delete this row.")
         if finished is None and self.cut_at_tokens is not None:
@@ -277,11 +224,23 @@ class Encoder:
         return ids if finished is False or ids[-1] == self.end_of_turn else [*ids, self.end_of_turn]
 
 
+def check_examples(examples: Iterable[Example], vocab_size: int | None) -> None:
+    """Raises MTPError where an example, wherever it is from, has an id that the model has no row for."""
+    if vocab_size is not None:
+        for number, example in enumerate(examples, start=1):
+            check_ids(example.tokens, vocab_size, f"example {number}")
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
 def load_examples(
-    path: str | Path, tokenizer: Any, max_length: int, *, cut_at_tokens: int | None = None
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    cut_at_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Examples of a JSONL file, or of `train.jsonl` in a folder, and the report on them.
 
@@ -290,7 +249,7 @@ def load_examples(
         tokenizer: of the base model.
         max_length: longer rows are truncated to this many tokens. Rows whose prompt leaves no room for a response
             token are dropped.
-        cut_at_tokens: see `Encoder`.
+        cut_at_tokens, vocab_size: see `Encoder`.
 
     Raises:
         MTPError: a row cannot be used (with file and line number), or no row is left.
@@ -298,7 +257,7 @@ def load_examples(
     path = Path(path)
     if path.is_dir():
         path = path / "train.jsonl"
-    encoder = Encoder(tokenizer, cut_at_tokens=cut_at_tokens)
+    encoder = Encoder(tokenizer, cut_at_tokens=cut_at_tokens, vocab_size=vocab_size)
     examples, report = [], DataReport(files=[str(path)])
     for number, row in read_jsonl(path):
         example = encoder.encode(row, f"{path}, line {number}")
@@ -329,11 +288,12 @@ def load_splits(
     held_out: int | None,
     seed: int,
     cut_at_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> Splits:
     """Training and held-out examples of a file, or of mlx-lm's kind of data folder.
 
     Args:
-        path, tokenizer, max_length, cut_at_tokens: see `load_examples`.
+        path, tokenizer, max_length, cut_at_tokens, vocab_size: see `load_examples`.
         held_out: number of held-out examples: the first rows of `valid.jsonl` if the folder has one, else taken out
             of the training rows (see `split_held_out`). None: `DEFAULT_HELD_OUT`, but at most a tenth of the rows.
         seed: of the choice.
@@ -342,10 +302,11 @@ def load_splits(
         MTPError: see `load_examples` and `split_held_out`.
     """
     path = Path(path)
-    train, report = load_examples(path, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
+    how = {"cut_at_tokens": cut_at_tokens, "vocab_size": vocab_size}
+    train, report = load_examples(path, tokenizer, max_length, **how)
     valid_file = path / "valid.jsonl"
     if path.is_dir() and valid_file.exists():
-        valid, valid_report = load_examples(valid_file, tokenizer, max_length, cut_at_tokens=cut_at_tokens)
+        valid, valid_report = load_examples(valid_file, tokenizer, max_length, **how)
         return Splits(
             train, valid[: DEFAULT_HELD_OUT if held_out is None else held_out], report + valid_report
         )

@@ -22,16 +22,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors
 from mtp_mlx.jsonl import read_jsonl
-from mtp_mlx.train.data import messages_prompt_ids, prompt_ids
+from mtp_mlx.token_ids import check_ids, text_of
+from mtp_mlx.train.messages import messages_prompt_ids, prompt_ids, read_messages
 
 COPIED_FIELDS = ("id", "category", "source", "licence", "license")
 PREFILL_BATCH_SIZE = 8
@@ -147,6 +149,7 @@ def _asked(row: dict[str, Any], where: str) -> dict[str, Any]:
             messages = messages[:-1]
         if not messages:
             raise MTPError(f'{where}: "messages" has nothing to answer. Fix this row.')
+        read_messages(messages, where)
         return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
     text = row.get("prompt")
     if text is None and isinstance(row.get("turns"), list) and row["turns"]:
@@ -225,11 +228,28 @@ def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: Disti
 # --- answers ------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Ids of a prompt, as generation makes them; MTPError with file and line of a row that cannot be used."""
-    if "messages" in prompt.row:
-        return messages_prompt_ids(tokenizer, prompt.row["messages"], prompt.row.get("tools"), prompt.where)
-    return prompt_ids(tokenizer, prompt.row["prompt"])
+def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int | None = None) -> list[int]:
+    """Ids of a prompt, as generation makes them.
+
+    Args:
+        vocab_size: V, rows of the model's embedding; None: ids are not checked.
+
+    Raises:
+        MTPError: with file and line, if the row cannot be used.
+    """
+    row, where = prompt.row, prompt.where
+    if "messages" in row:
+        ids = messages_prompt_ids(tokenizer, row["messages"], row.get("tools"), where)
+    else:
+        try:
+            ids = prompt_ids(tokenizer, row["prompt"])
+        except MTPError as error:
+            raise MTPError(f"{where}: {error}") from error
+    if not ids:
+        raise MTPError(f"{where}: the tokenizer makes no tokens of the prompt. Delete this row.")
+    if vocab_size is not None:
+        check_ids(ids, vocab_size, f"{where}: the prompt", tokenizer)
+    return ids
 
 
 def generate_answers(
@@ -246,6 +266,9 @@ def generate_answers(
     """
     from mlx_lm.generate import BatchGenerator
 
+    from mtp_mlx.model.seams import embedding_rows
+
+    vocab_size = embedding_rows(model)
     batch = BatchGenerator(
         model,
         max_tokens=settings.max_tokens,
@@ -261,7 +284,8 @@ def generate_answers(
                 prompt = waiting.popleft()
                 sampler = _sampler(settings, prompt)
                 (uid,) = batch.insert(
-                    [encode_prompt(prompt, tokenizer)], samplers=None if sampler is None else [sampler]
+                    [encode_prompt(prompt, tokenizer, vocab_size)],
+                    samplers=None if sampler is None else [sampler],
                 )
                 active[uid] = (prompt, [])
             responses = batch.next_generated()
@@ -296,7 +320,7 @@ def _sampler(settings: DistillSettings, prompt: Prompt) -> Callable[[Any], Any] 
 
 def answer_row(answer: Answer, tokenizer: Any, temperature: float) -> dict[str, Any]:
     """The row of the output for an answer."""
-    response = tokenizer.decode(answer.tokens) if answer.tokens else ""
+    response = text_of(tokenizer, answer.tokens)
     row = dict(answer.prompt.row)
     if "messages" in row:
         row["messages"] = [*row["messages"], {"role": "assistant", "content": response}]
@@ -346,10 +370,7 @@ def distill(
         on_tokens(count)
 
     try:
-        with clear_errors(settings.out):
-            settings.out.parent.mkdir(parents=True, exist_ok=True)
-            file = settings.out.open("ab")
-        with file:
+        with _opened(settings.out) as file:
             for answer in generate_answers(model, tokenizer, pending, settings, counted):
                 _append(file.fileno(), settings, answer_row(answer, tokenizer, settings.temp))
                 summary.written += 1
@@ -359,6 +380,24 @@ def distill(
         summary.interrupted = True
     summary.seconds = time.perf_counter() - started
     return summary
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, open to append to it; a new file, and folders made for it, go again if nothing was written."""
+    missing = [] if path.exists() else [path, *(folder for folder in path.parents if not folder.exists())]
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    try:
+        with file:
+            yield file
+    finally:
+        if missing and path.stat().st_size == 0:
+            path.unlink()
+            with suppress(OSError):  # somebody may have put something into them
+                for folder in missing[1:]:
+                    folder.rmdir()
 
 
 def _append(descriptor: int, settings: DistillSettings, row: dict[str, Any]) -> None:

@@ -24,10 +24,11 @@ from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.seams import embedding_rows
 from mtp_mlx.train import checkpoint as checkpoints
 from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.average import WeightAverage
-from mtp_mlx.train.data import Example, fingerprint
+from mtp_mlx.train.data import Example, check_examples, fingerprint
 from mtp_mlx.train.dense_products import dense_products
 from mtp_mlx.train.memory import gigabytes, memory_of_one, peak_memory
 from mtp_mlx.train.method import Method
@@ -102,7 +103,7 @@ class Trainer:
 
     Raises:
         MTPError: the model cannot be attached to or cannot decode with drafts, `settings.out` is in use, or no
-            example can be trained on.
+            example can be trained on, or one has an id that the model has no row for.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Trainer:
         self.listener = listener
         self.peers = peers or Peers()
         check_out(settings.out)
+        check_examples([*train, *held_out], embedding_rows(model))
         self._train, self._held_out = method.usable(train, settings, listener.on_message), held_out
         settings = replace(settings, memory=memory_of_one(settings.memory, self.peers))
         # The settings of the same run in one process, which checkpoints and adapters record.

@@ -7,13 +7,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import cohere
 
+from mtp_mlx.decode.lookup import LookupDrafter
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.policy import LookupPolicy
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.head import HeadView, select_rows
 from tests.model.naive import quantized_model, random_adapter
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 TOKENS = mx.array([[5, 9, 31, 77, 140], [8, 8, 2, 156, 0]])
+COHERE = {
+    **{"model_type": "cohere", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY},
+}
 IDS = mx.array([0, 3, 9, 64, 77, 100, 156], dtype=mx.int32)
 
 
@@ -55,6 +63,20 @@ def test_some_columns_are_those_of_all(name: str, overrides: dict[str, Any], bit
     assert some.shape == (2, 5, len(IDS))
     np.testing.assert_allclose(np.array(some), np.array(model(TOKENS)[..., IDS]), rtol=1e-5, atol=1e-5)
     assert mx.array_equal(model(TOKENS), build(name, overrides, bits)(TOKENS))  # the model is as it was
+
+
+def test_a_head_that_scales_by_an_argument_of_its_trunk() -> None:
+    """Cohere's, whose text with drafts is then the model's own."""
+    mx.random.seed(3)
+    model = cohere.Model(cohere.ModelArgs(**COHERE))
+    hidden, expected = model.model(TOKENS), model(TOKENS)
+    assert mx.array_equal(HeadView(model, model.model.embed_tokens)(hidden), expected)
+    attached = attach(model)
+    found = [list(mtp_generate_step([5, 9, 5, 9, 5], attached, max_tokens=24))]
+    drafting = {"policy": LookupPolicy(3), "lookup": LookupDrafter(3, 1)}
+    found.append(list(mtp_generate_step([5, 9, 5, 9, 5], attached, max_tokens=24, **drafting)))
+    texts = [[item.token for item in items] for items in found]
+    assert texts[0] == texts[1] and len(texts[0]) == 24 and any(item.from_draft for item in found[1])
 
 
 def test_attached_heads() -> None:

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
+from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train.data import (
     DataReport,
     Example,
-    chat_prompt_ids,
-    end_of_turn_id,
     fingerprint,
     load_examples,
     load_splits,
     split_held_out,
 )
+from mtp_mlx.train.messages import end_of_turn_id
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -139,7 +139,7 @@ def test_a_template_may_return_a_batch_encoding(wrap):
             assert add_generation_prompt
             return wrap([3, 1, 4])
 
-    assert chat_prompt_ids(Renderer(), [{"role": "user", "content": "a"}]) == [3, 1, 4]
+    assert chat_ids(Renderer(), [{"role": "user", "content": "a"}]) == [3, 1, 4]
 
 
 # --- lengths, folders, held-out rows ------------------------------------------------------------------------
@@ -268,5 +268,5 @@ def test_missing_and_empty_files(tmp_path):
 def test_a_template_that_refuses_is_named_with_its_line(tmp_path):
     refusing = tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(MTPError, match="line 1: the chat template refuses.*roles must alternate"):
+    with pytest.raises(MTPError, match="line 1: the model's chat template rejects.*roles must alternate"):
         load_examples(write(tmp_path / "d.jsonl", {"messages": turns}), refusing, 99)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mtp_mlx.base_model import load_base
 from mtp_mlx.decode.drafter import DraftSource
 from mtp_mlx.drafters.draft_model.options import DraftModelLoading
 from mtp_mlx.drafters.draft_model.source import DraftModel
 from mtp_mlx.drafters.registry import LoadContext
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import embedding_shape, find_seams
-from mtp_mlx.models import load_base
 
 
 def prepare(source: DraftSource | None, options: DraftModelLoading, context: LoadContext) -> DraftSource:

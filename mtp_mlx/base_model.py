@@ -1,0 +1,106 @@
+"""The one way to load a bare mlx-lm model, for every verb, the server and the examples.
+
+mlx-lm and transformers check little: a folder that cannot be loaded, or that cannot be run, ends in whatever error
+their code comes upon first. Here it is one sentence that says which file is at fault and how to mend it
+(`mtp_mlx/model_faults.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download, load_model, load_tokenizer
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.hub_errors import hub_errors
+from mtp_mlx.model_faults import ends_fault, model_fault, read_config, tokenizer_fault
+from mtp_mlx.models import resolve_model
+
+
+def load_base(
+    name_or_path: str | Path,
+    quantize: int | None = None,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+) -> tuple[Any, TokenizerWrapper]:
+    """A bare mlx-lm model and its tokenizer, by the names that `resolve_model` knows.
+
+    Args:
+        quantize: 4 or 8 bits, for the embedded model only.
+        tokenizer_config: as `mlx_lm.load`.
+        lazy: read weights when they are first used.
+
+    Raises:
+        MTPError: if there is no such model, it cannot be fetched or loaded, or it cannot run.
+    """
+    folder = local_folder(name_or_path, quantize)
+    what = f"the model {name_or_path} could not be loaded"
+    model, config = read_model(folder, what, lazy=lazy)
+    tokenizer = read_tokenizer(folder, what, config, tokenizer_config)
+    return model, tokenizer
+
+
+def local_folder(name_or_path: str | Path, quantize: int | None = None) -> Path:
+    """The folder of a model, which is fetched first if it is named by a hub id.
+
+    Raises:
+        MTPError: if there is no such model, or it cannot be fetched.
+    """
+    path = resolve_model(name_or_path, quantize=quantize)
+    if isinstance(path, Path):
+        return path
+    with hub_errors(f"the model {name_or_path} could not be fetched"):
+        return _download(path)
+
+
+def read_model(folder: Path, what: str, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The bare model in a folder, and its config as mlx-lm reads it.
+
+    Args:
+        what: what failed, to begin the message with.
+        lazy: read weights when they are first used.
+
+    Raises:
+        MTPError: if mlx-lm cannot load it, or it fails on a single token.
+    """
+    try:
+        config = read_config(folder)
+    except MTPError as error:
+        raise MTPError(f"{what}: {error}") from error
+    try:
+        model, loaded = load_model(folder, lazy=lazy)
+        model(mx.array([[0]]), cache=make_prompt_cache(model))  # shapes and types; nothing is computed
+    except (
+        Exception
+    ) as error:  # the models of mlx-lm raise anything where a config or a tensor is not as they expect
+        raise MTPError(f"{what}: {model_fault(folder, config, error)}") from error
+    return model, loaded
+
+
+def read_tokenizer(
+    folder: Path, what: str, config: dict[str, Any], options: dict[str, Any] | None = None
+) -> TokenizerWrapper:
+    """The tokenizer in a model folder.
+
+    Args:
+        what: what failed, to begin the message with.
+        config: the model's, from `read_model`.
+        options: as `tokenizer_config` of `mlx_lm.load`.
+
+    Raises:
+        MTPError: if there is none, or it cannot be loaded.
+    """
+    try:
+        tokenizer = load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
+        fault = ends_fault(tokenizer) or (None if len(tokenizer) > 1 else tokenizer_fault(folder, None))
+    except Exception as error:  # transformers reads half a dozen files, and checks few of them
+        raise MTPError(f"{what}: {tokenizer_fault(folder, error)}") from error
+    if fault:
+        raise MTPError(f"{what}: {fault}")
+    return tokenizer

@@ -1,0 +1,304 @@
+"""Damaged inputs for `test_damaged_inputs.py`: every verb that reads one must refuse it in one sentence.
+
+An entry names what is damaged, how, and what the message must say. To add one, add a line to `DAMAGES`: the verbs
+that read what is damaged (`READERS`) are tried with it, or those named in the entry. New kinds of input get a reader
+there and, if need be, a verb in the test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from tests.tiny import CHAT_TEMPLATE, hf_tokenizer, save_tiny
+
+Edit = Callable[[Path], object]
+What = Literal["model", "template", "rows", "adapter", "options"]
+
+GENERATING = ("generate", "chat", "serve", "bench", "eval", "tune")
+READERS: dict[What, tuple[str, ...]] = {
+    "model": (*GENERATING, "train", "distill", "info", "draft model", "notes", "chat app"),
+    "template": (*GENERATING, "train", "distill", "notes"),
+    "rows": ("train", "distill"),
+    "adapter": (*GENERATING, "plan", "info", "push", "train from", "chat app"),
+    "options": (),
+}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A damaged input.
+
+    Attributes:
+        name: in words.
+        what: what is damaged.
+        edit: damages it: gets the model's folder, the file of rows, or the place of an adapter folder.
+        says: what the message must contain.
+        verbs: that read it, if not those of `READERS`.
+        options: added to the command line.
+    """
+
+    name: str
+    what: What
+    edit: Edit
+    says: str
+    verbs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The verbs that are tried with it."""
+        return self.verbs or READERS[self.what]
+
+
+# --- edits ----------------------------------------------------------------------------------------------------
+
+
+def bench(root: Path) -> Path:
+    """Puts an undamaged `model` folder and undamaged `rows.jsonl` into `root`."""
+    save_tiny(root / "model", "qwen3", seed=3)
+    write_rows({"prompt": "print(1)", "response": "the fox"})(root / "rows.jsonl")
+    return root
+
+
+def nothing(_: Path) -> None:
+    """For damaged options."""
+
+
+def config(**values: Any) -> Edit:
+    """Sets fields of config.json; `...` deletes one."""
+
+    def edit(model: Path) -> None:
+        old = json.loads((model / "config.json").read_text())
+        new = {key: value for key, value in {**old, **values}.items() if value is not ...}
+        (model / "config.json").write_text(json.dumps(new))
+
+    return edit
+
+
+def holds(name: str, content: str | bytes) -> Edit:
+    """Gives a file this content."""
+    raw = content.encode() if isinstance(content, str) else content
+    return lambda model: (model / name).write_bytes(raw)
+
+
+def lacks(*names: str) -> Edit:
+    """Deletes files."""
+    return lambda model: [(model / name).unlink() for name in names]
+
+
+def cut(name: str) -> Edit:
+    """Cuts off the end of a file."""
+    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:-200])
+
+
+def tensors(change: Callable[[dict[str, mx.array]], object]) -> Edit:
+    """Changes the weights."""
+
+    def edit(model: Path) -> None:
+        file = model / "model.safetensors"
+        weights = dict(mx.load(str(file)))
+        mx.eval(weights)
+        change(weights)
+        mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+
+    return edit
+
+
+def tokenizer_config(**values: Any) -> Edit:
+    """Sets fields of tokenizer_config.json."""
+
+    def edit(model: Path) -> None:
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return edit
+
+
+def template(text: str) -> Edit:
+    """Gives the model this chat template."""
+    return lambda model: hf_tokenizer(chat_template=text).save_pretrained(model)
+
+
+def more_tokens(model: Path) -> None:
+    """A tokenizer with one token more than the embedding has rows; its chat template uses it."""
+    tokenizer = hf_tokenizer(chat_template="<extra>" + CHAT_TEMPLATE)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+
+
+def in_shards(model: Path) -> None:
+    """Weights in two files, the second of which is missing."""
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    names = sorted(weights)
+    mx.eval(weights)
+    (model / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    mx.save_safetensors(str(model / files[0]), {name: weights[name] for name in names[::2]})
+    index = {name: files[place % 2] for place, name in enumerate(names)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def only_torch(model: Path) -> None:
+    """Weights of PyTorch alone."""
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def write_rows(*rows: Any) -> Edit:
+    """Rows of JSON."""
+    return lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def answer(message: Any) -> Edit:
+    """A chat whose last message is this."""
+    return write_rows({"messages": [{"role": "user", "content": "the"}, message]})
+
+
+def chat(**message: Any) -> Edit:
+    """A chat whose first message has these fields."""
+    last = {"role": "assistant", "content": "the fox"}
+    return write_rows({"messages": [{"role": "user", **message}, last]})
+
+
+def folder_with(**files: Any) -> Edit:
+    """A folder with JSON files of these names."""
+
+    def edit(folder: Path) -> None:
+        folder.mkdir()
+        for name, value in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(value))
+
+    return edit
+
+
+def another_model(folder: Path) -> None:
+    """A copy of the model."""
+    shutil.copytree(folder.parent / "model", folder)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+GPTQ = {"quant_method": "gptq", "bits": 3, "group_size": 32}
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
+
+DAMAGES = [
+    # config.json
+    Damage("unknown model type", "model", config(model_type="frob"), "no model type 'frob'"),
+    Damage("model type of a module", "model", config(model_type="cache"), "no model type 'cache'"),
+    Damage("no model type", "model", config(model_type=...), "has no model_type"),
+    Damage("model type a number", "model", config(model_type=5), "model_type 5, which is no text"),
+    Damage("config cut off", "model", holds("config.json", "{"), "config.json is not JSON"),
+    Damage("config in Latin-1", "model", holds("config.json", b'{"a": "\xe9"}'), "config.json is not JSON"),
+    Damage("config a list", "model", holds("config.json", "[]"), "config.json holds a list"),
+    Damage(
+        "layers a text", "model", config(num_hidden_layers="two"), '"num_hidden_layers" is "two", a whole'
+    ),
+    Damage("layers missing", "model", config(num_hidden_layers=...), 'has no "num_hidden_layers"'),
+    Damage("heads 0", "model", config(num_attention_heads=0), '"num_attention_heads" is 0'),
+    Damage("heads 5", "model", config(num_attention_heads=5), "q_proj.weight is (64, 48), (80, 48) expected"),
+    Damage("theta a text", "model", config(rope_theta="x"), '"rope_theta" is "x", a number'),
+    Damage("scaling a list", "model", config(rope_scaling=[1]), '"rope_scaling" is [1], an object or null'),
+    Damage("scaling unknown", "model", config(rope_scaling={"type": "frob"}), "Unsupported RoPE type frob"),
+    Damage("vocabulary below 0", "model", config(vocab_size=-1), '"vocab_size" is -1'),
+    Damage("eos a text", "model", config(eos_token_id="x"), "eos_token_id"),
+    Damage("generation a list", "model", holds("generation_config.json", "[]"), "holds a list"),
+    Damage(
+        "ends a text", "model", holds("generation_config.json", '{"eos_token_id": "a"}'), "is 'a', a token"
+    ),
+    Damage("quantisation without groups", "model", config(quantization={"bits": 4}), 'has no "group_size"'),
+    Damage("code of its own", "model", config(model_file="own.py"), "runs code of its own (own.py)"),
+    # weights
+    Damage("no weights", "model", lacks("model.safetensors"), "it has no weights"),
+    Damage("weights of PyTorch", "model", only_torch, "convert it first with `mtp-mlx convert"),
+    Damage("weights cut off", "model", cut("model.safetensors"), "model.safetensors is cut off or damaged"),
+    Damage(
+        "weights empty", "model", holds("model.safetensors", ""), "model.safetensors is cut off or damaged"
+    ),
+    Damage("a shard missing", "model", in_shards, "model-00002-of-00002.safetensors of model"),
+    Damage("a tensor too many", "model", tensors(lambda w: w.update(x=w[WEIGHT])), "has no place for x"),
+    Damage("a tensor missing", "model", tensors(lambda w: w.pop(WEIGHT)), f"its weights lack {WEIGHT}"),
+    Damage(
+        "a tensor cut", "model", tensors(lambda w: w.update({WEIGHT: w[WEIGHT][1:]})), "is (63, 48), (64, 48)"
+    ),
+    Damage("AWQ", "model", config(quantization_config=AWQ), "quantised by AWQ in a form that mlx-lm"),
+    Damage("GPTQ", "model", config(quantization_config=GPTQ), "quantised by GPTQ in a form that mlx-lm"),
+    # the tokenizer
+    Damage(
+        "no tokenizer", "model", lacks("tokenizer.json", "tokenizer_config.json"), "it has no tokenizer: copy"
+    ),
+    Damage("tokenizer cut off", "model", cut("tokenizer.json"), "tokenizer.json is not JSON"),
+    Damage("tokenizer's config a list", "model", holds("tokenizer_config.json", "[]"), "holds a list"),
+    Damage(
+        "unknown tool parser",
+        "model",
+        tokenizer_config(tool_parser_type="frob"),
+        '"tool_parser_type" is "frob"',
+    ),
+    # chat templates
+    Damage("template cut off", "template", template("{% for x %}"), "chat template does not parse (line 1"),
+    Damage(
+        "template with an unknown filter", "template", template("{{ a | frob }}"), "does not parse (line 1"
+    ),
+    Damage(
+        "template that raises",
+        "template",
+        template("{{ raise_exception('no') }}"),
+        "rejects these messages: no",
+    ),
+    Damage(
+        "template that divides by 0", "template", template("{{ 1 / 0 }}"), "rejects these messages: division"
+    ),
+    Damage("token without a row", "template", more_tokens, "has the token '<extra>', whose id is 157"),
+    # rows
+    Damage(
+        "ids beyond the vocabulary",
+        "rows",
+        write_rows({"prompt": "a", "response": "b", "response_tokens": [5, 6, 999999, 7]}),
+        "line 1: the row has the token id 999999, which is outside the vocabulary",
+        verbs=("train",),
+    ),
+    Damage("content missing", "rows", chat(), '[0] has no "content"'),
+    Damage("content null", "rows", chat(content=None), '[0] has no "content"'),
+    Damage(
+        "content a number", "rows", chat(content=5), '[0]: "content" must be a string, but its type is number'
+    ),
+    Damage("content a picture", "rows", chat(content=PICTURE), "a part of type 'image_url'"),
+    Damage(
+        "calls a text", "rows", chat(content="a", tool_calls="x"), '"tool_calls" must be a list of objects'
+    ),
+    Damage(
+        "calls that the template leaves out", "rows", chat(content="a", tool_calls=[CALL]), "tool call 'look'"
+    ),
+    Damage(
+        "an answer of null",
+        "rows",
+        answer({"role": "assistant", "content": None}),
+        '[1] has no "content"',
+        verbs=("train",),
+    ),
+    Damage(
+        "an answer of calls that the template leaves out",
+        "rows",
+        answer({"role": "assistant", "tool_calls": [CALL]}),
+        "writes nothing of the tool call 'look'",
+        verbs=("train",),
+    ),
+    # adapters
+    Damage("no such adapter", "adapter", nothing, "", verbs=GENERATING),
+    Damage(
+        "LoRA of mlx-lm", "adapter", folder_with(adapter_config={"fine_tune_type": "lora"}), "mlx_lm.fuse"
+    ),
+    Damage("PEFT", "adapter", folder_with(adapter_config={"peft_type": "LORA"}), "is a PEFT adapter"),
+    Damage("empty adapter folder", "adapter", folder_with(), ""),
+    Damage("a model as adapter", "adapter", another_model, "is a model folder", verbs=(*GENERATING, "plan")),
+    Damage("adapter's config a list", "adapter", folder_with(mtp_config=[]), "mtp_config.json is damaged"),
+]

@@ -1,0 +1,139 @@
+"""Proves that whatever reads a damaged input says so in one sentence, with exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import queue
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mtp_mlx.cli.serve as serve
+from examples import finetune_notes
+from examples.chat_app.engine import ChatEngine, Event
+from mtp_mlx.cli import main
+from tests.cli.damage import DAMAGES, Damage, bench
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and what it printed."""
+
+    code: int
+    text: str
+
+
+Verb = Callable[[Path, Damage], Outcome]
+
+
+def cli(*words: str) -> Verb:
+    """A verb of the command line; {root}, {adapter} and {damaged} are filled in."""
+
+    def run(root: Path, damage: Damage) -> Outcome:
+        adapter = str(root / "adapter") if damage.what == "adapter" else "none"
+        damaged = root / ("adapter" if damage.what == "adapter" else "model")
+        filled = [word.format(root=root, adapter=adapter, damaged=damaged) for word in words]
+        result = CliRunner().invoke(main, [*filled, *damage.options], input="the\n")
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        if words[0] == "info" and "usable: no: " in result.stdout:  # info shows what is wrong
+            return Outcome(2, f"Error: {result.stdout.partition('usable: no: ')[2].splitlines()[0]}")
+        return Outcome(result.exit_code, result.stderr)
+
+    return run
+
+
+def chat_app(root: Path, damage: Damage) -> Outcome:
+    """The chat window's engine, loading a model."""
+    events: queue.Queue[Event] = queue.Queue()
+    engine = ChatEngine(events.put)
+    engine.load(str(root / "model"), str(root / "adapter") if damage.what == "adapter" else None)
+    event = events.get(timeout=60)
+    engine.close()
+    return Outcome(2 if event.kind == "failed" else 0, f"Error: {event.text}\n")
+
+
+def notes(root: Path, _: Damage) -> Outcome:
+    """The example that trains on a folder of notes."""
+    folder, stderr = root.parent / "notes", io.StringIO()
+    folder.mkdir(exist_ok=True)
+    for name in "abc":
+        (folder / f"{name}.md").write_text(f"The quick brown fox {name} jumps over the lazy dog. " * 4)
+    words = ["finetune_notes", str(folder), "--model", str(root / "model"), "--out", str(folder / "out")]
+    try:
+        with pytest.MonkeyPatch.context() as patch, redirect_stderr(stderr):
+            patch.setattr(sys, "argv", [*words, "--steps", "1", "--max-tokens", "2"])
+            finetune_notes.main()
+    except SystemExit as stopped:
+        return Outcome(int(stopped.code or 0), stderr.getvalue())
+    return Outcome(0, stderr.getvalue())
+
+
+MODEL = ("-m", "{root}/model", "-a", "{adapter}")
+TRAIN = ("train", "-m", "{root}/model", "-d", "{root}/rows.jsonl", "-o", "{root}/out", "--steps", "1")
+VERBS: dict[str, Verb] = {
+    "generate": cli("generate", *MODEL, "-p", "the", "-n", "2"),
+    "chat": cli("chat", *MODEL, "-n", "2"),
+    "serve": cli("serve", *MODEL, "--port", "0"),
+    "bench": cli("bench", *MODEL, "-n", "2", "--limit", "1"),
+    "eval": cli("eval", *MODEL, "-n", "2", "--limit", "1"),
+    "tune": cli("tune", *MODEL, "-n", "2"),
+    "train": cli(*TRAIN, "--slots", "2", "--rank", "2"),
+    "train from": cli(*TRAIN, "--slots", "2", "--rank", "2", "--start-from", "{adapter}"),
+    "distill": cli("distill", "-m", "{root}/model", "-p", "{root}/rows.jsonl", "-o", "{root}/new/out.jsonl"),
+    "info": cli("info", "{damaged}"),
+    "plan": cli("plan", "-a", "{root}/adapter"),
+    "push": cli("push", "{root}/adapter", "someone/adapter"),
+    "draft model": cli(
+        "generate", "-m", "{root}/../good", "--draft-model", "{root}/model", "-p", "the", "-n", "2"
+    ),
+    "notes": notes,
+    "chat app": chat_app,
+}
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench(tmp_path_factory.mktemp("undamaged"))
+
+
+@pytest.fixture
+def root(undamaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an undamaged model and rows; caches lie elsewhere, and `serve` does not listen."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(undamaged.parent / "cache"))
+    monkeypatch.setattr(serve, "run", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undamaged / "model", tmp_path / "good")
+    shutil.copytree(undamaged, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def below(folder: Path) -> list[str]:
+    """Everything in a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_damaged_input_is_one_sentence(damage: Damage, root: Path) -> None:
+    place = {"rows": "rows.jsonl", "adapter": "adapter"}.get(damage.what, "model")
+    damage.edit(root / place)
+    before = below(root)
+    for verb in damage.readers:
+        outcome = VERBS[verb](root, damage)
+        _, found, message = outcome.text.partition("Error: ")
+        assert outcome.code == 2 and found, f"{verb}: {outcome}"
+        assert damage.says in message and len(message.strip().splitlines()) == 1, f"{verb}: {message}"
+        assert below(root) == before, f"{verb} left something behind"
+
+
+def test_undamaged_it_works(root: Path) -> None:
+    """What these tests damage is good before, and every verb that reads a model gets through with it."""
+    nothing = Damage("nothing", "model", lambda _: None, "")
+    for verb in nothing.readers:
+        outcome = VERBS[verb](root, nothing)
+        assert outcome.code == 0, f"{verb}: {outcome}"

@@ -1,0 +1,69 @@
+"""Proves that models are loaded in one way: what the hub raises is a sentence, and what works is not refused."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+import mtp_mlx.base_model as base_model
+from mtp_mlx.base_model import load_base
+from mtp_mlx.errors import MTPError
+from tests.tiny import ARCHITECTURES, RECURRENT, WINDOWED, save_tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *WINDOWED, *(set(RECURRENT) - {"qwen3_5"})])
+def test_what_mlx_lm_loads_is_loaded(architecture: str, tmp_path: Path) -> None:
+    model, tokenizer = load_base(save_tiny(tmp_path / "model", architecture))
+    assert model.layers and len(tokenizer) > 1
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> Path:
+        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot: HF_HUB_OFFLINE")
+
+    monkeypatch.setattr(base_model, "_download", offline)
+    with pytest.raises(
+        MTPError, match=r"owner/name could not be fetched: the hub cannot be reached, and the local"
+    ):
+        load_base("owner/name")
+
+
+def test_a_repository_that_does_not_exist_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer:
+        status_code, headers, request = 404, {}, None
+
+    def missing(*_: object, **__: object) -> Path:
+        raise RepositoryNotFoundError("404", response=Answer())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(base_model, "_download", missing)
+    with pytest.raises(MTPError, match="owner/name could not be fetched: there is no such repository"):
+        load_base("owner/name")
+
+
+def test_a_repository_without_a_model_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(base_model, "_download", lambda _: tmp_path)
+    with pytest.raises(MTPError, match="owner/name could not be loaded: it has no config.json"):
+        load_base("owner/name")
+
+
+def test_nothing_else_calls_mlx_lms_loader() -> None:
+    """Every verb, the server and the examples load models through `mtp_mlx/base_model.py`."""
+    loaders = {"mlx_lm.load", "mlx_lm.utils.load", "mlx_lm.utils.load_model", "mlx_lm.utils.load_tokenizer"}
+    reads_checkpoints = {"convert/trunk.py", "convert/whole.py"}  # have sentences of their own
+    files = [path for room in ("mtp_mlx", "convert", "examples") for path in (ROOT / room).rglob("*.py")]
+    wrong = []
+    for path in files:
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                called = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                called = {ast.unparse(node)} if isinstance(node, ast.Attribute) else set()
+            if called & loaders and name != "mtp_mlx/base_model.py" and name not in reads_checkpoints:
+                wrong.append(f"{name}:{node.lineno}")
+    assert len(files) > 100 and not wrong
