@@ -72,7 +72,7 @@ def main(
     found = []
     for entry, (folder, drafts) in zip(entries, chosen, strict=True):
         attached, tokenizer = load(model, folder)
-        examples, report = load_examples(data, tokenizer, max_length)
+        examples, report = load_examples(data, tokenizer, max_length, vocab_size=attached.vocab_size)
         if not isinstance(attached.speculator, DraftHeads):
             raise click.UsageError(f"{folder} has no MTP heads")
         attached.speculator.check_drafts(drafts)

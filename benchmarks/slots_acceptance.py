@@ -122,7 +122,7 @@ def main(
     base = attached.model
     attached.detach()
     adapters = load_adapters(base, entries)
-    examples, report = load_examples(data, tokenizer, max_length)
+    examples, report = load_examples(data, tokenizer, max_length, vocab_size=attached.vocab_size)
     found = [
         {
             "adapter": entry,

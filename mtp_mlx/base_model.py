@@ -19,7 +19,7 @@ from mlx_lm.utils import _download, load_model, load_tokenizer
 from mtp_mlx.errors import MTPError
 from mtp_mlx.hub_errors import hub_errors
 from mtp_mlx.model_faults import ends_fault, model_fault, read_config, tokenizer_fault
-from mtp_mlx.models import resolve_model
+from mtp_mlx.models import EMBEDDED, resolve_model
 
 
 def load_base(
@@ -40,7 +40,8 @@ def load_base(
         MTPError: if there is no such model, it cannot be fetched or loaded, or it cannot run.
     """
     folder = local_folder(name_or_path, quantize)
-    what = f"the model {name_or_path} could not be loaded"
+    again = f" (delete {folder} to have it made again)" if str(name_or_path) in EMBEDDED else ""
+    what = f"the model {name_or_path} could not be loaded{again}"
     model, config = read_model(folder, what, lazy=lazy)
     tokenizer = read_tokenizer(folder, what, config, tokenizer_config)
     return model, tokenizer

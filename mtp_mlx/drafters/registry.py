@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mtp_mlx.adapter_folder import CardLines, Header, damage, read_header
+from mtp_mlx.adapter_folder import WEIGHTS_NAME, CardLines, Header, damage, read_header
 from mtp_mlx.errors import MTPError
+from mtp_mlx.token_ids import check_ids
 from mtp_mlx.train.settings import Trains, TrainSettings
 
 if TYPE_CHECKING:
@@ -100,7 +101,22 @@ def load_folder(folder: Path, model: Any) -> tuple[Any, Header]:
     """
     header = read_header(folder)
     with damage(folder):
-        return _format(folder, header).load(folder, header, model)
+        source, header = _format(folder, header).load(folder, header, model)
+    check_draft_ids(folder, source.draft_ids, model)
+    return source, header
+
+
+def check_draft_ids(folder: Path, draft_ids: Any, model: Any) -> None:
+    """Raises MTPError for a draft vocabulary that is damaged: MLX would read beyond the model's head for it."""
+    from mtp_mlx.model.seams import embedding_rows
+
+    rows = embedding_rows(model)
+    if draft_ids is None or rows is None:
+        return
+    what = f"{folder / WEIGHTS_NAME} is damaged: its draft vocabulary"
+    if draft_ids.ndim != 1 or not draft_ids.size or "int" not in str(draft_ids.dtype):
+        raise MTPError(f"{what} is no list of token ids")
+    check_ids(draft_ids.tolist(), rows, what)
 
 
 def folder_facts(folder: Path, header: Header) -> dict[str, Any]:

@@ -16,12 +16,16 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from tests.tiny import CHAT_TEMPLATE, hf_tokenizer, save_tiny
+from mtp_mlx.drafters.masks.folder import mask_header, save
+from mtp_mlx.model.fingerprint import base_fingerprint
+from tests.model.naive import random_adapter
+from tests.tiny import CHAT_TEMPLATE, hf_tokenizer, save_tiny, tiny_model
 
 Edit = Callable[[Path], object]
 What = Literal["model", "template", "rows", "adapter", "options"]
 
 GENERATING = ("generate", "chat", "serve", "bench", "eval", "tune")
+LOADING = (*GENERATING, "chat app")
 READERS: dict[What, tuple[str, ...]] = {
     "model": (*GENERATING, "train", "distill", "info", "draft model", "notes", "chat app"),
     "template": (*GENERATING, "train", "distill", "notes"),
@@ -155,6 +159,11 @@ def write_rows(*rows: Any) -> Edit:
     return lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_rows_text(text: str) -> Edit:
+    """A file of rows with this content."""
+    return lambda file: file.write_text(text)
+
+
 def answer(message: Any) -> Edit:
     """A chat whose last message is this."""
     return write_rows({"messages": [{"role": "user", "content": "the"}, message]})
@@ -180,6 +189,17 @@ def folder_with(**files: Any) -> Edit:
 def another_model(folder: Path) -> None:
     """A copy of the model."""
     shutil.copytree(folder.parent / "model", folder)
+
+
+def drafts_beyond(folder: Path) -> None:
+    """An adapter whose draft vocabulary has an id that the model has no row for."""
+    model = tiny_model("qwen3", seed=3)
+    adapter = random_adapter(model, draft_ids=mx.array([3, 5, 8], dtype=mx.int32))
+    save(folder, adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
+    weights = dict(mx.load(str(folder / "mtp.safetensors")))
+    mx.eval(weights)
+    weights["draft_ids"] = mx.array([3, 5, 999999], dtype=mx.int32)
+    mx.save_safetensors(str(folder / "mtp.safetensors"), weights)
 
 
 # --- the list ---------------------------------------------------------------------------------------------------
@@ -266,6 +286,10 @@ DAMAGES = [
         "line 1: the row has the token id 999999, which is outside the vocabulary",
         verbs=("train",),
     ),
+    Damage("rows missing", "rows", Path.unlink, "cannot be read"),
+    Damage("rows empty", "rows", write_rows(), "the file is empty"),
+    Damage("rows cut off", "rows", write_rows_text('{"prompt": "a", "resp'), "line 1: truncated"),
+    Damage("rows of numbers", "rows", write_rows(5), "line 1: a JSON object is needed, this is a number"),
     Damage("content missing", "rows", chat(), '[0] has no "content"'),
     Damage("content null", "rows", chat(content=None), '[0] has no "content"'),
     Damage(
@@ -293,12 +317,19 @@ DAMAGES = [
         verbs=("train",),
     ),
     # adapters
-    Damage("no such adapter", "adapter", nothing, "", verbs=GENERATING),
+    Damage("no such adapter", "adapter", nothing, "there is no such folder", verbs=(*LOADING, "plan")),
     Damage(
         "LoRA of mlx-lm", "adapter", folder_with(adapter_config={"fine_tune_type": "lora"}), "mlx_lm.fuse"
     ),
     Damage("PEFT", "adapter", folder_with(adapter_config={"peft_type": "LORA"}), "is a PEFT adapter"),
-    Damage("empty adapter folder", "adapter", folder_with(), ""),
+    Damage(
+        "empty adapter folder",
+        "adapter",
+        folder_with(),
+        "it has no mtp_config.json",
+        verbs=(*LOADING, "plan"),
+    ),
     Damage("a model as adapter", "adapter", another_model, "is a model folder", verbs=(*GENERATING, "plan")),
+    Damage("drafts beyond", "adapter", drafts_beyond, "damaged: its draft vocabulary has", verbs=LOADING),
     Damage("adapter's config a list", "adapter", folder_with(mtp_config=[]), "mtp_config.json is damaged"),
 ]

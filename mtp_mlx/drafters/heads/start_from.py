@@ -25,6 +25,7 @@ from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count
 from mtp_mlx.drafters.heads.stored import BITS, GROUP_SIZE, is_quantised
+from mtp_mlx.drafters.registry import check_draft_ids
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import find_seams
 from mtp_mlx.train.method import Tell
@@ -62,6 +63,7 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
         MTPError: no heads there, heads of another base model, or of another shape than the settings say.
     """
     heads, header = load(folder, read_header(folder), model)
+    check_draft_ids(folder, heads.draft_ids, model)
     config, store = config_of(folder, header), "8bit" if is_quantised(heads) else "bf16"
     if store == "8bit" and settings.store is None:
         _check_quantisation(folder, config)
