@@ -33,6 +33,7 @@ _POSITIVE = (
     *("hidden_size", "intermediate_size", "vocab_size", "head_dim"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
+_POINTER = "is only a pointer of Git LFS to the file: run `git lfs pull` in the model's folder"
 _LONGEST = 200  # characters of another library's message
 
 
@@ -70,6 +71,8 @@ def _read_object(path: Path, broken_is_fine: bool = False) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if broken_is_fine:
             return {}
+        if _is_pointer(path):
+            raise MTPError(f"{path} {_POINTER}") from error
         raise MTPError(
             f"{path} is not JSON ({short(error)}): take the file from the original model"
         ) from error
@@ -121,12 +124,20 @@ def _file_fault(folder: Path) -> str | None:
         try:
             mx.load(str(file))  # lazily: the header and the length
         except (OSError, RuntimeError, ValueError) as error:
+            if _is_pointer(file):
+                return f"{file.name} {_POINTER}"
             return f"{file.name} is cut off or damaged ({short(error)}): get it again"
     missing = sorted({name for name in _index(folder).values() if not (folder / name).exists()})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"{missing[0]}{more} of model.safetensors.index.json is missing: get the model again"
     return None
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether git was not told to get the file itself."""
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."
 
 
 def _no_weights(folder: Path) -> str:

@@ -204,6 +204,7 @@ def drafts_beyond(folder: Path) -> None:
 
 # --- the list ---------------------------------------------------------------------------------------------------
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269060552\n"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 GPTQ = {"quant_method": "gptq", "bits": 3, "group_size": 32}
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
@@ -243,6 +244,8 @@ DAMAGES = [
     Damage(
         "weights empty", "model", holds("model.safetensors", ""), "model.safetensors is cut off or damaged"
     ),
+    Damage("weights a pointer", "model", holds("model.safetensors", POINTER), "run `git lfs pull`"),
+    Damage("tokenizer a pointer", "model", holds("tokenizer.json", POINTER), "run `git lfs pull`"),
     Damage("a shard missing", "model", in_shards, "model-00002-of-00002.safetensors of model"),
     Damage("a tensor too many", "model", tensors(lambda w: w.update(x=w[WEIGHT])), "has no place for x"),
     Damage("a tensor missing", "model", tensors(lambda w: w.pop(WEIGHT)), f"its weights lack {WEIGHT}"),
