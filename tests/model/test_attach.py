@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm.models import gpt2, internlm2
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 from mlx_lm.models.internlm3 import DynamicNTKScalingRoPE
 
@@ -227,6 +228,30 @@ def test_a_missing_seam_is_named(path: str, message: str) -> None:
     adapter = random_adapter(model)
     with pytest.raises(MTPError, match=message):
         attach(without(model, path), adapter)
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "seam"),
+    [
+        (gpt2, {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 64}, "trunk"),
+        (internlm2, {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}, "embed_tokens"),
+    ],
+    ids=["gpt2", "internlm2"],
+)
+def test_families_that_cannot_be_used_say_so(module: Any, sizes: dict[str, Any], seam: str) -> None:
+    """They are named in docs/quickstart.md."""
+    more = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "layer_norm_epsilon": 1e-5,
+    }
+    name = module.__name__.rpartition(".")[2]
+    arguments = module.ModelArgs.from_dict({"model_type": name, "vocab_size": 50, **more, **sizes})
+    with pytest.raises(
+        MTPError, match=f"models of type '{name}' cannot be used here: .*seam '{seam}'.*use mlx-lm"
+    ):
+        attach(module.Model(arguments))
 
 
 def test_positions_are_a_seam_of_slots_only() -> None:
