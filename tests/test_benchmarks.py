@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import ablation
 import heads_acceptance
@@ -99,6 +100,26 @@ def test_what_an_ablation_asks_of_the_benchmarks(script: str) -> None:
     ]
     asked = {option for parameter in command.params for option in parameter.opts}
     assert {"--data", "--json", "--limit", ablation.FOLDER_OPTIONS[script]} <= asked
+
+
+def test_an_ablation_keeps_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steps had more rows than those of the probe is made again; a finished one is not."""
+    trained = []
+
+    def train(method: str, settings: dict[str, Any], data: Path, out: Path) -> None:
+        trained.append((out.name, settings["steps"]))
+        rows = 10 if out.name.endswith("probe") else 15
+        lines = [json.dumps({"rows": rows})] * settings["steps"]
+        out.with_name(f"{out.name}.metrics.jsonl").write_text("\n".join(lines))
+        out.mkdir()
+        (out / "mtp_config.json").write_text("{}")
+
+    monkeypatch.setattr(ablation, "train", train)
+    plan = ablation.Plan("mask-tokens", 600, {}, {"one part": {}})
+    for _ in range(2):
+        out = ablation.run(plan, "one part", 0, {}, Path("data.jsonl"), tmp_path)
+        assert out.name == "one-part-0.2" and ablation.rows_of(out) == 600
+    assert trained == [("one-part-0.probe", 8), ("one-part-0", 60), ("one-part-0.2", 40)]
 
 
 def test_slots_acceptance(folder: Path) -> None:
