@@ -42,6 +42,8 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    NameError,
 )
 _GENERATION = "generation_config.json"
 # Names that only heads have: if no family is recognised, such tensors must not be dropped silently.

@@ -29,6 +29,7 @@ from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import Trunk, open_trunk
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.files import check_out, new_folder
+from mtp_mlx.model_faults import tokenizer_fault
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -164,13 +165,16 @@ def _tokenizer(checkpoint: Checkpoint, trunk: Trunk) -> Any:
     try:
         # If this is not given, transformers asks on the terminal whether to run the folder's code.
         extra = {"trust_remote_code": False}
-        return load_tokenizer(checkpoint.folder, extra, eos_token_ids=trunk.config.get("eos_token_id"))
+        tokenizer = load_tokenizer(checkpoint.folder, extra, eos_token_ids=trunk.config.get("eos_token_id"))
     except Exception as error:  # transformers' own errors have no common class
         reason = " ".join(str(error).split())[:200]
         raise ConversionError(
             f"{checkpoint.folder}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); put the "
             "model's own tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
+    if len(tokenizer) < 2:  # what transformers makes of a folder without one
+        raise ConversionError(f"{checkpoint.folder}: {tokenizer_fault(checkpoint.folder, None)}")
+    return tokenizer
 
 
 def _cast(trunk: Trunk, dtype: str | None) -> None:

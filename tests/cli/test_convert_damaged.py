@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cli import damage
 from tests.cli.convert_runs import refused, run
 from tests.convert.adapters.test_peft import SLOTS, factors
 from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.convert.read.hostile_pickles import hostile
 from tests.convert.read.torch_files import Tensor, write_torch, write_zip
 from tests.convert.whole_checkpoints import Whole, whole, with_tokenizer
+from tests.tiny import save_tiny
 
 Arrays = dict[str, np.ndarray]
 WAYS: dict[str, tuple[str, ...]] = {
@@ -313,6 +315,23 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     assert "contains custom code" in refused("convert", source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (damage.config(quantization_config=damage.AWQ), "mlx-lm cannot load the trunk"),
+        (damage.config(vocab_size=-1), "mlx-lm cannot load the trunk"),
+        (damage.lacks("tokenizer.json", "tokenizer_config.json"), "it has no tokenizer: copy tokenizer.json"),
+    ],
+    ids=["AWQ that is none", "vocabulary below 0", "no tokenizer"],
+)
+def test_damage_that_mlx_lm_notices_late_or_never(tmp_path: Path, edit: damage.Edit, expected: str) -> None:
+    source = save_tiny(tmp_path / "model", "qwen3")
+    edit(source)
+    for way in ("whole", "quantised"):
+        assert expected in refused("convert", source, tmp_path / "new" / "out", *WAYS[way])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_type_that_no_one_knows(tmp_path: Path) -> None:
