@@ -233,7 +233,7 @@ def stream_generate(
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
     stats = DecodeStats() if stats is None else stats
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
-    drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission)
+    drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens)
     policy = led_policy(drafting.policy, model.peers)
     kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
     steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtp_mlx.errors import MTPError
+
+log = logging.getLogger("mtp_mlx")
+_warned: list[str] = []  # what could not be kept in the cache; people are told once
 
 
 def user_path(name: str) -> Path:
@@ -126,6 +130,30 @@ def _exchange(new: Path, path: Path) -> None:
 def cache_dir() -> Path:
     """The folder of converted models and measurements: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx."""
     return Path(os.environ.get("MTP_MLX_CACHE") or Path.home() / ".cache" / "mtp-mlx").expanduser()
+
+
+def keep_if_possible(write: Callable[[], object], what: str) -> bool:
+    """Keeps something in the cache for later runs; if that fails, warns once per process and goes on.
+
+    Args:
+        write: writes it, and may raise MTPError or OSError.
+        what: what it is, in the plural.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        write()
+    except (MTPError, OSError) as error:
+        if not _warned:
+            _warned.append(what)
+            log.warning(
+                "%s are not kept for later runs (%s): set MTP_MLX_CACHE to a folder that can be written",
+                what,
+                error,
+            )
+        return False
+    return True
 
 
 def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Path) -> None:

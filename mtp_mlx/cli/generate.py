@@ -153,7 +153,7 @@ def generate(
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.calibrate import step_cost
+    from mtp_mlx.planning.calibrate import step_cost, worth_measuring
     from mtp_mlx.planning.choose import settled_layout
 
     sampling = sampling_of(settings)
@@ -169,7 +169,7 @@ def generate(
     run = Run(DecodeStats(), model.most_drafts, known, layout)
     if not raw:
         _note_template(run, model, tokenizer)
-    if layout == "auto" and emission == Emission():
+    if layout == "auto" and emission == Emission() and worth_measuring(model, settings.max_tokens):
         step_cost(model, tell)
     responses = stream_generate(
         model,

@@ -119,7 +119,9 @@ def measure(
     return model, measured
 
 
-def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, path: Path) -> dict[str, Any]:
+def report(
+    settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, path: Path | None
+) -> dict[str, Any]:
     """The object that --json prints."""
     return {
         "model": settings.model,
@@ -136,7 +138,7 @@ def report(settings: TuneSettings, rows: list[LaneResult], choice: TunedChoice, 
         "tok_per_s": round(choice.tokens_per_second, 3),
         "plain_tok_per_s": round(choice.plain_tokens_per_second, 3),
         "lanes": [row.to_json() for row in rows],
-        "kept_in": str(path),
+        "kept_in": None if path is None else str(path),
     }
 
 

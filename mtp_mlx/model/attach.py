@@ -221,7 +221,8 @@ class AttachedModel:
 
     def embed(self, ids: mx.array) -> mx.array:
         """The base model's own embedding, [...] -> [..., D]; takes no slot ids."""
-        return self._embed(ids)
+        # A quantised embedding cannot look up a scalar.
+        return self._embed(ids) if ids.ndim else self._embed(ids[None])[0]
 
     def last_norm(self, hidden: mx.array) -> mx.array:
         """The trunk's final norm, [..., D] -> [..., D], for heads that end with it.

@@ -20,7 +20,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.precision import nearest_precision
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
-from mtp_mlx.planning.calibrate import step_cost
+from mtp_mlx.planning.calibrate import step_cost, worth_measuring
 from mtp_mlx.planning.tuned import recall
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
@@ -90,6 +90,7 @@ def plan_drafting(
     lookup: bool | None = None,
     drafter: str | None = None,
     emission: Emission | None = None,
+    max_tokens: int | None = None,
 ) -> Drafting:
     """The policy and the lookup drafter of a generation.
 
@@ -104,6 +105,7 @@ def plan_drafting(
         lookup: whether lookup drafts too; None for layout "auto" only.
         drafter: comma-separated drafters, instead of `lookup`.
         emission: verified without a tau by default.
+        max_tokens: most tokens of the text. A few are written plainly as long as step costs are not known.
 
     Raises:
         MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or if `drafter` is combined with another
@@ -121,6 +123,9 @@ def plan_drafting(
             layout, drafts, drafter = tuned.layout, tuned.drafts, tuned.drafter
             stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
+    if layout == "auto" and emission == Emission() and not worth_measuring(model, max_tokens):
+        layout = "plain"
+        stats.fallbacks["plain: for so few tokens, what a step costs here was not measured"] += 1
     if chosen.own:
         policy = build_policy(model, layout, drafts, stats, emission)
     else:

@@ -104,7 +104,7 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
     """Reads a measurement; None if there is none, its key differs, or it is damaged (which is logged)."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s): step costs are measured again", path, error)

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import cache_dir, clear_errors, write_text
+from mtp_mlx.files import cache_dir, clear_errors, keep_if_possible, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import cost_key
 
@@ -71,23 +71,18 @@ def weights_digest(model: AttachedModel) -> str:
     return hashlib.sha256(shapes.encode() + values.tobytes()).hexdigest()[:16]
 
 
-def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path:
-    """Stores the choice for this model, drafter and machine; returns the file.
+def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]) -> Path | None:
+    """Stores the choice for this model, drafter and machine; returns the file, or None if it cannot be written.
 
     Args:
         model: the model with its drafter.
         choice: the choice to store.
         measured: all measurements, stored for people to read.
-
-    Raises:
-        MTPError: if the file cannot be written.
     """
     key = tuned_key(model)
     path = _path(key)
-    write_text(
-        path, json.dumps({"key": key, "choice": asdict(choice), "measured": measured}, indent=2) + "\n"
-    )
-    return path
+    text = json.dumps({"key": key, "choice": asdict(choice), "measured": measured}, indent=2) + "\n"
+    return path if keep_if_possible(lambda: write_text(path, text), "tuned layouts") else None
 
 
 def recall(model: AttachedModel) -> TunedChoice | None:
@@ -102,7 +97,7 @@ def recall(model: AttachedModel) -> TunedChoice | None:
         if choice.layout not in _LAYOUTS or not choice.plain_tokens_per_second > 0:
             raise ValueError("not a layout and its speed")
         return choice
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
