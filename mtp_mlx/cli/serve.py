@@ -150,6 +150,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
     from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.decode.cache_check import check_quantisation
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import step_cost
@@ -176,6 +177,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
     )  # refuses bad settings now, not at the first request
     check_template(tokenizer, model.vocab_size)
+    check_quantisation(model, decode.kv_bits, decode.kv_group_size)
     grammars = _grammars(model, tokenizer)
     engine = Engine(
         model,

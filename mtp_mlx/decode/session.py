@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
+from mtp_mlx.decode.cache_check import check_prompt_cache, check_quantisation
 from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.decode.drafter import Drafter
 from mtp_mlx.decode.led import led
@@ -57,8 +58,8 @@ class Session:
         drafter: the model's own drafter, or None.
 
     Raises:
-        MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back, or if
-            a cache with a sliding window is to be quantised.
+        MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back or
+            belongs to another model, or if it is to be quantised and has a sliding window or other group sizes.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Session:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
         check_ids(prompt, attached.vocab_size, "the prompt")
+        check_prompt_cache(attached, cache)
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
         self.attached, self.picker, self.constraint = attached, picker, constraint
         self.cache, self._settings = cache, settings
@@ -83,6 +85,7 @@ class Session:
                 "this model has sliding-window layers, whose cache cannot be quantised (nor can it in mlx-lm): "
                 "leave `kv_bits` out"
             )
+        check_quantisation(attached, settings.kv_bits, settings.kv_group_size)
         self.drafter = None if open_drafter is None else open_drafter(self.start)
         self._has_run = self._settled = False
         self.tokens = list(prompt)

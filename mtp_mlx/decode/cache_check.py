@@ -1,0 +1,118 @@
+"""Refuses, before anything runs, a prompt cache of another model and a KV quantisation that its heads do not allow.
+
+What the model's own cache looks like is found by building one pass over one token, which is never evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList
+
+from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.block import Block
+
+GROUP_SIZES = (32, 64, 128)  # those of mx.quantize
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What one cache holds: the number of heads, and the widths of a key and of a value."""
+
+    count: int
+    key: int
+    value: int
+
+
+_known: WeakKeyDictionary[AttachedModel, list[list[_Heads | None]]] = WeakKeyDictionary()
+
+
+def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
+    """Checks that a cache has the layers of `model`, and that what it holds has their heads.
+
+    Raises:
+        MTPError: if it belongs to another model.
+    """
+    own = model.make_cache()
+    if len(cache) != len(own):
+        raise MTPError(
+            f"`prompt_cache` has {len(cache)} layers and this model {len(own)}: make one for this model, "
+            "or leave it out"
+        )
+    held = [[_held(leaf) for leaf in _leaves(layer)] for layer in cache]
+    if not any(heads for layer in held for heads in layer):
+        return
+    for index, (theirs, ours) in enumerate(zip(held, _own_heads(model), strict=True)):
+        if len(theirs) != len(ours):
+            raise MTPError(
+                f"layer {index} of `prompt_cache` is of another kind of model: make one for this model"
+            )
+        for found, wanted in zip(theirs, ours, strict=True):
+            if found is not None and wanted is not None and found != wanted:
+                raise MTPError(
+                    f"layer {index} of `prompt_cache` holds {_text(found)}, this model {_text(wanted)}: "
+                    "make one for this model, or leave it out"
+                )
+
+
+def check_quantisation(model: AttachedModel, bits: int | None, group_size: int) -> None:
+    """Checks that the model's KV cache can be quantised like this.
+
+    Raises:
+        MTPError: if it cannot; names a group size that fits, if there is one.
+    """
+    if bits is None:
+        return
+    if bits not in BITS:
+        raise MTPError(f"`kv_bits` must be one of {', '.join(map(str, BITS))}, not {bits}")
+    widths = {
+        width for layer in _own_heads(model) for heads in layer if heads for width in (heads.key, heads.value)
+    }
+    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+    if group_size in fitting:
+        return
+    sizes = " and ".join(map(str, sorted(widths)))
+    remedy = f"use `kv_group_size` {fitting[-1]}" if fitting else "leave `kv_bits` out"
+    raise MTPError(
+        f"keys and values of {sizes} numbers cannot be quantised in groups of {group_size}: {remedy}"
+    )
+
+
+def _own_heads(model: AttachedModel) -> list[list[_Heads | None]]:
+    """By layer and cache of it."""
+    if model in _known:
+        return _known[model]
+    cache, before = model.make_cache(), model.head_input
+    model.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), cache)
+    model.head_input = before
+    _known[model] = [[_held(leaf) for leaf in _leaves(layer)] for layer in cache]
+    return _known[model]
+
+
+def _leaves(layer: Any) -> tuple[Any, ...]:
+    return tuple(layer.caches) if isinstance(layer, CacheList) else (layer,)
+
+
+def _held(leaf: Any) -> _Heads | None:
+    """None for a recurrent state, or if nothing is held yet."""
+    keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
+    if isinstance(leaf, ArraysCache) or keys is None or values is None:
+        return None
+    first = keys[0] if isinstance(keys, tuple | list) else keys
+    return _Heads(int(first.shape[1]), _width(leaf, keys), _width(leaf, values))
+
+
+def _width(leaf: Any, held: Any) -> int:
+    """Numbers of a head; a quantised cache packs them into words of 32 bits."""
+    if isinstance(held, tuple | list):
+        return int(held[0].shape[-1]) * 32 // int(leaf.bits)
+    return int(held.shape[-1])
+
+
+def _text(heads: _Heads) -> str:
+    return f"{heads.count} heads of {heads.key} and {heads.value} numbers"
