@@ -71,7 +71,6 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     from mtp_mlx.conversation import Conversation
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
-    from mtp_mlx.measure import plain_speed
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.choose import plan_drafting
 
@@ -88,8 +87,7 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     if not tokenizer.has_chat_template:
         tell("this tokenizer has no chat template: messages are joined line by line")
     conversation = Conversation(model, tokenizer, settings.system)
-    known = plain_speed.recall(settings.model, quantize=settings.quantize)
-    chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color, known)
+    chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color)
     if sys.stdin.isatty():
         tell(f"{settings.model}; /help for commands, /quit to leave")
     return Repl(chat, read)

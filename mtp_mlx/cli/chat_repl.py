@@ -21,6 +21,7 @@ from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import user_path, write_text
+from mtp_mlx.measure import plain_speed
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting, settled_layout
 
@@ -45,7 +46,6 @@ class Chat:
 
     Attributes:
         options: arguments of `stream_generate` that are not in `settings`: sampling and emission.
-        plain_tok_per_s: remembered speed of plain decoding, or None.
     """
 
     model: AttachedModel
@@ -53,7 +53,6 @@ class Chat:
     settings: GenerateSettings
     options: dict[str, Any]
     color: bool = False
-    plain_tok_per_s: float | None = None
 
 
 class Repl:
@@ -172,7 +171,8 @@ class Repl:
     def _statistics(self, turn: Turn) -> str:
         model, settings = self._chat.model, self._chat.settings
         layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
-        run = Run(turn.stats, model.most_drafts, self._chat.plain_tok_per_s, layout)
+        known = plain_speed.recall(settings.model, quantize=settings.quantize, context=turn.prompt_tokens)
+        run = Run(turn.stats, model.most_drafts, known, layout)
         run.tokens, run.last, run.interrupted = turn.tokens, turn.last, turn.stopped
         return statistics_line(settings, run)
 

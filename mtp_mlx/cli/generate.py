@@ -164,7 +164,7 @@ def generate(
     model, tokenizer = load_model(settings, peers=peers)
     ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
     _same_work(model, settings, ids)
-    known = plain_speed.recall(settings.model, quantize=settings.quantize)
+    known = plain_speed.recall(settings.model, quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
     run = Run(DecodeStats(), model.most_drafts, known, layout)
     if not raw:
@@ -209,7 +209,10 @@ def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
     from mtp_mlx.measure import plain_speed
 
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
-        plain_speed.remember(settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize)
+        context = run.last.prompt_tokens if run.last else 0
+        plain_speed.remember(
+            settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize, context=context
+        )
 
 
 def sampling_of(settings: GenerateSettings) -> SamplingConfig:

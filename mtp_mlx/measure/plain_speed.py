@@ -1,4 +1,4 @@
-"""The last measured speed of plain decoding, by model, so that a single run can show its speed-up.
+"""The last measured speed of plain decoding, by model and length of the prompt, so that a run can show its speed-up.
 
 Kept in `plain_speed.json` in the cache folder; written by every plain run that is long enough, and by `bench`. It is
 a convenience: a damaged file counts as no measurement, and one that cannot be written is left alone.
@@ -17,10 +17,13 @@ from mtp_mlx.files import cache_dir, write_text
 from mtp_mlx.models import EMBEDDED
 
 FEWEST_TOKENS = 32  # shorter runs say little about speed
+SHORT_PROMPT = 512  # tokens; speeds after shorter prompts are compared with each other, longer ones by octave
 _FILE_NAME = "plain_speed.json"
 
 
-def remember(model: str, tok_per_s: float, n_tokens: int, *, quantize: int | None = None) -> bool:
+def remember(
+    model: str, tok_per_s: float, n_tokens: int, *, quantize: int | None = None, context: int = 0
+) -> bool:
     """Keeps the speed of a plain run. Returns False if the run was too short or the file cannot be written.
 
     Args:
@@ -28,11 +31,12 @@ def remember(model: str, tok_per_s: float, n_tokens: int, *, quantize: int | Non
         tok_per_s: tokens per second of the run.
         n_tokens: its length.
         quantize: bits that the embedded model was quantised to while loading.
+        context: tokens of the prompt; a long one makes every token slower.
     """
     if n_tokens < FEWEST_TOKENS or tok_per_s <= 0:
         return False
     speeds = _read()
-    speeds[_key(model, quantize)] = round(tok_per_s, 3)
+    speeds[_key(model, quantize, context)] = round(tok_per_s, 3)
     try:
         write_text(cache_dir() / _FILE_NAME, json.dumps(speeds, indent=2, sort_keys=True) + "\n")
     except MTPError:
@@ -40,9 +44,9 @@ def remember(model: str, tok_per_s: float, n_tokens: int, *, quantize: int | Non
     return True
 
 
-def recall(model: str, *, quantize: int | None = None) -> float | None:
-    """Tokens per second of plain decoding with `model` on this machine, or None if never measured."""
-    return _read().get(_key(model, quantize))
+def recall(model: str, *, quantize: int | None = None, context: int = 0) -> float | None:
+    """Tokens per second of plain decoding after a prompt of about this length, or None if never measured."""
+    return _read().get(_key(model, quantize, context))
 
 
 def device_name() -> str:
@@ -51,11 +55,13 @@ def device_name() -> str:
     return str(name) if name else f"cpu {platform.machine()}"
 
 
-def _key(model: str, quantize: int | None) -> str:
+def _key(model: str, quantize: int | None, context: int) -> str:
     folder = Path(model).expanduser()
     name = str(folder.resolve()) if model not in EMBEDDED and folder.is_dir() else model
     bits = f" {quantize} bits" if quantize else ""
-    return f"{name}{bits} | {device_name()}"
+    shorter = SHORT_PROMPT << (context // SHORT_PROMPT).bit_length()  # 512, 1024, 2048, ...
+    length = "" if shorter == SHORT_PROMPT else f" | prompt below {shorter}"
+    return f"{name}{bits} | {device_name()}{length}"
 
 
 def _read() -> dict[str, float]:

@@ -51,7 +51,9 @@ def choose_drafters(
         MTPError: if a name is unknown, the model lacks a drafter, or both arguments are given.
     """
     if drafter is None:
-        return DrafterChoice(own=True, lookup=layout == "auto" if lookup is None else lookup)
+        wanted = layout == "auto" if lookup is None else lookup
+        alone = bool(lookup) and source_of(model) is None  # lookup needs no adapter
+        return DrafterChoice(own=not alone, lookup=wanted)
     if lookup is not None:
         raise MTPError("use `drafter` or `lookup`, not both: leave `lookup` out")
     source = source_of(model)

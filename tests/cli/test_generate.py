@@ -131,6 +131,9 @@ def test_plain_speed_survives_a_damaged_file(tmp_path: Path) -> None:
     assert plain_speed.remember("a/b", 10.0, 40) and plain_speed.recall("a/b") == 10
     assert plain_speed.remember("a/b", 12.0, 40) and plain_speed.recall("a/b") == 12
     assert plain_speed.recall("a/b", quantize=4) is None
+    assert plain_speed.recall("a/b", context=2000) is None and plain_speed.recall("a/b", context=500) == 12
+    assert plain_speed.remember("a/b", 3.0, 40, context=1500) and plain_speed.recall("a/b", context=2000) == 3
+    assert plain_speed.recall("a/b") == 12
     file = tmp_path / "cache" / "plain_speed.json"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     for text in ("[1]", "{", '{"a": "b"}', '{"a": []}'):

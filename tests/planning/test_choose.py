@@ -18,7 +18,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.planning.budget import BudgetPolicy
-from mtp_mlx.planning.choose import DrafterChoice, choose_drafters, lookup_policy
+from mtp_mlx.planning.choose import DrafterChoice, choose_drafters, lookup_policy, plan_drafting
 from tests.decode.fakes import attached as with_slots
 from tests.decode.fakes import untouched
 from tests.decode.test_hybrid_loop import with_heads
@@ -144,3 +144,11 @@ def test_heads_with_lookup(architecture: str) -> None:
     assert found == expected
     assert stats.submitted_by["heads"] and stats.submitted_by["lookup"]
     assert stats.steps + sum(stats.drafted_by.values()) == 40
+
+
+def test_lookup_alone_needs_no_adapter() -> None:
+    """In a fixed layout; without lookup there would be nothing to draft with."""
+    model = attach(tiny_model("llama", seed=3), None)
+    assert plan_drafting(model, "linear", None, DecodeStats(), lookup=True).lookup is not None
+    with pytest.raises(MTPError, match="needs an adapter"):
+        plan_drafting(model, "linear", None, DecodeStats())
