@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import first_answer
 import heads_acceptance
 import mlx.core as mx
 import mlx.nn as nn
@@ -195,3 +196,12 @@ def test_train_memory_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert [("does not fit" in line) for line in lines] == [False, True, True, False, True, False]
     train_memory.main(["--model", "qwen2.5-0.5b", "--tflops", "3"])
     assert "3 TFLOP/s |" in capsys.readouterr().out
+
+
+def test_first_answer(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    options = ["--model", str(model), "--quantize", "0", "--prompt-tokens", "9", "--max-tokens", "20"]
+    result = CliRunner().invoke(first_answer.main, options)
+    assert result.exit_code == 0, result.output
+    cells = result.stdout.splitlines()[2].strip("| ").split(" | ")
+    assert cells[:2] == ["none", "9"] and all(0 <= float(cell) < 60 for cell in cells[2:5])
