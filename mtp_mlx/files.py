@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,8 @@ from mtp_mlx.errors import MTPError
 
 log = logging.getLogger("mtp_mlx")
 _warned: list[str] = []  # what could not be kept in the cache; people are told once
+_WORKSHOP = ".unfinished"  # ends the name of a folder in which another one is being made
+_LOCK = "lock"  # in it, locked as long as that goes on
 
 
 def user_path(name: str) -> Path:
@@ -90,41 +94,52 @@ def _write_and_sync(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path`, replacing what is there, if the block does not fail.
+    """A temporary folder that becomes `path`, replacing what is there, if the block does not fail.
+
+    It is made in a workshop beside `path`, a hidden folder that also holds the old `path` between the two renames. An
+    error or Ctrl-C puts the old one back. What a killed process left is tidied up by the next one (`tidy_up`).
 
     Raises:
         MTPError: if it cannot be written.
     """
     missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
     with clear_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        tidy_up(path)
+        workshop = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_WORKSHOP}")
         try:
-            yield temporary
-            temporary.chmod(0o755)
-            if path.exists():
-                _exchange(temporary, path)
-            else:
-                os.replace(temporary, path)
+            workshop.mkdir(0o700, parents=True)
+            with open(workshop / _LOCK, "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until the process ends, whatever ends it
+                new = workshop / "new"
+                new.mkdir()
+                yield new
+                if path.exists():
+                    os.replace(path, workshop / "old")
+                os.replace(new, path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _clear(workshop, path)
             for folder in missing:
                 with suppress(OSError):
                     folder.rmdir()  # fails, rightly, if something is in it
 
 
-def _exchange(new: Path, path: Path) -> None:
-    """Replaces the folder `path` by `new`; if that fails, `path` stays as it is."""
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    try:
-        os.replace(path, old / path.name)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            os.replace(old / path.name, path)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def tidy_up(path: Path) -> None:
+    """Clears away what a killed process left beside `path`; what it was replacing at that moment is put back."""
+    with suppress(OSError):  # a folder that cannot be listed or locked is left to whoever can
+        for workshop in path.parent.glob(f".{glob.escape(path.name)}.*{_WORKSHOP}"):
+            with open(workshop / _LOCK, "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # its process is still at work
+                _clear(workshop, path)
+
+
+def _clear(workshop: Path, path: Path) -> None:
+    """Removes a workshop. If `path` was moved into it and nothing has taken its place, it is put back first."""
+    if (workshop / "new").exists() and (workshop / "old").exists() and not path.exists():
+        os.replace(workshop / "old", path)
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 def cache_dir() -> Path:
@@ -168,6 +183,7 @@ def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Pat
     Raises:
         MTPError: if `out` exists without `force`, is something else, or holds `source`.
     """
+    tidy_up(out)
     if out.exists() and not force:
         raise MTPError(f"{out} exists already: choose another folder, or replace it with `force`.")
     if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
