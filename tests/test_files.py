@@ -143,7 +143,9 @@ def test_a_process_killed_at_any_line_loses_nothing(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         moved += not out.exists()
         tidy_up(out)
-        assert names(out.parent) in [["out", *(f"out/{name}" for name in whole)] for whole in (OLD, NEW)], number
+        assert names(out.parent) in [["out", *(f"out/{name}" for name in whole)] for whole in (OLD, NEW)], (
+            number
+        )
         seen.add(names(out)[0])
     assert moved and seen == {"old 1", "new 1"}
 

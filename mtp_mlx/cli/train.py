@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,7 @@ def run(settings: TrainSettings, console: Console, peers: Peers | None = None) -
         if resumed:
             listener.on_message(f"resuming after step {first} from {trainer.checkpoint_path}")
         listener.start(first, settings.steps)
-        finished = trainer.run()
+        finished = trainer.run(listener.end_process)
     measured = trainer.agreement
     return {
         "out": str(settings.out),
@@ -247,6 +248,12 @@ class ProgressListener:
     def on_message(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    def end_process(self) -> None:
+        """Ends the process at once, with the cursor that the bar hides."""
+        self._console.show_cursor()
+        click.echo("\nStopped without saving this step.", err=True)
+        os._exit(130)
 
 
 def summary_line(summary: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ What is trained, and on which loss, is up to a `Method`.
 from __future__ import annotations
 
 import json
-import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from mtp_mlx.train.agreement import Agreement
 from mtp_mlx.train.average import WeightAverage
 from mtp_mlx.train.data import Example, check_examples, fingerprint
 from mtp_mlx.train.dense_products import dense_products
+from mtp_mlx.train.interrupts import interruptible
 from mtp_mlx.train.memory import gigabytes, memory_of_one, peak_memory
 from mtp_mlx.train.method import Method
 from mtp_mlx.train.optimizer import build_optimizer, learning_rate
@@ -147,13 +148,13 @@ class Trainer:
         self.agreement: Agreement | None = None
         self._measured_step = -1
         self._seconds = 0.0  # of the last step
-        self._stop = False  # this process was asked to stop
+        self._stop = threading.Event()  # this process was asked to stop
         self._all_stop = False  # a process was, and all know
 
     @property
     def _ending(self) -> bool:
         """Whether to stop now; all processes of a run must stop after the same step."""
-        return self._stop if self.peers.alone else self._all_stop
+        return self._stop.is_set() if self.peers.alone else self._all_stop
 
     @property
     def adapter(self) -> Any:
@@ -286,13 +287,22 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
-    def run(self) -> bool:
+    def run(self, end: Callable[[], None] | None = None) -> bool:
         """Trains to the last step; False if it was interrupted before, after saving its state.
+
+        SIGINT and SIGTERM end the loop after the current step; a second one raises KeyboardInterrupt, without saving.
+
+        Args:
+            end: ends the process after the second signal, if a step would go on for long (`interruptible`).
 
         Raises:
             MTPError: the loss is not finite, or a file cannot be written.
         """
-        with self._interruptible(), closing(self.method), dense_products(self.attached):
+        with (
+            interruptible(self._stop, self._tell_stopping, end),
+            closing(self.method),
+            dense_products(self.attached),
+        ):
             given = {
                 **checkpoints.comparable(self.settings),
                 "the data's fingerprint": self._data_fingerprint,
@@ -320,6 +330,9 @@ class Trainer:
             self.listener.on_message(f"stopped after step {self.step}; the same command resumes from there")
         return not self._ending
 
+    def _tell_stopping(self) -> None:
+        self.listener.on_message("stopping after this step; a second time stops without saving it")
+
     def _one_step(self) -> None:
         started = time.perf_counter()
         settings = self.settings
@@ -330,7 +343,7 @@ class Trainer:
             for offset in range(settings.micro_batches)
         ]
         loss, gradients, rows = self.method.gradients(examples, part)
-        mean = step_mean(self.peers, loss, gradients, rows, self._stop)
+        mean = step_mean(self.peers, loss, gradients, rows, self._stop.is_set())
         self._all_stop = mean.stop
         gradients, norm = optim.clip_grad_norm(mean.gradients, settings.clip or float("inf"))
         rate = learning_rate(settings, self.step)
@@ -383,28 +396,3 @@ class Trainer:
             }
         )
         self.listener.on_measurement(self.step, self.agreement)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop after the current step; a second one ends it at once, without saving.
-
-        In threads other than the main one, signals are left to the caller.
-        """
-
-        def stop(*_: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            with suppress(RuntimeError):  # the signal may arrive in the middle of another message
-                self.listener.on_message("stopping after this step; a second time stops without saving it")
-
-        try:
-            previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)

@@ -186,6 +186,48 @@ def test_the_real_command_saves_on_ctrl_c(model: Path, data: Path, tmp_path: Pat
     assert (tmp_path / "adapter.checkpoint.safetensors").exists() and read_header(out).training["steps"] > 3
 
 
+SLOW_STEP = """
+import mlx.core as mx
+from mtp_mlx.train.trainer import Trainer
+
+original = Trainer._one_step
+
+def slow(self):
+    original(self)
+    if self.step == 2:
+        print("slow", flush=True)
+        value = mx.ones((3000, 3000))
+        for _ in range(400):
+            value = value @ value / 3000
+        mx.eval(value)
+
+Trainer._one_step = slow
+from mtp_mlx.cli import main
+main()
+"""
+
+
+def test_the_second_ctrl_c_ends_a_slow_step_at_once(model: Path, data: Path, tmp_path: Path) -> None:
+    """Inside one call of MLX, which takes more than ten seconds; the first press is answered at once too."""
+    out = tmp_path / "adapter"
+    command = [sys.executable, "-c", SLOW_STEP, *arguments(model, data, out, steps=100, measure_every=0)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "slow\n"
+        time.sleep(0.3)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        while (line := process.stderr.readline()) and "stopping after this step" not in line:
+            pass
+        assert line and time.monotonic() - started < 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130 and time.monotonic() - started < 4
+        rest = process.stderr.read()
+    assert "Stopped without saving" in rest and "Traceback" not in rest
+    assert not list(tmp_path.glob("*.safetensors")) and not out.exists()
+
+
 def check_sentence(result: Result, *texts: str) -> None:
     """Exit code 2 and one sentence, on stderr, without a traceback."""
     assert result.exit_code == 2, result.output
