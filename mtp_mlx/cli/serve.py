@@ -177,7 +177,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
     )  # refuses bad settings now, not at the first request
     check_template(tokenizer, model.vocab_size)
-    check_quantisation(model, decode.kv_bits, decode.kv_group_size)
+    check_quantisation(model, model.make_cache(), decode.kv_bits, decode.kv_group_size)
     grammars = _grammars(model, tokenizer)
     engine = Engine(
         model,

@@ -10,11 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.window_cache import WindowCache
 
 GROUP_SIZES = (32, 64, 128)  # those of mx.quantize
 BITS = (2, 3, 4, 5, 6, 8)
@@ -60,14 +61,20 @@ def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
                 )
 
 
-def check_quantisation(model: AttachedModel, bits: int | None, group_size: int) -> None:
-    """Checks that the model's KV cache can be quantised like this.
+def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None, group_size: int) -> None:
+    """Checks that a KV cache of the model can be quantised like this.
 
     Raises:
-        MTPError: if it cannot; names a group size that fits, if there is one.
+        MTPError: if it cannot, because of sliding windows, bits or groups; names a group size that fits, if there
+            is one.
     """
     if bits is None:
         return
+    if any(isinstance(leaf, WindowCache | RotatingKVCache) for layer in cache for leaf in _leaves(layer)):
+        raise MTPError(
+            "this model has sliding-window layers, whose cache cannot be quantised (nor can it in mlx-lm): "
+            "leave `kv_bits` out"
+        )
     if bits not in BITS:
         raise MTPError(f"`kv_bits` must be one of {', '.join(map(str, BITS))}, not {bits}")
     widths = {

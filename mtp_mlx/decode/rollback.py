@@ -64,11 +64,6 @@ class LayerCaches:
         """Rows cached before the newest pass."""
         return self._mark[0]
 
-    @property
-    def windowed(self) -> bool:
-        """Whether some layer has a sliding window."""
-        return any(isinstance(leaf, WindowCache | RotatingKVCache) for leaf in self._leaves())
-
     def mark(self, n_rows: int) -> None:
         """Call before a pass over `n_rows` rows; from the first call on, the list holds our caches."""
         for index, _, ours in self._exchanged:

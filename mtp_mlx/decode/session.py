@@ -80,12 +80,7 @@ class Session:
         self.attached, self.picker, self.constraint = attached, picker, constraint
         self.cache, self._settings = cache, settings
         self.start = self.cached
-        if self._caches.windowed and settings.kv_bits is not None:
-            raise MTPError(
-                "this model has sliding-window layers, whose cache cannot be quantised (nor can it in mlx-lm): "
-                "leave `kv_bits` out"
-            )
-        check_quantisation(attached, settings.kv_bits, settings.kv_group_size)
+        check_quantisation(attached, cache, settings.kv_bits, settings.kv_group_size)
         self.drafter = None if open_drafter is None else open_drafter(self.start)
         self._has_run = self._settled = False
         self.tokens = list(prompt)

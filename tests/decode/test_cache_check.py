@@ -12,6 +12,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import mtp_mlx.cli as cli
+from mtp_mlx.cli.serve import ServeSettings, application
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
@@ -83,3 +84,14 @@ def test_verbs_refuse_them_at_the_start(tmp_path: Path, verb: str, monkeypatch: 
         cli.main, [verb, "-m", str(model), "--layout", "plain", "--kv-bits", "4", *more]
     )
     assert result.exit_code == 2 and "use --kv-group-size 32" in result.stderr, result.output
+
+
+def test_serve_refuses_to_quantise_sliding_windows_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although groups of 32 fit the heads; before, every request failed instead."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    model = save_tiny(tmp_path / "model", "gemma3_text", head_dim=32)
+    settings = ServeSettings(model=str(model), layout="plain", kv_bits=4, kv_group_size=32)
+    with pytest.raises(MTPError, match="sliding-window layers, whose cache cannot be quantised"):
+        application(settings, None)
