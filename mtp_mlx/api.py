@@ -39,6 +39,7 @@ from mtp_mlx.files import cache_dir
 from mtp_mlx.metal_kernels.dispatch import default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.context import beyond_context
 from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
@@ -232,6 +233,8 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt)
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
     stats = DecodeStats() if stats is None else stats
+    if note := beyond_context(model.model, len(kwargs.get("prefix", ())) + len(ids)):
+        stats.fallbacks[note] += 1
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens)
     policy = led_policy(drafting.policy, model.peers)

@@ -17,6 +17,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
@@ -254,3 +255,11 @@ def test_what_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_without_wrapper(loaded: Any) -> None:
     inner = tiny_tokenizer()._tokenizer
     assert len(list(stream_generate(loaded[0], inner, "The sky", 5))) == 5
+
+
+def test_a_prompt_longer_than_the_context_is_noted() -> None:
+    model, tokenizer = attach(tiny_model("llama", max_position_embeddings=8)), tiny_tokenizer()
+    for length, noted in ((8, False), (9, True)):
+        stats = DecodeStats()
+        generate(model, tokenizer, [5] * length, 1, stats=stats)
+        assert any("the model's context is 8" in note for note in stats.fallbacks) == noted

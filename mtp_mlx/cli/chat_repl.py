@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtp_mlx.cli.generation_report import Run, legend, statistics_line, tint
+from mtp_mlx.cli.prompt_progress import PromptProgress
 from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
@@ -121,6 +122,7 @@ class Repl:
             drafts=settings.drafts,
             lookup=settings.lookup,
             drafter=settings.drafter,
+            prompt_progress_callback=PromptProgress(),
             **chat.options,
         )
         stopped = False

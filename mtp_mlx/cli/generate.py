@@ -149,6 +149,7 @@ def generate(
     """Load the model, decode and print; Ctrl-C ends the text and sets `interrupted`."""
     from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.cli.prompt_progress import PromptProgress
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
@@ -187,6 +188,7 @@ def generate(
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
+        prompt_progress_callback=PromptProgress(),
     )
     _consume(responses, run, printer)
     run.kernels = {} if model.kernels is None else model.kernels.report()

@@ -9,6 +9,7 @@ the next pass, with the same result: rows may be rolled back in between, which q
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 from mtp_mlx.token_ids import check_ids
+
+PROGRESS_SECONDS = 1.0  # between two reports inside a chunk of the prompt
 
 
 @dataclass(frozen=True)
@@ -92,22 +95,28 @@ class Session:
         return self._caches.length
 
     def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Runs the prompt except its last token, in chunks; calls `progress(tokens done, tokens in all)`."""
-        for done in self.prefill_chunks():
+        """Runs the prompt except its last token, in chunks; calls `progress(tokens done, tokens in all)`.
+
+        It is called after every chunk, and inside a chunk that takes long after about every second, with its tokens
+        counted by the share of its layers that are done.
+        """
+        for done in self.prefill_chunks(progress):
             if progress is not None:
                 progress(done, len(self.tokens))
         if progress is not None:
             progress(len(self.tokens), len(self.tokens))
 
-    def prefill_chunks(self) -> Iterator[int]:
-        """As `prefill`, but yields the number of prompt tokens done after every chunk."""
+    def prefill_chunks(self, progress: Callable[[int, int], None] | None = None) -> Iterator[int]:
+        """As `prefill`, but yields the number of prompt tokens done after every chunk; `progress` only inside one."""
         total = len(self.tokens)
         done = 0
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
             self.forward(Block.real(mx.array([chunk])))
             self._observe()
-            self._evaluate_cache()
+            for tokens in self._layer_by_layer(done, len(chunk)):
+                if progress is not None:
+                    progress(tokens, total)
             done += len(chunk)
             mx.clear_cache()
             yield done
@@ -133,6 +142,23 @@ class Session:
     def _evaluate_cache(self) -> None:
         """Evaluates the cache: a lazy array belongs to its thread, and the cache may be passed to another."""
         mx.eval([layer.state for layer in self.cache])
+
+    def _layer_by_layer(self, done: int, rows: int) -> Iterator[int]:
+        """Evaluates the newest pass and yields how far it is, about every `PROGRESS_SECONDS`.
+
+        Layer by layer, because Ctrl-C waits for the end of an evaluation; smaller chunks would round differently
+        from mlx-lm's.
+
+        Args:
+            done: prompt tokens before this pass.
+            rows: tokens of this pass.
+        """
+        said = time.monotonic()
+        for count, layer in enumerate(self.cache, start=1):
+            mx.eval(layer.state)
+            if count < len(self.cache) and time.monotonic() - said >= PROGRESS_SECONDS:
+                said = time.monotonic()
+                yield done + rows * count // len(self.cache)
 
     def _quantize(self) -> None:
         settings = self._settings

@@ -363,6 +363,26 @@ def test_prefill_reports_progress() -> None:
     assert calls == [(3, 5), (4, 5), (5, 5)]
 
 
+def test_a_slow_chunk_reports_between_its_layers_and_stops_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C waits for an evaluation, so a chunk must be more than one."""
+    monkeypatch.setattr("mtp_mlx.decode.session.PROGRESS_SECONDS", 0.0)
+    model, calls = attached("llama"), []
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    steps = mtp_generate_step(prompt, model, prompt_progress_callback=lambda *call: calls.append(call))
+    next(steps)
+    steps.close()
+    assert len(calls) > 2 and calls == sorted(calls) and all(total == 9 for _, total in calls)
+    assert 0 < calls[0][0] < 8  # inside the only chunk
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    cache = model.make_cache()
+    with pytest.raises(KeyboardInterrupt):
+        next(mtp_generate_step(prompt, model, prompt_cache=cache, prompt_progress_callback=interrupt))
+    assert cache[0].offset == 0
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
