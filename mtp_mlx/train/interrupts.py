@@ -46,7 +46,10 @@ def interruptible(
             arrived += 1
             if arrived == 1:
                 asked.set()
-                tell()
+                with suppress(
+                    OSError
+                ):  # nobody may read the message any more; the second signal still counts
+                    tell()
             elif arrived == 2:
                 twice.set()
                 # The handler may have run before `twice` was set; this wakes a sleeping main thread too.
