@@ -46,9 +46,7 @@ def interruptible(
             arrived += 1
             if arrived == 1:
                 asked.set()
-                with suppress(
-                    OSError
-                ):  # nobody may read the message any more; the second signal still counts
+                with suppress(OSError):  # perhaps nobody reads it; the second signal still counts
                     tell()
             elif arrived == 2:
                 twice.set()
