@@ -32,8 +32,8 @@ class HeadsLoading:
 class HeadsSettings(TrainSettings):
     """Settings of MTP heads: plain MTP, MTP-D and looped extension (arXiv 2603.23911), one head for all depths.
 
-    Heads of `start_from` keep their own `layers`, `taps` and `shared`, and their number and draft vocabulary unless
-    others are given.
+    Heads of `start_from` keep their own `layers`, and their `taps`, `shared`, number and draft vocabulary unless
+    others are given: `taps` may add states, and `shared` goes on with the first head alone.
     """
 
     method: ClassVar[str] = "mtp-heads"

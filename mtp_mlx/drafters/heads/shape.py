@@ -55,7 +55,7 @@ def drafts_to_train(config: HeadsConfig, settings: HeadsSettings) -> int:
 def check_start(
     folder: Path, config: HeadsConfig, settings: HeadsSettings, drafts: int, trunk_layers: int
 ) -> bool:
-    """Whether training goes on with one head for all depths from the heads in `folder`.
+    """Whether training goes on with one head for all depths from the heads in `folder`, their first one.
 
     Args:
         folder: `start_from`.
@@ -73,9 +73,13 @@ def check_start(
         raise MTPError(
             f"{where} has heads of {layers} layer(s), and `layers` is {settings.layers}: leave `layers` out"
         )
-    if settings.taps is not None and list(layer_numbers(settings.taps, trunk_layers)) != config.taps:
+    if settings.taps is not None and set(config.taps) - set(layer_numbers(settings.taps, trunk_layers)):
         own = ",".join([*map(str, config.taps), "last"])
-        raise MTPError(f"{where} has heads that read {own}, and `taps` is {settings.taps}: leave `taps` out")
+        raise MTPError(
+            f"{where} has heads that read {own}, and `taps` is {settings.taps}: leave `taps` out, or name these too"
+        )
+    if settings.taps is not None and settings.extend is not None:
+        raise MTPError(f"{where} keeps its heads as they are when they are extended: leave `taps` out")
     if settings.extend is not None:
         if is_shared(config):
             raise MTPError(
@@ -84,8 +88,6 @@ def check_start(
             )
         return False
     shared = is_shared(config) if settings.shared is None else settings.shared
-    if shared and config.count > 1:
-        raise MTPError(f"{where} has {config.count} heads, and `shared` trains one: leave `shared` out")
     if not shared and config.count != drafts:
         raise MTPError(
             f"{where} has {config.count} heads, and `heads` is {drafts}: set `heads` to {config.count}, or "

@@ -21,10 +21,12 @@ from mtp_mlx.drafters.heads.config import HeadsConfig, config_of
 from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.folder import load
+from mtp_mlx.drafters.heads.mtp_head import norm_eps
 from mtp_mlx.drafters.heads.options import HeadsSettings
 from mtp_mlx.drafters.heads.shape import check_start, drafts_to_train
 from mtp_mlx.drafters.heads.start import extend_heads, extended_count
 from mtp_mlx.drafters.heads.stored import BITS, GROUP_SIZE, is_quantised
+from mtp_mlx.drafters.heads.taps import TapFusion, layer_numbers
 from mtp_mlx.drafters.registry import check_draft_ids
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import find_seams
@@ -74,6 +76,8 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     if isinstance(heads, MTPHeads):
         if check_start(folder, config, settings, wanted, len(find_seams(model).trunk.layers)):
             drafts = wanted
+            config = _first_head(folder, heads, config, tell)
+        config = _more_taps(folder, heads, config, model, settings, tell)
     else:
         _check_independent(folder, config, settings)
     drafts = max(drafts, config.count)  # heads that the folder does not use are trained as well
@@ -91,6 +95,32 @@ def read_start(folder: Path, model: nn.Module, settings: HeadsSettings, tell: Te
     if too_short is not None:
         raise MTPError(f"{too_short}: set `max_length` to {start.config.drafts + 2} or more")
     return start
+
+
+def _first_head(folder: Path, heads: MTPHeads, config: HeadsConfig, tell: Tell) -> HeadsConfig:
+    """Leaves the first of several heads, which is to make all drafts."""
+    if config.count > 1:
+        tell(f"of the {config.count} heads of {folder} the first one is trained, to make all drafts")
+        heads.set_heads(heads.heads[:1], 1)
+    return replace(config, count=1, blocks=config.blocks[:1])
+
+
+def _more_taps(
+    folder: Path, heads: MTPHeads, config: HeadsConfig, model: nn.Module, settings: HeadsSettings, tell: Tell
+) -> HeadsConfig:
+    """Lets heads read the states that the settings add; they draft as before until they are trained."""
+    trunk = find_seams(model).trunk
+    wanted = config.taps if settings.taps is None else list(layer_numbers(settings.taps, len(trunk.layers)))
+    if wanted == config.taps:
+        return config
+    fusion = TapFusion(wanted, heads.heads[0].fuse.weight.shape[0], norm_eps(trunk))
+    if "fusion" in heads:
+        fusion.keep(heads.fusion)
+    heads.fusion = fusion
+    tell(
+        f"the heads of {folder} read the state(s) after layer(s) {', '.join(map(str, wanted))} as well from now on"
+    )
+    return replace(config, taps=wanted)
 
 
 def _check_quantisation(folder: Path, config: HeadsConfig) -> None:

@@ -75,6 +75,22 @@ class TapFusion(nn.Module):
         """Numbers (from 1) of the tapped layers."""
         return self._layers
 
+    def keep(self, before: TapFusion) -> None:
+        """Takes over a fusion of fewer layers: what it computes stays the same until training changes it.
+
+        Raises:
+            ValueError: `before` reads a layer that this one does not.
+        """
+        size = self.fuse.weight.shape[0]
+        places = [self._layers.index(layer) for layer in before.layers] + [len(self._layers)]
+        columns = [mx.zeros((size, size)) for _ in self.norms]
+        for place, norm, column in zip(
+            places, before.norms, mx.split(before.fuse.weight, len(before.norms), axis=1), strict=True
+        ):
+            columns[place] = column.astype(mx.float32)
+            self.norms[place].weight = norm.weight.astype(mx.float32)
+        self.fuse.weight = mx.concatenate(columns, axis=1)  # [D, (n + 1) D]
+
     def __call__(self, states: mx.array) -> mx.array:
         """[..., (n + 1) * D] as `AttachedModel.head_input` -> [..., D]."""
         parts = mx.split(states, len(self.norms), axis=-1)

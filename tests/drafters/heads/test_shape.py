@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,6 +52,17 @@ def shaped(out: Path, listener: Any = None, model: Any = None, **changes: Any) -
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in tree_flatten(tree)}
+
+
+def taken(run: Trainer) -> np.ndarray:
+    """What the first head takes of fixed random states, normalised."""
+    heads = run.method.module
+    states = [mx.random.normal((1, 4, 48), key=mx.random.key(layer)) for layer in (*heads.tapped_layers, 99)]
+    return np.array(heads.heads[0].norm_hidden(heads.first_state(mx.concatenate(states, axis=-1))))
+
+
+def load_tensors(folder: Path) -> dict[str, mx.array]:
+    return cast("dict[str, mx.array]", mx.load(str(folder / "mtp.safetensors")))
 
 
 def check_drafts(folder: Path, build: Callable[[], Any], **changes: Any) -> None:
@@ -265,7 +276,10 @@ def test_start_from_keeps_the_shape(tmp_path: Path, every: Path) -> None:
     assert shaped(tmp_path / "third", start_from=every, **SHAPES["all"]).method.depth == 3
     for changes, message in (
         ({"layers": 1}, "has heads of 2 layer.s., and `layers` is 1: leave `layers` out"),
-        ({"taps": "last"}, "has heads that read 1,2,last, and `taps` is last: leave `taps` out"),
+        (
+            {"taps": "last"},
+            "has heads that read 1,2,last, and `taps` is last: leave `taps` out, or name these",
+        ),
         ({"extend": "2x", "heads": None}, "has one head for all drafts, which `extend` would copy"),
         ({"shared": False}, "has 1 heads, and `heads` is 3"),
     ):
@@ -273,17 +287,39 @@ def test_start_from_keeps_the_shape(tmp_path: Path, every: Path) -> None:
             shaped(tmp_path / "other", start_from=every, **changes)
 
 
-def test_one_head_goes_on_as_shared_and_several_do_not(tmp_path: Path) -> None:
+def test_the_first_head_goes_on_as_shared(tmp_path: Path) -> None:
     for heads in (1, 2):
         assert shaped(tmp_path / f"{heads}", steps=3, heads=heads).run()
-    shared = shaped(tmp_path / "shared", start_from=tmp_path / "1", shared=True, heads=3)
-    assert shared.method.depth == 3 and len(shared.method.module.heads) == 1
-    with pytest.raises(MTPError, match="has 2 heads, and `shared` trains one: leave `shared` out"):
-        shaped(tmp_path / "no", start_from=tmp_path / "2", shared=True, heads=2)
+        listener, out = Remembering(), tmp_path / f"shared-{heads}"
+        shared = shaped(out, listener, start_from=tmp_path / f"{heads}", shared=True, heads=3, steps=3)
+        assert shared.method.depth == 3 and len(shared.method.module.heads) == 1
+        first = load_tensors(tmp_path / f"{heads}")["heads.0.fuse.weight"].astype(mx.float32)
+        assert mx.array_equal(shared.method.module.heads[0].fuse.weight, first)
+        assert any("the first one is trained" in line for line in listener.messages) == (heads == 2)
+        assert shared.run()
+        config = config_of(out, read_header(out))
+        assert (config.count, config.drafts, len(config.blocks)) == (1, 3, 1)
     with pytest.raises(MTPError, match="`extend` copies one head after another, and `shared` heads are one"):
         settings_for(
             tmp_path / "no", "mtp-heads", start_from=tmp_path / "2", shared=True, extend="2x", heads=None
         )
+
+
+def test_states_are_added_without_changing_what_heads_say(tmp_path: Path) -> None:
+    """From the last state alone, and from one tap to two; then the new states are learned from."""
+    before = tmp_path / "before"
+    assert shaped(before, steps=3, heads=2).run()
+    for name, taps, numbers in (("one", "2,last", [2]), ("two", "1,2,last", [1, 2])):
+        listener, out = Remembering(), tmp_path / name
+        grown = shaped(out, listener, start_from=before, heads=None, taps=taps, steps=3)
+        assert any("as well from now on" in line for line in listener.messages)
+        plain = shaped(tmp_path / "plain", start_from=before, heads=None, steps=3)
+        np.testing.assert_allclose(taken(grown), taken(plain), atol=1e-4)
+        assert grown.run()
+        config = config_of(out, read_header(out))
+        assert config.taps == numbers
+        assert mx.any(load_tensors(out)["fusion.fuse.weight"][:, :48] != 0)
+        before = out
 
 
 def test_the_number_of_heads_is_never_dropped(tmp_path: Path, every: Path) -> None:
