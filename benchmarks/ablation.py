@@ -139,13 +139,15 @@ def run(plan: Plan, name: str, seed: int, settings: dict[str, Any], data: Path, 
     raise click.ClickException(f"{name}: {ATTEMPTS} runs missed the budget by more than {TOLERANCE:.0%}")
 
 
-def measured(method: str, folders: list[Path], answers: Path, limit: int | None) -> list[dict[str, Any]]:
+def measured(plan: Plan, folders: list[Path], answers: Path, limit: int | None) -> list[dict[str, Any]]:
     """What the method's acceptance benchmark finds for every folder."""
-    script = MEASURES[method]
+    script = MEASURES[plan.method]
     command = [sys.executable, str(Path(__file__).with_name(script)), "--data", str(answers), "--json"]
     command += [word for folder in folders for word in (FOLDER_OPTIONS[script], str(folder))]
     if limit is not None:
         command += ["--limit", str(limit)]
+    if "hidden_cache" in plan.shared:
+        command += ["--hidden-cache", plan.shared["hidden_cache"]]
     return list(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
@@ -173,7 +175,7 @@ def main(
     click.echo(f"{len(runs)} runs after {time.monotonic() - started:.0f} s", err=True)
     if train_only:
         return
-    results = measured(plan.method, folders, answers, limit)
+    results = measured(plan, folders, answers, limit)
     table = []
     for (name, seed, _), folder, result in zip(runs, folders, results, strict=True):
         steps = steps_of(folder)

@@ -45,9 +45,21 @@ def table_rows(row: dict[str, Any], most: int) -> list[str]:
 @click.option(
     "--max-length", default=1024, show_default=True, help="Truncate rows at this length; drop longer prompts"
 )
+@click.option(
+    "--hidden-cache",
+    type=click.Path(path_type=Path),
+    help="Folder to cache the base model's states in, in 16 bits, as training does: heads that read the same states "
+    "need one pass of the base",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
 def main(
-    model: str, data: Path, entries: tuple[str, ...], limit: int | None, max_length: int, as_json: bool
+    model: str,
+    data: Path,
+    entries: tuple[str, ...],
+    limit: int | None,
+    max_length: int,
+    hidden_cache: Path | None,
+    as_json: bool,
 ) -> None:
     """Print a table of AR and CAR by depth, with two rows per folder of heads."""
     prefer_openblas()
@@ -56,7 +68,7 @@ def main(
     from mtp_mlx.drafters.heads.agreement import measure_heads
     from mtp_mlx.drafters.heads.draft_heads import DraftHeads
     from mtp_mlx.drafters.heads.folder import config_of
-    from mtp_mlx.drafters.heads.trunk_states import ComputedStates
+    from mtp_mlx.drafters.heads.trunk_states import CachedStates, ComputedStates
     from mtp_mlx.models import named_adapter
     from mtp_mlx.train.data import load_examples
 
@@ -78,7 +90,8 @@ def main(
         attached.speculator.check_drafts(drafts)
         depths = drafts or attached.most_drafts
         batches = [[example] for example in examples[:limit]]
-        result = measure_heads(attached, batches, depths, ComputedStates(attached))
+        states = ComputedStates(attached) if hidden_cache is None else CachedStates(attached, hidden_cache)
+        result = measure_heads(attached, batches, depths, states)
         row = {
             "heads": entry,
             "drafts": depths,
