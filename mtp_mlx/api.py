@@ -199,6 +199,7 @@ def stream_generate(
     lookup: bool | None = None,
     emission: Emission | None = None,
     drafter: str | None = None,
+    rows: int | None = None,
     stop: Sequence[str] = (),
     stats: DecodeStats | None = None,
     **kwargs: Any,
@@ -211,12 +212,14 @@ def stream_generate(
         max_tokens: most tokens to yield, never exceeded; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
         layout: "auto" plans every step, or uses the result of `mtp-mlx tune` if there is one; "linear" and
-            "quadratic" are fixed; "plain" is ordinary decoding.
+            "quadratic" are fixed; "tree" spends `rows` rows on the likeliest drafts of all drafters, with branches;
+            "plain" is ordinary decoding.
         drafts: drafts per step, by default as many as the drafter makes; `slots` is an older name for it.
-        lookup: also draft from the text itself; by default with layout "auto" only.
+        lookup: also draft from the text itself; by default with the layouts "auto" and "tree" only.
         emission: verified by default. Unverified emission is faster but lossy, which every response says, and has its
             own layout; verified emission with a tau needs layout "quadratic" (which "auto" then means) or "linear".
         drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "draft-model", "lookup".
+        rows: rows of a pass of layout "tree", by default 16.
         stop: strings that end the text; they are not part of it.
         stats: updated while decoding, and part of every response.
         kwargs: passed to `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
@@ -236,7 +239,7 @@ def stream_generate(
     if note := beyond_context(model.model, len(kwargs.get("prefix", ())) + len(ids)):
         stats.fallbacks[note] += 1
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
-    drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens)
+    drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens, rows)
     policy = led_policy(drafting.policy, model.peers)
     kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
     steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)

@@ -39,13 +39,14 @@ class BenchSettings(LoadingOptions):
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     per_category: int | None = setting(None, help="Use this many prompts per category", minimum=1)
-    layout: tuple[Literal["auto", "linear", "quadratic", "plain"], ...] = setting(
+    layout: tuple[Literal["auto", "linear", "quadratic", "tree", "plain"], ...] = setting(
         (), help="Layout to measure; may be repeated (default: auto)"
     )
+    rows: tuple[int, ...] = setting((), help="Rows of a step of layout tree; may be repeated", minimum=2)
     drafts: int | None = setting(
         None, help="Drafts per step in fixed layouts", minimum=1, old_option="--slots"
     )
-    lookup: bool | None = setting(None, help="Also draft from the text so far (default: only in auto)")
+    lookup: bool | None = setting(None, help="Also draft from the text so far (default: in auto and tree)")
     drafter: str | None = setting(None, help=DRAFTERS)
     emit: Literal["verified", "conf-adapt", "static"] = setting(
         "verified", help="Verify drafts, or emit them unverified (lossy)"
@@ -106,17 +107,21 @@ def lanes_of(settings: BenchSettings) -> list[Lane]:
 
     if settings.lookup and settings.emit != "verified":
         raise MTPError("lookup drafts must be verified: leave --lookup out, or use --emit verified")
+    if settings.rows and "tree" not in settings.layout:
+        raise MTPError("--rows is for layout tree: add --layout tree, or leave --rows out")
     emissions = [Emission(settings.emit, tau) for tau in settings.tau or (None,)]
     return [
         Lane(
-            name=emission.label(layout),
+            name=emission.label(layout) + ("" if rows is None else f" {rows}"),
             layout=layout,
             drafts=None if layout == "plain" else settings.drafts,
             lookup=settings.lookup,
             emission=emission,
             drafter=settings.drafter,
+            rows=rows,
         )
         for layout in settings.layout or ("auto",)
+        for rows in ((settings.rows or (None,)) if layout == "tree" else (None,))
         for emission in emissions
     ]
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HELP = """\
   /stats        show statistics of the last answer and of all answers
   /color        turn the colouring of accepted drafts on or off
-  /layout NAME  switch to auto, linear, quadratic or plain; without a name, show the layout
+  /layout NAME  switch to auto, linear, quadratic, tree or plain; without a name, show the layout
   /save FILE    save the conversation as a line of JSON that `mtp-mlx train` reads
   /reset        forget the conversation
   /help         show this list
@@ -122,6 +122,7 @@ class Repl:
             drafts=settings.drafts,
             lookup=settings.lookup,
             drafter=settings.drafter,
+            rows=settings.rows if settings.layout == "tree" else None,
             prompt_progress_callback=PromptProgress(),
             **chat.options,
         )

@@ -183,6 +183,7 @@ def generate(
         lookup=settings.lookup,
         emission=emission,
         drafter=settings.drafter,
+        rows=settings.rows,
         stop=settings.stop,
         stats=run.stats,
         kv_bits=settings.kv_bits,

@@ -45,11 +45,12 @@ DRAFTERS = f"Drafters, comma-separated: {', '.join(registry.drafter_names())}, l
 class DraftingOptions:
     """Which drafters to use, how many drafts, and their layout in a pass."""
 
-    layout: Literal["auto", "linear", "quadratic", "plain"] = setting(
+    layout: Literal["auto", "linear", "quadratic", "tree", "plain"] = setting(
         "auto", help="Layout of drafts and slots in a step"
     )
+    rows: int | None = setting(None, help="Rows of a step of layout tree (default: 16)", minimum=2)
     drafts: int | None = setting(None, help="Drafts per step", minimum=1, old_option="--slots")
-    lookup: bool | None = setting(None, help="Also draft from the text so far (default: only in auto)")
+    lookup: bool | None = setting(None, help="Also draft from the text so far (default: in auto and tree)")
     drafter: str | None = setting(None, help=DRAFTERS)
 
 

@@ -169,12 +169,13 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         drafts=settings.drafts,
         lookup=settings.lookup,
         drafter=settings.drafter,
+        rows=settings.rows,
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
     )
     plan_drafting(
-        model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter
+        model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter, rows=decode.rows
     )  # refuses bad settings now, not at the first request
     check_template(tokenizer, model.vocab_size)
     check_quantisation(model, model.make_cache(), decode.kv_bits, decode.kv_group_size)

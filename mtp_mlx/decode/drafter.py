@@ -9,7 +9,7 @@ what kind of drafter it is. In each step
 
 `observe` reports passes after which nothing is drafted: the prompt's, plain steps, and other drafters' blocks.
 
-Legend: R rows of a block, D hidden size, d drafts verified in it, a of them accepted, C tokens of history.
+Legend: R rows of a block, D hidden size, d drafts on its longest path, a of them accepted, C tokens of history.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ from mtp_mlx.model.speculator import Speculator
 class Verified:
     """The outcome of a verifying pass, lazily: the host has not read any of its arrays yet.
 
+    A tree looks like a chain here, that of its accepted path: d is then the length of the longest path, and what
+    stands behind the accepted drafts has no meaning.
+
     Attributes:
         layout: the pass's layout; it may allow more drafts than were verified.
         shape: the pass's rows.
         hidden: [R, D] hidden states after the trunk's final norm.
-        head_input: [1, 1 + d, D] hidden states of the real rows at the point in the trunk that the source reads
+        head_input: [1, 1 + d, D] hidden states of the path's rows at the point in the trunk that the source reads
             (`Speculator.first_hidden`).
-        logits: [1 + d, V] of the real rows.
-        picks: [1 + d] int32, the target's own pick after each real row.
+        logits: [1 + d, V] of the path's rows.
+        picks: [1 + d] int32, the target's own pick after each row of the path.
         accepted: int32 scalar a; picks[:a] are the accepted drafts, picks[a] is the target's own token.
+        last: int32 scalar, real row of the last accepted draft, or of the pending token; a in a chain.
         position: int32 scalar, absolute position of picks[a].
         history: [C] int32 tokens before picks[a], or None without penalties.
         tokens: committed tokens of this generation including the prompt, the pending token last.
-        drafts: [d] token ids that the pass verified.
+        path: [1 + d] int32 real rows of the accepted path, as `Walk.path`; None in a chain, where they are 0 to d.
     """
 
     layout: Layout
@@ -54,10 +58,11 @@ class Verified:
     logits: mx.array
     picks: mx.array
     accepted: mx.array
+    last: mx.array
     position: mx.array
     history: mx.array | None
     tokens: list[int]
-    drafts: list[int]
+    path: mx.array | None = None
 
     @property
     def pick(self) -> mx.array:
@@ -67,15 +72,18 @@ class Verified:
 
 @dataclass(frozen=True)
 class LazyDrafts:
-    """A chain of new drafts that the host has not read yet.
+    """New drafts that the host has not read yet, a chain or a tree.
 
     Attributes:
         ids: [n] int32, nearest position first.
-        confidences: [n] float32 in [0, 1].
+        confidences: [n] float32 in [0, 1], of a draft whose parent is right.
+        parents: [n] int32 index of each draft's parent, smaller than its own, -1 for the target's own pick; None for
+            a chain.
     """
 
     ids: mx.array
     confidences: mx.array
+    parents: mx.array | None = None
 
     @staticmethod
     def none() -> LazyDrafts:
@@ -124,8 +132,8 @@ class Drafter:
     def propose(self, verified: Verified) -> LazyDrafts:
         """Drafts the positions after the target's own pick; `commit` must follow.
 
-        Returns as many drafts as the largest slot group has slots, or `layout.chain` drafts. Those beyond the size of
-        slot group a are meaningless.
+        Drafts as many positions as the largest slot group has slots, or `layout.chain`, with at most `layout.width`
+        candidates each. Those beyond the size of the slot group after row `last` are meaningless.
         """
         raise NotImplementedError
 

@@ -109,10 +109,10 @@ class EmitLoop:
                 logits=logits,
                 picks=mx.concatenate([committed, pick]),
                 accepted=mx.array(last),
+                last=mx.array(last),
                 position=position[0],
                 history=None if history is None else history[0],
                 tokens=session.tokens,
-                drafts=[],
             )
         )
         alone = pick if self._sampler is None else self._sampler.pick(logits, position, history)

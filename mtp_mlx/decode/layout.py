@@ -1,16 +1,20 @@
-"""The layout of a step: how many drafts it verifies, and how the next ones are made.
+"""The layout of a step: which drafts it verifies, and how the next ones are made.
 
-The next drafts come from slots, placed after every possible acceptance length, or from a chain that is drafted after
-the pass and adds no rows to it.
+The drafts are a chain or a tree. The next ones come from slots, placed after every possible end of the accepted path,
+or from a chain that is drafted after the pass and adds no rows to it.
 
-Contract: a `Layout` holds counts only; token ids, positions and visibility belong to `Block`.
-Invariant: real rows (the pending token and the drafts) come first, then slot rows in `drafts + 1` groups. Group a
-drafts if exactly a drafts are accepted, so every outcome has its group, including zero.
+Contract: a `Layout` holds counts and parents only; token ids, positions and visibility belong to `Block`.
+Invariant: real rows (the pending token and the drafts) come first, then slot rows in `drafts + 1` groups. Group r
+drafts if the accepted path ends at real row r, so every outcome has its group, including zero. In a chain r is the
+number of accepted drafts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from mtp_mlx.decode.tree import ROOT, depths_of
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,22 @@ class Layout:
 
     Attributes:
         drafts: d, the number of drafts to verify.
-        slots: [d + 1] slots per group; slots[a] drafts are made if exactly a drafts are accepted.
+        slots: [d + 1] slots per group; slots[r] positions are drafted if the accepted path ends at real row r.
         chain: drafts made one after another after the pass, whatever was accepted; excludes slots.
+        parents: [d] index of each draft's parent, smaller than its own, `ROOT` for the pending token; empty if each
+            draft follows the one before it.
+        width: candidates per position that slots draft at most; 1 for a chain.
 
     Raises:
-        ValueError: if a count is negative, the number of groups is not d + 1, or there are both slots and a chain.
+        ValueError: if a count is negative, the number of groups is not d + 1, there are both slots and a chain, or
+            the parents are not those of d drafts.
     """
 
     drafts: int
     slots: tuple[int, ...]
     chain: int = 0
+    parents: tuple[int, ...] = ()
+    width: int = 1
 
     def __post_init__(self) -> None:
         if self.drafts < 0:
@@ -41,6 +51,22 @@ class Layout:
             raise ValueError(f"slot counts must not be negative: {self.slots}")
         if self.chain < 0 or (self.chain and any(self.slots)):
             raise ValueError(f"a chain of {self.chain} drafts cannot be combined with slots {self.slots}")
+        if self.parents and len(self.parents) != self.drafts:
+            raise ValueError(f"{self.drafts} drafts have {self.drafts} parents, not {len(self.parents)}")
+        if self.width < 1:
+            raise ValueError(f"slots draft at least one candidate a position, not {self.width}")
+        depths_of(self.parents)
+        if self.parents == tuple(range(ROOT, self.drafts - 1)):
+            object.__setattr__(self, "parents", ())  # a chain has one name
+
+    @property
+    def depth(self) -> int:
+        """Drafts on the longest path from the pending token, which is most that can be accepted."""
+        return max(depths_of(self.parents), default=self.drafts)
+
+    def continues(self, row: int) -> bool:
+        """Whether a draft follows real row `row`."""
+        return row - 1 in self.parents if self.parents else row < self.drafts
 
     @property
     def real_rows(self) -> int:
@@ -95,3 +121,8 @@ class Layout:
         length zero, so there are k new drafts after every outcome.
         """
         return cls(drafts, (k,) * (drafts + 1))
+
+    @classmethod
+    def tree(cls, parents: Sequence[int], slots: Sequence[int], width: int) -> Layout:
+        """Drafts with these parents, and slots after each row; see `Layout`. 1 + drafts + sum(slots) rows."""
+        return cls(len(parents), tuple(slots), parents=tuple(parents), width=width)

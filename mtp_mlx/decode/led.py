@@ -7,12 +7,15 @@ depend on measured time (`LedPolicy`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Policy, Proposal
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.distributed import Peers
 
 
@@ -47,10 +50,13 @@ class LedPolicy:
         told = None
         if self._peers.leads:
             proposal, layout = self._own.choose(proposals)
-            told = [proposal.source, len(proposal.drafts), layout.drafts, layout.slots, layout.chain]
-        source, count, drafts, slots, chain = self._peers.gather(told)[0]
-        chosen = next(proposal for proposal in proposals if proposal.source == source)
-        return chosen.cut(count), Layout(drafts, tuple(slots), chain)
+            told = [*_told(proposal), *dataclasses.astuple(layout)]
+        source, tokens, parents, chances, sources, *values = self._peers.gather(told)[0]
+        tree = DraftTree(tuple(tokens), tuple(parents), tuple(chances))
+        drafts, slots, chain, branches, width = values
+        return Proposal(source, tree, tuple(sources)), Layout(
+            drafts, tuple(slots), chain, tuple(branches), width
+        )
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
         """See `Policy`."""
@@ -60,6 +66,12 @@ class LedPolicy:
     def interrupts_plain(self) -> bool:
         """See `Policy`."""
         return bool(self._peers.gather(self._peers.leads and self._own.interrupts_plain())[0])
+
+
+def _told(proposal: Proposal) -> list[Any]:
+    """A proposal as plain values."""
+    tree = proposal.tree
+    return [proposal.source, tree.tokens, tree.parents, tree.chances, proposal.sources]
 
 
 def led_policy(own: Policy, peers: Peers) -> Policy:

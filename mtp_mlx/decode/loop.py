@@ -24,7 +24,7 @@ from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LOOKUP, LookupDrafter
 from mtp_mlx.decode.pick import Picker, SamplingConfig
-from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal
+from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal, without_branches
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import StepResult, Token, block_of, commit, draft, verify
@@ -44,7 +44,7 @@ def speculative_step(session: Session, layout: Layout, drafts: list[int]) -> Ste
     lazy = draft(session, verified)
     mx.eval(lazy.arrays())  # the step's one host read
     result = commit(session, lazy)
-    session.keep(1 + result.n_accepted)
+    session.keep_path(result.kept)
     return result
 
 
@@ -255,7 +255,15 @@ class DecodeLoop:
 
     def _plan(self) -> tuple[Proposal, Layout]:
         """The proposal to verify next, and its layout."""
-        return self._policy.choose(self.proposals(self._policy.max_drafts))
+        proposal, layout = self._policy.choose(self.proposals(self._policy.max_drafts))
+        if layout.width == 1 and not layout.parents:
+            return proposal, layout
+        reason = self._session.why_chains
+        if not reason:
+            return proposal, layout
+        if reason not in self._stats.fallbacks:
+            self._stats.fallbacks[reason] += 1
+        return without_branches(proposal, layout)
 
     def proposals(self, most: int) -> list[Proposal]:
         """The drafters' proposals, at most `most` drafts each and no more than the next pass may verify."""
@@ -273,11 +281,12 @@ class DecodeLoop:
         drafts = proposal.drafts[: layout.drafts]
         result = speculative_step(self._session, layout, drafts)
         self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
-        yield from self.take(proposal.source, layout, result)
+        yield from self.take(proposal, layout, result)
 
-    def take(self, source: str, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
-        """Yields the tokens of a step that `session` has committed; its drafts came from `source`."""
-        self._stats.record(layout, result.n_accepted, source, self._own, result.rows)
+    def take(self, proposal: Proposal, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
+        """Yields the tokens of a step that `session` has committed, which verified drafts of `proposal`."""
+        sources = [proposal.source_of(node) for node in range(layout.drafts)]
+        self._stats.record(layout, result.kept, sources, self._own, result.rows)
         self._proposal = Proposal(self._own, result.fresh)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)
@@ -305,7 +314,7 @@ class DecodeLoop:
                 mx.async_eval(ahead[0])
             token = int(cast(int, pick.item()))
             session.tokens.append(token)
-            self._stats.record(Layout.plain(), 0, "plain")
+            self._stats.record(Layout.plain(), [0], [])
             self._policy.observe(self._proposal, Layout.plain(), 0, time.perf_counter() - started)
             if self._lookup is not None:
                 self._lookup.extend([token])

@@ -190,6 +190,38 @@ class Picker:
         confidence = mx.exp(picked - mx.logsumexp(scores, axis=-1))
         return _real_ids(columns, token_ids), confidence
 
+    def candidates(
+        self,
+        logits: mx.array,
+        positions: mx.array,
+        history: mx.array | None,
+        token_ids: mx.array | None,
+        count: int,
+    ) -> tuple[mx.array, mx.array]:
+        """The tokens that are likeliest to be picked at each row's position, int32 [R, n], and how likely, float32.
+
+        With noise these are the tokens with the largest perturbed scores, and chances are those of a softmax of
+        these: the target's pick has the same noise, so it is one of them much more often than a token drawn afresh.
+        With one uniform a position, which perturbs no scores, the token of `pick` stands first.
+
+        Args:
+            logits, positions, history, token_ids: as for `pick`.
+            count: n, at most the number of columns.
+        """
+        scores = self.scores(logits, history, token_ids)
+        real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
+        order = scores
+        if self.config.temperature and self.config.noise == "inverse-cdf":
+            picked = self._columns(scores, positions, token_ids)
+            order = mx.where(mx.arange(scores.shape[-1]) == picked[:, None], mx.inf, scores)
+        elif self.config.temperature:
+            order = scores = scores + gumbel(self.config.seed, positions, real_ids)
+        columns = mx.argpartition(-order, kth=count - 1, axis=-1)[:, :count]
+        within = mx.argsort(-mx.take_along_axis(order, columns, axis=-1), axis=-1)
+        columns = mx.take_along_axis(columns, within, axis=-1)  # [R, n], best first
+        best = mx.take_along_axis(scores, columns, axis=-1)
+        return _real_ids(columns, token_ids), mx.exp(best - mx.logsumexp(scores, axis=-1, keepdims=True))
+
     def scores(
         self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
     ) -> mx.array:

@@ -15,7 +15,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.decode.tree import DraftTree
 
-LayoutName = Literal["auto", "linear", "quadratic", "plain"]
+LayoutName = Literal["auto", "linear", "quadratic", "tree", "plain"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Proposal:
     Attributes:
         source: name of the drafter, as in `DraftSource.name`, or "lookup".
         tree: the drafts.
+        sources: [n] name of each draft's drafter, if they are not all of `source`.
     """
 
     source: str
     tree: DraftTree = DraftTree()
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def chain(cls, source: str, drafts: Sequence[int], confidences: Sequence[float]) -> Proposal:
@@ -47,7 +49,27 @@ class Proposal:
 
     def cut(self, most: int) -> Proposal:
         """The same proposal with at most `most` drafts."""
-        return Proposal(self.source, self.tree.cut(most))
+        return Proposal(self.source, self.tree.cut(most), self.sources[: max(most, 0)])
+
+    def keep(self, nodes: Sequence[int]) -> Proposal:
+        """The same proposal with these drafts only; see `DraftTree.keep`."""
+        sources = tuple(self.sources[node] for node in nodes) if self.sources else ()
+        return Proposal(self.source, self.tree.keep(nodes), sources)
+
+    def chained(self) -> Proposal:
+        """The same proposal without branches."""
+        return self if self.tree.is_chain else self.keep(self.tree.likeliest_path())
+
+    def source_of(self, node: int) -> str:
+        """Name of the drafter of a draft."""
+        return self.sources[node] if self.sources else self.source
+
+
+def without_branches(proposal: Proposal, layout: Layout) -> tuple[Proposal, Layout]:
+    """The likeliest chain of a tree and its layout, for sequences that verify chains only."""
+    nodes = proposal.tree.likeliest_path()
+    slots = tuple(layout.slots[row] for row in (0, *(node + 1 for node in nodes)))
+    return proposal.keep(nodes), Layout(len(nodes), slots, layout.chain)
 
 
 class Policy(Protocol):

@@ -7,15 +7,20 @@ that they would have. Ordinary caches stay in the list and are rolled back with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.seams import check_caches
 from mtp_mlx.model.state_cache import StateCache
 from mtp_mlx.model.window_cache import WindowCache
+
+# Caches that hold one row a token in text order, in buffers [B, H, rows, D] (or several, if quantised).
+MOVABLE = (KVCache, QuantizedKVCache, WindowCache)
 
 
 class LayerCaches:
@@ -27,6 +32,7 @@ class LayerCaches:
 
     Attributes:
         layers: the same list.
+        keeps_paths: whether `keep_path` works with any rows: all caches are of kinds whose rows can be moved.
         marked: rows cached before the newest pass.
 
     Raises:
@@ -45,6 +51,7 @@ class LayerCaches:
                 "`prompt_cache` holds recurrent state only, which does not say how many tokens it has read: "
                 "leave it out and give the whole text as the prompt"
             )
+        self.keeps_paths = all(type(leaf) in MOVABLE for leaf in leaves)
         self._rows = 0  # rows cached, in case no cache counts them
         self._mark: tuple[int, list[list[Any]]] = (self.length, [])
 
@@ -101,6 +108,18 @@ class LayerCaches:
             state.keep(n_rows, before)
         self._rows = self.marked + n_rows
 
+    def keep_path(self, rows: Sequence[int]) -> None:
+        """Keeps these rows of the newest pass and removes the others; other rows than the first ones are moved.
+
+        Args:
+            rows: ascending, from 0.
+        """
+        first = next((place for place, row in enumerate(rows) if row != place), len(rows))
+        if first < len(rows):
+            for leaf in self._leaves():
+                _move_rows(leaf, int(leaf.offset) - self.marked, rows, first)
+        self.keep(len(rows))
+
     def hand_back(self) -> None:
         """Restores mlx-lm's own caches in the list. If interrupted by Ctrl-C, a second call does the rest."""
         for index, theirs, ours in self._exchanged:
@@ -114,6 +133,25 @@ class LayerCaches:
 def _leaves(layer: Any) -> tuple[Any, ...]:
     """The caches of one layer; some layers have several."""
     return tuple(layer.caches) if isinstance(layer, CacheList) else (layer,)
+
+
+def _move_rows(leaf: Any, newest: int, rows: Sequence[int], first: int) -> None:
+    """Moves rows[first:] of the newest pass to the places from `first` on.
+
+    Args:
+        leaf: a cache of one of the kinds in `MOVABLE`.
+        newest: rows of the newest pass.
+    """
+    end = leaf.end if isinstance(leaf, WindowCache) else int(leaf.offset)
+    start = end - newest
+    source = mx.array([start + row for row in rows[first:]])
+    places = slice(start + first, start + len(rows))
+
+    def moved(buffer: mx.array) -> mx.array:
+        buffer[..., places, :] = buffer[..., source, :]
+        return buffer
+
+    leaf.keys, leaf.values = tree_map(moved, (leaf.keys, leaf.values))
 
 
 def _ours(cache: Any) -> Any:

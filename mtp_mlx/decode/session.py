@@ -10,7 +10,7 @@ the next pass, with the same result: rows may be rolled back in between, which q
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,9 +221,18 @@ class Session:
         """[1, C] the newest committed tokens, or None without penalties."""
         return self.histories([])
 
-    def keep(self, rows: int) -> None:
-        """Keeps the first `rows` rows of the newest pass in every layer's cache and removes the others."""
-        self._caches.keep(rows)
+    def keep_path(self, rows: list[int]) -> None:
+        """Keeps these rows of the newest pass, in ascending order, in every layer's cache and removes the others."""
+        self._caches.keep_path(rows)
+
+    @property
+    def why_chains(self) -> str:
+        """Why drafts may have no branches; "" if they may."""
+        if self.constraint is not None:
+            return "drafts without branches: a grammar follows one text"
+        if not self._caches.keeps_paths:
+            return "drafts without branches: this model's caches keep the first rows of a pass only"
+        return ""
 
     def trim(self, rows: int) -> None:
         """Removes the newest `rows` rows, at most those of the newest pass, from every layer's cache."""
@@ -276,12 +285,14 @@ class Session:
             self._caches.keep(0)
         self._caches.hand_back()
 
-    def histories(self, drafts: list[int]) -> mx.array | None:
-        """[1 + d, C] the tokens before each real row's pick, or None without penalties."""
+    def histories(self, drafts: list[int], parents: Sequence[int] = ()) -> mx.array | None:
+        """[1 + d, C] the tokens before each real row's pick, or None without penalties; `parents` as in `Layout`."""
         size = self.picker.history_size
         if not size:
             return None
-        rows = [self._recent(self.tokens + drafts[:count], size) for count in range(len(drafts) + 1)]
+        rows = [self._recent(self.tokens, size)]
+        for draft, parent in zip(drafts, parents or range(-1, len(drafts) - 1), strict=True):
+            rows.append([*rows[parent + 1][1:], draft])
         return mx.array(np.array(rows, dtype=np.int32))
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class DecodeStats:
         submitted, accepted: per depth (index 0 is the first draft), drafts that verification reached, and drafts
             accepted.
         histogram: {tokens per step: number of steps}.
-        layouts: {"drafts/slots": number of steps}; "drafts/3 heads" if heads drafted 3 tokens after the pass.
+        layouts: {"drafts/slots": number of steps}; "drafts/3 heads" if heads drafted 3 tokens after the pass, and
+            "tree drafts/slots" if the drafts had branches.
         drafted_by: {drafter: drafts accepted}.
         submitted_by: {drafter: drafts submitted for verification}.
         fallbacks: {reason: count} of everything that did not run as requested.
@@ -46,29 +48,34 @@ class DecodeStats:
     tuned: str = ""
 
     def record(
-        self, layout: Layout, n_accepted: int, drafter: str, own: str = "", rows: int | None = None
+        self,
+        layout: Layout,
+        kept: Sequence[int],
+        drafters: Sequence[str],
+        own: str = "",
+        rows: int | None = None,
     ) -> None:
-        """Counts a step that verified drafts of `drafter` and accepted the first `n_accepted`.
+        """Counts a step.
 
         Args:
             layout: the step's layout.
+            kept: real rows of the pending token and of the accepted drafts.
+            drafters: [d] name of each draft's drafter.
             own: name of the model's own drafter, which makes the next drafts.
             rows: rows of the pass, if more than the layout's.
         """
-        drafts = layout.drafts
+        n_accepted = len(kept) - 1
         self.steps += 1
         self.rows += layout.rows if rows is None else rows
         self.tokens += 1 + n_accepted
         self.histogram[1 + n_accepted] += 1
         behind = f"{layout.chain} {own}" if layout.chain else "+".join(map(str, layout.slots))
-        self.layouts[f"{drafts}/{behind}"] += 1
-        if drafts:
-            self.submitted_by[drafter] += drafts
-        if n_accepted:
-            self.drafted_by[drafter] += n_accepted
-        reached = min(n_accepted + 1, drafts)
+        self.layouts[f"{'tree ' if layout.parents else ''}{layout.drafts}/{behind}"] += 1
+        self.submitted_by.update(drafters)
+        self.drafted_by.update(drafters[row - 1] for row in kept[1:])
+        reached = n_accepted + layout.continues(kept[-1])
         for counts, upto in ((self.submitted, reached), (self.accepted, n_accepted)):
-            counts.extend([0] * (drafts - len(counts)))
+            counts.extend([0] * (layout.depth - len(counts)))
             for depth in range(upto):
                 counts[depth] += 1
 

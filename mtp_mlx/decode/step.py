@@ -19,7 +19,8 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import leading_run
 from mtp_mlx.decode.session import Session
-from mtp_mlx.decode.tree import DraftTree
+from mtp_mlx.decode.tree import DraftTree, depths_of
+from mtp_mlx.decode.walk import walk
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 
@@ -47,17 +48,22 @@ class StepResult:
 
     Attributes:
         tokens: accepted drafts, then the target's own pick.
-        n_accepted: number of accepted drafts, a.
+        kept: [1 + a] real rows of the pending token and of the accepted drafts, ascending.
         fresh: drafts for the next positions.
-        logits: [1 + d, V], row i predicts tokens[i]; lazy.
+        logits: [>= 1 + a, V], row i predicts tokens[i]; lazy.
         rows: rows of the pass, R.
     """
 
     tokens: list[int]
-    n_accepted: int
+    kept: list[int]
     fresh: DraftTree
     logits: mx.array
     rows: int
+
+    @property
+    def n_accepted(self) -> int:
+        """Number of accepted drafts, a."""
+        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,16 @@ class LazyStep:
 
     Attributes:
         verified: the outcome of the pass.
-        integers: int32, the number of accepted drafts, the target's picks [1 + d], then the fresh drafts.
+        integers: int32, the number of accepted drafts, the target's picks [1 + d], the rows of the path [1 + d] of a
+            tree, the fresh drafts, and their parents if they are a tree.
         confidences: float32, one per fresh draft.
+        branches: whether the fresh drafts are a tree.
     """
 
     verified: Verified
     integers: mx.array
     confidences: mx.array
+    branches: bool
 
     def arrays(self) -> tuple[mx.array, mx.array]:
         """The arrays that the step's one host read evaluates."""
@@ -81,7 +90,7 @@ class LazyStep:
 
 def shape_of(session: Session, layout: Layout) -> BlockShape:
     """The rows of a layout, including the lead rows of the drafter's slot groups."""
-    return block_shape(layout.drafts, layout.slots, session.attached.lead)
+    return block_shape(layout.drafts, layout.slots, session.attached.lead, layout.parents)
 
 
 def block_of(session: Session, layout: Layout, drafts: list[int], start: int) -> Block:
@@ -106,6 +115,8 @@ def _check(session: Session, layout: Layout) -> None:
         raise MTPError("this layout has slots, and this model has no adapter with slots")
     if layout.chain and (source is None or source.places_slots):
         raise MTPError("this layout drafts a chain, and this model has no drafter that makes one")
+    if layout.parents and session.why_chains:
+        raise MTPError("internal error: this sequence verifies chains only")
     if layout.asks_for_drafts and session.drafter is None:
         raise MTPError("internal error: this layout asks for drafts, and its policy has `own_drafts` 0")
 
@@ -119,11 +130,11 @@ def verify(
     logits: mx.array,
     head_input: mx.array,
 ) -> Verified:
-    """Verifies `drafts`, lazily: the target's picks, and the length of the leading run of drafts equal to them.
+    """Verifies `drafts`, lazily: the target's picks, and the path of drafts equal to them.
 
     Args:
         session: the sequence.
-        layout: the pass's layout; it may allow more drafts than there are.
+        layout: the pass's layout; a chain may allow more drafts than there are.
         drafts: [d] token ids.
         start: absolute position of the pending token.
         hidden: [R, D] hidden states of the pass.
@@ -133,21 +144,31 @@ def verify(
     n_real = 1 + len(drafts)
     logits = logits[:n_real]
     rows = mx.array([session.tokens[-1], *drafts], dtype=mx.int32)
-    positions = mx.arange(start + 1, start + 1 + n_real)
-    history = session.histories(drafts)
-    picks, accepted = _accepted(session, _allowed(session, logits, drafts), positions, history, rows)
+    shape = shape_of(session, layout)
+    positions = mx.array(shape.offsets[:n_real] + (start + 1))
+    history = session.histories(drafts, layout.parents)
+    allowed = _allowed(session, logits, drafts)
+    path = None
+    if layout.parents:
+        picks = session.picker.pick(allowed, positions, history)
+        accepted, last, path = walk(picks, rows[1:], layout.parents)
+        picks, logits, head_input = picks[path], logits[path], head_input[:, path]
+    else:
+        picks, accepted = _accepted(session, allowed, positions, history, rows)
+        last, head_input = accepted, head_input[:, :n_real]
     return Verified(
         layout=layout,
-        shape=shape_of(session, layout),
+        shape=shape,
         hidden=hidden,
-        head_input=head_input[:, :n_real],
+        head_input=head_input,
         logits=logits,
         picks=picks,
         accepted=accepted,
-        position=positions[accepted],
-        history=None if history is None else history[accepted],
+        last=last,
+        position=positions[last],
+        history=None if history is None else history[last],
         tokens=session.tokens,
-        drafts=drafts,
+        path=path,
     )
 
 
@@ -162,7 +183,7 @@ def _allowed(session: Session, logits: mx.array, drafts: list[int]) -> mx.array:
 def _accepted(
     session: Session, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The target's picks [1 + d] and the number of drafts they accept (a scalar), lazily.
+    """The target's picks [1 + d] and the number of a chain's drafts they accept (a scalar), lazily.
 
     Args:
         logits: [1 + d, V] of the real rows.
@@ -189,17 +210,21 @@ def draft(session: Session, verified: Verified) -> LazyStep:
         assert session.drafter is not None
         fresh = session.drafter.propose(verified)
     peers = session.attached.peers
-    integers = mx.concatenate([verified.accepted.reshape(1), verified.picks, fresh.ids])
-    return LazyStep(verified, led(peers, integers), led(peers, fresh.confidences))
+    rows = [] if verified.path is None else [verified.path]
+    parents = [] if fresh.parents is None else [fresh.parents]
+    integers = mx.concatenate([verified.accepted.reshape(1), verified.picks, *rows, fresh.ids, *parents])
+    return LazyStep(verified, led(peers, integers), led(peers, fresh.confidences), fresh.parents is not None)
 
 
 def commit(session: Session, lazy: LazyStep) -> StepResult:
     """Commits the accepted drafts and the target's own pick; the caller must still roll back the caches."""
     verified, layout = lazy.verified, lazy.verified.layout
     n_accepted, *values = cast("list[int]", lazy.integers.tolist())
-    n_real = 1 + len(verified.drafts)
-    count = layout.chain or layout.slots[n_accepted]
-    tokens = values[: n_accepted + 1]
+    n_picks = verified.picks.shape[0]
+    tokens, values = values[: n_accepted + 1], values[n_picks:]
+    kept = list(range(n_accepted + 1))
+    if verified.path is not None:
+        kept, values = values[: n_accepted + 1], values[n_picks:]
     session.tokens += tokens
     if session.drafter is not None and layout.asks_for_drafts:
         session.drafter.commit(n_accepted)
@@ -207,11 +232,21 @@ def commit(session: Session, lazy: LazyStep) -> StepResult:
         session.drafter.observe(verified.head_input[:, : n_accepted + 1], session.tokens)
     if session.constraint is not None:
         session.constraint.commit(tokens)
-    confidences = cast("list[float]", lazy.confidences.tolist())[:count]
     return StepResult(
         tokens=tokens,
-        n_accepted=n_accepted,
-        fresh=DraftTree.chain(values[n_real : n_real + count], confidences),
+        kept=kept,
+        fresh=_fresh(lazy, values, layout.chain or layout.slots[kept[-1]]),
         logits=verified.logits,
         rows=verified.hidden.shape[0],
     )
+
+
+def _fresh(lazy: LazyStep, values: list[int], positions: int) -> DraftTree:
+    """The fresh drafts for the next `positions` positions, from the end of the step's integers."""
+    confidences = cast("list[float]", lazy.confidences.tolist())
+    if not lazy.branches:
+        return DraftTree.chain(values[:positions], confidences[:positions])
+    count = len(confidences)
+    parents = values[count:]
+    meant = [node for node, depth in enumerate(depths_of(parents)) if depth <= positions]
+    return DraftTree(tuple(values[:count]), tuple(parents), tuple(confidences)).keep(meant)

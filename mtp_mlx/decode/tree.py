@@ -1,7 +1,10 @@
 """Drafts as a tree: a token, a parent and a confidence per node.
 
-A chain of drafts is a tree without branches; today's drafters propose only chains. A parent comes before its
-children. The root, which is not in the tree, is the pending token.
+A chain of drafts is a tree without branches. A parent comes before its children, and siblings have different tokens.
+The root, which is not in the tree, is the pending token.
+
+The pick at a position is one token, whatever the branch, because noise belongs to the position. So at most one child
+of a node is right, and the accepted path is found by walking from the root.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class DraftTree:
         chances: [n] in [0, 1], how likely a node is right if its parent is, as the drafter estimates it.
 
     Raises:
-        ValueError: if the lists differ in length, or a parent does not come before its node.
+        ValueError: if the lists differ in length, a parent does not come before its node, or siblings have the same
+            token.
     """
 
     tokens: tuple[int, ...] = ()
@@ -34,9 +38,9 @@ class DraftTree:
             raise ValueError(
                 f"{len(self.tokens)} tokens, {len(self.parents)} parents and {len(self.chances)} chances"
             )
-        for node, parent in enumerate(self.parents):
-            if not ROOT <= parent < node:
-                raise ValueError(f"the parent of node {node} must come before it, not at {parent}")
+        depths_of(self.parents)
+        if len(set(zip(self.parents, self.tokens, strict=True))) < len(self.tokens):
+            raise ValueError("siblings must have different tokens")
 
     @classmethod
     def chain(cls, tokens: Sequence[int], chances: Sequence[float]) -> DraftTree:
@@ -51,14 +55,66 @@ class DraftTree:
         """Whether no node has a sibling."""
         return self.parents == tuple(range(ROOT, len(self) - 1))
 
-    def depth(self, node: int) -> int:
-        """The node's distance from the pending token, from 1."""
-        depth = 1
-        while (node := self.parents[node]) != ROOT:
-            depth += 1
-        return depth
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """[n] each node's distance from the pending token, from 1."""
+        return depths_of(self.parents)
+
+    @property
+    def path_chances(self) -> list[float]:
+        """[n] the chance that a node and all before it on its path are right."""
+        found: list[float] = []
+        for parent, chance in zip(self.parents, self.chances, strict=True):
+            found.append(chance if parent == ROOT else chance * found[parent])
+        return found
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root's child to `node`, both included; none for `ROOT`."""
+        nodes = []
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def keep(self, nodes: Sequence[int]) -> DraftTree:
+        """The tree of these nodes, in ascending order; every parent must be among them.
+
+        Raises:
+            ValueError: if a parent is missing.
+        """
+        places = {ROOT: ROOT} | {node: place for place, node in enumerate(nodes)}
+        if any(self.parents[node] not in places for node in nodes):
+            raise ValueError(f"nodes {list(nodes)} lack a parent")
+        return DraftTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(places[self.parents[node]] for node in nodes),
+            tuple(self.chances[node] for node in nodes),
+        )
+
+    def likeliest_path(self) -> list[int]:
+        """The nodes of the chain that follows the likeliest child at every node."""
+        nodes: list[int] = []
+        last = ROOT
+        while children := [node for node, parent in enumerate(self.parents) if parent == last]:
+            last = max(children, key=lambda node: self.chances[node])
+            nodes.append(last)
+        return nodes
 
     def cut(self, most: int) -> DraftTree:
         """The first `most` nodes; none if `most` is negative."""
         most = max(most, 0)
         return DraftTree(self.tokens[:most], self.parents[:most], self.chances[:most])
+
+
+def depths_of(parents: Sequence[int]) -> tuple[int, ...]:
+    """[n] distance of each node from the root, from 1.
+
+    Raises:
+        ValueError: if a parent does not come before its node.
+    """
+    depths: list[int] = []
+    for node, parent in enumerate(parents):
+        if not ROOT <= parent < node:
+            raise ValueError(f"the parent of node {node} must come before it, not at {parent}")
+        depths.append(1 if parent == ROOT else depths[parent] + 1)
+    return tuple(depths)

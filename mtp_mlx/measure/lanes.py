@@ -38,6 +38,7 @@ class Lane:
     lookup: bool | None = None
     emission: Emission = Emission()
     drafter: str | None = None
+    rows: int | None = None
 
 
 @dataclass
@@ -132,7 +133,14 @@ class Bench:
         assert lane.layout is not None
         stats = DecodeStats()
         drafting = plan_drafting(
-            self._model, lane.layout, lane.drafts, stats, lane.lookup, lane.drafter, lane.emission
+            self._model,
+            lane.layout,
+            lane.drafts,
+            stats,
+            lane.lookup,
+            lane.drafter,
+            lane.emission,
+            rows=lane.rows,
         )
         steps = mtp_generate_step(
             ids,

@@ -25,7 +25,7 @@ class BlockShape:
         offsets: [R] int32, position of each row relative to the pending token.
         visibility: [R, R] bool, `visibility[i, j]` if row i sees row j; every row sees itself.
         slot_index: [R - n_real] int32, index (from 0) of each slot row's embedding.
-        group_start: for every acceptance length a, the first row of its slot group.
+        group_start: for every real row, the first row of the slot group after it.
         lead: slot rows at the start of every group that draft nothing.
         contiguous: positions are consecutive and visibility is causal, so a scalar offset and a "causal" mask suffice
             and MLX's fast paths apply.
@@ -46,18 +46,24 @@ class BlockShape:
 
 
 @lru_cache(maxsize=512)
-def block_shape(drafts: int, slots: tuple[int, ...], lead: int = 0) -> BlockShape:
-    """The rows of a block with `drafts` drafts and `slots[a]` slots after acceptance length a.
+def block_shape(
+    drafts: int, slots: tuple[int, ...], lead: int = 0, parents: tuple[int, ...] = ()
+) -> BlockShape:
+    """The rows of a block with `drafts` drafts and `slots[r]` slots after real row r.
 
-    Slot j (from 1) of group a predicts the token at offset a + j + 1 and has offset a + j (arXiv 2507.11851, Fig. 4:
-    mask j after token i has position i + j). It sees the real rows 0..a and slots 1..j of its own group.
+    A draft has the offset of its parent plus 1, and sees its ancestors and itself. Slot j (from 1) of the group after
+    a row of offset a predicts the token at offset a + j + 1 and has offset a + j (arXiv 2507.11851, Fig. 4: mask j
+    after token i has position i + j). It sees what that row sees and slots 1..j of its own group.
 
     With `lead` = 1, every group that is not empty starts with one more slot, slot 0 at offset a: it has the position
     of the last accepted token and tells later slots what they must know about the token at offset a + 1 (arXiv
     2512.21323, where the slot of the token at offset n has position n - 1).
 
+    Args:
+        parents: [drafts] index of each draft's parent, -1 for the pending token; empty for a chain.
+
     Raises:
-        ValueError: if `slots` does not have one entry for each acceptance length 0..drafts.
+        ValueError: if `slots` does not have one entry for each real row.
     """
     if len(slots) != drafts + 1:
         raise ValueError(f"{drafts} drafts need {drafts + 1} slot groups, got {len(slots)}")
@@ -65,17 +71,20 @@ def block_shape(drafts: int, slots: tuple[int, ...], lead: int = 0) -> BlockShap
     counts = [count + lead if count else 0 for count in slots]
     rows = n_real + sum(counts)
     offsets = np.zeros(rows, dtype=np.int32)
-    offsets[:n_real] = np.arange(n_real)
     visibility = np.zeros((rows, rows), dtype=bool)
-    visibility[:n_real, :n_real] = np.tril(np.ones((n_real, n_real), dtype=bool))
+    visibility[0, 0] = True
+    for draft, parent in enumerate(parents or range(-1, drafts - 1), start=1):
+        offsets[draft] = offsets[parent + 1] + 1
+        visibility[draft] = visibility[parent + 1]
+        visibility[draft, draft] = True
     slot_index = np.zeros(rows - n_real, dtype=np.int32)
     group_start = []
     row = n_real
-    for accepted, count in enumerate(counts):
+    for real, count in enumerate(counts):
         group_start.append(row)
         group = slice(row, row + count)
-        offsets[group] = accepted + 1 - lead + np.arange(count)
-        visibility[group, : accepted + 1] = True
+        offsets[group] = offsets[real] + 1 - lead + np.arange(count)
+        visibility[group, :n_real] = visibility[real, :n_real]
         visibility[group, group] = np.tril(np.ones((count, count), dtype=bool))
         slot_index[row - n_real : row - n_real + count] = np.arange(count)
         row += count

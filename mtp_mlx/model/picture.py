@@ -5,8 +5,11 @@ Used by the documentation and the example notebook only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+import numpy as np
 
 from mtp_mlx.model.block import BlockShape
 
@@ -38,20 +41,25 @@ class Row:
     sees: tuple[bool, ...]
 
 
-def rows_of(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> list[Row]:
+def rows_of(
+    shape: BlockShape, accepted: int | Sequence[int] | None = None, texts: tuple[str, ...] = ()
+) -> list[Row]:
     """The rows of a block, in memory order.
 
     Args:
         shape: the block's rows.
-        accepted: number of accepted drafts, or None if not known yet.
+        accepted: number of accepted drafts of a chain, or the rows of those of a tree; None if not known yet.
         texts: one text per real row, the pending token first; none to show numbers only.
 
     Raises:
         ValueError: if more drafts were accepted than there are, or the number of texts is not that of real rows.
     """
     drafts = shape.n_real - 1
-    if accepted is not None and not 0 <= accepted <= drafts:
-        raise ValueError(f"{accepted} of {drafts} drafts cannot be accepted")
+    if isinstance(accepted, int):
+        if not 0 <= accepted <= drafts:
+            raise ValueError(f"{accepted} of {drafts} drafts cannot be accepted")
+        accepted = range(1, 1 + accepted)
+    chain = np.array_equal(shape.offsets[: shape.n_real], np.arange(shape.n_real))
     if texts and len(texts) != shape.n_real:
         raise ValueError(f"{len(texts)} texts for {shape.n_real} real rows")
     rows = []
@@ -61,24 +69,27 @@ def rows_of(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ..
             kind, text = _real(index, accepted)
             text = f"{text} {texts[index]!r}" if texts else text
         else:
-            group = max(a for a, start in enumerate(shape.group_start) if start <= index)
+            group = max(row for row, start in enumerate(shape.group_start) if start <= index)
             number = int(shape.slot_index[index - shape.n_real]) + 1 - shape.lead
-            kind, text = "slot", f"slot {number} after {group} accepted"
+            after = f"{group} accepted" if chain else f"row {group}"
+            kind, text = "slot", f"slot {number} after {after}"
         rows.append(Row(kind, text, int(shape.offsets[index]), sees))
     return rows
 
 
-def _real(index: int, accepted: int | None) -> tuple[str, str]:
+def _real(index: int, accepted: Sequence[int] | None) -> tuple[str, str]:
     """(kind, text) of a real row."""
     if index == 0:
         return "pending", "pending token"
     if accepted is None:
         return "draft", f"draft {index}"
-    kind = "accepted" if index <= accepted else "rejected"
+    kind = "accepted" if index in accepted else "rejected"
     return kind, f"draft {index}, {kind}"
 
 
-def block_text(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> str:
+def block_text(
+    shape: BlockShape, accepted: int | Sequence[int] | None = None, texts: tuple[str, ...] = ()
+) -> str:
     """The rows as lines of text: number, position, content, and an x for every row that it sees."""
     rows = rows_of(shape, accepted, texts)
     width = max(len(row.text) for row in rows)
@@ -89,7 +100,9 @@ def block_text(shape: BlockShape, accepted: int | None = None, texts: tuple[str,
     return "\n".join(lines)
 
 
-def block_svg(shape: BlockShape, accepted: int | None = None, texts: tuple[str, ...] = ()) -> str:
+def block_svg(
+    shape: BlockShape, accepted: int | Sequence[int] | None = None, texts: tuple[str, ...] = ()
+) -> str:
     """The rows as an SVG: a line per row, with a square for each row that it sees, coloured by that row's kind."""
     rows = rows_of(shape, accepted, texts)
     width, height = LABEL_WIDTH + CELL * len(rows) + 10, CELL * len(rows) + 10

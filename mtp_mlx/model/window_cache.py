@@ -53,6 +53,11 @@ class WindowCache:
         return min(self._end, self.window - 1)
 
     @property
+    def end(self) -> int:
+        """Rows of the buffers in use."""
+        return self._end
+
+    @property
     def state(self) -> tuple[Any, Any]:
         """The arrays to evaluate."""
         return self.keys, self.values

@@ -322,10 +322,10 @@ def _propose_seconds(session: Session, count: int, budget: _Budget) -> float:
         logits=mx.zeros((1, 1)),
         picks=zero.reshape(1),
         accepted=zero,
+        last=zero,
         position=zero,
         history=None,
         tokens=session.tokens,
-        drafts=[],
     )
 
     def propose() -> None:

@@ -2,12 +2,13 @@
 
 A model has at most one drafter of its own (`AttachedModel.speculator`); lookup can draft as well. With both, fixed
 layouts verify the lookup drafts if there is a match and those of the model's own drafter otherwise; "auto" takes the
-ones with the higher expected value.
+ones with the higher expected value, and "tree" joins them in one tree.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mtp_mlx.decode.drafter import DraftSource, source_of
 from mtp_mlx.decode.emission import Emission
@@ -21,9 +22,12 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.precision import nearest_precision
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
 from mtp_mlx.planning.calibrate import step_cost, worth_measuring
+from mtp_mlx.planning.grow import TreePolicy
 from mtp_mlx.planning.tuned import recall
 
-LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "plain")
+LAYOUT_NAMES: tuple[LayoutName, ...] = ("auto", "linear", "quadratic", "tree", "plain")
+TREE_ROWS = 16  # rows of a pass of layout "tree", unless the user says how many
+MOST_ROWS = 64
 LOOKUP_DRAFTS = 8  # default drafts per step of a fixed layout with lookup alone
 MOST_LOOKUP = 16  # most drafts per step of that layout
 _NO_GROUPS = "layout 'quadratic' is for slots, not for {who}: use `layout` linear, auto or plain"
@@ -51,7 +55,7 @@ def choose_drafters(
         MTPError: if a name is unknown, the model lacks a drafter, or both arguments are given.
     """
     if drafter is None:
-        wanted = layout == "auto" if lookup is None else lookup
+        wanted = layout in ("auto", "tree") if lookup is None else lookup
         alone = bool(lookup) and source_of(model) is None  # lookup needs no adapter
         return DrafterChoice(own=not alone, lookup=wanted)
     if lookup is not None:
@@ -93,6 +97,7 @@ def plan_drafting(
     drafter: str | None = None,
     emission: Emission | None = None,
     max_tokens: int | None = None,
+    rows: int | None = None,
 ) -> Drafting:
     """The policy and the lookup drafter of a generation.
 
@@ -104,16 +109,18 @@ def plan_drafting(
         layout: layout of the steps.
         drafts: drafts per step; None for the drafter's default.
         stats: records fallbacks and tuning.
-        lookup: whether lookup drafts too; None for layout "auto" only.
+        lookup: whether lookup drafts too; None for the layouts "auto" and "tree" only.
         drafter: comma-separated drafters, instead of `lookup`.
         emission: verified without a tau by default.
         max_tokens: most tokens of the text. A few are written plainly as long as step costs are not known.
+        rows: rows of a pass of layout "tree", by default `TREE_ROWS`.
 
     Raises:
         MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or if `drafter` is combined with another
             emission than the default.
     """
     emission = emission or Emission()
+    _check_rows(layout, rows)
     if emission != Emission():
         if drafter is not None:
             raise MTPError("unverified emission and `tau` are for slot drafts only: leave `drafter` out")
@@ -128,13 +135,54 @@ def plan_drafting(
     if layout == "auto" and emission == Emission() and not worth_measuring(model, max_tokens):
         layout = "plain"
         stats.fallbacks["plain: for so few tokens, what a step costs here was not measured"] += 1
-    if chosen.own:
+    if layout == "tree":
+        policy = tree_policy(model, drafts if chosen.own else 0, rows, emission)
+    elif chosen.own:
         policy = build_policy(model, layout, drafts, stats, emission)
     else:
         policy = lookup_policy(model, layout, drafts)
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
+
+
+def tree_policy(
+    model: AttachedModel, drafts: int | None, rows: int | None, emission: Emission | None = None
+) -> Policy:
+    """The policy of layout "tree".
+
+    Args:
+        model: the model.
+        drafts: positions that its own drafter drafts in a step; None for the drafter's default, 0 for none.
+        rows: rows of a pass, by default `TREE_ROWS`.
+
+    Raises:
+        MTPError: if the drafter cannot draft that many positions, or the emission is not the default.
+    """
+    if emission not in (None, Emission()):
+        raise MTPError("unverified emission and `tau` have layouts of their own: leave `layout` tree out")
+    source = source_of(model)
+    prior = recorded_acceptance(model)
+    if source is None or drafts == 0:
+        return TreePolicy(rows or TREE_ROWS, 0, [], places_slots=False)
+    source.check_drafts(drafts)
+    return TreePolicy(
+        rows or TREE_ROWS,
+        drafts or source.drafts,
+        prior,
+        places_slots=source.places_slots,
+        lead=model.lead,
+    )
+
+
+def _check_rows(layout: LayoutName, rows: int | None) -> None:
+    """Raises MTPError for rows of a layout that has no fixed number of them, or a number that cannot be."""
+    if rows is None:
+        return
+    if layout != "tree":
+        raise MTPError(f"`rows` is for layout 'tree', and the layout is '{layout}': leave `rows` out")
+    if not 2 <= rows <= MOST_ROWS:
+        raise MTPError(f"`rows` must be 2 to {MOST_ROWS}; got {rows}")
 
 
 def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) -> Policy:
@@ -163,7 +211,7 @@ def lookup_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) 
 
 def build_policy(
     model: AttachedModel,
-    layout: LayoutName,
+    layout: Literal["auto", "linear", "quadratic", "plain"],
     drafts: int | None,
     stats: DecodeStats,
     emission: Emission | None = None,

@@ -111,7 +111,9 @@ class Batch:
 
     def step(self) -> list[list[Token]]:
         """Run one pass over all members; returns the tokens that each commits, in the order of `members`."""
-        offered = [preferred(member.loop.proposals(self._plan.max_drafts)) for member in self.members]
+        offered = [
+            preferred(member.loop.proposals(self._plan.max_drafts)).chained() for member in self.members
+        ]
         starts = [member.session.next_position - 1 for member in self.members]
         layout = self._plan.choose([len(proposal.drafts) for proposal in offered], starts)
         offered = [proposal.cut(layout.drafts) for proposal in offered]
@@ -128,9 +130,9 @@ class Batch:
         for member, proposal, lazy in zip(self.members, offered, found, strict=True):
             result = commit(member.session, lazy)
             self._plan.observe(proposal, result.n_accepted)
-            kept.append(1 + result.n_accepted)
+            kept.append(len(result.kept))
             own = Layout(len(proposal.drafts), layout.slots[: len(proposal.drafts) + 1], layout.chain)
-            committed.append(list(member.loop.take(proposal.source, own, result)))
+            committed.append(list(member.loop.take(proposal, own, result)))
         self._keep(hidden.shape[1], kept)
         return committed
 

@@ -93,7 +93,9 @@ class BatchPlan:
             return Layout.chained(drafts, chosen.chain)
         if not chosen.slots:
             return Layout(drafts, (0,) * (drafts + 1))
-        build = Layout.linear if chosen.form == "linear" else Layout.quadratic
+        build = (
+            Layout.linear if chosen.form == "linear" else Layout.quadratic
+        )  # a tree's passes alone have branches
         return build(drafts, chosen.slots)
 
     def observe(self, proposal: Proposal, n_accepted: int) -> None:

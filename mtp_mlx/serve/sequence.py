@@ -31,6 +31,7 @@ class DecodeSettings:
     drafts: int | None = None
     lookup: bool | None = None
     drafter: str | None = None
+    rows: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
@@ -77,7 +78,13 @@ class Sequence:
         self.request = request
         self.stats = DecodeStats()
         drafting = plan_drafting(
-            model, settings.layout, settings.drafts, self.stats, settings.lookup, settings.drafter
+            model,
+            settings.layout,
+            settings.drafts,
+            self.stats,
+            settings.lookup,
+            settings.drafter,
+            rows=settings.rows,
         )
         self.policy = drafting.policy
         # Penalties look at the last tokens of the prompt, so these are always processed again.

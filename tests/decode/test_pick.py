@@ -311,3 +311,29 @@ def test_what_a_kernel_may_pick(settings: dict[str, float], plainly: bool) -> No
     picker = Picker(SamplingConfig(**settings))  # type: ignore[arg-type]
     assert picker.draws_plainly(40) is plainly
     assert (picker.noise_keys(mx.arange(3)) is None) == (picker.config.temperature == 0)
+
+
+# --- candidates of a tree -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "inverse-cdf"])
+@pytest.mark.parametrize("warp", WARPS)
+def test_the_first_candidate_is_the_pick_and_the_others_follow_in_order(warp: str, noise: str) -> None:
+    config = SamplingConfig(seed=5, noise=noise, **WARPS[warp])  # type: ignore[arg-type]
+    logits, positions, picker = mx.array(logits_of(6, rows=40)), mx.arange(40), Picker(config)
+    ids, chances = picker.candidates(logits, positions, None, None, 3)
+    assert ids.shape == chances.shape == (40, 3) and ids.dtype == mx.int32
+    np.testing.assert_array_equal(np.array(ids[:, 0]), np.array(picker.pick(logits, positions)))
+    assert all(len(set(row)) == 3 for row in ids.tolist())
+    found = np.array(chances)
+    assert (found[:, 1] >= found[:, 2]).all() and (found >= 0).all() and (found.sum(axis=1) <= 1 + 1e-5).all()
+
+
+def test_greedy_candidates_are_the_likeliest_ids_of_a_draft_vocabulary() -> None:
+    logits, ids = logits_of(7, rows=20), mx.array([3 * column for column in range(logits_of(7).shape[1])])
+    found, chances = Picker().candidates(mx.array(logits), mx.arange(20), None, ids, 4)
+    order = np.argsort(-logits, axis=-1)[:, :4]
+    np.testing.assert_array_equal(np.array(found), 3 * order)
+    softmax = np.exp(logits - logits.max(-1, keepdims=True))
+    softmax /= softmax.sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.array(chances), np.take_along_axis(softmax, order, -1), rtol=1e-4)

@@ -64,7 +64,7 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
 
 def measurement(speed: float, comparison: Comparison, category: str = "a") -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
-    timed.stats.record(Layout(2, (0, 0, 0)), 1, "slots")
+    timed.stats.record(Layout(2, (0, 0, 0)), [0, 1], ["slots"] * 2)
     return Measurement(
         Prompt("x", category), Lane("auto", "auto"), timed, Timed([1] * 11, 10, 1.0), comparison
     )

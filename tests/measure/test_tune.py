@@ -29,7 +29,7 @@ DIFFERENT = Comparison(False, 3, 1, 2, 0.5, 1e-3)
 
 def measured(lane: Lane, speed: float, comparison: Comparison = SAME, reference: float = 10.0) -> Measurement:
     timed = Timed([1] * 11, 10, 10 / speed)
-    timed.stats.record(Layout(1, (1, 1)), 1, "slots")
+    timed.stats.record(Layout(1, (1, 1)), [0, 1], ["slots"])
     return Measurement(Prompt("x", "a"), lane, timed, Timed([1] * 11, 10, 10 / reference), comparison)
 
 

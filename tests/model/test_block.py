@@ -92,3 +92,49 @@ def test_a_lead_is_one_more_row_of_every_group_that_is_not_empty(slots: tuple[in
                 *rows[: place + 1],
             ]
     assert not any(slots) or not shape.contiguous
+
+
+# --- trees --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(parents, slots behind every real row, lead)."""
+    parents: list[int] = []
+    for node in range(draw(st.integers(0, 8))):
+        parents.append(draw(st.integers(-1, node - 1)))
+    slots = draw(st.tuples(*[st.integers(0, 3)] * (len(parents) + 1)))
+    return tuple(parents), slots, draw(st.integers(0, 1))
+
+
+@given(trees())
+def test_a_row_of_a_tree_sees_its_ancestors_and_stands_behind_them(
+    tree: tuple[tuple[int, ...], tuple[int, ...], int],
+) -> None:
+    parents, slots, lead = tree
+    shape = block_shape(len(parents), slots, lead, parents)
+
+    def path(row: int) -> list[int]:
+        return [0] if row == 0 else [*path(parents[row - 1] + 1), row]
+
+    row = shape.n_real
+    for real in range(shape.n_real):
+        assert np.flatnonzero(shape.visibility[real]).tolist() == path(real)
+        assert shape.offsets[real] == len(path(real)) - 1
+        assert shape.group_start[real] == row
+        for index in range(slots[real] + lead if slots[real] else 0):
+            assert np.flatnonzero(shape.visibility[row]).tolist() == [
+                *path(real),
+                *range(row - index, row + 1),
+            ]
+            assert shape.offsets[row] == len(path(real)) - lead + index
+            row += 1
+    assert row == shape.rows
+
+
+@given(layouts)
+def test_a_tree_without_branches_is_the_chain(slots: tuple[int, ...]) -> None:
+    drafts = len(slots) - 1
+    chain, tree = block_shape(drafts, slots), block_shape(drafts, slots, 0, tuple(range(-1, drafts - 1)))
+    assert np.array_equal(chain.visibility, tree.visibility) and np.array_equal(chain.offsets, tree.offsets)
+    assert chain.group_start == tree.group_start and chain.contiguous == tree.contiguous

@@ -50,3 +50,9 @@ def test_impossible_outcomes_are_refused() -> None:
         rows_of(block_shape(2, (0, 0, 0)), accepted=3)
     with pytest.raises(ValueError, match="1 texts for 3 real rows"):
         rows_of(block_shape(2, (0, 0, 0)), texts=("a",))
+
+
+def test_a_tree_is_accepted_by_rows() -> None:
+    rows = rows_of(block_shape(3, (0, 0, 1, 0), parents=(-1, -1, 0)), accepted=(2,))
+    assert [row.kind for row in rows] == ["pending", "rejected", "accepted", "rejected", "slot"]
+    assert rows[4].text == "slot 1 after row 2" and rows[4].sees == (True, False, True, False, True)

@@ -114,13 +114,13 @@ class DraftModelDrafter(Drafter):
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""
-        known = mx.concatenate([verified.accepted.reshape(1), verified.pick.reshape(1)])
-        accepted, pick = cast("list[int]", led(self._peers, known).tolist())
-        text = [*self._prefix, *verified.tokens, *verified.drafts[:accepted], pick]
+        known = mx.concatenate([verified.accepted.reshape(1), verified.picks])
+        accepted, *picks = cast("list[int]", led(self._peers, known).tolist())
+        text = [*self._prefix, *verified.tokens, *picks[: accepted + 1]]
         self._read_until(text, len(text) - CHUNK)
         logits = self._run(mx.array([text[len(self._read) :]]), self._cache)[:, -1]  # [1, V']
         self._read = text
-        return self._chain(logits, verified, pick)
+        return self._chain(logits, verified, picks[accepted])
 
     def _scores(self, logits: mx.array) -> mx.array:
         """[1, V] of logits [1, V']: padding of the draft model is cut off, ids that it does not know get -inf."""

@@ -13,6 +13,7 @@ import numpy as np
 from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
@@ -46,10 +47,10 @@ class MaskSlotDrafter(Drafter):
         count = int(max(np.diff([*starts, shape.rows])))
         if count == 0:
             return LazyDrafts.none()
-        rows = mx.minimum(
-            mx.array(starts.astype(np.int32))[verified.accepted] + mx.arange(count), shape.rows - 1
-        )
+        rows = mx.minimum(mx.array(starts.astype(np.int32))[verified.last] + mx.arange(count), shape.rows - 1)
         latents = verified.hidden[rows]  # [k, D]
+        if verified.layout.width > 1:
+            return self._grow(latents, verified)
         if self._together and history is None:
             return self._pick_together(latents, position)
         ids, confidences = [], []
@@ -75,3 +76,32 @@ class MaskSlotDrafter(Drafter):
         positions = position + 1 + mx.arange(latents.shape[0])
         logits = self._vocabulary.head(latents[None])[0]  # [k, C]
         return LazyDrafts(*self._picker.pick_with_confidence(logits, positions, None, self._vocabulary.ids))
+
+    def _grow(self, latents: mx.array, verified: Verified) -> LazyDrafts:
+        """A tree: at each position the `layout.width` likeliest continuations of those before, from latents [k, D].
+
+        The slot's latent is the same for all; the sampler head refines it by the token before. Without such a head,
+        every continuation has the same candidates.
+        """
+        width, history = verified.layout.width, verified.history
+        tokens, paths = verified.pick.reshape(1), mx.ones((1,))  # [P] newest tokens, chances of their paths
+        histories = None if history is None else history[None]  # [P, C] before them
+        ids, chances, parents = [], [], []
+        for slot in range(latents.shape[0]):
+            if histories is not None:
+                histories = mx.concatenate([histories[:, 1:], tokens[:, None]], axis=1)
+            latent = mx.broadcast_to(latents[slot], (tokens.shape[0], latents.shape[1]))
+            logits = self._vocabulary.head(self._sampler(self._attached.embed(tokens), latent)[None])[
+                0
+            ]  # [P, C]
+            positions = mx.broadcast_to(verified.position + slot + 1, (tokens.shape[0],))
+            found, sure = self._picker.candidates(logits, positions, histories, self._vocabulary.ids, width)
+            along = (paths[:, None] * sure).reshape(-1)  # [P * w]
+            best = mx.argsort(-along)[:width]
+            paths, tokens = along[best], found.reshape(-1)[best]
+            parent = (best // width).astype(mx.int32)
+            histories = None if histories is None else histories[parent]
+            ids.append(tokens)
+            chances.append(sure.reshape(-1)[best])
+            parents.append(parent + (slot - 1) * width if slot else mx.full((width,), ROOT, dtype=mx.int32))
+        return LazyDrafts(mx.concatenate(ids), mx.concatenate(chances), mx.concatenate(parents))

@@ -70,7 +70,7 @@ class PTPSlotDrafter(Drafter):
         count = int(max(np.diff([*starts, shape.rows]))) - shape.lead
         if count <= 0:
             return LazyDrafts.none()
-        first = mx.array(starts.astype(np.int32))[verified.accepted] + shape.lead
+        first = mx.array(starts.astype(np.int32))[verified.last] + shape.lead
         rows = mx.minimum(first + mx.arange(count), shape.rows - 1)
         logits = self._attached.draft_head(verified.hidden[rows])  # [k, C]
         if self._config.variant == "o":

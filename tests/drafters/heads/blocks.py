@@ -23,8 +23,8 @@ def verified_block(
         logits=mx.zeros((1 + drafts, 1)),
         picks=picks,
         accepted=mx.array(accepted),
+        last=mx.array(accepted),
         position=mx.array(position),
         history=None,
         tokens=tokens,
-        drafts=[0] * drafts,
     )
