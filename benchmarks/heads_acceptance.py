@@ -48,8 +48,7 @@ def table_rows(row: dict[str, Any], most: int) -> list[str]:
 @click.option(
     "--hidden-cache",
     type=click.Path(path_type=Path),
-    help="Folder to cache the base model's states in, in 16 bits, as training does: heads that read the same states "
-    "need one pass of the base",
+    help="Folder to cache the base model's states in, in 16 bits: heads that read the same ones need one pass",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
 def main(

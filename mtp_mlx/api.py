@@ -212,8 +212,7 @@ def stream_generate(
         max_tokens: most tokens to yield, never exceeded; -1 for no limit.
         sampling: temperature, top-k, ..., seed; greedy by default.
         layout: "auto" plans every step, or uses the result of `mtp-mlx tune` if there is one; "linear" and
-            "quadratic" are fixed; "tree" spends `rows` rows on the likeliest drafts of all drafters, with branches;
-            "plain" is ordinary decoding.
+            "quadratic" are fixed; "tree" spends `rows` rows on drafts with branches; "plain" is ordinary decoding.
         drafts: drafts per step, by default as many as the drafter makes; `slots` is an older name for it.
         lookup: also draft from the text itself; by default with the layouts "auto" and "tree" only.
         emission: verified by default. Unverified emission is faster but lossy, which every response says, and has its

@@ -19,8 +19,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import leading_run
 from mtp_mlx.decode.session import Session
-from mtp_mlx.decode.tree import DraftTree, depths_of
-from mtp_mlx.decode.walk import walk
+from mtp_mlx.decode.tree import DraftTree, depths_of, walk
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 

@@ -21,8 +21,7 @@ from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.decode.tree import ROOT, depths_of
-from mtp_mlx.decode.walk import walk
+from mtp_mlx.decode.tree import ROOT, depths_of, walk
 from mtp_mlx.model.block import BlockShape, block_shape
 from mtp_mlx.planning.grow import TreePolicy
 from tests.decode.fakes import MOST_SLOTS, drafting

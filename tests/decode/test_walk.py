@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_mlx.decode.pick import leading_run
-from mtp_mlx.decode.tree import ROOT, depths_of
-from mtp_mlx.decode.walk import walk
+from mtp_mlx.decode.tree import ROOT, depths_of, walk
 from tests.decode.trees import random_parents
 
 
