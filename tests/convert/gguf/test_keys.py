@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mtp_mlx.convert.gguf.file import GGUFFile
 from mtp_mlx.convert.gguf.keys import ANY_ARCHITECTURE, NO_EFFECT, OF_ARCHITECTURE
 from mtp_mlx.convert.gguf.model import convert_gguf
 from mtp_mlx.convert.gguf.parts import read_gguf
-from mtp_mlx.convert.gguf.plan import plan
+from mtp_mlx.convert.gguf.plan import damage_reported, plan
 from mtp_mlx.errors import ConversionError
 from tests.convert.gguf.gguf_files import HEAD_DIM, write_model
 from tests.convert.gguf.test_gguf import FREQS, assert_logits_equal
@@ -31,7 +30,7 @@ from tests.convert.heads.numpy_model import logits
 YARN = {
     "llama.rope.scaling.type": "yarn",
     "llama.rope.scaling.factor": 4.0,
-    "llama.rope.scaling.original_context_length": 128,
+    "llama.rope.scaling.original_context_length": 1024,
 }
 IDS = [9, 33, 2, 150, 7, 8, 8, 91]
 
@@ -58,40 +57,27 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
 
 
 @pytest.mark.parametrize("key", names("llama."))
-@pytest.mark.parametrize("value", [3, 0.37, True, "strange", [0.5, 2.5]], ids=str)
+@pytest.mark.parametrize("value", [3, 0.37, "strange", [0.5, 2.5]], ids=str)
 def test_every_key_of_the_architecture_counts(header: GGUFFile, key: str, value: Any) -> None:
-    """An odd value is refused or changes config.json, unless the list says that nothing reads it."""
+    """An odd value is refused or changes config.json, unless the list says that nothing reads the key."""
     suffix = key.removeprefix("llama.")
     changed = replace(header, metadata=header.metadata | {key: value})
     if OF_ARCHITECTURE.get(suffix) == NO_EFFECT:
         assert build_config(changed) == build_config(header)
-        assert suffix.startswith(("expert", "leading", "interleave")) or suffix in (
-            "rope.scaling.finetuned",
-            "tensor_data_layout",
-        )
+        assert suffix in WITHOUT_EFFECT or suffix.startswith("expert")
         return
     try:
-        config = build_config(changed)
-    except (
-        Exception
-    ):  # build_config may stumble over a text where a number belongs; `plan` makes a sentence of it
+        with damage_reported(changed):
+            config = build_config(changed)
+    except ConversionError:
         return
-    allowed = key == "llama.attention.causal" and value is True or key == "llama.rope.scale_linear"
-    allowed = allowed or (
-        value is True
-        and suffix
-        in (
-            "attention.output_scale",
-            "logit_scale",
-            "embedding_scale",
-            "residual_scale",
-            "rope.scaling.attn_factor",
-            "rope.scaling.yarn_attn_factor",
-            "rope.scaling.yarn_ext_factor",
-            "attention.sliding_window_pattern",
-        )
-    )
-    assert config != build_config(header) or allowed
+    assert config != build_config(header)
+
+
+WITHOUT_EFFECT = {
+    *("rope.scaling.finetuned", "tensor_data_layout"),
+    *("leading_dense_block_count", "interleave_moe_layer_step"),
+}
 
 
 def test_the_list_has_no_key_that_llama_cpp_does_not_have() -> None:
@@ -232,13 +218,13 @@ def yarn_freqs(factor: float, original: int, fast: float, slow: float) -> np.nda
     return FREQS * kept + FREQS / factor * (1 - kept)
 
 
-@pytest.mark.parametrize("betas", [(), (8.0, 0.5)])
+@pytest.mark.parametrize("betas", [(), (4.0, 0.25)])
 def test_logits_with_yarn(tmp_path: Path, betas: tuple[float, ...]) -> None:
     names = ("llama.rope.scaling.yarn_beta_fast", "llama.rope.scaling.yarn_beta_slow")
     fast, slow = betas or (32.0, 1.0)
-    freqs, length = yarn_freqs(4.0, 128, fast, slow), 0.1 * math.log(4) + 1
+    freqs, length = yarn_freqs(4.0, 1024, fast, slow), 0.1 * math.log(4) + 1
     if betas:
-        assert not np.allclose(freqs, yarn_freqs(4.0, 128, 32.0, 1.0))
+        assert not np.allclose(freqs, yarn_freqs(4.0, 1024, 32.0, 1.0))
     metadata = YARN | dict(zip(names, betas)) | {"llama.rope.scaling.yarn_attn_factor": length}
     written = write_model(tmp_path / "m.gguf", seed=5, metadata=metadata)
     assert_logits_equal(written.path, tmp_path, logits(written.arrays, "llama", IDS, freqs, length), IDS)
@@ -279,9 +265,3 @@ def test_rope_factors_of_another_shape_are_refused(tmp_path: Path) -> None:
         path = write_model(tmp_path / f"{len(shape)}{shape[0]}.gguf", extra=extra).path
         with pytest.raises(ConversionError, match=r"rope_freqs\.weight should be F32 of shape \[8\]"):
             plan(path)
-
-
-def test_nothing_here_changes_the_header(header: GGUFFile) -> None:
-    before = deepcopy(header.metadata)
-    build_config(header)
-    assert header.metadata == before
