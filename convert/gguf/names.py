@@ -60,9 +60,10 @@ def check_tensors(gguf: GGUFFile) -> None:
             f"{gguf.path}: tensors of type {_listed(borrowed, by_type)} are read through the package gguf: "
             "pip install 'mtp-mlx[gguf]'."
         )
-    unknown = [name for name in gguf.tensors if name != ROPE_FACTORS and mlx_name(name) is None]
+    arch = gguf.metadata.get("general.architecture")
+    read = {ROPE_FACTORS} if arch == "llama" else set()  # llama.cpp scales no other model by them
+    unknown = [name for name in gguf.tensors if name not in read and mlx_name(name) is None]
     if unknown:
-        arch = gguf.metadata.get("general.architecture")
         raise ConversionError(
             f"{gguf.path}: {len(unknown)} tensors have no place in a dense {arch} model: "
             f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}."

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.convert.gguf.blocks import BY_LIBRARY, DEQUANTISERS
+from mtp_mlx.convert.gguf.blocks import BY_LIBRARY, DEQUANTISERS, dequantiser
 from mtp_mlx.convert.gguf.file import TENSOR_TYPES
 from mtp_mlx.convert.gguf.model import convert_gguf
 from mtp_mlx.convert.gguf.names import SUPPORTED_TYPES, check_tensors
@@ -113,6 +113,13 @@ def test_types_of_the_library_are_read_element_by_element(tmp_path: Path, kind: 
     blocks = raw.reshape(-1, READ_ONLY[kind][0]).tolist()
     expected = np.array([NAIVE[kind](block) for block in blocks]).reshape(3, 1024)
     np.testing.assert_allclose(np.array(dequantise(info)), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", BY_LIBRARY)
+def test_the_library_has_every_type_that_is_left_to_it(kind: str) -> None:
+    elements, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    found = dequantiser(kind)(np.zeros((5, n_bytes), np.uint8))
+    assert found.size == 5 * elements and found.dtype == np.float32 and not found.any()
 
 
 @pytest.mark.parametrize("kind", sorted(NAIVE))

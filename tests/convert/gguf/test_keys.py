@@ -259,6 +259,17 @@ def test_rope_factors_and_scaling_at_once_are_refused(tmp_path: Path) -> None:
         plan(path)
 
 
+def test_rope_factors_belong_to_llamas(tmp_path: Path) -> None:
+    extra = {"rope_freqs.weight": np.ones(HEAD_DIM // 2, np.float32)}
+    plan(write_model(tmp_path / "llama.gguf", extra=extra).path)
+    for arch in ("qwen2", "qwen3"):
+        path = write_model(tmp_path / f"{arch}.gguf", arch, extra=extra).path
+        with pytest.raises(
+            ConversionError, match=rf"have no place in a dense {arch} model: rope_freqs\.weight"
+        ):
+            plan(path)
+
+
 def test_rope_factors_of_another_shape_are_refused(tmp_path: Path) -> None:
     for shape in ((1,), (HEAD_DIM,), (HEAD_DIM // 2, 1)):
         extra = {"rope_freqs.weight": np.ones(shape, np.float32)}
