@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.convert.adapters import peft_plan, ptp_plan
-from mtp_mlx.convert.gguf.file import read_gguf
+from mtp_mlx.convert.gguf.plan import plan
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, find_heads, heads_beside_trunk, plan_heads
 from mtp_mlx.convert.heads.report import plan_lines, source_line
 from mtp_mlx.convert.read.checkpoint import Checkpoint
@@ -45,11 +45,17 @@ def checkpoint_lines(
 
 
 def gguf_lines(path: Path) -> list[str]:
-    """What a .gguf file holds."""
-    header = read_gguf(path)
-    kinds = sorted({info.type_name for info in header.tensors.values()})
+    """What a .gguf file holds and what becomes of it.
+
+    Raises ConversionError: what the conversion would raise, as far as can be told without weights.
+    """
+    planned = plan(path)
+    gguf = planned.gguf
+    kinds = sorted({info.type_name for info in gguf.tensors.values()})
+    files = f", in {len(gguf.files)} files" if len(gguf.files) > 1 else ""
     return [
-        f"source: {path} (gguf, {len(header.tensors)} tensors: {', '.join(kinds)})",
-        f"architecture: {header.metadata.get('general.architecture', '?')}",
+        f"source: {path} (gguf, {len(gguf.tensors)} tensors{files}: {', '.join(kinds)})",
+        f"architecture: {planned.config['model_type']}",
+        f"generation ends at: {', '.join(planned.ends) or 'no token'}",
         "heads: none are read from a .gguf file",
     ]

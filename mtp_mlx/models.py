@@ -48,7 +48,7 @@ NAMED_ADAPTERS = {"demo-heads": "smollm2-135m-heads"}
 _ADAPTERS = Path(__file__).parent / "adapters"
 WHEEL_VARIABLE = "MTP_MLX_WHEEL"
 # Part of the cached folder's name: raise it when the converter's output changes, so that old caches are not used.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def embedded_model(
@@ -71,7 +71,7 @@ def embedded_model(
     """
     if name not in EMBEDDED:
         raise ModelNotFound(f"no embedded model {name!r}: choose one of {', '.join(EMBEDDED)}.")
-    from mtp_mlx.convert.gguf.config import default_dtype
+    from mtp_mlx.convert.gguf.weights import default_dtype
 
     dtype = dtype or str(default_dtype()).removeprefix("mlx.core.")
     variant = f"{dtype}-q{quantize}" if quantize else dtype

@@ -1,13 +1,14 @@
 """GGUF's tensor types -> float32, one numpy function per type.
 
-`mx.load` reads GGUF too, but not every common type (no Q5_K), bfloat16 only through float16, and Q4_K wrongly
-(measured with mlx 0.32.4 against llama.cpp's own `gguf` package). Legend: n blocks in a row of memory, each
-of 32 or 256 elements.
+Rare types, and those with large tables, are left to llama.cpp's own package `gguf`, which need not be installed for
+the others. `mx.load` reads GGUF too, but not every common type (no Q5_K), bfloat16 only through float16, and Q4_K
+wrongly (measured with mlx 0.32.4 against `gguf`). Legend: n blocks in a row of memory, each of 32 or 256 elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,3 +107,28 @@ DEQUANTISERS: dict[str, Callable[[Bytes], Floats]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+
+# Types that the package `gguf` dequantises.
+BY_LIBRARY = (
+    *("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+)
+
+
+def library() -> ModuleType | None:
+    """The package `gguf`, or None where it is not installed or too old to have `quants`."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        return None
+    return gguf if hasattr(gguf.quants, "dequantize") else None
+
+
+def dequantiser(kind: str) -> Callable[[Bytes], Floats]:
+    """The function for a type of `DEQUANTISERS` or `BY_LIBRARY`; for the latter `library()` must be there."""
+    if kind in DEQUANTISERS:
+        return DEQUANTISERS[kind]
+    package = library()
+    assert package is not None and kind in BY_LIBRARY, kind  # `names.check_tensors` has asked
+    return lambda b: package.quants.dequantize(b, package.GGMLQuantizationType[kind])

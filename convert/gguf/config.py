@@ -1,31 +1,37 @@
-"""GGUF metadata -> the `config.json` of an mlx-lm llama or qwen2 model."""
+"""GGUF metadata -> `config.json` and `generation_config.json` of an mlx-lm llama, qwen2 or qwen3 model."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from mtp_mlx.convert.gguf.file import GGUFFile
-from mtp_mlx.convert.gguf.weights import ROPE_FACTORS
+from mtp_mlx.convert.gguf.file import HOW_TO_MEND, GGUFFile
+from mtp_mlx.convert.gguf.keys import check_keys
+from mtp_mlx.convert.gguf.rope import rope_scaling, shortest_float
+from mtp_mlx.convert.gguf.vocabulary import special_id, stop_ids, tokens_of
 from mtp_mlx.errors import ConversionError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-# Llama 3.1 and later: the only constants with which its rope factors have been published.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_NO_MODELS = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "an image or audio encoder",
+    "imatrix": "an importance matrix",
+}
 
 
 def build_config(gguf: GGUFFile) -> dict[str, Any]:
     """The config.json of the model in `gguf`.
 
-    Raises ConversionError: settings that mlx-lm's llama and qwen2 do not have.
+    Raises ConversionError: settings that mlx-lm's llama, qwen2 and qwen3 do not have, or that contradict each other.
     """
+    kind = gguf.metadata.get("general.type", "model")
+    if kind in _NO_MODELS:
+        raise ConversionError(
+            f"{gguf.path}: this is {_NO_MODELS[kind]} for llama.cpp, not a model. Give the model's file."
+        )
     arch = gguf.require("general.architecture")
     if arch not in ARCHITECTURES:
         raise ConversionError(
-            f"{gguf.path}: architecture {arch!r} is not supported, only {' and '.join(ARCHITECTURES)} are. "
+            f"{gguf.path}: architecture {arch!r} is not supported, only {', '.join(ARCHITECTURES)} are. "
             "Use the model's safetensors checkpoint with mlx-lm instead."
         )
     if gguf.metadata.get(f"{arch}.expert_count", 0):
@@ -53,7 +59,7 @@ def build_config(gguf: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": shortest_float(gguf.require(f"{arch}.attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": _whole(gguf, f"{arch}.context_length"),
         "rope_theta": shortest_float(gguf.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
-        "vocab_size": _vocab_size(gguf),
+        "vocab_size": _vocab_size(gguf, arch),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "hidden_act": "silu",
     }
@@ -64,15 +70,21 @@ def build_config(gguf: GGUFFile) -> dict[str, Any]:
         config["attention_bias"] = any(".attn_" in name and name.endswith(".bias") for name in gguf.tensors)
         config["mlp_bias"] = any(".ffn_" in name and name.endswith(".bias") for name in gguf.tensors)
     for role in ("bos", "eos"):
-        token_id = gguf.metadata.get(f"tokenizer.ggml.{role}_token_id")
+        token_id = special_id(gguf, role)
         if token_id is not None:
             config[f"{role}_token_id"] = token_id
+    check_keys(gguf, arch, config)
     return config
 
 
-def shortest_float(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.99999974e-06 -> 1e-05."""
-    return float(str(np.float32(value)))
+def generation_config(gguf: GGUFFile) -> dict[str, Any]:
+    """generation_config.json: where text begins, and all tokens that end it."""
+    config: dict[str, Any] = {}
+    if (bos := special_id(gguf, "bos")) is not None:
+        config["bos_token_id"] = bos
+    if stops := stop_ids(gguf):
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return config
 
 
 def _whole(gguf: GGUFFile, key: str, default: int | None = None) -> int:
@@ -105,63 +117,18 @@ def _check_heads(gguf: GGUFFile, arch: str, hidden_size: int, n_heads: int, head
         )
 
 
-def _vocab_size(gguf: GGUFFile) -> int:
+def _vocab_size(gguf: GGUFFile, arch: str) -> int:
+    """Rows of the embedding, which may be more than there are tokens: some models are padded."""
     if "token_embd.weight" not in gguf.tensors:
         raise ConversionError(f"{gguf.path}: the tensor 'token_embd.weight' is missing.")
     n_rows = gguf.tensors["token_embd.weight"].shape[0]
-    n_tokens = len(gguf.require("tokenizer.ggml.tokens"))
+    n_tokens = len(tokens_of(gguf))
     if n_tokens > n_rows:
         raise ConversionError(f"{gguf.path}: {n_tokens} tokens but only {n_rows} rows of embeddings.")
+    stated = gguf.metadata.get(f"{arch}.vocab_size", n_rows)
+    if stated not in (n_tokens, n_rows):
+        raise ConversionError(
+            f"{gguf.path}: the vocabulary contradicts itself: {arch}.vocab_size is {stated!r}, with "
+            f"{n_tokens} tokens and {n_rows} rows of embeddings. {HOW_TO_MEND}"
+        )
     return n_rows
-
-
-def rope_scaling(gguf: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The `rope_scaling` entry of config.json, or None; raises ConversionError for an unknown kind."""
-    if ROPE_FACTORS in gguf.tensors:
-        return _llama3_scaling(gguf, config)
-    factor = gguf.metadata.get(
-        f"{arch}.rope.scaling.factor", gguf.metadata.get(f"{arch}.rope.scale_linear", 1.0)
-    )
-    kind = gguf.metadata.get(f"{arch}.rope.scaling.type", "linear")
-    if kind == "none" or factor in (0.0, 1.0):
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": shortest_float(factor)}
-    if kind == "yarn":
-        original = gguf.require(f"{arch}.rope.scaling.original_context_length")
-        scaling["original_max_position_embeddings"] = original
-    elif kind != "linear":
-        raise ConversionError(
-            f"{gguf.path}: rope scaling of type {kind!r} is not supported, only linear and yarn are."
-        )
-    return scaling
-
-
-def _llama3_scaling(gguf: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """The constants of llama3's scaling, which llama.cpp stores as one divisor per frequency: (hd / 2,)."""
-    if gguf.tensors[ROPE_FACTORS].type_name != "F32":
-        raise ConversionError(f"{gguf.path}: {ROPE_FACTORS} should be F32.")
-    info = gguf.tensors[ROPE_FACTORS]
-    divisors = np.fromfile(gguf.path, dtype="<f4", count=math.prod(info.shape), offset=info.offset)
-    scaling = {"rope_type": "llama3", "factor": shortest_float(divisors.max()), **_LLAMA3_ROPE}
-    if not np.allclose(
-        divisors, llama3_divisors(config["rope_theta"], config["head_dim"], scaling), rtol=1e-4
-    ):
-        raise ConversionError(
-            f"{gguf.path}: {ROPE_FACTORS} does not follow the Llama 3 rule with its published constants "
-            f"{_LLAMA3_ROPE}; other rope factors are not supported."
-        )
-    return scaling
-
-
-def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """(hd / 2,) float64: what Llama 3 divides each rope frequency by."""
-    freqs = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * np.pi)
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
-
-
-def default_dtype() -> mx.Dtype:
-    """bfloat16 where Metal runs, float32 on CPU (which has no fast bfloat16)."""
-    return mx.bfloat16 if mx.metal.is_available() else mx.float32

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its metadata and the list of its tensors, read without touching the weights.
+"""The header of one GGUF file: its metadata and the list of its tensors, read without touching the weights.
 
-Truncated files and unsupported quantisations are refused here, before any weights are read (see `weights`).
+A model may lie in several such files (see `parts`). Truncated files are refused here, before any weights are read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from mtp_mlx.errors import ConversionError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # the format's own limit
+HOW_TO_MEND = (
+    "Get the file again, or convert the checkpoint to GGUF again with a current llama.cpp."  # ends errors
+)
 
 # Tensor type id -> (name, elements per block, bytes per block). Ids missing here are reported by number.
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
@@ -59,15 +62,17 @@ class TensorInfo:
     type_name: str
     offset: int  # bytes from the start of the file
     n_bytes: int | None  # None where the type is unknown
+    path: Path  # the file that holds it
 
 
 @dataclass
 class GGUFFile:
-    """Header of a GGUF file: `metadata` by key, `tensors` by name."""
+    """Header of a GGUF file: `metadata` by key, `tensors` by name. `files` are all that hold the model."""
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
 
     def require(self, key: str) -> Any:
         """The metadata value of `key`; raises ConversionError where the file lacks it."""
@@ -97,26 +102,26 @@ class _Reader:
     def number(self, code: str) -> Any:
         return self.unpack(code)[0]
 
-    def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+    def string(self, errors: str = "replace") -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors=errors)
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, errors: str) -> Any:
+        """One value of this type; `errors` is what becomes of text that is not UTF-8, as in `bytes.decode`."""
         if kind == _STRING:
-            return self.string()
+            return self.string(errors)
         if kind != _ARRAY:
             return self.number(_SCALARS[kind])
         inner, count = self.number("I"), self.number("Q")
         if inner in _SCALARS:
             return list(self.unpack(_SCALARS[inner], count))
-        return [self.value(inner) for _ in range(count)]
+        return [self.value(inner, errors) for _ in range(count)]
 
 
-def read_gguf(path: str | Path) -> GGUFFile:
-    """Read the header of the GGUF file at `path` (versions 2 and 3, little-endian).
+def read_file(path: Path) -> GGUFFile:
+    """Read the header of the GGUF file at `path` (versions 2 and 3, little-endian), be it a whole model or a part.
 
     Raises FileNotFoundError, or ConversionError: not a GGUF file, damaged or truncated.
     """
-    path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as stream:
         try:
@@ -141,10 +146,10 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
             f"{path}: GGUF version {version} is not supported, only 2 and 3 (little-endian) are."
         )
     n_tensors, n_pairs = reader.unpack("Q", 2)
-    gguf = GGUFFile(path)
+    gguf = GGUFFile(path, files=[path])
     for _ in range(n_pairs):
         key = reader.string()
-        gguf.metadata[key] = reader.value(reader.number("I"))
+        gguf.metadata[key] = _value(path, reader, key)
     infos = [_tensor_header(reader) for _ in range(n_tensors)]
     alignment = int(gguf.metadata.get("general.alignment", 32))
     data_start = -(-reader.stream.tell() // alignment) * alignment
@@ -163,7 +168,7 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
                 f"of its type {type_name}. Get the file again."
             )
         n_bytes = n_elements // block * block_bytes if block else None
-        info = TensorInfo(name, shape, type_name, data_start + offset, n_bytes)
+        info = TensorInfo(name, shape, type_name, data_start + offset, n_bytes, path)
         if info.offset + (n_bytes or 0) > reader.n_bytes:
             raise ConversionError(
                 f"{path}: the file is truncated: tensor {name!r} ends at byte "
@@ -172,6 +177,17 @@ def _read_header(path: Path, reader: _Reader) -> GGUFFile:
             )
         gguf.tensors[name] = info
     return gguf
+
+
+def _value(path: Path, reader: _Reader, key: str) -> Any:
+    # Names and descriptions may be garbled; with a garbled token the model would read and write other text.
+    errors = "strict" if key.startswith("tokenizer.") else "replace"
+    try:
+        return reader.value(reader.number("I"), errors)
+    except UnicodeDecodeError:
+        raise ConversionError(
+            f"{path}: the metadata key {key!r} holds text that is not UTF-8. {HOW_TO_MEND}"
+        ) from None
 
 
 def _tensor_header(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:

@@ -1,4 +1,4 @@
-"""Converts a GGUF file of a llama- or qwen2-type model to an mlx-lm model folder.
+"""Converts a GGUF model of type llama, qwen2 or qwen3 to an mlx-lm model folder.
 
 The folder (config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json) is
 written under a temporary name beside its destination and renamed at the end, so it is complete or absent.
@@ -7,9 +7,10 @@ written under a temporary name beside its destination and renamed at the end, so
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model, save_config, save_model
 
-from mtp_mlx.convert.gguf.config import build_config, default_dtype
-from mtp_mlx.convert.gguf.file import GGUFFile, read_gguf
-from mtp_mlx.convert.gguf.tokenizer import build_tokenizer, stop_ids, tokenizer_config
-from mtp_mlx.convert.gguf.weights import check_tensors, load_weights
+from mtp_mlx.convert.gguf.file import GGUFFile
+from mtp_mlx.convert.gguf.plan import damage_reported, plan
+from mtp_mlx.convert.gguf.weights import default_dtype, load_weights
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out, new_folder
 
@@ -42,6 +42,7 @@ def convert_gguf(
     """Convert the GGUF file `source` into the mlx-lm model folder `out` and return its path.
 
     Args:
+        source: the file, or the first part of a model that was split; its other parts lie beside it.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 with Metal.
         quantize: 4 or 8 bits, by mlx-lm's own quantiser; None for none.
         group_size: 32 or 64; layers whose width it does not divide stay in `dtype`.
@@ -60,15 +61,12 @@ def convert_gguf(
     )
     check_free()
     tell("reading the header")
-    gguf = read_gguf(source)
-    with _damage_reported(gguf):
-        config = build_config(gguf)
-        check_tensors(gguf)
-        tokenizer = build_tokenizer(gguf)
+    planned = plan(source)
+    gguf, config = planned.gguf, planned.config
+    with damage_reported(gguf):
         tell("dequantising the weights")
         weights = load_weights(gguf, config, DTYPES[dtype] if dtype else default_dtype())
         model = _build_model(gguf, config, weights)
-        texts = tokenizer_config(gguf), _generation_config(gguf)
     if quantize:
         tell(f"quantising to {quantize} bits")
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
@@ -77,26 +75,11 @@ def convert_gguf(
     with new_folder(out) as folder:
         save_model(folder, model, donate_model=True)
         save_config(config, folder / "config.json")
-        tokenizer.save(str(folder / "tokenizer.json"))
-        _write_json(folder / "tokenizer_config.json", texts[0])
-        _write_json(folder / "generation_config.json", texts[1])
+        planned.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, value in planned.texts.items():
+            _write_json(folder / name, value)
         check_free()  # another process may have been faster
     return out
-
-
-@contextlib.contextmanager
-def _damage_reported(gguf: GGUFFile) -> Iterator[None]:
-    """Raises ConversionError if the block fails because the metadata are not what it takes them for."""
-    try:
-        yield
-    except (MTPError, OSError, MemoryError):
-        raise
-    except Exception as error:  # the tokenizers package raises a bare Exception for merges that do not fit
-        reason = " ".join(str(error).split())[:200]
-        raise ConversionError(
-            f"{gguf.path}: its metadata does not describe a model and its tokenizer ({type(error).__name__}: "
-            f"{reason}). Get the file again."
-        ) from error
 
 
 def _check_settings(dtype: str | None, quantize: int | None, group_size: int) -> None:
@@ -110,10 +93,7 @@ def _check_settings(dtype: str | None, quantize: int | None, group_size: int) ->
 
 def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:
     """mlx-lm's model holding `weights`; raises one ConversionError listing all that do not fit."""
-    if config["model_type"] == "llama":
-        from mlx_lm.models import llama as arch
-    else:
-        from mlx_lm.models import qwen2 as arch  # type: ignore[no-redef]
+    arch = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = arch.Model(arch.ModelArgs.from_dict(config))
     wanted = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     for name in wanted.keys() - weights.keys():
@@ -133,16 +113,6 @@ def _build_model(gguf: GGUFFile, config: dict[str, Any], weights: dict[str, mx.a
         raise ConversionError(f"{gguf.path}: weights and metadata disagree: {'; '.join(problems[:8])}{more}.")
     model.load_weights(list(weights.items()))
     return model
-
-
-def _generation_config(gguf: GGUFFile) -> dict[str, Any]:
-    stops = stop_ids(gguf)
-    config: dict[str, Any] = {}
-    if "tokenizer.ggml.bos_token_id" in gguf.metadata:
-        config["bos_token_id"] = gguf.metadata["tokenizer.ggml.bos_token_id"]
-    if stops:
-        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    return config
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -11,9 +11,17 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mtp_mlx.convert.gguf.file import GGUFFile
+from mtp_mlx.convert.gguf.vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    check_vocabulary,
+    special_id,
+    stop_ids,
+    tokens_of,
+    types_of,
+)
 from mtp_mlx.errors import ConversionError
-
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -41,34 +49,32 @@ _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 
 
 def build_tokenizer(gguf: GGUFFile) -> Tokenizer:
-    """The tokenizer described by the metadata; raises ConversionError for a kind that is not supported."""
+    """The tokenizer described by the metadata.
+
+    Raises ConversionError: a kind that is not supported, or a vocabulary that contradicts itself.
+    """
     kind = gguf.require("tokenizer.ggml.model")
-    tokens: list[str] = gguf.require("tokenizer.ggml.tokens")
-    types = gguf.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise ConversionError(f"{gguf.path}: {len(tokens)} tokens but {len(types)} token types.")
-    if kind == "gpt2":
-        tokenizer = _byte_level(gguf, tokens)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(gguf, tokens, types)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise ConversionError(
             f"{gguf.path}: a {kind!r} vocabulary is not supported, only 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece BPE) are. Use the model's safetensors checkpoint instead."
         )
-    special = [
-        _added(t, special=True) for t, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _UNKNOWN)
-    ]
-    plain = [_added(t, special=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(plain)
+    check_vocabulary(gguf)
+    tokens, types = tokens_of(gguf), types_of(gguf)
+    tokenizer = _byte_level(gguf, tokens) if kind == "gpt2" else _sentencepiece(gguf, tokens, types)
+    # Some files call "<|im_end|>" a normal token; cut into letters in a prompt it would mean nothing to the model.
+    ends = set(stop_ids(gguf))
+    special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN) or i in ends]
+    plain = [i for i, kind in enumerate(types) if kind == USER_DEFINED and i not in ends]
+    tokenizer.add_special_tokens([_added(tokens[i], special=True) for i in special])
+    tokenizer.add_tokens([_added(tokens[i], special=False) for i in plain])
     _prepend_bos(gguf, tokenizer, tokens)
     return tokenizer
 
 
 def tokenizer_config(gguf: GGUFFile) -> dict[str, Any]:
     """tokenizer_config.json: special tokens by role, and the chat template where the file has one."""
-    tokens = gguf.require("tokenizer.ggml.tokens")
+    tokens = tokens_of(gguf)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -77,20 +83,15 @@ def tokenizer_config(gguf: GGUFFile) -> dict[str, Any]:
             f"{gguf.require('general.architecture')}.context_length", 2**20
         ),
     }
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and 0 <= token_id < len(tokens):
+    ids = {"bos": special_id(gguf, "bos"), "eos": next(iter(stop_ids(gguf)), None)}
+    ids |= {"unk": special_id(gguf, "unknown"), "pad": special_id(gguf, "padding")}
+    for role, token_id in ids.items():
+        if token_id is not None:
             config[f"{role}_token"] = tokens[token_id]
     template = gguf.metadata.get("tokenizer.chat_template")
     if template is not None:
         config["chat_template"] = template
     return config
-
-
-def stop_ids(gguf: GGUFFile) -> list[int]:
-    """Ids that end a turn, the end-of-sequence token first."""
-    keys = (f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot"))
-    return list(dict.fromkeys(gguf.metadata[key] for key in keys if key in gguf.metadata))
 
 
 def adds_bos(gguf: GGUFFile) -> bool:
@@ -106,7 +107,7 @@ def _added(token: str, special: bool) -> AddedToken:
 
 
 def _prepend_bos(gguf: GGUFFile, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    bos_id = gguf.metadata.get("tokenizer.ggml.bos_token_id")
+    bos_id = special_id(gguf, "bos")
     if not adds_bos(gguf) or bos_id is None:
         return
     bos = (
@@ -146,7 +147,7 @@ def _byte_level(gguf: GGUFFile, tokens: list[str]) -> Tokenizer:
 
 def _sentencepiece(gguf: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     scores = gguf.require("tokenizer.ggml.scores")
-    unk_id = gguf.metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unk_id = special_id(gguf, "unknown") or 0
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges_from_scores(tokens, scores, types),

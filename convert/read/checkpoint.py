@@ -34,6 +34,8 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
 _CONFIGS = ("config.json", "params.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# NAME.gguf.part1of2, NAME.gguf-split-a: pieces of a file that was too large for where it lay.
+_GGUF_PIECE = re.compile(r"\.gguf[-.](part|split)", re.IGNORECASE)
 # What is downloaded beside the weights.
 _BESIDE = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
@@ -86,6 +88,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         container, parts, values = _files([path])
     else:
         path.stat()
+        if _GGUF_PIECE.search(path.name):
+            raise ConversionError(
+                f"{path}: this is a piece of a .gguf file that was cut by size: join the pieces in order first, "
+                "as in `cat PIECE1 PIECE2 > model.gguf`"
+            )
         raise ConversionError(
             f"{path}: only checkpoint folders and files ending in .gguf, {', '.join(SUFFIXES)} can be converted"
         )

@@ -86,10 +86,10 @@ Examples:
 def command(source: str, out: Path | None, **options: Any) -> None:
     """Convert the checkpoint SOURCE to the model folder OUT.
 
-    SOURCE is a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file, or a hub id. Its MTP heads, if any,
-    become the adapter folder OUT/mtp, which is used with the model unless you give --adapter none. With --heads-only
-    OUT is an adapter folder with the heads alone. With --verify and no OUT, SOURCE is a folder converted before.
-    PyTorch files are read without running the code in them.
+    SOURCE is a folder, a .safetensors, .bin, .pt, .pth, .ckpt or .gguf file (the first part of a split one), or a hub
+    id. Its MTP heads, if any, become the adapter folder OUT/mtp, which is used with the model unless you give
+    --adapter none. With --heads-only OUT is an adapter folder with the heads alone. With --verify and no OUT, SOURCE
+    is a folder converted before. PyTorch files are read without running the code in them.
     """
     how = ConvertOptions(**options)
     how.check(out)

@@ -140,7 +140,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from mtp_mlx.convert.gguf.file import read_gguf
+    from mtp_mlx.convert.gguf.parts import read_gguf
 
     header = read_gguf(path)
     kinds = [info.type_name for info in header.tensors.values()]
@@ -150,7 +150,8 @@ def _gguf(path: Path) -> dict[str, Any]:
         "container": "gguf",
         "type": header.metadata.get("general.architecture", "?"),
         "tensors": len(kinds),
-        "size": path.stat().st_size,
+        **({"files": len(header.files)} if len(header.files) > 1 else {}),
+        "size": sum(file.stat().st_size for file in header.files),
         "types": ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
         "mtp heads": "none are read from a .gguf file",
     }

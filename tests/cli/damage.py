@@ -2,7 +2,7 @@
 
 An entry names what is damaged, how, and what the message must say. To add one, add a line to `DAMAGES`: the verbs
 that read what is damaged (`READERS`) are tried with it, or those named in the entry. New kinds of input get a reader
-there and, if need be, a verb in the test.
+there and, if need be, a verb in the test. Damaged GGUF files are in `damage_gguf.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.model.naive import random_adapter
 from tests.tiny import CHAT_TEMPLATE, hf_tokenizer, save_tiny, tiny_model
 
 Edit = Callable[[Path], object]
-What = Literal["model", "template", "rows", "adapter", "options"]
+What = Literal["model", "template", "rows", "adapter", "gguf", "options"]
 
 GENERATING = ("generate", "chat", "serve", "bench", "eval", "tune")
 LOADING = (*GENERATING, "chat app")
@@ -31,6 +31,7 @@ READERS: dict[What, tuple[str, ...]] = {
     "template": (*GENERATING, "train", "distill", "notes"),
     "rows": ("train", "distill"),
     "adapter": (*GENERATING, "plan", "info", "push", "train from", "chat app"),
+    "gguf": ("convert", "convert to 4 bits", "convert plan"),
     "options": (),
 }
 
@@ -42,10 +43,11 @@ class Damage:
     Attributes:
         name: in words.
         what: what is damaged.
-        edit: damages it: gets the model's folder, the file of rows, or the place of an adapter folder.
+        edit: damages it: gets the model's folder, the file of rows, or the place of an adapter folder or GGUF file.
         says: what the message must contain.
         verbs: that read it, if not those of `READERS`.
         options: added to the command line.
+        given: name of the GGUF file that is given.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Damage:
     says: str
     verbs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    given: str = "model.gguf"
 
     @property
     def readers(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from examples import finetune_notes
 from examples.chat_app.engine import ChatEngine, Event
 from mtp_mlx.cli import main
 from tests.cli.damage import DAMAGES, Damage, bench
+from tests.cli.damage_gguf import GGUF_DAMAGES, SPLIT, written
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ Verb = Callable[[Path, Damage], Outcome]
 
 
 def cli(*words: str) -> Verb:
-    """A verb of the command line; {root}, {adapter} and {damaged} are filled in."""
+    """A verb of the command line; {root}, {adapter}, {damaged} and {gguf} are filled in."""
 
     def run(root: Path, damage: Damage) -> Outcome:
         adapter = str(root / "adapter") if damage.what == "adapter" else "none"
         damaged = root / ("adapter" if damage.what == "adapter" else "model")
-        filled = [word.format(root=root, adapter=adapter, damaged=damaged) for word in words]
+        places = {"root": root, "adapter": adapter, "damaged": damaged, "gguf": root / damage.given}
+        filled = [word.format(**places) for word in words]
         result = CliRunner().invoke(main, [*filled, *damage.options], input="the\n")
         assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
         if words[0] == "info" and "usable: no: " in result.stdout:  # info shows what is wrong
@@ -88,6 +90,10 @@ VERBS: dict[str, Verb] = {
     "distill": cli("distill", "-m", "{root}/model", "-p", "{root}/rows.jsonl", "-o", "{root}/new/out.jsonl"),
     "info": cli("info", "{damaged}"),
     "plan": cli("plan", "-a", "{root}/adapter"),
+    "convert": cli("convert", "{gguf}", "{root}/new/out"),
+    "convert to 4 bits": cli("convert", "{gguf}", "{root}/new/out", "--quantize", "4", "--group-size", "32"),
+    "convert plan": cli("convert", "{gguf}", "--dry-run"),
+    "info of a file": cli("info", "{gguf}"),
     "push": cli("push", "{root}/adapter", "someone/adapter"),
     "draft model": cli(
         "generate", "-m", "{root}/../good", "--draft-model", "{root}/model", "-p", "the", "-n", "2"
@@ -118,9 +124,9 @@ def below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+@pytest.mark.parametrize("damage", [*DAMAGES, *GGUF_DAMAGES], ids=lambda damage: damage.name)
 def test_a_damaged_input_is_one_sentence(damage: Damage, root: Path) -> None:
-    place = {"rows": "rows.jsonl", "adapter": "adapter"}.get(damage.what, "model")
+    place = {"rows": "rows.jsonl", "adapter": "adapter", "gguf": damage.given}.get(damage.what, "model")
     damage.edit(root / place)
     before = below(root)
     for verb in damage.readers:
@@ -129,6 +135,17 @@ def test_a_damaged_input_is_one_sentence(damage: Damage, root: Path) -> None:
         assert outcome.code == 2 and found, f"{verb}: {outcome}"
         assert damage.says in message and len(message.strip().splitlines()) == 1, f"{verb}: {message}"
         assert below(root) == before, f"{verb} left something behind"
+
+
+@pytest.mark.parametrize("given", ["model.gguf", SPLIT.format(1)])
+def test_undamaged_gguf_files_are_converted(root: Path, given: str) -> None:
+    """The files that are damaged above are good before."""
+    nothing = Damage("nothing", "gguf", written(), "", given=given)
+    nothing.edit(root / given)
+    for verb in (*nothing.readers, "info of a file"):
+        outcome = VERBS[verb](root, nothing)
+        assert outcome.code == 0, f"{verb}: {outcome}"
+        shutil.rmtree(root / "new", ignore_errors=True)
 
 
 def test_undamaged_it_works(root: Path) -> None:

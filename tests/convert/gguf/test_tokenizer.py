@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import Tokenizer
 
-from mtp_mlx.convert.gguf.file import read_gguf
 from mtp_mlx.convert.gguf.model import convert_gguf
+from mtp_mlx.convert.gguf.parts import read_gguf
 from mtp_mlx.convert.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer
 from tests.convert.gguf.gguf_files import TOKENS, add_metadata, default_metadata, finish, write_model
 

@@ -1,4 +1,4 @@
-"""A llama / qwen2 forward pass in plain numpy, in GGUF's own row order and names: an independent oracle.
+"""A llama / qwen2 / qwen3 forward pass in plain numpy, in GGUF's own row order and names: an independent oracle.
 
 For llama the rows of q and k are in llama.cpp's order, where rope turns *neighbouring* pairs (2i, 2i+1); so
 nothing here un-permutes anything.
@@ -28,8 +28,10 @@ def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
 
 
-def logits(arrays: dict[str, np.ndarray], arch: str, ids: list[int], freqs: np.ndarray) -> np.ndarray:
-    """(T, V) float64 logits of the token ids."""
+def logits(
+    arrays: dict[str, np.ndarray], arch: str, ids: list[int], freqs: np.ndarray, length: float = 1.0
+) -> np.ndarray:
+    """(T, V) float64 logits of the token ids. Yarn makes queries and keys `length` times as long."""
     w = {name: value.astype(np.float64) for name, value in arrays.items()}
     x = w["token_embd.weight"][ids]
     n_rows = len(ids)
@@ -39,8 +41,11 @@ def logits(arrays: dict[str, np.ndarray], arch: str, ids: list[int], freqs: np.n
             return rows @ w[f"blk.{layer}.{name}.weight"].T + w.get(f"blk.{layer}.{name}.bias", 0.0)
 
         h = norm(x, w[f"blk.{i}.attn_norm.weight"])
-        q = rope(apply("attn_q", h).reshape(n_rows, HEADS, HEAD_DIM), freqs, arch == "llama")
-        k = rope(apply("attn_k", h).reshape(n_rows, KV_HEADS, HEAD_DIM), freqs, arch == "llama")
+        q = apply("attn_q", h).reshape(n_rows, HEADS, HEAD_DIM)
+        k = apply("attn_k", h).reshape(n_rows, KV_HEADS, HEAD_DIM)
+        if arch == "qwen3":
+            q, k = (norm(t, w[f"blk.{i}.attn_{p}_norm.weight"]) for t, p in ((q, "q"), (k, "k")))
+        q, k = (rope(t, freqs, arch == "llama") * length for t in (q, k))
         v = apply("attn_v", h).reshape(n_rows, KV_HEADS, HEAD_DIM)
         k, v = (np.repeat(t, HEADS // KV_HEADS, axis=1) for t in (k, v))
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(HEAD_DIM)
