@@ -16,6 +16,7 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.choose import LOOKUP_DRAFTS
 from mtp_mlx.planning.tuned import TunedChoice
 
+TREE_ROWS = (8, 16)  # rows of the trees that are measured
 MARGIN = 1.05  # a lane must be this much faster than plain decoding; less is noise
 
 
@@ -60,6 +61,11 @@ def candidates(model: AttachedModel) -> list[Lane]:
         lanes += [
             Lane(f"{layout} {counts[-1]} {own}, lookup", layout, counts[-1], drafter=f"{own},lookup")
             for layout in layouts
+        ]
+        lanes += [
+            Lane(f"tree {rows} rows {own}, lookup", "tree", counts[-1], drafter=f"{own},lookup", rows=rows)
+            for rows in TREE_ROWS
+            if source.places_slots
         ]
         lanes += [Lane(f"auto {who}", "auto", drafter=who) for who in (own, f"{own},lookup")]
     lanes.append(Lane(f"linear {LOOKUP_DRAFTS} lookup", "linear", LOOKUP_DRAFTS, drafter="lookup"))
@@ -114,5 +120,6 @@ def choose(measurements: Sequence[Measurement]) -> TunedChoice:
             continue
         if row.speed_up < MARGIN:
             break
-        return TunedChoice(lane.name, lane.layout, lane.drafts, lane.drafter, row.tokens_per_second, plain)
+        speed = row.tokens_per_second
+        return TunedChoice(lane.name, lane.layout, lane.drafts, lane.drafter, speed, plain, lane.rows)
     return TunedChoice("plain", "plain", None, None, plain, plain)

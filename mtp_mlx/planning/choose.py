@@ -129,7 +129,7 @@ def plan_drafting(
     if layout == "auto" and (drafts, lookup, drafter, emission) == (None, None, None, Emission()):
         tuned = recall(model)
         if tuned is not None:
-            layout, drafts, drafter = tuned.layout, tuned.drafts, tuned.drafter
+            layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
             stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "auto" and emission == Emission() and not worth_measuring(model, max_tokens):

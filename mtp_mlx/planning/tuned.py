@@ -24,7 +24,7 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import cost_key
 
 _SAMPLE = 64  # values of each tensor that go into the digest
-_LAYOUTS = ("auto", "linear", "quadratic", "plain")
+_LAYOUTS = ("auto", "linear", "quadratic", "tree", "plain")
 
 log = logging.getLogger("mtp_mlx")
 
@@ -35,7 +35,7 @@ class TunedChoice:
 
     Attributes:
         name: name of the measured lane.
-        layout, drafts, drafter: as the arguments of the same names; layout "auto" is the planner.
+        layout, drafts, drafter, rows: as the arguments of the same names; layout "auto" is the planner.
         tokens_per_second, plain_tokens_per_second: measured speed of this choice and of plain decoding.
     """
 
@@ -45,6 +45,7 @@ class TunedChoice:
     drafter: str | None
     tokens_per_second: float
     plain_tokens_per_second: float
+    rows: int | None = None
 
     @property
     def description(self) -> str:

@@ -71,10 +71,11 @@ def test_what_is_within_noise_of_the_faster_plain_does_not_win(plain: float, the
 
 def test_every_layout_and_drafter_is_a_candidate() -> None:
     base = tiny_model("llama", seed=3)
-    names = [
-        (lane.layout, lane.drafts, lane.drafter) for lane in candidates(attach(base, random_adapter(base)))
-    ]
-    assert len(set(names)) == len(names)
+    lanes = candidates(attach(base, random_adapter(base)))
+    names = [(lane.layout, lane.drafts, lane.drafter) for lane in lanes]
+    assert len({(*name, lane.rows) for name, lane in zip(names, lanes, strict=True)}) == len(names)
+    trees = [(lane.drafts, lane.drafter, lane.rows) for lane in lanes if lane.layout == "tree"]
+    assert trees == [(4, "slots,lookup", 8), (4, "slots,lookup", 16)]
     for layout in ("linear", "quadratic"):
         assert {(layout, count, "slots") for count in (1, 2, 4)} <= set(names)
         assert (layout, 4, "slots,lookup") in names
@@ -121,16 +122,20 @@ def test_the_command_keeps_what_auto_then_uses(
     result = run(folder, "tune", "--limit", "1", "-n", "8", "--json")
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
-    assert len(report["lanes"]) == 11 and {row["refused"] for row in report["lanes"]} == {0}
+    assert len(report["lanes"]) == 13 and {row["refused"] for row in report["lanes"]} == {0}
     assert report["beats_plain"] == (report["choice"]["layout"] != "plain")
     kept = json.loads(Path(report["kept_in"]).read_text())
-    assert kept["choice"]["name"] == report["choice"]["name"] and len(kept["measured"]["lanes"]) == 11
+    assert kept["choice"]["name"] == report["choice"]["name"] and len(kept["measured"]["lanes"]) == 13
 
     # What the machine's noise made fastest is not known here: from now on, it is this.
     kept["choice"] |= {"name": "linear 1 slots", "layout": "linear", "slots": 1, "drafter": "slots"}
     Path(report["kept_in"]).write_text(json.dumps(kept))
     said = run(folder, "generate", "-p", "the dog", "-n", "8")
     assert "auto" in said.stderr and "(tuned: linear 1 slots, " in said.stderr
+    kept["choice"] |= {"name": "tree 8 rows", "layout": "tree", "rows": 8, "drafter": "slots,lookup"}
+    Path(report["kept_in"]).write_text(json.dumps(kept))
+    tree = run(folder, "generate", "-p", "the dog", "-n", "8")
+    assert "(tuned: tree 8 rows, " in tree.stderr and tree.stdout == said.stdout
     asked = run(folder, "generate", "-p", "the dog", "-n", "8", "--drafter", "slots,lookup")
     assert "tuned" not in asked.stderr and asked.stdout == said.stdout
 
