@@ -98,7 +98,7 @@ def test_drafts_are_those_of_a_fresh_model(name: str) -> None:
         picks = mx.array([*block[:accepted], int(rng.integers(0, VOCABULARY)), *[0] * (drafts - accepted)])
         states = mx.zeros((1, drafts + 1, 4))
         seen = verified_block(states, picks, accepted, 0, tokens, count)
-        fresh = drafter.propose(replace(seen, drafts=block[:drafts]))
+        fresh = drafter.propose(seen)
         tokens = [*tokens, *picks.tolist()[: accepted + 1]]  # type: ignore[misc]
         drafter.commit(accepted)
         expected: list[int] = []
@@ -280,8 +280,8 @@ def test_every_process_goes_on_from_the_picks_of_process_0(monkeypatch: pytest.M
     """A near tie may fall otherwise in another process: what the draft model reads must not."""
     drafter = DraftModelDrafter(tiny_model("llama", seed=5), Picker(), VOCABULARY, VOCABULARY)
     drafter.catch_up(list(PROMPT))
-    told = mx.array([1, 77], dtype=mx.int32)  # one draft accepted, then 77
+    told = mx.array([1, 50, 77, 70], dtype=mx.int32)  # one draft accepted, then 77
     monkeypatch.setattr("mtp_mlx.drafters.draft_model.draft.led", lambda peers, values: told)
     seen = verified_block(mx.zeros((1, 3, 4)), mx.array([50, 60, 70]), 2, 0, list(PROMPT), 2)
-    drafter.propose(replace(seen, drafts=[50, 60]))
+    drafter.propose(seen)
     assert drafter._read == [*PROMPT, 50, 77]
