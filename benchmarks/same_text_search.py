@@ -142,10 +142,12 @@ def _report(tally: Tally, seconds: float) -> dict[str, Any]:
 def _one_case(case_json: str, as_json: bool) -> int:
     """Runs one case and prints its verdict; the exit code."""
     from text_search.case import from_json
+    from text_search.drawing import check
     from text_search.verdict import judge
 
     try:
         case = from_json(case_json)
+        check(case)
     except MTPError as error:
         click.echo(f"error: {error}", err=True)
         return 2

@@ -81,7 +81,7 @@ class Case:
     bits: int = 0
     drafter: DrafterName = "none"
     acceptance: float | None = None
-    drafts: int = 2
+    drafts: int = 1
     layout: CaseLayout = "plain"
     lookup: LookupName = "none"
     tau: float = 0.0
@@ -144,6 +144,8 @@ def from_json(text: str) -> Case:
         if not isinstance(given, dict):
             raise MTPError('--case: every text must be an object, such as {"prompt":[5]}')
         texts.append(from_dict(Text, given, "--case: texts"))
+        if not given.get("prompt"):
+            raise MTPError("--case: a prompt must have at least one token")
     return dataclasses.replace(from_dict(Case, values, "--case"), texts=tuple(texts))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.errors import MTPError
+from mtp_mlx.token_ids import check_ids
 from tests.tiny import VOCABULARY
 from text_search import models
 from text_search.case import SLOT_DRAFTERS, Case, Text, choices
@@ -30,6 +34,22 @@ def allowed(case: Case) -> bool:
     if not (_fits_model(case) and _fits_layout(case) and _fits_way(case)):
         return False
     return not models.why_not(case.architecture, case.drafter, case.exact)
+
+
+def check(case: Case) -> None:
+    """Raises MTPError for a case that cannot be run."""
+    if case.architecture not in models.ARCHITECTURES:
+        near = get_close_matches(case.architecture, models.ARCHITECTURES, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(models.ARCHITECTURES)}."
+        raise MTPError(f"--case: unknown architecture {case.architecture!r}. {hint}")
+    for text in case.texts:
+        check_ids(list(text.prompt), VOCABULARY, "--case: the prompt")
+    if why := models.why_not(case.architecture, case.drafter, case.exact):
+        raise MTPError(f"--case: {why}")
+    if not allowed(case):
+        raise MTPError(
+            "--case: one of its options does not go together with the others, such as a layout without a drafter"
+        )
 
 
 def _fits_model(case: Case) -> bool:
@@ -83,29 +103,46 @@ class _Draw:
 
 
 def _any_case(draw: _Draw) -> Case:
-    kv = draw.of("ordinary", "ordinary", "ordinary", "quantised", "rotating")
     way = draw.of("alone", "alone", "alone", "turns", "batch")
+    return _of_a_batch(draw) if way == "batch" else _of_one_sequence(draw, way)
+
+
+def _of_one_sequence(draw: _Draw, way: Any) -> Case:
+    kv = draw.of("ordinary", "ordinary", "ordinary", "quantised", "rotating")
+    return replace(
+        _common(draw, draw.of(*models.ARCHITECTURES), "mixed"),
+        tau=draw.of(0.0, 0.0, 0.0, 0.3),
+        exact=draw.of(False, False, True),
+        kv_bits=draw.of(4, 8) if kv == "quantised" else 0,
+        quantized_kv_start=draw.of(0, 9, 17, 30) if kv == "quantised" else 0,
+        window=draw.of(5, 9, 16) if kv == "rotating" else 0,
+        stop=(draw.of(*STOPS),) if draw.of(True, False, False, False) else (),
+        way=way,
+        texts=_any_texts(draw, way),
+    )
+
+
+def _of_a_batch(draw: _Draw) -> Case:
+    common = _common(draw, draw.of(*models.tiny.ARCHITECTURES), "auto")
+    lookup = "text" if common.lookup == "knowing" else common.lookup  # what is known belongs to one text
+    return replace(common, lookup=lookup, way="batch", texts=_any_texts(draw, "batch"))
+
+
+def _common(draw: _Draw, architecture: str, layout: Any) -> Case:
+    """What every way has; `layout` is one more layout to choose from."""
     drafter = draw.of(*choices("drafter"))
-    layouts = ("linear", "mixed", "auto", *(["quadratic", "quadratic"] if drafter in SLOT_DRAFTERS else []))
+    layouts = ("linear", "auto", layout, *(["quadratic", "quadratic"] if drafter in SLOT_DRAFTERS else []))
     return Case(
-        architecture=draw.of(*models.ARCHITECTURES),
+        architecture=architecture,
         dtype=draw.of("float32", "float16", "bfloat16"),
         bits=draw.of(0, 0, 4, 8),
         drafter=drafter,
         acceptance=draw.of(None, 0.6, 0.9, 0.9, 1.0) if drafter != "none" else None,
         drafts=draw.upto(1, models.MOST_DRAFTS),
         layout=draw.of(*layouts, *layouts, "plain"),
-        lookup=draw.of("none", "text", "knowing") if way != "batch" else draw.of("none", "text"),
-        tau=draw.of(0.0, 0.0, 0.0, 0.3),
-        exact=draw.of(False, False, True),
-        kv_bits=draw.of(4, 8) if kv == "quantised" else 0,
-        quantized_kv_start=draw.of(0, 9, 17, 30) if kv == "quantised" else 0,
-        window=draw.of(5, 9, 16) if kv == "rotating" else 0,
+        lookup=draw.of("none", "text", "knowing"),
         prefill_step_size=draw.of(2048, 1, 3, 8),
         sampling=_any_sampling(draw),
-        stop=(draw.of(*STOPS),) if draw.of(True, False, False, False) else (),
-        way=way,
-        texts=_any_texts(draw, way),
     )
 
 

@@ -1,7 +1,8 @@
 """Makes a case that was found smaller, as long as it still shows the same kind of finding.
 
-One change at a time, the drastic ones first: fewer texts, options at their defaults, simpler choices, fewer tokens.
-Every change lowers a field, so it ends; it is bounded by a number of runs and not by time, so it is reproducible.
+One change at a time: fewer and shorter texts first, which make every further run cheaper, then options at their
+defaults and simpler choices. Every change lowers a field, so it ends; it is bounded by a number of runs and not by
+time, so it is reproducible.
 """
 
 from __future__ import annotations
@@ -27,6 +28,29 @@ ORDERS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class _Shrinking:
+    """The smallest case so far, and the runs that are left."""
+
+    def __init__(self, case: Case, verdict: Verdict, judge: Callable[[Case], Verdict]) -> None:
+        self.case, self.verdict = case, verdict
+        self._judge, self._tried = judge, {case.to_json()}
+
+    def again(self, smaller: Callable[[Case], Iterator[Case]]) -> bool:
+        """Takes the first of the smaller cases that still shows the finding; whether there is one."""
+        for case in smaller(self.case):
+            key = case.to_json()
+            if key in self._tried or not allowed(case):
+                continue
+            if len(self._tried) > MOST_RUNS:
+                return False
+            self._tried.add(key)
+            verdict = self._judge(case)
+            if verdict.is_like(self.verdict):
+                self.case, self.verdict = case, verdict
+                return True
+        return False
+
+
 def smallest(case: Case, verdict: Verdict, judge: Callable[[Case], Verdict]) -> tuple[Case, Verdict]:
     """The smallest case that was found, and its verdict.
 
@@ -34,43 +58,14 @@ def smallest(case: Case, verdict: Verdict, judge: Callable[[Case], Verdict]) -> 
         case, verdict: what the search found.
         judge: runs a case.
     """
-    runs = 0
-    shrinking = True
-    while shrinking and runs < MOST_RUNS:
-        shrinking = False
-        for smaller in _smaller(case):
-            if not allowed(smaller):
-                continue
-            runs += 1
-            again = judge(smaller)
-            if again.is_like(verdict):
-                case, verdict, shrinking = smaller, again, True
-                break
-            if runs >= MOST_RUNS:
-                break
-    return case, verdict
-
-
-def _smaller(case: Case) -> Iterator[Case]:
-    """Cases that are smaller by one change."""
-    yield from _fewer_texts(case)
-    default = Case()
-    for one in fields(case):
-        if one.name in ORDERS or one.name in ("texts", "way", "sampling"):
-            continue
-        if getattr(case, one.name) != getattr(default, one.name):
-            yield replace(case, **{one.name: getattr(default, one.name)})
-    for name, order in ORDERS.items():
-        known = getattr(case, name)
-        for value in order[: order.index(known)] if known in order else order:
-            yield replace(case, **{name: value})
-    yield from (replace(case, sampling=sampling) for sampling in _simpler_sampling(case.sampling))
-    if case.drafts > 1:
-        yield replace(case, drafts=1)
-        yield replace(case, drafts=case.drafts - 1)
-    for index, text in enumerate(case.texts):
-        for smaller in _smaller_texts(text):
-            yield replace(case, texts=(*case.texts[:index], smaller, *case.texts[index + 1 :]))
+    shrinking = _Shrinking(case, verdict, judge)
+    changed = True
+    while changed:
+        changed = False
+        for change in (_fewer_texts, _shorter, _defaults, _simpler, _simpler_sampling, _without_a_token):
+            while shrinking.again(change):
+                changed = True
+    return shrinking.case, shrinking.verdict
 
 
 def _fewer_texts(case: Case) -> Iterator[Case]:
@@ -82,27 +77,52 @@ def _fewer_texts(case: Case) -> Iterator[Case]:
             yield replace(case, texts=case.texts[:index] + case.texts[index + 1 :])
 
 
-def _simpler_sampling(sampling: SamplingConfig) -> Iterator[SamplingConfig]:
+def _shorter(case: Case) -> Iterator[Case]:
+    """With half of a prompt, fewer tokens, and texts that begin and end together."""
+    for index, text in enumerate(case.texts):
+        half = len(text.prompt) // 2
+        found = [replace(text, **{name: 0}) for name in ("taken", "joins", "alone_after")]
+        if half:
+            found += [replace(text, prompt=text.prompt[half:]), replace(text, prompt=text.prompt[:half])]
+        if text.max_tokens > 1:
+            found += [replace(text, max_tokens=text.max_tokens - less) for less in _steps(text.max_tokens)]
+        yield from (_with(case, index, smaller) for smaller in found)
+
+
+def _steps(count: int) -> list[int]:
+    """How much less than `count` to try: half of it first."""
+    return sorted({count // 2, count // 4 or 1, 1}, reverse=True)
+
+
+def _without_a_token(case: Case) -> Iterator[Case]:
+    for index, text in enumerate(case.texts):
+        for at in range(len(text.prompt)):
+            if len(text.prompt) > 1:
+                yield _with(case, index, replace(text, prompt=text.prompt[:at] + text.prompt[at + 1 :]))
+
+
+def _with(case: Case, index: int, text: Text) -> Case:
+    return replace(case, texts=(*case.texts[:index], text, *case.texts[index + 1 :]))
+
+
+def _defaults(case: Case) -> Iterator[Case]:
+    """With one option at its default; fewer drafts."""
+    default = Case()
+    for one in fields(case):
+        if one.name not in ORDERS and one.name not in ("texts", "way", "sampling", "drafts"):
+            yield replace(case, **{one.name: getattr(default, one.name)})
+    yield from (replace(case, drafts=count) for count in range(1, case.drafts))
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    for name, order in ORDERS.items():
+        for value in order[: order.index(getattr(case, name))]:
+            yield replace(case, **{name: value})
+
+
+def _simpler_sampling(case: Case) -> Iterator[Case]:
     default = SamplingConfig()
-    if sampling != default:
-        yield default
-    for one in fields(sampling):
-        value = getattr(default, one.name)
-        if getattr(sampling, one.name) != value:
-            yield replace(sampling, **{one.name: value})
-
-
-def _smaller_texts(text: Text) -> Iterator[Text]:
-    for name in ("taken", "joins", "alone_after"):
-        if getattr(text, name):
-            yield replace(text, **{name: 0})
-    prompt, count = text.prompt, len(text.prompt)
-    if count > 1:
-        yield replace(text, prompt=prompt[count // 2 :])
-        yield replace(text, prompt=prompt[: count // 2])
-    if text.max_tokens > 1:
-        yield replace(text, max_tokens=text.max_tokens // 2)
-        yield replace(text, max_tokens=text.max_tokens - 1)
-    if count > 1:
-        for index in range(count):
-            yield replace(text, prompt=prompt[:index] + prompt[index + 1 :])
+    yield replace(case, sampling=default)
+    for one in fields(default):
+        sampling = replace(case.sampling, **{one.name: getattr(default, one.name)})
+        yield replace(case, sampling=sampling)
