@@ -162,7 +162,7 @@ def open_loop(
     own_drafts = max(policy.own_drafts, shared_drafts)
     verifying = emission.lossless and max(policy.max_drafts, shared_drafts) > 0
     sampling = sampling_for(source, sampling or SamplingConfig(), verifying)
-    picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
+    picker = Picker(sampling if emission.lossless else emission.greedy(sampling), model.exact)
     stats = DecodeStats() if stats is None else stats
 
     def open_drafter(start: int) -> Drafter:

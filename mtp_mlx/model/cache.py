@@ -19,8 +19,8 @@ from mtp_mlx.model.window_cache import WindowCache
 class BlockCache:
     """A view of an mlx-lm cache whose `make_mask` returns the visibility of the pass in progress.
 
-    Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own, including `trim`, which
-    removes rejected rows. `rows` describes the pass in progress.
+    Everything else (`offset`, `bits`, ...) is the inner cache's own, including `trim`, which removes rejected rows.
+    `rows` describes the pass in progress.
     """
 
     def __init__(self, inner: Any, rows: RowContext) -> None:
@@ -29,6 +29,13 @@ class BlockCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """As the inner cache's."""
+        found = self.inner.update_and_fetch(keys, values)
+        if isinstance(self.inner, WindowCache) and keys.shape[2] > 1 and not self.rows.is_step:
+            self.inner.straighten()
+        return found
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Mask of N query rows over (cached rows + N rows): [N, cached + N] bool, or mlx-lm's own value."""
