@@ -49,6 +49,11 @@ def recall(model: str, *, quantize: int | None = None, context: int = 0) -> floa
     return _read().get(_key(model, quantize, context))
 
 
+def longer_than(context: int) -> int:
+    """The number of tokens, 512, 1,024, 2,048, ..., below which prompts are compared with one of `context`."""
+    return SHORT_PROMPT << (context // SHORT_PROMPT).bit_length()
+
+
 def device_name() -> str:
     """The chip that MLX computes on, such as "Apple M2 Max", or "cpu x86_64" if it has no name."""
     name = dict(mx.device_info()).get("device_name") if mx.default_device() == mx.Device(mx.gpu) else None
@@ -59,7 +64,7 @@ def _key(model: str, quantize: int | None, context: int) -> str:
     folder = Path(model).expanduser()
     name = str(folder.resolve()) if model not in EMBEDDED and folder.is_dir() else model
     bits = f" {quantize} bits" if quantize else ""
-    shorter = SHORT_PROMPT << (context // SHORT_PROMPT).bit_length()  # 512, 1024, 2048, ...
+    shorter = longer_than(context)
     length = "" if shorter == SHORT_PROMPT else f" | prompt below {shorter}"
     return f"{name}{bits} | {device_name()}{length}"
 
