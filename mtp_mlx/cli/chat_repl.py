@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtp_mlx.cli.generation_report import Run, legend, statistics_line, tint
-from mtp_mlx.cli.prompt_progress import PromptProgress
+from mtp_mlx.cli.progress import prompt_progress
 from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
@@ -123,7 +123,7 @@ class Repl:
             lookup=settings.lookup,
             drafter=settings.drafter,
             rows=settings.rows if settings.layout == "tree" else None,
-            prompt_progress_callback=PromptProgress(),
+            prompt_progress_callback=prompt_progress(),
             **chat.options,
         )
         stopped = False

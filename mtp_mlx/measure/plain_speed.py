@@ -1,7 +1,7 @@
 """The last measured speed of plain decoding, by model and length of the prompt, so that a run can show its speed-up.
 
 Kept in `plain_speed.json` in the cache folder; written by every plain run that is long enough, and by `bench`. It is
-a convenience: a damaged file counts as no measurement, and one that cannot be written is left alone.
+a convenience: a damaged file counts as no measurement, and one that cannot be written is warned of once.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mtp_mlx.errors import MTPError
-from mtp_mlx.files import cache_dir, write_text
+from mtp_mlx.files import cache_dir, keep_if_possible, kept_file, write_text
 from mtp_mlx.models import EMBEDDED
 
 FEWEST_TOKENS = 32  # shorter runs say little about speed
@@ -37,11 +36,8 @@ def remember(
         return False
     speeds = _read()
     speeds[_key(model, quantize, context)] = round(tok_per_s, 3)
-    try:
-        write_text(cache_dir() / _FILE_NAME, json.dumps(speeds, indent=2, sort_keys=True) + "\n")
-    except MTPError:
-        return False
-    return True
+    text = json.dumps(speeds, indent=2, sort_keys=True) + "\n"
+    return keep_if_possible(lambda: write_text(cache_dir() / _FILE_NAME, text), "plain speeds")
 
 
 def recall(model: str, *, quantize: int | None = None, context: int = 0) -> float | None:
@@ -70,8 +66,11 @@ def _key(model: str, quantize: int | None, context: int) -> str:
 
 
 def _read() -> dict[str, float]:
+    file = kept_file(_FILE_NAME)
+    if file is None:
+        return {}
     try:
-        values = json.loads((cache_dir() / _FILE_NAME).read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
         return {str(key): float(value) for key, value in values.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
