@@ -153,6 +153,7 @@ def generate(
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
+    from mtp_mlx.model.context import beyond_context
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import prepare_costs
     from mtp_mlx.planning.choose import settled_layout
@@ -170,6 +171,9 @@ def generate(
     run = Run(DecodeStats(), model.most_drafts, known, layout)
     if not raw:
         _note_template(run, model, tokenizer)
+    for note in (*run.stats.notes, beyond_context(model.model, len(ids))):
+        if note is not None and model.peers.leads:
+            click.echo(f"note: {note}", err=True)
     if layout == "auto" and emission == Emission():
         prepare_costs(model, settings.max_tokens, tell, cost_progress())
     responses = stream_generate(
@@ -204,7 +208,7 @@ def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
         run.stats.fallbacks["this tokenizer has no chat template: the prompt was used as is"] += 1
     if str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
         note = "this model was made to be prompted without the chat template: --raw may give better text"
-        run.stats.fallbacks[note] += 1
+        run.stats.notes.append(note)
 
 
 def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
