@@ -236,7 +236,7 @@ def stream_generate(
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
     stats = DecodeStats() if stats is None else stats
     if note := beyond_context(model.model, len(kwargs.get("prefix", ())) + len(ids)):
-        stats.fallbacks[note] += 1
+        stats.notes.append(note)
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens, rows)
     policy = led_policy(drafting.policy, model.peers)

@@ -9,7 +9,7 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +82,12 @@ class Conversation:
         self._cached: list[int] = []
 
     def ask(
-        self, text: str, max_tokens: int = 512, **options: Any
+        self,
+        text: str,
+        max_tokens: int = 512,
+        *,
+        on_prompt: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> Generator[GenerationResponse, None, None]:
         """Yields the answer to `text` token by token; closing the generator, or Ctrl-C inside it, stops the answer.
 
@@ -92,6 +97,7 @@ class Conversation:
         Args:
             text: the user's message.
             max_tokens: most tokens of the answer; -1 for no limit.
+            on_prompt: called with the number of tokens of the whole conversation before it is read.
             options: as for `stream_generate`, except prompt_cache and stats, which are the conversation's own.
 
         Raises:
@@ -106,6 +112,8 @@ class Conversation:
         # Penalties depend on the last tokens of the prompt, so these always run again.
         shared = self._keep_shared(ids, max(1, sampling.history_size))
         turn = Turn(len(ids), len(ids) - shared)
+        if on_prompt is not None:
+            on_prompt(len(ids))
         responses = stream_generate(
             self._model,
             self._tokenizer,

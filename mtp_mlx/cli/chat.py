@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,11 +68,13 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.chat_repl import Chat, Repl
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.cli.progress import cost_progress
     from mtp_mlx.conversation import Conversation
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.choose import plan_drafting
+    from mtp_mlx.planning.calibrate import prepare_costs
+    from mtp_mlx.planning.choose import plan_drafting, settled_layout
 
     sampling, emission = sampling_of(settings), Emission(settings.emit, settings.tau)
     if not emission.lossless:
@@ -80,6 +82,9 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
         tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings)
+    layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
+    if layout == "auto" and emission == Emission():
+        prepare_costs(model, None, tell, cost_progress())
     plan_drafting(
         model, settings.layout, settings.drafts, DecodeStats(), settings.lookup, settings.drafter, emission
     )
@@ -126,25 +131,26 @@ def _typed() -> str | None:
 @contextmanager
 def _history() -> Iterator[None]:
     """Line history for the arrow keys, also from earlier sessions, in a file that only the user can read."""
-    from mtp_mlx.files import cache_dir
-
     try:
         import readline
     except ImportError:  # a Python built without it: plain input
         yield
         return
-    path = cache_dir() / HISTORY_NAME
-    try:
-        readline.read_history_file(path)
-    except OSError:
-        pass  # missing or unreadable: history is only a convenience
+    from mtp_mlx.files import cache_dir, keep_if_possible, kept_file
+
+    earlier = kept_file(HISTORY_NAME)
+    if earlier is not None:
+        with suppress(OSError):  # missing or unreadable: history is only a convenience
+            readline.read_history_file(earlier)
+
+    def keep() -> None:
+        path = cache_dir() / HISTORY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.write_history_file(path)
+
     try:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)
-        except OSError:
-            pass
+        keep_if_possible(keep, "the lines that were typed")

@@ -150,10 +150,11 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
     from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.cli.progress import cost_progress
     from mtp_mlx.decode.cache_check import check_quantisation
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.calibrate import step_cost
+    from mtp_mlx.planning.calibrate import prepare_costs
     from mtp_mlx.planning.choose import plan_drafting, settled_layout
     from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
@@ -163,7 +164,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings)
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
-        step_cost(model, tell)
+        prepare_costs(model, None, tell, cost_progress())
     decode = DecodeSettings(
         layout=settings.layout,
         drafts=settings.drafts,

@@ -113,10 +113,10 @@ class Session:
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
             self.forward(Block.real(mx.array([chunk])))
-            self._observe()
             for tokens in self._layer_by_layer(done, len(chunk)):
                 if progress is not None:
                     progress(tokens, total)
+            self._observe()  # only now: a drafter may evaluate what it is given, and all that this depends on
             done += len(chunk)
             mx.clear_cache()
             yield done

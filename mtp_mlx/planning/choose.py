@@ -21,7 +21,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.precision import nearest_precision
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
-from mtp_mlx.planning.calibrate import step_cost, worth_measuring
+from mtp_mlx.planning.calibrate import prepare_costs, step_cost
 from mtp_mlx.planning.grow import TreePolicy
 from mtp_mlx.planning.tuned import recall
 
@@ -132,7 +132,7 @@ def plan_drafting(
             layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
             stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
-    if layout == "auto" and emission == Emission() and not worth_measuring(model, max_tokens):
+    if layout == "auto" and emission == Emission() and not prepare_costs(model, max_tokens):
         layout = "plain"
         stats.fallbacks["plain: for so few tokens, what a step costs here was not measured"] += 1
     if layout == "tree":

@@ -154,7 +154,7 @@ class BatchPlan:
         drafts = max(*layout.slots, layout.chain)
         rows = n_sequences * self._cost.rows_of(layout)
         as_one = Layout(rows - 1, (0,) * rows)
-        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts
+        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft_seconds * drafts
 
 
 def _longest_run(n_sequences: int, chance: float) -> float:

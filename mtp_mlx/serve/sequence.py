@@ -16,7 +16,9 @@ from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
+from mtp_mlx.files import warn_once
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.context import beyond_context
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.serve.prefix_cache import PrefixCache
 from mtp_mlx.serve.request import GenerationRequest, Piece, Summary, TokenLogprob
@@ -77,6 +79,11 @@ class Sequence:
     ) -> None:
         self.request = request
         self.stats = DecodeStats()
+        if note := beyond_context(model.model, len(request.prompt)):
+            self.stats.notes.append(note)
+            warn_once(
+                "context", f"{note} (said of the first such request; the others have it in `mtp.notes`)"
+            )
         drafting = plan_drafting(
             model,
             settings.layout,
@@ -190,7 +197,15 @@ class Sequence:
         counts = self.stats.to_json()
         mtp = {
             name: counts[name]
-            for name in ("tokens_per_step", "rows_per_step", "steps", "acceptance", "drafted_by", "fallbacks")
+            for name in (
+                "tokens_per_step",
+                "rows_per_step",
+                "steps",
+                "acceptance",
+                "drafted_by",
+                "fallbacks",
+                "notes",
+            )
         }
         sampling = self.request.sampling
         mtp |= {

@@ -102,12 +102,12 @@ class ParallelDrafter(Drafter):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: runs the waiting rows, all of which are final."""
+        """See `Drafter`: runs the waiting rows, all of which are final, in one head after another."""
         for lane in self._lanes:
             if lane.waiting:
                 lane.run([])
                 lane.waiting = []
-        mx.eval([lane.cache.state for lane in self._lanes if lane.cache.offset])
+                mx.eval(lane.cache.state)  # each by itself: Ctrl-C waits for the end of an evaluation
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""
