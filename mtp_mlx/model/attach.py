@@ -192,14 +192,14 @@ class AttachedModel:
 
     def states_of(self, ids: mx.array) -> mx.array:
         """What the speculator reads (`head_input`) of texts [B, T] from their start, without a cache."""
-        return self._heard(self._seams.trunk(ids))
+        return self._heard(self._seams.trunk(ids, cache=None))
 
     def states_to_train_on(self, ids: mx.array) -> mx.array:
         """`states_of` with the trunk's last state, after its final norm, as the last D columns: it teaches.
 
         The speculator may read that one itself; then it is there once.
         """
-        hidden = self._seams.trunk(ids)
+        hidden = self._seams.trunk(ids, cache=None)
         heard = self._heard(hidden)
         return heard if self._tap is None else mx.concatenate([heard, hidden], axis=-1)
 

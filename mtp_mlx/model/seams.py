@@ -39,7 +39,7 @@ LINEAR = (
 
 # The names of the trunk and of its embedding in mlx-lm's model files.
 TRUNK_NAMES = ("model", "backbone")
-EMBEDDING_NAMES = ("embed_tokens", "embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "embeddings", "word_embeddings", "tok_embeddings")
 
 
 @dataclass

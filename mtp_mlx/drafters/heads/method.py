@@ -128,9 +128,10 @@ class TrainHeads(Method[HeadsSettings]):
         settings = self.settings
         shape, drafts = HeadShape.of(settings), settings.new_drafts()
         count = 1 if shape.shared else drafts
-        taps = layer_numbers(shape.taps, len(find_seams(model).trunk.layers))
+        trunk = find_seams(model).trunk
+        taps = layer_numbers(shape.taps, len(trunk.layers))
         self._config = HeadsConfig(
-            CONVENTION, [block_spec(shape.layers)] * count, drafts=drafts, taps=list(taps)
+            CONVENTION, [block_spec(trunk, shape.layers)] * count, drafts=drafts, taps=list(taps)
         )
         heads = new_heads(model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=drafts)
         start_like_trunk(heads, model, tokens)
