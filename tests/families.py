@@ -328,6 +328,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "intermediate_size": 40,
             "rotary_dim": 8,
             "moe_layer_freq": [0, 1],
+            "sparse_attention_freq": [0, 1],
+            "index_n_heads": 2,
+            "index_head_dim": 12,
+            "index_block_size": 4,
+            "index_topk_blocks": 3,
         }
     },
     "mistral3": {"text_config": {**TEXT, "model_type": "llama"}},

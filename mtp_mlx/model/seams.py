@@ -141,7 +141,7 @@ def _classify(seams: Seams, path: str, module: nn.Module) -> None:
     if isinstance(module, LINEAR):
         if last not in ROUTER_NAMES:
             seams.linears[path] = module
-    elif last == "rope":
+    elif last == "rope" or last.endswith("_rope"):
         if type(module).__name__ == "DynamicNTKScalingRoPE":
             raise MTPError(
                 "this model's seam 'rope' is DynamicNTKScalingRoPE, whose angles depend on the number of rows in a "

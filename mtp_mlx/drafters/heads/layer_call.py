@@ -28,7 +28,7 @@ class LayerCall:
     """How a decoder layer is called.
 
     Attributes:
-        parts: key-value caches that it fills, 0 for a layer without attention.
+        parts: key-value caches that it takes, 0 for a layer without attention.
         scaled: whether it must be given a scale of its queries (`attn_scale`), by which some models see further than
             they were trained for. It is one here, as it is within that length.
         named: whether it takes `mask` and `cache` by these names; otherwise in this order.
@@ -82,7 +82,7 @@ def layer_call(layer: nn.Module, hidden_size: int) -> LayerCall:
         except Exception:  # noqa: BLE001, S112 - layers of mlx-lm raise anything when called as they are not meant to be
             continue
         filled = {int(part.offset) for part in cache_parts(cache)}
-        if fits and filled == {ROWS}:
+        if fits and ROWS in filled and filled <= {0, ROWS}:
             return call
         if fits and filled == {0}:
             return LayerCall(0, call.scaled, named)

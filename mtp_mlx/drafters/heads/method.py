@@ -86,7 +86,6 @@ class TrainHeads(Method[HeadsSettings]):
         if settings.learn_prompts:
             tell("`learn_prompts` is now called `learn_from` all")
         bare = attach(model)
-        bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab or 0, bare.vocab_size)
         bare.detach()  # the trunk of a hybrid model is wrapped even without heads
         self._frozen = 0  # number of heads that are not trained
