@@ -371,6 +371,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "phi3small": {
+        "vocab_size": 100352,  # its head writes at ids of its own vocabulary
         "dense_attention_every_n_layers": 2,
         "gegelu_limit": 20.0,
         "blocksparse_block_size": 32,
