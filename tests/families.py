@@ -282,7 +282,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama4_text": _LLAMA4,
     "longcat_flash": _LONGCAT,
-    "longcat_flash_ngram": {**_LONGCAT, "ngram_vocab_size_ratio": 3, "emb_neighbor_num": 2, "emb_split_num": 2},
+    "longcat_flash_ngram": {
+        **_LONGCAT,
+        "ngram_vocab_size_ratio": 3,
+        "emb_neighbor_num": 2,
+        "emb_split_num": 2,
+    },
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "mellum": {

@@ -1,7 +1,7 @@
-"""Every architecture of mlx-lm: with drafts the text is mlx-lm's own, or one sentence names the seam that is missing.
+"""Proves, for every architecture of mlx-lm: the text is mlx-lm's own, or one sentence names the seam that is missing.
 
-Drafts of the text itself, slots, new heads, and heads and mask tokens that were trained for two steps. Nothing else is
-raised, and a training run that starts also ends.
+With drafts of the text itself, slots, new heads, and heads and mask tokens that were trained for two steps. Nothing
+else is raised, and a training run that starts also ends.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ CASES = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def truth_of(case: Case) -> tuple[int, ...]:
     """mlx-lm's own greedy text."""
     steps = generate_step(mx.array(PROMPT), case.build(), max_tokens=LENGTH)
@@ -127,9 +127,7 @@ def lookup(case: Case, tmp_path: Path) -> None:
         stats, known = DecodeStats(), KnowingLookup(truth, len(PROMPT), wrong)
         check(
             case,
-            mtp_generate_step(
-                PROMPT, model, max_tokens=LENGTH, policy=Uneven(4), lookup=known, stats=stats
-            ),
+            mtp_generate_step(PROMPT, model, max_tokens=LENGTH, policy=Uneven(4), lookup=known, stats=stats),
         )
         assert sum(stats.accepted) > 0
 

@@ -28,7 +28,5 @@ def token_tables(trunk: nn.Module, embedding_name: str) -> dict[str, nn.Module]:
     """{name in the trunk: embedding} of all embeddings but the one with this name."""
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
     return {
-        name: module
-        for name, module in trunk.items()
-        if name != embedding_name and isinstance(module, kinds)
+        name: module for name, module in trunk.items() if name != embedding_name and isinstance(module, kinds)
     }

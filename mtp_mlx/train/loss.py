@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-
 LEAST = -1e30  # logits below it are raised to it; exp of it is zero
 
 

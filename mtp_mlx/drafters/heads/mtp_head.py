@@ -148,7 +148,7 @@ def blocks_like(trunk: nn.Module, layers: int) -> nn.Module | list[nn.Module]:
 
 
 def last_layers(trunk: nn.Module, count: int) -> list[int]:
-    """Indices of the decoder layers whose copies are the block of a new head, ascending: the last ones with attention.
+    """Indices, ascending, of the decoder layers whose copies are the block of a new head: the last with attention.
 
     Layers that cannot run apart from the trunk are passed over, and so are those with recurrent state: a head's
     layers are rolled back by their keys and values.
