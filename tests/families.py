@@ -144,24 +144,30 @@ _KIMI = {
     },
 }
 
+# What the common widths do not say of each.
 FAMILIES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("bailing_moe", "bitnet", "cohere", "deepseek", "deepseek_v3", "dots1", "gemma", "glm"), {}
+    ),
+    **dict.fromkeys(
+        ("glm4_moe_lite", "gpt2", "gpt_bigcode", "internlm2", "internlm3", "mimo", "mixtral"), {}
+    ),
+    **dict.fromkeys(
+        ("nanbeige", "nanochat", "qwen2_moe", "seed_oss", "starcoder2", "talkie", "youtu_llm"), {}
+    ),
     "Klear": {"mlp_only_layers": [0], "attention_bias": False},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2},
     "afmoe": _WINDOWS,
     "apertus": {"mlp_bias": False, "attention_bias": False, "post_norm": True, "qk_norm": True},
     "baichuan_m1": {"sliding_window": 6, "sliding_window_layers": [0], "conv_window": 2},
     "bailing_hybrid": {"num_hidden_layers": 3, "layer_group_size": 3, "group_norm_size": 1},
-    "bailing_moe": {},
     "bailing_moe_linear": {"num_hidden_layers": 3, "layer_group_size": 3, "group_norm_size": 1},
     "bailing_moe_v3": {"num_hidden_layers": 3, "layer_group_size": 3},
-    "bitnet": {},
-    "cohere": {},
     "cohere2": {"head_dim": 12, "num_hidden_layers": 3, "sliding_window": 6, "sliding_window_pattern": 3},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
-    "deepseek": {},
     "deepseek_v2": {
         "topk_method": "gready",
         "rope_scaling": {
@@ -171,10 +177,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
-    "deepseek_v3": {},
     "deepseek_v32": _INDEXER,
     "deepseek_v41": {"o_groups": 2, "o_lora_rank": 8, "compress_ratios": (0, 0), "sliding_window": 6},
-    "dots1": {},
     "ernie4_5_moe": {"use_bias": False, "moe_layer_start_index": 1},
     "exaone": {"head_dim": 12},
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": "LG", "rope_scaling": None},
@@ -186,7 +190,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "query_pre_attn_scalar": 16,
     },
-    "gemma": {},
     "gemma3n": {
         "text_config": {
             **TEXT,
@@ -209,15 +212,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"text_config": {**TEXT, **_GEMMA4}},
     "gemma4_text": _GEMMA4,
-    "glm": {},
-    "glm4_moe_lite": {},
     "glm_moe_dsa": {
         **_INDEXER,
         "attention_bias": False,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     },
-    "gpt2": {},
-    "gpt_bigcode": {},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
     "gptj": {"rotary_dim": 8},
     "granitemoe": {
@@ -236,8 +235,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
     },
     "hunyuan_v1_dense": {"rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
-    "internlm2": {},
-    "internlm3": {},
     "iquestloopcoder": {"loop_num": 2, "loop_window_size": 6},
     "jamba": {
         "num_hidden_layers": 4,
@@ -297,7 +294,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
-    "mimo": {},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [1, 0],
         "moe_layer_freq": [0, 1],
@@ -348,7 +344,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8,
         },
     },
-    "mixtral": {},
     "muse_glimmer": {**_WINDOWS, "layer_rope_theta": [10000.0, 0.0]},
     "muse_spark": {
         "text_config": {
@@ -364,8 +359,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "num_shared_experts": 0,
         }
     },
-    "nanbeige": {},
-    "nanochat": {},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {"block_configs": [_BLOCK] * 2},
     "openelm": {
@@ -403,12 +396,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "plamo3": {"window_size": 6, "sliding_window_pattern": 2},
     "qwen": {"num_attention_heads": 4, "kv_channels": 12, "intermediate_size": 160},
-    "qwen2_moe": {},
     "qwen2_vl": {"text_config": {**TEXT, "model_type": "qwen2"}},
     "qwen3_5_moe": {"text_config": {**TEXT, **ROUTED, **_LINEAR, "model_type": "qwen3_5_moe"}},
     "qwen3_vl": {"text_config": {**TEXT, "model_type": "qwen3"}},
     "qwen3_vl_moe": {"text_config": {**TEXT, **ROUTED, "model_type": "qwen3_moe"}},
-    "seed_oss": {},
     "solar_open": {"partial_rotary_factor": 0.5},
     "spark2_5": {
         **_WINDOWS,
@@ -418,7 +409,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "stablelm": {"num_key_value_heads": 4, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
-    "starcoder2": {},
     "step3p5": {
         "num_attention_groups": 2,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -426,7 +416,5 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layers_enum": "1",
         "attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2},
     },
-    "talkie": {},
     "telechat3": {"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}},
-    "youtu_llm": {},
 }

@@ -232,7 +232,13 @@ def test_a_missing_seam_is_named(path: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "seam"),
-    [("gpt2", "trunk"), ("gpt_neox", "trunk"), ("plamo", "trunk"), ("gemma3n", "trunk"), ("afm7", "embed_tokens")],
+    [
+        ("gpt2", "trunk"),
+        ("gpt_neox", "trunk"),
+        ("plamo", "trunk"),
+        ("gemma3n", "trunk"),
+        ("afm7", "embed_tokens"),
+    ],
 )
 def test_families_that_cannot_be_used_say_so(name: str, seam: str) -> None:
     """They are named in docs/quickstart.md; tests/test_architectures.py has all."""
