@@ -40,6 +40,7 @@ from mtp_mlx.model.seams import (
 from mtp_mlx.model.speculator import Speculator
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
 from mtp_mlx.model.tap import OutputTap, Tap, tapped_layers, tapped_module
+from mtp_mlx.model.token_tables import TokensOnly, token_tables
 
 
 class AttachedModel:
@@ -85,6 +86,7 @@ class AttachedModel:
         self._rows = RowContext(kernels=self.kernels, exact=exact)
         self._hook: Callable[[], Any] | None = None
         self._embed = seams.embedding
+        self._token_tables = token_tables(seams.trunk, seams.embedding_name)
         self._recurrent = is_recurrent(make_prompt_cache(model))
         self.vocab_size, self.hidden_size = embedding_shape(self._embed)
         self.head = HeadView(model, self._embed, kernels=self.kernels, exact=exact)
@@ -132,6 +134,8 @@ class AttachedModel:
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
         layer = speculator.embedding_layer(self._embed, self.vocab_size, self._rows)
         self._seams.trunk[self._seams.embedding_name] = layer
+        for name, table in self._token_tables.items():
+            self._seams.trunk[name] = TokensOnly(table, self.vocab_size)
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
@@ -146,6 +150,8 @@ class AttachedModel:
         for path, rope in self._seams.ropes.items():
             replace_module(trunk, path, rope)
         trunk[self._seams.embedding_name] = self._embed
+        for name, table in self._token_tables.items():
+            trunk[name] = table
         for tap in self._layer_taps:
             tap.remove()
 
@@ -192,14 +198,14 @@ class AttachedModel:
 
     def states_of(self, ids: mx.array) -> mx.array:
         """What the speculator reads (`head_input`) of texts [B, T] from their start, without a cache."""
-        return self._heard(self._seams.trunk(ids))
+        return self._heard(self._seams.trunk(ids, cache=None))
 
     def states_to_train_on(self, ids: mx.array) -> mx.array:
         """`states_of` with the trunk's last state, after its final norm, as the last D columns: it teaches.
 
         The speculator may read that one itself; then it is there once.
         """
-        hidden = self._seams.trunk(ids)
+        hidden = self._seams.trunk(ids, cache=None)
         heard = self._heard(hidden)
         return heard if self._tap is None else mx.concatenate([heard, hidden], axis=-1)
 
