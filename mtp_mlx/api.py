@@ -228,13 +228,11 @@ def stream_generate(
         MTPError: if an option is wrong, the prompt is empty or has an id that the model has no row for, or the cache
                 cannot be rolled back.
     """
-    emission = emission or Emission()
+    emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     ids = encode_prompt(tokenizer, prompt)
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
-    stats = DecodeStats() if stats is None else stats
     if note := beyond_context(model.model, len(kwargs.get("prefix", ())) + len(ids)):
         stats.notes.append(note)
     drafts = kwargs.pop("slots", None) if drafts is None else drafts

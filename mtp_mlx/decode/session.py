@@ -27,6 +27,7 @@ from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
+from mtp_mlx.model.branches import why_no_branches
 from mtp_mlx.token_ids import check_ids
 
 PROGRESS_SECONDS = 1.0  # between two reports inside a chunk of the prompt
@@ -232,7 +233,7 @@ class Session:
             return "drafts without branches: a grammar follows one text"
         if not self._caches.keeps_paths:
             return "drafts without branches: this model's caches keep the first rows of a pass only"
-        return ""
+        return why_no_branches(self.attached)
 
     def trim(self, rows: int) -> None:
         """Removes the newest `rows` rows, at most those of the newest pass, from every layer's cache."""

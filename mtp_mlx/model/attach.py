@@ -63,6 +63,7 @@ class AttachedModel:
         peers: the processes that share this model, each with a part of it.
         kernels: kernels that may run in place of stock MLX, or None.
         exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
+        branches: why drafts may have no branches (`mtp_mlx.model.branches`), "" if they may, None if not known yet.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class AttachedModel:
         self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
+        self.branches: str | None = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
@@ -106,9 +108,8 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
-        if self.exact or slots is not None:
-            for path, rope in self._seams.ropes.items():
-                replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
+        for path, rope in self._seams.ropes.items():
+            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         if slots is not None:
             self._wrap_slots(slots)
         if self._recurrent:
@@ -219,6 +220,11 @@ class AttachedModel:
         first = hidden if self._tap is None else self._tap.take()
         below = [tap.take() for tap in self._layer_taps]
         return mx.concatenate([*below, first], axis=-1) if below else first
+
+    @property
+    def places_rows(self) -> bool:
+        """Whether rows may have any positions: the model has rotary embeddings."""
+        return bool(self._seams.ropes)
 
     @property
     def head_input_size(self) -> int:
