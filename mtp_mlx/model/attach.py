@@ -59,6 +59,7 @@ class AttachedModel:
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
+        text_source: what drafts from other texts beside the speculator (`mtp_mlx.decode.lookup.TextSource`), or None.
         peers: the processes that share this model, each with a part of it.
         kernels: kernels that may run in place of stock MLX, or None.
         exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
@@ -76,6 +77,7 @@ class AttachedModel:
         self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
+        self.text_source: Any = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
@@ -104,7 +106,7 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
-        if self.exact or slots is not None:
+        if self.exact or not self._recurrent:  # rows of slots and of branches have positions of their own
             for path, rope in self._seams.ropes.items():
                 replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         if slots is not None:
@@ -171,6 +173,13 @@ class AttachedModel:
             yield
         finally:
             self._rows.ungated = False
+
+    @property
+    def why_chains(self) -> str:
+        """Why the rows of a pass must have positions one after another; "" if they need not."""
+        if self._recurrent:
+            return "this model's recurrent state reads every row of a pass"
+        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
