@@ -147,6 +147,8 @@ class Conversation:
         else:
             self._cached = said[:held]
         if turn.tokens:
+            if self._model.text_source is not None:
+                self._model.text_source.learn(ids, turn.tokens)
             self.messages += [question, {"role": "assistant", "content": turn.text}]
             self.turns.append(turn)
 

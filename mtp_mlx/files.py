@@ -82,6 +82,23 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block for the same `path`, which need not exist.
+
+    The lock is on a hidden file beside it, which stays: `path` itself may be replaced meanwhile.
+
+    Raises:
+        MTPError: if that file cannot be made.
+    """
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{path.name}.{_LOCK}"), "a")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or the process ends
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     write_file(path, lambda temporary: _write_and_sync(temporary, text))

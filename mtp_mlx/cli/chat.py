@@ -15,6 +15,7 @@ from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
     GenerateSettings,
+    LearningOptions,
     LoadingOptions,
     ModelOptions,
     PrecisionOptions,
@@ -36,7 +37,13 @@ PROMPT = "> "
 
 @dataclass(frozen=True)
 class ChatSettings(
-    PrecisionOptions, EmissionOptions, LoadingOptions, DraftingOptions, SamplingOptions, ModelOptions
+    PrecisionOptions,
+    EmissionOptions,
+    LearningOptions,
+    LoadingOptions,
+    DraftingOptions,
+    SamplingOptions,
+    ModelOptions,
 ):
     """Options of `mtp-mlx chat`; they mean what they mean in `mtp-mlx generate`."""
 
@@ -56,14 +63,18 @@ def command(color: bool, **options: Any) -> None:
     Answers go to stdout, everything else to stderr. In a terminal, the arrow keys recall earlier lines, which are
     kept in the cache folder.
     """
-    settings = GenerateSettings(**asdict(from_yaml(ChatSettings, None, options)))
+    given = asdict(from_yaml(ChatSettings, None, options))
+    learns = given.pop("memory_learn")
+    settings = GenerateSettings(**given)
     if settings.system:
         checked_unicode(settings.system, "--system")
     with lines() as read:
-        prepare(settings, color, read).run()
+        prepare(settings, color, read, learns).run()
 
 
-def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
+def prepare(
+    settings: GenerateSettings, color: bool, read: Callable[[], str | None], learns: bool = False
+) -> Any:
     """Load the model, refuse options that do not fit it, and return the `Repl` to run."""
     from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.chat_repl import Chat, Repl
@@ -81,7 +92,7 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
         emission.greedy(sampling)
         tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, memory_learn=learns)
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
     if layout == "auto" and emission == Emission():
         prepare_costs(model, None, tell, cost_progress())
@@ -91,6 +102,8 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     check_template(tokenizer, model.vocab_size)
     if not tokenizer.has_chat_template:
         tell("this tokenizer has no chat template: messages are joined line by line")
+    if learns:
+        tell(f"answers are added to {settings.memory}, which then holds pieces of them")
     conversation = Conversation(model, tokenizer, settings.system)
     chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color)
     if sys.stdin.isatty():

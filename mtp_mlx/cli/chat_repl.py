@@ -83,6 +83,14 @@ class Repl:
 
     def run(self) -> None:
         """Run until /quit or the end of input."""
+        try:
+            self._run()
+        finally:
+            texts = self._chat.model.text_source
+            if texts is not None and (learnt := texts.close()):
+                _say(f"{learnt} tokens of answers were added to the memory.")
+
+    def _run(self) -> None:
         going = True
         while going:
             try:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.options import CacheOptions, DraftingOptions, LoadingOptions, ModelOptions, PrecisionOptions
+from mtp_mlx.cli.options import (
+    CacheOptions,
+    DraftingOptions,
+    LearningOptions,
+    LoadingOptions,
+    ModelOptions,
+    PrecisionOptions,
+)
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -39,7 +46,9 @@ Examples:
 
 
 @dataclass(frozen=True)
-class ServeSettings(PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ModelOptions):
+class ServeSettings(
+    PrecisionOptions, CacheOptions, LearningOptions, LoadingOptions, DraftingOptions, ModelOptions
+):
     """Options of `mtp-mlx serve`."""
 
     name: str | None = setting(None, help="Model name in requests (default: its name or folder)")
@@ -162,7 +171,9 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.serve.sequence import DecodeSettings
 
     resolve_model(settings.model, settings.quantize, tell)
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, memory_learn=settings.memory_learn)
+    if settings.memory_learn:
+        tell(f"answers to all clients are added to {settings.memory}, which then holds pieces of them")
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
         prepare_costs(model, None, tell, cost_progress())
     decode = DecodeSettings(

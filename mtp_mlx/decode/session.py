@@ -231,6 +231,8 @@ class Session:
         """Why drafts may have no branches; "" if they may."""
         if self.constraint is not None:
             return "drafts without branches: a grammar follows one text"
+        if self.attached.why_chains:
+            return f"drafts without branches: {self.attached.why_chains}"
         if not self._caches.keeps_paths:
             return "drafts without branches: this model's caches keep the first rows of a pass only"
         return why_no_branches(self.attached)

@@ -60,6 +60,7 @@ class AttachedModel:
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
+        text_source: what drafts from other texts beside the speculator (`mtp_mlx.decode.lookup.TextSource`), or None.
         peers: the processes that share this model, each with a part of it.
         kernels: kernels that may run in place of stock MLX, or None.
         exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
@@ -79,6 +80,7 @@ class AttachedModel:
         self.info: Any = None
         self.experience: Any = None
         self.branches: str | None = None
+        self.text_source: Any = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
@@ -178,6 +180,13 @@ class AttachedModel:
             yield
         finally:
             self._rows.ungated = False
+
+    @property
+    def why_chains(self) -> str:
+        """Why the rows of a pass must have positions one after another; "" if they need not."""
+        if self._recurrent:
+            return "this model's recurrent state reads every row of a pass"
+        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.

@@ -97,7 +97,7 @@ class Sequence:
         # Penalties look at the last tokens of the prompt, so these are always processed again.
         spare = max(1, request.sampling.history_size)
         cache, self.n_cached = prefixes.fetch(request.prompt, spare)
-        self._prefixes = prefixes
+        self._prefixes, self._texts = prefixes, model.text_source
         self.cache: list[Any] = model.make_cache() if cache is None else cache
         self.session, loop = open_loop(
             request.prompt[self.n_cached :],
@@ -158,6 +158,8 @@ class Sequence:
         if self._tokens is not None:
             self._tokens.close()
         n_own = len(self.request.prompt) - self.n_cached + self._text.count
+        if self._texts is not None:
+            self._texts.learn(self.request.prompt, self.session.generated[: self._text.count])
         kept = min(n_own, self.session.cached - self.session.start)  # the last token may not be in the cache
         self.session.settle(kept)
         self._prefixes.store(
