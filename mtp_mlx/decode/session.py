@@ -231,11 +231,10 @@ class Session:
         """Why drafts may have no branches; "" if they may."""
         if self.constraint is not None:
             return "drafts without branches: a grammar follows one text"
-        if self.attached.why_chains:
-            return f"drafts without branches: {self.attached.why_chains}"
-        if not self._caches.keeps_paths:
-            return "drafts without branches: this model's caches keep the first rows of a pass only"
-        return why_no_branches(self.attached)
+        reason = why_no_branches(self.attached)
+        if not reason and not self._caches.keeps_paths:
+            reason = "drafts without branches: this model's caches keep the first rows of a pass only"
+        return reason
 
     def trim(self, rows: int) -> None:
         """Removes the newest `rows` rows, at most those of the newest pass, from every layer's cache."""

@@ -231,11 +231,6 @@ class AttachedModel:
         return mx.concatenate([*below, first], axis=-1) if below else first
 
     @property
-    def places_rows(self) -> bool:
-        """Whether rows may have any positions: the model has rotary embeddings."""
-        return bool(self._seams.ropes)
-
-    @property
     def head_input_size(self) -> int:
         """Size of the last axis of `head_input`."""
         return (1 + len(self._layer_taps)) * self.hidden_size

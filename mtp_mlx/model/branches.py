@@ -36,7 +36,9 @@ def why_no_branches(model: AttachedModel) -> str:
 def _reason(model: AttachedModel) -> str:
     if model.exact:
         return "drafts without branches: exact decoding computes the rows of a text in its order"
-    if not model.places_rows or _numbers_rows(model):
+    if model.why_chains:
+        return f"drafts without branches: {model.why_chains}"
+    if _numbers_rows(model):
         return "drafts without branches: this model numbers the rows of a pass by itself"
     if _error(model) > (TOLERANCE if model.embed(mx.array([0])).dtype == mx.float32 else HALF_TOLERANCE):
         return "drafts without branches: a small tree gives this model other results than its chains"
