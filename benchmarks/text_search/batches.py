@@ -27,7 +27,10 @@ class _Running:
     def __init__(self, case: Case, text: Text, truth: Written, model: AttachedModel) -> None:
         self.text, self.stats = text, DecodeStats()
         with knowing(case, model, truth.tokens, len(text.prompt), len(text.prompt)):
-            drafting = api.plan_drafting(model, *arguments(case), self.stats, case.lookup != "none")
+            rows = case.rows if case.layout == "tree" else None
+            drafting = api.plan_drafting(
+                model, *arguments(case), self.stats, case.lookup != "none", rows=rows
+            )
             self.session, loop = open_loop(
                 list(text.prompt),
                 model,

@@ -27,7 +27,7 @@ DrafterName = Literal[
     "parallel-heads",
     "draft-model",
 ]
-CaseLayout = Literal["plain", "linear", "quadratic", "auto", "mixed"]
+CaseLayout = Literal["plain", "linear", "quadratic", "tree", "auto", "mixed"]
 LookupName = Literal["none", "text", "knowing"]
 Way = Literal["alone", "turns", "batch"]
 
@@ -63,7 +63,8 @@ class Case:
         drafter: the model's own drafter.
         acceptance: share of its drafts that are the right tokens; None for what it drafts by itself.
         drafts: drafts per step.
-        layout: as in `stream_generate`; "mixed" takes another one in every step.
+        layout: as in `stream_generate`; "mixed" takes another one in every step, with branches or without.
+        rows: of a pass of layout "tree".
         lookup: whether the text drafts too; "knowing" proposes the right tokens, most of them.
         tau: with slots, less likely drafts are not submitted; 0 for none.
         exact: whether real rows are those of plain decoding, bit for bit.
@@ -83,6 +84,7 @@ class Case:
     acceptance: float | None = None
     drafts: int = 1
     layout: CaseLayout = "plain"
+    rows: int = 8
     lookup: LookupName = "none"
     tau: float = 0.0
     exact: bool = False

@@ -18,14 +18,17 @@ from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.policy import Policy, Proposal
+from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
 from mtp_mlx.planning.choose import Drafting, plan_drafting
 from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.grow import merged
 from tests.tiny import VOCABULARY
 from text_search.case import Case
 from text_search.models import MOST_DRAFTS
 
+MOST_NODES = 8  # drafts that a mixed layout verifies
 ROOM = 64  # positions after the known text for which something is drafted too
 COST = StepCost((1, 40), (1, 64), (1.0, 1.5), (1.0, 1.5), (1,), (0.0,), 0.01, (1.0, 1.0))
 
@@ -43,7 +46,7 @@ class KnowingDrafter(Drafter):
 
     def __init__(self, real: Drafter, truth: Sequence[int], start: int, acceptance: float, seed: int) -> None:
         self._real, self.note = real, real.note
-        rng = np.random.default_rng([seed, start])
+        self._rng = rng = np.random.default_rng([seed, start])
         length = start + len(truth) + ROOM
         known = np.concatenate([np.zeros(start), truth, rng.integers(0, VOCABULARY, ROOM + 2 * MOST_DRAFTS)])
         table = np.stack([known[1 + slot : 1 + slot + length] for slot in range(MOST_DRAFTS)], axis=1)
@@ -55,7 +58,11 @@ class KnowingDrafter(Drafter):
         """See `Drafter`."""
         own = self._real.propose(verified)
         position = mx.minimum(verified.position, self._table.shape[0] - 1)
-        return LazyDrafts(self._table[position][: own.ids.shape[0]] + 0 * own.ids, own.confidences)
+        known = self._table[position]
+        if own.parents is None:
+            return LazyDrafts(known[: own.ids.shape[0]] + 0 * own.ids, own.confidences)
+        width = verified.layout.width
+        return _grown(known[: own.ids.shape[0] // width], width, 0 * own.ids[0], self._rng)
 
     def begin(self, prefix: Sequence[int], start: int) -> None:
         """See `Drafter`."""
@@ -76,6 +83,22 @@ class KnowingDrafter(Drafter):
     def commit(self, n_accepted: int) -> None:
         """See `Drafter`."""
         self._real.commit(n_accepted)
+
+
+def _grown(known: mx.array, width: int, nothing: mx.array, rng: np.random.Generator) -> LazyDrafts:
+    """A tree that has the chain `known` [k] as one of its paths, and `width` - 1 siblings of each of its drafts.
+
+    Each draft of the chain stands anywhere among its siblings, and every chance is as good as another.
+    """
+    ids, parents, parent = [], [], ROOT
+    for depth in range(known.shape[0]):
+        place = int(rng.integers(width))
+        siblings = (mx.arange(width) - place + known[depth]) % VOCABULARY
+        ids.append(siblings.astype(mx.int32) + nothing)
+        parents += [parent] * width
+        parent = depth * width + place
+    chances = rng.uniform(0.3, 0.9, len(parents)).astype(np.float32)
+    return LazyDrafts(mx.concatenate(ids), mx.array(chances), mx.array(parents, dtype=mx.int32))
 
 
 class KnowingLookup(LookupDrafter):
@@ -100,7 +123,7 @@ class MixedPolicy:
 
     def __init__(self, case: Case, seed: int) -> None:
         own = case.drafter != "none"
-        self.max_drafts, self.own_drafts = case.drafts, case.drafts if own else 0
+        self.max_drafts, self.own_drafts = MOST_NODES, case.drafts if own else 0
         self.verdict = ""
         self._slots, self._rng = case.has_slots, np.random.default_rng(seed)
 
@@ -110,13 +133,15 @@ class MixedPolicy:
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`."""
         given = [proposal for proposal in proposals if proposal.drafts] or [proposals[0]]
+        if len(given) == 2 and self._rng.integers(2):
+            given = [merged(given)]
         best = given[int(self._rng.integers(len(given)))]
-        best = best.cut(int(self._rng.integers(0, self.max_drafts + 1)))
-        count = len(best.drafts)
+        best = best.cut(int(self._rng.integers(0, MOST_NODES + 1)))
+        count, parents = len(best.drafts), best.tree.parents
         behind = self._rng.integers(0, self.own_drafts + 1, count + 1).tolist()
         if self._slots:
-            return best, Layout(count, tuple(behind))
-        return best, Layout.chained(count, behind[0])
+            return best, Layout.tree(parents, behind, int(self._rng.integers(1, 4)))
+        return best, Layout(count, (0,) * (count + 1), behind[0], parents)
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
         """Nothing to learn."""

@@ -131,7 +131,7 @@ def _of_a_batch(draw: _Draw) -> Case:
 def _common(draw: _Draw, architecture: str, layout: Any) -> Case:
     """What every way has; `layout` is one more layout to choose from."""
     drafter = draw.of(*choices("drafter"))
-    layouts = ("linear", "auto", layout, *(["quadratic", "quadratic"] if drafter in SLOT_DRAFTERS else []))
+    layouts = ("linear", "auto", "tree", layout, *(["quadratic"] * 2 if drafter in SLOT_DRAFTERS else []))
     return Case(
         architecture=architecture,
         dtype=draw.of("float32", "float16", "bfloat16"),
@@ -140,6 +140,7 @@ def _common(draw: _Draw, architecture: str, layout: Any) -> Case:
         acceptance=draw.of(None, 0.6, 0.9, 0.9, 1.0) if drafter != "none" else None,
         drafts=draw.upto(1, models.MOST_DRAFTS),
         layout=draw.of(*layouts, *layouts, "plain"),
+        rows=draw.of(8, 4, 12, 2),
         lookup=draw.of("none", "text", "knowing"),
         prefill_step_size=draw.of(2048, 1, 3, 8),
         sampling=_any_sampling(draw),

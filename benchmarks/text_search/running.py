@@ -168,6 +168,7 @@ def _drafted(case: Case, text: Text, model: AttachedModel, cache: list[Any], sta
         sampling=case.sampling,
         layout=layout,
         drafts=drafts,
+        rows=case.rows if layout == "tree" else None,
         lookup=case.lookup != "none",
         emission=Emission(tau=case.tau or None),
         stop=case.stop,

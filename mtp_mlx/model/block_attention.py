@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -83,10 +84,10 @@ def _rows_alone(
     mask: Any,
     sinks: Any,
 ) -> mx.array:
-    """The exact rows one at a time over the keys up to their own, as in mlx-lm; then the others together.
+    """The exact rows one at a time over the keys that they see, as in mlx-lm; then the others together.
 
-    Exact rows come first and see all rows before them, so row i of R sees all but the last R - 1 - i keys. As in
-    plain decoding there is no mask, unless a sliding window hides some of the keys.
+    An exact row sees the cached keys and those of its path, which the pass has added. As in plain decoding there is
+    no mask, unless a sliding window hides some of the keys.
     """
     n_rows = queries.shape[2]
     windowed = isinstance(cache.inner, WindowCache)
@@ -94,7 +95,7 @@ def _rows_alone(
     outputs = []
     hides = cache.rows.windowed and isinstance(mask, mx.array)
     for row in range(n_exact):
-        seen = _seen(cache, cached + row + 1, int(cache.offset) - n_rows + row)
+        seen = _seen(cache, cached, cache.rows.path(row), n_rows)
         own = mask[..., row : row + 1, :] if hides and mask.ndim > 1 else mask
         outputs.append(
             base.scaled_dot_product_attention(
@@ -118,19 +119,32 @@ def _rows_alone(
     return mx.concatenate(outputs, axis=2)
 
 
-def _seen(cache: BlockCache, last: int, position: int) -> list[slice]:
+def _seen(cache: BlockCache, cached: int, path: Sequence[int], n_rows: int) -> list[slice]:
     """Which of the keys a row sees, in the order of mlx-lm's cache.
 
     Args:
-        last: number of keys up to the row's own.
-        position: absolute position of the row.
+        cached: keys before those of the pass.
+        path: rows of the pass that the row sees, itself last.
+        n_rows: rows of the pass.
     """
-    inner = cache.inner
+    inner, total = cache.inner, cached + len(path)
     if not isinstance(inner, WindowCache):
-        return [slice(0, last)]
-    first = max(0, last - inner.window)
-    newest = last - inner.newest_first(position) if last - first == inner.window else first
-    return [part for part in (slice(newest, last), slice(first, newest)) if part.start < part.stop]
+        return _places(cached, path, 0, total)
+    first, position = max(0, total - inner.window), int(cache.offset) - n_rows + len(path) - 1
+    newest = total - inner.newest_first(position) if total - first == inner.window else first
+    return _places(cached, path, newest, total) + _places(cached, path, first, newest)
+
+
+def _places(cached: int, path: Sequence[int], start: int, stop: int) -> list[slice]:
+    """Where rows start to stop of the text of cached rows and a path are among the keys."""
+    found = [slice(start, min(stop, cached))] if start < min(stop, cached) else []
+    for row in range(max(start, cached), stop):
+        at = cached + path[row - cached]
+        if found and found[-1].stop == at:
+            found[-1] = slice(found[-1].start, at + 1)
+        else:
+            found.append(slice(at, at + 1))
+    return found
 
 
 def _rows_at(parts: list[slice], array: mx.array) -> mx.array:

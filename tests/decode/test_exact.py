@@ -20,6 +20,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, drafting, random_adapter
+from tests.decode.trees import AnyTree, KnowingTrees
 from tests.tiny import tiny_model
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
@@ -149,6 +150,34 @@ def test_a_quantised_cache_is_exact_too() -> None:
     found_tokens, found = drafted_logits(attached, "linear", tokens, **options)
     assert found_tokens == tokens
     assert same_bits(expected, found)
+
+
+TREES: list[tuple[str, int, dict[str, Any]]] = [
+    ("llama", 0, {}),
+    ("qwen3", 4, {}),
+    ("gemma3_text", 0, {}),
+    ("olmo3", 0, {}),
+    ("qwen3", 0, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "bits", "options"), TREES)
+def test_rows_of_a_tree_are_those_of_plain_decoding(
+    name: str, bits: int, options: dict[str, Any], seed: int
+) -> None:
+    """A row sees its ancestors and no other branch, at the position of its depth."""
+    base = tiny_model(name, seed=3, hidden_size=64, intermediate_size=96, head_dim=32)
+    if bits:
+        nn.quantize(base, group_size=32, bits=bits)
+    attached, stats = adapted(base, exact=True), DecodeStats()
+    tokens, expected = plain_logits(attached, 40, **options)
+    policy: Any = AnyTree(MOST_SLOTS, seed)
+    with drafting(KnowingTrees(tokens, len(PROMPT), 0.9, seed)):  # type: ignore[arg-type]
+        steps = mtp_generate_step(PROMPT, attached, max_tokens=40, policy=policy, stats=stats, **options)
+        found = list(steps)
+    assert [item.token for item in found] == tokens and same_bits(expected, [item.logits for item in found])
+    assert sum(layout.startswith("tree") for layout in stats.layouts) > 4 and sum(stats.accepted) > 8
 
 
 def mlx_lm_turns(base: Any, cache: list[Any], prompts: list[list[int]], most: int) -> list[list[mx.array]]:
