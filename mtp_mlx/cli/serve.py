@@ -46,6 +46,10 @@ class ServeSettings(PrecisionOptions, CacheOptions, LoadingOptions, DraftingOpti
     host: str = setting("127.0.0.1", help="Address to listen on")
     port: int = setting(8080, help="Port to listen on; 0 = any free one", minimum=0, maximum=65535)
     api_key_file: Path | None = setting(None, help=f"File with the API key (or set {KEY_VARIABLE})")
+    strict_model: bool = setting(False, help="Refuse requests that name another model")
+    cors_origin: tuple[str, ...] = setting(
+        (), help="Origin whose web pages may use the server; * = any (repeatable)"
+    )
     open_to_all: bool = setting(False, help="Accept requests from other machines without a key")
     temp: float = setting(0.0, help="Temperature if a request has none", minimum=0)
     max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
@@ -73,6 +77,7 @@ def command(**options: Any) -> None:
         if importlib.util.find_spec(package) is None:
             raise MTPError(f"the server needs {package}: pip install 'mtp-mlx[serve]'")
     key = read_key(settings)
+    check_origins(settings.cors_origin)
     listener = listen(settings.host, settings.port)
     with listener:
         run(settings, application(settings, key), listener)
@@ -100,6 +105,17 @@ def read_key(settings: ServeSettings) -> str | None:
             f"{KEY_VARIABLE}), or allow it with --open-to-all"
         )
     return key
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Raise MTPError unless each of them is * or an origin as browsers send it."""
+    for origin in origins:
+        scheme, _, rest = origin.partition("://")
+        if origin != "*" and (not scheme or not rest or set(rest) & set("/ ?#")):
+            raise MTPError(
+                f"--cors-origin {origin!r} is no origin: write scheme, host and port, such as "
+                "http://localhost:3000, or * for any"
+            )
 
 
 def is_loopback(host: str) -> bool:
@@ -194,8 +210,8 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     name = settings.name or Path(settings.model).name
     return Application(
         engine,
-        Prompts(tokenizer, name, model.vocab_size, limits, grammars),
-        AppSettings(key, settings.max_body_bytes, host_names(settings.host)),
+        Prompts(tokenizer, name, model.vocab_size, limits, grammars, settings.strict_model),
+        AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
 
 

@@ -11,9 +11,10 @@ import secrets
 from typing import Any
 
 from mtp_mlx.serve.fields import Fields, message_text
-from mtp_mlx.serve.openai_api import NO_TOOLS
-from mtp_mlx.serve.prompts import Prompts
+from mtp_mlx.serve.prompts import ChatPrompt, Prompts
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError, Summary
+from mtp_mlx.serve.tools import ToolUse
+from mtp_mlx.serve.turns import chat_turns
 
 IGNORED = frozenset("metadata service_tier inference_geo cache_control".split())
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -52,22 +53,20 @@ def message(body: dict[str, Any], prompts: Prompts) -> MessageAnswer:
 def count_tokens(body: dict[str, Any], prompts: Prompts) -> dict[str, Any]:
     """The response of /v1/messages/count_tokens; raises like `message`."""
     fields = Fields(body, IGNORED)
-    ids = _conversation(fields, prompts)
-    fields.end()
-    return {"input_tokens": len(ids)}
+    return {"input_tokens": len(_conversation(fields, prompts).ids)}
 
 
-def _conversation(fields: Fields, prompts: Prompts) -> list[int]:
+def _conversation(fields: Fields, prompts: Prompts) -> ChatPrompt:
     prompts.check_model(fields)
-    fields.refuse("tools", NO_TOOLS, [])
-    fields.refuse("tool_choice", NO_TOOLS, {"type": "none"}, {"type": "auto"})
+    fields.refuse("tools", "tools", [])
+    fields.refuse("tool_choice", "tools", {"type": "none"}, {"type": "auto"})
     fields.refuse("thinking", "the model has no such setting", {"type": "disabled"})
     messages, system = fields.take("messages"), fields.take("system")
     if (
         system is not None and isinstance(messages, list) and messages
     ):  # a system prompt alone is not a conversation
         messages = [{"role": "system", "content": message_text(system, "system")}, *messages]
-    return prompts.conversation(messages, ROLES)
+    return prompts.chat(chat_turns(messages), ToolUse())
 
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
