@@ -14,10 +14,13 @@ import json
 import secrets
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_mlx.token_ids import text_of
+
+LONGEST_TAG = 16  # tokens
 Transitions = dict[str, list[tuple[str, str]]]
 
 UNREAD_CALL = "a tool call could not be read and is part of the text"
@@ -97,6 +100,14 @@ def transitions_of(tokenizer: Any, tools: bool) -> Transitions:
     for state, rest in own.items():
         edges.setdefault(state, []).extend(edge for edge in rest if tools or edge[1] != "tool")
     return edges
+
+
+def opens_thinking(tokenizer: Any, prompt: Sequence[int]) -> bool:
+    """Whether a prompt ends with the tag that opens thinking, as templates write it for the model."""
+    if not tokenizer.has_thinking:
+        return False
+    end = text_of(tokenizer, prompt[-LONGEST_TAG:])
+    return end.rstrip().endswith(tokenizer.think_start)
 
 
 class Splitter:
@@ -231,6 +242,36 @@ class AnswerParts:
             return [_call(value) for value in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # mlx-lm's parsers raise whatever the model's text leads them to
             return []
+
+
+class Thoughts:
+    """Tells for each piece of a text whether it is thinking, its tags included.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        prompt: token ids before the text; its last few are enough.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        start = "reasoning" if opens_thinking(tokenizer, prompt) else "normal"
+        self._splitter = Splitter(transitions_of(tokenizer, tools=False), start)
+
+    def take(self, text: str) -> bool:
+        """Whether any of the next piece is thinking."""
+        before = self._splitter.state
+        runs = self._splitter.feed(text)
+        return "reasoning" in (before, self._splitter.state, *(run.state for run in runs))
+
+
+def told_apart(tokenizer: Any, prompt: Sequence[int], text: str) -> Parts:
+    """Answer and thinking of a whole text; tool calls stay in the answer.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        prompt: token ids before the text; its last few are enough.
+    """
+    start = "reasoning" if opens_thinking(tokenizer, prompt) else "normal"
+    return AnswerParts(tokenizer, PartsSettings(start), Counter()).feed(text, "length")
 
 
 def _call(parsed: Any) -> ToolCall:

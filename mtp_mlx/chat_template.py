@@ -110,14 +110,6 @@ def thinking_options(tokenizer: Any, thinking: Thinking) -> dict[str, Any]:
     raise MTPError(f"the model's chat template has {has}: leave thinking at auto")
 
 
-def opens_thinking(tokenizer: Any, prompt: list[int]) -> bool:
-    """Whether a prompt ends with the tag that opens thinking, as templates write it for the model."""
-    if not tokenizer.has_thinking:
-        return False
-    end = str(tokenizer.decode(prompt[-16:]))
-    return end.rstrip().endswith(tokenizer.think_start)
-
-
 def check_template(tokenizer: Any, vocab_size: int) -> None:
     """Tries the chat template, if there is one, on a message that every template should take.
 

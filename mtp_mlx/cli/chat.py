@@ -19,6 +19,7 @@ from mtp_mlx.cli.options import (
     ModelOptions,
     PrecisionOptions,
     SamplingOptions,
+    ThinkingOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
@@ -36,7 +37,13 @@ PROMPT = "> "
 
 @dataclass(frozen=True)
 class ChatSettings(
-    PrecisionOptions, EmissionOptions, LoadingOptions, DraftingOptions, SamplingOptions, ModelOptions
+    PrecisionOptions,
+    EmissionOptions,
+    LoadingOptions,
+    DraftingOptions,
+    SamplingOptions,
+    ThinkingOptions,
+    ModelOptions,
 ):
     """Options of `mtp-mlx chat`; they mean what they mean in `mtp-mlx generate`."""
 
@@ -86,7 +93,7 @@ def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | No
     check_template(tokenizer, model.vocab_size)
     if not tokenizer.has_chat_template:
         tell("this tokenizer has no chat template: messages are joined line by line")
-    conversation = Conversation(model, tokenizer, settings.system)
+    conversation = Conversation(model, tokenizer, settings.system, settings.thinking)
     chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color)
     if sys.stdin.isatty():
         tell(f"{settings.model}; /help for commands, /quit to leave")

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.options import CacheOptions, DraftingOptions, LoadingOptions, ModelOptions, PrecisionOptions
+from mtp_mlx.cli.options import (
+    CacheOptions,
+    DraftingOptions,
+    LoadingOptions,
+    ModelOptions,
+    PrecisionOptions,
+    ThinkingOptions,
+)
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
 
@@ -39,7 +46,9 @@ Examples:
 
 
 @dataclass(frozen=True)
-class ServeSettings(PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ModelOptions):
+class ServeSettings(
+    PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ThinkingOptions, ModelOptions
+):
     """Options of `mtp-mlx serve`."""
 
     name: str | None = setting(None, help="Model name in requests (default: its name or folder)")
@@ -164,7 +173,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
-    from mtp_mlx.chat_template import check_template
+    from mtp_mlx.chat_template import check_template, thinking_options
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.decode.cache_check import check_quantisation
     from mtp_mlx.decode.stats import DecodeStats
@@ -194,6 +203,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter, rows=decode.rows
     )  # refuses bad settings now, not at the first request
     check_template(tokenizer, model.vocab_size)
+    thinking_options(tokenizer, settings.thinking)
     check_quantisation(model, model.make_cache(), decode.kv_bits, decode.kv_group_size)
     grammars = _grammars(model, tokenizer)
     engine = Engine(
@@ -205,7 +215,11 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         grammars=grammars,
     )
     limits = Limits(
-        settings.max_prompt_tokens, settings.max_output_tokens, settings.max_tokens, settings.temp
+        settings.max_prompt_tokens,
+        settings.max_output_tokens,
+        settings.max_tokens,
+        settings.temp,
+        settings.thinking,
     )
     name = settings.name or Path(settings.model).name
     return Application(

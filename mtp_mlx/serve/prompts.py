@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.answer_parts import PartsSettings
+from mtp_mlx.answer_parts import PartsSettings, opens_thinking
 from mtp_mlx.api import encode_prompt
-from mtp_mlx.chat_template import Thinking, chat_ids, opens_thinking, thinking_options
+from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars

@@ -1,7 +1,7 @@
 """A server whose model writes what a script says, with drafting on: the script stands in for a model's judgement.
 
 The weights are random; the script is a constraint that leaves one token at each position. The chat template has
-tools, thinking and a switch for it, in the manner of Qwen3.5's.
+tools, thinking and a switch for it, in the manner of Qwen3.5's: thinking before the last question is dropped.
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ TEMPLATE = """\
 Tools:{% for tool in tools %}
 {{ tool | tojson }}{% endfor %}<|im_end|>
 {% endif %}
+{%- set last = namespace(question=-1) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for message in messages %}
 {%- if message.role == 'tool' %}<|im_start|>user
 <tool_response>{{ message.content }}</tool_response><|im_end|>
 {% else %}<|im_start|>{{ message.role }}
-{% if message.reasoning_content and loop.last %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{% if message.reasoning_content and loop.index0 > last.question %}
+{{- '<think>' + message.reasoning_content + '</think>' }}{% endif %}
 {{- message.content }}
 {%- for made in message.tool_calls or [] %}{% set tool_call = made.function %}<tool_call>
 {"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
@@ -60,8 +65,8 @@ def save_agent(root: Path, template: str = TEMPLATE) -> Path:
     return root
 
 
-class _Script:
-    """A `Constraint` that allows the script's tokens only."""
+class Scripted:
+    """A `Constraint` that allows the tokens of a script only."""
 
     def __init__(self, tokens: list[int], vocab_size: int) -> None:
         self._tokens, self._vocab_size = tokens, vocab_size
@@ -89,7 +94,7 @@ class ScriptedEngine(Engine):
         if request.grammar is not None:
             return super()._sequence(request)
         tokens = self.tokenizer.encode(self.script(prompt), add_special_tokens=False)
-        constraint = _Script([*tokens, self.tokenizer.eos_token_id], self.model.vocab_size)
+        constraint = Scripted([*tokens, self.tokenizer.eos_token_id], self.model.vocab_size)
         shared = 0 if self._batch is None else self._batch.own_drafts
         return Sequence(
             self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint, shared
