@@ -242,13 +242,12 @@ def stream_generate(
     policy = led_policy(drafting.policy, model.peers)
     kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
     steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)
-    answer = AnswerText(tokenizer, stop, max_tokens, stats.fallbacks)
-    thoughts = Thoughts(tokenizer, [*kwargs.get("prefix", ())[-LONGEST_TAG:], *ids])
-    clock = _Clock(len(ids))
+    reading = (
+        AnswerText(tokenizer, stop, max_tokens, stats.fallbacks),
+        Thoughts(tokenizer, [*kwargs.get("prefix", ())[-LONGEST_TAG:], *ids]),
+    )
     with wired_limit(model.model), closing(steps):
-        for response in _responses(
-            model.peers.each(steps), answer, thoughts, clock, stats, emission.lossless
-        ):
+        for response in _responses(model.peers.each(steps), *reading, len(ids), stats, emission.lossless):
             if response.finish_reason is not None:
                 stats.verdict = policy.verdict
             yield response
@@ -269,11 +268,12 @@ def _responses(
     tokens: Iterator[Token],
     answer: AnswerText,
     thoughts: Thoughts,
-    clock: _Clock,
+    prompt_tokens: int,
     stats: DecodeStats,
     lossless: bool,
 ) -> Generator[GenerationResponse, None, None]:
     """A response per token, up to the end of the answer."""
+    clock = _Clock(prompt_tokens)
     for count, item in enumerate(tokens, start=1):
         if count == 1:
             clock.first = time.perf_counter()

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mtp_mlx.serve import anthropic_api, openai_answers, openai_api
+from mtp_mlx.serve import anthropic_answers, anthropic_api, openai_answers, openai_api
 from mtp_mlx.serve.engine import FAILED, Engine, Ticket
 from mtp_mlx.serve.fields import parse_object
 from mtp_mlx.serve.prompts import Answer, Prompts
@@ -64,7 +64,7 @@ class Application:
         self._created = int(time.time())
         # Parsing a request applies templates and tokenises: in one thread, so that the event loop is not blocked.
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="mtp-mlx-reader")
-        openai, anthropic = openai_answers.error_body, anthropic_api.error_body
+        openai, anthropic = openai_answers.error_body, anthropic_answers.error_body
         routes = [
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),

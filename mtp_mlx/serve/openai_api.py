@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtp_mlx.chat_template import Thinking, template_variables
+from mtp_mlx.serve.effort import effort_option, thinking_by
 from mtp_mlx.serve.fields import Fields, checked_text
 from mtp_mlx.serve.openai_answers import ChatAnswer, CompletionAnswer
 from mtp_mlx.serve.prompts import Prompts
@@ -21,8 +22,6 @@ from mtp_mlx.serve.turns import chat_turns
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity".split()
 )
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-NO_EFFORT = EFFORTS[:2]  # turn thinking off; the others turn it on
 
 
 def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
@@ -94,23 +93,6 @@ def thinking_of(fields: Fields, prompts: Prompts) -> tuple[Thinking | None, dict
     if effort is None:
         return None, given
     return thinking_by(effort, "reasoning_effort"), effort_option(effort, prompts) | given
-
-
-def thinking_by(effort: Any, name: str) -> Thinking:
-    """Thinking as an effort asks for it.
-
-    Args:
-        effort: one of EFFORTS.
-        name: of the field that it is in, for errors.
-    """
-    if effort not in EFFORTS:
-        raise RequestError(f"{name} must be one of {', '.join(EFFORTS)}", field=name)
-    return "off" if effort in NO_EFFORT else "on"
-
-
-def effort_option(effort: str, prompts: Prompts) -> dict[str, Any]:
-    """The template's variable `reasoning_effort`, if it reads one."""
-    return {"reasoning_effort": effort} if "reasoning_effort" in template_variables(prompts.tokenizer) else {}
 
 
 def completion(body: dict[str, Any], prompts: Prompts) -> CompletionAnswer:

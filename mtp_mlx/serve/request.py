@@ -15,11 +15,18 @@ class RequestError(Exception):
     Attributes:
         status: HTTP status.
         field: the field of the request that caused it, or None.
+        details: for clients that go on in another way after some errors.
     """
 
-    def __init__(self, message: str, status: int = 400, field: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        field: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.message, self.status, self.field = message, status, field
+        self.message, self.status, self.field, self.details = message, status, field, details
 
 
 @dataclass(frozen=True)
