@@ -23,8 +23,9 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.adapter_folder import Header, sidecar
+from mtp_mlx.answer_parts import LONGEST_TAG, Thoughts
 from mtp_mlx.base_model import load_base
-from mtp_mlx.chat_template import chat_ids
+from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -63,6 +64,7 @@ class GenerationResponse:
         stats: counts so far, shared by all responses of a generation.
         finish_reason: "stop", "length", or None before the end.
         lossless: whether the text is exactly the model's own; False for unverified emission.
+        thinking: whether the text is part of the model's thinking, between the tokenizer's tags for it.
     """
 
     text: str
@@ -78,6 +80,7 @@ class GenerationResponse:
     stats: DecodeStats
     finish_reason: str | None = None
     lossless: bool = True
+    thinking: bool = False
 
     @property
     def logprobs(self) -> mx.array:
@@ -233,28 +236,44 @@ def stream_generate(
     emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
-    ids = encode_prompt(tokenizer, prompt)
-    check_ids(ids, model.vocab_size, "the prompt", tokenizer)
-    if note := beyond_context(model.model, len(kwargs.get("prefix", ())) + len(ids)):
-        stats.notes.append(note)
+    ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens, rows)
     policy = led_policy(drafting.policy, model.peers)
     kwargs |= {"sampling": sampling, "lookup": drafting.lookup, "emission": emission, "stats": stats}
     steps = mtp_generate_step(ids, model, max_tokens=max_tokens, policy=policy, **kwargs)
-    answer = AnswerText(tokenizer, stop, max_tokens, stats.fallbacks)
-    clock = _Clock(len(ids))
+    reading = (
+        AnswerText(tokenizer, stop, max_tokens, stats.fallbacks),
+        Thoughts(tokenizer, [*kwargs.get("prefix", ())[-LONGEST_TAG:], *ids]),
+    )
     with wired_limit(model.model), closing(steps):
-        for response in _responses(model.peers.each(steps), answer, clock, stats, emission.lossless):
+        for response in _responses(model.peers.each(steps), *reading, len(ids), stats, emission.lossless):
             if response.finish_reason is not None:
                 stats.verdict = policy.verdict
             yield response
 
 
+def _checked_ids(
+    model: AttachedModel, tokenizer: TokenizerWrapper, prompt: Prompt, stats: DecodeStats, n_before: int
+) -> list[int]:
+    """Token ids of a prompt behind `n_before` others; notes in `stats` if they exceed the model's context."""
+    ids = encode_prompt(tokenizer, prompt)
+    check_ids(ids, model.vocab_size, "the prompt", tokenizer)
+    if note := beyond_context(model.model, n_before + len(ids)):
+        stats.notes.append(note)
+    return ids
+
+
 def _responses(
-    tokens: Iterator[Token], answer: AnswerText, clock: _Clock, stats: DecodeStats, lossless: bool
+    tokens: Iterator[Token],
+    answer: AnswerText,
+    thoughts: Thoughts,
+    prompt_tokens: int,
+    stats: DecodeStats,
+    lossless: bool,
 ) -> Generator[GenerationResponse, None, None]:
     """A response per token, up to the end of the answer."""
+    clock = _Clock(prompt_tokens)
     for count, item in enumerate(tokens, start=1):
         if count == 1:
             clock.first = time.perf_counter()
@@ -273,6 +292,7 @@ def _responses(
             stats=stats,
             finish_reason=reason,
             lossless=lossless,
+            thinking=thoughts.take(text),
         )
         if reason is not None:
             return
@@ -306,14 +326,20 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
 
 
-def chat_prompt(tokenizer: TokenizerWrapper, prompt: str, system: str | None = None) -> list[int]:
+def chat_prompt(
+    tokenizer: TokenizerWrapper, prompt: str, system: str | None = None, thinking: Thinking = "auto"
+) -> list[int]:
     """Token ids of a user's message in the tokenizer's chat template, or as plain text if it has none.
 
+    Args:
+        thinking: "on" or "off", through the template's own switch; "auto" leaves it to mlx-lm.
+
     Raises:
-        MTPError: if the template rejects the messages.
+        MTPError: if the template rejects the messages, or has no such switch.
     """
+    options = thinking_options(tokenizer, thinking)
     if not tokenizer.has_chat_template:
         return encode_prompt(tokenizer, prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return chat_ids(tokenizer, messages)
+    return chat_ids(tokenizer, messages, options=options)

@@ -6,21 +6,39 @@ leave out what it does not know, such as tool calls.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Literal
 
-from jinja2.exceptions import TemplateAssertionError, TemplateSyntaxError
+from jinja2 import Environment, meta
+from jinja2.exceptions import TemplateAssertionError, TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.token_ids import check_ids
 
+Thinking = Literal["auto", "on", "off"]
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
+SWITCHES = ("enable_thinking", "thinking")  # the names under which templates switch thinking
+
+
+def chat_ids(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+
+    Args:
+        tools: tools in OpenAI's form, or None.
+        options: further variables of the template, such as `enable_thinking`.
 
     Raises:
         MTPError: if the template does not parse, or rejects the messages, as many do with a system message.
     """
-    ids = _apply(tokenizer, messages, tools, add_generation_prompt=True)
+    ids = _apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=True)
     if not isinstance(ids, (list, tuple)):  # transformers 5 returns a BatchEncoding, or a list
         ids = ids["input_ids"]
     if ids and not isinstance(ids[0], int):
@@ -40,6 +58,56 @@ def chat_text(
         MTPError: as `chat_ids`.
     """
     return str(_apply(tokenizer, messages, tools, add_generation_prompt=answer_follows, tokenize=False))
+
+
+def template_variables(tokenizer: Any) -> frozenset[str]:
+    """Names that the chat template reads from outside, other than those that every template is given.
+
+    For a template that is a Python function, the switches among its parameters, or `enable_thinking` if it takes any
+    name, as mlx-lm's own functions do.
+    """
+    function = getattr(tokenizer, "_chat_template", None)
+    own = getattr(type(tokenizer._tokenizer), "apply_chat_template", None)
+    if function is None and own is not PreTrainedTokenizerBase.apply_chat_template:
+        function = own
+    if function is not None:
+        parameters = inspect.signature(function).parameters
+        named = frozenset(SWITCHES) & frozenset(parameters)
+        takes_any = any(given.kind is given.VAR_KEYWORD for given in parameters.values())
+        return named or (frozenset(SWITCHES[:1]) if takes_any else frozenset())
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates by name, of which transformers takes one
+        return frozenset().union(*(_variables(text) for text in template.values()))
+    return _variables(template) if isinstance(template, str) else frozenset()
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:  # tags that only transformers knows, or no template at all
+        return frozenset(name for name in SWITCHES[:1] if name in template)
+    read = meta.find_undeclared_variables(tree)
+    always = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset(read) - frozenset(always) - {"messages", "raise_exception", "strftime_now"}
+
+
+def thinking_options(tokenizer: Any, thinking: Thinking) -> dict[str, Any]:
+    """The template's variables that turn thinking on or off; none for "auto", which leaves it to mlx-lm.
+
+    Raises:
+        MTPError: if thinking cannot be turned off, or the model has none.
+    """
+    if thinking == "auto":
+        return {}
+    known = template_variables(tokenizer)
+    switches = [name for name in SWITCHES if name in known]
+    if switches:
+        return dict.fromkeys(switches, thinking == "on")
+    if thinking == "on" and tokenizer.has_thinking:
+        return {}  # it always thinks
+    has = "no switch for thinking" if tokenizer.has_thinking else "no thinking to turn " + thinking
+    raise MTPError(f"the model's chat template has {has}: leave thinking at auto")
 
 
 def check_template(tokenizer: Any, vocab_size: int) -> None:

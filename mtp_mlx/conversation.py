@@ -17,8 +17,9 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.answer_parts import told_apart
 from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
-from mtp_mlx.chat_template import chat_ids
+from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.decode.stats import DecodeStats
@@ -37,7 +38,7 @@ class Turn:
         prefilled: those of them that were not in the cache.
         stats: counts of decoding.
         tokens: ids of the answer, including an end-of-text id.
-        text: the answer.
+        text, thinking: the answer, and what the model thought before it.
         last: the last response, or None before the first token.
         stopped: whether Ctrl-C or the consumer ended it.
     """
@@ -47,6 +48,7 @@ class Turn:
     stats: DecodeStats = field(default_factory=DecodeStats)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    thinking: str = ""
     last: GenerationResponse | None = None
     stopped: bool = False
 
@@ -57,15 +59,24 @@ class Conversation:
     Args:
         model, tokenizer: from `mtp_mlx.load`.
         system: system message, or None for the chat template's default.
+        thinking: "on" or "off", through the template's own switch; "auto" leaves it to mlx-lm.
 
     Attributes:
-        messages: all messages so far, the system message first; a stopped answer is kept as far as it got.
+        messages: all messages so far, the system message first; a stopped answer is kept as far as it got. The
+            thinking before it is its `reasoning_content`, of which the template keeps as much as it wants.
         turns: one per answer.
         restarts: how often the cache was emptied, because it could not be trimmed or did not say what it holds.
     """
 
-    def __init__(self, model: AttachedModel, tokenizer: TokenizerWrapper, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: AttachedModel,
+        tokenizer: TokenizerWrapper,
+        system: str | None = None,
+        thinking: Thinking = "auto",
+    ) -> None:
         self._model, self._tokenizer, self._system = model, tokenizer, system
+        self._options = thinking_options(tokenizer, thinking)
         self.reset()
 
     def reset(self) -> None:
@@ -146,17 +157,20 @@ class Conversation:
             self._empty_cache()
         else:
             self._cached = said[:held]
+        parts = told_apart(self._tokenizer, ids, turn.text)
+        turn.text, turn.thinking = parts.text, parts.thinking
         if turn.tokens:
             if self._model.text_source is not None:
                 self._model.text_source.learn(ids, turn.tokens)
-            self.messages += [question, {"role": "assistant", "content": turn.text}]
+            thinking = {"reasoning_content": turn.thinking} if turn.thinking else {}
+            self.messages += [question, {"role": "assistant", "content": turn.text, **thinking}]
             self.turns.append(turn)
 
     def _encode(self, messages: list[Message]) -> list[int]:
         """Token ids of the conversation up to where the answer begins."""
         if not self._tokenizer.has_chat_template:
             return encode_prompt(self._tokenizer, "\n".join(message["content"] for message in messages))
-        return chat_ids(self._tokenizer, messages)
+        return chat_ids(self._tokenizer, messages, options=self._options)
 
     def _keep_shared(self, ids: list[int], spare: int) -> int:
         """Trims the cache to the prefix it shares with `ids` without the last `spare`; returns its length."""

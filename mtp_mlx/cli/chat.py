@@ -20,6 +20,7 @@ from mtp_mlx.cli.options import (
     ModelOptions,
     PrecisionOptions,
     SamplingOptions,
+    ThinkingOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
@@ -43,6 +44,7 @@ class ChatSettings(
     LoadingOptions,
     DraftingOptions,
     SamplingOptions,
+    ThinkingOptions,
     ModelOptions,
 ):
     """Options of `mtp-mlx chat`; they mean what they mean in `mtp-mlx generate`."""
@@ -104,7 +106,7 @@ def prepare(
         tell("this tokenizer has no chat template: messages are joined line by line")
     if learns:
         tell(f"answers are added to {settings.memory}, which then holds pieces of them")
-    conversation = Conversation(model, tokenizer, settings.system)
+    conversation = Conversation(model, tokenizer, settings.system, settings.thinking)
     chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color)
     if sys.stdin.isatty():
         tell(f"{settings.model}; /help for commands, /quit to leave")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.generation_report import Run, legend, statistics_line, tint
+from mtp_mlx.cli.generation_report import Run, legend, statistics_line, styled
 from mtp_mlx.cli.progress import prompt_progress
 from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
@@ -141,9 +141,7 @@ class Repl:
         try:
             with closing(responses):
                 for response in responses:
-                    tinted = chat.color and response.from_draft
-                    part = click.style(response.text, fg=tint(response.depth)) if tinted else response.text
-                    click.echo(part, nl=False, color=chat.color or None)
+                    click.echo(styled(response, chat.color), nl=False, color=chat.color or None)
         except KeyboardInterrupt:
             stopped = True
         answers = chat.conversation.turns[known:]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, tint
+from mtp_mlx.cli.generation_report import Run, histograms, legend, report, statistics_line, styled
 from mtp_mlx.cli.options import GenerateSettings
 from mtp_mlx.config import from_yaml, options_for, to_dict
 from mtp_mlx.distributed import launched_rank, launched_size
@@ -76,8 +76,9 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
     """
     if settings.prompt is not None and settings.prompt_file is not None:
         raise MTPError("both --prompt and --prompt-file were given: give one of them")
-    if raw and settings.system:
-        raise MTPError("--system needs the chat template, which --raw leaves out: give only one of them")
+    templated = {"--system": settings.system, "--thinking": settings.thinking != "auto"}
+    if raw and (option := next((name for name, given in templated.items() if given), None)):
+        raise MTPError(f"{option} needs the chat template, which --raw leaves out: give only one of them")
     if settings.prompt_file is not None:
         try:
             text = settings.prompt_file.read_text(encoding="utf-8")
@@ -132,10 +133,7 @@ class _Printer:
         """Write the text that this token completes."""
         if not self._streaming or not response.text:
             return
-        text = response.text
-        if self._color and response.from_draft:
-            text = click.style(text, fg=tint(response.depth))
-        click.echo(text, nl=False, color=self._color or None)
+        click.echo(styled(response, self._color), nl=False, color=self._color or None)
 
     def end(self) -> None:
         """Write a newline after the text."""
@@ -147,6 +145,7 @@ def generate(
     settings: GenerateSettings, prompt: str, raw: bool, printer: _Printer, peers: Peers | None = None
 ) -> Run:
     """Load the model, decode and print; Ctrl-C ends the text and sets `interrupted`."""
+    from mtp_mlx.answer_parts import told_apart
     from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.cli.progress import cost_progress, prompt_progress
@@ -164,7 +163,10 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
-    ids = encode_prompt(tokenizer, prompt) if raw else chat_prompt(tokenizer, prompt, settings.system)
+    if raw:
+        ids = encode_prompt(tokenizer, prompt)
+    else:
+        ids = chat_prompt(tokenizer, prompt, settings.system, settings.thinking)
     _same_work(model, settings, ids)
     known = plain_speed.recall(settings.model, quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
@@ -196,6 +198,7 @@ def generate(
         prompt_progress_callback=prompt_progress(),
     )
     _consume(responses, run, printer)
+    run.parts = told_apart(tokenizer, ids, run.text)
     run.kernels = {} if model.kernels is None else model.kernels.report()
     if model.peers.alone:  # several processes together say nothing about the speed of this machine
         _remember_plain_speed(settings, run)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from mtp_mlx.answer_parts import Parts
     from mtp_mlx.api import GenerationResponse
     from mtp_mlx.cli.options import GenerateSettings
     from mtp_mlx.decode.emission import Emission
@@ -31,6 +32,7 @@ class Run:
         layout: the layout in use.
         plain_tok_per_s: remembered speed of plain decoding, or None.
         kernels: number of calls by kernel and implementation; empty if no kernel can run.
+        parts: answer and thinking, told apart; None before the end.
     """
 
     stats: DecodeStats
@@ -42,6 +44,7 @@ class Run:
     last: GenerationResponse | None = None
     interrupted: bool = False
     kernels: dict[str, int] = field(default_factory=dict)
+    parts: Parts | None = None
 
     @property
     def tok_per_s(self) -> float | None:
@@ -77,6 +80,8 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
     last, emission = run.last, emission_of(settings)
     return {
         "text": run.text,
+        "answer": run.parts.text if run.parts else run.text,
+        "thinking": run.parts.thinking if run.parts else "",
         "tokens": run.tokens,
         "prompt_tokens": last.prompt_tokens if last else None,
         "generation_tokens": len(run.tokens),
@@ -184,6 +189,14 @@ def legend(slots: int) -> str:
     """The colour of each depth."""
     tints = [click.style(f"draft {depth}", fg=tint(depth)) for depth in range(1, slots + 1)]
     return "model's own pick · " + " · ".join(tints)
+
+
+def styled(response: GenerationResponse, color: bool) -> str:
+    """The text of a response: thinking is dimmed, and accepted drafts are tinted if `color`."""
+    tinted = tint(response.depth) if color and response.from_draft else None
+    if not response.text or (tinted is None and not response.thinking):
+        return response.text
+    return click.style(response.text, fg=tinted, dim=response.thinking or None)
 
 
 def tint(depth: int) -> int:

@@ -23,6 +23,13 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class ThinkingOptions:
+    """Whether the model thinks before it answers."""
+
+    thinking: Literal["auto", "on", "off"] = setting("auto", help="Switch the model's thinking on or off")
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are picked, as in mlx-lm."""
 
@@ -104,6 +111,7 @@ class GenerateSettings(
     LoadingOptions,
     DraftingOptions,
     SamplingOptions,
+    ThinkingOptions,
     PromptOptions,
     ModelOptions,
 ):

@@ -24,6 +24,7 @@ from mtp_mlx.cli.options import (
     LoadingOptions,
     ModelOptions,
     PrecisionOptions,
+    ThinkingOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
@@ -47,7 +48,13 @@ Examples:
 
 @dataclass(frozen=True)
 class ServeSettings(
-    PrecisionOptions, CacheOptions, LearningOptions, LoadingOptions, DraftingOptions, ModelOptions
+    PrecisionOptions,
+    CacheOptions,
+    LearningOptions,
+    LoadingOptions,
+    DraftingOptions,
+    ThinkingOptions,
+    ModelOptions,
 ):
     """Options of `mtp-mlx serve`."""
 
@@ -55,6 +62,10 @@ class ServeSettings(
     host: str = setting("127.0.0.1", help="Address to listen on")
     port: int = setting(8080, help="Port to listen on; 0 = any free one", minimum=0, maximum=65535)
     api_key_file: Path | None = setting(None, help=f"File with the API key (or set {KEY_VARIABLE})")
+    strict_model: bool = setting(False, help="Refuse requests that name another model")
+    cors_origin: tuple[str, ...] = setting(
+        (), help="Origin whose web pages may use the server; * = any (repeatable)"
+    )
     open_to_all: bool = setting(False, help="Accept requests from other machines without a key")
     temp: float = setting(0.0, help="Temperature if a request has none", minimum=0)
     max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
@@ -82,6 +93,7 @@ def command(**options: Any) -> None:
         if importlib.util.find_spec(package) is None:
             raise MTPError(f"the server needs {package}: pip install 'mtp-mlx[serve]'")
     key = read_key(settings)
+    check_origins(settings.cors_origin)
     listener = listen(settings.host, settings.port)
     with listener:
         run(settings, application(settings, key), listener)
@@ -109,6 +121,17 @@ def read_key(settings: ServeSettings) -> str | None:
             f"{KEY_VARIABLE}), or allow it with --open-to-all"
         )
     return key
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Raise MTPError unless each of them is * or an origin as browsers send it."""
+    for origin in origins:
+        scheme, _, rest = origin.partition("://")
+        if origin != "*" and (not scheme or not rest or set(rest) & set("/ ?#")):
+            raise MTPError(
+                f"--cors-origin {origin!r} is no origin: write scheme, host and port, such as "
+                "http://localhost:3000, or * for any"
+            )
 
 
 def is_loopback(host: str) -> bool:
@@ -157,7 +180,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
-    from mtp_mlx.chat_template import check_template
+    from mtp_mlx.chat_template import check_template, thinking_options
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.cli.progress import cost_progress
     from mtp_mlx.decode.cache_check import check_quantisation
@@ -190,6 +213,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter, rows=decode.rows
     )  # refuses bad settings now, not at the first request
     check_template(tokenizer, model.vocab_size)
+    thinking_options(tokenizer, settings.thinking)
     check_quantisation(model, model.make_cache(), decode.kv_bits, decode.kv_group_size)
     grammars = _grammars(model, tokenizer)
     engine = Engine(
@@ -201,13 +225,17 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         grammars=grammars,
     )
     limits = Limits(
-        settings.max_prompt_tokens, settings.max_output_tokens, settings.max_tokens, settings.temp
+        settings.max_prompt_tokens,
+        settings.max_output_tokens,
+        settings.max_tokens,
+        settings.temp,
+        settings.thinking,
     )
     name = settings.name or Path(settings.model).name
     return Application(
         engine,
-        Prompts(tokenizer, name, model.vocab_size, limits, grammars),
-        AppSettings(key, settings.max_body_bytes, host_names(settings.host)),
+        Prompts(tokenizer, name, model.vocab_size, limits, grammars, settings.strict_model),
+        AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
 
 

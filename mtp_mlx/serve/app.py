@@ -14,13 +14,14 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mtp_mlx.serve import anthropic_api, openai_api
+from mtp_mlx.serve import anthropic_answers, anthropic_api, openai_answers, openai_api
 from mtp_mlx.serve.engine import FAILED, Engine, Ticket
 from mtp_mlx.serve.fields import parse_object
 from mtp_mlx.serve.prompts import Answer, Prompts
@@ -45,11 +46,13 @@ class AppSettings:
         max_body_bytes: largest request body.
         hosts: allowed `Host` headers, or None for any. On loopback this protects against DNS rebinding: a web page
             whose host name resolves to this machine.
+        cors_origins: origins whose web pages may use the server, or "*" for all; none by default.
     """
 
     api_key: str | None = None
     max_body_bytes: int = 4 << 20
     hosts: tuple[str, ...] | None = tuple(LOOPBACK_NAMES)
+    cors_origins: tuple[str, ...] = ()
 
 
 class Application:
@@ -61,7 +64,7 @@ class Application:
         self._created = int(time.time())
         # Parsing a request applies templates and tokenises: in one thread, so that the event loop is not blocked.
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="mtp-mlx-reader")
-        openai, anthropic = openai_api.error_body, anthropic_api.error_body
+        openai, anthropic = openai_answers.error_body, anthropic_answers.error_body
         routes = [
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),
@@ -72,9 +75,9 @@ class Application:
             self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
             self._route("/v1/messages/count_tokens", self._count_tokens, "POST", anthropic),
         ]
-        hosts = self._settings.hosts
-        middleware = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
-        self.starlette = Starlette(routes=routes, middleware=middleware, lifespan=self._lifespan)
+        self.starlette = Starlette(
+            routes=routes, middleware=_middleware(self._settings), lifespan=self._lifespan
+        )
 
     @property
     def model_name(self) -> str:
@@ -186,6 +189,8 @@ class Application:
 
         async def handle(request: Request) -> Response:
             answer: Answer = await self._read(read, await self._body(request))
+            for name in self._engine.metrics.ignored(answer.request.ignored):
+                log.warning("the field %r of a request is not known here and has no effect", name)
             events: asyncio.Queue[Event] = asyncio.Queue()
             ticket = self._engine.submit(answer.request, _deliverer(events))
             handed_over = False
@@ -204,6 +209,23 @@ class Application:
                     ticket.cancel()
 
         return handle
+
+
+def _middleware(settings: AppSettings) -> list[Middleware]:
+    """Checks of hosts and origins."""
+    found = []
+    if settings.hosts is not None:
+        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts)))
+    if settings.cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
+        )
+    return found
 
 
 async def _collect(request: Request, most: int, too_large: RequestError) -> bytes:

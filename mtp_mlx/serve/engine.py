@@ -20,13 +20,15 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.answer_parts import UNREAD_CALL
+from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.planning.choose import recorded_acceptance
 from mtp_mlx.serve.batch import Batch, Member, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
-from mtp_mlx.serve.grammar import Grammars
+from mtp_mlx.serve.grammar import AfterThinking, Grammars
 from mtp_mlx.serve.metrics import Metrics
 from mtp_mlx.serve.prefix_cache import PrefixCache
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError, Summary
@@ -241,11 +243,14 @@ class Engine:
                 self._admitting = 0
 
     def _sequence(self, request: GenerationRequest) -> Sequence:
-        constraint = None
+        constraint: Constraint | None = None
         if request.grammar is not None:
             if self.grammars is None:
                 raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'")
             constraint = self.grammars.start(request.grammar)
+            if request.parts is not None and request.parts.start == "reasoning":
+                end = tuple(self.tokenizer.think_end_tokens)
+                constraint = AfterThinking(constraint, end, self.model.vocab_size)
         shared = 0 if self._batch is None else self._batch.own_drafts
         return Sequence(
             self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint, shared
@@ -364,6 +369,8 @@ class Engine:
         add("mtp_mlx_cached_prompt_tokens_total", summary.cached_tokens)
         add("mtp_mlx_generated_tokens_total", summary.generation_tokens)
         add("mtp_mlx_steps_total", stats.steps)
+        add("mtp_mlx_tool_calls_total", sequence.n_calls)
+        add("mtp_mlx_unread_tool_calls_total", stats.fallbacks[UNREAD_CALL])
         for depth, (reached, accepted) in enumerate(
             zip(stats.submitted, stats.accepted, strict=True), start=1
         ):

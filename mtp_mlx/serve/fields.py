@@ -1,4 +1,4 @@
-"""Reading the JSON of a request: every field is checked, and unknown fields are refused by name."""
+"""Reading the JSON of a request: known fields are checked, and the names of unknown ones are kept, to be counted."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Fields:
         value = self._left.pop(name, default)
         return value if value is None else checked_text(value, name)
 
-    def flag(self, name: str) -> bool:
-        """Take a boolean; False if it is missing."""
-        value = self._left.pop(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Take a boolean."""
+        value = self._left.pop(name, default)
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", field=name)
         return value
@@ -115,11 +115,13 @@ class Fields:
         if value is not None and value not in harmless:
             raise RequestError(f"{name} is not supported: {why}", field=name)
 
-    def end(self) -> None:
-        """Refuse fields that nobody took."""
-        if self._left:
-            name = sorted(self._left)[0]
-            raise RequestError(f"{name} is not supported", field=name)
+    def ignore(self, name: str) -> None:
+        """Count a part of a field among those that have no effect."""
+        self._left[name] = True
+
+    def left(self) -> tuple[str, ...]:
+        """Names of the fields that nobody took; they have no effect."""
+        return tuple(sorted(self._left))
 
     def sampling(self, default_temperature: float, seed: int) -> SamplingConfig:
         """Take all sampling fields. `seed` is the default seed.

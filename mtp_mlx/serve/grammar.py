@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.errors import MTPError
 
 # A weak model may write endless white space where JSON allows it; this is enough for indented objects.
@@ -122,3 +123,44 @@ class GrammarConstraint:
                 return
             if not self._matcher.consume_token(token):
                 raise MTPError(f"the grammar library failed: {self._matcher.get_error()}")
+
+
+class AfterThinking:
+    """A `Constraint` that lets the model think freely, and takes effect behind the tag that ends its thinking.
+
+    Args:
+        inner: for the answer.
+        end: [n] token ids of the tag, n >= 1.
+        vocab_size: V, columns of the masks.
+    """
+
+    def __init__(self, inner: Constraint, end: tuple[int, ...], vocab_size: int) -> None:
+        self._inner, self._end, self._vocab_size = inner, end, vocab_size
+        self._last: list[int] = []  # the last n - 1 tokens at most
+        self._thinking = True
+
+    def allowed(self, drafts: list[int]) -> np.ndarray:
+        """See `Constraint.allowed`."""
+        n_free = self._free(drafts)
+        free = np.ones((n_free, self._vocab_size), dtype=bool)
+        if n_free == len(drafts) + 1:
+            return free
+        return np.concatenate([free, self._inner.allowed(drafts[n_free:])])
+
+    def commit(self, tokens: list[int]) -> None:
+        """See `Constraint.commit`."""
+        n_free = self._free(tokens)
+        self._inner.commit(tokens[n_free:])
+        self._thinking = self._thinking and n_free > len(tokens)
+        self._last = [*self._last, *tokens][-len(self._end) :]
+
+    def _free(self, tokens: list[int]) -> int:
+        """How many rows are free: one for each of `tokens` up to the tag's last, and one more if it is not there."""
+        if not self._thinking:
+            return 0
+        text = list(self._last)
+        for i, token in enumerate(tokens):
+            text.append(token)
+            if tuple(text[-len(self._end) :]) == self._end:
+                return i + 1
+        return len(tokens) + 1

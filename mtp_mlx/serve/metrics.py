@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+MOST_FIELDS, LONGEST_FIELD = 64, 64
 
 HELP = {
     "mtp_mlx_requests_total": ("counter", "HTTP requests answered, by path and status"),
     "mtp_mlx_cancelled_total": ("counter", "Requests whose client disconnected"),
+    "mtp_mlx_ignored_fields_total": ("counter", "Fields of requests that had no effect, by name"),
+    "mtp_mlx_tool_calls_total": ("counter", "Tool calls written"),
+    "mtp_mlx_unread_tool_calls_total": ("counter", "Tool calls that could not be read and were left as text"),
     "mtp_mlx_prompt_tokens_total": ("counter", "Prompt tokens"),
     "mtp_mlx_cached_prompt_tokens_total": ("counter", "Prompt tokens taken from the prefix cache"),
     "mtp_mlx_generated_tokens_total": ("counter", "Tokens written"),
@@ -31,6 +36,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: Counter[tuple[str, str]] = Counter()
+        self._fields: set[str] = set()
         self._first: Counter[float] = Counter()
         self._first_sum = 0.0
         self._first_count = 0
@@ -39,6 +45,25 @@ class Metrics:
         """Add to a counter."""
         with self._lock:
             self._values[name, _labels(labels)] += amount  # type: ignore[assignment]
+
+    def ignored(self, fields: Iterable[str]) -> list[str]:
+        """Count fields that had no effect; returns those counted by name for the first time.
+
+        The names come from clients, so only the first `MOST_FIELDS` are counted by name, and the rest as "other".
+        """
+        new = []
+        for field in fields:
+            with self._lock:
+                if (
+                    field not in self._fields
+                    and len(self._fields) < MOST_FIELDS
+                    and len(field) <= LONGEST_FIELD
+                ):
+                    self._fields.add(field)
+                    new.append(field)
+                known = field in self._fields
+            self.add("mtp_mlx_ignored_fields_total", field=field if known else "other")
+        return new
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""

@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.answer_parts import PartsSettings, opens_thinking
 from mtp_mlx.api import encode_prompt
-from mtp_mlx.chat_template import chat_ids
+from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
+from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
 from mtp_mlx.token_ids import check_ids
 
-MOST_MESSAGES = 4096
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
 
 
@@ -27,13 +28,31 @@ class Limits:
     Attributes:
         prompt, output: most tokens of the prompt, and of the text.
         default_output: most tokens of the text if the request has no max_tokens.
-        temperature: if the request has none.
+        temperature, thinking: if the request has none.
     """
 
     prompt: int = 32768
     output: int = 32768
     default_output: int = 1024
     temperature: float = 0.0
+    thinking: Thinking = "auto"
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt as the model reads it.
+
+    Attributes:
+        ids: token ids, up to where the model goes on.
+        parts: how to read what it writes; None to take all of it as the answer.
+        schema: JSON schema of the tool call that it must write, or None.
+        notes: what of the request had no effect, in words.
+    """
+
+    ids: list[int]
+    parts: PartsSettings | None
+    schema: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -41,8 +60,9 @@ class Prompts:
     """Builds requests for the engine.
 
     Attributes:
-        model_name: the model's name in requests and responses.
+        model_name: the model's name in responses.
         vocab_size: token ids are below this.
+        strict_model: refuse requests that name another model.
     """
 
     tokenizer: TokenizerWrapper
@@ -50,38 +70,66 @@ class Prompts:
     vocab_size: int
     limits: Limits = field(default_factory=Limits)
     grammars: Grammars | None = None
+    strict_model: bool = False
 
     def check_model(self, fields: Fields) -> None:
-        """Take the field `model`, which must name the served model.
+        """Take the field `model`. Any name stands for the served model unless `strict_model`.
 
         Raises:
-            RequestError: 404 if it names another one.
+            RequestError: 404 if it names another one and `strict_model`.
         """
         name = fields.text("model")
-        if name not in (None, self.model_name, "default"):
+        if self.strict_model and name not in (None, self.model_name, "default"):
             raise RequestError(
-                f"this server serves the model {self.model_name!r}, not {name!r}", status=404, field="model"
+                f"this server serves the model {self.model_name!r}, not {name!r} (--strict-model)",
+                status=404,
+                field="model",
             )
 
-    def conversation(self, messages: Any, roles: dict[str, str]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins.
+    def chat(
+        self,
+        turns: list[dict[str, Any]],
+        tools: ToolUse,
+        thinking: Thinking | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """A conversation in the chat template, up to where the answer begins.
 
         Args:
-            messages: a list of {"role", "content"}.
-            roles: role in the request -> role in the chat template.
+            turns: messages as chat templates read them.
+            tools: that the model may call; if it must, its answer is begun with the opening tag.
+            thinking: that the request asks for; None for the server's setting.
+            options: further variables of the template.
 
         Raises:
-            RequestError: if `messages` is not such a list, or the template rejects it.
+            RequestError: if the model has no chat template or no tool calls, or the template rejects the messages.
         """
-        if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
-            raise RequestError(f"messages must be a list of 1 to {MOST_MESSAGES} messages", field="messages")
-        if not self.tokenizer.has_chat_template:
+        tokenizer, notes = self.tokenizer, []
+        if not tokenizer.has_chat_template:
             raise RequestError("this model has no chat template: use /v1/completions")
-        turns = [_turn(message, f"messages[{i}]", roles) for i, message in enumerate(messages)]
+        if tools and not tokenizer.has_tool_calling:
+            raise RequestError(NO_TOOLS, field="tools")
+        switched = dict(options or {})
         try:
-            return chat_ids(self.tokenizer, turns)
+            wanted = "off" if tools.required and tokenizer.has_thinking else thinking or self.limits.thinking
+            switched = {**thinking_options(tokenizer, wanted), **switched}
+        except MTPError as error:
+            notes.append(str(error))
+        try:
+            ids = chat_ids(tokenizer, turns, list(tools.tools) or None, switched)
         except MTPError as error:
             raise RequestError(str(error)) from None
+        start = getattr(tokenizer, "response_initial_state", None) or "normal"
+        if opens_thinking(tokenizer, ids):
+            start = "reasoning"
+        schema = None
+        if tools.required:
+            text = f"{tokenizer.think_end}\n\n" if start == "reasoning" else ""
+            ids += tokenizer.encode(text + opening(tokenizer), add_special_tokens=False)
+            start = "tool"
+            schema = call_schema(tools.tools) if writes_json(tokenizer) and self.grammars else None
+        parts = PartsSettings(start, tools.tools or None, tools.parallel)
+        return ChatPrompt(ids, parts, schema, tuple(notes))
 
     def text(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, which is a string or a list of ids."""
@@ -97,32 +145,26 @@ class Prompts:
 
     def request(
         self,
-        prompt: list[int],
+        prompt: ChatPrompt | list[int],
         fields: Fields,
         max_tokens: int | None,
         stop: tuple[str, ...],
         top_logprobs: int | None = None,
         schema: dict[str, Any] | None = None,
     ) -> GenerationRequest:
-        """Build the engine's request; takes the sampling from `fields` and refuses any fields left over.
+        """Build the engine's request; takes the sampling from `fields`, and ignores any fields left over.
 
         Raises:
-            RequestError: if a limit is exceeded, or a field is invalid or unknown.
+            RequestError: if a limit is exceeded, or a field is invalid.
         """
         limits = self.limits
         sampling = fields.sampling(limits.temperature, secrets.randbelow(SEEDS))
-        fields.end()
-        if not prompt:
-            raise RequestError("the prompt is empty", field="prompt")
-        try:
-            check_ids(prompt, self.vocab_size, "the prompt", self.tokenizer)
-        except MTPError as error:
-            raise RequestError(str(error), field="prompt") from None
-        if len(prompt) > limits.prompt:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this server allows at most {limits.prompt} "
-                "(--max-prompt-tokens)"
-            )
+        if isinstance(prompt, list):
+            prompt = ChatPrompt(prompt, None)
+        if schema is not None and prompt.schema is not None:
+            raise RequestError("a JSON schema and a tool that must be called exclude each other")
+        schema = schema or prompt.schema
+        self._check_length(prompt.ids)
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
             raise RequestError(
@@ -131,7 +173,30 @@ class Prompts:
                 field="max_tokens",
             )
         grammar = None if schema is None else self.grammar(schema)
-        return GenerationRequest(prompt, max_tokens, sampling, stop, top_logprobs, grammar)
+        return GenerationRequest(
+            prompt.ids,
+            max_tokens,
+            sampling,
+            stop,
+            top_logprobs,
+            grammar,
+            prompt.parts,
+            fields.left(),
+            prompt.notes,
+        )
+
+    def _check_length(self, ids: list[int]) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty", field="prompt")
+        try:
+            check_ids(ids, self.vocab_size, "the prompt", self.tokenizer)
+        except MTPError as error:
+            raise RequestError(str(error), field="prompt") from None
+        if len(ids) > self.limits.prompt:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; this server allows at most {self.limits.prompt} "
+                "(--max-prompt-tokens)"
+            )
 
     def grammar(self, schema: dict[str, Any]) -> str:
         """The compiled grammar of a JSON schema.
@@ -145,18 +210,6 @@ class Prompts:
             return self.grammars.from_schema(schema)
         except MTPError as error:
             raise RequestError(str(error)) from None
-
-
-def _turn(message: Any, where: str, roles: dict[str, str]) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise RequestError(f"{where} must be an object with role and content", field="messages")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in roles:
-        raise RequestError(f"{where}: role must be one of {', '.join(roles)}, not {role!r}", field="messages")
-    for name in ("tool_calls", "function_call", "audio"):
-        if message.get(name):
-            raise RequestError(f"{where}: {name} is not supported", field="messages")
-    return {"role": roles[role], "content": message_text(message.get("content"), f"{where}.content")}
 
 
 class Answer(Protocol):

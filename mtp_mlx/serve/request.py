@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtp_mlx.answer_parts import PartsSettings, ToolCall
 from mtp_mlx.decode.pick import SamplingConfig
 
 
@@ -14,11 +15,18 @@ class RequestError(Exception):
     Attributes:
         status: HTTP status.
         field: the field of the request that caused it, or None.
+        details: for clients that go on in another way after some errors.
     """
 
-    def __init__(self, message: str, status: int = 400, field: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        field: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.message, self.status, self.field = message, status, field
+        self.message, self.status, self.field, self.details = message, status, field, details
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,10 @@ class GenerationRequest:
         sampling: how tokens are picked, including the seed.
         stop: strings that end the text and are not part of it.
         top_logprobs: number of alternatives to report with each token's log-probability; None to report nothing.
-        grammar: compiled grammar that the text must follow, or None.
+        grammar: compiled grammar that the text must follow (behind the thinking, if it starts in it), or None.
+        parts: how to tell thinking and tool calls from the answer; None to take the whole text as the answer.
+        ignored: names of the fields that had no effect, since nobody here knows them.
+        notes: what else had no effect, in words.
     """
 
     prompt: list[int]
@@ -40,6 +51,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     grammar: str | None = None
+    parts: PartsSettings | None = None
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Summary:
     """What is reported at the end of a text.
 
     Attributes:
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length", or "tool_calls" if it stopped after a tool call.
         stop: the stop string that ended it, or None.
         prompt_tokens, cached_tokens: length of the prompt, and how much of it came from the prefix cache.
         generation_tokens: tokens written, including an end-of-text token.
@@ -80,14 +94,18 @@ class Piece:
     """What one token adds to the text.
 
     Attributes:
-        text: the text that this token completes; may be empty.
+        text: the text of the answer that this token completes; may be empty.
         logprob: of the token, if requested.
         summary: None before the last piece.
+        thinking: the same for thinking.
+        calls: tool calls that it completes.
     """
 
     text: str
     logprob: TokenLogprob | None = None
     summary: Summary | None = None
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

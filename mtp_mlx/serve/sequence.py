@@ -10,6 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.answer_parts import AnswerParts, Parts
 from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.decode.loop import DecodeLoop, open_loop
 from mtp_mlx.decode.policy import LayoutName
@@ -119,6 +120,13 @@ class Sequence:
         self._chunks = self.session.prefill_chunks()
         self._tokens: Generator[Token, None, None] | None = None
         self._text = AnswerText(tokenizer, request.stop, request.max_tokens, self.stats.fallbacks)
+        self._parts = None
+        if request.parts is not None:
+            self._parts = AnswerParts(tokenizer, request.parts, self.stats.fallbacks)
+        for name in request.ignored:
+            self.stats.fallbacks[f"the field {name!r} is not known here and had no effect"] += 1
+        for note in request.notes:
+            self.stats.fallbacks[note] += 1
         self._started = time.perf_counter()
         self.done = False
         self.batched_steps = 0
@@ -174,12 +182,22 @@ class Sequence:
 
     def _piece(self, token: Token) -> Piece:
         text, reason = self._text.feed(token.token)
+        parts = Parts(text) if self._parts is None else self._parts.feed(text, reason)
+        if self.n_calls and reason != "length":
+            assert self.request.parts is not None
+            if reason == "stop" or not self.request.parts.parallel:
+                reason = "tool_calls"
         summary = None
         if reason is not None:
             self.done = True
             self.stats.verdict = self.policy.verdict
             summary = self._summary(reason)
-        return Piece(text, self._logprob(token), summary)
+        return Piece(parts.text, self._logprob(token), summary, parts.thinking, parts.calls)
+
+    @property
+    def n_calls(self) -> int:
+        """Tool calls so far."""
+        return 0 if self._parts is None else self._parts.n_calls
 
     def _logprob(self, token: Token) -> TokenLogprob | None:
         count = self.request.top_logprobs

@@ -53,6 +53,11 @@ def refused(*arguments: Any) -> str:
     return result.output
 
 
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://a b", "", "http://"])
+def test_origins_are_origins(origin: str) -> None:
+    assert "is no origin: write scheme, host and port" in refused("--cors-origin", origin)
+
+
 def test_help_has_an_example_to_run() -> None:
     result = serve("--help")
     assert result.exit_code == 0 and "mtp-mlx serve" in result.output and "curl" in result.output

@@ -31,10 +31,10 @@ NAME = "tiny"
 VOCABULARY = 300  # every byte has a token, as a grammar needs
 
 
-def save_model(root: Path) -> Path:
-    """A folder with `model` and `adapter` in it."""
-    save_tiny(root / "model", "qwen3", seed=3, vocab_size=VOCABULARY)
-    model = tiny_model("qwen3", seed=3, vocab_size=VOCABULARY)
+def save_model(root: Path, rows: int = VOCABULARY) -> Path:
+    """A folder with `model` and `adapter` in it; the model's embedding has `rows` rows."""
+    save_tiny(root / "model", "qwen3", seed=3, vocab_size=rows)
+    model = tiny_model("qwen3", seed=3, vocab_size=rows)
     adapter = random_adapter(model)
     save_adapter(root / "adapter", adapter, mask_header(adapter.config, "tiny", base_fingerprint(model)))
     return root
@@ -96,13 +96,15 @@ def serving(
     engine: EngineSettings | None = None,
     app: AppSettings | None = None,
     limits: Limits | None = None,
+    strict_model: bool = False,
 ) -> Iterator[Server]:
     """A server with the model of `save_model`; plain layout unless `engine` says otherwise."""
     model, tokenizer = load_model(root)
     grammars = Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
     settings = engine or EngineSettings(decode=DecodeSettings(layout="plain"))
     running = Engine(model, tokenizer, settings, grammars=grammars)
-    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits or Limits(default_output=24), grammars)
+    limits = limits or Limits(default_output=24)
+    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model)
     with served(Application(running, prompts, app or AppSettings())) as port:
         yield Server(port, running, prompts)
 

@@ -224,8 +224,17 @@ def test_models(gpt: Any) -> None:
     assert [model.id for model in gpt.models.list()] == [NAME] and gpt.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError, match="serves the model 'tiny'"):
         gpt.models.retrieve("gpt-9")
-    with pytest.raises(openai.NotFoundError, match="serves the model 'tiny'"):
-        gpt.chat.completions.create(model="gpt-9", messages=user("a"))
+    # In a request, any name stands for the one model that runs.
+    answer = gpt.chat.completions.create(model="gpt-9", messages=user("a"), max_tokens=2)
+    assert answer.model == NAME
+
+
+def test_names_of_models_can_be_strict(root: Path) -> None:
+    with serving(root, strict_model=True) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.NotFoundError, match="serves the model 'tiny'"):
+                client.chat.completions.create(model="gpt-9", messages=user("a"))
+            client.chat.completions.create(model="default", messages=user("a"), max_tokens=1)
 
 
 def test_errors_reach_the_clients_as_theirs(gpt: Any, claude: Any) -> None:
@@ -234,5 +243,5 @@ def test_errors_reach_the_clients_as_theirs(gpt: Any, claude: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature is 7.5e-05"):
         gpt.chat.completions.create(model=NAME, messages=user("a"), temperature=7.5e-5)
     tools = [{"name": "x", "description": "y", "input_schema": {"type": "object"}}]
-    with pytest.raises(anthropic.BadRequestError, match="tools is not supported"):
+    with pytest.raises(anthropic.BadRequestError, match="this model cannot call tools"):
         claude.messages.create(model=NAME, messages=user("a"), max_tokens=5, tools=tools)

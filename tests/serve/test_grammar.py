@@ -26,7 +26,7 @@ from tests.serve.running import VOCABULARY, save_model
 from tests.tiny import tiny_model
 
 llguidance = pytest.importorskip("llguidance")
-from mtp_mlx.serve.grammar import Grammars  # noqa: E402
+from mtp_mlx.serve.grammar import AfterThinking, Grammars  # noqa: E402
 
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"a": {"type": "integer", "maximum": 999}}, "required": ["a"]},
@@ -170,3 +170,40 @@ def test_unverified_emission_is_refused(loaded: Any) -> None:
                 [1], loaded[0], policy=policy, emission=Emission("static"), constraint=constraint
             )
         )
+
+
+class Free:
+    """A `Constraint` that allows the token numbered as many as there were before it."""
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+
+    def allowed(self, drafts: list[int]) -> np.ndarray:
+        rows = np.zeros((1 + len(drafts), 40), dtype=bool)
+        for row in range(len(rows)):
+            rows[row, len(self.text) + row] = True
+        return rows
+
+    def commit(self, tokens: list[int]) -> None:
+        self.text += tokens
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 2), max_size=16),
+    cuts=st.lists(st.integers(0, 16), max_size=5),
+    end=st.sampled_from([(2,), (1, 2), (1, 1, 2)]),
+)
+def test_nothing_is_forbidden_up_to_the_tag(tokens: list[int], cuts: list[int], end: tuple[int, ...]) -> None:
+    """Every row of every step, however the text is cut: free up to the tag's last token, then the inner's."""
+    found = [i + len(end) for i in range(len(tokens)) if tuple(tokens[i : i + len(end)]) == end]
+    first = found[0] if found else len(tokens) + 1  # rows before this one are free
+    inner = Free()
+    after = AfterThinking(inner, end, 40)
+    bounds = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
+    for begin, stop in zip(bounds, bounds[1:]):
+        rows = after.allowed(tokens[begin:stop])
+        for row, position in zip(rows, range(begin, stop + 1), strict=True):
+            assert row.all() if position < first else row.tolist().index(True) == position - first
+        after.commit(tokens[begin:stop])
+    assert inner.text == tokens[first:]

@@ -1,0 +1,120 @@
+"""Messages and tools of Anthropic's API -> those that chat templates read, which have OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtp_mlx.serve.fields import Fields, checked_text, message_text
+from mtp_mlx.serve.request import RequestError
+from mtp_mlx.serve.tools import ToolUse, checked_tool, chosen, tool_list
+from mtp_mlx.serve.turns import Turn, call_turn, message_list, result_of
+
+ROLES = ("user", "assistant", "system")
+CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "named"}
+
+
+def message_turns(messages: Any, system: Any) -> list[Turn]:
+    """The turns of a conversation. A user's message with results of tools becomes a turn for each of them.
+
+    Raises:
+        RequestError: if a message is not as Anthropic's API describes it, or holds anything but text.
+    """
+    turns: list[Turn] = []
+    if system is not None:
+        turns.append({"role": "system", "content": message_text(system, "system")})
+    names: dict[str, str] = {}  # of the tools called so far, by the call's id
+    for i, message in enumerate(message_list(messages)):
+        where, role = f"messages[{i}]", message.get("role")
+        if role not in ROLES:
+            raise RequestError(
+                f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}", field="messages"
+            )
+        content = message.get("content")
+        if not isinstance(content, list):
+            turns.append({"role": role, "content": message_text(content, f"{where}.content")})
+        elif role == "assistant":
+            turns.append(_said(content, f"{where}.content", names))
+        else:
+            turns += _asked(role, content, f"{where}.content", names)
+    return turns
+
+
+def _kind(block: Any) -> Any:
+    return block.get("type") if isinstance(block, dict) else None
+
+
+def _said(content: list[Any], where: str, names: dict[str, str]) -> Turn:
+    """An assistant's message: text, thinking and tool calls."""
+    texts, thoughts, calls = [], [], []
+    for i, block in enumerate(content):
+        kind, at = _kind(block), f"{where}[{i}]"
+        if kind == "text":
+            texts.append(checked_text(block.get("text"), f"{at}.text"))
+        elif kind == "thinking":
+            thoughts.append(checked_text(block.get("thinking"), f"{at}.thinking"))
+        elif kind == "tool_use":
+            call = call_turn(block.get("id"), block.get("name"), block.get("input"), at)
+            names[call["id"]] = call["function"]["name"]
+            calls.append(call)
+        elif kind != "redacted_thinking":  # nobody here could read it
+            raise RequestError(f"{at}: blocks of type {kind!r} are not supported", field="messages")
+    turn: Turn = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        turn["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        turn["tool_calls"] = calls
+    return turn
+
+
+def _asked(role: str, content: list[Any], where: str, names: dict[str, str]) -> list[Turn]:
+    """A user's message: results of tools and text, in their order."""
+    turns: list[Turn] = []
+    for i, block in enumerate(content):
+        kind, at = _kind(block), f"{where}[{i}]"
+        if kind == "text":
+            text = checked_text(block.get("text"), f"{at}.text")
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += text
+            else:
+                turns.append({"role": role, "content": text})
+        elif kind == "tool_result" and role == "user":
+            turns.append(_result(block, at, names))
+        else:
+            raise RequestError(f"{at}: blocks of type {kind!r} are not supported", field="messages")
+    return turns or [{"role": role, "content": ""}]
+
+
+def _result(block: dict[str, Any], where: str, names: dict[str, str]) -> Turn:
+    content = block.get("content")
+    text = "" if content is None else message_text(content, f"{where}.content")
+    if block.get("is_error") is True:  # chat templates know no other way to say so
+        text = f"Error: {text}"
+    return {"role": "tool", "content": text, **result_of(block.get("tool_use_id"), None, names, where)}
+
+
+def tool_use(fields: Fields) -> ToolUse:
+    """Take tools and tool_choice. Tools that only Anthropic's servers or models know are left out, and counted.
+
+    Raises:
+        RequestError: if one of them is invalid.
+    """
+    tools = []
+    for i, tool in enumerate(tool_list(fields.take("tools"))):
+        kind = tool.get("type", "custom")
+        if kind not in ("custom", None):
+            fields.ignore(f"tools.{checked_text(kind, f'tools[{i}].type')}")
+            continue
+        tools.append(
+            checked_tool(tool.get("name"), tool.get("description"), tool.get("input_schema"), f"tools[{i}]")
+        )
+    choice = fields.take("tool_choice", {"type": "auto"})
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if not isinstance(kind, str) or kind not in CHOICES:
+        raise RequestError(
+            f"tool_choice must be an object whose type is one of {', '.join(CHOICES)}", field="tool_choice"
+        )
+    single = choice.get("disable_parallel_tool_use") or False
+    if not isinstance(single, bool):
+        raise RequestError("tool_choice.disable_parallel_tool_use must be true or false", field="tool_choice")
+    name = checked_text(choice.get("name"), "tool_choice.name") if kind == "tool" else None
+    return chosen(tools, CHOICES[kind], name, not single)
