@@ -232,6 +232,8 @@ class Session:
             return "drafts without branches: a grammar follows one text"
         if not self._caches.keeps_paths:
             return "drafts without branches: this model's caches keep the first rows of a pass only"
+        if self.attached.reads_places:
+            return f"drafts without branches: this model {self.attached.reads_places}"
         return ""
 
     def trim(self, rows: int) -> None:

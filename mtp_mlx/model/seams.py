@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,19 @@ def check_slot_seams(seams: Seams, name: str) -> None:
         raise MTPError(
             f"model type '{name}' has no seam 'linear' in its layers: gated LoRA has nothing to wrap"
         )
+
+
+def reads_places(trunk: nn.Module) -> str:
+    """What a trunk does by a row's place in the pass, where positions given to its rotary embeddings do not reach.
+
+    As the end of a sentence; "" if it does nothing so.
+    """
+    for layer in trunk.layers:
+        if "attn_scale" in inspect.signature(type(layer).__call__).parameters:  # Ministral 3, Mistral 4
+            return "scales queries by their place in a pass"
+        if any(getattr(module, "is_sparse_attn", False) for module in layer.modules()):  # MiniMax M3
+            return "chooses blocks of keys by their place in a pass"
+    return ""
 
 
 def is_recurrent(caches: list) -> bool:
