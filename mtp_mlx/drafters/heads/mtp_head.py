@@ -66,7 +66,9 @@ class MTPHead(nn.Module):
         self.block = block
         self._calls = [call_of_head(layer, hidden_size) for layer in self.layers]
         if not any(call.parts for call in self._calls):
-            raise MTPError("a head without attention does not count its rows, and cannot be run (no seam 'cache')")
+            raise MTPError(
+                "a head without attention does not count its rows, and cannot be run (no seam 'cache')"
+            )
         if convention.output_norm != "identity":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
         if convention.embedding == "own":
