@@ -110,9 +110,8 @@ def plan_drafting(
 ) -> Drafting:
     """The policy of a generation, and what drafts from text alone.
 
-    If drafts from text are requested but the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
-    without any other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so; with a
-    text source it does not, because nothing was tuned with that.
+    If drafts from text are asked for and the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
+    without other arguments or texts uses the result of `mtp-mlx tune`, if there is one, and `stats.tuned` says so.
 
     Args:
         model: the model with its drafter.
@@ -154,7 +153,11 @@ def plan_drafting(
     if chosen.texts and policy.max_drafts and emission.lossless:
         return Drafting(policy, model.text_source.open(running_text=running_text, branching=layout == "tree"))
     if chosen.texts:
-        unused = "this layout verifies no drafts" if emission.lossless else "emission is unverified"
+        unused = (
+            "this layout verifies no drafts"
+            if emission.lossless
+            else "unverified drafts come from slots only"
+        )
         stats.fallbacks[f"no drafts from {model.text_source.name}: {unused}"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
 
