@@ -87,9 +87,8 @@ def main(
         if not isinstance(attached.speculator, DraftHeads):
             raise click.UsageError(f"{folder} has no MTP heads")
         attached.speculator.check_drafts(drafts)
-        depths = drafts or attached.most_drafts
-        batches = [[example] for example in examples[:limit]]
-        states = ComputedStates(attached) if hidden_cache is None else CachedStates(attached, hidden_cache)
+        depths, batches = drafts or attached.most_drafts, [[example] for example in examples[:limit]]
+        states = CachedStates(attached, hidden_cache) if hidden_cache else ComputedStates(attached)
         result = measure_heads(attached, batches, depths, states)
         row = {
             "heads": entry,

@@ -31,9 +31,10 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.files import warn_once
 from mtp_mlx.metal_kernels.launch import Factory, Support
 from mtp_mlx.metal_kernels.race import race
-from mtp_mlx.metal_kernels.verdicts import Verdict, Verdicts, machine_key
+from mtp_mlx.metal_kernels.verdicts import VERDICTS, Verdict, Verdicts, machine_key
 
 KERNELS = ("verify_tail", "small_m_qmm", "row_exact", "block_attention", "gated_lora", "lm_head_pick")
 MODE_VARIABLE = "MTP_MLX_KERNELS"
@@ -252,6 +253,9 @@ def default_dispatcher(cache_dir: Callable[[], Path] | None = None) -> Dispatche
         factory, name = find_factory(mode)
         cache_file = None
         if factory is not None and mode == "auto" and cache_dir is not None:
-            cache_file = cache_dir() / "kernels.json"
+            try:
+                cache_file = cache_dir() / "kernels.json"
+            except MTPError as error:
+                warn_once(VERDICTS, f"{VERDICTS} are not kept for later runs ({error})")
         _process_wide = Dispatcher(mode, factory, name, cache_file)
     return _process_wide

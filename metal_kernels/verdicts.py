@@ -15,8 +15,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mtp_mlx.errors import MTPError
-from mtp_mlx.files import write_text
+from mtp_mlx.files import keep_if_possible, write_text
+
+VERDICTS = "verdicts on kernels"  # in warnings
 
 log = logging.getLogger("mtp_mlx")
 
@@ -75,10 +76,8 @@ class Verdicts(dict[str, Verdict]):
                 self.setdefault(other, theirs)
             stored = {name: asdict(one) for name, one in self.items()}
             text = json.dumps({"machine": dict(machine_key()), "verdicts": stored}, indent=2)
-            try:
-                write_text(self._path, text + "\n")
-            except MTPError as error:  # a full disk must not stop generation
-                log.warning("verdicts on kernels could not be saved: %s", error)
+            path = self._path
+            if not keep_if_possible(lambda: write_text(path, text + "\n"), VERDICTS):
                 self._path = None
 
     def forget(self) -> None:
@@ -92,7 +91,7 @@ class Verdicts(dict[str, Verdict]):
 def _read(path: Path, tell: Callable[..., None]) -> dict[str, Verdict]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         tell("%s cannot be read (%s); the kernels are judged again", path, error)

@@ -37,7 +37,7 @@ from mtp_mlx.distributed import Peers
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import cache_dir
-from mtp_mlx.metal_kernels.dispatch import default_dispatcher
+from mtp_mlx.metal_kernels.dispatch import Dispatcher, default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.context import beyond_context
@@ -129,7 +129,7 @@ def load(
             them must make the same calls.
         drafter_options: options of drafters (`mtp_mlx/drafters/<name>/options.py`): loop=8 drafts eight tokens per
             step, reusing MTP heads in order if there are fewer; draft_model="..." drafts with a smaller model,
-            num_draft_tokens=4 so many tokens per step.
+            num_draft_tokens=4 so many tokens per step; memory="..." drafts from a file of `mtp-mlx remember` too.
 
     Raises:
         MTPError: if there is no such model or adapter, the model lacks a seam, the adapter belongs to another base
@@ -146,17 +146,9 @@ def load(
         source, info = _load_adapter(folder, base, again)
     context = registry.LoadContext(base, tokenizer, adapter_named=adapter not in ("auto", None))
     source = registry.prepare(source, drafter_options, context)
-    kernels = None
-    if peers is None or peers.alone:
-        kernels = default_dispatcher(cache_dir)
-    else:
-        if exact:
-            raise MTPError(
-                "exact decoding needs a single process: leave `exact` out, or run without mlx.launch"
-            )
-        shard(base, source, peers)
-    attached = attach(base, source, kernels, exact)
-    attached.peers = peers or Peers()
+    texts = registry.open_texts(drafter_options, context)
+    attached = attach(base, source, _kernels(base, source, peers or Peers(), exact), exact)
+    attached.peers, attached.text_source = peers or Peers(), texts
     if source is not None:  # once here, instead of casting every factor in every pass
         source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
@@ -164,6 +156,16 @@ def load(
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
+
+
+def _kernels(base: Any, source: Any, peers: Peers, exact: bool) -> Dispatcher | None:
+    """The kernels of a single process; several processes divide the model instead."""
+    if peers.alone:
+        return default_dispatcher(cache_dir)
+    if exact:
+        raise MTPError("exact decoding needs a single process: leave `exact` out, or run without mlx.launch")
+    shard(base, source, peers)
+    return None
 
 
 def _load_adapter(folder: Path, base: Any, again: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Header]:
@@ -231,11 +233,9 @@ def stream_generate(
         MTPError: if an option is wrong, the prompt is empty or has an id that the model has no row for, or the cache
                 cannot be rolled back.
     """
-    emission = emission or Emission()
+    emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
-    stats = DecodeStats() if stats is None else stats
+    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens, rows)
@@ -260,7 +260,7 @@ def _checked_ids(
     ids = encode_prompt(tokenizer, prompt)
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
     if note := beyond_context(model.model, n_before + len(ids)):
-        stats.fallbacks[note] += 1
+        stats.notes.append(note)
     return ids
 
 

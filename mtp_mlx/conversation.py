@@ -9,7 +9,7 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +93,12 @@ class Conversation:
         self._cached: list[int] = []
 
     def ask(
-        self, text: str, max_tokens: int = 512, **options: Any
+        self,
+        text: str,
+        max_tokens: int = 512,
+        *,
+        on_prompt: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> Generator[GenerationResponse, None, None]:
         """Yields the answer to `text` token by token; closing the generator, or Ctrl-C inside it, stops the answer.
 
@@ -103,6 +108,7 @@ class Conversation:
         Args:
             text: the user's message.
             max_tokens: most tokens of the answer; -1 for no limit.
+            on_prompt: called with the number of tokens of the whole conversation before it is read.
             options: as for `stream_generate`, except prompt_cache and stats, which are the conversation's own.
 
         Raises:
@@ -117,6 +123,8 @@ class Conversation:
         # Penalties depend on the last tokens of the prompt, so these always run again.
         shared = self._keep_shared(ids, max(1, sampling.history_size))
         turn = Turn(len(ids), len(ids) - shared)
+        if on_prompt is not None:
+            on_prompt(len(ids))
         responses = stream_generate(
             self._model,
             self._tokenizer,
@@ -152,6 +160,8 @@ class Conversation:
         parts = told_apart(self._tokenizer, ids, turn.text)
         turn.text, turn.thinking = parts.text, parts.thinking
         if turn.tokens:
+            if self._model.text_source is not None:
+                self._model.text_source.learn(ids, turn.tokens)
             thinking = {"reasoning_content": turn.thinking} if turn.thinking else {}
             self.messages += [question, {"role": "assistant", "content": turn.text, **thinking}]
             self.turns.append(turn)

@@ -17,7 +17,9 @@ from pathlib import Path
 from mtp_mlx.errors import MTPError
 
 log = logging.getLogger("mtp_mlx")
-_warned: list[str] = []  # what could not be kept in the cache; people are told once
+_warned: dict[
+    str, str
+] = {}  # what could not be kept in the cache or read from it; people are told once of each
 _WORKSHOP = ".unfinished"  # ends the name of a folder in which another one is being made
 _LOCK = "lock"  # in it, locked as long as that goes on
 
@@ -78,6 +80,23 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block for the same `path`, which need not exist.
+
+    The lock is on a hidden file beside it, which stays: `path` itself may be replaced meanwhile.
+
+    Raises:
+        MTPError: if that file cannot be made.
+    """
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{path.name}.{_LOCK}"), "a")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or the process ends
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,12 +162,34 @@ def _clear(workshop: Path, path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder of converted models and measurements: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx."""
-    return Path(os.environ.get("MTP_MLX_CACHE") or Path.home() / ".cache" / "mtp-mlx").expanduser()
+    """The folder of converted models and measurements: $MTP_MLX_CACHE, or ~/.cache/mtp-mlx.
+
+    Raises:
+        MTPError: if there is no home folder, as for a user who is not in the system's list of users, or the variable
+            names the home folder of a user who does not exist.
+    """
+    named = os.environ.get("MTP_MLX_CACHE")
+    if named:
+        try:
+            return user_path(named)
+        except MTPError as error:
+            raise MTPError(f"MTP_MLX_CACHE names {error}") from None
+    try:
+        return Path.home() / ".cache" / "mtp-mlx"
+    except RuntimeError:
+        raise MTPError("there is no home folder: set MTP_MLX_CACHE to a folder that can be written") from None
+
+
+def kept_file(*names: str) -> Path | None:
+    """The file of that name in the cache, or None if there is no place for a cache (see `cache_dir`)."""
+    try:
+        return cache_dir().joinpath(*names)
+    except MTPError:
+        return None
 
 
 def keep_if_possible(write: Callable[[], object], what: str) -> bool:
-    """Keeps something in the cache for later runs; if that fails, warns once per process and goes on.
+    """Keeps something in the cache for later runs; if that fails, warns once of every kind of thing and goes on.
 
     Args:
         write: writes it, and may raise MTPError or OSError.
@@ -160,15 +201,18 @@ def keep_if_possible(write: Callable[[], object], what: str) -> bool:
     try:
         write()
     except (MTPError, OSError) as error:
-        if not _warned:
-            _warned.append(what)
-            log.warning(
-                "%s are not kept for later runs (%s): set MTP_MLX_CACHE to a folder that can be written",
-                what,
-                error,
-            )
+        said = _warned or "MTP_MLX_CACHE" in str(error)
+        how = "" if said else "; set MTP_MLX_CACHE to a folder that can be written"
+        warn_once(what, f"{what} are not kept for later runs ({error}){how}")
         return False
     return True
+
+
+def warn_once(what: str, sentence: str) -> None:
+    """Logs a warning about `what`, once per process."""
+    if what not in _warned:
+        _warned[what] = sentence
+        log.warning("%s", sentence)
 
 
 def check_out(out: Path, *, force: bool, mark: str, kind: str, source: str | Path) -> None:

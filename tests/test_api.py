@@ -261,5 +261,6 @@ def test_a_prompt_longer_than_the_context_is_noted() -> None:
     model, tokenizer = attach(tiny_model("llama", max_position_embeddings=8)), tiny_tokenizer()
     for length, noted in ((8, False), (9, True)):
         stats = DecodeStats()
-        generate(model, tokenizer, [5] * length, 1, stats=stats)
-        assert any("the model's context is 8" in note for note in stats.fallbacks) == noted
+        generate(model, tokenizer, [5] * length, 1, layout="plain", stats=stats)
+        assert any("the model's context is 8" in note for note in stats.notes) == noted
+        assert not stats.fallbacks, "nothing falls back"

@@ -26,6 +26,8 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.families import FAMILIES, SHARED
+
 VOCABULARY = 157
 
 COMMON: dict[str, Any] = {
@@ -224,13 +226,14 @@ ARCHITECTURES = DENSE_ARCHITECTURES + MOE_ARCHITECTURES
 SPECIFIC.update(WINDOWED)
 SPECIFIC.update(RECURRENT)
 SPECIFIC.update(MULTIMODAL)
+SPECIFIC.update({name: {**SHARED, **own} for name, own in FAMILIES.items()})
 
 
 # --- models -------------------------------------------------------------------------------------------------
 
 
 def _module(architecture: str) -> Any:
-    name = {"mistral": "llama"}.get(architecture, architecture)
+    name = {"mistral": "llama", "falcon_mamba": "mamba"}.get(architecture, architecture)
     return importlib.import_module(f"mlx_lm.models.{name}")
 
 

@@ -30,6 +30,7 @@ VERBS = {
     "serve": "Serve OpenAI- and Anthropic-compatible APIs over HTTP",
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
+    "remember": "Remember texts, to draft from them",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",

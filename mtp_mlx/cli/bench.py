@@ -71,7 +71,6 @@ def command(as_json: bool, **options: Any) -> None:
     settings = from_yaml(BenchSettings, None, options)
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.files import write_text
-    from mtp_mlx.measure import plain_speed
     from mtp_mlx.measure.lanes import Bench
     from mtp_mlx.measure.prompts import read_prompts
     from mtp_mlx.measure.speed_plot import svg
@@ -82,8 +81,7 @@ def command(as_json: bool, **options: Any) -> None:
     model, tokenizer = load_model(settings)
     done = _measure(Bench(model, tokenizer, lanes, settings.max_tokens), chosen, Console(stderr=True))
     rows = summarise(done)
-    tokens = sum(measurement.reference.timed_tokens for measurement in done)
-    plain_speed.remember(settings.model, rows[-1].plain_tokens_per_second, tokens, quantize=settings.quantize)
+    _remember_plain_speed(settings, [measurement for measurement in done if measurement.lane is lanes[0]])
     if settings.plot is not None:
         write_text(settings.plot, svg(rows, f"{settings.model}, mtp-mlx and plain mlx-lm"))
     mismatches = [_mismatch(measurement) for measurement in done if not measurement.comparison.identical]
@@ -94,6 +92,26 @@ def command(as_json: bool, **options: Any) -> None:
         Console().print(table(rows))
         for values in mismatches:
             click.echo(" ".join(f"{key}={value}" for key, value in values.items()))
+
+
+def _remember_plain_speed(settings: BenchSettings, measured: Sequence[Measurement]) -> None:
+    """Remember mlx-lm's speed, by the length of the prompts.
+
+    Args:
+        settings: which model.
+        measured: one measurement of every prompt.
+    """
+    from mtp_mlx.measure import plain_speed
+    from mtp_mlx.measure.speed import rate
+
+    by_length: dict[int, list[Measurement]] = {}
+    for measurement in measured:
+        by_length.setdefault(plain_speed.longer_than(measurement.prompt_tokens), []).append(measurement)
+    for group in by_length.values():
+        timed = [measurement.reference for measurement in group]
+        tokens = sum(timing.timed_tokens for timing in timed)
+        context = group[0].prompt_tokens
+        plain_speed.remember(settings.model, rate(timed), tokens, quantize=settings.quantize, context=context)
 
 
 def lanes_of(settings: BenchSettings) -> list[Lane]:

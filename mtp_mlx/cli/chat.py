@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
     GenerateSettings,
+    LearningOptions,
     LoadingOptions,
     ModelOptions,
     PrecisionOptions,
@@ -39,6 +40,7 @@ PROMPT = "> "
 class ChatSettings(
     PrecisionOptions,
     EmissionOptions,
+    LearningOptions,
     LoadingOptions,
     DraftingOptions,
     SamplingOptions,
@@ -63,36 +65,47 @@ def command(color: bool, **options: Any) -> None:
     Answers go to stdout, everything else to stderr. In a terminal, the arrow keys recall earlier lines, which are
     kept in the cache folder.
     """
-    settings = GenerateSettings(**asdict(from_yaml(ChatSettings, None, options)))
+    given = asdict(from_yaml(ChatSettings, None, options))
+    learns = given.pop("memory_learn")
+    settings = GenerateSettings(**given)
     if settings.system:
         checked_unicode(settings.system, "--system")
     with lines() as read:
-        prepare(settings, color, read).run()
+        prepare(settings, color, read, learns).run()
 
 
-def prepare(settings: GenerateSettings, color: bool, read: Callable[[], str | None]) -> Any:
+def prepare(
+    settings: GenerateSettings, color: bool, read: Callable[[], str | None], learns: bool = False
+) -> Any:
     """Load the model, refuse options that do not fit it, and return the `Repl` to run."""
     from mtp_mlx.chat_template import check_template
     from mtp_mlx.cli.chat_repl import Chat, Repl
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.cli.progress import cost_progress
     from mtp_mlx.conversation import Conversation
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.choose import plan_drafting
+    from mtp_mlx.planning.calibrate import prepare_costs
+    from mtp_mlx.planning.choose import plan_drafting, settled_layout
 
     sampling, emission = sampling_of(settings), Emission(settings.emit, settings.tau)
     if not emission.lossless:
         emission.greedy(sampling)
         tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, memory_learn=learns)
+    layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
+    if layout == "auto" and emission == Emission():
+        prepare_costs(model, None, tell, cost_progress())
     plan_drafting(
         model, settings.layout, settings.drafts, DecodeStats(), settings.lookup, settings.drafter, emission
     )
     check_template(tokenizer, model.vocab_size)
     if not tokenizer.has_chat_template:
         tell("this tokenizer has no chat template: messages are joined line by line")
+    if learns:
+        tell(f"answers are added to {settings.memory}, which then holds pieces of them")
     conversation = Conversation(model, tokenizer, settings.system, settings.thinking)
     chat = Chat(model, conversation, settings, {"sampling": sampling, "emission": emission}, color)
     if sys.stdin.isatty():
@@ -133,25 +146,26 @@ def _typed() -> str | None:
 @contextmanager
 def _history() -> Iterator[None]:
     """Line history for the arrow keys, also from earlier sessions, in a file that only the user can read."""
-    from mtp_mlx.files import cache_dir
-
     try:
         import readline
     except ImportError:  # a Python built without it: plain input
         yield
         return
-    path = cache_dir() / HISTORY_NAME
-    try:
-        readline.read_history_file(path)
-    except OSError:
-        pass  # missing or unreadable: history is only a convenience
+    from mtp_mlx.files import cache_dir, keep_if_possible, kept_file
+
+    earlier = kept_file(HISTORY_NAME)
+    if earlier is not None:
+        with suppress(OSError):  # missing or unreadable: history is only a convenience
+            readline.read_history_file(earlier)
+
+    def keep() -> None:
+        path = cache_dir() / HISTORY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.write_history_file(path)
+
     try:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)
-        except OSError:
-            pass
+        keep_if_possible(keep, "the lines that were typed")

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtp_mlx.cli.generation_report import Run, legend, statistics_line, styled
-from mtp_mlx.cli.prompt_progress import PromptProgress
+from mtp_mlx.cli.progress import prompt_progress
 from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import user_path, write_text
 from mtp_mlx.measure import plain_speed
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.context import beyond_context
 from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting, settled_layout
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Repl:
         self._chat, self._read = chat, read
         self._saved: set[Path] = set()
         self._noted: set[str] = set()
+        self._beyond_context = False  # whether that has been said
         self._commands: dict[str, Callable[[str], bool]] = {
             "stats": self._stats,
             "color": self._color,
@@ -81,6 +83,14 @@ class Repl:
 
     def run(self) -> None:
         """Run until /quit or the end of input."""
+        try:
+            self._run()
+        finally:
+            texts = self._chat.model.text_source
+            if texts is not None and (learnt := texts.close()):
+                _say(f"{learnt} tokens of answers were added to the memory.")
+
+    def _run(self) -> None:
         going = True
         while going:
             try:
@@ -123,7 +133,8 @@ class Repl:
             lookup=settings.lookup,
             drafter=settings.drafter,
             rows=settings.rows if settings.layout == "tree" else None,
-            prompt_progress_callback=PromptProgress(),
+            on_prompt=self._note_context,
+            prompt_progress_callback=prompt_progress(),
             **chat.options,
         )
         stopped = False
@@ -148,6 +159,13 @@ class Repl:
             if reason not in self._noted:
                 _say(f"note: {reason}")
             self._noted.add(reason)
+
+    def _note_context(self, tokens: int) -> None:
+        """Say, once and before it is read, that a prompt of so many tokens is longer than the model's context."""
+        note = beyond_context(self._chat.model.model, tokens)
+        if note and not self._beyond_context:
+            _say(f"note: {note}")
+            self._beyond_context = True
 
     # --- commands -----------------------------------------------------------------------------------------
 

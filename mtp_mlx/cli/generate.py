@@ -148,12 +148,13 @@ def generate(
     from mtp_mlx.answer_parts import told_apart
     from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
     from mtp_mlx.cli.loading import load_model
-    from mtp_mlx.cli.prompt_progress import PromptProgress
+    from mtp_mlx.cli.progress import cost_progress, prompt_progress
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
+    from mtp_mlx.model.context import beyond_context
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.calibrate import step_cost, worth_measuring
+    from mtp_mlx.planning.calibrate import prepare_costs
     from mtp_mlx.planning.choose import settled_layout
 
     sampling = sampling_of(settings)
@@ -172,8 +173,11 @@ def generate(
     run = Run(DecodeStats(), model.most_drafts, known, layout)
     if not raw:
         _note_template(run, model, tokenizer)
-    if layout == "auto" and emission == Emission() and worth_measuring(model, settings.max_tokens):
-        step_cost(model, tell)
+    for note in (*run.stats.notes, beyond_context(model.model, len(ids))):
+        if note is not None and model.peers.leads:
+            click.echo(f"note: {note}", err=True)
+    if layout == "auto" and emission == Emission():
+        prepare_costs(model, settings.max_tokens, tell, cost_progress())
     responses = stream_generate(
         model,
         tokenizer,
@@ -191,7 +195,7 @@ def generate(
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
-        prompt_progress_callback=PromptProgress(),
+        prompt_progress_callback=prompt_progress(),
     )
     _consume(responses, run, printer)
     run.parts = told_apart(tokenizer, ids, run.text)
@@ -207,7 +211,7 @@ def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
         run.stats.fallbacks["this tokenizer has no chat template: the prompt was used as is"] += 1
     if str(getattr(model.info, "mask", {}).get("prompt", "")).startswith("raw"):
         note = "this model was made to be prompted without the chat template: --raw may give better text"
-        run.stats.fallbacks[note] += 1
+        run.stats.notes.append(note)
 
 
 def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:

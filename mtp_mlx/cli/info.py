@@ -41,11 +41,11 @@ def machine() -> dict[str, Any]:
     """Versions, device, BLAS, caches and the embedded model."""
     import mlx.core as mx
 
-    from mtp_mlx.files import cache_dir
+    from mtp_mlx.files import kept_file
     from mtp_mlx.measure.plain_speed import device_name
     from mtp_mlx.models import EMBEDDED, bundled_adapter
 
-    models = cache_dir() / "models"
+    cache = kept_file()
     return {
         "kind": "machine",
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -53,18 +53,24 @@ def machine() -> dict[str, Any]:
         "device": device_name(),
         "metal": mx.metal.is_available(),
         "blas": _blas(),
-        "cache": {"folder": str(cache_dir()), "size": _size(cache_dir())},
+        "cache": {
+            "folder": str(cache or "none: there is no home folder"),
+            "size": _size(cache) if cache else 0,
+        },
         "embedded models": {
             name: {
-                "converted": sorted(
-                    found.name for found in models.glob(f"{name}-*") if (found / "config.json").is_file()
-                )
-                or "not yet: converted on first use",
+                "converted": _converted(cache, name) or "not yet: converted on first use",
                 "adapter": _bundled(bundled_adapter(name)),
             }
             for name in EMBEDDED
         },
     }
+
+
+def _converted(cache: Path | None, name: str) -> list[str]:
+    """Names of the folders in the cache that hold an embedded model, in every precision."""
+    folders = [] if cache is None else (cache / "models").glob(f"{name}-*")
+    return sorted(found.name for found in folders if (found / "config.json").is_file())
 
 
 def _version(package: str) -> str:

@@ -63,6 +63,7 @@ class DraftingOptions:
 
 # Options of single drafters, declared in their own folders.
 LoadingOptions: Any = registry.loading_block()
+LearningOptions: Any = registry.learning_block()  # of commands that answer people
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import click
 from mtp_mlx.cli.options import (
     CacheOptions,
     DraftingOptions,
+    LearningOptions,
     LoadingOptions,
     ModelOptions,
     PrecisionOptions,
@@ -47,7 +48,13 @@ Examples:
 
 @dataclass(frozen=True)
 class ServeSettings(
-    PrecisionOptions, CacheOptions, LoadingOptions, DraftingOptions, ThinkingOptions, ModelOptions
+    PrecisionOptions,
+    CacheOptions,
+    LearningOptions,
+    LoadingOptions,
+    DraftingOptions,
+    ThinkingOptions,
+    ModelOptions,
 ):
     """Options of `mtp-mlx serve`."""
 
@@ -175,10 +182,11 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     """Load the model and build the application."""
     from mtp_mlx.chat_template import check_template, thinking_options
     from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.cli.progress import cost_progress
     from mtp_mlx.decode.cache_check import check_quantisation
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.models import resolve_model
-    from mtp_mlx.planning.calibrate import step_cost
+    from mtp_mlx.planning.calibrate import prepare_costs
     from mtp_mlx.planning.choose import plan_drafting, settled_layout
     from mtp_mlx.serve.app import Application, AppSettings
     from mtp_mlx.serve.engine import Engine, EngineSettings
@@ -186,9 +194,11 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.serve.sequence import DecodeSettings
 
     resolve_model(settings.model, settings.quantize, tell)
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, memory_learn=settings.memory_learn)
+    if settings.memory_learn:
+        tell(f"answers to all clients are added to {settings.memory}, which then holds pieces of them")
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
-        step_cost(model, tell)
+        prepare_costs(model, None, tell, cost_progress())
     decode = DecodeSettings(
         layout=settings.layout,
         drafts=settings.drafts,

@@ -30,7 +30,14 @@ class _Heads:
     value: int
 
 
-_known: WeakKeyDictionary[AttachedModel, list[list[_Heads | None]]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _State:
+    """The shapes of a recurrent state."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+
+_known: WeakKeyDictionary[AttachedModel, list[list[_Heads | _State | None]]] = WeakKeyDictionary()
 
 
 def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
@@ -45,14 +52,16 @@ def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
             f"`prompt_cache` has {len(cache)} layers and this model {len(own)}: make one for this model, "
             "or leave it out"
         )
+    for index, (theirs, ours) in enumerate(zip(cache, own, strict=True)):
+        if [_is_state(leaf) for leaf in _leaves(theirs)] != [_is_state(leaf) for leaf in _leaves(ours)]:
+            raise MTPError(
+                f"layer {index} of `prompt_cache` is of another kind of model: make one for this model, or leave it "
+                "out"
+            )
     held = [[_held(leaf) for leaf in _leaves(layer)] for layer in cache]
     if not any(heads for layer in held for heads in layer):
         return
     for index, (theirs, ours) in enumerate(zip(held, _own_heads(model), strict=True)):
-        if len(theirs) != len(ours):
-            raise MTPError(
-                f"layer {index} of `prompt_cache` is of another kind of model: make one for this model"
-            )
         for found, wanted in zip(theirs, ours, strict=True):
             if found is not None and wanted is not None and found != wanted:
                 raise MTPError(
@@ -78,7 +87,11 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     if bits not in BITS:
         raise MTPError(f"`kv_bits` must be one of {', '.join(map(str, BITS))}, not {bits}")
     widths = {
-        width for layer in _own_heads(model) for heads in layer if heads for width in (heads.key, heads.value)
+        width
+        for layer in _own_heads(model)
+        for heads in layer
+        if isinstance(heads, _Heads)
+        for width in (heads.key, heads.value)
     }
     fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
     if group_size in fitting:
@@ -90,7 +103,7 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     )
 
 
-def _own_heads(model: AttachedModel) -> list[list[_Heads | None]]:
+def _own_heads(model: AttachedModel) -> list[list[_Heads | _State | None]]:
     """By layer and cache of it."""
     if model in _known:
         return _known[model]
@@ -105,10 +118,18 @@ def _leaves(layer: Any) -> tuple[Any, ...]:
     return tuple(layer.caches) if isinstance(layer, CacheList) else (layer,)
 
 
-def _held(leaf: Any) -> _Heads | None:
-    """None for a recurrent state, or if nothing is held yet."""
+def _is_state(leaf: Any) -> bool:
+    """Whether it holds a recurrent state instead of keys and values."""
+    return isinstance(leaf, ArraysCache)
+
+
+def _held(leaf: Any) -> _Heads | _State | None:
+    """None if nothing is held yet."""
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
-    if isinstance(leaf, ArraysCache) or keys is None or values is None:
+    if _is_state(leaf):
+        held = [array for array in leaf.cache if array is not None]
+        return _State(tuple(tuple(array.shape) for array in held)) if held else None
+    if keys is None or values is None:
         return None
     first = keys[0] if isinstance(keys, tuple | list) else keys
     return _Heads(int(first.shape[1]), _width(leaf, keys), _width(leaf, values))
@@ -121,5 +142,7 @@ def _width(leaf: Any, held: Any) -> int:
     return int(held.shape[-1])
 
 
-def _text(heads: _Heads) -> str:
+def _text(heads: _Heads | _State) -> str:
+    if isinstance(heads, _State):
+        return "a state of " + ", ".join(" x ".join(map(str, shape)) for shape in heads.shapes) + " numbers"
     return f"{heads.count} heads of {heads.key} and {heads.value} numbers"

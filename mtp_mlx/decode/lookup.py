@@ -1,11 +1,68 @@
-"""Prompt lookup: drafts what followed the last occurrence of the newest n-gram in the text itself.
+"""Drafts from text alone: the interface of such drafters, and prompt lookup, which every model has.
 
-It needs no forward pass and no weights, and pays off where text repeats itself (summaries, code, quotations, loops).
+Prompt lookup drafts what followed the last occurrence of the newest n-gram in the text itself. It needs no forward
+pass and no weights, and pays off where text repeats itself (summaries, code, quotations, loops).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
+from mtp_mlx.decode.tree import DraftTree
+
 LOOKUP = "lookup"  # its name in the `drafter` argument and in statistics
+
+
+class TextDrafter(Protocol):
+    """Drafts for one generation without a pass, from text alone.
+
+    Attributes:
+        name: in the `drafter` argument and in statistics.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+        ...
+
+    def extend(self, tokens: list[int]) -> None:
+        """Appends committed tokens to the text."""
+        ...
+
+    def tree(self, most: int) -> DraftTree:
+        """Up to `most` drafts for the next positions; asking changes nothing."""
+        ...
+
+
+class TextSource(Protocol):
+    """What a model drafts with beside its own drafter (`AttachedModel.text_source`): it knows other texts.
+
+    Attributes:
+        name: of its drafters.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+        ...
+
+    def open(self, *, running_text: bool, branching: bool) -> TextDrafter:
+        """Opens the drafter of one generation.
+
+        Args:
+            running_text: whether it drafts from the running text as well.
+            branching: whether its trees may branch; otherwise they are chains.
+        """
+        ...
+
+    def learn(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Is told of an answer that the model gave; learns it only if the user asked for that."""
+        ...
+
+    def close(self) -> int:
+        """Keeps what was learnt; returns how many tokens that were in all."""
+        ...
 
 
 class LookupDrafter:
@@ -19,6 +76,8 @@ class LookupDrafter:
     Raises:
         ValueError: if the sizes are not 1 <= shortest <= longest.
     """
+
+    name = LOOKUP
 
     def __init__(self, longest: int = 6, shortest: int = 3) -> None:
         if not 1 <= shortest <= longest:
@@ -55,3 +114,8 @@ class LookupDrafter:
             period = len(text) - start
             return [text[start + offset % period] for offset in range(most)], size
         return [], 0
+
+    def tree(self, most: int) -> DraftTree:
+        """See `TextDrafter`; the longer the n-gram, the surer the drafts."""
+        drafts, size = self.propose(most)
+        return DraftTree.chain(drafts, [size / self.longest] * len(drafts))

@@ -22,7 +22,7 @@ from mtp_mlx.decode.drafter import Drafter, DraftSource, source_of
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import EmitLoop
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.lookup import LOOKUP, LookupDrafter
+from mtp_mlx.decode.lookup import TextDrafter
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Policy, Proposal, without_branches
 from mtp_mlx.decode.session import CacheSettings, Session
@@ -55,7 +55,7 @@ def mtp_generate_step(
     max_tokens: int = 256,
     sampling: SamplingConfig | None = None,
     policy: Policy | None = None,
-    lookup: LookupDrafter | None = None,
+    lookup: TextDrafter | None = None,
     emission: Emission | None = None,
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
@@ -78,7 +78,7 @@ def mtp_generate_step(
         max_tokens: most tokens to yield, never exceeded; -1 for no limit.
         sampling: how tokens are picked; greedy by default.
         policy: chooses the layout of each step; plain decoding by default.
-        lookup: also draft from the text itself.
+        lookup: drafts from text alone, beside the model's own drafter.
         emission: verified by default. Unverified (lossy) emission drafts `policy.max_drafts` tokens per pass from the
             adapter's slots, without planning or lookup.
         prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
@@ -141,7 +141,7 @@ def open_loop(
     max_tokens: int,
     sampling: SamplingConfig | None,
     policy: Policy | None,
-    lookup: LookupDrafter | None,
+    lookup: TextDrafter | None,
     emission: Emission | None,
     cache: list[Any],
     settings: CacheSettings,
@@ -162,7 +162,7 @@ def open_loop(
     own_drafts = max(policy.own_drafts, shared_drafts)
     verifying = emission.lossless and max(policy.max_drafts, shared_drafts) > 0
     sampling = sampling_for(source, sampling or SamplingConfig(), verifying)
-    picker = Picker(sampling if emission.lossless else emission.greedy(sampling))
+    picker = Picker(sampling if emission.lossless else emission.greedy(sampling), model.exact)
     stats = DecodeStats() if stats is None else stats
 
     def open_drafter(start: int) -> Drafter:
@@ -220,7 +220,7 @@ class DecodeLoop:
         self,
         session: Session,
         policy: Policy,
-        lookup: LookupDrafter | None,
+        lookup: TextDrafter | None,
         stats: DecodeStats,
         max_tokens: int,
     ) -> None:
@@ -269,10 +269,9 @@ class DecodeLoop:
         """The drafters' proposals, at most `most` drafts each and no more than the next pass may verify."""
         proposals = [self._proposal]
         if self._lookup is not None:
-            drafts, match = self._lookup.propose(most)
-            if drafts:
-                sure = match / self._lookup.longest
-                proposals.append(Proposal.chain(LOOKUP, drafts, [sure] * len(drafts)))
+            found = self._lookup.tree(most)
+            if found.tokens:
+                proposals.append(Proposal(self._lookup.name, found))
         limit = self._session.draft_limit()
         most = self._left() - 1 if limit is None else min(limit, self._left() - 1)
         return [proposal.cut(most) for proposal in proposals]
@@ -323,5 +322,5 @@ class DecodeLoop:
             started = time.perf_counter()
 
     def _lookup_wanted(self) -> bool:
-        """Whether lookup has drafts that are worth a speculative step."""
+        """Whether text alone gives drafts that are worth a speculative step."""
         return self._lookup is not None and self._plan()[1] != Layout.plain()

@@ -6,9 +6,13 @@ drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `metal_kernels/position_noise`; there is never a
 choice between several noises.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: bias, penalties, log-probabilities, top-p, min-p, top-k,
-temperature, sampling. Tokens are sampled by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform
-per position (Parallel Token Prediction, arXiv 2512.21323); the marginal of either is exactly the warped softmax.
-Without top-p, min-p and top-k, log-probabilities are not needed, and the Gumbel-max pick is argmax(logits * (1 /
+temperature, sampling. At temperature 0 penalties are computed in the model's own precision, by mlx-lm's operations:
+in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart). mlx-lm's
+log-probabilities are rounded as well, so tokens may tie that had different logits; only an exact picker computes
+them, because this takes longer than everything else here. Above temperature 0 logits are float32. Tokens are sampled
+by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform per position (Parallel Token Prediction,
+arXiv 2512.21323); the marginal of either is exactly the warped softmax.
+Without top-p, min-p and top-k, sampling needs no log-probabilities, and the Gumbel-max pick is argmax(logits * (1 /
 temperature) + gumbel) with each operation rounded once in float32: the Metal kernels compute the same in one pass,
 bit for bit. Non-goal: XTC.
 
@@ -137,18 +141,17 @@ def _is_bias(pair: tuple[int, float]) -> bool:
 
 
 class Picker:
-    """Picks tokens according to a `SamplingConfig`, and holds no other state."""
+    """Picks tokens according to a `SamplingConfig`, and holds no other state.
 
-    def __init__(self, config: SamplingConfig | None = None) -> None:
-        self.config = config or SamplingConfig()
-        self._bias: mx.array | None = (
-            None  # [n] float32 of the ids below n, where n - 1 is the highest with a bias
-        )
-        if pairs := self.config.logit_bias:
-            ids = mx.array([token for token, _ in pairs])
-            biases = mx.array([bias for _, bias in pairs], dtype=mx.float32)
-            self._bias = mx.zeros(max(token for token, _ in pairs) + 1).at[ids].add(biases)
-            mx.eval(self._bias)  # a lazy array belongs to the thread that made it
+    Args:
+        config: greedy by default.
+        exact: whether the pick at temperature 0 is mlx-lm's even where log-probabilities tie by rounding.
+    """
+
+    def __init__(self, config: SamplingConfig | None = None, exact: bool = False) -> None:
+        self.config, self._exact = config or SamplingConfig(), exact
+        # [n] float32 of the ids below n, where n - 1 is the highest id with a bias.
+        self._bias = _dense(self.config.logit_bias) if self.config.logit_bias else None
 
     def draws_plainly(self, n_columns: int) -> bool:
         """Whether a pick is just argmax(logits / temperature + noise), without bias, penalties or warps."""
@@ -175,7 +178,7 @@ class Picker:
         """The token of each row, int32 [R], lazily.
 
         Args:
-            logits: [R, V] of any float type; computed in float32.
+            logits: [R, V] of any float type.
             positions: [R] int32, absolute position of the token to pick.
             history: [R, >= C] int32 tokens before each row's pick, newest last, padded on the left with -1; needed
                 with penalties only.
@@ -185,8 +188,21 @@ class Picker:
         Raises:
             ValueError: if there are penalties and no history.
         """
+        if self.config.temperature == 0:
+            ranked = self.ranked(self._penalised(logits, history, token_ids))
+            return _real_ids(mx.argmax(ranked, axis=-1), token_ids)
         scores = self.scores(logits, history, token_ids)
         return _real_ids(self._columns(scores, positions, token_ids), token_ids)
+
+    def ranked(self, logits: mx.array) -> mx.array:
+        """[R, V] numbers whose order decides at temperature 0: `logits`, or if exact, mlx-lm's log-probabilities.
+
+        A row at a time, because mlx-lm normalises one row: over several, MLX would add in another order.
+        """
+        if self.config.temperature or not self._exact:
+            return logits
+        rows = [logits[row : row + 1] for row in range(logits.shape[0])]
+        return mx.concatenate([row - mx.logsumexp(row, keepdims=True) for row in rows])
 
     def pick_with_confidence(
         self,
@@ -242,9 +258,9 @@ class Picker:
         self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
     ) -> mx.array:
         """[R, V] float32 logits of the distribution to pick from."""
-        logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.temperature == 0:
-            return logits
+            return self._penalised(logits, history, token_ids).astype(mx.float32)
+        logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.warps(logits.shape[-1]):
             logits = self._warped(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         return logits * (1.0 / self.config.temperature)
@@ -270,7 +286,10 @@ class Picker:
         return logprobs
 
     def _penalised(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
-        """[R, V] after bias and penalties as by mlx-lm's `make_logits_processors`, with a history per row."""
+        """[R, V] after bias and penalties as by mlx-lm's `make_logits_processors`, with a history per row.
+
+        In the type of `logits`.
+        """
         config = self.config
         if self._bias is not None:
             logits = logits + _of_columns(self._bias, logits.shape[-1], token_ids).astype(logits.dtype)
@@ -290,13 +309,23 @@ class Picker:
             seen = counts(config.presence_context_size) > 0
             logits = mx.where(seen, logits - config.presence_penalty, logits)
         if config.frequency_penalty:
-            logits = logits - config.frequency_penalty * counts(config.frequency_context_size)
+            recent = history[:, -config.frequency_context_size :]
+            logits = _less_by_occurrence(logits, config.frequency_penalty, recent, token_ids)
         return logits
 
 
 def _real_ids(columns: mx.array, token_ids: mx.array | None) -> mx.array:
     """[R] int32 vocabulary ids of the columns."""
     return (columns if token_ids is None else token_ids[columns]).astype(mx.int32)
+
+
+def _dense(pairs: tuple[tuple[int, float], ...]) -> mx.array:
+    """[n] float32 the bias of every id up to the highest one."""
+    ids = mx.array([token for token, _ in pairs])
+    biases = mx.array([bias for _, bias in pairs], dtype=mx.float32)
+    dense = mx.zeros(max(token for token, _ in pairs) + 1).at[ids].add(biases)
+    mx.eval(dense)  # a lazy array belongs to the thread that made it
+    return dense
 
 
 def _of_columns(bias: mx.array, n_columns: int, token_ids: mx.array | None) -> mx.array:
@@ -315,9 +344,25 @@ def _counts(history: mx.array, n_columns: int, token_ids: mx.array | None) -> mx
     if token_ids is not None:
         matches = history[:, :, None] == token_ids[None, None, :]  # [R, C, V]; the draft vocabulary is small
         return matches.sum(axis=1).astype(mx.float32)
-    dump = mx.where(history < 0, n_columns, history)  # padding is counted in an extra column, cut off below
+    rows, columns = _places(history, n_columns)
+    return mx.zeros((history.shape[0], n_columns + 1)).at[rows, columns].add(1.0)[:, :n_columns]
+
+
+def _places(history: mx.array, n_columns: int) -> tuple[mx.array, mx.array]:
+    """Rows and columns of the tokens in each row's history [R, C]; padding is in one more column, to be cut off."""
     rows = mx.broadcast_to(mx.arange(history.shape[0])[:, None], history.shape)
-    return mx.zeros((history.shape[0], n_columns + 1)).at[rows, dump].add(1.0)[:, :n_columns]
+    return rows, mx.where(history < 0, n_columns, history)
+
+
+def _less_by_occurrence(
+    logits: mx.array, penalty: float, history: mx.array, token_ids: mx.array | None
+) -> mx.array:
+    """[R, V] less `penalty` for each occurrence in each row's history; subtracted one by one, as in mlx-lm."""
+    n_columns = logits.shape[-1]
+    if token_ids is not None:  # a draft vocabulary: for drafts, which need not be exact
+        return logits - (penalty * _counts(history, n_columns, token_ids)).astype(logits.dtype)
+    rows, columns = _places(history, n_columns)
+    return mx.pad(logits, [(0, 0), (0, 1)]).at[rows, columns].subtract(penalty)[:, :n_columns]
 
 
 def leading_run(picks: mx.array, drafts: mx.array) -> mx.array:

@@ -6,8 +6,10 @@ loop knows nothing of costs, and a policy nothing of models.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, Protocol
 
 from mtp_mlx.decode.emission import sure_run
@@ -23,7 +25,7 @@ class Proposal:
     """One drafter's drafts for the next positions.
 
     Attributes:
-        source: name of the drafter, as in `DraftSource.name`, or "lookup".
+        source: name of the drafter, as in `DraftSource.name` and `TextDrafter.name`.
         tree: the drafts.
         sources: [n] name of each draft's drafter, if they are not all of `source`.
     """
@@ -46,6 +48,10 @@ class Proposal:
     def confidences(self) -> list[float]:
         """One per draft, in [0, 1]."""
         return list(self.tree.chances)
+
+    def expected(self) -> float:
+        """How many drafts of a chain are right by its confidences."""
+        return sum(accumulate(self.confidences, operator.mul))
 
     def cut(self, most: int) -> Proposal:
         """The same proposal with at most `most` drafts."""
@@ -110,8 +116,9 @@ class Policy(Protocol):
 
 
 def preferred(proposals: Sequence[Proposal]) -> Proposal:
-    """The lookup proposal if it has drafts, since they cost nothing; otherwise that of the model's own drafter."""
-    return next((p for p in proposals if p.source == LOOKUP and p.drafts), proposals[0])
+    """The lookup proposal if it has drafts; otherwise the one of which most drafts are expected to be right."""
+    found = next((p for p in proposals if p.source == LOOKUP and p.drafts), None)
+    return found or max(proposals, key=Proposal.expected)
 
 
 class FixedPolicy:

@@ -11,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
+from mtp_mlx.model.block import Block
 from mtp_mlx.model.seams import check_caches
 from mtp_mlx.model.state_cache import StateCache
 from mtp_mlx.model.window_cache import WindowCache
@@ -128,6 +131,22 @@ class LayerCaches:
                     if isinstance(leaf, WindowCache):
                         leaf.hand_back()
                 self.layers[index] = theirs
+
+
+def check_decodes(model: nn.Module) -> None:
+    """Refuses a bare model that could not use what is trained for it, after building a pass that is never evaluated.
+
+    Raises:
+        MTPError: if it cannot be attached to, or a layer's cache cannot take rejected drafts back.
+    """
+    attached = attach(model)
+    try:
+        caches = LayerCaches(attached.make_cache(), attached.name)
+        caches.mark(1)
+        attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), caches.layers)
+        caches.check_pass(1)
+    finally:
+        attached.detach()
 
 
 def _leaves(layer: Any) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from mtp_mlx.decode.rollback import LayerCaches
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block, BlockShape, block_shape
+from mtp_mlx.model.branches import why_no_branches
 from mtp_mlx.token_ids import check_ids
 
 PROGRESS_SECONDS = 1.0  # between two reports inside a chunk of the prompt
@@ -114,10 +115,10 @@ class Session:
         while done < total - 1:
             chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
             self.forward(Block.real(mx.array([chunk])))
-            self._observe()
             for tokens in self._layer_by_layer(done, len(chunk)):
                 if progress is not None:
                     progress(tokens, total)
+            self._observe()  # only now: a drafter may evaluate what it is given, and all that this depends on
             done += len(chunk)
             mx.clear_cache()
             yield done
@@ -231,9 +232,10 @@ class Session:
         """Why drafts may have no branches; "" if they may."""
         if self.constraint is not None:
             return "drafts without branches: a grammar follows one text"
-        if not self._caches.keeps_paths:
-            return "drafts without branches: this model's caches keep the first rows of a pass only"
-        return ""
+        reason = why_no_branches(self.attached)
+        if not reason and not self._caches.keeps_paths:
+            reason = "drafts without branches: this model's caches keep the first rows of a pass only"
+        return reason
 
     def trim(self, rows: int) -> None:
         """Removes the newest `rows` rows, at most those of the newest pass, from every layer's cache."""

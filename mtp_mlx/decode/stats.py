@@ -26,6 +26,7 @@ class DecodeStats:
         drafted_by: {drafter: drafts accepted}.
         submitted_by: {drafter: drafts submitted for verification}.
         fallbacks: {reason: count} of everything that did not run as requested.
+        notes: sentences on what ran as requested and may still surprise, such as a prompt beyond the model's context.
         lossless: every token was the model's own pick; False if drafts were emitted unverified.
         looped: such as "4 heads to 8 drafts" if MTP heads are used more than once per step, else empty.
         verdict: what the planner of layout "auto" concluded, such as that nothing beats plain decoding.
@@ -42,6 +43,7 @@ class DecodeStats:
     drafted_by: Counter[str] = field(default_factory=Counter)
     submitted_by: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
     lossless: bool = True
     looped: str = ""
     verdict: str = ""
@@ -118,6 +120,7 @@ class DecodeStats:
         self.drafted_by.update(other.drafted_by)
         self.submitted_by.update(other.submitted_by)
         self.fallbacks.update(other.fallbacks)
+        self.notes += [note for note in other.notes if note not in self.notes]
         self.lossless &= other.lossless
         self.looped = self.looped or other.looped
         self.tuned = self.tuned or other.tuned
@@ -135,6 +138,7 @@ class DecodeStats:
             "drafted_by": dict(self.drafted_by),
             "submitted_by": dict(self.submitted_by),
             "fallbacks": dict(self.fallbacks),
+            "notes": list(self.notes),
             "lossless": self.lossless,
             "looped": self.looped,
             "verdict": self.verdict,

@@ -194,7 +194,11 @@ def _accepted(
     plainly = session.constraint is None and picker.draws_plainly(logits.shape[-1])
     if kernels is not None and plainly:
         found = kernels.attempt(
-            "verify_tail", logits, tokens, picker.config.temperature, picker.noise_keys(positions)
+            "verify_tail",
+            picker.ranked(logits),
+            tokens,
+            picker.config.temperature,
+            picker.noise_keys(positions),
         )
         if found is not None:
             return found[0], found[1].reshape(())

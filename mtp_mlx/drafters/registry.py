@@ -8,6 +8,9 @@ The rest of the package finds these names in a room `mtp_mlx/drafters/<room>/`:
                                  facts(folder, header) -> the method's section, for `mtp-mlx info`
                                  card_lines(folder, header) -> `CardLines`
     loading.py   if LOADING      prepare(source, options, context) -> DraftSource | None
+                                 if beside: open_texts(options, learning, context) -> TextSource | None,
+                                 with options.LEARNING: dataclass of its options in chat and serve
+    remember.py  if beside       remember(settings, on_tokens) -> what was learnt; settings: options.REMEMBER
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Room:
         loads: whether `load` and the command line have options for it (`options.LOADING`).
         instead: whether its options replace an adapter that was found rather than named.
         chained: whether its drafts are made after the pass; otherwise they come from slot rows of the pass.
+        beside: whether it drafts from text alone, beside the drafter that a model has (`TextSource`).
     """
 
     name: str
@@ -51,6 +55,7 @@ class Room:
     loads: bool = False
     instead: bool = False
     chained: bool = False
+    beside: bool = False
 
     def module(self, name: str) -> Any:
         """The room's module `name`."""
@@ -80,6 +85,7 @@ ROOMS = (
     Room("heads", "heads", _HEADS, ("mtp-heads",), ("mtp-heads",), loads=True, chained=True),
     Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
     Room("draft_model", "draft-model", _MODEL, loads=True, instead=True, chained=True),
+    Room("memory", "memory", "a file of `mtp-mlx remember`: name it with `memory`", loads=True, beside=True),
 )
 
 
@@ -187,13 +193,48 @@ def prepare(source: Any, options: Mapping[str, Any], context: LoadContext) -> An
     given = {name: value for name, value in options.items() if value is not None}
     known = {name: room for room, kind in loading_options().items() for name in kind.__dataclass_fields__}
     for name in given:
-        if name not in known:
+        if name not in {**known, **learning_block().__dataclass_fields__}:
             raise MTPError(f"`load` has no argument `{name}`; drafters take {', '.join(sorted(known))}")
     for room in ROOMS:
-        own = {name: value for name, value in given.items() if known[name] == room.name}
-        if own:
+        own = {name: value for name, value in given.items() if known.get(name) == room.name}
+        if own and not room.beside:
             source = room.module("loading").prepare(source, room.module("options").LOADING(**own), context)
     return source
+
+
+def open_texts(options: Mapping[str, Any], context: LoadContext) -> Any:
+    """The `TextSource` that the options of `load` name, or None.
+
+    Raises:
+        MTPError: if it cannot be read, or belongs to another tokenizer.
+    """
+    room = _remembering()
+    given = {name: value for name, value in options.items() if value is not None}
+    loading, learning = (
+        kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})
+        for kind in (room.module("options").LOADING, learning_block())
+    )
+    return room.module("loading").open_texts(loading, learning, context)
+
+
+def learning_block() -> Any:
+    """A frozen dataclass of the options of drafters that learn while they are used; needs no mlx."""
+    return _remembering().module("options").LEARNING
+
+
+def remember_settings() -> type:
+    """The settings of `mtp-mlx remember`; loads no mlx."""
+    settings: type = _remembering().module("options").REMEMBER
+    return settings
+
+
+def remember(settings: Any, **options: Any) -> Any:
+    """Learns texts, as `mtp-mlx remember`; arguments, result and errors as of the room's `remember`."""
+    return _remembering().module("remember").remember(settings, **options)
+
+
+def _remembering() -> Room:
+    return next(room for room in ROOMS if room.beside)
 
 
 def training_methods() -> tuple[str, ...]:

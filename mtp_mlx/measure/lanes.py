@@ -53,13 +53,14 @@ class Timed:
 
 @dataclass
 class Measurement:
-    """One prompt in one lane, compared with plain mlx-lm on the same prompt."""
+    """One prompt in one lane, compared with plain mlx-lm on the same prompt; `prompt_tokens` is its length."""
 
     prompt: Prompt
     lane: Lane
     timed: Timed
     reference: Timed
     comparison: Comparison
+    prompt_tokens: int = 0
 
     @property
     def refused(self) -> bool:
@@ -109,7 +110,7 @@ class Bench:
             for lane in self.lanes:
                 with self._model.unwrapped() as bare:
                     comparison = compare(bare, ids, reference.tokens, timed[lane.name].tokens)
-                rows.append(Measurement(prompt, lane, timed[lane.name], reference, comparison))
+                rows.append(Measurement(prompt, lane, timed[lane.name], reference, comparison, len(ids)))
             results += rows
             if on_prompt is not None:
                 on_prompt(index, rows)

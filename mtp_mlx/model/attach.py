@@ -40,6 +40,7 @@ from mtp_mlx.model.seams import (
 from mtp_mlx.model.speculator import Speculator
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
 from mtp_mlx.model.tap import OutputTap, Tap, tapped_layers, tapped_module
+from mtp_mlx.model.token_tables import TokensOnly, token_tables
 
 
 class AttachedModel:
@@ -59,9 +60,11 @@ class AttachedModel:
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
         experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
+        text_source: what drafts from other texts beside the speculator (`mtp_mlx.decode.lookup.TextSource`), or None.
         peers: the processes that share this model, each with a part of it.
         kernels: kernels that may run in place of stock MLX, or None.
         exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
+        branches: why drafts may have no branches (`mtp_mlx.model.branches`), "" if they may, None if not known yet.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class AttachedModel:
         self.head_input: Any = None
         self.info: Any = None
         self.experience: Any = None
+        self.branches: str | None = None
+        self.text_source: Any = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
         self._seams = seams
@@ -85,6 +90,7 @@ class AttachedModel:
         self._rows = RowContext(kernels=self.kernels, exact=exact)
         self._hook: Callable[[], Any] | None = None
         self._embed = seams.embedding
+        self._token_tables = token_tables(seams.trunk, seams.embedding_name)
         self._recurrent = is_recurrent(make_prompt_cache(model))
         self.vocab_size, self.hidden_size = embedding_shape(self._embed)
         self.head = HeadView(model, self._embed, kernels=self.kernels, exact=exact)
@@ -104,9 +110,8 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
-        if self.exact or slots is not None:
-            for path, rope in self._seams.ropes.items():
-                replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
+        for path, rope in self._seams.ropes.items():
+            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
         if slots is not None:
             self._wrap_slots(slots)
         if self._recurrent:
@@ -132,6 +137,8 @@ class AttachedModel:
             replace_module(self._seams.trunk, path, GatedLinear(base, low_rank, self._rows))
         layer = speculator.embedding_layer(self._embed, self.vocab_size, self._rows)
         self._seams.trunk[self._seams.embedding_name] = layer
+        for name, table in self._token_tables.items():
+            self._seams.trunk[name] = TokensOnly(table, self.vocab_size)
 
     def _unwrap(self) -> None:
         trunk = self._seams.trunk
@@ -146,6 +153,8 @@ class AttachedModel:
         for path, rope in self._seams.ropes.items():
             replace_module(trunk, path, rope)
         trunk[self._seams.embedding_name] = self._embed
+        for name, table in self._token_tables.items():
+            trunk[name] = table
         for tap in self._layer_taps:
             tap.remove()
 
@@ -172,6 +181,13 @@ class AttachedModel:
         finally:
             self._rows.ungated = False
 
+    @property
+    def why_chains(self) -> str:
+        """Why the rows of a pass must have positions one after another; "" if they need not."""
+        if self._recurrent:
+            return "this model's recurrent state reads every row of a pass"
+        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
+
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
 
@@ -192,14 +208,14 @@ class AttachedModel:
 
     def states_of(self, ids: mx.array) -> mx.array:
         """What the speculator reads (`head_input`) of texts [B, T] from their start, without a cache."""
-        return self._heard(self._seams.trunk(ids))
+        return self._heard(self._seams.trunk(ids, cache=None))
 
     def states_to_train_on(self, ids: mx.array) -> mx.array:
         """`states_of` with the trunk's last state, after its final norm, as the last D columns: it teaches.
 
         The speculator may read that one itself; then it is there once.
         """
-        hidden = self._seams.trunk(ids)
+        hidden = self._seams.trunk(ids, cache=None)
         heard = self._heard(hidden)
         return heard if self._tap is None else mx.concatenate([heard, hidden], axis=-1)
 

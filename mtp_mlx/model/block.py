@@ -29,6 +29,7 @@ class BlockShape:
         lead: slot rows at the start of every group that draft nothing.
         contiguous: positions are consecutive and visibility is causal, so a scalar offset and a "causal" mask suffice
             and MLX's fast paths apply.
+        paths: for every real row, the real rows that it sees, itself last; empty if they are a chain.
     """
 
     n_real: int
@@ -38,6 +39,7 @@ class BlockShape:
     group_start: tuple[int, ...]
     contiguous: bool
     lead: int = 0
+    paths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -90,7 +92,9 @@ def block_shape(
         row += count
     causal = np.array_equal(visibility, np.tril(np.ones((rows, rows), dtype=bool)))
     contiguous = causal and np.array_equal(offsets, np.arange(rows))
-    return BlockShape(n_real, offsets, visibility, slot_index, tuple(group_start), contiguous, lead)
+    seen = visibility[: n_real if parents else 0, :n_real]
+    paths = tuple(tuple(np.flatnonzero(row).tolist()) for row in seen)  # an ancestor comes before its draft
+    return BlockShape(n_real, offsets, visibility, slot_index, tuple(group_start), contiguous, lead, paths)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Block:
         n_real: number of real rows, which come first; the other rows are slots, where gated LoRA acts.
         positions: [R] or [B, R] int32 absolute positions; None if they continue those in the cache.
         visibility: [R, R] bool among the block's rows; None if causal.
+        paths: as in `BlockShape`.
         uniforms: [R - n_real] or [B, R - n_real] float32 in [0, 1), the uniform given to each slot row (Parallel
             Token Prediction), -1 for none; None if slots take none.
         is_step: whether this is a decoding step, whose real rows plain decoding would compute one by one.
@@ -113,6 +118,7 @@ class Block:
     visibility: mx.array | None = None
     uniforms: mx.array | None = None
     is_step: bool = False
+    paths: tuple[tuple[int, ...], ...] = ()
 
     @staticmethod
     def real(ids: mx.array) -> Block:
@@ -139,4 +145,5 @@ class Block:
             positions=mx.array(shape.offsets + start),
             visibility=mx.array(shape.visibility),
             is_step=True,
+            paths=shape.paths,
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -36,8 +38,8 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     """As `mlx_lm.models.base.scaled_dot_product_attention`; queries [B, H_q, R, D] -> [B, H_q, R, D]."""
     if isinstance(cache, BlockCache):
-        if cache.rows.n_exact and queries.shape[2] > 1:
-            return _rows_alone(queries, keys, values, cache, scale, mask, sinks)
+        if (n_exact := _exact_rows(cache, queries.shape[2])) > 0:
+            return _rows_alone(n_exact, queries, keys, values, cache, scale, mask, sinks)
         out = None if sinks is not None else _by_kernel(queries, cache.inner, cache.rows, scale)
         if out is not None:
             return out
@@ -62,30 +64,47 @@ def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) ->
     return None if out is None else out[None]
 
 
-def _rows_alone(
-    queries: mx.array, keys: Any, values: Any, cache: BlockCache, scale: float, mask: Any, sinks: Any
-) -> mx.array:
-    """The exact rows one at a time over the keys up to their own, as in plain decoding; then the others together.
+def _exact_rows(cache: BlockCache, n_rows: int) -> int:
+    """How many leading rows must be computed one by one; 0 if mlx-lm's own call gives the same bits.
 
-    Exact rows come first and see all rows before them, so row i of R sees all but the last R - 1 - i keys. As in
-    plain decoding there is no mask, unless a sliding window hides some of the keys.
+    A single row over a sliding window is one of them: its keys are in another order than in mlx-lm's ring.
     """
-    n_rows, n_exact = queries.shape[2], cache.rows.n_exact
-    window = cache.inner.window if isinstance(cache.inner, WindowCache) else None
-    cached = (int(cache.offset) if window is None else keys.shape[2]) - n_rows
+    if n_rows > 1:
+        return cache.rows.n_exact
+    return int(cache.rows.exact and isinstance(cache.inner, WindowCache))
+
+
+def _rows_alone(
+    n_exact: int,
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: BlockCache,
+    scale: float,
+    mask: Any,
+    sinks: Any,
+) -> mx.array:
+    """The exact rows one at a time over the keys that they see, as in mlx-lm; then the others together.
+
+    An exact row sees the cached keys and those of its path, which the pass has added. As in plain decoding there is
+    no mask, unless a sliding window hides some of the keys.
+    """
+    n_rows = queries.shape[2]
+    windowed = isinstance(cache.inner, WindowCache)
+    cached = (keys.shape[2] if windowed else int(cache.offset)) - n_rows
     outputs = []
     hides = cache.rows.windowed and isinstance(mask, mx.array)
     for row in range(n_exact):
-        last = cached + row + 1
-        seen = slice(0 if window is None else max(0, last - window), last)
+        seen = _seen(cache, cached, cache.rows.path(row), n_rows)
+        own = mask[..., row : row + 1, :] if hides and mask.ndim > 1 else mask
         outputs.append(
             base.scaled_dot_product_attention(
                 queries[:, :, row : row + 1],
-                tree_map(lambda array: array[..., seen, :], keys),  # noqa: B023, called at once
-                tree_map(lambda array: array[..., seen, :], values),  # noqa: B023
+                tree_map(partial(_rows_at, seen), keys),
+                tree_map(partial(_rows_at, seen), values),
                 cache=cache,
                 scale=scale,
-                mask=mask[..., row : row + 1, seen] if hides else None,
+                mask=mx.concatenate([own[..., part] for part in seen], axis=-1) if hides else None,
                 sinks=sinks,
             )
         )
@@ -98,6 +117,41 @@ def _rows_alone(
             )
         )
     return mx.concatenate(outputs, axis=2)
+
+
+def _seen(cache: BlockCache, cached: int, path: Sequence[int], n_rows: int) -> list[slice]:
+    """Which of the keys a row sees, in the order of mlx-lm's cache.
+
+    Args:
+        cached: keys before those of the pass.
+        path: rows of the pass that the row sees, itself last.
+        n_rows: rows of the pass.
+    """
+    inner, total = cache.inner, cached + len(path)
+    if not isinstance(inner, WindowCache):
+        return _places(cached, path, 0, total)
+    first, position = max(0, total - inner.window), int(cache.offset) - n_rows + len(path) - 1
+    newest = total - inner.newest_first(position) if total - first == inner.window else first
+    return _places(cached, path, newest, total) + _places(cached, path, first, newest)
+
+
+def _places(cached: int, path: Sequence[int], start: int, stop: int) -> list[slice]:
+    """Where rows start to stop of the text of cached rows and a path are among the keys."""
+    found = [slice(start, min(stop, cached))] if start < min(stop, cached) else []
+    for row in range(max(start, cached), stop):
+        at = cached + path[row - cached]
+        if found and found[-1].stop == at:
+            found[-1] = slice(found[-1].start, at + 1)
+        else:
+            found.append(slice(at, at + 1))
+    return found
+
+
+def _rows_at(parts: list[slice], array: mx.array) -> mx.array:
+    """[..., K, D] -> the rows of these parts, one after another."""
+    if len(parts) == 1:
+        return array[..., parts[0], :]
+    return mx.concatenate([array[..., part, :] for part in parts], axis=-2)
 
 
 def hookable(trunk: nn.Module) -> set[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, make_prompt_cache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.rows import RowContext
@@ -19,8 +20,8 @@ from mtp_mlx.model.window_cache import WindowCache
 class BlockCache:
     """A view of an mlx-lm cache whose `make_mask` returns the visibility of the pass in progress.
 
-    Everything else (`update_and_fetch`, `offset`, `bits`, ...) is the inner cache's own, including `trim`, which
-    removes rejected rows. `rows` describes the pass in progress.
+    Everything else (`offset`, `bits`, ...) is the inner cache's own, including `trim`, which removes rejected rows.
+    `rows` describes the pass in progress.
     """
 
     def __init__(self, inner: Any, rows: RowContext) -> None:
@@ -29,6 +30,20 @@ class BlockCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """As the inner cache's."""
+        found = self.inner.update_and_fetch(keys, values)
+        if isinstance(self.inner, WindowCache) and keys.shape[2] > 1 and not self.rows.is_step:
+            self.inner.straighten()
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Some layers replace the arrays of their cache, to have those of another one evaluated with them."""
+        if name in ("inner", "rows"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Mask of N query rows over (cached rows + N rows): [N, cached + N] bool, or mlx-lm's own value."""
@@ -70,6 +85,14 @@ def block_view(cache: Any, rows: RowContext) -> Any:
     if isinstance(cache, ArraysCache):
         return cache
     return BlockCache(cache, rows)
+
+
+def prefix_caches(model: nn.Module) -> list[Any]:
+    """A `PrefixCache` in place of each key-value cache of mlx-lm's prompt cache for `model`."""
+    return [
+        CacheList(*(PrefixCache() for _ in cache.caches)) if isinstance(cache, CacheList) else PrefixCache()
+        for cache in make_prompt_cache(model)
+    ]
 
 
 class PrefixCache:

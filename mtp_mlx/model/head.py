@@ -17,17 +17,19 @@ import mlx.nn as nn
 
 from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model.block_linear import BlockHead, is_quantised
-from mtp_mlx.model.seams import text_model, trunk_name
+from mtp_mlx.model.seams import EMBEDDING_NAMES, text_model, trunk_name
 
 
 class _PassThroughTrunk:
     """Replaces the trunk: returns the hidden states it is given; holds its (tied) embedding and its arguments."""
 
-    def __init__(self, embed_tokens: Any, args: Any) -> None:
-        self.embed_tokens = self.embeddings = embed_tokens
+    def __init__(self, embedding: Any, args: Any) -> None:
+        for name in EMBEDDING_NAMES:
+            setattr(self, name, embedding)
         self.args = args  # cohere scales its logits by a number in them
 
-    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+    def __call__(self, *given: Any, **named: Any) -> mx.array:
+        hidden: mx.array = given[0] if given else named["inputs"]  # minimax names it
         return hidden
 
 

@@ -27,7 +27,7 @@ class PositionedRoPE(nn.Module):
         n_exact, n_rows = self._rows.n_exact, x.shape[2]
         if n_exact and n_rows > 1:  # as in one-row passes, with positions counting from the cache's end
             alone = [
-                self.base(x[:, :, row : row + 1], offset=offset + row, **kwargs)
+                self.base(x[:, :, row : row + 1], offset=offset + len(self._rows.path(row)) - 1, **kwargs)
                 for row in range(min(n_exact, n_rows))
             ]
             rest = [self._turned(x[:, :, n_exact:], offset, n_exact, **kwargs)] if n_exact < n_rows else []

@@ -7,7 +7,7 @@ module it wraps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ class RowContext:
         windowed: whether some layer of this pass sees only a sliding window of a cache that holds more.
         is_step: whether this pass is a decoding step, of which some real rows may be rolled back.
         n_exact: leading rows of this pass that must equal one-row passes, bit for bit.
+        paths: for every real row, the real rows that it sees, itself last; empty if they are a chain.
         step_kernels: kernels that may run in this pass: `kernels` in a decoding step, else None, so that prompts run
             as in mlx-lm.
         kernels: kernels that may run in decoding steps, or None. This and `exact` outlive the pass.
@@ -44,11 +45,16 @@ class RowContext:
     windowed: bool = False
     is_step: bool = False
     n_exact: int = 0
+    paths: tuple[tuple[int, ...], ...] = ()
     step_kernels: Dispatcher | None = None
     kernels: Dispatcher | None = None
     exact: bool = False
     ungated: bool = False
     _words: mx.array | None = None
+
+    def path(self, row: int) -> Sequence[int]:
+        """The real rows of the pass that real row `row` sees, itself last; one for every position."""
+        return self.paths[row] if self.paths else range(row + 1)
 
     @property
     def first_gated(self) -> int | None:
@@ -73,7 +79,7 @@ class RowContext:
     def running(self, block: Block) -> Iterator[None]:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
-        self.is_step = block.is_step
+        self.is_step, self.paths = block.is_step, block.paths
         self.uniforms = block.uniforms
         self.n_exact = block.n_real if self.exact and block.is_step else 0
         self.step_kernels = self.kernels if block.is_step else None
@@ -81,5 +87,5 @@ class RowContext:
             yield
         finally:
             self.n_real = self.positions = self.visibility = self.uniforms = None
-            self.is_step = False
+            self.is_step, self.paths = False, ()
             self.windowed, self.n_exact, self.step_kernels, self._words = False, 0, None, None

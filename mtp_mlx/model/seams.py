@@ -39,7 +39,7 @@ LINEAR = (
 
 # The names of the trunk and of its embedding in mlx-lm's model files.
 TRUNK_NAMES = ("model", "backbone")
-EMBEDDING_NAMES = ("embed_tokens", "embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "embeddings", "word_embeddings", "tok_embeddings")
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _classify(seams: Seams, path: str, module: nn.Module) -> None:
     if isinstance(module, LINEAR):
         if last not in ROUTER_NAMES:
             seams.linears[path] = module
-    elif last == "rope":
+    elif last == "rope" or last.endswith("_rope"):
         if type(module).__name__ == "DynamicNTKScalingRoPE":
             raise MTPError(
                 "this model's seam 'rope' is DynamicNTKScalingRoPE, whose angles depend on the number of rows in a "

@@ -4,7 +4,8 @@ mlx-lm's `RotatingKVCache` overwrites its oldest row with the newest, so rows pa
 rows are stored in text order in a buffer larger than the window, so that a rejected row is removed as from an
 ordinary cache. Attention gets the same rows as from mlx-lm's cache: for N query rows, the window - 1 rows before them
 and the N rows themselves. The only difference is the order of the rows once the window is full (text order instead of
-ring order), which changes nothing but the rounding of sums in attention.
+ring order), which changes nothing but the rounding of sums in attention. Where every bit counts, `newest_first` says
+how to put them in the order of mlx-lm's ring.
 
 `WindowCache` replaces an mlx-lm cache while a session runs; `hand_back` writes its state to the mlx-lm cache.
 """
@@ -41,8 +42,10 @@ class WindowCache:
         self.keys: Any = None
         self.values: Any = None
         self._end = 0  # rows of the buffers in use; the last one has position offset - 1
+        self._origin = 0  # a position that mlx-lm keeps in the first place of its ring
         if inner.keys is not None:
             index = int(inner.state[-1])
+            self._origin = self.offset - min(index, self.window)
             self.keys = _in_order_of_text(inner.keys, index, self.offset)
             self.values = _in_order_of_text(inner.values, index, self.offset)
             self._end = self.keys.shape[2]
@@ -86,6 +89,18 @@ class WindowCache:
         self.offset += count
         seen = slice(end - history, end + count)
         return self.keys[..., seen, :], self.values[..., seen, :]
+
+    def straighten(self) -> None:
+        """Call after a pass over several rows of a prompt: mlx-lm's ring then starts anew behind them."""
+        self._origin = self.offset if self.offset >= self.window else 0
+
+    def newest_first(self, position: int) -> int:
+        """How many of the newest rows come before the others in mlx-lm's ring, once the window is full.
+
+        Args:
+            position: of the newest row.
+        """
+        return 1 + (position - self._origin) % self.window
 
     def trim(self, count: int) -> int:
         """Removes the newest `count` rows, at most those of the newest pass; returns `count`.
@@ -131,8 +146,11 @@ class WindowCache:
         if count < min(self.offset, self.window):  # after a roll-back; the row added here is never seen
             keys, values = (mx.pad(rows, [(0, 0), (0, 0), (1, 0), (0, 0)]) for rows in (keys, values))
             count += 1
+        index = count
+        if count == self.window and (turn := (self.offset - self._origin) % self.window):
+            keys, values, index = mx.roll(keys, turn, 2), mx.roll(values, turn, 2), turn
         keys, values = mx.contiguous(keys), mx.contiguous(values)  # without the rest of the buffers
-        self.inner.state = (keys, values, self.offset, 0, self.window, count)
+        self.inner.state = (keys, values, self.offset, 0, self.window, index)
         return self.inner
 
 

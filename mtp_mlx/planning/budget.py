@@ -33,6 +33,7 @@ RESTART = 1e-6  # probability of losing the drafts at hand; gives every policy o
 FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before drafting is tried again: at first, and at most
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
+TEXT_PRIOR = (0.4, 0.6, 0.7, 0.8)  # of drafts from other texts
 PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
 MARGIN = 1.1  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
 
@@ -65,6 +66,12 @@ class Experience:
         }
         return cls(acceptance, CostCorrection(lead))
 
+    def of(self, source: str) -> AcceptanceEstimate:
+        """The estimate of a drafter; one that drafts from text alone gets it with its first drafts."""
+        if source not in self.acceptance:
+            self.acceptance[source] = AcceptanceEstimate(LOOKUP_DRAFTS, TEXT_PRIOR, memory=60.0)
+        return self.acceptance[source]
+
 
 class BudgetPolicy:
     """Plans every step as the module describes; implements `mtp_mlx.decode.policy.Policy`.
@@ -88,8 +95,8 @@ class BudgetPolicy:
         self._cost, self._drafts, self._context = cost, drafts, 0
         self.own = own
         self.max_drafts, self.own_drafts = max(LOOKUP_DRAFTS, drafts), drafts
-        experience = experience or Experience.fresh(own, drafts, prior, cost.lead)
-        self._acceptance, self._correction = experience.acceptance, experience.cost
+        self._experience = experience or Experience.fresh(own, drafts, prior, cost.lead)
+        self._correction = self._experience.cost
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
@@ -125,7 +132,7 @@ class BudgetPolicy:
         """The proposal and layout of the highest value; see `Policy`."""
         if not self._planned:
             self._solve()
-        offered = [self._acceptance[proposal.source].offer(proposal.confidences) for proposal in proposals]
+        offered = [self._experience.of(proposal.source).offer(proposal.confidences) for proposal in proposals]
         if self._probing and self._drafts:
             self._probing = False
             return proposals[0].cut(0), self._fullest(0)
@@ -144,7 +151,7 @@ class BudgetPolicy:
         if layout == Layout.plain():
             self._plain_steps += 1
         elif layout.drafts:
-            known = self._acceptance[proposal.source]
+            known = self._experience.of(proposal.source)
             known.update(layout.drafts, n_accepted, proposal.confidences)
             if proposal.source == self.own:
                 paid = 1 + n_accepted > self.rate * self._seconds(layout)
@@ -219,7 +226,7 @@ class BudgetPolicy:
     def _solve(self) -> None:
         """Policy iteration for `rate` and `_worth`: evaluate the policy exactly and improve it, until stable."""
         self._planned = True
-        known = self._acceptance[self.own]
+        known = self._experience.of(self.own)
         chances = [known.probability(depth + 1) for depth in range(self._drafts)]
         plain = 1.0 / self._seconds(Layout.plain())
         policy = [self._fullest(held) for held in range(self._drafts + 1)]

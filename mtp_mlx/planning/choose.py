@@ -1,8 +1,9 @@
 """Turns `layout`, `drafts`, `lookup`, `drafter` and `emission` into a policy and the drafters of a generation.
 
-A model has at most one drafter of its own (`AttachedModel.speculator`); lookup can draft as well. With both, fixed
-layouts verify the lookup drafts if there is a match and those of the model's own drafter otherwise; "auto" takes the
-ones with the higher expected value, and "tree" joins them in one tree.
+A model has at most one drafter of its own (`AttachedModel.speculator`). Beside it, text alone can draft: the text so
+far (lookup), or other texts as well (`AttachedModel.text_source`), which then take the place of lookup. With both,
+fixed layouts verify lookup drafts if there is a match, and otherwise the drafts of which more are expected to be
+right; "auto" takes the ones with the higher expected value, and "tree" joins them in one tree.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 from mtp_mlx.decode.drafter import DraftSource, source_of
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import check_unverified
-from mtp_mlx.decode.lookup import LOOKUP, LookupDrafter
+from mtp_mlx.decode.lookup import LOOKUP, LookupDrafter, TextDrafter
 from mtp_mlx.decode.policy import ChainPolicy, ConfidencePolicy, FixedPolicy, LayoutName, LookupPolicy, Policy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters import registry
@@ -21,7 +22,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.precision import nearest_precision
 from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
-from mtp_mlx.planning.calibrate import step_cost, worth_measuring
+from mtp_mlx.planning.calibrate import prepare_costs, step_cost
 from mtp_mlx.planning.grow import TreePolicy
 from mtp_mlx.planning.tuned import recall
 
@@ -40,10 +41,17 @@ class DrafterChoice:
     Attributes:
         own: whether the model's own drafter drafts.
         lookup: whether lookup drafts.
+        texts: whether the model's text source drafts.
     """
 
     own: bool
     lookup: bool
+    texts: bool = False
+
+    @property
+    def from_text(self) -> bool:
+        """Whether anything drafts from text alone."""
+        return self.lookup or self.texts
 
 
 def choose_drafters(
@@ -54,21 +62,22 @@ def choose_drafters(
     Raises:
         MTPError: if a name is unknown, the model lacks a drafter, or both arguments are given.
     """
+    texts = model.text_source
     if drafter is None:
         wanted = layout in ("auto", "tree") if lookup is None else lookup
-        alone = bool(lookup) and source_of(model) is None  # lookup needs no adapter
-        return DrafterChoice(own=not alone, lookup=wanted)
+        alone = (bool(lookup) or texts is not None) and source_of(model) is None  # text needs no adapter
+        return DrafterChoice(own=not alone, lookup=wanted, texts=texts is not None)
     if lookup is not None:
         raise MTPError("use `drafter` or `lookup`, not both: leave `lookup` out")
-    source = source_of(model)
-    needs = registry.drafter_names()
+    own, needs = own_name(model), registry.drafter_names()
     names = [name.strip() for name in drafter.split(",")]
     for name in names:
         if name != LOOKUP and name not in needs:
             raise MTPError(f"unknown drafter '{name}': choose from {', '.join([*needs, LOOKUP])}")
-        if name != LOOKUP and (source is None or source.name != name):
+        if name not in (LOOKUP, own, texts and texts.name):
             raise MTPError(f"drafter '{name}' needs {needs[name]}")
-    return DrafterChoice(own=any(name != LOOKUP for name in names), lookup=LOOKUP in names)
+    found = bool(texts) and texts.name in names
+    return DrafterChoice(own=own in names, lookup=LOOKUP in names, texts=found)
 
 
 def settled_layout(
@@ -82,10 +91,10 @@ def settled_layout(
 
 @dataclass(frozen=True)
 class Drafting:
-    """The policy of a generation, and its lookup drafter or None."""
+    """The policy of a generation, and what drafts from text alone, or None."""
 
     policy: Policy
-    lookup: LookupDrafter | None
+    lookup: TextDrafter | None
 
 
 def plan_drafting(
@@ -99,10 +108,11 @@ def plan_drafting(
     max_tokens: int | None = None,
     rows: int | None = None,
 ) -> Drafting:
-    """The policy and the lookup drafter of a generation.
+    """The policy of a generation, and what drafts from text alone.
 
-    If lookup is requested but the layout cannot use it, `stats.fallbacks` counts that. Layout "auto" without any
-    other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so.
+    If drafts from text are requested but the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
+    without any other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so; with a
+    text source it does not, because nothing was tuned with that.
 
     Args:
         model: the model with its drafter.
@@ -119,30 +129,38 @@ def plan_drafting(
         MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or if `drafter` is combined with another
             emission than the default.
     """
-    emission = emission or Emission()
+    emission, running_text = emission or Emission(), lookup is not False
     _check_rows(layout, rows)
     if emission != Emission():
         if drafter is not None:
             raise MTPError("unverified emission and `tau` are for slot drafts only: leave `drafter` out")
         lookup = bool(lookup)  # lookup only if requested
     layout = settled_layout(model, layout, lookup, drafter)
-    if layout == "auto" and (drafts, lookup, drafter, emission) == (None, None, None, Emission()):
+    given = (drafts, lookup, drafter, model.text_source, emission)
+    if layout == "auto" and given == (None, None, None, None, Emission()):
         tuned = recall(model)
         if tuned is not None:
             layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
             stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
-    if layout == "auto" and emission == Emission() and not worth_measuring(model, max_tokens):
+    if layout == "auto" and emission == Emission() and not prepare_costs(model, max_tokens):
         layout = "plain"
         stats.fallbacks["plain: for so few tokens, what a step costs here was not measured"] += 1
     if layout == "tree":
         policy = tree_policy(model, drafts if chosen.own else 0, rows, emission)
-    elif chosen.own:
+    elif chosen.own or emission != Emission():
         policy = build_policy(model, layout, drafts, stats, emission)
     else:
         policy = lookup_policy(model, layout, drafts)
+    unused = "emission is unverified" if not emission.lossless else "this layout verifies no drafts"
+    usable = policy.max_drafts > 0 and emission.lossless
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
+    if chosen.texts and not usable:
+        stats.fallbacks[f"no drafts from {model.text_source.name}: {unused}"] += 1
+    if chosen.texts and usable:
+        opened = model.text_source.open(running_text=running_text, branching=layout == "tree")
+        return Drafting(policy, opened)
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
 
 

@@ -1,9 +1,9 @@
 """c(R): seconds of a step as a function of its rows, for one model on this machine.
 
-Pure arithmetic over a table of measurements made by `calibrate.py`. The cost of a row is neither zero nor constant:
-matmul times are a staircase in the number of rows, attention grows with rows times context, and slots add low-rank
-work. The table therefore holds times by rows at a short and at a long context, and a surcharge for slots; it is
-interpolated linearly and extrapolated with the last slope.
+Pure arithmetic over a table of measurements made by `timing.py`, which may have had no time for all of them. The cost
+of a row is neither zero nor constant: matmul times are a staircase in the number of rows, attention grows with rows
+times context, and slots add low-rank work. The table therefore holds times by rows at a short and at a long context,
+and a surcharge for slots; it is interpolated linearly and extrapolated with the last slope.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.files import write_text
+from mtp_mlx.files import warn_once, write_text
 
 ROW_EDGES = (2, 4, 6, 9, 13, 19)  # bins of rows: 1, 2-3, 4-5, ...
 PRIOR_STRENGTH = 3.0  # weight of a cell's parent, in observations
 MEMORY_OBSERVATIONS = 40.0  # half-life of an observation's weight, in observations
+UNMEASURED_DRAFT = 0.25  # of a plain step: seconds to draft a token if there was no time to measure it
 LARGEST_SURPRISE = math.log(2.0)  # clips outliers: steps during which something else used the machine
 
 Cell = tuple[str | int, ...]
@@ -32,16 +33,20 @@ log = logging.getLogger("mtp_mlx")
 
 @dataclass(frozen=True)
 class StepCost:
-    """Measured seconds of steps.
+    """Measured seconds of steps. What was not measured is priced so that it is not chosen for being unknown.
 
     Attributes:
-        rows: numbers of real rows measured, increasing, from 1.
+        rows: numbers of real rows measured, increasing, from 1. If 1 is the only one, every further row is taken to
+            cost another step.
         contexts: the short and the long context, in cached tokens.
-        short, long: seconds of a step without slots at either context, per entry of `rows`.
+        short, long: seconds of a step without slots at either context, per entry of `rows`; `long` is empty if not
+            measured, and then a long context costs nothing.
         slot_rows: numbers of slot rows measured, increasing, including those that draft nothing.
-        surcharge: seconds that slot rows cost beyond as many real rows, per entry of `slot_rows`.
-        draft: seconds to draft one token, from slots or in a chain.
-        plain: seconds of a plain step that overlaps with the host, at the two contexts.
+        surcharge: seconds that slot rows cost beyond as many real rows, per entry of `slot_rows`. If there are none,
+            a slot row is taken to cost twice as much as a real one.
+        draft: seconds to draft one token, from slots or in a chain; None if not measured (`draft_seconds`).
+        plain: seconds of a plain step that overlaps with the host, at the short and then the long context, as far
+            as measured.
         lead: rows at the start of every slot group that draft nothing.
     """
 
@@ -51,21 +56,41 @@ class StepCost:
     long: tuple[float, ...]
     slot_rows: tuple[int, ...]
     surcharge: tuple[float, ...]
-    draft: float
-    plain: tuple[float, float]
+    draft: float | None
+    plain: tuple[float, ...]
     lead: int = 0
 
     def seconds(self, layout: Layout, context: int) -> float:
         """Seconds of a step in `layout` with `context` cached tokens."""
         if layout == Layout.plain():
-            return self._at(context, *self.plain)
+            return self._at(context, self.plain_seconds, (self.plain or (self.short[0],))[-1])
         rows = self.rows_of(layout)
-        body = self._at(
-            context, interpolate(self.rows, self.short, rows), interpolate(self.rows, self.long, rows)
-        )
+        short = self._of_rows(self.short, rows)
+        body = self._at(context, short, self._of_rows(self.long, rows) if self.long else short)
         slot_rows = layout.slot_rows + layout.lead_rows(self.lead)
-        extra = max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), slot_rows))
-        return body + extra + self.draft * max(*layout.slots, layout.chain)
+        return body + self._extra(slot_rows) + self.draft_seconds * max(*layout.slots, layout.chain)
+
+    @property
+    def plain_seconds(self) -> float:
+        """Seconds of a plain step at the short context; if not measured, of any step of one row."""
+        return self.plain[0] if self.plain else self.short[0]
+
+    @property
+    def draft_seconds(self) -> float:
+        """Seconds to draft one token; if not measured, a quarter of a plain step."""
+        return UNMEASURED_DRAFT * self.plain_seconds if self.draft is None else self.draft
+
+    def _of_rows(self, seconds: tuple[float, ...], rows: int) -> float:
+        """Seconds of a pass over so many rows, of the measured `seconds` at one context."""
+        return seconds[0] * rows if len(self.rows) == 1 else interpolate(self.rows, seconds, rows)
+
+    def _extra(self, slot_rows: int) -> float:
+        """Seconds that slot rows cost beyond as many real rows."""
+        if self.slot_rows:
+            return max(0.0, interpolate((0, *self.slot_rows), (0.0, *self.surcharge), slot_rows))
+        most = max(2, self.rows[-1])
+        a_row = (self._of_rows(self.short, most) - self.short[0]) / (most - 1)
+        return slot_rows * max(0.0, a_row)
 
     def rows_of(self, layout: Layout) -> int:
         """All rows of a step's pass, including those that draft nothing."""
@@ -107,13 +132,13 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): step costs are measured again", path, error)
+        warn_once(str(path), f"{path} cannot be read ({error}): step costs are measured again")
         return None
     try:
         if stored["key"] != key:
             return None
         values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else float(value)
+            name: tuple(value) if isinstance(value, list) else None if value is None else float(value)
             for name, value in stored["cost"].items()
         }
         return StepCost(**{**values, "lead": int(values.get("lead", 0))})

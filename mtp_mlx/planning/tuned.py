@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import cache_dir, clear_errors, keep_if_possible, write_text
+from mtp_mlx.files import cache_dir, clear_errors, keep_if_possible, kept_file, warn_once, write_text
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import cost_key
 
@@ -81,15 +81,17 @@ def remember(model: AttachedModel, choice: TunedChoice, measured: dict[str, Any]
         measured: all measurements, stored for people to read.
     """
     key = tuned_key(model)
-    path = _path(key)
     text = json.dumps({"key": key, "choice": asdict(choice), "measured": measured}, indent=2) + "\n"
-    return path if keep_if_possible(lambda: write_text(path, text), "tuned layouts") else None
+    kept = keep_if_possible(lambda: write_text(cache_dir().joinpath(*_names(key)), text), "tuned layouts")
+    return kept_file(*_names(key)) if kept else None
 
 
 def recall(model: AttachedModel) -> TunedChoice | None:
     """The choice for this model, drafter and machine; None if there is none or it is damaged (which is logged)."""
     key = tuned_key(model)
-    path = _path(key)
+    path = kept_file(*_names(key))
+    if path is None:
+        return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         choice = TunedChoice(**_renamed(stored["choice"]))
@@ -100,7 +102,11 @@ def recall(model: AttachedModel) -> TunedChoice | None:
         return choice
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        warn_once(str(path), f"{path} cannot be read ({reason}): layout auto plans as if untuned")
+        return None
+    except (ValueError, KeyError, TypeError) as error:
         log.warning(
             "%s is damaged (%s): layout auto plans as if untuned; run mtp-mlx tune again", path, error
         )
@@ -118,8 +124,8 @@ def forget(model: AttachedModel) -> bool:
     Raises:
         MTPError: if the file cannot be removed.
     """
-    path = _path(tuned_key(model))
-    if not path.exists():
+    path = kept_file(*_names(tuned_key(model)))
+    if path is None or not path.exists():
         return False
     try:
         with clear_errors(path):
@@ -129,6 +135,7 @@ def forget(model: AttachedModel) -> bool:
     return True
 
 
-def _path(key: dict[str, str]) -> Path:
+def _names(key: dict[str, str]) -> tuple[str, str]:
+    """Folder and name of the file in the cache."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "tuned" / f"{digest}.json"
+    return "tuned", f"{digest}.json"

@@ -101,7 +101,7 @@ class BatchPlan:
     def observe(self, proposal: Proposal, n_accepted: int) -> None:
         """Record how many drafts one sequence accepted in a step."""
         if self._experience is not None and proposal.drafts:
-            known = self._experience.acceptance[proposal.source]
+            known = self._experience.of(proposal.source)
             known.update(len(proposal.drafts), n_accepted, proposal.confidences)
 
     # --- "auto" ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class BatchPlan:
         drafts = max(*layout.slots, layout.chain)
         rows = n_sequences * self._cost.rows_of(layout)
         as_one = Layout(rows - 1, (0,) * rows)
-        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft * drafts
+        return self._cost.seconds(as_one, self._context) + n_sequences * self._cost.draft_seconds * drafts
 
 
 def _longest_run(n_sequences: int, chance: float) -> float:
@@ -173,20 +173,20 @@ def batch_drafting(
     lookup: bool | None = None,
     drafter: str | None = None,
 ) -> BatchDrafting:
-    """The `BatchDrafting` for the arguments of `plan_drafting`. With layout "auto" it does not use lookup."""
+    """The `BatchDrafting` for the arguments of `plan_drafting`. "auto" plans for the model's own drafter only."""
     layout = settled_layout(model, layout, lookup, drafter)
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "plain":
         return BatchDrafting("plain")
     source = source_of(model)
     own = (drafts or model.most_drafts) if chosen.own else 0
-    if not own and (layout == "auto" or not chosen.lookup):
+    if not own and (layout == "auto" or not chosen.from_text):
         return BatchDrafting("plain")
     places_slots = source is not None and source.places_slots
     return BatchDrafting(
         layout,
         slots=own if places_slots else 0,
         chain=0 if places_slots else own,
-        lookup=(own or drafts or LOOKUP_DRAFTS) if chosen.lookup and layout != "auto" else 0,
+        lookup=(own or drafts or LOOKUP_DRAFTS) if chosen.from_text and layout != "auto" else 0,
         own="" if source is None else source.name,
     )

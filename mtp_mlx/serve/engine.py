@@ -135,6 +135,8 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+        if self.model.text_source is not None:
+            self.model.text_source.close()
 
     @property
     def alive(self) -> bool:

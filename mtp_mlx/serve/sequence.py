@@ -17,7 +17,9 @@ from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
+from mtp_mlx.files import warn_once
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.context import beyond_context
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.serve.prefix_cache import PrefixCache
 from mtp_mlx.serve.request import GenerationRequest, Piece, Summary, TokenLogprob
@@ -78,6 +80,11 @@ class Sequence:
     ) -> None:
         self.request = request
         self.stats = DecodeStats()
+        if note := beyond_context(model.model, len(request.prompt)):
+            self.stats.notes.append(note)
+            warn_once(
+                "context", f"{note} (said of the first such request; the others have it in `mtp.notes`)"
+            )
         drafting = plan_drafting(
             model,
             settings.layout,
@@ -91,7 +98,7 @@ class Sequence:
         # Penalties look at the last tokens of the prompt, so these are always processed again.
         spare = max(1, request.sampling.history_size)
         cache, self.n_cached = prefixes.fetch(request.prompt, spare)
-        self._prefixes = prefixes
+        self._prefixes, self._texts = prefixes, model.text_source
         self.cache: list[Any] = model.make_cache() if cache is None else cache
         self.session, loop = open_loop(
             request.prompt[self.n_cached :],
@@ -159,6 +166,8 @@ class Sequence:
         if self._tokens is not None:
             self._tokens.close()
         n_own = len(self.request.prompt) - self.n_cached + self._text.count
+        if self._texts is not None:
+            self._texts.learn(self.request.prompt, self.session.generated[: self._text.count])
         kept = min(n_own, self.session.cached - self.session.start)  # the last token may not be in the cache
         self.session.settle(kept)
         self._prefixes.store(
@@ -208,7 +217,15 @@ class Sequence:
         counts = self.stats.to_json()
         mtp = {
             name: counts[name]
-            for name in ("tokens_per_step", "rows_per_step", "steps", "acceptance", "drafted_by", "fallbacks")
+            for name in (
+                "tokens_per_step",
+                "rows_per_step",
+                "steps",
+                "acceptance",
+                "drafted_by",
+                "fallbacks",
+                "notes",
+            )
         }
         sampling = self.request.sampling
         mtp |= {

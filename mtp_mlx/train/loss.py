@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
+LEAST = -1e30  # logits below it are raised to it; exp of it is zero
+
 
 @dataclass
 class LossParts:
@@ -45,12 +47,20 @@ def sum_over_chunks(
     return mx.sum(mx.stack([chunk(start) for start in range(0, rows, chunk_rows)]))
 
 
+def finite(logits: mx.array) -> mx.array:
+    """Logits in float32, without the -inf that some models give ids which they never write (phi3small).
+
+    The probability stays zero, and zero times a number, unlike zero times -inf, is zero.
+    """
+    return mx.maximum(logits.astype(mx.float32), LEAST)
+
+
 def soft_cross_entropy(logits: mx.array, probs: mx.array) -> mx.array:
     """-sum_c probs_c log softmax(logits)_c per row: [m, C], [m, C] -> [m] float32.
 
     `probs` may sum to less than 1: the rest is probability of ids outside the draft vocabulary.
     """
-    logits = logits.astype(mx.float32)
+    logits = finite(logits)
     return mx.sum(probs, axis=-1) * mx.logsumexp(logits, axis=-1) - mx.sum(probs * logits, axis=-1)
 
 

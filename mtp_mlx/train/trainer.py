@@ -20,6 +20,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mtp_mlx.adapter_folder import CONFIG_NAME, sidecar
+from mtp_mlx.decode.rollback import check_decodes
 from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, write_text
@@ -128,6 +129,7 @@ class Trainer:
         self._whole = method.settled(whole, self._train)
         self.settings = settings = replace(self._whole, micro_batches=settings.micro_batches)
         mx.random.seed(settings.seed)
+        check_decodes(model)
         model.freeze()
         self.method = method(model, train, settings, listener.on_message)
         self.estimate = self.method.estimate_memory(self._train, self.method.plan)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mtp_mlx.drafters.masks.folder import mask_header, save
 from mtp_mlx.model.fingerprint import base_fingerprint
@@ -22,7 +23,7 @@ from tests.model.naive import random_adapter
 from tests.tiny import CHAT_TEMPLATE, hf_tokenizer, save_tiny, tiny_model
 
 Edit = Callable[[Path], object]
-What = Literal["model", "template", "rows", "adapter", "gguf", "options"]
+What = Literal["model", "template", "rows", "adapter", "gguf", "cache", "options"]
 
 GENERATING = ("generate", "chat", "serve", "bench", "eval", "tune")
 LOADING = (*GENERATING, "chat app")
@@ -32,7 +33,8 @@ READERS: dict[What, tuple[str, ...]] = {
     "rows": ("train", "distill"),
     "adapter": (*GENERATING, "plan", "info", "push", "train from", "chat app"),
     "gguf": ("convert", "convert to 4 bits", "convert plan"),
-    "options": (),
+    "cache": ("prompt cache",),
+    "options": ("generate", "serve"),
 }
 
 
@@ -43,7 +45,8 @@ class Damage:
     Attributes:
         name: in words.
         what: what is damaged.
-        edit: damages it: gets the model's folder, the file of rows, or the place of an adapter folder or GGUF file.
+        edit: damages it: gets the model's folder, the file of rows, or the place of an adapter folder, GGUF file or
+            prompt cache.
         says: what the message must contain.
         verbs: that read it, if not those of `READERS`.
         options: added to the command line.
@@ -205,6 +208,39 @@ def drafts_beyond(folder: Path) -> None:
     mx.save_safetensors(str(folder / "mtp.safetensors"), weights)
 
 
+def another(architecture: str, **config: Any) -> Edit:
+    """Another model in the model's place."""
+
+    def edit(model: Path) -> None:
+        shutil.rmtree(model)
+        save_tiny(model, architecture, seed=3, **config)
+
+    return edit
+
+
+def cache_of(architecture: str, **config: Any) -> Edit:
+    """A prompt cache that such a model has filled."""
+
+    def edit(file: Path) -> None:
+        model = tiny_model(architecture, seed=3, **config)
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([[5, 6, 7, 8]]), cache=cache))
+        save_prompt_cache(str(file), cache)
+
+    return edit
+
+
+def other_states(file: Path) -> None:
+    """A model with recurrent layers, and a prompt cache of one whose layers are wider."""
+    another("qwen3_next")(file.parent / "model")
+    cache_of("qwen3_next", linear_key_head_dim=12)(file)
+
+
+def no_layers(file: Path) -> None:
+    """A prompt cache without layers."""
+    save_prompt_cache(str(file), [])
+
+
 # --- the list ---------------------------------------------------------------------------------------------------
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269060552\n"
@@ -338,4 +374,60 @@ DAMAGES = [
     Damage("a model as adapter", "adapter", another_model, "is a model folder", verbs=(*GENERATING, "plan")),
     Damage("drafts beyond", "adapter", drafts_beyond, "damaged: its draft vocabulary has", verbs=LOADING),
     Damage("adapter's config a list", "adapter", folder_with(mtp_config=[]), "mtp_config.json is damaged"),
+    # quantised keys and values
+    Damage(
+        "heads of 16 in groups of 64",
+        "options",
+        nothing,
+        "keys and values of 16 numbers cannot be quantised in groups of 64: leave --kv-bits out",
+        options=("--kv-bits", "4"),
+    ),
+    Damage(
+        "heads of 96 in groups of 64",
+        "options",
+        another("qwen3", head_dim=96),
+        "numbers cannot be quantised in groups of 64: use --kv-group-size 32",
+        options=("--kv-bits", "4"),
+    ),
+    Damage(
+        "heads of 64 in groups of 128",
+        "options",
+        another("llama", head_dim=64),
+        "numbers cannot be quantised in groups of 128: use --kv-group-size 64",
+        options=("--kv-bits", "8", "--kv-group-size", "128", "--quantized-kv-start", "0"),
+    ),
+    Damage(
+        "windows that cannot be quantised",
+        "options",
+        another("gemma3_text"),
+        "this model has sliding-window layers",
+        options=("--kv-bits", "8"),
+    ),
+    # prompt caches
+    Damage("a cache without layers", "cache", no_layers, "`prompt_cache` has 0 layers and this model 2"),
+    Damage("a cache of more layers", "cache", cache_of("qwen3", num_hidden_layers=3), "has 3 layers and"),
+    Damage(
+        "a cache of other heads",
+        "cache",
+        cache_of("qwen3", head_dim=32),
+        "holds 2 heads of 32 and 32 numbers, this model 2 heads of 16 and 16 numbers: make one",
+    ),
+    Damage(
+        "a cache of more heads",
+        "cache",
+        cache_of("qwen3", num_key_value_heads=4),
+        "holds 4 heads of 16 and 16 numbers, this model 2 heads of 16",
+    ),
+    Damage(
+        "a cache of recurrent layers",
+        "cache",
+        cache_of("olmo_hybrid"),
+        "of `prompt_cache` is of another kind of model",
+    ),
+    Damage(
+        "a cache of other recurrent layers",
+        "cache",
+        other_states,
+        "holds a state of 1 x 3 x 96, 1 x 4 x 12 x 12 numbers, this model a state of",
+    ),
 ]

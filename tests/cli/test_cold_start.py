@@ -76,7 +76,7 @@ def _save_drafters(root: Path, base: str) -> None:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_warned", [])
+    monkeypatch.setattr(files, "_warned", {})
     return tmp_path / "cache"
 
 

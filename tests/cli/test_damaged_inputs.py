@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mlx_lm.models.cache import load_prompt_cache
 
 import mtp_mlx.cli.serve as serve
 from examples import finetune_notes
 from examples.chat_app.engine import ChatEngine, Event
+from mtp_mlx.api import generate, load
 from mtp_mlx.cli import main
-from tests.cli.damage import DAMAGES, Damage, bench
+from mtp_mlx.errors import MTPError
+from tests.cli.damage import DAMAGES, Damage, another, bench, cache_of
 from tests.cli.damage_gguf import GGUF_DAMAGES, SPLIT, written
 
 
@@ -60,6 +63,16 @@ def chat_app(root: Path, damage: Damage) -> Outcome:
     return Outcome(2 if event.kind == "failed" else 0, f"Error: {event.text}\n")
 
 
+def prompt_cache(root: Path, _: Damage) -> Outcome:
+    """The library, going on from a prompt cache that was saved with mlx-lm."""
+    model, tokenizer = load(str(root / "model"), None)
+    try:
+        generate(model, tokenizer, "the", 2, prompt_cache=load_prompt_cache(str(root / "cache.safetensors")))
+    except MTPError as error:
+        return Outcome(2, f"Error: {error}\n")
+    return Outcome(0, "")
+
+
 def notes(root: Path, _: Damage) -> Outcome:
     """The example that trains on a folder of notes."""
     folder, stderr = root.parent / "notes", io.StringIO()
@@ -98,6 +111,7 @@ VERBS: dict[str, Verb] = {
     "draft model": cli(
         "generate", "-m", "{root}/../good", "--draft-model", "{root}/model", "-p", "the", "-n", "2"
     ),
+    "prompt cache": prompt_cache,
     "notes": notes,
     "chat app": chat_app,
 }
@@ -126,7 +140,13 @@ def below(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("damage", [*DAMAGES, *GGUF_DAMAGES], ids=lambda damage: damage.name)
 def test_a_damaged_input_is_one_sentence(damage: Damage, root: Path) -> None:
-    place = {"rows": "rows.jsonl", "adapter": "adapter", "gguf": damage.given}.get(damage.what, "model")
+    names = {
+        "rows": "rows.jsonl",
+        "adapter": "adapter",
+        "gguf": damage.given,
+        "cache": "cache.safetensors",
+    }
+    place = names.get(damage.what, "model")
     damage.edit(root / place)
     before = below(root)
     for verb in damage.readers:
@@ -146,6 +166,17 @@ def test_undamaged_gguf_files_are_converted(root: Path, given: str) -> None:
         outcome = VERBS[verb](root, nothing)
         assert outcome.code == 0, f"{verb}: {outcome}"
         shutil.rmtree(root / "new", ignore_errors=True)
+
+
+def test_undamaged_caches_are_used(root: Path) -> None:
+    """The model's own, of plain and of quantised keys and values that fit."""
+    own = Damage("nothing", "cache", cache_of("qwen3"), "")
+    own.edit(root / "cache.safetensors")
+    assert VERBS["prompt cache"](root, own).code == 0
+    fits = Damage("nothing", "options", another("qwen3", head_dim=64), "", options=("--kv-bits", "4"))
+    fits.edit(root / "model")
+    for verb in fits.readers:
+        assert VERBS[verb](root, fits).code == 0, verb
 
 
 def test_undamaged_it_works(root: Path) -> None:

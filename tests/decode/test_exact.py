@@ -1,4 +1,5 @@
-"""Proves that exact decoding computes the very logits of plain decoding, bit for bit, dense and quantised."""
+"""Proves that exact decoding computes the very logits of plain decoding, bit for bit, dense and quantised; and past a
+sliding window those of mlx-lm."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import llama, qwen2, qwen3
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import FixedPolicy
@@ -18,6 +20,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, drafting, random_adapter
+from tests.decode.trees import AnyTree, KnowingTrees
 from tests.tiny import tiny_model
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
@@ -147,6 +150,72 @@ def test_a_quantised_cache_is_exact_too() -> None:
     found_tokens, found = drafted_logits(attached, "linear", tokens, **options)
     assert found_tokens == tokens
     assert same_bits(expected, found)
+
+
+TREES: list[tuple[str, int, dict[str, Any]]] = [
+    ("llama", 0, {}),
+    ("qwen3", 4, {}),
+    ("gemma3_text", 0, {}),
+    ("olmo3", 0, {}),
+    ("qwen3", 0, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "bits", "options"), TREES)
+def test_rows_of_a_tree_are_those_of_plain_decoding(
+    name: str, bits: int, options: dict[str, Any], seed: int
+) -> None:
+    """A row sees its ancestors and no other branch, at the position of its depth."""
+    base = tiny_model(name, seed=3, hidden_size=64, intermediate_size=96, head_dim=32)
+    if bits:
+        nn.quantize(base, group_size=32, bits=bits)
+    attached, stats = adapted(base, exact=True), DecodeStats()
+    tokens, expected = plain_logits(attached, 40, **options)
+    policy: Any = AnyTree(MOST_SLOTS, seed)
+    with drafting(KnowingTrees(tokens, len(PROMPT), 0.9, seed)):  # type: ignore[arg-type]
+        steps = mtp_generate_step(PROMPT, attached, max_tokens=40, policy=policy, stats=stats, **options)
+        found = list(steps)
+    assert [item.token for item in found] == tokens and same_bits(expected, [item.logits for item in found])
+    assert sum(layout.startswith("tree") for layout in stats.layouts) > 4 and sum(stats.accepted) > 8
+
+
+def mlx_lm_turns(base: Any, cache: list[Any], prompts: list[list[int]], most: int) -> list[list[mx.array]]:
+    """Tokens and raw logits of mlx-lm's own turns over one cache."""
+    turns = []
+    for prompt in prompts:
+        seen: list[mx.array] = []
+        keep = [lambda _, logits, seen=seen: seen.append(logits[0]) or logits]
+        steps = generate_step(
+            mx.array(prompt), base, max_tokens=most, prompt_cache=cache, logits_processors=keep
+        )
+        turns.append(([int(token) for token, _ in steps], seen[:most]))
+    return turns
+
+
+@pytest.mark.parametrize("layout", ["plain", "linear", "quadratic"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "ministral3", "llama"])
+def test_past_a_sliding_window_logits_are_those_of_mlx_lm(name: str, dtype: mx.Dtype, layout: Any) -> None:
+    """Whose ring has the rows in another order; also in turns of one token, which go on with the ring of the last."""
+    theirs, ours = tiny_model(name, seed=3), tiny_model(name, seed=3)
+    theirs.set_dtype(dtype), ours.set_dtype(dtype)
+    attached = adapted(ours, exact=True)
+    prompts, most = [[3, 5, 7, 3, 5, 7, 3, 5, 9, 11], [4], [8, 2, 6], [1]], 9
+
+    def cache() -> list[Any]:  # llama with a cache that rotates
+        return [RotatingKVCache(6) if name == "llama" else one for one in make_prompt_cache(theirs)]
+
+    own, cached = cache(), 0
+    for prompt, (tokens, logits) in zip(prompts, mlx_lm_turns(theirs, cache(), prompts, most)):
+        cached += len(prompt)
+        with drafting(KnowingDrafter(tokens, cached, 0.7, seed=1)):
+            policy = FixedPolicy(layout, MOST_SLOTS)
+            steps = mtp_generate_step(prompt, attached, max_tokens=most, policy=policy, prompt_cache=own)
+            found = list(steps)
+        cached += most
+        assert [item.token for item in found] == tokens
+        assert same_bits(logits, [item.logits for item in found])
 
 
 def test_detach_restores_the_attention_function() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
-from mtp_mlx.model import window_cache
+from mtp_mlx.model import block_attention, window_cache
 from mtp_mlx.model.block import Block, block_shape
 from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.rows import RowContext
@@ -74,6 +75,54 @@ def test_a_pass_sees_its_window_whatever_was_taken_back(
         assert sorted(feed(theirs, count)) == expected
         assert feed(ours, count) == expected
         length += count
+
+
+def seen_by_exact_rows(cache: BlockCache, context: RowContext, block: Block) -> list[list[int]]:
+    """The keys of every attention call of a pass over `block`, by position, in their order."""
+    calls: list[list[int]] = []
+
+    def record(queries: mx.array, keys: mx.array, values: mx.array, **_: Any) -> mx.array:
+        calls.append(positions(keys))
+        return queries
+
+    count = block.ids.shape[1]
+    with context.running(block), mock.patch.object(block_attention.base, block_attention.NAME, record):
+        mask = cache.make_mask(count)
+        own = rows(int(cache.offset), count)
+        keys, values = cache.update_and_fetch(own, -own)
+        block_attention.scaled_dot_product_attention(own, keys, values, cache, 1.0, mask)
+    return calls
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 6), st.integers(1, 6)), max_size=12),
+    st.integers(1, 7),
+    st.integers(0, 16),
+)
+def test_exact_rows_see_their_window_in_the_order_of_mlx_lm(
+    passes: list[tuple[bool, int, int]], window: int, already: int
+) -> None:
+    """(step or prompt, rows, rows kept of a step), after a prompt of `already` rows; also after handing back."""
+    theirs, context = RotatingKVCache(window), RowContext(exact=True)
+    if already:
+        feed(theirs, already)
+    for is_step, count, kept in passes:
+        cache = BlockCache(WindowCache(copy.deepcopy(theirs)), context)
+        for step in (is_step, True):  # the second goes on without handing back
+            if step:
+                ids = mx.zeros((count,), dtype=mx.int32)
+                block = Block.decode(ids, block_shape(count - 1, (0,) * count), int(cache.offset), 100)
+                calls, kept = seen_by_exact_rows(cache, context, block), min(kept, count)
+                for call in calls[:kept]:
+                    assert call == feed(theirs, 1)
+                cache.trim(count - kept)
+            else:
+                calls = seen_by_exact_rows(cache, context, Block.real(mx.zeros((1, count), dtype=mx.int32)))
+                assert calls == [feed(theirs, count)]
+        handed = cache.inner.hand_back()
+        assert feed(copy.deepcopy(handed), 1) == feed(copy.deepcopy(theirs), 1)
+        assert feed(copy.deepcopy(handed), 2) == feed(copy.deepcopy(theirs), 2)
 
 
 def naive_mask(offset: int, offsets: np.ndarray, sees: np.ndarray, window: int) -> np.ndarray:

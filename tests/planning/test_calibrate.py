@@ -1,9 +1,13 @@
-"""Proves that measuring costs ends in time, works for quantised models, and needs neither a long text nor a file."""
+"""Proves that measuring costs ends in time or at Ctrl-C, is gone on with later, and needs neither text nor file."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +19,48 @@ from mtp_mlx import files
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.planning import calibrate
+from mtp_mlx.planning import calibrate, timing
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.planning.tuned import TunedChoice, recall, remember
 from tests.decode.fakes import attached, random_adapter
 from tests.drafters.heads.test_chain import model_with_heads
 from tests.model.naive import QUANTIZABLE
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_warned", [])
+    monkeypatch.setattr(files, "_warned", {})
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes every row of a pass take 0.05 s; returns a list of the rows of every pass."""
-    passes: list[int] = []
-    forward = AttachedModel.forward
+@dataclass
+class Slowed:
+    """Rows of every pass, each of which took 0.05 s a row by this clock."""
 
-    def slow(self: AttachedModel, block: Any, cache: Any) -> mx.array:
-        passes.append(block.ids.shape[1])
-        time.sleep(0.05 * block.ids.shape[1])
+    passes: list[int] = field(default_factory=list)
+
+    @property
+    def clock(self) -> float:
+        return 0.05 * sum(self.passes)
+
+    def perf_counter(self) -> float:
+        return self.clock
+
+
+@pytest.fixture
+def slowed(monkeypatch: pytest.MonkeyPatch) -> Slowed:
+    """Makes every row of a pass take 0.05 s by the clock of `timing`."""
+    slow, forward = Slowed(), AttachedModel.forward
+
+    def counted(self: AttachedModel, block: Any, cache: Any) -> mx.array:
+        slow.passes.append(block.ids.shape[1])
         return forward(self, block, cache)
 
-    monkeypatch.setattr(AttachedModel, "forward", slow)
-    return passes
+    monkeypatch.setattr(AttachedModel, "forward", counted)
+    monkeypatch.setattr(timing, "time", slow)
+    return slow
 
 
 def test_a_quantised_model_embeds_a_scalar_id_and_can_be_measured() -> None:
@@ -55,19 +72,99 @@ def test_a_quantised_model_embeds_a_scalar_id_and_can_be_measured() -> None:
 
 
 @pytest.mark.parametrize("drafter", ["slots", "heads"])
-def test_measuring_ends_in_time_however_slow_a_step_is(slowed: list[int], drafter: str) -> None:
+def test_measuring_ends_in_time_however_slow_a_step_is(slowed: Slowed, drafter: str) -> None:
     model = attached("llama") if drafter == "slots" else model_with_heads("llama", 2, 2)
-    started = time.perf_counter()
     cost = calibrate.measure(model, 1.0)
-    assert time.perf_counter() - started < 2.5
-    assert slowed and 768 not in slowed
+    assert 0.5 < slowed.clock <= 1.05 and 768 not in slowed.passes
     assert cost.plain[0] >= 0.05 and cost.seconds(Layout(3, (0,) * 4), 500) > 1.5 * cost.plain[0]
 
 
-def test_without_time_a_plain_step_is_all_that_is_measured(slowed: list[int]) -> None:
+def test_without_time_a_plain_step_is_all_that_is_measured(slowed: Slowed) -> None:
     cost = calibrate.measure(attached("llama"), 0.0)
-    assert slowed == [1, 1]  # the prompt and one step
-    assert cost.rows == (1, 2) and cost.short[1] == 2 * cost.short[0] and cost.draft > 0
+    assert slowed.passes == [1, 1]  # the prompt and one step
+    assert cost.rows == (1,) and cost.plain == () and cost.draft is None
+
+
+def in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process remembers is forgotten, so that only files are left."""
+    monkeypatch.setattr(calibrate, "_measured", {})
+    monkeypatch.setattr(calibrate, "_gone_on", set())
+
+
+@pytest.mark.parametrize("drafter", ["slots", "heads"])
+def test_later_runs_go_on_with_what_was_cut_short(
+    slowed: Slowed, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each for 2 % of its own time and at most 3 s, without timing anything twice, until nothing is missing."""
+    model = attached("llama") if drafter == "slots" else model_with_heads("llama", 2, 2)
+    monkeypatch.setattr(timing, "LONG_CONTEXT", 40)
+    assert calibrate.prepare_costs(model, 100, lambda _: None)
+    costs = [calibrate.step_cost(model)]
+    for tokens in (16, 16, 1000, 2000, *[100_000] * 20):
+        in_another_process(monkeypatch)
+        slowed.passes.clear()
+        assert calibrate.prepare_costs(model, tokens)
+        assert slowed.clock <= min(3.0, 0.02 * tokens * 0.05) + 0.05
+        assert tokens > 16 or not slowed.passes
+        costs.append(calibrate.step_cost(model))
+        assert {*zip(costs[-2].rows, costs[-2].short, strict=True)} <= {
+            *zip(costs[-1].rows, costs[-1].short, strict=True)
+        }
+    first, last = costs[0], costs[-1]
+    assert len(first.rows) < len(timing.REAL_ROWS) and not first.long and first != costs[3]
+    assert last.rows == tuple(sorted(timing.REAL_ROWS)) and last.long and last.draft is not None
+    assert len(last.slot_rows) == (len(timing.SLOT_ROWS) if drafter == "slots" else 0)
+    assert not slowed.passes, "nothing is missing"
+
+
+SLOW = """
+import sys, time
+from mtp_mlx.cli import main
+from mtp_mlx.model.attach import AttachedModel
+
+forward = AttachedModel.forward
+
+def slow(self, block, cache):
+    time.sleep(0.05 * block.ids.shape[1])
+    return forward(self, block, cache)
+
+AttachedModel.forward = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve"])
+def test_ctrl_c_ends_measuring_at_once(verb: str, own_cache: Path) -> None:
+    save_tiny(own_cache.parent / "model", "llama", seed=3)
+    options = [
+        "-m",
+        str(own_cache.parent / "model"),
+        "-a",
+        "none",
+        *(["--port", "0"] if verb == "serve" else []),
+    ]
+    options += ["-p", "the"] if verb == "generate" else []
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, verb, *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "measuring what a step costs" in line:
+                break
+        time.sleep(0.3)
+        pressed = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130 and "Stopped." in rest and "Traceback" not in rest
+        assert time.monotonic() - pressed < 2.5, "the measurement alone takes 3 s"
+    finally:
+        process.kill()
+    assert not (own_cache / "costs").exists()
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -77,7 +174,7 @@ def test_a_few_tokens_are_written_plainly_until_costs_are_known(
     model, stats = attached("llama"), DecodeStats()
     if known:
         calibrate.step_cost(model)
-    monkeypatch.setattr(calibrate, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(calibrate, "measure", lambda *_: pytest.fail("measured"))
     policy = plan_drafting(model, "auto", None, stats, max_tokens=3).policy
     assert (policy.max_drafts > 0) == known
     assert [note[:5] for note in stats.fallbacks] == ([] if known else ["plain"])
@@ -92,6 +189,7 @@ def test_costs_and_tuned_layouts_need_no_folder(
     with caplog.at_level(logging.WARNING, "mtp_mlx"):
         cost = calibrate.step_cost(model, lambda _: None)
         assert remember(model, TunedChoice("plain", "plain", None, None, 1.0, 1.0), {}) is None
-        monkeypatch.setattr(calibrate, "measure", lambda _: pytest.fail("measured twice"))
+        monkeypatch.setattr(calibrate, "measure", lambda *_: pytest.fail("measured twice"))
         assert calibrate.step_cost(model) == cost and recall(model) is None
-    assert len(caplog.records) == 1 and "MTP_MLX_CACHE" in caplog.text
+    assert [record.message[:13] for record in caplog.records] == ["step costs ar", "tuned layouts"]
+    assert caplog.text.count("MTP_MLX_CACHE") == 1

@@ -56,7 +56,7 @@ def test_names() -> None:
     [
         ("heads", None, "drafter 'heads' needs MTP heads"),
         ("lookup,slots", None, "drafter 'slots' needs an adapter with slots"),
-        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, draft-model, lookup"),
+        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, draft-model, memory, lookup"),
         ("", None, "unknown drafter ''"),
         ("lookup", True, "leave `lookup` out"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mtp_mlx import files
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.engine import Engine, EngineSettings, Ticket
@@ -353,3 +354,22 @@ def test_bad_settings_are_found_at_the_request_at_latest(loaded: Any) -> None:
         assert isinstance(event, Failure) and "heads" in event.error.message
     with pytest.raises(MTPError):
         Sequence(*loaded, asked(), DecodeSettings(drafter="magic"), engine.prefixes)
+
+
+def test_a_prompt_longer_than_the_context_is_warned_of(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its own answer, and once in the log."""
+    monkeypatch.setattr(files, "_warned", {})
+    most = loaded[0].model.args.max_position_embeddings
+    monkeypatch.setattr(loaded[0].model.args, "max_position_embeddings", 8)
+    assert most > 8
+    with running(loaded) as engine, caplog.at_level("WARNING", "mtp_mlx"):
+        for length in (8, 9, 10):
+            client = Client(engine, GenerationRequest([5] * length, 1))
+            last = client.next()
+            assert isinstance(last, Piece) and last.summary is not None
+            said = [note.partition(",")[0] for note in last.summary.mtp["notes"]]
+            assert said == ([] if length == 8 else [f"the prompt has {length} tokens"])
+            assert not last.summary.mtp["fallbacks"]
+    assert caplog.text.count("the model's context is 8") == 1

@@ -90,7 +90,8 @@ class DraftModelDrafter(Drafter):
         while len(self._read) < end:
             chunk = text[len(self._read) : min(end, len(self._read) + CHUNK)]
             self._run(mx.array([chunk]), self._cache)
-            mx.eval([layer.state for layer in self._cache])
+            for layer in self._cache:  # one after another: Ctrl-C waits for the end of an evaluation
+                mx.eval(layer.state)
             self._read += chunk
 
     def _go_on_from(self, earlier: DraftModelDrafter, text: list[int]) -> None:

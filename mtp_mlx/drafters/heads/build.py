@@ -16,7 +16,7 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
-from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, blocks_like, norm_eps
+from mtp_mlx.drafters.heads.mtp_head import MTPHead, block_like, blocks_like, last_layers, norm_eps
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.drafters.heads.taps import TapFusion
 from mtp_mlx.errors import MTPError
@@ -120,13 +120,13 @@ def _medusa(
 def _parallel(
     folder: Path, info: Described, model: nn.Module, names: Collection[str], draft_ids: mx.array | None
 ) -> DraftHeads:
-    trunk = find_seams(model).trunk
-    heads = []
+    seams, heads = find_seams(model), []
+    size = embedding_shape(seams.embedding)[1]
     for spec in info.blocks:
-        block = _block(folder, spec, info.model_config, trunk)
+        block = _block(folder, spec, info.model_config, seams.trunk)
         if isinstance(block, list):
             raise MTPError(f"{folder / CONFIG_NAME}: a parallel head has one layer, not {len(block)}")
-        heads.append(ParallelHead(block))
+        heads.append(ParallelHead(block, size))
     return ParallelHeads(heads, info.convention, draft_ids, _no_more_than(folder, info))
 
 
@@ -140,9 +140,14 @@ def _no_more_than(folder: Path, info: Described) -> int:
     return info.drafts
 
 
-def block_spec(layers: int) -> dict[str, Any]:
-    """How a config describes a block that is a copy of the base's last layers."""
-    return dict(LAST_LAYER) if layers == 1 else {"like": LAST_LAYERS, "layers": layers}
+def block_spec(trunk: nn.Module, layers: int) -> dict[str, Any]:
+    """How a config describes a block that is a copy of the trunk's last layers, see `last_layers`.
+
+    Raises:
+        MTPError: if the trunk has fewer.
+    """
+    very_last = last_layers(trunk, layers) == [len(trunk.layers) - 1]
+    return dict(LAST_LAYER) if very_last else {"like": LAST_LAYERS, "layers": layers}
 
 
 def _block(

@@ -116,7 +116,10 @@ class HeadChain(Drafter):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: runs every head over the rows that are now final."""
+        """See `Drafter`: runs every head over the rows that are now final.
+
+        One head after another, because Ctrl-C waits for the end of an evaluation.
+        """
         known = min(self._rows, len(tokens) - 1)
         for depth, state in enumerate(self._depths, start=1):
             start, count = state.final, known + 1 - depth - state.final
@@ -128,11 +131,9 @@ class HeadChain(Drafter):
             state.waiting = [inputs[:, count:]] if inputs.shape[1] > count else []
             if depth < len(self._depths):
                 self._depths[depth].waiting.append(outputs)
-        self._evaluate()
-
-    def _evaluate(self) -> None:
-        """Evaluates waiting rows and caches: a lazy array belongs to its thread and keeps its whole graph alive."""
-        mx.eval([d.waiting for d in self._depths], [d.cache.state for d in self._depths if d.final])
+            mx.eval(state.waiting, state.cache.state, outputs)
+        # Nothing may stay lazy: such an array belongs to its thread and keeps its whole graph alive.
+        mx.eval([state.waiting for state in self._depths])
 
     def _run(self, state: _Depth, hidden: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """(z, h), both [1, R, D], of one head over the R rows after its final ones; its cache grows by R.

@@ -10,13 +10,25 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mtp_mlx.errors import MTPError
+
 
 def dequantise(module: nn.Module) -> None:
-    """Replaces the quantised linear layers below `module` by dense ones with the same values."""
+    """Replaces the quantised linear layers below `module` by dense ones with the same values.
+
+    Raises:
+        MTPError: if a layer is quantised in a way that is not known here, so that it could not be trained.
+    """
     dense = tree_map_with_path(
         lambda _, layer: _dense(layer), module.leaf_modules(), is_leaf=nn.Module.is_module
     )
     module.update_modules(dense)
+    left = next((layer for _, layer in module.named_modules() if "scales" in layer), None)
+    if left is not None:
+        raise MTPError(
+            f"a head cannot be a copy of layers with {type(left).__name__}, whose values are not known in full "
+            "precision (no seam 'linear'): use prompt lookup or a draft model, or the unquantised model"
+        )
 
 
 def _dense(layer: Any) -> Any:

@@ -1,37 +1,39 @@
-"""The keys and values of one head: an mlx-lm cache for each of its layers, grown and trimmed alike."""
+"""The keys and values of one head: the caches that its layers take, grown and trimmed alike."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models.cache import KVCache
+from mtp_mlx.drafters.heads.layer_call import LayerCall, cache_parts
 
 
 class HeadCache:
     """Caches of a head's layers; those of layers without attention stay empty.
 
     Args:
-        layers: number of decoder layers.
+        calls: how its decoder layers are called.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [KVCache() for _ in range(layers)]
+    def __init__(self, calls: Sequence[LayerCall]) -> None:
+        self.layers = [call.make_cache() for call in calls]
+        self._parts = [part for layer in self.layers for part in cache_parts(layer)]
 
     @property
     def offset(self) -> int:
         """Number of rows."""
-        return max(int(layer.offset) for layer in self.layers)
+        return max(int(part.offset) for part in self._parts)
 
     def trim(self, rows: int) -> None:
         """Removes the newest `rows` rows."""
-        for layer in self.layers:
-            layer.trim(rows)
+        for part in self._parts:
+            part.trim(rows)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         """See mlx-lm's caches: the mask of new rows, which all layers share."""
-        return max(self.layers, key=lambda layer: layer.offset).make_mask(*args, **kwargs)
+        return max(self._parts, key=lambda part: part.offset).make_mask(*args, **kwargs)
 
     @property
     def state(self) -> list[Any]:
         """Arrays of the layers that have any, for evaluation."""
-        return [layer.state for layer in self.layers if layer.offset]
+        return [part.state for part in self._parts if part.offset]

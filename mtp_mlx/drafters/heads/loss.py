@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mtp_mlx.train.loss import hard_cross_entropy
+from mtp_mlx.train.loss import finite, hard_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def teacher_top(
             are the whole vocabulary.
         with_rest: whether the columns that are not kept count as one more.
     """
-    teacher, columns = mx.stop_gradient(logits.astype(mx.float32)) / temperature, None
+    teacher, columns = finite(mx.stop_gradient(logits)) / temperature, None
     if normaliser is None:
         normaliser = mx.logsumexp(teacher, axis=-1)
     if kept < teacher.shape[-1]:
@@ -161,7 +161,7 @@ def _columns_of(logits: mx.array, columns: mx.array, with_rest: bool) -> mx.arra
 
 def kl_to_teacher(logits: mx.array, teacher: TeacherTop, temperature: float = 1.0) -> mx.array:
     """temperature^2 * KL(teacher || student) over the teacher's columns: student's logits [M, C] -> float32 [M]."""
-    student = logits.astype(mx.float32) / temperature
+    student = finite(logits) / temperature
     if teacher.columns is not None:
         student = _columns_of(student, teacher.columns, teacher.with_rest)
     log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)

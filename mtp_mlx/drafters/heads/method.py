@@ -86,7 +86,6 @@ class TrainHeads(Method[HeadsSettings]):
         if settings.learn_prompts:
             tell("`learn_prompts` is now called `learn_from` all")
         bare = attach(model)
-        bare.make_cache()  # refuses models whose caches cannot take rejected drafts back
         draft_ids = draft_vocabulary(train, settings.draft_vocab or 0, bare.vocab_size)
         bare.detach()  # the trunk of a hybrid model is wrapped even without heads
         self._frozen = 0  # number of heads that are not trained
@@ -128,9 +127,10 @@ class TrainHeads(Method[HeadsSettings]):
         settings = self.settings
         shape, drafts = HeadShape.of(settings), settings.new_drafts()
         count = 1 if shape.shared else drafts
-        taps = layer_numbers(shape.taps, len(find_seams(model).trunk.layers))
+        trunk = find_seams(model).trunk
+        taps = layer_numbers(shape.taps, len(trunk.layers))
         self._config = HeadsConfig(
-            CONVENTION, [block_spec(shape.layers)] * count, drafts=drafts, taps=list(taps)
+            CONVENTION, [block_spec(trunk, shape.layers)] * count, drafts=drafts, taps=list(taps)
         )
         heads = new_heads(model, count, CONVENTION, draft_ids, layers=shape.layers, taps=taps, drafts=drafts)
         start_like_trunk(heads, model, tokens)

@@ -23,20 +23,20 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.dense import dequantise
 from mtp_mlx.drafters.heads.head_cache import HeadCache
+from mtp_mlx.drafters.heads.layer_call import LayerCall, layer_call
 from mtp_mlx.errors import MTPError
-from mtp_mlx.model.seams import EMBEDDING_NAMES
+from mtp_mlx.model.seams import EMBEDDING_NAMES, embedding_shape
 
 
 class MTPHead(nn.Module):
     """One head.
 
     Args:
-        block: a decoder layer, called as mlx-lm calls its own, or several.
+        block: a decoder layer of mlx-lm, or several.
         hidden_size: D.
         eps: epsilon of the norms.
         convention: how it is run.
@@ -44,6 +44,7 @@ class MTPHead(nn.Module):
         window: most rows that a row sees in the block, including itself; None for all.
 
     Raises:
+        MTPError: if a layer cannot run apart from its trunk.
         ValueError: if the head has its own embedding or LM head and there is no `vocab_size`.
     """
 
@@ -63,6 +64,7 @@ class MTPHead(nn.Module):
         self.norm_embedding = nn.RMSNorm(hidden_size, eps)
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
         self.block = block
+        self._calls = [call_of_head(layer, hidden_size) for layer in self.layers]
         if convention.output_norm != "identity":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
         if convention.embedding == "own":
@@ -83,7 +85,7 @@ class MTPHead(nn.Module):
 
     def make_cache(self) -> HeadCache:
         """An empty cache of keys and values."""
-        return HeadCache(len(self.layers))
+        return HeadCache(self._calls)
 
     def block_parameters(self) -> Any:
         """The tree of the block's weights."""
@@ -123,8 +125,8 @@ class MTPHead(nn.Module):
 
     def _through_block(self, x: mx.array, mask: Any, cache: HeadCache | None) -> mx.array:
         """[B, T, D] -> [B, T, D]; layers without attention ignore mask and cache."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, mask, None if cache is None else cache.layers[index])
+        for index, (layer, call) in enumerate(zip(self.layers, self._calls, strict=True)):
+            x = call(layer, x, mask, None if cache is None else cache.layers[index])
         return x
 
 
@@ -146,33 +148,60 @@ def blocks_like(trunk: nn.Module, layers: int) -> nn.Module | list[nn.Module]:
 
 
 def last_layers(trunk: nn.Module, count: int) -> list[int]:
-    """Indices of the decoder layers whose copies are the block of a new head, ascending: the last ones.
+    """Indices, ascending, of the decoder layers whose copies are the block of a new head: the last with attention.
 
-    Layers with recurrent state are passed over where several are copied: a head's layers are rolled back by their
-    keys and values.
+    Layers that cannot run apart from the trunk are passed over, and so are those with recurrent state: a head's
+    layers are rolled back by their keys and values.
 
     Raises:
         MTPError: if there are fewer.
     """
-    found = [len(trunk.layers) - 1]
-    if count > 1:
-        found = [index for index, layer in enumerate(trunk.layers) if _keeps_keys(layer, trunk)]
+    size, found, why = embedding_shape(trunk[_embedding_name(trunk)])[1], list[int](), ""
+    for index in reversed(range(len(trunk.layers))):
+        if len(found) == count:
+            break
+        _check_bare(trunk.layers[index])
+        try:
+            if layer_call(trunk.layers[index], size).parts:
+                found.append(index)
+            else:
+                why = why or "it has no attention"
+        except MTPError as error:
+            why = why or str(error)
+    if not found and count > 0:
+        raise MTPError(
+            "MTP heads cannot be made for this model: none of its decoder layers runs apart from the others with a "
+            f"cache of keys and values (no seam 'layer'; of the last one: {why}): use prompt lookup or a draft model"
+        )
     if not 1 <= count <= len(found):
         raise MTPError(
             f"a head of {count} layers needs as many with attention to copy; this model has {len(found)}"
         )
-    return found[-count:]
+    return found[::-1]
 
 
-def _keeps_keys(layer: nn.Module, trunk: nn.Module) -> bool:
-    """Whether a decoder layer puts its keys and values into a plain cache; nothing is computed."""
-    embedding = trunk[next(name for name in EMBEDDING_NAMES if name in trunk)]
-    cache = KVCache()
+def _embedding_name(trunk: nn.Module) -> str:
+    return next(name for name in EMBEDDING_NAMES if name in trunk)
+
+
+def call_of_head(layer: nn.Module, hidden_size: int) -> LayerCall:
+    """How a head's decoder layer is called.
+
+    Raises:
+        MTPError: if it cannot run apart from a trunk.
+    """
     try:
-        layer(embedding(mx.zeros((1, 1), dtype=mx.int32)), None, cache)
-    except (TypeError, ValueError, AttributeError):  # it takes a cache of another kind
-        return False
-    return cache.offset == 1
+        return layer_call(layer, hidden_size)
+    except MTPError as error:
+        raise MTPError(
+            f"a head's decoder layer of the type {type(layer).__name__} does not run apart from a trunk: {error} "
+            "(no seam 'layer')"
+        ) from error
+
+
+def _check_bare(layer: nn.Module) -> None:
+    if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
+        raise MTPError("new heads need a bare model: detach it first")
 
 
 def block_like(trunk: nn.Module, layer_index: int = -1) -> nn.Module:
@@ -182,8 +211,7 @@ def block_like(trunk: nn.Module, layer_index: int = -1) -> nn.Module:
         MTPError: if the layer is wrapped, because the model is attached.
     """
     layer = trunk.layers[layer_index]
-    if any(name.endswith((".base", ".low_rank")) for name, _ in layer.named_modules()):
-        raise MTPError("new heads need a bare model: detach it first")
+    _check_bare(layer)
     block = copy.deepcopy(layer)
     dequantise(block)
     block.unfreeze()

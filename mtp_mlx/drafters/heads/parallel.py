@@ -9,37 +9,51 @@ Legend: B batch, T rows, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.heads.draft_heads import IndependentHeads
+from mtp_mlx.drafters.heads.head_cache import HeadCache
 from mtp_mlx.drafters.heads.independent import pick_each
+from mtp_mlx.drafters.heads.mtp_head import call_of_head
 from mtp_mlx.model.attach import AttachedModel
 
 CATCH_UP_AT = 256  # most rows that wait before the heads run over them
 
 
 class ParallelHead(nn.Module):
-    """One head; `block` is a decoder layer, called as mlx-lm calls its own."""
+    """One head.
 
-    def __init__(self, block: nn.Module) -> None:
+    Args:
+        block: a decoder layer of mlx-lm.
+        hidden_size: D.
+
+    Raises:
+        MTPError: if the layer cannot run apart from a trunk.
+    """
+
+    def __init__(self, block: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.block = block
+        self._call = call_of_head(block, hidden_size)
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layer, in a list."""
         return [self.block]
 
-    def __call__(self, hidden: mx.array, cache: Any = None) -> mx.array:
+    def make_cache(self) -> HeadCache:
+        """An empty cache of keys and values."""
+        return HeadCache([self._call])
+
+    def __call__(self, hidden: mx.array, cache: HeadCache | None = None) -> mx.array:
         """[B, T, D] -> [B, T, D], before the trunk's final norm; the cache grows by T."""
-        return self.block(hidden, create_attention_mask(hidden, cache, return_array=True), cache)
+        mask = create_attention_mask(hidden, cache, return_array=True)
+        return self._call(self.block, hidden, mask, None if cache is None else cache.layers[0])
 
 
 class ParallelHeads(IndependentHeads):
@@ -70,7 +84,7 @@ class _Lane:
     """
 
     head: ParallelHead
-    cache: Any = field(default_factory=KVCache)
+    cache: HeadCache
     waiting: list[mx.array] = field(default_factory=list)
 
     def run(self, new: list[mx.array]) -> mx.array:
@@ -88,7 +102,7 @@ class ParallelDrafter(Drafter):
 
     def __init__(self, attached: AttachedModel, picker: Picker, heads: ParallelHeads, drafts: int) -> None:
         self._attached, self._picker, self._heads = attached, picker, heads
-        self._lanes = [_Lane(head) for head in heads.heads[:drafts]]
+        self._lanes = [_Lane(head, head.make_cache()) for head in heads.heads[:drafts]]
         self._rows = 0  # n
         self._block: mx.array | None = None
         self._ran = 0
@@ -102,12 +116,12 @@ class ParallelDrafter(Drafter):
             self.catch_up(tokens)
 
     def catch_up(self, tokens: list[int]) -> None:
-        """See `Drafter`: runs the waiting rows, all of which are final."""
+        """See `Drafter`: runs the waiting rows, all of which are final, in one head after another."""
         for lane in self._lanes:
             if lane.waiting:
                 lane.run([])
                 lane.waiting = []
-        mx.eval([lane.cache.state for lane in self._lanes if lane.cache.offset])
+                mx.eval(lane.cache.state)  # each by itself: Ctrl-C waits for the end of an evaluation
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""

@@ -75,7 +75,7 @@ def layer_input(trunk: nn.Module, index: int, tokens: mx.array) -> mx.array:
 
     layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
     try:
-        trunk(tokens)
+        trunk(tokens, cache=None)
     finally:
         layer.__class__ = kind
     return seen[0]

@@ -21,7 +21,8 @@ from mtp_mlx.drafters.slots.adapter import adapter_of
 from mtp_mlx.drafters.slots.layout import candidate_anchors
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.cache import PrefixCache
+from mtp_mlx.model.cache import prefix_caches
+from mtp_mlx.model.seams import cache_leaves
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.loss import LossParts, sum_over_chunks
 from mtp_mlx.train.step import MicroBatchRunner, Totals
@@ -133,9 +134,9 @@ class JointRunner(MicroBatchRunner):
 
     def _block(self, layout: RegionLayout, ids: mx.array) -> tuple[Block, list[Any]]:
         """The block of a pass over `ids` [B, S], and caches with the visibility of the layout."""
-        caches = [PrefixCache() for _ in self._student.attached.model.layers]
-        for cache in caches:
-            cache.mask = mx.array(layout.visibility())
+        caches = prefix_caches(self._student.attached.model)
+        for _, leaf in cache_leaves(caches):
+            leaf.mask = mx.array(layout.visibility())
         return Block(ids=ids, n_real=0, positions=mx.array(layout.positions)), caches
 
     def _teacher(

@@ -20,7 +20,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mtp_mlx.train.loss import hard_cross_entropy, soft_cross_entropy
+from mtp_mlx.train.loss import finite, hard_cross_entropy, soft_cross_entropy
 
 Supervision = Literal["hard-teacher", "soft-teacher", "ground-truth"]
 
@@ -59,7 +59,7 @@ class Online:
         """
         if teacher_logits is None:
             return hard_cross_entropy(logits, self.columns[label])
-        teacher = mx.stop_gradient(teacher_logits).astype(mx.float32)
+        teacher = finite(mx.stop_gradient(teacher_logits))
         if self.supervision == "hard-teacher":
             return hard_cross_entropy(logits, self.columns[mx.argmax(teacher, axis=-1)])
         log_p = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)

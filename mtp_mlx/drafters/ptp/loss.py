@@ -20,7 +20,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.train.loss import LossParts, hard_cross_entropy, sum_over_chunks
+from mtp_mlx.train.loss import LossParts, finite, hard_cross_entropy, sum_over_chunks
 
 PTPLossName = Literal["ce", "kl", "reverse-kl"]
 
@@ -111,7 +111,7 @@ class PTPLoss:
 
 def divergence(teacher: mx.array, student: mx.array, name: PTPLossName) -> mx.array:
     """KL(Q || P), or for "reverse-kl" KL(P || Q), of logits [m, C]: float32 [m]. The teacher Q is a constant."""
-    teacher = mx.stop_gradient(teacher)
+    teacher, student = finite(mx.stop_gradient(teacher)), finite(student)
     log_q = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
     log_p = student - mx.logsumexp(student, axis=-1, keepdims=True)
     if name == "kl":

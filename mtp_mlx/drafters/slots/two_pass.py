@@ -8,14 +8,17 @@ add up to the whole (design 2.8).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import CacheList
 
 from mtp_mlx.drafters.slots.layout import Part, SlotLayout
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
-from mtp_mlx.model.cache import PrefixCache
+from mtp_mlx.model.cache import PrefixCache, prefix_caches
+from mtp_mlx.model.seams import cache_leaves
 
 # Their attention has an axis of repeated heads, against which a mask per sequence does not broadcast.
 ONE_MASK_MODELS = frozenset({"gemma2", "phi3small"})
@@ -26,22 +29,23 @@ class Prefix:
     """Results of pass 1; constants.
 
     Attributes:
-        caches: the base model's KV, one per layer.
+        caches: the base model's KV, a `PrefixCache` or a list of them per layer.
         hidden: [S * T, D] final hidden states of the real rows.
     """
 
-    caches: list[PrefixCache]
+    caches: list[Any]
     hidden: mx.array
 
     def arrays(self) -> list[mx.array]:
         """Everything that pass 2 reads, for evaluation."""
-        stored = [part for cache in self.caches for part in (cache.keys, cache.values) if part is not None]
+        leaves = [leaf for _, leaf in cache_leaves(self.caches)]
+        stored = [part for leaf in leaves for part in (leaf.keys, leaf.values) if part is not None]
         return [self.hidden, *stored]
 
 
 def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
     """Pass 1 over the S sequences of a batch; lazy. Evaluating `Prefix.arrays` frees its graph."""
-    caches = [PrefixCache() for _ in range(len(attached.model.layers))]
+    caches = prefix_caches(attached.model)
     hidden = attached.forward(Block.real(mx.array(layout.tokens)), caches)  # [S, T, D]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return Prefix(caches=caches, hidden=hidden)
@@ -148,27 +152,30 @@ def _chunks_pass(
     attached: AttachedModel,
     positions: np.ndarray,
     mask: mx.array,
-    caches: list[PrefixCache],
+    caches: list[Any],
     ids: mx.array,
     n_real: int,
     repeats: int = 1,
     uniforms: np.ndarray | None = None,
 ) -> mx.array:
     """Hidden states [B, C, D] of chunks whose rows have `positions` [B, C]."""
-    for cache in caches:
-        cache.mask, cache.repeats = mask, repeats
+    for _, leaf in cache_leaves(caches):
+        leaf.mask, leaf.repeats = mask, repeats
     carried = None if uniforms is None else mx.array(uniforms)
     block = Block(ids=ids, n_real=n_real, positions=mx.array(positions), uniforms=carried)
     return attached.forward(block, caches)
 
 
-def _behind(prefix: Prefix, sequence: int, seen: int) -> list[PrefixCache]:
+def _behind(prefix: Prefix, sequence: int, seen: int) -> list[Any]:
     """New caches that start with the first `seen` keys and values of a sequence, as views."""
-    caches = []
-    for stored in prefix.caches:
+
+    def start(stored: Any) -> Any:
+        if isinstance(stored, CacheList):
+            return CacheList(*(start(part) for part in stored.caches))
         cache = PrefixCache()
         if stored.keys is not None and stored.values is not None:
             own = slice(sequence, sequence + 1)
             cache.keys, cache.values = stored.keys[own, :, :seen], stored.values[own, :, :seen]
-        caches.append(cache)
-    return caches
+        return cache
+
+    return [start(stored) for stored in prefix.caches]

@@ -148,7 +148,7 @@ def model_of(
             made = MedusaHeads([MedusaHead(1, size, VOCABULARY) for _ in range(heads)], says)
         else:
             says = HeadConvention("test", "parallel", "", "before-last-layer", "none", output_norm="trunk")
-            made = ParallelHeads([ParallelHead(block_like(model.model)) for _ in range(heads)], says)
+            made = ParallelHeads([ParallelHead(block_like(model.model), size) for _ in range(heads)], says)
         made.apply(lambda x: x + mx.array(0.2 * rng.normal(size=x.shape).astype(np.float32)))
     return attach(model, made, exact=exact)
 

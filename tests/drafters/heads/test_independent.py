@@ -50,7 +50,9 @@ def model_with(kind: str) -> AttachedModel:
             convention = HeadConvention(
                 "test", "parallel", "", "before-last-layer", "none", output_norm="trunk"
             )
-            heads = ParallelHeads([ParallelHead(block_like(model.model)) for _ in range(HEADS)], convention)
+            heads = ParallelHeads(
+                [ParallelHead(block_like(model.model), 48) for _ in range(HEADS)], convention
+            )
         heads.apply(lambda x: x + mx.array(0.2 * rng.normal(size=x.shape).astype(np.float32)))
         MODELS[kind] = attach(model, heads)
     return MODELS[kind]

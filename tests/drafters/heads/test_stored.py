@@ -17,6 +17,7 @@ from mtp_mlx.convert.heads.speculators import export_speculators
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.drafters.heads.dense import dequantise
+from mtp_mlx.drafters.heads.mtp_head import block_like
 from mtp_mlx.drafters.heads.stored import as_stored, in_8_bits, is_quantised
 from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.errors import MTPError
@@ -90,6 +91,20 @@ def test_training_goes_on_from_8_bits_and_stays_in_them(tmp_path: Path, architec
     assert not mx.array_equal(one, two) and mx.allclose(one, two, atol=0.05).item()
     train(tmp_path / "c", model=model_of(architecture), start_from=tmp_path / "a", steps=1, store="bf16")
     assert not is_quantised(load_folder(tmp_path / "c", model)[0])
+
+
+def test_a_quantisation_that_is_not_known_is_refused() -> None:
+    """Its layers cannot be trained: a head that starts as a copy of them would stay as it is."""
+
+    class PackedLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scales = mx.zeros((8, 4), dtype=mx.uint32), mx.ones((8,))
+
+    model = model_of("llama")
+    model.model.layers[-1].mlp.gate_proj = PackedLinear()
+    with pytest.raises(MTPError, match="copy of layers with PackedLinear, .* seam 'linear'"):
+        block_like(model.model)
 
 
 def test_another_quantisation_is_not_replaced_unasked(tmp_path: Path) -> None:
