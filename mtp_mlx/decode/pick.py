@@ -5,7 +5,7 @@ logits, position and history, never on the other rows or on their number. The te
 drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `metal_kernels/position_noise`; there is never a
 choice between several noises.
-Order, as in mlx-lm's `generate_step` and `make_sampler`: penalties, log-probabilities, top-p, min-p, top-k,
+Order, as in mlx-lm's `generate_step` and `make_sampler`: bias, penalties, log-probabilities, top-p, min-p, top-k,
 temperature, sampling. At temperature 0 penalties are computed in the model's own precision, by mlx-lm's operations:
 in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart). mlx-lm's
 log-probabilities are rounded as well, so tokens may tie that had different logits; only an exact picker computes
@@ -14,7 +14,7 @@ by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform per po
 arXiv 2512.21323); the marginal of either is exactly the warped softmax.
 Without top-p, min-p and top-k, sampling needs no log-probabilities, and the Gumbel-max pick is argmax(logits * (1 /
 temperature) + gumbel) with each operation rounded once in float32: the Metal kernels compute the same in one pass,
-bit for bit. Non-goals: XTC and logit bias.
+bit for bit. Non-goal: XTC.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
 """
@@ -52,6 +52,7 @@ class SamplingConfig:
         frequency_penalty: subtracted once per repetition.
         repetition_context_size, presence_context_size, frequency_context_size: how many of the last tokens count as
             repeated, including the prompt's.
+        logit_bias: (token id, what is added to its logit) for each token that is to be likelier or less likely.
         seed: 0 <= seed < 2^64.
         noise: sampling method: "gumbel" (one value per position and token) or "inverse-cdf" (one uniform per
             position); None for the one that the drafter was trained for, else "gumbel".
@@ -71,6 +72,7 @@ class SamplingConfig:
     presence_context_size: int = 20
     frequency_penalty: float = 0.0
     frequency_context_size: int = 20
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     noise: NoiseName | None = None
 
@@ -95,6 +97,7 @@ class SamplingConfig:
             ("repetition_penalty", "finite and not negative", 0 <= self.repetition_penalty < math.inf),
             ("presence_penalty", "finite", math.isfinite(self.presence_penalty)),
             ("frequency_penalty", "finite", math.isfinite(self.frequency_penalty)),
+            ("logit_bias", "pairs of an id from 0 and a finite number", all(map(_is_bias, self.logit_bias))),
             ("noise", "'gumbel' or 'inverse-cdf'", self.noise in (None, *get_args(NoiseName))),
             ("seed", "a whole number below 2^64", isinstance(self.seed, int) and 0 <= self.seed < 2**64),
         ]
@@ -132,6 +135,11 @@ class SamplingConfig:
         return max(sizes)
 
 
+def _is_bias(pair: tuple[int, float]) -> bool:
+    token, bias = pair
+    return isinstance(token, int) and token >= 0 and math.isfinite(bias)
+
+
 class Picker:
     """Picks tokens according to a `SamplingConfig`, and holds no other state.
 
@@ -142,12 +150,14 @@ class Picker:
 
     def __init__(self, config: SamplingConfig | None = None, exact: bool = False) -> None:
         self.config, self._exact = config or SamplingConfig(), exact
+        # [n] float32 of the ids below n, where n - 1 is the highest id with a bias.
+        self._bias = _dense(self.config.logit_bias) if self.config.logit_bias else None
 
     def draws_plainly(self, n_columns: int) -> bool:
-        """Whether a pick is just argmax(logits / temperature + noise), without penalties or warps."""
+        """Whether a pick is just argmax(logits / temperature + noise), without bias, penalties or warps."""
         sampled = self.config.temperature > 0
         more = sampled and (self.config.warps(n_columns) or self.config.noise == "inverse-cdf")
-        return not more and self.config.history_size == 0
+        return not more and self._bias is None and self.config.history_size == 0
 
     def noise_keys(self, positions: mx.array) -> mx.array | None:
         """[R, 2] uint32 noise keys of positions [R]; None if greedy. See `metal_kernels/position_noise`."""
@@ -276,11 +286,13 @@ class Picker:
         return logprobs
 
     def _penalised(self, logits: mx.array, history: mx.array | None, token_ids: mx.array | None) -> mx.array:
-        """[R, V] after the penalties of mlx-lm's `make_logits_processors`, in its order, with a history per row.
+        """[R, V] after bias and penalties as by mlx-lm's `make_logits_processors`, with a history per row.
 
         In the type of `logits`.
         """
         config = self.config
+        if self._bias is not None:
+            logits = logits + _of_columns(self._bias, logits.shape[-1], token_ids).astype(logits.dtype)
         if config.history_size == 0:
             return logits
         if history is None:
@@ -305,6 +317,23 @@ class Picker:
 def _real_ids(columns: mx.array, token_ids: mx.array | None) -> mx.array:
     """[R] int32 vocabulary ids of the columns."""
     return (columns if token_ids is None else token_ids[columns]).astype(mx.int32)
+
+
+def _dense(pairs: tuple[tuple[int, float], ...]) -> mx.array:
+    """[n] float32 the bias of every id up to the highest one."""
+    ids = mx.array([token for token, _ in pairs])
+    biases = mx.array([bias for _, bias in pairs], dtype=mx.float32)
+    dense = mx.zeros(max(token for token, _ in pairs) + 1).at[ids].add(biases)
+    mx.eval(dense)  # a lazy array belongs to the thread that made it
+    return dense
+
+
+def _of_columns(bias: mx.array, n_columns: int, token_ids: mx.array | None) -> mx.array:
+    """[n_columns] the bias of each column; 0 for ids beyond `bias`."""
+    if token_ids is None:
+        return mx.pad(bias, (0, n_columns - bias.size))
+    known = bias[mx.minimum(token_ids, bias.size - 1)]
+    return mx.where(token_ids < bias.size, known, 0.0)
 
 
 def _counts(history: mx.array, n_columns: int, token_ids: mx.array | None) -> mx.array:

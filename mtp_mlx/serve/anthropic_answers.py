@@ -77,7 +77,8 @@ class MessageAnswer:
     def __init__(
         self, request: GenerationRequest, prompts: Prompts, stream: bool, shows_thinking: bool = True
     ) -> None:
-        self.request, self.stream = request, stream
+        self.requests: tuple[GenerationRequest, ...] = (request,)
+        self.stream = stream
         self._shows_thinking = shows_thinking
         self._model = prompts.model_name
         self._id = f"msg_{secrets.token_hex(12)}"
@@ -100,8 +101,9 @@ class MessageAnswer:
         found = [("thinking", piece.thinking), ("text", piece.text)]
         return [(kind, text) for kind, text in found if text]
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, texts: list[list[Piece]]) -> dict[str, Any]:
         """See `Answer.whole`."""
+        (pieces,) = texts
         summary = pieces[-1].summary
         assert summary is not None
         blocks: list[dict[str, Any]] = []
@@ -117,10 +119,10 @@ class MessageAnswer:
 
     def opening(self) -> str:
         """See `Answer.opening`. The number of cached tokens is only known at the end."""
-        usage = {"input_tokens": len(self.request.prompt), "output_tokens": 0}
+        usage = {"input_tokens": len(self.requests[0].prompt), "output_tokens": 0}
         return _event({"type": "message_start", "message": {**self._message([]), "usage": usage}})
 
-    def events(self, piece: Piece) -> str:
+    def events(self, index: int, piece: Piece) -> str:
         """See `Answer.events`."""
         found = ""
         for kind, text in self._additions(piece):

@@ -34,6 +34,7 @@ CLIENT_CLOSED = 499  # the status logged for a request whose client disconnected
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 Reader = Callable[[dict[str, Any], Prompts], Answer]
+_Indexed = tuple[int, Event]  # an event, and the number of its text in the response
 ErrorBody = Callable[[RequestError], dict[str, Any]]
 
 
@@ -189,24 +190,24 @@ class Application:
 
         async def handle(request: Request) -> Response:
             answer: Answer = await self._read(read, await self._body(request))
-            for name in self._engine.metrics.ignored(answer.request.ignored):
+            for name in self._engine.metrics.ignored(answer.requests[0].ignored):
                 log.warning("the field %r of a request is not known here and has no effect", name)
-            events: asyncio.Queue[Event] = asyncio.Queue()
-            ticket = self._engine.submit(answer.request, _deliverer(events))
+            events: asyncio.Queue[_Indexed] = asyncio.Queue()
+            tickets: list[Ticket] = []
             handed_over = False
             try:
+                for index, one in enumerate(answer.requests):
+                    tickets.append(self._engine.submit(one, _deliverer(events, index)))
                 # Wait for the first piece, so that a failure before it still gets its own status.
                 first = await _next_or_gone(request, events)
                 if answer.stream:
                     handed_over = True
-                    return _EventStream(_events(answer, first, events), ticket)
-                pieces = [first]
-                while pieces[-1].summary is None:
-                    pieces.append(await _next_or_gone(request, events))
-                return JSONResponse(answer.whole(pieces))
+                    return _EventStream(_events(answer, first, events), tickets)
+                return JSONResponse(answer.whole(await _texts(request, len(tickets), first, events)))
             finally:
                 if not handed_over:
-                    ticket.cancel()
+                    for ticket in tickets:
+                        ticket.cancel()
 
         return handle
 
@@ -239,39 +240,54 @@ async def _collect(request: Request, most: int, too_large: RequestError) -> byte
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of one ticket; however the response ends, the ticket is cancelled with it."""
+    """Server-sent events of some tickets; however the response ends, the tickets are cancelled with it."""
 
-    def __init__(self, events: AsyncIterator[str], ticket: Ticket) -> None:
+    def __init__(self, events: AsyncIterator[str], tickets: list[Ticket]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._ticket = ticket
+        self._tickets = tickets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._ticket.cancel()
+            for ticket in self._tickets:
+                ticket.cancel()
 
 
-def _deliverer(events: asyncio.Queue[Event]) -> Callable[[Event], None]:
-    """A function that passes events from the engine's thread to the event loop."""
+def _deliverer(events: asyncio.Queue[_Indexed], index: int) -> Callable[[Event], None]:
+    """A function that passes events of the text `index` from the engine's thread to the event loop."""
     loop = asyncio.get_running_loop()
 
     def deliver(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is listening
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
     return deliver
 
 
-def _piece(event: Event) -> Piece:
+def _piece(indexed: _Indexed) -> tuple[int, Piece]:
+    index, event = indexed
     if isinstance(event, Failure):
         raise event.error
-    return event
+    return index, event
 
 
-async def _next_or_gone(request: Request, events: asyncio.Queue[Event]) -> Piece:
-    """The next piece.
+async def _texts(
+    request: Request, count: int, first: tuple[int, Piece], events: asyncio.Queue[_Indexed]
+) -> list[list[Piece]]:
+    """The pieces of each text, up to the end of all; raises as `_next_or_gone`."""
+    texts: list[list[Piece]] = [[] for _ in range(count)]
+    index, piece = first
+    texts[index].append(piece)
+    while not all(pieces and pieces[-1].summary is not None for pieces in texts):
+        index, piece = await _next_or_gone(request, events)
+        texts[index].append(piece)
+    return texts
+
+
+async def _next_or_gone(request: Request, events: asyncio.Queue[_Indexed]) -> tuple[int, Piece]:
+    """The next piece, and the number of its text.
 
     Raises:
         RequestError: if the engine failed.
@@ -291,17 +307,20 @@ async def _next_or_gone(request: Request, events: asyncio.Queue[Event]) -> Piece
         leaving.cancel()
 
 
-async def _events(answer: Answer, first: Piece, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+async def _events(
+    answer: Answer, first: tuple[int, Piece], events: asyncio.Queue[_Indexed]
+) -> AsyncIterator[str]:
     """The server-sent events as text."""
-    piece = first
+    (index, piece), left = first, len(answer.requests)
     try:
         if text := answer.opening():
             yield text
         while True:
-            if text := answer.events(piece):
+            if text := answer.events(index, piece):
                 yield text
-            if piece.summary is not None:
+            left -= piece.summary is not None
+            if not left:
                 return
-            piece = _piece(await events.get())
+            index, piece = _piece(await events.get())
     except RequestError as error:
         yield answer.failure(error)

@@ -12,6 +12,7 @@ from mtp_mlx.serve.request import RequestError
 
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
+MOST_BIASES, MOST_BIAS = 1024, 100
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -143,9 +144,27 @@ class Fields:
                 frequency_penalty=self.number("frequency_penalty", plain.frequency_penalty),
                 frequency_context_size=self._context("frequency_context_size"),
                 seed=self._whole("seed", seed, 2**64 - 1),
+                logit_bias=self._biases("logit_bias"),
             )
         except MTPError as error:
             raise RequestError(str(error)) from None
+
+    def _biases(self, name: str) -> tuple[tuple[int, float], ...]:
+        """Take biases of logits: an object whose names are token ids."""
+        value = self._left.pop(name, {})
+        if not isinstance(value, dict) or len(value) > MOST_BIASES:
+            raise RequestError(f"{name} must be an object of at most {MOST_BIASES} token ids", field=name)
+        found: dict[int, float] = {}
+        for token, bias in value.items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise RequestError(f"{name}: {token!r} is no token id", field=name)
+            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not abs(bias) <= MOST_BIAS:
+                raise RequestError(
+                    f"{name}: the bias of {token} must be a number from -{MOST_BIAS} to {MOST_BIAS}",
+                    field=name,
+                )
+            found[int(token)] = float(bias)
+        return tuple(found.items())
 
     def _whole(self, name: str, default: int, most: int = 2**31) -> int:
         value = self.integer(name, default, most=most)

@@ -28,13 +28,15 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def usage_of(summary: Summary) -> dict[str, Any]:
-    """OpenAI's usage object."""
+def usage_of(summaries: list[Summary]) -> dict[str, Any]:
+    """OpenAI's usage object: the prompt counts once, the texts all."""
+    prompt = summaries[0].prompt_tokens
+    written = sum(summary.generation_tokens for summary in summaries)
     return {
-        "prompt_tokens": summary.prompt_tokens,
-        "completion_tokens": summary.generation_tokens,
-        "total_tokens": summary.prompt_tokens + summary.generation_tokens,
-        "prompt_tokens_details": {"cached_tokens": summary.cached_tokens},
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": min(summary.cached_tokens for summary in summaries)},
     }
 
 
@@ -55,7 +57,7 @@ class _Answer(ABC):
     """What chat completions and completions have in common.
 
     Args:
-        request: for the engine.
+        requests: for the engine, one for each choice.
         prompts: tokenizer and model name.
         stream: the client wants server-sent events.
         usage: end the stream with token counts.
@@ -64,44 +66,51 @@ class _Answer(ABC):
     kind = ""  # the field `object` of a response
     chunk_kind = ""
 
-    def __init__(self, request: GenerationRequest, prompts: Prompts, stream: bool, usage: bool) -> None:
-        self.request, self.stream = request, stream
+    def __init__(
+        self, requests: tuple[GenerationRequest, ...], prompts: Prompts, stream: bool, usage: bool
+    ) -> None:
+        self.requests, self.stream = requests, stream
         self._prompts, self._usage = prompts, usage
+        self._summaries: list[Summary] = []  # of the choices that have ended
         self._id = f"{self.kind.split('.')[0]}-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, texts: list[list[Piece]]) -> dict[str, Any]:
         """See `Answer.whole`."""
-        summary = pieces[-1].summary
-        assert summary is not None
-        choice = self._choice(pieces)
-        choice |= {"finish_reason": summary.finish_reason, "logprobs": self._logprobs(pieces)}
-        return {
-            **self._head(self.kind),
-            "choices": [choice],
-            "usage": usage_of(summary),
-            "mtp": summary.mtp,
-        }
+        choices = []
+        for index, pieces in enumerate(texts):
+            summary = pieces[-1].summary
+            assert summary is not None
+            self._summaries.append(summary)
+            choice = {"index": index, **self._choice(pieces)}
+            choice |= {"finish_reason": summary.finish_reason, "logprobs": self._logprobs(pieces)}
+            choices.append(choice if len(texts) == 1 else {**choice, "mtp": summary.mtp})
+        usage, mtp = usage_of(self._summaries), self._summaries[0].mtp
+        return {**self._head(self.kind), "choices": choices, "usage": usage, "mtp": mtp}
 
     def opening(self) -> str:
         """See `Answer.opening`."""
         return ""
 
-    def events(self, piece: Piece) -> str:
+    def events(self, index: int, piece: Piece) -> str:
         """See `Answer.events`."""
         summary = piece.summary
-        deltas = self._deltas(piece)
+        deltas = self._deltas(index, piece)
         if not deltas and (piece.logprob is not None or summary is not None):
             deltas = [self._empty()]
-        chunks = [self._chunk(delta) for delta in deltas]
+        chunks = [self._chunk(index, delta) for delta in deltas]
         if chunks:
             chunks[-1]["choices"][0]["logprobs"] = self._logprobs([piece])
         if summary is None:
             return "".join(map(_event, chunks))
         chunks[-1]["choices"][0]["finish_reason"] = summary.finish_reason
         chunks[-1]["mtp"] = summary.mtp
+        self._summaries.append(summary)
+        if len(self._summaries) < len(self.requests):
+            return "".join(map(_event, chunks))
         if self._usage:
-            chunks.append({**self._head(self.chunk_kind), "choices": [], "usage": usage_of(summary)})
+            usage = usage_of(self._summaries)
+            chunks.append({**self._head(self.chunk_kind), "choices": [], "usage": usage})
         return "".join(map(_event, chunks)) + "data: [DONE]\n\n"
 
     def failure(self, error: RequestError) -> str:
@@ -113,18 +122,18 @@ class _Answer(ABC):
 
     @abstractmethod
     def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The only choice of a complete response."""
+        """A choice of a complete response, from its pieces."""
 
     @abstractmethod
-    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a piece adds to the choice, an event each."""
+    def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece adds to its choice, an event each."""
 
     @abstractmethod
     def _empty(self) -> dict[str, Any]:
         """An event's part of the choice that adds no text."""
 
-    def _chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
-        choice = {"index": 0, **delta, "logprobs": None, "finish_reason": None}
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, **delta, "logprobs": None, "finish_reason": None}
         return {**self._head(self.chunk_kind), "choices": [choice]}
 
     @abstractmethod
@@ -140,13 +149,16 @@ class ChatAnswer(_Answer):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: GenerationRequest, prompts: Prompts, stream: bool, usage: bool) -> None:
-        super().__init__(request, prompts, stream, usage)
-        self._n_calls = 0
+    def __init__(
+        self, requests: tuple[GenerationRequest, ...], prompts: Prompts, stream: bool, usage: bool
+    ) -> None:
+        super().__init__(requests, prompts, stream, usage)
+        self._n_calls = [0] * len(requests)
 
     def opening(self) -> str:
         """See `Answer.opening`."""
-        return _event(self._chunk({"delta": {"role": "assistant", "content": ""}}))
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return "".join(_event(self._chunk(index, delta)) for index in range(len(self.requests)))
 
     def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -157,9 +169,9 @@ class ChatAnswer(_Answer):
             message |= _thoughts(thinking)
         if calls:
             message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
-        return {"index": 0, "message": message}
+        return {"message": message}
 
-    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
+    def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         if piece.thinking:
             deltas.append(_thoughts(piece.thinking))
@@ -168,10 +180,10 @@ class ChatAnswer(_Answer):
         for call in piece.calls:
             begun = _call(call)
             begun["function"]["arguments"] = ""
-            deltas.append({"tool_calls": [{"index": self._n_calls, **begun}]})
-            more = {"index": self._n_calls, "function": {"arguments": call.arguments}}
-            deltas.append({"tool_calls": [more]})
-            self._n_calls += 1
+            place = {"index": self._n_calls[index]}
+            deltas.append({"tool_calls": [{**place, **begun}]})
+            deltas.append({"tool_calls": [{**place, "function": {"arguments": call.arguments}}]})
+            self._n_calls[index] += 1
         return [{"delta": delta} for delta in deltas]
 
     def _empty(self) -> dict[str, Any]:
@@ -196,10 +208,26 @@ class CompletionAnswer(_Answer):
 
     kind, chunk_kind = "text_completion", "text_completion"
 
-    def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
-        return {"index": 0, "text": "".join(piece.text for piece in pieces)}
+    def __init__(
+        self,
+        requests: tuple[GenerationRequest, ...],
+        prompts: Prompts,
+        stream: bool,
+        usage: bool,
+        before: str = "",
+    ) -> None:
+        super().__init__(requests, prompts, stream, usage)
+        self._before = before  # the prompt, if it is to be repeated
 
-    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
+    def opening(self) -> str:
+        """See `Answer.opening`."""
+        indices = range(len(self.requests)) if self._before else ()
+        return "".join(_event(self._chunk(index, {"text": self._before})) for index in indices)
+
+    def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
+        return {"text": self._before + "".join(piece.text for piece in pieces)}
+
+    def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         return [{"text": piece.text}] if piece.text else []
 
     def _empty(self) -> dict[str, Any]:

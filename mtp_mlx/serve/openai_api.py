@@ -7,6 +7,7 @@ chat_template_kwargs (all as in mlx-lm), and responses have `mtp`. Penalties wor
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mtp_mlx.chat_template import Thinking, template_variables
@@ -14,7 +15,7 @@ from mtp_mlx.serve.effort import effort_option, thinking_by
 from mtp_mlx.serve.fields import Fields, checked_text
 from mtp_mlx.serve.openai_answers import ChatAnswer, CompletionAnswer
 from mtp_mlx.serve.prompts import Prompts
-from mtp_mlx.serve.request import RequestError
+from mtp_mlx.serve.request import GenerationRequest, RequestError
 from mtp_mlx.serve.tools import ToolUse, checked_tool, chosen, tool_list
 from mtp_mlx.serve.turns import chat_turns
 
@@ -22,6 +23,8 @@ from mtp_mlx.serve.turns import chat_turns
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity".split()
 )
+
+MOST_TEXTS = 4  # of one request
 
 
 def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
@@ -32,7 +35,6 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     """
     fields = Fields(body, IGNORED)
     prompts.check_model(fields)
-    _refuse_common(fields)
     fields.refuse("functions", "use tools", [])
     fields.refuse("function_call", "use tool_choice", "none", "auto")
     fields.refuse("modalities", "this server writes text only", ["text"])
@@ -49,8 +51,9 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     tools = tool_use(fields)
     thinking, options = thinking_of(fields, prompts)
     prompt = prompts.chat(chat_turns(fields.take("messages")), tools, thinking, options)
+    n = number(fields)
     request = prompts.request(prompt, fields, newer or older, stop, top, schema)
-    return ChatAnswer(request, prompts, stream, usage)
+    return ChatAnswer(several(request, n), prompts, stream, usage)
 
 
 def tool_use(fields: Fields) -> ToolUse:
@@ -99,30 +102,42 @@ def completion(body: dict[str, Any], prompts: Prompts) -> CompletionAnswer:
     """Parse a request to /v1/completions; raises like `chat`."""
     fields = Fields(body, IGNORED)
     prompts.check_model(fields)
-    _refuse_common(fields)
-    fields.refuse("echo", "the prompt is not repeated", False)
-    fields.refuse("best_of", "one answer is written", 1)
+    fields.refuse("best_of", "as many texts are written as n says", 1)
     fields.refuse("suffix", "text can only follow the prompt", "")
     top = fields.integer("logprobs", most=20)
     stream, usage = _streaming(fields)
     max_tokens = fields.integer("max_tokens", minimum=1)
     schema = _schema(fields.take("response_format"))
     stop = fields.stops("stop")
-    ids = prompts.text(fields.take("prompt"))
-    return CompletionAnswer(
-        prompts.request(ids, fields, max_tokens, stop, top, schema), prompts, stream, usage
-    )
+    n, echo, prompt = number(fields), fields.flag("echo"), fields.take("prompt")
+    if echo and top is not None:
+        raise RequestError(
+            "echo and logprobs exclude each other: the prompt has no log-probabilities", field="echo"
+        )
+    ids = prompts.text(prompt)
+    request = prompts.request(ids, fields, max_tokens, stop, top, schema)
+    before = prompts.spelt(prompt, ids) if echo else ""
+    return CompletionAnswer(several(request, n), prompts, stream, usage, before)
+
+
+def number(fields: Fields) -> int:
+    """Take `n`, the number of texts."""
+    n = fields.integer("n", 1, minimum=1, most=MOST_TEXTS)
+    assert n is not None
+    return n
+
+
+def several(request: GenerationRequest, n: int) -> tuple[GenerationRequest, ...]:
+    """`n` requests with seeds in succession, from the given one."""
+    sampling = request.sampling
+    seeds = [(sampling.seed + i) % 2**64 for i in range(n)]
+    return tuple(replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds)
 
 
 def models(prompts: Prompts, created: int) -> dict[str, Any]:
     """The JSON of /v1/models."""
     entry = {"id": prompts.model_name, "object": "model", "created": created, "owned_by": "local"}
     return {"object": "list", "data": [entry]}
-
-
-def _refuse_common(fields: Fields) -> None:
-    fields.refuse("n", "one answer is written", 1)
-    fields.refuse("logit_bias", "only penalties and a schema change logits", {})
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:

@@ -16,7 +16,7 @@ from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
-from mtp_mlx.token_ids import check_ids
+from mtp_mlx.token_ids import check_ids, text_of
 
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
 
@@ -143,6 +143,12 @@ class Prompts:
             )
         return list(prompt)
 
+    def spelt(self, prompt: Any, ids: list[int]) -> str:
+        """The text of a prompt that `text` has read: as it was given, or that of its ids."""
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
+        return prompt if isinstance(prompt, str) else text_of(self.tokenizer, ids)
+
     def request(
         self,
         prompt: ChatPrompt | list[int],
@@ -165,6 +171,7 @@ class Prompts:
             raise RequestError("a JSON schema and a tool that must be called exclude each other")
         schema = schema or prompt.schema
         self._check_length(prompt.ids)
+        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         max_tokens = min(limits.default_output, limits.output) if max_tokens is None else max_tokens
         if max_tokens > limits.output:
             raise RequestError(
@@ -188,15 +195,19 @@ class Prompts:
     def _check_length(self, ids: list[int]) -> None:
         if not ids:
             raise RequestError("the prompt is empty", field="prompt")
-        try:
-            check_ids(ids, self.vocab_size, "the prompt", self.tokenizer)
-        except MTPError as error:
-            raise RequestError(str(error), field="prompt") from None
+        self._check_ids(ids, "prompt")
         if len(ids) > self.limits.prompt:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; this server allows at most {self.limits.prompt} "
                 "(--max-prompt-tokens)"
             )
+
+    def _check_ids(self, ids: list[int], name: str) -> None:
+        what = "the prompt" if name == "prompt" else name
+        try:
+            check_ids(ids, self.vocab_size, what, self.tokenizer)
+        except MTPError as error:
+            raise RequestError(str(error), field=name) from None
 
     def grammar(self, schema: dict[str, Any]) -> str:
         """The compiled grammar of a JSON schema.
@@ -216,23 +227,23 @@ class Answer(Protocol):
     """How an HTTP API writes the response to one request.
 
     Attributes:
-        request: for the engine.
+        requests: for the engine, one for each text that the client wants.
         stream: the client wants server-sent events.
     """
 
-    request: GenerationRequest
+    requests: tuple[GenerationRequest, ...]
     stream: bool
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The JSON of a response that is not streamed."""
+    def whole(self, texts: list[list[Piece]]) -> dict[str, Any]:
+        """The JSON of a response that is not streamed, from the pieces of each text."""
         ...
 
     def opening(self) -> str:
         """Events before the first piece."""
         ...
 
-    def events(self, piece: Piece) -> str:
-        """Events of a piece; after the last piece, also those that end the stream."""
+    def events(self, index: int, piece: Piece) -> str:
+        """Events of a piece of a text; after the last piece of all, also those that end the stream."""
         ...
 
     def failure(self, error: RequestError) -> str:

@@ -1,5 +1,7 @@
 """`Picker` against the warped softmax and mlx-lm's sampler; row independence, reduced vocabularies, penalties."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -139,7 +141,8 @@ def test_a_rows_pick_does_not_depend_on_the_block(
 def test_a_reduced_vocabulary_picks_as_the_full_one_with_the_rest_at_minus_infinity(
     data_seed: int, warp: dict[str, float], penalised: bool
 ) -> None:
-    penalties = {"repetition_penalty": 1.4, "presence_penalty": 0.3} if penalised else {}
+    bias = ((1, 0.7), (VOCABULARY // 2, -1.5))
+    penalties = {"repetition_penalty": 1.4, "presence_penalty": 0.3, "logit_bias": bias} if penalised else {}
     picker = Picker(SamplingConfig(seed=data_seed, **warp, **penalties))  # type: ignore[arg-type]
     generator = np.random.default_rng(data_seed)
     logits = logits_of(data_seed, rows=3)
@@ -162,7 +165,9 @@ def test_a_reduced_vocabulary_picks_as_the_full_one_with_the_rest_at_minus_infin
         {"repetition_penalty": 0.7, "repetition_context_size": 5},
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.4, "frequency_context_size": 7},
+        {"logit_bias": ((3, 2.5), (17, -100.0))},
         {
+            "logit_bias": ((0, -1.5), (VOCABULARY - 1, 9.0)),
             "repetition_penalty": 1.2,
             "presence_penalty": -0.3,
             "presence_context_size": 3,
@@ -172,7 +177,7 @@ def test_a_reduced_vocabulary_picks_as_the_full_one_with_the_rest_at_minus_infin
     ],
 )
 @pytest.mark.parametrize("n_tokens", [1, 4, 40])
-def test_penalties_equal_mlx_lms_logits_processors(penalties: dict[str, float], n_tokens: int) -> None:
+def test_penalties_equal_mlx_lms_logits_processors(penalties: dict[str, Any], n_tokens: int) -> None:
     config = SamplingConfig(**penalties)  # type: ignore[arg-type]
     logits = logits_of(6, rows=4)
     tokens = np.random.default_rng(n_tokens).integers(0, VOCABULARY, size=(4, n_tokens)).astype(np.int32)
@@ -182,7 +187,8 @@ def test_penalties_equal_mlx_lms_logits_processors(penalties: dict[str, float], 
     ours = Picker(config)._penalised(mx.array(logits), mx.array(padded), None)
     for row in range(4):
         expected = mx.array(logits[row : row + 1])
-        for processor in make_logits_processors(**penalties):  # type: ignore[arg-type]
+        named = {**penalties, "logit_bias": dict(penalties.get("logit_bias", ()))}
+        for processor in make_logits_processors(**named):
             expected = processor(mx.array(tokens[row]), expected)
         np.testing.assert_allclose(np.array(ours)[row], np.array(expected)[0], rtol=1e-6, atol=1e-6)
     assert not np.allclose(np.array(ours), logits)
@@ -280,6 +286,9 @@ def test_history_size_and_missing_history() -> None:
         {"repetition_context_size": 0},
         {"seed": -1},
         {"seed": 2**64},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1.5, 1.0),)},
+        {"logit_bias": ((1, float("inf")),)},
     ],
 )
 def test_bad_values_are_named(values: dict[str, float]) -> None:
@@ -303,6 +312,8 @@ def test_every_bad_value_is_listed_at_once() -> None:
         ({"temperature": 0.5, "top_k": 3}, False),
         ({"temperature": 0.5, "top_k": 40, "min_p": 0.5, "min_tokens_to_keep": 40}, True),
         ({"repetition_penalty": 1.1}, False),
+        ({"logit_bias": ((3, 1.0),)}, False),
+        ({"temperature": 0.5, "logit_bias": ((3, 1.0),)}, False),
         ({"temperature": 0.5, "frequency_penalty": 0.2}, False),
     ],
 )
