@@ -153,13 +153,13 @@ def plan_drafting(
     if chosen.texts and policy.max_drafts and emission.lossless:
         return Drafting(policy, model.text_source.open(running_text=running_text, branching=layout == "tree"))
     if chosen.texts:
-        unused = (
-            "this layout verifies no drafts"
-            if emission.lossless
-            else "unverified drafts come from slots only"
-        )
-        stats.fallbacks[f"no drafts from {model.text_source.name}: {unused}"] += 1
+        stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
+
+
+def _why_unused(emission: Emission) -> str:
+    """Why drafts from other texts have no use in a generation."""
+    return "this layout verifies no drafts" if emission.lossless else "unverified drafts come from slots only"
 
 
 def _check_alone(drafter: str | None) -> None:
