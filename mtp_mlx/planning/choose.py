@@ -110,9 +110,8 @@ def plan_drafting(
 ) -> Drafting:
     """The policy of a generation, and what drafts from text alone.
 
-    If drafts from text are requested but the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
-    without any other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so; with a
-    text source it does not, because nothing was tuned with that.
+    If drafts from text are asked for and the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
+    without other arguments or texts uses the result of `mtp-mlx tune`, if there is one, and `stats.tuned` says so.
 
     Args:
         model: the model with its drafter.
@@ -152,16 +151,28 @@ def plan_drafting(
         policy = build_policy(model, layout, drafts, stats, emission)
     else:
         policy = lookup_policy(model, layout, drafts)
-    unused = "emission is unverified" if not emission.lossless else "this layout verifies no drafts"
-    usable = policy.max_drafts > 0 and emission.lossless
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
-    if chosen.texts and not usable:
-        stats.fallbacks[f"no drafts from {model.text_source.name}: {unused}"] += 1
-    if chosen.texts and usable:
-        opened = model.text_source.open(running_text=running_text, branching=layout == "tree")
-        return Drafting(policy, opened)
+    if chosen.texts:
+        why = "" if emission.lossless else "unverified drafts come from slots only"
+        return Drafting(policy, _from_other_texts(model, policy, why, stats, running_text, layout == "tree"))
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
+
+
+def _from_other_texts(
+    model: AttachedModel,
+    policy: Policy,
+    why_not: str,
+    stats: DecodeStats,
+    running_text: bool,
+    branching: bool,
+) -> TextDrafter | None:
+    """The drafter of the model's text source, or None; a reason not to use it is counted."""
+    why_not = why_not if policy.max_drafts else "this layout verifies no drafts"
+    if not why_not:
+        return model.text_source.open(running_text=running_text, branching=branching)
+    stats.fallbacks[f"no drafts from {model.text_source.name}: {why_not}"] += 1
+    return None
 
 
 def tree_policy(
