@@ -53,6 +53,7 @@ class SlotMethod(Method[Settings]):
         bare = attach(model)
         check_slot_caches(bare, train)
         self.vocab_size = bare.vocab_size
+        bare.detach()  # the trunk is wrapped even without an adapter
 
     @classmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:
