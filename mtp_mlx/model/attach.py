@@ -190,7 +190,10 @@ class AttachedModel:
         """Why the rows of a pass must have positions one after another; "" if they need not."""
         if self._recurrent:
             return "this model's recurrent state reads every row of a pass"
-        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
+        if not self._seams.ropes:
+            return "this model has no seam 'rope' in its layers"
+        places = reads_places(self._seams.trunk)
+        return f"this model {places}" if places else ""
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
