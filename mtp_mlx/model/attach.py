@@ -360,7 +360,6 @@ def _check_exact(seams: Seams) -> None:
     reasons = {
         "mixture-of-experts layers": [p for p, m in modules.items() if "SwitchLinear" in type(m).__name__],
         "latent attention": [p for p, m in modules.items() if type(m).__name__ == "MultiLinear"],
-        "block-sparse attention": [p for p, m in modules.items() if "phi3small" in type(m).__module__],
         "attention that this model computes by itself": [
             path.rsplit(".", 1)[0]
             for path in seams.ropes

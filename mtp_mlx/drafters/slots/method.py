@@ -51,7 +51,10 @@ class SlotMethod(Method[Settings]):
         super().__init__(model, train, settings, tell)
         self.depth = settings.slots
         bare = attach(model)
-        check_slot_caches(bare, train)
+        try:
+            check_slot_caches(bare, train)
+        finally:
+            bare.detach()
         self.vocab_size = bare.vocab_size
 
     @classmethod
