@@ -197,7 +197,10 @@ class AttachedModel:
         """Why the rows of a pass must have positions one after another; "" if they need not."""
         if self._recurrent:
             return "this model's recurrent state reads every row of a pass"
-        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
+        if not self._seams.ropes:
+            return "this model has no seam 'rope' in its layers"
+        places = reads_places(self._seams.trunk)
+        return f"this model {places}" if places else ""
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
@@ -364,7 +367,6 @@ def _check_exact(seams: Seams) -> None:
     reasons = {
         "mixture-of-experts layers": [p for p, m in modules.items() if "SwitchLinear" in type(m).__name__],
         "latent attention": [p for p, m in modules.items() if type(m).__name__ == "MultiLinear"],
-        "block-sparse attention": [p for p, m in modules.items() if "phi3small" in type(m).__module__],
         "attention that this model computes by itself": [
             path.rsplit(".", 1)[0]
             for path in seams.ropes
