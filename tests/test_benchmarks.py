@@ -10,6 +10,7 @@ from typing import Any
 import ablation
 import first_answer
 import heads_acceptance
+import memory_acceptance
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -20,8 +21,10 @@ import train_memory
 from click.testing import CliRunner
 from model_shapes import config_of, weightless
 
+import mtp_mlx.cli as cli
 from mtp_mlx import load
 from mtp_mlx.cli.train_options import settings_from
+from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
@@ -205,3 +208,38 @@ def test_first_answer(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     cells = result.stdout.splitlines()[2].strip("| ").split(" | ")
     assert cells[:2] == ["none", "9"] and all(0 <= float(cell) < 60 for cell in cells[2:5])
+
+
+def test_memory_acceptance(folder: Path, tmp_path: Path) -> None:
+    """A memory of the answers themselves drafts them; trees are never worse than chains of as many drafts."""
+    data, memory = str(folder / "data.jsonl"), str(tmp_path / "a.mem")
+    made = CliRunner().invoke(cli.main, ["remember", "-m", str(folder / "model"), data, "--out", memory])
+    assert made.exit_code == 0, made.output
+    common = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        data,
+        "--memory",
+        memory,
+        "--rows",
+        "2",
+        "--rows",
+        "8",
+    ]
+    result = CliRunner().invoke(memory_acceptance.main, [*common, "--json"])
+    assert result.exit_code == 0, result.output
+    found = {(row["drafter"], row["rows"]): row for row in json.loads(result.stdout)}
+    rates = {key: row["tokens_per_step"]["all"] for key, row in found.items()}
+    assert rates["memory, chain", 8] > 2 and rates["lookup", 8] < rates["both, tree", 8]
+    for name in ("running text", "memory", "both"):
+        assert rates[f"{name}, tree", 8] >= rates[f"{name}, chain", 8] >= rates[f"{name}, chain", 2] >= 1
+    assert all(row["drafts_per_step"] <= row["rows"] - 1 for row in found.values())
+    table = CliRunner().invoke(memory_acceptance.main, common).stdout
+    assert f"| both, tree | 8 | {found['both, tree', 8]['drafts_per_step']:.1f} |" in table
+
+
+def test_the_path_through_a_tree() -> None:
+    tree = DraftTree((5, 6, 7, 8), (ROOT, ROOT, 1, 2), (0.5,) * 4)
+    accepted = memory_acceptance.accepted
+    assert [accepted(tree, truth) for truth in ([6, 7, 8, 9], [5, 7], [6, 8], [9], [])] == [3, 1, 1, 0, 0]

@@ -28,7 +28,7 @@ DrafterName = Literal[
     "draft-model",
 ]
 CaseLayout = Literal["plain", "linear", "quadratic", "tree", "auto", "mixed"]
-LookupName = Literal["none", "text", "knowing"]
+LookupName = Literal["none", "text", "memory", "knowing"]
 Way = Literal["alone", "turns", "batch"]
 
 SLOT_DRAFTERS = ("mask-tokens", "one-mask", "ptp-o", "ptp-c")
@@ -65,7 +65,8 @@ class Case:
         drafts: drafts per step.
         layout: as in `stream_generate`; "mixed" takes another one in every step, with branches or without.
         rows: of a pass of layout "tree".
-        lookup: whether the text drafts too; "knowing" proposes the right tokens, most of them.
+        lookup: what drafts from the text itself: prompt lookup, the memory's drafter without a file, or one that
+            proposes the right tokens, most of them.
         tau: with slots, less likely drafts are not submitted; 0 for none.
         exact: whether real rows are those of plain decoding, bit for bit.
         kv_bits, quantized_kv_start: quantised KV cache; 0 bits for an ordinary one.

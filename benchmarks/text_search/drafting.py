@@ -16,9 +16,10 @@ import numpy as np
 
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.lookup import LookupDrafter
+from mtp_mlx.decode.lookup import LookupDrafter, TextDrafter
 from mtp_mlx.decode.policy import Policy, Proposal
 from mtp_mlx.decode.tree import ROOT
+from mtp_mlx.drafters.memory.draft import MemoryDrafter
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
 from mtp_mlx.planning.choose import Drafting, plan_drafting
@@ -165,6 +166,14 @@ class _SteadyPolicy:
         self._policy.observe(proposal, layout, n_accepted, COST.seconds(layout, 0))
 
 
+def _text_drafter(case: Case, truth: Sequence[int], n_prompt: int) -> TextDrafter:
+    if case.lookup == "knowing":
+        return KnowingLookup(truth, n_prompt, case.sampling.seed)
+    if case.lookup == "memory":
+        return MemoryDrafter(None, VOCABULARY, branching=case.layout in ("tree", "mixed"))
+    return LookupDrafter(3, 1)
+
+
 @contextmanager
 def knowing(
     case: Case, model: AttachedModel, truth: Sequence[int], n_prompt: int, start: int
@@ -182,10 +191,7 @@ def knowing(
 
     def planned(*args: Any, **kwargs: Any) -> Drafting:
         found = plan_drafting(*args, **kwargs)
-        lookup = found.lookup
-        if lookup is not None:
-            knows = case.lookup == "knowing"
-            lookup = KnowingLookup(truth, n_prompt, seed) if knows else LookupDrafter(3, 1)
+        lookup = found.lookup and _text_drafter(case, truth, n_prompt)
         mixed = case.layout == "mixed"
         policy: Any = MixedPolicy(case, seed) if mixed else _SteadyPolicy(found.policy)
         return Drafting(policy, lookup)
@@ -194,7 +200,7 @@ def knowing(
         patch = stack.enter_context
         patch(mock.patch("mtp_mlx.api.plan_drafting", planned))
         patch(mock.patch("mtp_mlx.planning.choose.step_cost", lambda *_: COST))
-        patch(mock.patch("mtp_mlx.planning.choose.worth_measuring", lambda *_: True))
+        patch(mock.patch("mtp_mlx.planning.choose.prepare_costs", lambda *_: True))
         if source is not None and acceptance is not None:
             real = source.open
 

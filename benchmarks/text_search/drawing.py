@@ -54,7 +54,7 @@ def check(case: Case) -> None:
 
 def _fits_model(case: Case) -> bool:
     name, copied = case.architecture, case.drafter in models.COPIES_LAYERS
-    if case.wide and name in models.NARROW_ONLY or copied and name in models.NOT_COPIED:
+    if case.wide and name in models.NARROW_ONLY:
         return False
     if name in models.EXPERTS and case.dtype != "float32" and (copied or not case.bits):
         return False
@@ -141,7 +141,7 @@ def _common(draw: _Draw, architecture: str, layout: Any) -> Case:
         drafts=draw.upto(1, models.MOST_DRAFTS),
         layout=draw.of(*layouts, *layouts, "plain"),
         rows=draw.of(8, 4, 12, 2),
-        lookup=draw.of("none", "text", "knowing"),
+        lookup=draw.of("none", "text", "memory", "knowing"),
         prefill_step_size=draw.of(2048, 1, 3, 8),
         sampling=_any_sampling(draw),
     )

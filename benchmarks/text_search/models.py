@@ -17,7 +17,7 @@ from mtp_mlx.drafters.draft_model.source import DraftModel
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.medusa import MedusaHead, MedusaHeads
-from mtp_mlx.drafters.heads.mtp_head import block_like
+from mtp_mlx.drafters.heads.mtp_head import block_like, last_layers
 from mtp_mlx.drafters.heads.parallel import ParallelHead, ParallelHeads
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.drafters.ptp.config import PTPConfig
@@ -35,14 +35,14 @@ GROUP = 32
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "moe_intermediate_size": 64}
 KEPT = 400  # models; one is less than 2 MB
 
+WINDOWED = (*tiny.WINDOWED, *tiny.MULTIMODAL)
 # recurrent_gemma computes its logits where the layers are needed; lfm2's other sizes do not follow the hidden size.
-ARCHITECTURES = tuple(name for name in tiny.SPECIFIC if name != "recurrent_gemma")
+RECURRENT = tuple(name for name in tiny.RECURRENT if name != "recurrent_gemma")
+ARCHITECTURES = (*tiny.ARCHITECTURES, *WINDOWED, *RECURRENT)
 NARROW_ONLY = ("lfm2",)
 EXPERTS = (*tiny.MOE_ARCHITECTURES, "gpt_oss")  # MLX's CPU code multiplies by experts in float32 only
-WINDOWED = (*tiny.WINDOWED, "gemma3")
 STATES_ONLY = ("rwkv7",)
 COPIES_LAYERS = ("mtp-heads", "looped-heads", "parallel-heads")  # of the model, as their blocks
-NOT_COPIED = ("rwkv7", "falcon_h1")  # a layer of these does not run by itself
 
 
 @lru_cache(maxsize=KEPT)
@@ -125,7 +125,8 @@ def _untrained(model: Any, drafter: str) -> Any:
         return MedusaHeads([MedusaHead(1, size, tiny.VOCABULARY) for _ in range(MOST_DRAFTS)], says)
     if drafter == "parallel-heads":
         says = HeadConvention("test", "parallel", "", "before-last-layer", "none", output_norm="trunk")
-        heads = [ParallelHead(block_like(trunk.trunk)) for _ in range(MOST_DRAFTS)]
+        layer = last_layers(trunk.trunk, 1)[0]
+        heads = [ParallelHead(block_like(trunk.trunk, layer), size) for _ in range(MOST_DRAFTS)]
         return ParallelHeads(heads, says)
     looped = drafter == "looped-heads"
     convention = HeadConvention("test", recycled_hidden="raw" if looped else "normed")

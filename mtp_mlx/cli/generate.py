@@ -152,7 +152,6 @@ def generate(
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
     from mtp_mlx.measure import plain_speed
-    from mtp_mlx.model.context import beyond_context
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import prepare_costs
     from mtp_mlx.planning.choose import settled_layout
@@ -171,11 +170,7 @@ def generate(
     known = plain_speed.recall(settings.model, quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
     run = Run(DecodeStats(), model.most_drafts, known, layout)
-    if not raw:
-        _note_template(run, model, tokenizer)
-    for note in (*run.stats.notes, beyond_context(model.model, len(ids))):
-        if note is not None and model.peers.leads:
-            click.echo(f"note: {note}", err=True)
+    _say_notes(run, model, None if raw else tokenizer, len(ids))
     if layout == "auto" and emission == Emission():
         prepare_costs(model, settings.max_tokens, tell, cost_progress())
     responses = stream_generate(
@@ -203,6 +198,17 @@ def generate(
     if model.peers.alone:  # several processes together say nothing about the speed of this machine
         _remember_plain_speed(settings, run)
     return run
+
+
+def _say_notes(run: Run, model: AttachedModel, tokenizer: Any | None, n_prompt: int) -> None:
+    """Says what the user should know before the text; `tokenizer` only if its chat template is used."""
+    from mtp_mlx.model.context import beyond_context
+
+    if tokenizer is not None:
+        _note_template(run, model, tokenizer)
+    for note in (*run.stats.notes, beyond_context(model.model, n_prompt)):
+        if note is not None and model.peers.leads:
+            click.echo(f"note: {note}", err=True)
 
 
 def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:

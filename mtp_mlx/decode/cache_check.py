@@ -22,7 +22,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
-class _Heads:
+class _Sizes:
     """What one cache holds: the number of heads, and the widths of a key and of a value."""
 
     count: int
@@ -37,7 +37,7 @@ class _State:
     shapes: tuple[tuple[int, ...], ...]
 
 
-_known: WeakKeyDictionary[AttachedModel, list[list[_Heads | _State | None]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[AttachedModel, list[list[_Sizes | _State | None]]] = WeakKeyDictionary()
 
 
 def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
@@ -90,7 +90,7 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
         width
         for layer in _own_heads(model)
         for heads in layer
-        if isinstance(heads, _Heads)
+        if isinstance(heads, _Sizes)
         for width in (heads.key, heads.value)
     }
     fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
@@ -103,7 +103,7 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     )
 
 
-def _own_heads(model: AttachedModel) -> list[list[_Heads | _State | None]]:
+def _own_heads(model: AttachedModel) -> list[list[_Sizes | _State | None]]:
     """By layer and cache of it."""
     if model in _known:
         return _known[model]
@@ -123,7 +123,7 @@ def _is_state(leaf: Any) -> bool:
     return isinstance(leaf, ArraysCache)
 
 
-def _held(leaf: Any) -> _Heads | _State | None:
+def _held(leaf: Any) -> _Sizes | _State | None:
     """None if nothing is held yet."""
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
     if _is_state(leaf):
@@ -132,7 +132,7 @@ def _held(leaf: Any) -> _Heads | _State | None:
     if keys is None or values is None:
         return None
     first = keys[0] if isinstance(keys, tuple | list) else keys
-    return _Heads(int(first.shape[1]), _width(leaf, keys), _width(leaf, values))
+    return _Sizes(int(first.shape[1]), _width(leaf, keys), _width(leaf, values))
 
 
 def _width(leaf: Any, held: Any) -> int:
@@ -142,7 +142,7 @@ def _width(leaf: Any, held: Any) -> int:
     return int(held.shape[-1])
 
 
-def _text(heads: _Heads | _State) -> str:
+def _text(heads: _Sizes | _State) -> str:
     if isinstance(heads, _State):
         return "a state of " + ", ".join(" x ".join(map(str, shape)) for shape in heads.shapes) + " numbers"
     return f"{heads.count} heads of {heads.key} and {heads.value} numbers"

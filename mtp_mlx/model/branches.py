@@ -34,10 +34,10 @@ def why_no_branches(model: AttachedModel) -> str:
 
 
 def _reason(model: AttachedModel) -> str:
-    if model.exact:
-        return "drafts without branches: exact decoding computes the rows of a text in its order"
     if model.why_chains:
         return f"drafts without branches: {model.why_chains}"
+    if model.reads_places:
+        return f"drafts without branches: this model {model.reads_places}"
     if _numbers_rows(model):
         return "drafts without branches: this model numbers the rows of a pass by itself"
     if _error(model) > (TOLERANCE if model.embed(mx.array([0])).dtype == mx.float32 else HALF_TOLERANCE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ LINEAR = (
 
 # The names of the trunk and of its embedding in mlx-lm's model files.
 TRUNK_NAMES = ("model", "backbone")
-EMBEDDING_NAMES = ("embed_tokens", "embeddings", "word_embeddings", "tok_embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "embeddings", "word_embeddings", "tok_embeddings", "embedding")
 
 
 @dataclass
@@ -116,10 +117,29 @@ def check_slot_seams(seams: Seams, name: str) -> None:
     """Raises MTPError if the layers lack a seam that slot rows need."""
     if not seams.ropes:
         raise MTPError(f"model type '{name}' has no seam 'rope' in its layers: slot rows cannot be placed")
+    others = [path for path, _ in seams.trunk.named_modules() if _is_rope(path) and path not in seams.ropes]
+    if others:
+        raise MTPError(
+            f"model type '{name}' has no seam 'rope' for all of its layers ({others[0]} is not in the list of them): "
+            "slot rows cannot be placed"
+        )
     if not seams.linears:
         raise MTPError(
             f"model type '{name}' has no seam 'linear' in its layers: gated LoRA has nothing to wrap"
         )
+
+
+def reads_places(trunk: nn.Module) -> str:
+    """What a trunk does by a row's place in the pass, where positions given to its rotary embeddings do not reach.
+
+    As the end of a sentence; "" if it does nothing so.
+    """
+    for layer in trunk.layers:
+        if "attn_scale" in inspect.signature(type(layer).__call__).parameters:  # Ministral 3, Mistral 4
+            return "scales queries by their place in a pass"
+        if any(getattr(module, "is_sparse_attn", False) for module in layer.modules()):  # MiniMax M3
+            return "chooses blocks of keys by their place in a pass"
+    return ""
 
 
 def is_recurrent(caches: list) -> bool:
@@ -136,12 +156,16 @@ def cache_leaves(caches: list) -> list[tuple[int, Any]]:
     ]
 
 
+def _is_rope(path: str) -> bool:
+    return path.rsplit(".", 1)[-1].endswith("rope")
+
+
 def _classify(seams: Seams, path: str, module: nn.Module) -> None:
     last = path.rsplit(".", 1)[-1]
     if isinstance(module, LINEAR):
         if last not in ROUTER_NAMES:
             seams.linears[path] = module
-    elif last == "rope" or last.endswith("_rope"):
+    elif _is_rope(path):
         if type(module).__name__ == "DynamicNTKScalingRoPE":
             raise MTPError(
                 "this model's seam 'rope' is DynamicNTKScalingRoPE, whose angles depend on the number of rows in a "

@@ -110,9 +110,8 @@ def plan_drafting(
 ) -> Drafting:
     """The policy of a generation, and what drafts from text alone.
 
-    If drafts from text are requested but the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
-    without any other argument uses the result of `mtp-mlx tune` if there is one, and `stats.tuned` says so; with a
-    text source it does not, because nothing was tuned with that.
+    If drafts from text are asked for and the layout cannot use them, `stats.fallbacks` counts that. Layout "auto"
+    without other arguments or texts uses the result of `mtp-mlx tune`, if there is one, and `stats.tuned` says so.
 
     Args:
         model: the model with its drafter.
@@ -126,20 +125,17 @@ def plan_drafting(
         rows: rows of a pass of layout "tree", by default `TREE_ROWS`.
 
     Raises:
-        MTPError: as `choose_drafters`, `build_policy` and `lookup_policy`, or if `drafter` is combined with another
-            emission than the default.
+        MTPError: as `choose_drafters` and the policies, or if `drafter` comes with another emission than the default.
     """
     emission, running_text = emission or Emission(), lookup is not False
     _check_rows(layout, rows)
     if emission != Emission():
-        if drafter is not None:
-            raise MTPError("unverified emission and `tau` are for slot drafts only: leave `drafter` out")
+        _check_alone(drafter)
         lookup = bool(lookup)  # lookup only if requested
     layout = settled_layout(model, layout, lookup, drafter)
     given = (drafts, lookup, drafter, model.text_source, emission)
     if layout == "auto" and given == (None, None, None, None, Emission()):
-        tuned = recall(model)
-        if tuned is not None:
+        if tuned := recall(model):
             layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
             stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
@@ -152,16 +148,24 @@ def plan_drafting(
         policy = build_policy(model, layout, drafts, stats, emission)
     else:
         policy = lookup_policy(model, layout, drafts)
-    unused = "emission is unverified" if not emission.lossless else "this layout verifies no drafts"
-    usable = policy.max_drafts > 0 and emission.lossless
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
-    if chosen.texts and not usable:
-        stats.fallbacks[f"no drafts from {model.text_source.name}: {unused}"] += 1
-    if chosen.texts and usable:
-        opened = model.text_source.open(running_text=running_text, branching=layout == "tree")
-        return Drafting(policy, opened)
+    if chosen.texts and policy.max_drafts and emission.lossless:
+        return Drafting(policy, model.text_source.open(running_text=running_text, branching=layout == "tree"))
+    if chosen.texts:
+        stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
+
+
+def _why_unused(emission: Emission) -> str:
+    """Why drafts from other texts have no use in a generation."""
+    return "this layout verifies no drafts" if emission.lossless else "unverified drafts come from slots only"
+
+
+def _check_alone(drafter: str | None) -> None:
+    """Raises MTPError if a drafter is named for an emission that has one of its own."""
+    if drafter is not None:
+        raise MTPError("unverified emission and `tau` are for slot drafts only: leave `drafter` out")
 
 
 def tree_policy(

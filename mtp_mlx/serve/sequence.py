@@ -80,11 +80,7 @@ class Sequence:
     ) -> None:
         self.request = request
         self.stats = DecodeStats()
-        if note := beyond_context(model.model, len(request.prompt)):
-            self.stats.notes.append(note)
-            warn_once(
-                "context", f"{note} (said of the first such request; the others have it in `mtp.notes`)"
-            )
+        self._note_context(beyond_context(model.model, len(request.prompt)))
         drafting = plan_drafting(
             model,
             settings.layout,
@@ -130,6 +126,14 @@ class Sequence:
         self._started = time.perf_counter()
         self.done = False
         self.batched_steps = 0
+
+    def _note_context(self, note: str | None) -> None:
+        """Notes that the prompt is longer than the model's context; the operator is told of the first such one."""
+        if note:
+            self.stats.notes.append(note)
+            warn_once(
+                "context", f"{note} (said of the first such request; the others have it in `mtp.notes`)"
+            )
 
     def prefill(self) -> bool:
         """Process the next chunk of the prompt; True if there was none left."""

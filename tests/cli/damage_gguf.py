@@ -12,7 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.cli.damage import READERS, Damage, Edit
+from tests.cli.damage import READERS, Damage
+from tests.cli.damage_edits import Edit
 from tests.convert.gguf.gguf_files import TOKENS, add_metadata, default_metadata, finish, write_model
 
 SPLIT = "model-0000{}-of-00003.gguf"

@@ -1,4 +1,4 @@
-"""Proves that every verb starts with an empty cache and without one: every drafter, on dense and quantised models."""
+"""Proves that texts need no cache: with an empty one, or where nothing can be kept, on dense and quantised models."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.ptp import folder as ptp_folder
 from mtp_mlx.drafters.ptp.folder import ptp_header
 from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.planning import calibrate
+from tests.cache_states import STATES
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
 from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
@@ -77,6 +79,7 @@ def _save_drafters(root: Path, base: str) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "_warned", {})
+    monkeypatch.setattr(calibrate, "_measured", {})
     return tmp_path / "cache"
 
 
@@ -110,23 +113,29 @@ def test_generate_with_a_cold_and_a_warm_cache(folder: Path, cache: Path, base: 
     assert len(list((cache / "costs").iterdir())) == 1
 
 
-@pytest.mark.parametrize("state", ["empty", "no folder"])
-@pytest.mark.parametrize("drafter", DRAFTERS)
-def test_other_verbs_on_a_quantised_model(folder: Path, cache: Path, drafter: str, state: str) -> None:
-    """A cold cache stops none of them, nor does a file where the cache should be."""
-    if state == "no folder":
-        cache.write_text("a file")
-    few = ["--prompts", str(_prompts(cache.parent)), "-n", "8"]
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("drafter", ["masks", "heads"])
+def test_nothing_needs_a_cache_that_can_be_written(
+    folder: Path, cache: Path, drafter: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every verb goes on without, on a quantised model, and says once of each kind of thing that it is not kept."""
+    STATES[state](monkeypatch, cache)
+    prompts = str(_prompts(cache.parent))
+    few = ["-p", prompts, "-n", "8"]
     for verb, more, stdin in [
-        ("generate", ["-p", "The sky", "-n", "3"], None),
+        ("generate", ["-p", "The sky", "-n", "20"], None),
+        ("generate", ["-p", "The sky", "-n", "40", "--layout", "plain"], None),
         ("chat", ["-n", "20"], "The sky\n"),
         ("bench", few, None),
         ("tune", few, None),
+        ("eval", ["-q", prompts, "-n", "8"], None),
     ]:
         result = run(verb, folder, "quantised", drafter, *more, stdin=stdin)
         assert result.exit_code == 0 and "Traceback" not in result.output, (verb, result.output)
-    own = {} if drafter in ("none", "draft-model") else {"adapter": str(folder / f"quantised-{drafter}")}
-    assert application(ServeSettings(model=str(folder / "quantised"), **own), None)
+    assert application(
+        ServeSettings(model=str(folder / "quantised"), adapter=str(folder / f"quantised-{drafter}")), None
+    )
+    assert sorted(files._warned) == ["plain speeds", "step costs", "tuned layouts"]
 
 
 def _prompts(folder: Path) -> Path:

@@ -21,7 +21,8 @@ from examples.chat_app.engine import ChatEngine, Event
 from mtp_mlx.api import generate, load
 from mtp_mlx.cli import main
 from mtp_mlx.errors import MTPError
-from tests.cli.damage import DAMAGES, Damage, another, bench, cache_of
+from tests.cli.damage import DAMAGES, Damage
+from tests.cli.damage_edits import another, bench, cache_of
 from tests.cli.damage_gguf import GGUF_DAMAGES, SPLIT, written
 
 

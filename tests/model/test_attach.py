@@ -237,7 +237,7 @@ def test_a_missing_seam_is_named(path: str, message: str) -> None:
         ("gpt_neox", "trunk"),
         ("plamo", "trunk"),
         ("gemma3n", "trunk"),
-        ("afm7", "embed_tokens"),
+        ("longcat_flash_ngram", "embed_tokens"),
     ],
 )
 def test_families_that_cannot_be_used_say_so(name: str, seam: str) -> None:

@@ -24,11 +24,10 @@ def test_models_with_rotary_embeddings_take_branches(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(BY_THEMSELVES & {*SPECIFIC}))
 def test_models_that_number_rows_are_found(name: str) -> None:
-    assert "numbers the rows of a pass by itself" in why_no_branches(attach(tiny_model(name, seed=3)))
-
-
-def test_exact_decoding_verifies_chains() -> None:
-    assert "exact decoding" in why_no_branches(attach(tiny_model("llama", seed=3), exact=True))
+    model = attach(tiny_model(name, seed=3))
+    assert "by their place in a pass" in why_no_branches(model) == model.branches
+    model.reads_places, model.branches = "", None
+    assert "numbers the rows of a pass by itself" in why_no_branches(model)
 
 
 def test_what_the_source_does_not_tell_a_small_tree_does(monkeypatch: pytest.MonkeyPatch) -> None:

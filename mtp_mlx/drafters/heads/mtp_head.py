@@ -44,7 +44,7 @@ class MTPHead(nn.Module):
         window: most rows that a row sees in the block, including itself; None for all.
 
     Raises:
-        MTPError: if a layer cannot run apart from its trunk.
+        MTPError: if a layer cannot run apart from its trunk, or none has attention.
         ValueError: if the head has its own embedding or LM head and there is no `vocab_size`.
     """
 
@@ -65,6 +65,10 @@ class MTPHead(nn.Module):
         self.norm_hidden = nn.RMSNorm(hidden_size, eps)
         self.block = block
         self._calls = [call_of_head(layer, hidden_size) for layer in self.layers]
+        if not any(call.parts for call in self._calls):
+            raise MTPError(
+                "a head without attention does not count its rows, and cannot be run (no seam 'cache')"
+            )
         if convention.output_norm != "identity":
             self.norm_out = nn.RMSNorm(hidden_size, eps)
         if convention.embedding == "own":
