@@ -149,3 +149,26 @@ def test_ids_are_the_model_s_or_new() -> None:
     mistral = AnswerParts(Tokenizer("mistral"), WITH_TOOLS, Counter())
     one, two = mistral.feed('[TOOL_CALLS]a[ARGS]{}b[ARGS]{"x": 1}', "stop").calls
     assert one.id != two.id and len(one.id) == 9 and one.id.isalnum()  # as Mistral's templates want it
+
+
+def test_formats_with_headers() -> None:
+    """Muse Spark's messages each have a header, whose text is dropped; a call has a header of its own."""
+    from mlx_lm.chat_templates.muse_spark import RESPONSE_FORMAT
+
+    class Headed(Tokenizer):
+        has_thinking = False
+        response_initial_state = RESPONSE_FORMAT["initial_state"]
+        response_transitions = RESPONSE_FORMAT["transitions"]
+
+    tokenizer = Headed("muse_spark")
+    section = FORMATS["muse_spark"]
+    call = f"{tokenizer.tool_call_start}{section}{tokenizer.tool_call_end}"
+    text = f"to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Well.<|eom|><|start|>x{call}<|eot|>"
+    start = tokenizer.response_initial_state
+    for cuts in ([], list(range(len(text)))):
+        answer, thinking, calls, notes = read(text, cuts, PartsSettings(start, (TOOL,)), tokenizer)
+        assert (
+            (answer, thinking) == ("Well.", "Hm.")
+            and calls == [("get_weather", {"city": "Oslo"})]
+            and not notes
+        )

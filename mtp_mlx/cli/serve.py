@@ -86,7 +86,7 @@ class ServeSettings(
 def command(**options: Any) -> None:
     """Serve a model over HTTP to clients of OpenAI and Anthropic; the text is the same as from generate.
 
-    POST /v1/chat/completions, /v1/completions, /v1/messages; GET /v1/models, /health, /metrics.
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages; GET /v1/models, /health, /metrics.
     """
     settings = from_yaml(ServeSettings, None, options)
     for package in ("starlette", "uvicorn"):

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mtp_mlx.serve import anthropic_answers, anthropic_api, openai_answers, openai_api
+from mtp_mlx.serve import anthropic_answers, anthropic_api, openai_answers, openai_api, responses_api
 from mtp_mlx.serve.engine import FAILED, Engine, Ticket
 from mtp_mlx.serve.fields import parse_object
 from mtp_mlx.serve.prompts import Answer, Prompts
@@ -73,6 +73,7 @@ class Application:
             self._route("/v1/models/{name:path}", self._model, "GET", openai),
             self._route("/v1/chat/completions", self._answering(openai_api.chat), "POST", openai),
             self._route("/v1/completions", self._answering(openai_api.completion), "POST", openai),
+            self._route("/v1/responses", self._answering(responses_api.response), "POST", openai),
             self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
             self._route("/v1/messages/count_tokens", self._count_tokens, "POST", anthropic),
         ]

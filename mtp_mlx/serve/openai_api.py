@@ -46,7 +46,7 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     stream, usage = _streaming(fields)
     newer = fields.integer("max_completion_tokens", minimum=1)
     older = fields.integer("max_tokens", minimum=1)
-    schema = _schema(fields.take("response_format"))
+    schema = format_schema(fields.take("response_format"))
     stop = fields.stops("stop")
     tools = tool_use(fields)
     thinking, options = thinking_of(fields, prompts)
@@ -107,7 +107,7 @@ def completion(body: dict[str, Any], prompts: Prompts) -> CompletionAnswer:
     top = fields.integer("logprobs", most=20)
     stream, usage = _streaming(fields)
     max_tokens = fields.integer("max_tokens", minimum=1)
-    schema = _schema(fields.take("response_format"))
+    schema = format_schema(fields.take("response_format"))
     stop = fields.stops("stop")
     n, echo, prompt = number(fields), fields.flag("echo"), fields.take("prompt")
     if echo and top is not None:
@@ -149,8 +149,13 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
     return stream, options.get("include_usage") is True
 
 
-def _schema(response_format: Any) -> dict[str, Any] | None:
-    """The JSON schema of a response_format; None for text."""
+def format_schema(response_format: Any, name: str = "response_format") -> dict[str, Any] | None:
+    """The JSON schema of a response_format; None for text.
+
+    Args:
+        response_format: as in chat completions, or None.
+        name: of the field that it is in, for errors.
+    """
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, dict) else None
@@ -163,9 +168,5 @@ def _schema(response_format: Any) -> dict[str, Any] | None:
         schema = described.get("schema") if isinstance(described, dict) else None
         if isinstance(schema, dict):
             return schema
-        raise RequestError(
-            "response_format.json_schema.schema must be a JSON schema", field="response_format"
-        )
-    raise RequestError(
-        "response_format.type must be text, json_object or json_schema", field="response_format"
-    )
+        raise RequestError(f"{name}: the schema must be a JSON schema", field=name)
+    raise RequestError(f"{name}.type must be text, json_object or json_schema", field=name)

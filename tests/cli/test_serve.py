@@ -58,6 +58,18 @@ def test_origins_are_origins(origin: str) -> None:
     assert "is no origin: write scheme, host and port" in refused("--cors-origin", origin)
 
 
+def test_options_reach_the_server(tmp_path: Path) -> None:
+    """Thinking, strict names and origins, on a model whose template has the switch."""
+    from mtp_mlx.cli.serve import ServeSettings, application
+    from tests.serve.scripted import save_agent
+
+    folder = str(save_agent(tmp_path) / "model")
+    more = {"layout": "plain", "thinking": "off", "strict_model": True, "cors_origin": ("http://a:1",)}
+    built = application(ServeSettings(model=folder, adapter="none", **more), None)
+    assert built._prompts.limits.thinking == "off" and built._prompts.strict_model
+    assert built._settings.cors_origins == ("http://a:1",)
+
+
 def test_help_has_an_example_to_run() -> None:
     result = serve("--help")
     assert result.exit_code == 0 and "mtp-mlx serve" in result.output and "curl" in result.output

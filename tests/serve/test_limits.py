@@ -20,7 +20,13 @@ from tests.serve.running import NAME, Server, save_model, serving
 pytest.importorskip("starlette")
 KEY = "s3cret"
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "The sky"}], "max_tokens": 3}
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"]
+PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+]
 
 
 @pytest.fixture(scope="module")

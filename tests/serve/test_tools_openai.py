@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,22 @@ def test_a_model_without_tools_says_so(tmp_path: Path) -> None:
     with serving(save_model(tmp_path)) as plain:
         status, answer = plain.ask("/v1/chat/completions", {"messages": QUESTION, "tools": TOOLS})
     assert status == 400 and "cannot call tools" in answer["error"]["message"]
+
+
+def test_loops_at_the_same_time_share_passes(root: Path) -> None:
+    """And each gets the texts and calls that it gets alone."""
+    with acting(root, weather, limits=Limits(default_output=200, thinking="off")) as running:
+
+        def first(number: int) -> Any:
+            with client(running) as gpt:
+                asked_twice = [{"role": "user", "content": f"{number}. " + QUESTION[0]["content"]}]
+                return asked(gpt, number % 2 == 0, asked_twice, tools=TOOLS).choices[0]
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(first, range(8)))
+        running.settle()
+        shared = running.engine.metrics.value("mtp_mlx_batched_passes_total")
+    assert shared > 0
+    for choice in found:
+        assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me see."
+        assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Oslo", "days": [1, 2]}
