@@ -125,7 +125,7 @@ def _moved(case: Case, prompt: list[int], tokens: list[int]) -> float:
 def _picked_right(case: Case, number: int, truth: Written, text: Written, at: int) -> bool:
     """Whether each of the two tokens is what its own logits say, by a picker that knows nothing of blocks."""
     prompt, tokens = _text_before(case, number, truth, at)
-    sampling = running.noise_of(case)
+    sampling = case.picked_by
     size = Picker(sampling).history_size
     own = [*case.texts[number].prompt, *tokens]  # penalties do not count earlier turns
     history = mx.array([([-1] * size + own)[len(own) :]], dtype=mx.int32)
