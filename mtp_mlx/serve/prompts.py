@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
+from mtp_mlx.serve.turns import Turn, with_json
 from mtp_mlx.token_ids import check_ids, text_of
 
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
@@ -88,7 +90,7 @@ class Prompts:
 
     def chat(
         self,
-        turns: list[dict[str, Any]],
+        turns: list[Turn],
         tools: ToolUse,
         thinking: Thinking | None = None,
         options: dict[str, Any] | None = None,
@@ -115,10 +117,7 @@ class Prompts:
             switched = {**thinking_options(tokenizer, wanted), **switched}
         except MTPError as error:
             notes.append(str(error))
-        try:
-            ids = chat_ids(tokenizer, turns, list(tools.tools) or None, switched)
-        except MTPError as error:
-            raise RequestError(str(error)) from None
+        ids = self._templated(turns, list(tools.tools) or None, switched)
         start = getattr(tokenizer, "response_initial_state", None) or "normal"
         if opens_thinking(tokenizer, ids):
             start = "reasoning"
@@ -130,6 +129,19 @@ class Prompts:
             schema = call_schema(tools.tools) if writes_json(tokenizer) and self.grammars else None
         parts = PartsSettings(start, tools.tools or None, tools.parallel)
         return ChatPrompt(ids, parts, schema, tuple(notes))
+
+    def _templated(
+        self, turns: list[Turn], tools: list[dict[str, Any]] | None, options: dict[str, Any]
+    ) -> list[int]:
+        """Token ids of a conversation. Templates that cannot take arguments as an object get them as JSON."""
+        try:
+            return chat_ids(self.tokenizer, turns, tools, options)
+        except MTPError as error:
+            rejected = error
+        if any(turn.get("tool_calls") for turn in turns):
+            with contextlib.suppress(MTPError):
+                return chat_ids(self.tokenizer, [with_json(turn) for turn in turns], tools, options)
+        raise RequestError(str(rejected)) from None
 
     def text(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, which is a string or a list of ids."""

@@ -128,3 +128,14 @@ def call_turn(call_id: Any, name: Any, arguments: Any, where: str) -> Turn:
         raise RequestError(f"{where}: the arguments must be a JSON object", field="messages")
     identity = "" if call_id is None else checked_text(call_id, f"{where}.id")
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def with_json(turn: Turn) -> Turn:
+    """A turn whose tool calls have their arguments as JSON text."""
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**turn, "tool_calls": calls}

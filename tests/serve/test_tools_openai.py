@@ -13,7 +13,7 @@ import pytest
 
 from mtp_mlx.serve.prompts import Limits
 from tests.serve.running import NAME, Server
-from tests.serve.scripted import acting, agent_tool, call, save_agent, weather
+from tests.serve.scripted import TEMPLATE, acting, agent_tool, call, save_agent, weather
 
 openai = pytest.importorskip("openai")
 
@@ -251,3 +251,21 @@ def test_loops_at_the_same_time_share_passes(root: Path) -> None:
     for choice in found:
         assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me see."
         assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Oslo", "days": [1, 2]}
+
+
+def test_templates_that_want_arguments_as_text(tmp_path: Path) -> None:
+    """As DeepSeek V3.1's, which joins them to a text."""
+    joins = "{{ made.function.name + ' ' + made.function.arguments }}"
+    template = TEMPLATE.replace(
+        '{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}', joins
+    )
+    assert joins in template
+    made = {
+        "id": "a",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
+    }
+    talk = [*QUESTION, {"role": "assistant", "tool_calls": [made]}]
+    with acting(save_agent(tmp_path, template), weather) as running:
+        assert running.ask("/v1/chat/completions", {"messages": talk})[0] == 200
+        assert 'get_weather {"city": "Oslo"}' in running.engine.seen[-1]
