@@ -199,7 +199,7 @@ def test_a_wrong_pick_is_no_near_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     accepted = step._accepted
 
     def shifted(session: Any, logits: Any, positions: Any, *rest: Any) -> Any:
-        return accepted(session, logits, positions + (positions == 6), *rest)
+        return accepted(session, logits, positions + 1, *rest)
 
     monkeypatch.setattr(step, "_accepted", shifted)
     sampling = SamplingConfig(temperature=1.2, seed=3)
