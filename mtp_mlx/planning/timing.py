@@ -28,7 +28,8 @@ REAL_ROWS = (1, 4, 16, 2, 8, 24, 3, 6, 12)  # in order of their worth
 SLOT_ROWS = (4, 12, 1, 20, 2, 8)  # the same, without lead rows, which draft nothing
 SHORT_CONTEXT, LONG_CONTEXT = 1, 768
 REPEATS = 3
-ROOM = 8  # a size is timed again only if the budget has room for this many more of its runs
+ROOM = 20  # a size is timed again only if the budget has room for this many more of its runs
+PLAIN_STEPS = 6  # that are timed with that room; two without
 
 Progress = Callable[[int, int], None]
 
@@ -151,7 +152,7 @@ class _Timer:
         """What is not known, in order of its worth."""
         yield from self._real_sizes(REAL_ROWS[:3])
         if not self._plain:
-            yield _Size(lambda: ROOM * self._short[1], self._time_plain)
+            yield _Size(lambda: 4 * self._short[1], self._time_plain)
         if self._slots is not None:
             yield from self._slot_sizes(self._slots)
         elif self._chain is not None and self._draft is None:
@@ -182,7 +183,11 @@ class _Timer:
         return _session(self._model, self._slots, self._prompt[: SHORT_CONTEXT + 1])
 
     def _time_plain(self) -> None:
-        self._plain = (_plain_seconds(self._session),)
+        self._plain = (_plain_seconds(self._session, self._plain_steps(self._short[1])),)
+
+    def _plain_steps(self, seconds: float) -> int:
+        """How many plain steps to time if one takes so long."""
+        return PLAIN_STEPS if self._budget.affords(ROOM * seconds) else 2
 
     def _long_estimate(self) -> float:
         most = max(self._short)
@@ -196,8 +201,9 @@ class _Timer:
                 took = _seconds(session, Layout(rows - 1, (0,) * rows), self._budget)
                 self._growth[rows] = max(0.0, took - self._short[rows])
         if self._plain:
-            affordable = self._budget.affords(ROOM * (self._short[1] + self._growth[1]))
-            longer = _plain_seconds(session) if affordable else self._plain[0] + self._growth[1]
+            likely = self._plain[0] + self._growth[1]
+            affordable = self._budget.affords(4 * likely)
+            longer = _plain_seconds(session, self._plain_steps(likely)) if affordable else likely
             self._plain = (self._plain[0], max(self._plain[0], longer))
 
     # --- slot rows ------------------------------------------------------------------------------------------
@@ -294,7 +300,7 @@ def _ignore(result: object) -> None:
     """Makes an action of a call whose result is of no interest."""
 
 
-def _plain_seconds(session: Session, steps: int = 6) -> float:
+def _plain_seconds(session: Session, steps: int) -> float:
     """Seconds of a plain step that starts before the previous one is read; the text grows by a few tokens."""
     ahead = session.plain_pass(mx.array([1], dtype=mx.int32), 0)[0]
     mx.async_eval(ahead)
