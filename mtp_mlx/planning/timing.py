@@ -1,7 +1,8 @@
 """Times the steps of a model for `StepCost`, in about the seconds that it is given, however slow a step is.
 
 The sizes that matter most come first. Each is timed if its likely time is left; the others may be timed later, by
-going on with what is known.
+going on with what is known. The machine may be busier then, or less: a step of one row is timed again, and what is
+known is brought to the new pace.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def measure(
     """
     budget = _Budget(model.peers, seconds)
     timer = _Timer(model, budget, known)
+    if known is not None:
+        timer.keep_pace()
     sizes = list(timer.missing())
     for done, size in enumerate(sizes, start=1):
         if budget.affords(size.estimate()):
@@ -63,7 +66,7 @@ def seconds_to_go_on(model: AttachedModel, known: StepCost) -> float | None:
     """Least seconds in which something that is not `known` can be measured; None if everything is."""
     sizes = _Timer(model, _Budget(model.peers, 0.0), known).missing()
     estimates = [size.estimate() for size in sizes]
-    return min(estimates) + known.short[0] if estimates else None  # a session begins with a step
+    return min(estimates) + 2 * known.short[0] if estimates else None  # the prompt, and `keep_pace`
 
 
 class _Budget:
@@ -129,6 +132,16 @@ class _Timer:
             if slot_rows in surcharge:
                 self._blocks[slot_rows] = rows, surcharge[slot_rows] + _interpolated(self._short, rows)
         self._draft, self._plain = known.draft, known.plain
+
+    def keep_pace(self) -> None:
+        """Times a step of one row again, and brings all that is known to the pace of now."""
+        once = _Budget(self._model.peers, 0.0)
+        pace = _seconds(self._session, Layout(0, (0,)), once) / self._short[1]
+        for times in (self._short, self._growth):
+            times.update({rows: pace * seconds for rows, seconds in times.items()})
+        self._blocks = {count: (rows, pace * seconds) for count, (rows, seconds) in self._blocks.items()}
+        self._draft = None if self._draft is None else pace * self._draft
+        self._plain = tuple(pace * seconds for seconds in self._plain)
 
     def cost(self) -> StepCost:
         """What is known."""

@@ -37,13 +37,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass
 class Slowed:
-    """Rows of every pass, each of which took 0.05 s a row by this clock."""
+    """Rows of every pass, each of which took so many `seconds` a row by this clock."""
 
     passes: list[int] = field(default_factory=list)
+    seconds: float = 0.05
 
     @property
     def clock(self) -> float:
-        return 0.05 * sum(self.passes)
+        return self.seconds * sum(self.passes)
 
     def perf_counter(self) -> float:
         return self.clock
@@ -92,12 +93,12 @@ def in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_saved_up", set())
 
 
-@pytest.mark.parametrize("tokens", [150, 1000, 100_000])
+@pytest.mark.parametrize("tokens", [400, 1000, 100_000])
 @pytest.mark.parametrize("drafter", ["slots", "heads"])
 def test_later_runs_go_on_with_what_was_cut_short(
     slowed: Slowed, drafter: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 2 % of their time, saved up if need be, at most 3 s at once, and without timing anything twice."""
+    """With 2 % of their time, saved up if need be, at most 3 s at once, and timing only a step of one row again."""
     model = attached("llama") if drafter == "slots" else model_with_heads("llama", 2, 2)
     monkeypatch.setattr(timing, "LONG_CONTEXT", 20)
     monkeypatch.setattr(timing, "REAL_ROWS", (1, 4, 16, 2))
@@ -117,7 +118,8 @@ def test_later_runs_go_on_with_what_was_cut_short(
         spent += slowed.clock
         assert slowed.clock <= 3.05 and spent <= runs * (share + 0.02) + 0.05
         cost = calibrate.step_cost(model)
-        assert {*zip(before.rows, before.short, strict=True)} <= {*zip(cost.rows, cost.short, strict=True)}
+        known = dict(zip(cost.rows, cost.short, strict=True))
+        assert [known[rows] for rows in before.rows] == pytest.approx(before.short)
         before = cost
         if timing.seconds_to_go_on(model, cost) is None:
             break
@@ -126,6 +128,25 @@ def test_later_runs_go_on_with_what_was_cut_short(
     slowed.passes.clear()
     in_another_process(monkeypatch)
     assert calibrate.prepare_costs(model, 100_000) and not slowed.passes, "nothing is missing"
+
+
+def test_what_is_known_is_brought_to_the_pace_of_now(slowed: Slowed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was busy when half of it was measured."""
+    model = attached("llama")
+    monkeypatch.setattr(timing, "LONG_CONTEXT", 40)
+    all_at_once = calibrate.measure(model, 60.0)
+    slowed.seconds = 0.15
+    busy = calibrate.measure(model, 3.0)
+    assert 1 < len(busy.rows) < len(all_at_once.rows)
+    slowed.seconds, slowed.passes[:] = 0.05, []
+    cost = calibrate.measure(model, 60.0, busy)
+    assert slowed.passes[:2] == [1, 1], "the prompt, and a step of one row"
+    for found, wanted in zip(
+        (cost.rows, cost.short, cost.long, cost.slot_rows, cost.plain),
+        (all_at_once.rows, all_at_once.short, all_at_once.long, all_at_once.slot_rows, all_at_once.plain),
+        strict=True,
+    ):
+        assert found == pytest.approx(wanted, rel=0.01)
 
 
 SLOW = """
