@@ -39,8 +39,9 @@ from tests.tiny import SPECIFIC, tiny_model
 from tests.train.training import Remembering, make_trainer, settings_for
 
 PROMPT, LENGTH = [3, 5, 7, 11, 90, 2, 4, 8, 9], 16
-ROUNDING = 1e-3  # of a probability: a scan over several rows adds in another order than one over one row
-NEAR_TIE = 1e-2  # of log-probabilities
+# Of log-probabilities: a scan over several rows adds in another order than one over one row.
+ROUNDING, NEAR_TIE = 1e-3, 2e-3
+UNLIKELY = -25.0  # -inf, in some models
 ONE_SENTENCE = re.compile(r"[^\n]{40,400}")
 
 ON_METAL = {"bitnet", "muse_spark"}  # have kernels only
@@ -54,6 +55,7 @@ WITHOUT: dict[str, str] = {
     "longcat_flash_ngram": "embed_tokens",
     **dict.fromkeys(("baichuan_m1", "deepseek_v41", "llama4", "recurrent_gemma"), "cache"),
     **dict.fromkeys(("falcon_mamba", "mamba"), "head"),
+    "phi3small": "mask",
 }
 # Models without a layer that can be copied as a head.
 WITHOUT_LAYER = {"falcon_h1", "iquestloopcoder", "mamba2", "rwkv7"}
@@ -125,7 +127,7 @@ def check(case: Case, steps: Iterable[Token], length: int = LENGTH) -> None:
     found = 0
     for item, (token, logprobs) in zip(steps, plain(case)[:length], strict=True):
         own = item.logits - mx.logsumexp(item.logits)
-        apart = mx.abs(mx.exp(own) - mx.exp(logprobs)).max().item()
+        apart = mx.where(logprobs > UNLIKELY, mx.abs(own - logprobs), 0).max().item()
         assert apart < ROUNDING, (str(case), found, apart)
         if item.token != token:
             assert mx.abs(logprobs[item.token] - logprobs[token]).item() < NEAR_TIE, (str(case), found)

@@ -36,12 +36,14 @@ class Written:
         text: what they say, up to a stop string.
         reason: "stop", "length", or "" if it was closed before its end.
         logits: [V] raw logits of every token, lazy.
+        before: tokens of the turns before it.
     """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     reason: str = ""
     logits: list[mx.array] = field(default_factory=list)
+    before: list[list[int]] = field(default_factory=list)
 
 
 @lru_cache
@@ -58,7 +60,9 @@ def expected(case: Case) -> list[Written]:
     for text in case.texts:
         if not caches or not together:
             caches = models.new_cache(case, models.attached(case, "none"))
-        found.append(_reference(case, text, caches))
+        written = _reference(case, text, caches)
+        written.before = [earlier.tokens for earlier in found]
+        found.append(written)
     return found
 
 
@@ -70,13 +74,18 @@ def _reference(case: Case, text: Text, cache: list[Any]) -> Written:
 
 def plain(case: Case, text: Text, cache: list[Any]) -> Written:
     """What our plain loop writes, on the model without a drafter."""
-    sampling = replace(case.sampling, noise="inverse-cdf") if "ptp" in case.drafter else case.sampling
-    model = models.attached(case, "none")
+    sampling, model = noise_of(case), models.attached(case, "none")
     steps = stream_generate(
         model, tokenizer(), list(text.prompt), text.max_tokens, sampling=sampling, layout="plain",
         prompt_cache=cache, **cache_options(case),
     )  # fmt: skip
     return _cut(steps, case.stop, text.taken, lambda response: response.logits)
+
+
+def noise_of(case: Case) -> SamplingConfig:
+    """The sampling of a case with the noise of its drafter."""
+    noise: Any = "inverse-cdf" if case.drafter in ("ptp-o", "ptp-c") else "gumbel"
+    return replace(case.sampling, noise=noise)
 
 
 def _mlx_lm(case: Case, text: Text, cache: list[Any]) -> Written:

@@ -83,6 +83,7 @@ class AttachedModel:
         self.info: Any = None
         self.experience: Any = None
         self.branches: str | None = None
+        self._places_rows = False
         self.text_source: Any = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
@@ -114,12 +115,18 @@ class AttachedModel:
             self._hook = weakref.finalize(self, block_attention.remove, names)  # at most once
             for path, linear in self._seams.linears.items():
                 replace_module(self._seams.trunk, path, self._for_blocks(linear))
-        for path, rope in self._seams.ropes.items():
-            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
+        if self.exact or slots is not None or self._places_rows:
+            self.place_rows()
         if slots is not None:
             self._wrap_slots(slots)
         if self._recurrent:
             self._record_mixers()
+
+    def place_rows(self) -> None:
+        """Lets the rows of passes have any positions, from now on."""
+        self._places_rows = True
+        for path, rope in self._seams.ropes.items():
+            replace_module(self._seams.trunk, path, PositionedRoPE(rope, self._rows))
 
     def _record_mixers(self) -> None:
         for path, mixer in self._seams.mixers.items():
@@ -190,7 +197,10 @@ class AttachedModel:
         """Why the rows of a pass must have positions one after another; "" if they need not."""
         if self._recurrent:
             return "this model's recurrent state reads every row of a pass"
-        return "" if self._seams.ropes else "this model has no seam 'rope' in its layers"
+        if not self._seams.ropes:
+            return "this model has no seam 'rope' in its layers"
+        places = reads_places(self._seams.trunk)
+        return f"this model {places}" if places else ""
 
     def make_cache(self) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
@@ -357,7 +367,6 @@ def _check_exact(seams: Seams) -> None:
     reasons = {
         "mixture-of-experts layers": [p for p, m in modules.items() if "SwitchLinear" in type(m).__name__],
         "latent attention": [p for p, m in modules.items() if type(m).__name__ == "MultiLinear"],
-        "block-sparse attention": [p for p, m in modules.items() if "phi3small" in type(m).__module__],
         "attention that this model computes by itself": [
             path.rsplit(".", 1)[0]
             for path in seams.ropes

@@ -40,6 +40,7 @@ def _reason(model: AttachedModel) -> str:
         return f"drafts without branches: this model {model.reads_places}"
     if _numbers_rows(model):
         return "drafts without branches: this model numbers the rows of a pass by itself"
+    model.place_rows()
     if _error(model) > (TOLERANCE if model.embed(mx.array([0])).dtype == mx.float32 else HALF_TOLERANCE):
         return "drafts without branches: a small tree gives this model other results than its chains"
     return ""

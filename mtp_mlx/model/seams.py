@@ -42,6 +42,9 @@ LINEAR = (
 TRUNK_NAMES = ("model", "backbone")
 EMBEDDING_NAMES = ("embed_tokens", "embeddings", "word_embeddings", "tok_embeddings", "embedding")
 
+# Where mlx-lm adds a mask of true and false to the scores as if it were one of numbers, which hides nothing.
+NOT_CAUSAL = frozenset({"mlx_lm.models.phi3small"})
+
 
 @dataclass
 class Seams:
@@ -103,6 +106,11 @@ def find_seams(model: nn.Module) -> Seams:
         raise MTPError(
             f"models of type '{name}' cannot be used here: their embedding is not where other models of mlx-lm have "
             "it (no seam 'embed_tokens'); use mlx-lm itself for them"
+        )
+    if type(trunk).__module__ in NOT_CAUSAL:
+        raise MTPError(
+            f"models of type '{name}' cannot be used here: in a pass over several rows mlx-lm lets a row see those "
+            "behind it (no seam 'mask'); use mlx-lm itself for them"
         )
     seams = Seams(trunk=trunk, embedding_name=embedding)
     for index, layer in enumerate(trunk.layers):

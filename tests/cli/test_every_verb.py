@@ -1,7 +1,7 @@
 """Proves that every verb runs every kind of drafter in every layout, dense and quantised, with cold and warm caches.
 
 The drafters are the folders in `tests/adapters`, one of each kind that can be written, a draft model, the text
-itself, and none. Texts must be those of plain decoding.
+itself, remembered texts, and none. Texts must be those of plain decoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.adapters.test_written_before import BASE, HERE, KINDS
 from tests.tiny import never_end, save_tiny
 
 BASES = ["dense", "quantised"]
-DRAFTERS = ["none", "lookup", "draft-model", *KINDS]
+DRAFTERS = ["none", "lookup", "memory", "draft-model", *KINDS]
 LAYOUTS = ["auto", "auto", "linear", "quadratic", "tree", "plain"]  # the first with a cold cache
 COUNT = 18  # more than the few tokens for which nothing is measured
 PROMPT = "the fox"
@@ -41,10 +41,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("verbs")
     for base in (*BASES, "draft-model"):
         save_tiny(root / base, "llama", **BASE, **({"num_hidden_layers": 1} if base == "draft-model" else {}))
-        never_end(root / base)
     _quantise(root / "quantised")
+    for base in BASES:  # training needs an end of the text; texts of one length are easier to compare
+        shutil.copytree(root / base, root / f"{base}, ending")
+        never_end(root / base)
+    never_end(root / "draft-model")
     rows = [{"prompt": PROMPT, "category": "a"}]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "said.txt").write_text("the fox and the dog and the fox " * 20)
+    for base in BASES:
+        words = [str(root / "said.txt"), "-m", str(root / base), "-o", str(root / f"{base}.mem")]
+        assert run("remember", *words).exit_code == 0
     return root
 
 
@@ -85,6 +92,7 @@ def options(folder: Path, base: str, drafter: str) -> list[str]:
     given = {
         "none": ["-a", "none"],
         "lookup": ["-a", "none", "--lookup"],
+        "memory": ["-a", "none", "--memory", str(folder / f"{base}.mem")],
         "draft-model": ["--draft-model", str(folder / "draft-model")],
     }
     return ["-m", str(folder / base), *given.get(drafter, ["-a", str(HERE / drafter)])]
@@ -135,7 +143,7 @@ class TestEveryVerb:
             for verb, more in [("bench", ["-p", prompts, *lanes]), ("eval", ["-q", prompts, *few])]:
                 if state == "cold":
                     empty(cache, monkeypatch)
-                if verb == "eval" and drafter in ("lookup", "draft-model"):
+                if verb == "eval" and drafter in ("lookup", "memory", "draft-model"):
                     continue  # eval measures adapters
                 result = run(verb, *given, *more, "--json")
                 assert result.exit_code == 0, (verb, result.output)
@@ -163,6 +171,7 @@ def settings(folder: Path, base: str, drafter: str, layout: Any) -> ServeSetting
     given: dict[str, Any] = {
         "none": {"adapter": "none"},
         "lookup": {"adapter": "none", "lookup": True},
+        "memory": {"adapter": "none", "memory": str(folder / f"{base}.mem")},
         "draft-model": {"draft_model": str(folder / "draft-model")},
     }
     own = given.get(drafter, {"adapter": str(HERE / drafter)})
@@ -210,3 +219,27 @@ def test_plan(cache: Path, kind: str) -> None:
         result = run("plan", "-a", str(HERE / kind))
         assert result.exit_code == 0 or "acceptance" in result.stderr, result.output
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "mtp-heads", "ptp"])
+@pytest.mark.parametrize("base", BASES)
+def test_train(folder: Path, cache: Path, base: str, method: str, tmp_path: Path) -> None:
+    """What it trains then drafts, with costs that nobody has measured yet."""
+    rows = [{"prompt": PROMPT, "response": "the dog and the fox and the dog " * 3}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "-m",
+        str(folder / f"{base}, ending"),
+        "-d",
+        str(tmp_path / "rows.jsonl"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    result = run("train", method, *words, "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert not (cache / "costs").exists()
+    plain = run(
+        "generate", "-m", str(folder / base), "-a", "none", "--layout", "plain", "-p", PROMPT, "-n", "18"
+    )
+    result = run("generate", "-m", str(folder / base), "-a", str(tmp_path / "out"), "-p", PROMPT, "-n", "18")
+    assert result.exit_code == 0 and result.stdout == plain.stdout, result.output

@@ -51,8 +51,11 @@ class SlotMethod(Method[Settings]):
         super().__init__(model, train, settings, tell)
         self.depth = settings.slots
         bare = attach(model)
-        check_slot_caches(bare, train)
-        self.vocab_size = bare.vocab_size
+        try:
+            check_slot_caches(bare, train)
+            self.vocab_size = bare.vocab_size
+        finally:
+            bare.detach()  # before the adapter is attached
 
     @classmethod
     def can_train_on(cls, settings: Settings) -> Callable[[Example], bool]:

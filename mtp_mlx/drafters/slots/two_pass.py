@@ -21,7 +21,7 @@ from mtp_mlx.model.cache import PrefixCache, prefix_caches
 from mtp_mlx.model.seams import cache_leaves
 
 # Their attention has an axis of repeated heads, against which a mask per sequence does not broadcast.
-ONE_MASK_MODELS = frozenset({"gemma2", "phi3small"})
+ONE_MASK_MODELS = frozenset({"gemma2"})
 
 
 @dataclass(frozen=True)
