@@ -269,3 +269,14 @@ def test_templates_that_want_arguments_as_text(tmp_path: Path) -> None:
     with acting(save_agent(tmp_path, template), weather) as running:
         assert running.ask("/v1/chat/completions", {"messages": talk})[0] == 200
         assert 'get_weather {"city": "Oslo"}' in running.engine.seen[-1]
+
+
+def test_a_long_call_keeps_the_connection_awake(
+    server: Server, gpt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comments between events, which the client skips."""
+    monkeypatch.setattr("mtp_mlx.serve.app.QUIET_SECONDS", 0.0)
+    body = {"messages": QUESTION, "tools": TOOLS, "stream": True}
+    lines = server.ask("/v1/chat/completions", body)[1].splitlines()
+    assert {line for line in lines if line and not line.startswith("data: ")} == {": still writing"}
+    assert asked(gpt, True, QUESTION, tools=TOOLS).choices[0].finish_reason == "tool_calls"
