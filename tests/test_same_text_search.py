@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import Any
 
@@ -104,6 +105,24 @@ def test_processes_share_the_cases_of_one() -> None:
     alone = {one.number: one.verdict for one in search.outcomes(4, range(6))}
     shared = {one.number: one.verdict for one in search.shared_outcomes(4, 6, jobs=2)}
     assert shared == alone and sorted(shared) == list(range(6))
+
+
+def dies_at_three(pipe: Any, seed: int, first: int, step: int, most: int) -> None:
+    """A process that MLX ends at case 3."""
+    for number in range(first, most, step):
+        pipe.send(number)
+        if number == 3:
+            os.abort()
+        pipe.send(search.Outcome(number, Case(), Verdict("same")))
+
+
+def test_a_case_that_ends_its_process_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others run nevertheless."""
+    monkeypatch.setattr(search, "work", dies_at_three)
+    found = {one.number: one for one in search.shared_outcomes(4, 8, jobs=2)}
+    assert sorted(found) == list(range(8))
+    assert [number for number, one in found.items() if one.verdict.is_finding] == [3]
+    assert found[3].case == draw(4, 3) and found[3].verdict.detail == "the process ended with SIGABRT"
 
 
 def test_everything_is_drawn() -> None:

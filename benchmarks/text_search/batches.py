@@ -35,7 +35,7 @@ class _Running:
                 list(text.prompt),
                 model,
                 max_tokens=text.max_tokens,
-                sampling=case.sampling,
+                sampling=case.picked_by,
                 policy=drafting.policy,
                 lookup=drafting.lookup,
                 emission=None,

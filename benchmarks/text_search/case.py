@@ -31,6 +31,7 @@ CaseLayout = Literal["plain", "linear", "quadratic", "tree", "auto", "mixed"]
 LookupName = Literal["none", "text", "memory", "knowing"]
 Way = Literal["alone", "turns", "batch"]
 
+BIAS = 1.3
 SLOT_DRAFTERS = ("mask-tokens", "one-mask", "ptp-o", "ptp-c")
 
 
@@ -73,6 +74,7 @@ class Case:
         window: rows of a rotating cache in place of the ordinary one; 0 for none.
         prefill_step_size: most rows of a pass over the prompt.
         sampling: how tokens are picked.
+        biased: ids whose logits are raised by `BIAS`.
         stop: strings that end the text.
         way: one text; turns of one conversation that go on with the same cache; or texts in one batch.
         texts: the text, the turns, or the texts of the batch.
@@ -94,6 +96,7 @@ class Case:
     window: int = 0
     prefill_step_size: int = 2048
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    biased: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     way: Way = "alone"
     texts: tuple[Text, ...] = (Text((1,)),)
@@ -109,9 +112,11 @@ class Case:
         return self.drafter in SLOT_DRAFTERS
 
     @property
-    def plain_sampling(self) -> bool:
-        """Whether mlx-lm itself can be asked for the same tokens."""
-        return self.sampling.temperature == 0
+    def picked_by(self) -> SamplingConfig:
+        """`sampling` with the noise of the drafter and the biases."""
+        noise: Any = "inverse-cdf" if self.drafter in ("ptp-o", "ptp-c") else "gumbel"
+        bias = tuple((token, BIAS) for token in self.biased)
+        return dataclasses.replace(self.sampling, noise=noise, logit_bias=bias)
 
     def to_json(self) -> str:
         """JSON of the fields that are not at their defaults."""

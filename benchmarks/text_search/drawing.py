@@ -42,8 +42,8 @@ def check(case: Case) -> None:
         near = get_close_matches(case.architecture, models.ARCHITECTURES, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(models.ARCHITECTURES)}."
         raise MTPError(f"--case: unknown architecture {case.architecture!r}. {hint}")
-    for text in case.texts:
-        check_ids(list(text.prompt), VOCABULARY, "--case: the prompt")
+    for ids in (case.biased, *(text.prompt for text in case.texts)):
+        check_ids(list(ids), VOCABULARY, "--case: the prompt")
     if why := models.why_not(case.architecture, case.drafter, case.exact):
         raise MTPError(f"--case: {why}")
     if not allowed(case):
@@ -144,6 +144,7 @@ def _common(draw: _Draw, architecture: str, layout: Any) -> Case:
         lookup=draw.of("none", "text", "memory", "knowing"),
         prefill_step_size=draw.of(2048, 1, 3, 8),
         sampling=_any_sampling(draw),
+        biased=tuple(sorted({draw.upto(0, VOCABULARY - 1) for _ in range(draw.of(0, 0, 0, 3))})),
     )
 
 

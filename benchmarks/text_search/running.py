@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -74,18 +74,12 @@ def _reference(case: Case, text: Text, cache: list[Any]) -> Written:
 
 def plain(case: Case, text: Text, cache: list[Any]) -> Written:
     """What our plain loop writes, on the model without a drafter."""
-    sampling, model = noise_of(case), models.attached(case, "none")
+    model = models.attached(case, "none")
     steps = stream_generate(
-        model, tokenizer(), list(text.prompt), text.max_tokens, sampling=sampling, layout="plain",
+        model, tokenizer(), list(text.prompt), text.max_tokens, sampling=case.picked_by, layout="plain",
         prompt_cache=cache, **cache_options(case),
     )  # fmt: skip
     return _cut(steps, case.stop, text.taken, lambda response: response.logits)
-
-
-def noise_of(case: Case) -> SamplingConfig:
-    """The sampling of a case with the noise of its drafter."""
-    noise: Any = "inverse-cdf" if case.drafter in ("ptp-o", "ptp-c") else "gumbel"
-    return replace(case.sampling, noise=noise)
 
 
 def _mlx_lm(case: Case, text: Text, cache: list[Any]) -> Written:
@@ -97,7 +91,7 @@ def _mlx_lm(case: Case, text: Text, cache: list[Any]) -> Written:
 
     steps = mlx_lm.stream_generate(
         models.bare_of(case), tokenizer(), list(text.prompt), text.max_tokens, prompt_cache=cache,
-        logits_processors=[remember, *_penalties(case.sampling)], **cache_options(case),
+        logits_processors=[remember, *_penalties(case.picked_by)], **cache_options(case),
     )  # fmt: skip
     written = _cut(steps, case.stop, text.taken, lambda _: None)
     written.logits = seen[: len(written.tokens)]  # one more was running ahead
@@ -107,6 +101,7 @@ def _mlx_lm(case: Case, text: Text, cache: list[Any]) -> Written:
 def _penalties(sampling: SamplingConfig) -> list[Any]:
     repeats = sampling.penalises_repetition
     return make_logits_processors(
+        logit_bias=dict(sampling.logit_bias),
         repetition_penalty=sampling.repetition_penalty if repeats else None,
         repetition_context_size=sampling.repetition_context_size,
         presence_penalty=sampling.presence_penalty or None,
@@ -174,7 +169,7 @@ def _drafted(case: Case, text: Text, model: AttachedModel, cache: list[Any], sta
     layout, drafts = arguments(case)
     steps = stream_generate(
         model, tokenizer(), list(text.prompt), text.max_tokens,
-        sampling=case.sampling,
+        sampling=case.picked_by,
         layout=layout,
         drafts=drafts,
         rows=case.rows if layout == "tree" else None,

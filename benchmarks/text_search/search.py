@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtp_mlx.blas import blas_threads, prefer_openblas
 
@@ -102,31 +102,80 @@ def shared_outcomes(seed: int, most: int | None, jobs: int) -> Iterator[Outcome]
     if jobs == 1:
         yield from outcomes(seed, itertools.count() if most is None else range(most))
         return
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, Any] = {}
+    workers = [_Worker(seed, job, jobs, most) for job in range(jobs)]
     try:
-        for job in range(jobs):
-            here, there = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(there, seed, job, jobs, most), daemon=True)
-            worker.start()
-            there.close()
-            workers[here] = worker
-        while workers:
-            for pipe in wait(list(workers)):
-                assert isinstance(pipe, Connection)
-                try:
-                    yield pipe.recv()
-                except EOFError:
-                    workers.pop(pipe).join()
+        while any(worker.running for worker in workers):
+            for pipe in wait([worker.pipe for worker in workers if worker.running]):
+                worker = next(one for one in workers if one.pipe is pipe)
+                found = worker.receive()
+                if found is not None:
+                    yield found
     finally:
-        for worker in workers.values():
-            worker.terminate()
+        for worker in workers:
+            worker.end()
 
 
-def _work(pipe: Connection, seed: int, job: int, jobs: int, most: int | None) -> None:
-    """One process: every `jobs`-th case from `job` on."""
+class _Worker:
+    """One process: every `jobs`-th case from `job` on. If a case ends the process, another goes on with the next."""
+
+    def __init__(self, seed: int, job: int, jobs: int, most: int | None) -> None:
+        self._seed, self._jobs, self._most = seed, jobs, most
+        self.running = True
+        self._number = job  # of the case that runs
+        self._start(job)
+
+    def _start(self, first: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe(duplex=False)
+        arguments = (there, self._seed, first, self._jobs, self._most)
+        self._process = context.Process(target=work, args=arguments, daemon=True)
+        self._process.start()
+        there.close()
+
+    def receive(self) -> Outcome | None:
+        """What the process has to say: an outcome, or None if it is about to run the next case or has ended."""
+        try:
+            message = self.pipe.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            if not code:
+                self.running = False
+                return None
+            lost = self._number
+            self._start(lost + self._jobs)
+            return _lost(self._seed, lost, code)
+        if isinstance(message, int):
+            self._number = message
+            return None
+        assert isinstance(message, Outcome)
+        return message
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.terminate()
+
+
+def _lost(seed: int, number: int, code: int) -> Outcome:
+    """The outcome of a case that ended its process; it is not made smaller."""
+    from text_search.drawing import draw
+    from text_search.verdict import CRASH, Verdict
+
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    case, verdict = draw(seed, number), Verdict(CRASH, f"the process ended with {how}")
+    return Outcome(number, case, verdict, (case, verdict))
+
+
+def work(pipe: Connection, seed: int, first: int, step: int, most: int | None) -> None:
+    """Runs in a process: sends the number of every `step`-th case from `first` on, and then its outcome."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     prefer_openblas()
-    numbers = itertools.count(job, jobs) if most is None else range(job, most, jobs)
-    for outcome in outcomes(seed, numbers):
+    numbers = itertools.count(first, step) if most is None else range(first, most, step)
+    for outcome in outcomes(seed, _announced(numbers, pipe)):
         pipe.send(outcome)
+
+
+def _announced(numbers: Iterable[int], pipe: Connection) -> Iterator[int]:
+    for number in numbers:
+        pipe.send(number)
+        yield number

@@ -16,7 +16,8 @@ from text_search import batches, models, running
 from text_search.case import Case
 from text_search.running import Written
 
-SAME, NEAR_TIE, DIFFERENT, BITS, ERROR = "same", "near tie", "different text", "different bits", "error"
+SAME, NEAR_TIE, DIFFERENT, BITS = "same", "near tie", "different text", "different bits"
+ERROR, CRASH = "error", "crash"
 
 MARGIN = 2.0  # how much further than mlx-lm's own passes of several rows ours may move logits
 LEAST_MOVED = {"float32": 2e-4, "float16": 0.01, "bfloat16": 0.05}  # in case these passes happen to agree
@@ -125,7 +126,7 @@ def _moved(case: Case, prompt: list[int], tokens: list[int]) -> float:
 def _picked_right(case: Case, number: int, truth: Written, text: Written, at: int) -> bool:
     """Whether each of the two tokens is what its own logits say, by a picker that knows nothing of blocks."""
     prompt, tokens = _text_before(case, number, truth, at)
-    sampling = running.noise_of(case)
+    sampling = case.picked_by
     size = Picker(sampling).history_size
     own = [*case.texts[number].prompt, *tokens]  # penalties do not count earlier turns
     history = mx.array([([-1] * size + own)[len(own) :]], dtype=mx.int32)

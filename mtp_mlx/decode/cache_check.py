@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
@@ -38,6 +38,7 @@ class _State:
 
 
 _known: WeakKeyDictionary[AttachedModel, list[list[_Sizes | _State | None]]] = WeakKeyDictionary()
+_attends: WeakKeyDictionary[AttachedModel, bool] = WeakKeyDictionary()
 
 
 def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
@@ -74,8 +75,8 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     """Checks that a KV cache of the model can be quantised like this.
 
     Raises:
-        MTPError: if it cannot, because of sliding windows, bits or groups; names a group size that fits, if there
-            is one.
+        MTPError: if it cannot, because of sliding windows, bits, groups or the model's attention; names a group size
+            that fits, if there is one.
     """
     if bits is None:
         return
@@ -95,12 +96,38 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     }
     fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
     if group_size in fitting:
+        if not _attends_quantised(model, bits, group_size):
+            raise MTPError(
+                "this model's attention cannot read quantised keys and values (nor can it in mlx-lm): leave "
+                "`kv_bits` out"
+            )
         return
     sizes = " and ".join(map(str, sorted(widths)))
     remedy = f"use `kv_group_size` {fitting[-1]}" if fitting else "leave `kv_bits` out"
     raise MTPError(
         f"keys and values of {sizes} numbers cannot be quantised in groups of {group_size}: {remedy}"
     )
+
+
+def _attends_quantised(model: AttachedModel, bits: int, group_size: int) -> bool:
+    """Whether a pass over a quantised cache can be built."""
+    if model not in _attends:
+        before = model.head_input
+        cache = [
+            layer.to_quantized(group_size, bits) if isinstance(layer, KVCache) else layer
+            for layer in model.make_cache()
+        ]
+        try:
+            model.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), cache)
+            _attends[model] = True
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ):  # its own attention calls MLX with the three parts of the keys
+            _attends[model] = False
+        model.head_input = before
+    return _attends[model]
 
 
 def _own_heads(model: AttachedModel) -> list[list[_Sizes | _State | None]]:

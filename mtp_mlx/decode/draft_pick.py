@@ -18,8 +18,9 @@ def pick_draft(
     history: mx.array | None,
     unembedding: nn.Module | None = None,
     vocabulary: Vocabulary | None = None,
+    width: int = 1,
 ) -> tuple[mx.array, mx.array]:
-    """(id int32 [1], confidence float32 [1]) of one draft, lazily.
+    """(ids int32 [w], confidences float32 [w]) of a draft and of other candidates for its position, lazily.
 
     Args:
         attached: the model.
@@ -29,8 +30,14 @@ def pick_draft(
         history: [C] int32 tokens before the draft, or None without penalties.
         unembedding: the drafter's own LM head over the draft vocabulary; None for the model's head.
         vocabulary: the tokens to pick from with the model's head; None for the draft vocabulary.
+        width: w, the draft and w - 1 others, likeliest first.
     """
     row = None if history is None else history[None]
+    if width > 1:
+        token_ids = attached.draft_ids if vocabulary is None else vocabulary.ids
+        head = unembedding or (vocabulary or attached.draft_vocabulary).head
+        ids, confidences = picker.candidates(head(refined), position, row, token_ids, width)
+        return ids[0], confidences[0]
     if unembedding is not None:
         return picker.pick_with_confidence(unembedding(refined), position, row, attached.draft_ids)
     vocabulary = vocabulary or attached.draft_vocabulary

@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.pick import NoiseName, Picker, SamplingConfig
+from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import BlockShape
@@ -84,6 +85,20 @@ class LazyDrafts:
     ids: mx.array
     confidences: mx.array
     parents: mx.array | None = None
+
+    @staticmethod
+    def joined(ids: Sequence[mx.array], confidences: Sequence[mx.array]) -> LazyDrafts:
+        """A chain of the first candidates of each position; the others stand beside them, and nothing follows them.
+
+        Args:
+            ids: [w] int32 of each position, w the same for all.
+            confidences: [w] float32 of each position.
+        """
+        width, found = ids[0].shape[0], (mx.concatenate(list(ids)), mx.concatenate(list(confidences)))
+        if width == 1:
+            return LazyDrafts(*found)
+        firsts = [ROOT, *range(0, width * (len(ids) - 1), width)]  # the parent of each position's candidates
+        return LazyDrafts(*found, mx.repeat(mx.array(firsts, dtype=mx.int32), width))
 
     @staticmethod
     def none() -> LazyDrafts:

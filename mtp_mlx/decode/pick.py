@@ -238,8 +238,9 @@ class Picker:
 
         Args:
             logits, positions, history, token_ids: as for `pick`.
-            count: n, at most the number of columns.
+            count: n; the number of columns if there are fewer.
         """
+        count = min(count, logits.shape[-1])
         scores = self.scores(logits, history, token_ids)
         real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
         order = scores

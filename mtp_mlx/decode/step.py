@@ -149,7 +149,7 @@ def verify(
     allowed = _allowed(session, logits, drafts)
     path = None
     if layout.parents:
-        picks = session.picker.pick(allowed, positions, history)
+        picks, _ = _accepted(session, allowed, positions, history, rows)
         accepted, last, path = walk(picks, rows[1:], layout.parents)
         picks, logits, head_input = picks[path], logits[path], head_input[:, path]
     else:

@@ -136,7 +136,7 @@ class TreePolicy:
         chosen = both.keep(nodes)
         if not self._places_slots:
             chain = self.own_drafts
-            return chosen, Layout(len(nodes), tuple(slots), chain, chosen.tree.parents)
+            return chosen, Layout(len(nodes), tuple(slots), chain, chosen.tree.parents, self._width)
         return chosen, Layout.tree(chosen.tree.parents, slots, self._width)
 
     def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from tests.decode.fakes import attached
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import SPECIFIC, WINDOWED, _module, save_tiny, tiny_model
 
 PROMPT = [5, 9, 14, 3, 77]
 
@@ -73,6 +74,42 @@ def test_groups_that_do_not_fit_the_heads(head_dim: int, group: int, remedy: str
         next(mtp_generate_step(PROMPT, model, kv_bits=4, kv_group_size=group))
     if head_dim == 64:
         assert next(mtp_generate_step(PROMPT, model, kv_bits=4, kv_group_size=64)).token >= 0
+
+
+def widened(name: str) -> Any:
+    """A tiny model whose heads can be quantised in groups of 32, if its head size is an option."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32}
+    known = {one.name for one in dataclasses.fields(_module(name).ModelArgs)}
+    try:
+        model = tiny_model(name, seed=3, **{key: size for key, size in sizes.items() if key in known})
+        model(mx.array([[1]]))
+    except ValueError:  # its other sizes do not follow these
+        model = tiny_model(name, seed=3)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in SPECIFIC if name not in WINDOWED])
+def test_a_quantised_cache_works_or_is_refused_at_the_start(name: str) -> None:
+    """In one sentence, and not with an exception of the model's own attention in the middle of a text."""
+    try:
+        model = attach(widened(name), None)
+        steps = mtp_generate_step(
+            PROMPT, model, max_tokens=6, kv_bits=8, kv_group_size=32, quantized_kv_start=6
+        )
+        assert len([item.token for item in steps]) == 6
+    except MTPError as error:
+        assert "quantised" in str(error) or "cannot be used here" in str(error) or "no seam" in str(error)
+    except RuntimeError as error:
+        if "No Metal back-end" not in str(error):
+            raise
+        pytest.skip("mlx-lm runs this architecture on Metal only")
+
+
+def test_attention_that_cannot_read_a_quantised_cache_is_refused() -> None:
+    """gemma2 computes its scores itself."""
+    model = attach(tiny_model("gemma2", seed=3, head_dim=32), None)
+    with pytest.raises(MTPError, match="attention cannot read quantised keys.*leave `kv_bits` out"):
+        next(mtp_generate_step(PROMPT, model, kv_bits=8, kv_group_size=32))
 
 
 @pytest.mark.parametrize("verb", ["generate", "serve"])

@@ -12,6 +12,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
+from mtp_mlx.measure import lanes
 from mtp_mlx.measure.certificate import Comparison
 from mtp_mlx.measure.lanes import Bench, Lane, Measurement, Timed
 from mtp_mlx.measure.prompts import Prompt
@@ -60,6 +61,18 @@ def test_every_lane_gets_the_same_text_as_mlx_lm(
     plain = rows[2]
     assert plain.tokens_per_step == 1 and plain.rows_per_step == 1 and plain.prompts == 2
     assert all(m.timed.stats.steps > 0 for m in results)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_rows_need_no_certificate_and_get_none(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    """The same near-tie is excused without `exact` and refused with it."""
+    model, tokenizer = load(str(folders[0]), folders[1], exact=exact)
+    tie = Comparison(False, 3, 1, 2, 1e-5, 1e-3)
+    monkeypatch.setattr(lanes, "compare", lambda *_: tie)
+    (found,) = Bench(model, tokenizer, [Lane("quadratic", "quadratic")], 4).run([Prompt("one two", "a")])
+    assert found.comparison.certified != exact and found.refused == exact
 
 
 def measurement(speed: float, comparison: Comparison, category: str = "a") -> Measurement:

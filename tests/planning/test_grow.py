@@ -93,4 +93,7 @@ def test_a_policy_never_asks_for_more_rows(rows: int) -> None:
     assert layout.rows + layout.lead_rows(1) <= rows and layout.drafts == len(proposal.tree)
     assert layout.width > 1 and layout.asks_for_drafts == (rows > 2)
     chains = TreePolicy(rows, 4, [0.5], places_slots=False)
-    assert chains.choose([Proposal("heads")]) == (Proposal("heads"), Layout.chained(0, 4))
+    assert chains.choose([Proposal("heads")]) == (
+        Proposal("heads"),
+        Layout(0, (0,), 4, width=layout.width),
+    )

@@ -139,16 +139,19 @@ class DraftModelDrafter(Drafter):
         for depth in range(1, count + 1):
             if history is not None:
                 history = mx.concatenate([history[1:], token])
-            token, sure = self._picker.pick_with_confidence(
-                self._scores(logits),
-                (verified.position + depth).reshape(1),
-                None if history is None else history[None],
-            )
-            ids.append(token)
+            at = (self._scores(logits), (verified.position + depth).reshape(1))
+            before = None if history is None else history[None]
+            if verified.layout.width > 1:
+                found, sure = self._picker.candidates(*at, before, None, verified.layout.width)
+                found, sure = found[0], sure[0]
+            else:
+                found, sure = self._picker.pick_with_confidence(*at, before)
+            ids.append(found)
             confidences.append(sure)
+            token = found[:1]
             if depth < count:
                 logits = self._run(token[None], cache)[:, -1]
-        return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
+        return LazyDrafts.joined(ids, confidences)
 
 
 def scratch(layer: Any) -> Any:

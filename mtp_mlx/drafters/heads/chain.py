@@ -176,12 +176,13 @@ class HeadChain(Drafter):
                 (verified.position + depth).reshape(1),
                 history,
                 self._heads.unembedding(depth),
+                width=verified.layout.width,
             )
-            following = mx.where(places == accepted + depth, token, following)
-            new = outputs
             ids.append(token)
             confidences.append(confidence)
-        return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
+            token, new = token[:1], outputs
+            following = mx.where(places == accepted + depth, token, following)
+        return LazyDrafts.joined(ids, confidences)
 
     def commit(self, n_accepted: int) -> None:
         """See `Drafter`: keeps the rows that are now final, and removes the rest."""

@@ -29,8 +29,15 @@ def pick_each(
         if history is not None:
             history = mx.concatenate([history[1:], token])
         token, confidence = pick_draft(
-            attached, picker, row, (verified.position + depth).reshape(1), history, heads.unembedding(depth)
+            attached,
+            picker,
+            row,
+            (verified.position + depth).reshape(1),
+            history,
+            heads.unembedding(depth),
+            width=verified.layout.width,
         )
         ids.append(token)
         confidences.append(confidence)
-    return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
+        token = token[:1]
+    return LazyDrafts.joined(ids, confidences)

@@ -83,7 +83,7 @@ class MaskSlotDrafter(Drafter):
         The slot's latent is the same for all; the sampler head refines it by the token before. Without such a head,
         every continuation has the same candidates.
         """
-        width, history = verified.layout.width, verified.history
+        width, history = min(verified.layout.width, self._vocabulary.head.columns), verified.history
         tokens, paths = verified.pick.reshape(1), mx.ones((1,))  # [P] newest tokens, chances of their paths
         histories = None if history is None else history[None]  # [P, C] before them
         ids, chances, parents = [], [], []

@@ -20,11 +20,9 @@ from mtp_mlx.drafters.memory.ngrams import LONGEST, OTHERS
 from mtp_mlx.drafters.memory.running_text import RunningText, contexts_of
 
 NAME = "memory"  # in the `drafter` argument and in statistics
-DOUBT = 2.0
-NEWEST, FADING = (
-    16.0,
-    0.6,
-)  # weight of the newest occurrence in the running text, and of each earlier one to the next
+DOUBT = 8.0
+NEWEST = 64.0  # weight of the newest occurrence of a context in the running text
+FADING = 0.8  # weight of each earlier occurrence, relative to the next
 LEAST_CHANCE = 0.01  # of a whole chain of drafts; longer ones are not proposed
 NEGLIGIBLE = 0.02  # share of shorter contexts below which they are not looked up
 

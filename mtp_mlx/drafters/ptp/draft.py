@@ -76,6 +76,11 @@ class PTPSlotDrafter(Drafter):
         if self._config.variant == "o":
             return self._likeliest(logits)
         positions = verified.position + 1 + mx.arange(count)
+        if history is None and verified.layout.width > 1:
+            found = self._picker.candidates(
+                logits, positions, None, self._attached.draft_ids, verified.layout.width
+            )
+            return LazyDrafts.joined(list(found[0]), list(found[1]))
         if history is None:
             return LazyDrafts(
                 *self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)

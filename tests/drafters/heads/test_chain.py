@@ -94,9 +94,9 @@ class Text:
         picks = mx.array([*self.tokens[self.n + 1 : m + 2], *wrong], dtype=mx.int32)
         picked_from: list[mx.array] = []
 
-        def spy(attached: Any, picker: Any, refined: mx.array, *rest: Any) -> Any:
+        def spy(attached: Any, picker: Any, refined: mx.array, *rest: Any, width: int) -> Any:
             picked_from.append(refined)
-            return pick_draft(attached, picker, refined, *rest)
+            return pick_draft(attached, picker, refined, *rest, width=width)
 
         with mock.patch("mtp_mlx.drafters.heads.chain.pick_draft", spy):
             position, known = self.first_position + m + 1, self.tokens[: self.n + 1]

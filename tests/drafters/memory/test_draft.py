@@ -97,7 +97,7 @@ def test_what_was_written_before_is_drafted(tmp_path: Path) -> None:
 
 def test_unlikely_chains_are_cut(tmp_path: Path) -> None:
     texts = [([1, 2, token, 3, other, 4], 0) for token in range(10, 14) for other in range(20, 24)]
-    drafter = drafter_of(memory_of(tmp_path / "a.mem", texts), [1, 2])
+    drafter = drafter_of(memory_of(tmp_path / "a.mem", texts * 50), [1, 2])
     tree, path = drafter.tree(100), 1.0
     for chance in tree.chances:
         path *= chance

@@ -1,0 +1,85 @@
+"""Candidates of every drafter in trees: the text stays the same, and what is drafted behind a branch is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mtp_mlx.decode.drafter import LazyDrafts
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.draft_model.source import DraftModel
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.planning.grow import TreePolicy
+from tests.decode.fakes import attached
+from tests.decode.test_hybrid_loop import KnowingLookup
+from tests.drafters.heads.test_chain import model_with_heads
+from tests.drafters.heads.test_independent import model_with
+from tests.drafters.ptp.ptp_fakes import ptp_attached
+from tests.tiny import VOCABULARY, tiny_model
+
+PROMPT = [3, 1, 4, 1, 5, 9]
+MODELS: dict[str, Any] = {
+    "slots": lambda: attached("llama"),
+    "ptp": lambda: ptp_attached("llama", "c", "bits"),
+    "heads": lambda: model_with_heads("llama", 3, 3),
+    "medusa": lambda: model_with("medusa, few ids"),
+    "parallel": lambda: model_with("parallel"),
+    "draft model": lambda: attach(
+        tiny_model("llama", seed=3), DraftModel(tiny_model("llama", seed=9), VOCABULARY, 4)
+    ),
+}
+
+
+def tree_policy(model: AttachedModel, rows: int) -> TreePolicy:
+    source: Any = model.speculator
+    return TreePolicy(rows, source.drafts, [], places_slots=source.places_slots, lead=model.lead)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_is_that_of_plain_decoding(name: str, temperature: float, penalty: float) -> None:
+    model, stats = MODELS[name](), DecodeStats()
+    for seed, rows in ((0, 6), (1, 12), (2, 20)):
+        sampling = SamplingConfig(temperature=temperature, seed=seed, repetition_penalty=penalty)
+        plain = [i.token for i in mtp_generate_step(PROMPT, model, max_tokens=25, sampling=sampling)]
+        steps = mtp_generate_step(
+            PROMPT,
+            model,
+            max_tokens=25,
+            sampling=sampling,
+            policy=tree_policy(model, rows),
+            lookup=KnowingLookup(plain, len(PROMPT), (False, True, False)),
+            stats=stats,
+        )
+        assert [item.token for item in steps] == plain
+    assert any(layout.startswith("tree") for layout in stats.layouts)
+    assert not any("branches" in reason for reason in stats.fallbacks)
+    assert stats.drafted_by["lookup"] > 10
+    assert stats.submitted_by["lookup"] < sum(stats.submitted_by.values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_model_that_drafts_for_itself_is_right_behind_any_branch(temperature: float) -> None:
+    """Its first candidates are the target's own tokens: a wrong sibling beside them changes nothing."""
+    model = attach(tiny_model("llama", seed=3), DraftModel(tiny_model("llama", seed=3), VOCABULARY, 4))
+    stats = DecodeStats()
+    sampling = SamplingConfig(temperature=temperature, seed=11)
+    steps = mtp_generate_step(
+        PROMPT, model, max_tokens=31, sampling=sampling, policy=tree_policy(model, 24), stats=stats
+    )
+    assert len(list(steps)) == 31
+    assert stats.acceptance == [1.0] * 4 and stats.steps < 20
+    assert any(layout.startswith("tree") for layout in stats.layouts)
+
+
+def test_what_stands_beside_the_first_candidates_has_their_parent() -> None:
+    ids = [mx.array([5, 6, 7]), mx.array([8, 9, 1])]
+    found = LazyDrafts.joined(ids, [mx.full((3,), 0.3)] * 2)
+    assert found.ids.tolist() == [5, 6, 7, 8, 9, 1] and found.parents is not None
+    assert found.parents.tolist() == [-1, -1, -1, 0, 0, 0]
+    assert LazyDrafts.joined([mx.array([5]), mx.array([8])], [mx.full((1,), 0.3)] * 2).parents is None
