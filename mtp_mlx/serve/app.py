@@ -30,6 +30,8 @@ from mtp_mlx.serve.request import Event, Failure, Piece, RequestError
 log = logging.getLogger("mtp_mlx.serve")
 
 BODY_SECONDS = 30.0  # time limit for receiving a body
+QUIET_SECONDS = 10.0  # after which a stream that shows nothing says that it goes on
+STILL_HERE = ": still writing\n\n"  # a comment, which clients skip
 CLIENT_CLOSED = 499  # the status logged for a request whose client disconnected
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
@@ -311,14 +313,19 @@ async def _next_or_gone(request: Request, events: asyncio.Queue[_Indexed]) -> tu
 async def _events(
     answer: Answer, first: tuple[int, Piece], events: asyncio.Queue[_Indexed]
 ) -> AsyncIterator[str]:
-    """The server-sent events as text."""
+    """The server-sent events as text; while a long tool call shows nothing, comments keep the connection awake."""
     (index, piece), left = first, len(answer.requests)
+    quiet_since = time.monotonic()
     try:
         if text := answer.opening():
             yield text
         while True:
-            if text := answer.events(index, piece):
+            text = answer.events(index, piece)
+            if not text and time.monotonic() - quiet_since >= QUIET_SECONDS:
+                text = STILL_HERE
+            if text:
                 yield text
+                quiet_since = time.monotonic()
             left -= piece.summary is not None
             if not left:
                 return

@@ -144,8 +144,10 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
     """(whether to stream, whether to end the stream with usage)."""
     options = fields.take("stream_options", {})
     stream = fields.flag("stream")
-    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise RequestError("stream_options: only include_usage is supported", field="stream_options")
+    if not isinstance(options, dict):
+        raise RequestError("stream_options must be an object", field="stream_options")
+    for name in sorted(set(options) - {"include_usage", "include_obfuscation"}):
+        fields.ignore(f"stream_options.{checked_text(name, 'stream_options')}")
     return stream, options.get("include_usage") is True
 
 

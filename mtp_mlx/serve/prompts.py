@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
-from mtp_mlx.serve.turns import Turn, with_json
+from mtp_mlx.serve.turns import Turn, variants
 from mtp_mlx.token_ids import check_ids, text_of
 
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
@@ -117,7 +116,8 @@ class Prompts:
             switched = {**thinking_options(tokenizer, wanted), **switched}
         except MTPError as error:
             notes.append(str(error))
-        ids = self._templated(turns, list(tools.tools) or None, switched)
+        ids, note = self._templated(turns, list(tools.tools) or None, switched)
+        notes += note
         start = getattr(tokenizer, "response_initial_state", None) or "normal"
         if opens_thinking(tokenizer, ids):
             start = "reasoning"
@@ -132,15 +132,18 @@ class Prompts:
 
     def _templated(
         self, turns: list[Turn], tools: list[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> list[int]:
-        """Token ids of a conversation. Templates that cannot take arguments as an object get them as JSON."""
-        try:
-            return chat_ids(self.tokenizer, turns, tools, options)
-        except MTPError as error:
-            rejected = error
-        if any(turn.get("tool_calls") for turn in turns):
-            with contextlib.suppress(MTPError):
-                return chat_ids(self.tokenizer, [with_json(turn) for turn in turns], tools, options)
+    ) -> tuple[list[int], list[str]]:
+        """Token ids of a conversation, and what was changed so that the template takes it.
+
+        Some templates take arguments of tool calls only as JSON text, and some only one system message, at the
+        beginning; agents send several.
+        """
+        rejected: MTPError | None = None
+        for variant, notes in variants(turns):
+            try:
+                return chat_ids(self.tokenizer, variant, tools, options), notes
+            except MTPError as error:
+                rejected = rejected or error
         raise RequestError(str(rejected)) from None
 
     def text(self, prompt: Any) -> list[int]:

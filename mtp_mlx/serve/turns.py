@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from mtp_mlx.serve.fields import checked_text, message_text
@@ -130,7 +131,32 @@ def call_turn(call_id: Any, name: Any, arguments: Any, where: str) -> Turn:
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def with_json(turn: Turn) -> Turn:
+ONE_SYSTEM_MESSAGE = (
+    "the chat template takes one system message only, so all of them were joined at the beginning"
+)
+
+
+def variants(turns: list[Turn]) -> Iterator[tuple[list[Turn], list[str]]]:
+    """A conversation as it is, and then in forms that a template may take which rejects this one.
+
+    Yields:
+        (turns, notes on what was changed in the conversation).
+    """
+    calls = any(turn.get("tool_calls") for turn in turns)
+    yield turns, []
+    if calls:
+        yield [_with_json(turn) for turn in turns], []
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if not system or (len(system) == 1 and turns[0]["role"] == "system"):
+        return
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    joined = [{"role": "system", "content": "\n\n".join(system)}, *rest]
+    yield joined, [ONE_SYSTEM_MESSAGE]
+    if calls:
+        yield [_with_json(turn) for turn in joined], [ONE_SYSTEM_MESSAGE]
+
+
+def _with_json(turn: Turn) -> Turn:
     """A turn whose tool calls have their arguments as JSON text."""
     if not turn.get("tool_calls"):
         return turn

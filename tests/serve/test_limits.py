@@ -273,6 +273,7 @@ def test_unknown_fields_have_no_effect_and_are_counted(root: Path, caplog: pytes
         plain = running.ask("/v1/chat/completions", CHAT)[1]
         extra = {
             "temprature": 0.5,
+            "stream_options": {"odd": 1},
             'a"b\n': [],
             "chat_template_kwargs": {"odd": True},
             "enable_thinking": None,
@@ -289,8 +290,9 @@ def test_unknown_fields_have_no_effect_and_are_counted(root: Path, caplog: pytes
     counted = {line for line in lines if line.startswith("mtp_mlx_ignored_fields_total")}
     assert 'mtp_mlx_ignored_fields_total{field="temprature"} 2' in counted
     assert 'mtp_mlx_ignored_fields_total{field="chat_template_kwargs.odd"} 2' in counted
+    assert 'mtp_mlx_ignored_fields_total{field="stream_options.odd"} 2' in counted
     assert 'mtp_mlx_ignored_fields_total{field="a\\"b\\n"} 2' in counted
-    assert 'mtp_mlx_ignored_fields_total{field="other"} 59' in counted and len(counted) == 65
+    assert 'mtp_mlx_ignored_fields_total{field="other"} 60' in counted and len(counted) == 65
     assert len([record for record in caplog.records if "temprature" in record.message]) == 1
 
 

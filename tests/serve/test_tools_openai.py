@@ -21,6 +21,11 @@ WEATHER = {"name": "get_weather", "description": "The weather in a city", "param
 TOOLS = [{"type": "function", "function": WEATHER}]
 QUESTION = [{"role": "user", "content": "The weather in Oslo and Bergen?"}]
 RESULTS = {"Oslo": "7 degrees", "Bergen": "rain"}
+MADE = {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+AS_TEXT = (  # a template that joins the arguments to a text
+    '{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}',
+    "{{ made.function.name + ' ' + made.function.arguments }}",
+)
 ANSWER = "Oslo: 7 degrees. Bergen: rain."
 
 
@@ -255,17 +260,48 @@ def test_loops_at_the_same_time_share_passes(root: Path) -> None:
 
 def test_templates_that_want_arguments_as_text(tmp_path: Path) -> None:
     """As DeepSeek V3.1's, which joins them to a text."""
-    joins = "{{ made.function.name + ' ' + made.function.arguments }}"
-    template = TEMPLATE.replace(
-        '{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}', joins
-    )
-    assert joins in template
-    made = {
-        "id": "a",
-        "type": "function",
-        "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
-    }
-    talk = [*QUESTION, {"role": "assistant", "tool_calls": [made]}]
+    template = TEMPLATE.replace(*AS_TEXT)
+    assert template != TEMPLATE
+    talk = [*QUESTION, {"role": "assistant", "tool_calls": [MADE]}]
     with acting(save_agent(tmp_path, template), weather) as running:
-        assert running.ask("/v1/chat/completions", {"messages": talk})[0] == 200
+        status, answer = running.ask("/v1/chat/completions", {"messages": talk})
+        assert status == 200 and not answer["mtp"]["fallbacks"]
         assert 'get_weather {"city": "Oslo"}' in running.engine.seen[-1]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_templates_that_want_one_system_message(tmp_path: Path, as_text: bool) -> None:
+    """As Qwen3.5's; the response says that they were joined. What no form mends is said as the template says it."""
+    refuses = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    refuses += "{{ raise_exception('system at the beginning') }}{% endif %}"
+    refuses += "{% if m.content == 'never' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
+    template = refuses + (TEMPLATE.replace(*AS_TEXT) if as_text else TEMPLATE)
+    kind, brief, quick = ({"role": "system", "content": f"Be {how}."} for how in ("kind", "brief", "quick"))
+    talk = [
+        kind,
+        {**brief, "role": "developer"},
+        *QUESTION,
+        {"role": "assistant", "tool_calls": [MADE]},
+        quick,
+    ]
+    with acting(save_agent(tmp_path, template), weather) as running:
+        status, answer = running.ask("/v1/chat/completions", {"messages": talk})
+        assert status == 200 and any("one system message" in note for note in answer["mtp"]["fallbacks"])
+        joined = "<|im_start|>system\nBe kind.\n\nBe brief.\n\nBe quick.<|im_end|>"
+        assert running.engine.seen[-1].startswith(joined)
+        status, answer = running.ask("/v1/chat/completions", {"messages": [kind, *QUESTION]})
+        assert status == 200 and not answer["mtp"]["fallbacks"]
+        talk.append({"role": "user", "content": "never"})
+        status, answer = running.ask("/v1/chat/completions", {"messages": talk})
+        assert status == 400 and "system at the beginning" in answer["error"]["message"]
+
+
+def test_a_long_call_keeps_the_connection_awake(
+    server: Server, gpt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comments between events, which the client skips."""
+    monkeypatch.setattr("mtp_mlx.serve.app.QUIET_SECONDS", 0.0)
+    body = {"messages": QUESTION, "tools": TOOLS, "stream": True}
+    lines = server.ask("/v1/chat/completions", body)[1].splitlines()
+    assert {line for line in lines if line and not line.startswith("data: ")} == {": still writing"}
+    assert asked(gpt, True, QUESTION, tools=TOOLS).choices[0].finish_reason == "tool_calls"
