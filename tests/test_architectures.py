@@ -38,7 +38,7 @@ from tests.decode.trees import AnyTree, KnowingTrees
 from tests.tiny import SPECIFIC, tiny_model
 from tests.train.training import Remembering, make_trainer, settings_for
 
-PROMPT, LENGTH = [3, 5, 7, 11, 90, 2, 4, 8, 9], 16
+PROMPT, LENGTH = [3, 5, 7, 11, 90, 2, 4, 8, 9], 12
 # Of log-probabilities: a scan over several rows adds in another order than one over one row.
 ROUNDING, NEAR_TIE = 1e-3, 2e-3
 UNLIKELY = -25.0  # -inf, in some models
