@@ -77,9 +77,8 @@ def read_model(folder: Path, what: str, *, lazy: bool) -> tuple[nn.Module, dict[
     try:
         model, loaded = load_model(folder, lazy=lazy)
         model(mx.array([[0]]), cache=make_prompt_cache(model))  # shapes and types; nothing is computed
-    except (
-        Exception
-    ) as error:  # the models of mlx-lm raise anything where a config or a tensor is not as they expect
+    # The models of mlx-lm raise anything where a config or a tensor is not as they expect, and one ends the program.
+    except (Exception, SystemExit) as error:
         raise MTPError(f"{what}: {model_fault(folder, config, error)}") from error
     return model, loaded
 

@@ -86,7 +86,7 @@ def _read_object(path: Path, broken_is_fine: bool = False) -> dict[str, Any]:
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-def model_fault(folder: Path, config: dict[str, Any], error: Exception) -> str:
+def model_fault(folder: Path, config: dict[str, Any], error: BaseException) -> str:
     """Why mlx-lm raised `error` for a model folder with this config."""
     return (
         _type_fault(config)
@@ -112,6 +112,9 @@ def _type_fault(config: dict[str, Any]) -> str | None:
     except (ValueError, AttributeError):  # no such module, or one that is not a model's
         kind = config["model_type"]
         return f"{_mlx_lm()} has no model type {kind!r}: update mlx-lm, or choose another model"
+    except SystemExit:  # olmo's module ends the program, after a line that names a package
+        kind = config["model_type"]
+        return f"{_mlx_lm()} needs one more package for the model type {kind!r}: install what its line above names"
     return None
 
 
@@ -164,7 +167,7 @@ def _index(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _quantisation_fault(config: dict[str, Any], error: Exception) -> str | None:
+def _quantisation_fault(config: dict[str, Any], error: BaseException) -> str | None:
     """Whether the weights are quantised in a way that mlx-lm does not read."""
     ours = "quantization" in config
     key, needed = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 def test_what_mlx_lm_loads_is_loaded(architecture: str, tmp_path: Path) -> None:
     model, tokenizer = load_base(save_tiny(tmp_path / "model", architecture))
     assert model.layers and len(tokenizer) > 1
+
+
+def test_a_model_type_that_ends_the_program_is_a_sentence(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
+    with pytest.raises(MTPError, match="needs one more package for the model type 'olmo': install"):
+        load_base(folder)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,10 @@ def _adapter_plan(folder: Path, base: dict[str, Any] | None) -> tuple[Checkpoint
 
     header = read_header(folder)
     heads = config_of(folder, header)
+    if any(spec == {"like": LAST_LAYERS, "layers": 1} for spec in heads.blocks):
+        raise ConversionError(
+            f"{folder}: its heads are copies of another layer than the last, for which this layout has no place"
+        )
     if heads.taps or any(spec.get("like") == LAST_LAYERS for spec in heads.blocks):
         raise ConversionError(
             f"{folder}: this layout has no place for heads of several layers, or that read several states of the base"

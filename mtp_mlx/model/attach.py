@@ -37,6 +37,7 @@ from mtp_mlx.model.seams import (
     module_at,
     reads_places,
     replace_module,
+    ropes_elsewhere,
 )
 from mtp_mlx.model.speculator import Speculator
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, record, stop_recording
@@ -367,6 +368,10 @@ def _check_exact(seams: Seams) -> None:
     reasons = {
         "mixture-of-experts layers": [p for p, m in modules.items() if "SwitchLinear" in type(m).__name__],
         "latent attention": [p for p, m in modules.items() if type(m).__name__ == "MultiLinear"],
+        "layers that the trunk takes apart": [
+            f"layers.{index}" for index, layer in enumerate(seams.trunk.layers) if not callable(layer)
+        ],
+        "layers outside the trunk's list of layers": ropes_elsewhere(seams),
         "attention that this model computes by itself": [
             path.rsplit(".", 1)[0]
             for path in seams.ropes

@@ -40,12 +40,20 @@ def scaled_dot_product_attention(
     if isinstance(cache, BlockCache):
         if (n_exact := _exact_rows(cache, queries.shape[2])) > 0:
             return _rows_alone(n_exact, queries, keys, values, cache, scale, mask, sinks)
-        out = None if sinks is not None else _by_kernel(queries, cache.inner, cache.rows, scale)
+        out = None
+        if sinks is None and _holds(cache.inner, keys):
+            out = _by_kernel(queries, cache.inner, cache.rows, scale)
         if out is not None:
             return out
     return base.scaled_dot_product_attention(
         queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
     )
+
+
+def _holds(cache: Any, keys: Any) -> bool:
+    """Whether a cache holds as many rows as are attended to: some layers attend to those of another layer."""
+    rows = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
+    return cache.keys is not None and int(cache.offset) == rows
 
 
 def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:

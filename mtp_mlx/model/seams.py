@@ -125,16 +125,21 @@ def check_slot_seams(seams: Seams, name: str) -> None:
     """Raises MTPError if the layers lack a seam that slot rows need."""
     if not seams.ropes:
         raise MTPError(f"model type '{name}' has no seam 'rope' in its layers: slot rows cannot be placed")
-    others = [path for path, _ in seams.trunk.named_modules() if _is_rope(path) and path not in seams.ropes]
-    if others:
+    elsewhere = ropes_elsewhere(seams)
+    if elsewhere:
         raise MTPError(
-            f"model type '{name}' has no seam 'rope' for all of its layers ({others[0]} is not in the list of them): "
+            f"model type '{name}' has no seam 'rope' for all of its layers ({elsewhere[0]} is not in their list): "
             "slot rows cannot be placed"
         )
     if not seams.linears:
         raise MTPError(
             f"model type '{name}' has no seam 'linear' in its layers: gated LoRA has nothing to wrap"
         )
+
+
+def ropes_elsewhere(seams: Seams) -> list[str]:
+    """Paths of the rotary embeddings that are not in the trunk's list of layers."""
+    return [path for path, _ in seams.trunk.named_modules() if _is_rope(path) and path not in seams.ropes]
 
 
 def reads_places(trunk: nn.Module) -> str:

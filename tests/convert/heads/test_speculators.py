@@ -15,6 +15,7 @@ from mtp_mlx.convert.heads.plan import Overrides
 from mtp_mlx.convert.heads.speculators import export_speculators
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.convert.read.safetensors import read_safetensors
+from mtp_mlx.drafters.heads.build import block_spec
 from mtp_mlx.drafters.heads.cascade import new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
@@ -160,6 +161,17 @@ def test_heads_that_were_trained_here(tmp_path: Path) -> None:
     assert planned.count == 2 and own.keys() == found.keys()
     for name, value in own.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_copies_of_another_layer_than_the_last(tmp_path: Path) -> None:
+    """As of a hybrid whose last layer keeps recurrent state."""
+    model = tiny_model("qwen3_next", seed=3, num_hidden_layers=3)
+    convention = HeadConvention("trained")
+    spec = block_spec(model.model, 1)
+    info = heads_header(HeadsConfig(convention, [spec]), "tiny", base_fingerprint(model))
+    save_heads(tmp_path / "heads", new_heads(model, 1, convention), info, mx.float32)
+    with pytest.raises(MTPError, match="are copies of another layer than the last"):
+        export_speculators(tmp_path / "heads", tmp_path / "out", base=tiny_config("qwen3_next"))
 
 
 def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
