@@ -30,6 +30,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import StepResult, Token, block_of, commit, draft, verify
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.token_ids import check_ids
 
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffer cache, as in mlx-lm
 
@@ -162,6 +163,7 @@ def open_loop(
     own_drafts = max(policy.own_drafts, shared_drafts)
     verifying = emission.lossless and max(policy.max_drafts, shared_drafts) > 0
     sampling = sampling_for(source, sampling or SamplingConfig(), verifying)
+    check_ids([token for token, _ in sampling.logit_bias], model.vocab_size, "logit_bias")
     picker = Picker(sampling if emission.lossless else emission.greedy(sampling), model.exact)
     stats = DecodeStats() if stats is None else stats
 

@@ -79,7 +79,6 @@ class Session:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
         check_ids(prompt, attached.vocab_size, "the prompt")
-        check_ids([token for token, _ in picker.config.logit_bias], attached.vocab_size, "logit_bias")
         check_prompt_cache(attached, cache)
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
         self.attached, self.picker, self.constraint = attached, picker, constraint

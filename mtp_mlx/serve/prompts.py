@@ -112,10 +112,11 @@ class Prompts:
             raise RequestError(NO_TOOLS, field="tools")
         switched = dict(options or {})
         try:
-            wanted = "off" if tools.required and tokenizer.has_thinking else thinking or self.limits.thinking
+            wanted = "off" if tools.required else thinking or self.limits.thinking
             switched = {**thinking_options(tokenizer, wanted), **switched}
         except MTPError as error:
-            notes.append(str(error))
+            if not tools.required:  # which ends the thinking itself, below
+                notes.append(str(error))
         ids, note = self._templated(turns, list(tools.tools) or None, switched)
         notes += note
         start = getattr(tokenizer, "response_initial_state", None) or "normal"

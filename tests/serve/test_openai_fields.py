@@ -12,6 +12,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.api import chat_prompt, generate
 from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.engine import EngineSettings
 from mtp_mlx.serve.sequence import DecodeSettings
 from tests.serve.running import NAME, Server, load_model, save_model, serving
@@ -137,3 +138,10 @@ def test_logit_bias_is_mlx_lm_s(gpt: Any, root: Path, penalty: float) -> None:
         presence_penalty=penalty,
     )
     assert answer.choices[0].message.content == right != tokenizer.decode(plain)
+
+
+def test_a_bias_of_an_id_that_the_model_lacks(loaded: tuple[Any, Any]) -> None:
+    """From Python too: MLX would write beyond the logits."""
+    model, tokenizer = loaded
+    with pytest.raises(MTPError, match="logit_bias has the token id 300"):
+        generate(model, tokenizer, "a", 2, sampling=SamplingConfig(logit_bias=((300, 1.0),)), layout="plain")

@@ -305,3 +305,17 @@ def test_a_long_call_keeps_the_connection_awake(
     lines = server.ask("/v1/chat/completions", body)[1].splitlines()
     assert {line for line in lines if line and not line.startswith("data: ")} == {": still writing"}
     assert asked(gpt, True, QUESTION, tools=TOOLS).choices[0].finish_reason == "tool_calls"
+
+
+def test_a_call_that_must_be_made_ends_thinking_without_a_switch(tmp_path: Path) -> None:
+    """The template always opens thinking; the server closes it, and has nothing to remark."""
+    template = TEMPLATE.replace("enable_thinking is defined and enable_thinking", "true")
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red"]}}, "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": "pick", "parameters": {**schema, "required": ["colour"]}}}
+    ]
+    with acting(save_agent(tmp_path, template), weather) as running, client(running) as gpt:
+        answer = asked(gpt, False, QUESTION, tools=tools, tool_choice="required", max_tokens=1000)
+        assert running.engine.seen[-1].endswith("<think>\n</think>\n\n<tool_call>\n")
+    assert answer.choices[0].message.tool_calls[0].function.arguments == '{"colour": "red"}'
+    assert not answer.mtp["fallbacks"] and not hasattr(answer.choices[0].message, "reasoning_content")
