@@ -335,6 +335,8 @@ def attach(
         _check_exact(seams)
     attached = AttachedModel(model, speculator, seams, kernels, exact)
     _check_head(attached)
+    if exact:
+        _check_own_keys(attached)
     return attached
 
 
@@ -383,3 +385,15 @@ def _check_exact(seams: Seams) -> None:
             raise MTPError(
                 f"exact decoding does not support {what} ({paths[0]}): leave `exact` out for this model"
             )
+
+
+def _check_own_keys(attached: AttachedModel) -> None:
+    """Raises MTPError if a layer reads keys of another one, which are not known to be those of a window or a tree."""
+    one = Block.real(mx.zeros((1, 1), dtype=mx.int32))
+    cache = make_prompt_cache(attached.model)
+    if block_attention.foreign_calls(lambda: attached.forward(one, cache)):  # nothing is computed
+        attached.detach()
+        raise MTPError(
+            "exact decoding does not support layers that read the keys of another layer: leave `exact` out for this "
+            "model"
+        )

@@ -8,8 +8,9 @@ all others to mlx-lm's function unchanged.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from mtp_mlx.model.window_cache import WindowCache
 
 NAME = "scaled_dot_product_attention"
 _users: Counter[str] = Counter()  # attached models per module name
+_foreign = threading.local()  # its `calls`: see `foreign_calls`
 
 
 def scaled_dot_product_attention(
@@ -37,6 +39,8 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """As `mlx_lm.models.base.scaled_dot_product_attention`; queries [B, H_q, R, D] -> [B, H_q, R, D]."""
+    if not isinstance(cache, BlockCache) or not cache.updated:
+        _foreign.calls = getattr(_foreign, "calls", 0) + 1
     if isinstance(cache, BlockCache):
         if (n_exact := _exact_rows(cache, queries.shape[2])) > 0:
             return _rows_alone(n_exact, queries, keys, values, cache, scale, mask, sinks)
@@ -160,6 +164,17 @@ def _rows_at(parts: list[slice], array: mx.array) -> mx.array:
     if len(parts) == 1:
         return array[..., parts[0], :]
     return mx.concatenate([array[..., part, :] for part in parts], axis=-2)
+
+
+def foreign_calls(build: Callable[[], Any]) -> int:
+    """How many attention calls a forward pass makes with keys that their cache has not returned in this pass.
+
+    Args:
+        build: builds a pass of an attached model, lazily; on this thread.
+    """
+    before = getattr(_foreign, "calls", 0)
+    build()
+    return int(getattr(_foreign, "calls", 0) - before)
 
 
 def hookable(trunk: nn.Module) -> set[str]:

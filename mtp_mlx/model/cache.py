@@ -27,6 +27,7 @@ class BlockCache:
     def __init__(self, inner: Any, rows: RowContext) -> None:
         self.inner = inner
         self.rows = rows
+        self.updated = False  # in the pass in progress
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -36,6 +37,7 @@ class BlockCache:
         found = self.inner.update_and_fetch(keys, values)
         if isinstance(self.inner, WindowCache) and keys.shape[2] > 1 and not self.rows.is_step:
             self.inner.straighten()
+        self.updated = True
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:

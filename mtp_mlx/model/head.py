@@ -19,6 +19,12 @@ from mtp_mlx.metal_kernels.dispatch import Dispatcher
 from mtp_mlx.model.block_linear import BlockHead, is_quantised
 from mtp_mlx.model.seams import EMBEDDING_NAMES, text_model, trunk_name
 
+HEAD_NAMES = (
+    "lm_head",
+    "output",
+    "embed_out",
+)  # of the LM head in mlx-lm's models, if it is not the embedding
+
 
 class _PassThroughTrunk:
     """Replaces the trunk: returns the hidden states it is given; holds its (tied) embedding and its arguments."""
@@ -102,14 +108,15 @@ class HeadView:
     ) -> None:
         model = text_model(model)
         view = copy.copy(model)
-        layer = model.lm_head if view.get("lm_head") is not None else embed_tokens
+        own = next((known for known in HEAD_NAMES if view.get(known) is not None), None)
+        layer = embed_tokens if own is None else view[own]
         self._layer: nn.Module = layer if ids is None else select_rows(layer, ids)
         head = self._layer
         if exact or (kernels is not None and is_quantised(head)):
             head = BlockHead(head, kernels, exact)
         tied: Any = embed_tokens
-        if view.get("lm_head") is not None:
-            view["lm_head"] = head
+        if own is not None:
+            view[own] = head
         else:
             tied = head if hasattr(head, "as_linear") else _RowsOfEmbedding(head)
         name = trunk_name(model) or "model"

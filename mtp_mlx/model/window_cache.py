@@ -18,6 +18,8 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import RotatingKVCache
 
+from mtp_mlx.errors import MTPError
+
 ROOM = 256  # spare rows of a buffer; when they are used up, the rows still needed move to a new buffer
 
 
@@ -89,6 +91,18 @@ class WindowCache:
         self.offset += count
         seen = slice(end - history, end + count)
         return self.keys[..., seen, :], self.values[..., seen, :]
+
+    def keys_and_values(self) -> Any:
+        """Refuses what some models call for layers that read the last cache again.
+
+        Raises:
+            MTPError: always. mlx-lm counts the positions of such layers from the rows that a cache returns, so in a
+                full window they depend on how many rows a pass has.
+        """
+        raise MTPError(
+            "this model has layers that read the last layer's cache again, which a rotating cache does not allow: "
+            "make the cache without `max_kv_size`"
+        )
 
     def straighten(self) -> None:
         """Call after a pass over several rows of a prompt: mlx-lm's ring then starts anew behind them."""

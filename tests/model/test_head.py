@@ -101,3 +101,15 @@ def test_a_bias_follows_its_rows() -> None:
     np.testing.assert_allclose(
         np.array(select_rows(layer, mx.array([5, 1]))(x)), np.array(layer(x)[:, mx.array([5, 1])]), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["internlm2", "llama4_text"])
+def test_heads_of_another_name(name: str) -> None:
+    """Their layer is `output`; a draft vocabulary took the rows of the embedding instead."""
+    attached = attach(tiny_model(name, seed=3))
+    hidden = mx.random.normal((1, 3, attached.hidden_size), key=mx.random.key(1))
+    every = attached.head(hidden)
+    some = attached._head_over(IDS)
+    assert some.columns == IDS.size
+    np.testing.assert_allclose(np.array(some(hidden)), np.array(every[..., IDS]), rtol=1e-5, atol=1e-5)
+    assert attached.head.layer is attached.model.output
