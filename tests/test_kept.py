@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from mtp_mlx import files
-from mtp_mlx.cli import chat
+from mtp_mlx.cli import chat, main
 from mtp_mlx.measure import plain_speed
 from mtp_mlx.metal_kernels import dispatch
 from mtp_mlx.metal_kernels.verdicts import Verdict
@@ -100,3 +101,26 @@ def test_every_kind_is_named(cache: Path, caplog: pytest.LogCaptureFixture) -> N
             keep()
     assert [record.message.partition(" are not kept")[0] for record in caplog.records] == list(KINDS)
     assert "MTP_MLX_CACHE" in caplog.records[0].message
+
+
+def test_the_embedded_model_needs_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is converted into the cache, so there the missing home folder is an error, of one sentence."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    STATES["no home"](monkeypatch, tmp_path / "cache")
+    result = CliRunner().invoke(main, ["generate", "-p", "the", "-n", "1"])
+    assert result.exit_code == 2, result.output
+    assert (
+        result.stderr == "Error: there is no home folder: set MTP_MLX_CACHE to a folder that can be written\n"
+    )
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("verb", ["info", "doctor"])
+def test_this_machine_can_be_asked_about(
+    verb: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    STATES[state](monkeypatch, tmp_path / "cache")
+    result = CliRunner().invoke(main, [verb])
+    assert result.exit_code == 0, result.output
+    assert ("there is no home folder" in result.stdout) == (state in ("no home", "home of nobody"))

@@ -153,7 +153,9 @@ SLOW = """
 import sys, time
 from mtp_mlx.cli import main
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.planning import calibrate
 
+calibrate.BUDGET = 60.0
 forward = AttachedModel.forward
 
 def slow(self, block, cache):
@@ -193,7 +195,7 @@ def test_ctrl_c_ends_measuring_at_once(verb: str, own_cache: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130 and "Stopped." in rest and "Traceback" not in rest
-        assert time.monotonic() - pressed < 2.5, "the measurement alone takes 3 s"
+        assert time.monotonic() - pressed < 20, "the measurement takes 60 s"
     finally:
         process.kill()
     assert not (own_cache / "costs").exists()
