@@ -20,8 +20,9 @@ def prompt_progress() -> ProgressLine:
 
 
 def cost_progress() -> ProgressLine:
-    """For measuring what a step costs."""
-    return ProgressLine("measuring: {done} of {total} sizes of a step", QUIET_COST_SECONDS)
+    """For measuring what a step costs, which takes a few seconds: hardly worth a line that stays."""
+    quiet = QUIET_COST_SECONDS if sys.stderr.isatty() else SECONDS_BETWEEN
+    return ProgressLine("measuring: {done} of {total} sizes of a step", quiet)
 
 
 class ProgressLine:

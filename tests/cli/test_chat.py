@@ -136,7 +136,7 @@ def test_options_that_are_no_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/layout cubic", "unknown layout 'cubic': choose one of auto, linear, quadratic, plain"),
+        ("/layout cubic", "unknown layout 'cubic': choose one of auto, linear, quadratic, tree, plain"),
         ("/sats", "no command /sats: did you mean /stats?"),
         ("/xyz", "choose one of /stats, /color, /layout, /save, /reset, /help, /quit"),
         ("/stats", "there is no answer yet"),

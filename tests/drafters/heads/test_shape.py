@@ -399,7 +399,7 @@ def test_a_run_goes_on_after_a_stop(tmp_path: Path) -> None:
 
 def test_costs_are_measured_with_taps(every: Path) -> None:
     model = tiny_model("qwen3", seed=3)
-    assert measure(attach(model, load_folder(every, model)[0])).draft >= 0
+    assert (measure(attach(model, load_folder(every, model)[0]), 60.0).draft or 0.0) > 0
 
 
 def test_the_speculators_layout_has_no_place_for_them(tmp_path: Path, every: Path) -> None:
