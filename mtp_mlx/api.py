@@ -150,6 +150,7 @@ def load(
     texts = registry.open_texts(drafter_options, context)
     attached = attach(base, source, _kernels(base, source, peers or Peers(), exact), exact)
     attached.peers, attached.text_source = peers or Peers(), texts
+    _same_texts(attached)
     if source is not None:  # once here, instead of casting every factor in every pass
         source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
@@ -157,6 +158,14 @@ def load(
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
+
+
+def _same_texts(attached: AttachedModel) -> None:
+    """Raises MTPError if processes that share a model draft from different texts: their passes would differ."""
+    if not attached.peers.alone:
+        texts = attached.text_source
+        held = {"what `memory` holds": None if texts is None else texts.fingerprint()}
+        attached.peers.must_agree(held, "give all of them the same file")
 
 
 def _kernels(base: Any, source: Any, peers: Peers, exact: bool) -> Dispatcher | None:

@@ -1,7 +1,7 @@
 """What each process of `tests/test_distributed_generate.py` does: generates with every request of a JSON file.
 
-A request is {"adapter": folder or null, "emit": ..., and arguments of `stream_generate`}. Each process prints a JSON
-object: its rank, a list of token ids per request, and the parts of the model that it has.
+A request is {"adapter": folder or null, "memory": file, "emit": ..., and arguments of `stream_generate`}. Each
+process prints a JSON object: its rank, a list of token ids per request, and the parts of the model that it has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def answers(model: str, requests: list[dict[str, Any]], peers: Peers) -> dict[st
     tokens, accepted, size = [], [], 0
     for request in requests:
         wanted = dict(request)
-        attached, tokenizer = load(model, wanted.pop("adapter"), peers=peers)
+        attached, tokenizer = load(
+            model, wanted.pop("adapter"), peers=peers, memory=wanted.pop("memory", None)
+        )
         wanted["sampling"] = SamplingConfig(**wanted.pop("sampling", {}))
         wanted["emission"] = Emission(wanted.pop("emit", "verified"))
         found = list(stream_generate(attached, tokenizer, "The sky is", 14, **wanted))

@@ -9,11 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from mtp_mlx.api import _same_texts, load
 from mtp_mlx.cli import main
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import LedPolicy, led, led_policy
@@ -25,14 +27,19 @@ from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
 from mtp_mlx.drafters.heads.folder import save as save_heads
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
+from mtp_mlx.drafters.memory.memory_file import MemoryFile
+from mtp_mlx.drafters.memory.source import Memory
+from mtp_mlx.drafters.memory.vocabulary import vocabulary_fingerprint
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
 from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
 from mtp_mlx.model.sharded import shard
 from tests.decode.fakes import PlainWatching, random_adapter
 from tests.drafters.heads.test_mtp_head import random_heads
+from tests.drafters.memory.tables import memory_of
 from tests.launched import Launched
 from tests.sharded_script import answers
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import VOCABULARY, save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = MTPHeads(random_heads(base, 3, convention).heads, convention)
     info = heads_header(HeadsConfig(convention, [dict(LAST_LAYER)] * 3), "tiny", base_fingerprint(base))
     save_heads(root / "heads", heads, info)
+    known = np.random.default_rng(0).integers(0, VOCABULARY, 3000).tolist()
+    memory_of(root / "a.mem", [(known, 0)], vocabulary_fingerprint(load(str(root / "llama"), None)[1]))
     return root
 
 
@@ -67,6 +76,7 @@ def requests(folder: Path) -> list[dict[str, Any]]:
         {"adapter": slots, "layout": "quadratic", "slots": 2, "sampling": sampled, "lookup": True},
         {"adapter": slots, "emit": "static", "slots": 2},  # the drafts themselves, so LoRA is in the text
         {"adapter": heads, "layout": "linear", "sampling": sampled},
+        {"adapter": None, "layout": "tree", "memory": str(folder / "a.mem"), "sampling": sampled},
         {"adapter": slots, "layout": "auto"},
     ]
 
@@ -107,7 +117,7 @@ def test_a_shared_model_writes_the_same_tokens(folder: Path, tmp_path: Path) -> 
         assert one["tokens"] == alone["tokens"]
         assert one["bytes"] < 0.6 * alone["bytes"]
     assert found[0]["accepted"] == found[1]["accepted"]
-    assert found[0]["accepted"][:6] == alone["accepted"][:6]  # drafts too; auto plans by measured time
+    assert found[0]["accepted"][:7] == alone["accepted"][:7]  # drafts too; auto plans by measured time
     assert alone["accepted"][4] > 0 and len(set(alone["tokens"][4])) > 4
     assert alone["tokens"][3] != alone["tokens"][2] != alone["tokens"][4]
 
@@ -179,3 +189,24 @@ def test_the_first_process_decides() -> None:
     assert led_policy(own, Peers()) is own and led_policy(own, follower) is not own
     values = mx.array([1, 2])
     assert led(Peers(), values) is values
+
+
+def test_different_memories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their drafts would differ, and so would the rows of the processes' passes."""
+    files = [memory_of(tmp_path / f"{n}.mem", [([1, 2, n], 0)]) for n in (3, 4)]
+    model = attach(tiny_model("llama", seed=3))
+    model.peers = Peers(rank=0, size=2)
+    texts = [Memory(file, VOCABULARY) for file in files]
+    others: list[Any] = [texts[1]]
+
+    def gather(_: Peers, value: Any) -> list[Any]:
+        theirs = None if others[0] is None else others[0].fingerprint()
+        return [value, {"what `memory` holds": theirs}]
+
+    monkeypatch.setattr(Peers, "gather", gather)
+    for own, other in ((texts[0], texts[1]), (None, texts[1]), (texts[0], None)):
+        model.text_source, others[0] = own, other
+        with pytest.raises(MTPError, match="give all of them the same file"):
+            _same_texts(model)
+    model.text_source, others[0] = texts[0], Memory(MemoryFile(files[0].path), VOCABULARY)
+    _same_texts(model)

@@ -59,6 +59,10 @@ class TextSource(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """Tells what it drafts from; processes that share a model must have the same."""
+        ...
+
     def learn(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Is told of an answer that the model gave; learns it only if the user asked for that."""
         ...

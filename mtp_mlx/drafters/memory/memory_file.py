@@ -12,6 +12,7 @@ on reading it. Processes that append take turns, by a lock on a file beside it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -97,6 +98,10 @@ class MemoryFile:
             found.append((key - first, int(self._counts[place])))
             place += 1
         return found
+
+    def fingerprint(self) -> str:
+        """16 hex digits of all of it."""
+        return hashlib.sha256(self._map).hexdigest()[:16]
 
     def table(self) -> Table:
         """All of it, in memory."""

@@ -48,6 +48,10 @@ class Memory:
         """See `TextSource`."""
         return MemoryDrafter(self._file, self._vocab_size, running_text=running_text, branching=branching)
 
+    def fingerprint(self) -> str:
+        """See `TextSource`."""
+        return self._file.fingerprint()
+
     def learn(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """See `TextSource`."""
         if not self._learns or not answer:

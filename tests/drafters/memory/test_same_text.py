@@ -21,6 +21,7 @@ from mtp_mlx.decode.loop import Token, mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, LookupPolicy, Policy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.drafters.memory.memory_file import MemoryFile
 from mtp_mlx.drafters.memory.source import Memory
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.budget import BudgetPolicy
@@ -181,3 +182,25 @@ def test_a_memory_of_the_text_saves_passes(architecture: str, tmp_path: Path) ->
     stats = DecodeStats()
     assert [item.token for item in run(case, truth, tmp_path / "a.mem", stats)] == truth
     assert stats.steps <= 12 and stats.drafted_by["memory"] >= 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_table_holds(seed: int, tmp_path: Path) -> None:
+    """A file whose counts are nonsense, of the right size: worse drafts, the same text."""
+    case = Case(
+        "llama", "", ("fixed", "tree")[seed % 2], (3, 1, 4), 24, SamplingConfig(0.8, seed), 0.0, True, 7
+    )
+    truth, _ = expected(case)
+    path = tmp_path / "a.mem"
+    whole = memory_of(path, [([*case.prompt, *truth], 3)] * 2)
+    rng, content = np.random.default_rng(seed), bytearray(path.read_bytes())
+    start = len(content) - 10 * whole.header.entries
+    keys = np.frombuffer(bytes(content[start : start + 8 * whole.header.entries]), np.uint64).copy()
+    mixed_up = keys ^ rng.integers(0, (1, 1 << 8, 1 << 24, 1 << 63)[seed], len(keys)).astype(np.uint64)
+    counts = rng.integers(0, 1 << 16, len(keys)).astype(np.uint16)  # 0 too, which no table has
+    path.write_bytes(bytes(content[:start]) + mixed_up.tobytes() + counts.tobytes())
+    drafter = Memory(MemoryFile(path), VOCABULARY).open(running_text=True, branching=case.policy == "tree")
+    items = mtp_generate_step(
+        list(case.prompt), case.model(), policy=case.chosen(), lookup=drafter, **case.options()
+    )
+    assert [item.token for item in items] == truth
