@@ -43,7 +43,7 @@ from mtp_mlx.model.block import Block
 from mtp_mlx.model.context import beyond_context
 from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
-from mtp_mlx.models import bundled_adapter, named_adapter, resolve_model
+from mtp_mlx.models import bundled_adapter, bundled_memory, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.text import AnswerText
 from mtp_mlx.token_ids import check_ids
@@ -144,7 +144,8 @@ def load(
     if folder is not None:
         again = partial(load_base, model, quantize, lazy=True) if lazy else None
         source, info = _load_adapter(folder, base, again)
-    context = registry.LoadContext(base, tokenizer, adapter_named=adapter not in ("auto", None))
+    named = adapter not in ("auto", None)
+    context = registry.LoadContext(base, tokenizer, named, bundled_memory(model))
     source = registry.prepare(source, drafter_options, context)
     texts = registry.open_texts(drafter_options, context)
     attached = attach(base, source, _kernels(base, source, peers or Peers(), exact), exact)

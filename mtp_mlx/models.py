@@ -46,6 +46,7 @@ EMBEDDED = {
 # Adapters that ship with the package under a name of their own; {name: folder in `adapters/`}.
 NAMED_ADAPTERS = {"demo-heads": "smollm2-135m-heads"}
 _ADAPTERS = Path(__file__).parent / "adapters"
+_MEMORIES = Path(__file__).parent / "memories"
 WHEEL_VARIABLE = "MTP_MLX_WHEEL"
 # Part of the cached folder's name: raise it when the converter's output changes, so that old caches are not used.
 _CACHE_VERSION = 2
@@ -86,6 +87,12 @@ def bundled_adapter(name: str | Path) -> Path | None:
     """The adapter folder that ships with the package for the embedded model `name`; None for any other model."""
     folder = _ADAPTERS / str(name)
     return folder if str(name) in EMBEDDED and folder.is_dir() else None
+
+
+def bundled_memory(name: str | Path) -> Path | None:
+    """The file of n-grams that ships with the package for the embedded model `name`; None for any other model."""
+    file = _MEMORIES / f"{name}.mem"
+    return file if str(name) in EMBEDDED and file.is_file() else None
 
 
 def named_adapter(adapter: str | Path) -> Path:

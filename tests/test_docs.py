@@ -115,6 +115,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("mtp_mlx.models.embedded_model", lambda *_, **__: model)
     for module in ("mtp_mlx.models", "mtp_mlx.api"):
         monkeypatch.setattr(f"{module}.bundled_adapter", lambda name: home / "adapter" if name == "smollm2-135m" else None)  # fmt: skip  # noqa: E501
+    monkeypatch.setattr("mtp_mlx.api.bundled_memory", lambda name: None)  # of another tokenizer
     monkeypatch.setattr("mtp_mlx.api.named_adapter", lambda name: home / "adapter" if name == "demo-heads" else Path(name))  # fmt: skip  # noqa: E501
     monkeypatch.chdir(home)
     return home

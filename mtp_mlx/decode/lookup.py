@@ -40,7 +40,10 @@ class TextSource(Protocol):
 
     Attributes:
         name: of its drafters.
+        named: whether the user named it; one that was found drafts where lookup does by default.
     """
+
+    named: bool
 
     @property
     def name(self) -> str:

@@ -69,11 +69,13 @@ class LoadContext:
     Attributes:
         model, tokenizer: the bare base model and its tokenizer.
         adapter_named: whether the user named the adapter, rather than `load` finding it.
+        texts: a file that comes with the model for a drafter from text (`Room.beside`), or None.
     """
 
     model: Any
     tokenizer: Any
     adapter_named: bool
+    texts: Path | None = None
 
 
 _SLOTS = "an adapter with slots: name one with `adapter`"

@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 TIE_BOUNDS = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.25}  # logits, by precision, finest first
-PASSES = (2, 3, 4, 5, 8)  # rows of the passes that are compared with passes of one row
+PASSES = (1, 2, 3, 4, 5, 6, 7, 8)  # rows of the passes that are compared with plain decoding's
+VARIED = 32  # tokens of the prompt that are read in such passes too
 MARGIN = 5.0  # standard deviations; the difference of two logits has 1.4
 
 
@@ -101,13 +102,13 @@ def measure_rounding(
     cache: list[Any] | None = None,
     after_pass: Callable[[list[Any]], None] | None = None,
 ) -> Rounding:
-    """Reads a text in passes of one row, as in plain decoding, and in passes of several, as in blocks of drafts.
+    """Reads a text as in plain decoding, and in passes of several rows, as in blocks of drafts.
 
-    It takes about as long as to generate the text twice.
+    It takes about as long as to generate the text four times.
 
     Args:
         model: the bare model, without wrappers.
-        prompt: ids that are read first, all but the last in one pass.
+        prompt: ids before it, at least one; plain decoding reads all but the last in one pass.
         tokens: ids after it.
         cache: an empty prompt cache of another kind than the model's own.
         after_pass: called with the cache after every pass, such as to quantise it.
@@ -115,22 +116,23 @@ def measure_rounding(
     call: Any = model
     cache = make_prompt_cache(model) if cache is None else cache
     after_pass = after_pass or (lambda _: None)
-    rest = [*prompt[-1:], *tokens]
-    if len(prompt) > 1:
-        call(mx.array([list(prompt[:-1])]), cache=cache)
-        after_pass(cache)
-        mx.eval([layer.state for layer in cache])
 
-    def last_logits(rows: int) -> mx.array:
-        own = copy.deepcopy(cache)
-        for start in range(0, len(rest), rows):
-            logits = call(mx.array([rest[start : start + rows]]), cache=own)[0, -1]
+    def read(ids: Sequence[int], rows: int, own: list[Any]) -> mx.array:
+        """[V] logits after ids, which are read in passes of so many rows."""
+        logits = mx.zeros((1,))
+        for start in range(0, len(ids), rows):
+            logits = call(mx.array([list(ids[start : start + rows])]), cache=own)[0, -1]
             after_pass(own)
-            mx.eval(logits)
+            mx.eval(logits, [layer.state for layer in own])
         return logits.astype(mx.float32)
 
-    alone = last_logits(1)
-    moved = max(logits_apart(last_logits(rows), alone) for rows in PASSES)
+    text = [*prompt, *tokens]
+    varied = max(0, len(prompt) - VARIED)  # where the rows of passes begin to vary
+    read(text[:varied], max(1, varied), cache)
+    plainly = copy.deepcopy(cache)
+    read(text[varied : len(prompt) - 1], max(1, len(prompt)), plainly)
+    alone = read(text[len(prompt) - 1 :], 1, plainly)
+    moved = max(logits_apart(read(text[varied:], rows, copy.deepcopy(cache)), alone) for rows in PASSES)
     return Rounding(alone, moved, max(TIE_BOUNDS[coarsest(model)], MARGIN * moved))
 
 

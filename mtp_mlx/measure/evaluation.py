@@ -26,6 +26,7 @@ from mtp_mlx.measure.lanes import Lane
 from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.tau_sweep import own_path
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.context import warn_beyond
 
 PLAIN = Lane("plain", "plain")
 
@@ -164,8 +165,11 @@ class Evaluation:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if self._settings.raw:
-            return encode_prompt(self._tokenizer, prompt.raw)
-        return chat_prompt(self._tokenizer, prompt.text)
+            ids = encode_prompt(self._tokenizer, prompt.raw)
+        else:
+            ids = chat_prompt(self._tokenizer, prompt.text)
+        warn_beyond(self._model.model, len(ids))
+        return ids
 
     def _generate(self, ids: list[int], lane: Lane, max_tokens: int) -> _Generated:
         assert lane.layout is not None

@@ -24,6 +24,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.measure.certificate import Comparison, compare
 from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.context import warn_beyond
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.token_ids import check_ids
 
@@ -122,6 +123,7 @@ class Bench:
         """Ids of a user's message; checked here, since mlx-lm checks nothing."""
         ids = chat_prompt(self._tokenizer, text)
         check_ids(ids, self._model.vocab_size, "the prompt", self._tokenizer)
+        warn_beyond(self._model.model, len(ids))
         return ids
 
     def _generate(self, lane: Lane, ids: list[int], max_tokens: int) -> Timed:

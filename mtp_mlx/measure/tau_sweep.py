@@ -26,6 +26,7 @@ from mtp_mlx.measure.prompts import Prompt
 from mtp_mlx.measure.rows import rounded
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.context import warn_beyond
 from mtp_mlx.planning.tuned import weights_digest
 
 LOGIT_ROWS = 256  # rows whose logits over the whole vocabulary are in memory at once
@@ -131,8 +132,11 @@ class TauSweep:
 
     def _ids(self, question: Prompt) -> list[int]:
         if self._settings.raw:
-            return encode_prompt(self._tokenizer, question.raw)
-        return chat_prompt(self._tokenizer, question.text)
+            ids = encode_prompt(self._tokenizer, question.raw)
+        else:
+            ids = chat_prompt(self._tokenizer, question.text)
+        warn_beyond(self._model.model, len(ids))
+        return ids
 
     def _generate(self, prompt: list[int], tau: float | None) -> tuple[list[int], str, DecodeStats]:
         """Greedy ids, their text, and counts."""

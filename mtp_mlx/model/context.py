@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mtp_mlx.files import warn_once
+
 
 def context_length(model: Any) -> int | None:
     """The context length in the configuration of an mlx-lm model, in tokens, or None if it has none."""
@@ -27,3 +29,9 @@ def beyond_context(model: Any, tokens: int) -> str | None:
         f"the prompt has {tokens:,} tokens, but the model's context is {most:,} (max_position_embeddings): "
         "the text may be poor; shorten the prompt"
     )
+
+
+def warn_beyond(model: Any, tokens: int) -> None:
+    """Logs `beyond_context` of the first prompt that is too long, where many prompts are run."""
+    if note := beyond_context(model, tokens):
+        warn_once("context", f"{note} (said of the first such prompt only)")

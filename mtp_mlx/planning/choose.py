@@ -64,9 +64,10 @@ def choose_drafters(
     """
     texts = model.text_source
     if drafter is None:
-        wanted = layout in ("auto", "tree") if lookup is None else lookup
-        alone = (bool(lookup) or texts is not None) and source_of(model) is None  # text needs no adapter
-        return DrafterChoice(own=not alone, lookup=wanted, texts=texts is not None)
+        planned = lookup is None and layout in ("auto", "tree")
+        found = texts is not None and (texts.named or planned)
+        alone = (bool(lookup) or found) and source_of(model) is None  # text needs no adapter
+        return DrafterChoice(own=not alone, lookup=planned or bool(lookup), texts=found)
     if lookup is not None:
         raise MTPError("use `drafter` or `lookup`, not both: leave `lookup` out")
     own, needs = own_name(model), registry.drafter_names()
@@ -133,11 +134,11 @@ def plan_drafting(
         _check_alone(drafter)
         lookup = bool(lookup)  # lookup only if requested
     layout = settled_layout(model, layout, lookup, drafter)
-    given = (drafts, lookup, drafter, model.text_source, emission)
-    if layout == "auto" and given == (None, None, None, None, Emission()):
-        if tuned := recall(model):
-            layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
-            stats.tuned = tuned.description
+    named = model.text_source is not None and model.text_source.named
+    free = not named and (drafts, lookup, drafter, emission) == (None, None, None, Emission())
+    if layout == "auto" and free and (tuned := recall(model)):
+        layout, drafts, drafter, rows = tuned.layout, tuned.drafts, tuned.drafter, tuned.rows
+        stats.tuned = tuned.description
     chosen = choose_drafters(model, drafter, lookup, layout)
     if layout == "auto" and emission == Emission() and not prepare_costs(model, max_tokens):
         layout = "plain"
@@ -152,7 +153,7 @@ def plan_drafting(
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     if chosen.texts and policy.max_drafts and emission.lossless:
         return Drafting(policy, model.text_source.open(running_text=running_text, branching=layout == "tree"))
-    if chosen.texts:
+    if chosen.texts and named:
         stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
 

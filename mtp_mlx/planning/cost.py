@@ -48,6 +48,7 @@ class StepCost:
         plain: seconds of a plain step that overlaps with the host, at the short and then the long context, as far
             as measured.
         lead: rows at the start of every slot group that draft nothing.
+        saved_up: seconds that runs have saved up for measuring the rest.
     """
 
     rows: tuple[int, ...]
@@ -59,6 +60,7 @@ class StepCost:
     draft: float | None
     plain: tuple[float, ...]
     lead: int = 0
+    saved_up: float = 0.0
 
     def seconds(self, layout: Layout, context: int) -> float:
         """Seconds of a step in `layout` with `context` cached tokens."""

@@ -1,7 +1,8 @@
 """Times the steps of a model for `StepCost`, in about the seconds that it is given, however slow a step is.
 
 The sizes that matter most come first. Each is timed if its likely time is left; the others may be timed later, by
-going on with what is known.
+going on with what is known. The machine may be busier then, or less: a step of one row is timed again, and what is
+known is brought to the new pace.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ REAL_ROWS = (1, 4, 16, 2, 8, 24, 3, 6, 12)  # in order of their worth
 SLOT_ROWS = (4, 12, 1, 20, 2, 8)  # the same, without lead rows, which draft nothing
 SHORT_CONTEXT, LONG_CONTEXT = 1, 768
 REPEATS = 3
-ROOM = 8  # a size is timed again only if the budget has room for this many more of its runs
+ROOM = 20  # a size is timed again only if the budget has room for this many more of its runs
+PLAIN_STEPS = 6  # that are timed with that room; two without
 
 Progress = Callable[[int, int], None]
 
@@ -49,6 +51,8 @@ def measure(
     """
     budget = _Budget(model.peers, seconds)
     timer = _Timer(model, budget, known)
+    if known is not None:
+        timer.keep_pace()
     sizes = list(timer.missing())
     for done, size in enumerate(sizes, start=1):
         if budget.affords(size.estimate()):
@@ -62,7 +66,7 @@ def seconds_to_go_on(model: AttachedModel, known: StepCost) -> float | None:
     """Least seconds in which something that is not `known` can be measured; None if everything is."""
     sizes = _Timer(model, _Budget(model.peers, 0.0), known).missing()
     estimates = [size.estimate() for size in sizes]
-    return min(estimates) + known.short[0] if estimates else None  # a session begins with a step
+    return min(estimates) + 2 * known.short[0] if estimates else None  # the prompt, and `keep_pace`
 
 
 class _Budget:
@@ -129,6 +133,16 @@ class _Timer:
                 self._blocks[slot_rows] = rows, surcharge[slot_rows] + _interpolated(self._short, rows)
         self._draft, self._plain = known.draft, known.plain
 
+    def keep_pace(self) -> None:
+        """Times a step of one row again, and brings all that is known to the pace of now."""
+        once = _Budget(self._model.peers, 0.0)
+        pace = _seconds(self._session, Layout(0, (0,)), once) / self._short[1]
+        for times in (self._short, self._growth):
+            times.update({rows: pace * seconds for rows, seconds in times.items()})
+        self._blocks = {count: (rows, pace * seconds) for count, (rows, seconds) in self._blocks.items()}
+        self._draft = None if self._draft is None else pace * self._draft
+        self._plain = tuple(pace * seconds for seconds in self._plain)
+
     def cost(self) -> StepCost:
         """What is known."""
         rows = tuple(sorted(self._short))
@@ -151,7 +165,7 @@ class _Timer:
         """What is not known, in order of its worth."""
         yield from self._real_sizes(REAL_ROWS[:3])
         if not self._plain:
-            yield _Size(lambda: ROOM * self._short[1], self._time_plain)
+            yield _Size(lambda: 4 * self._short[1], self._time_plain)
         if self._slots is not None:
             yield from self._slot_sizes(self._slots)
         elif self._chain is not None and self._draft is None:
@@ -182,7 +196,11 @@ class _Timer:
         return _session(self._model, self._slots, self._prompt[: SHORT_CONTEXT + 1])
 
     def _time_plain(self) -> None:
-        self._plain = (_plain_seconds(self._session),)
+        self._plain = (_plain_seconds(self._session, self._plain_steps(self._short[1])),)
+
+    def _plain_steps(self, seconds: float) -> int:
+        """How many plain steps to time if one takes so long."""
+        return PLAIN_STEPS if self._budget.affords(ROOM * seconds) else 2
 
     def _long_estimate(self) -> float:
         most = max(self._short)
@@ -196,8 +214,9 @@ class _Timer:
                 took = _seconds(session, Layout(rows - 1, (0,) * rows), self._budget)
                 self._growth[rows] = max(0.0, took - self._short[rows])
         if self._plain:
-            affordable = self._budget.affords(ROOM * (self._short[1] + self._growth[1]))
-            longer = _plain_seconds(session) if affordable else self._plain[0] + self._growth[1]
+            likely = self._plain[0] + self._growth[1]
+            affordable = self._budget.affords(4 * likely)
+            longer = _plain_seconds(session, self._plain_steps(likely)) if affordable else likely
             self._plain = (self._plain[0], max(self._plain[0], longer))
 
     # --- slot rows ------------------------------------------------------------------------------------------
@@ -294,7 +313,7 @@ def _ignore(result: object) -> None:
     """Makes an action of a call whose result is of no interest."""
 
 
-def _plain_seconds(session: Session, steps: int = 6) -> float:
+def _plain_seconds(session: Session, steps: int) -> float:
     """Seconds of a plain step that starts before the previous one is read; the text grows by a few tokens."""
     ahead = session.plain_pass(mx.array([1], dtype=mx.int32), 0)[0]
     mx.async_eval(ahead)

@@ -266,6 +266,7 @@ def generate_answers(
     """
     from mlx_lm.generate import BatchGenerator
 
+    from mtp_mlx.model.context import warn_beyond
     from mtp_mlx.model.seams import embedding_rows
 
     vocab_size = embedding_rows(model)
@@ -283,10 +284,9 @@ def generate_answers(
             while waiting and len(active) < 2 * settings.batch_size:  # the rest need no cache yet
                 prompt = waiting.popleft()
                 sampler = _sampler(settings, prompt)
-                (uid,) = batch.insert(
-                    [encode_prompt(prompt, tokenizer, vocab_size)],
-                    samplers=None if sampler is None else [sampler],
-                )
+                ids = encode_prompt(prompt, tokenizer, vocab_size)
+                warn_beyond(model, len(ids))
+                (uid,) = batch.insert([ids], samplers=None if sampler is None else [sampler])
                 active[uid] = (prompt, [])
             responses = batch.next_generated()
             on_tokens(len(responses))

@@ -86,6 +86,7 @@ def empty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     monkeypatch.setattr(calibrate, "_measured", {})
     monkeypatch.setattr(calibrate, "_gone_on", set())
+    monkeypatch.setattr(calibrate, "_saved_up", set())
 
 
 def options(folder: Path, base: str, drafter: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from mtp_mlx import files
 from mtp_mlx.cli import main
 from tests.tiny import never_end, save_tiny
 
@@ -48,3 +49,25 @@ def test_chat(model: Path, tmp_path: Path) -> None:
     assert result.stderr.count(NOTE) == 1
     before, _, after = result.output.partition(NOTE)
     assert before.count("Cut off after 4 tokens") == 1 and after.count("Cut off after 4 tokens") == 2
+
+
+@pytest.mark.parametrize("verb", ["bench", "eval", "tune", "distill"])
+def test_verbs_that_run_many_prompts(
+    verb: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the first that is too long, in the log."""
+    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_warned", {})
+    rows = [{"prompt": "the " * count} for count in (1, 60, 70)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"eval": "-q"}.get(verb, "-p")
+    own = {
+        "bench": ["-n", "4", "--layout", "plain"],
+        "distill": ["--max-tokens", "4", "-o", str(tmp_path / "out.jsonl")],
+    }.get(verb, ["-n", "4"])
+    adapter = [] if verb == "distill" else ["-a", "none"]
+    words = [verb, "-m", str(model), *adapter, prompts, str(tmp_path / "prompts.jsonl"), *own]
+    with caplog.at_level("WARNING", "mtp_mlx"):
+        result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert caplog.text.count("the model's context is 40") == 1

@@ -15,17 +15,21 @@ from mtp_mlx.train.memory import parsed_size
 
 
 def open_texts(options: MemoryLoading, learning: MemoryLearning, context: LoadContext) -> Memory | None:
-    """The memory that the options name, or None; one that is to learn is made if there is no such file.
+    """The memory that the options name, or that comes with the model; None if there is none.
+
+    One that is to learn is made if there is no such file.
 
     Raises:
         MTPError: if the file cannot be read, belongs to another tokenizer, or is to learn and cannot be written, or
             if nothing is named that could learn.
     """
-    if options.memory in (None, OFF):
-        if learning.memory_learn:
-            raise MTPError("`memory_learn` needs a file to learn into: name it with `memory`")
+    named = options.memory not in (None, OFF)
+    if learning.memory_learn and not named:
+        raise MTPError("`memory_learn` needs a file to learn into: name it with `memory`")
+    path = user_path(str(options.memory)) if named else context.texts
+    if path is None or options.memory == OFF:
         return None
-    path, vocabulary = user_path(str(options.memory)), vocabulary_fingerprint(context.tokenizer)
+    vocabulary = vocabulary_fingerprint(context.tokenizer)
     if (
         learning.memory_learn
     ):  # now, so that a file that cannot be written is refused before there are answers
@@ -33,4 +37,4 @@ def open_texts(options: MemoryLoading, learning: MemoryLearning, context: LoadCo
     file = MemoryFile(path)
     check_vocabulary(file, vocabulary)
     rows, _ = embedding_shape(find_seams(context.model).embedding)
-    return Memory(file, rows, learns=learning.memory_learn)
+    return Memory(file, rows, named=named, learns=learning.memory_learn)

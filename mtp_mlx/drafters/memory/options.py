@@ -16,10 +16,13 @@ class MemoryLoading:
     """What a model may draft with beside its own drafter.
 
     Attributes:
-        memory: a file of `mtp-mlx remember`; None or "off" for none.
+        memory: a file of `mtp-mlx remember`; None for the one that comes with the model, if there is one, and "off"
+            for none.
     """
 
-    memory: str | None = setting(None, help="Draft from this file of mtp-mlx remember, or 'off'")
+    memory: str | None = setting(
+        None, help="Draft from this file of mtp-mlx remember, or 'off' (default: the bundled one)"
+    )
 
 
 @dataclass(frozen=True)

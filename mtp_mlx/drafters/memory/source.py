@@ -27,6 +27,7 @@ class Memory:
     Args:
         file: of the model's tokenizer.
         vocab_size: V, rows of the model's embedding.
+        named: see `TextSource`.
         learns: whether answers are added to the file.
 
     Attributes:
@@ -35,8 +36,11 @@ class Memory:
 
     name = NAME
 
-    def __init__(self, file: MemoryFile, vocab_size: int, *, learns: bool = False) -> None:
+    def __init__(
+        self, file: MemoryFile, vocab_size: int, *, named: bool = True, learns: bool = False
+    ) -> None:
         self._file, self._vocab_size, self._learns = file, vocab_size, learns
+        self.named = named
         self._texts, self._thread = Texts(), threading.Thread()
         self.learnt = 0
 
