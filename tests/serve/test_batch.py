@@ -19,7 +19,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import DecodeLoop, mtp_generate_step, open_loop
-from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
@@ -414,7 +414,7 @@ def test_options_become_what_a_batch_drafts_with() -> None:
 def test_a_sequence_s_keys_are_in_one_place() -> None:
     """Joining does not keep a second copy."""
     model = attached("llama")
-    session = Session(model, mock.Mock(history_size=0), [1, 2, 3], model.make_cache(), CacheSettings())
+    session = Session(model, Picker(), [1, 2, 3], model.make_cache(), CacheSettings())
     session.prefill()
     Batch(model, plan_for("plain", 0, False)).join(session, mock.Mock())
     assert session.cached == 0
