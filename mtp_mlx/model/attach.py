@@ -67,8 +67,6 @@ class AttachedModel:
         kernels: kernels that may run in place of stock MLX, or None.
         exact: whether rows of decoding steps are computed as in plain decoding, bit for bit.
         branches: why drafts may have no branches (`mtp_mlx.model.branches`), "" if they may, None if not known yet.
-        reads_places: what the model does by a row's place in the pass rather than by its position, so that rows must
-            be in the order of the text; "" if it does nothing so.
     """
 
     def __init__(
@@ -95,7 +93,6 @@ class AttachedModel:
         self._rows = RowContext(kernels=self.kernels, exact=exact)
         self._hook: Callable[[], Any] | None = None
         self._embed = seams.embedding
-        self.reads_places = reads_places(seams.trunk)
         self._token_tables = token_tables(seams.trunk, seams.embedding_name)
         self._recurrent = is_recurrent(make_prompt_cache(model))
         self.vocab_size, self.hidden_size = embedding_shape(self._embed)

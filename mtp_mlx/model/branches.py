@@ -36,8 +36,6 @@ def why_no_branches(model: AttachedModel) -> str:
 def _reason(model: AttachedModel) -> str:
     if model.why_chains:
         return f"drafts without branches: {model.why_chains}"
-    if model.reads_places:
-        return f"drafts without branches: this model {model.reads_places}"
     if _numbers_rows(model):
         return "drafts without branches: this model numbers the rows of a pass by itself"
     model.place_rows()

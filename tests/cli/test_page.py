@@ -109,6 +109,7 @@ FIRST_MISTAKES: dict[str, tuple[list[str], str]] = {
     "push": (["./nowhere", "someone/adapter"], "nowhere is not a folder"),
     "pull": (["adapter"], "give OWNER/NAME"),
     "train": (["--out", "adapter"], "--data is missing"),
+    "remember": (["none.jsonl", "--out", "x.mem"], "none.jsonl"),
     "distill": (["--out", "answers.jsonl"], "--prompts is missing"),
     "convert": (["none.gguf", "out"], "none.gguf"),
     "info": (["nowhere"], "nowhere does not exist"),

@@ -25,9 +25,8 @@ def test_models_with_rotary_embeddings_take_branches(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(BY_THEMSELVES & {*SPECIFIC}))
 def test_models_that_number_rows_are_found(name: str) -> None:
     model = attach(tiny_model(name, seed=3))
-    assert ("by their place in a pass" in why_no_branches(model)) == (name == "ministral3")
-    model.reads_places, model.branches = "", None
-    assert "numbers the rows of a pass by itself" in why_no_branches(model)
+    said = "by their place in a pass" if name == "ministral3" else "numbers the rows of a pass by itself"
+    assert said in why_no_branches(model) and branches._numbers_rows(model)
 
 
 def test_what_the_source_does_not_tell_a_small_tree_does(monkeypatch: pytest.MonkeyPatch) -> None:
