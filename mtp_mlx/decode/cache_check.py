@@ -114,7 +114,7 @@ def _attends_quantised(model: AttachedModel, bits: int, group_size: int) -> bool
     if model not in _attends:
         before = model.head_input
         cache = [
-            layer.to_quantized(group_size, bits) if isinstance(layer, KVCache) else layer
+            layer.to_quantized(group_size=group_size, bits=bits) if isinstance(layer, KVCache) else layer
             for layer in model.make_cache()
         ]
         try:

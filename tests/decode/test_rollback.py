@@ -24,6 +24,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mtp_mlx.decode.cache_check import check_quantisation
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy
@@ -165,6 +166,7 @@ def test_ctrl_c_while_the_cache_is_quantised(moment: int, monkeypatch: pytest.Mo
         return to_quantized(self, **options)
 
     cache = make_prompt_cache(plain)
+    check_quantisation(model, cache, KV["kv_bits"], KV["kv_group_size"])  # tried once a model
     monkeypatch.setattr(KVCache, "to_quantized", cut_short)
     lookup = KnowingLookup(truth, len(PROMPT), (False,))
     with pytest.raises(KeyboardInterrupt):

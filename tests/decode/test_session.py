@@ -12,8 +12,9 @@ from mtp_mlx.decode.loop import speculative_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.attach import attach
 from tests.decode.fakes import KnowingDrafter, attached
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, tiny_model
 
 QUANTISABLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 PROMPT = [3, 1, 4, 1, 5]
@@ -129,12 +130,13 @@ def test_bad_prompts(prompt: list[int], message: str) -> None:
 
 
 def test_caches_that_cannot_give_rows_back_are_refused() -> None:
-    model = attached("llama")
-    batch = ArraysCache(2, left_padding=[0])
-    for caches, message in [
-        ([ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot be rolled back"),
-        ([KVCache(), RotatingKVCache(8, keep=4)], "layer 1: its RotatingKVCache keeps the first 4 tokens"),
-        ([batch, KVCache()], "ArraysCache belongs to a padded batch"),
+    llama, hybrid = attached("llama"), attach(tiny_model("qwen3_next", seed=3))
+    padded = [ArraysCache(2, left_padding=[0]), *hybrid.make_cache()[1:]]
+    for model, caches, message in [
+        (llama, [ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot be rolled back"),
+        (llama, [KVCache(), RotatingKVCache(8, keep=4)], "its RotatingKVCache keeps the first 4 tokens"),
+        (llama, [ArraysCache(2), KVCache()], "layer 0 of `prompt_cache` is of another kind of model"),
+        (hybrid, padded, "ArraysCache belongs to a padded batch"),
     ]:
         given = list(caches)
         with pytest.raises(MTPError, match=message):
