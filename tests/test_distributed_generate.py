@@ -176,7 +176,7 @@ class Told(Peers):
 def test_the_first_process_decides() -> None:
     proposals = [Proposal.chain("slots", [1, 2, 3], [0.5] * 3), Proposal.chain("lookup", [7, 8], [1.0, 1.0])]
     follower = Told(rank=1, size=2)
-    follower.__dict__["said"] = ["lookup", 1, 1, (2, 3), 0]
+    follower.__dict__["said"] = ["lookup", [7], [-1], [1.0], [], 1, [2, 3], 0, [], 1]
     policy = LedPolicy(FixedPolicy("plain", 0), follower)
     assert policy.choose(proposals) == (Proposal.chain("lookup", [7], [1.0]), Layout(1, (2, 3)))
     follower.__dict__["said"] = True
