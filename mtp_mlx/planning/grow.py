@@ -123,7 +123,7 @@ class TreePolicy:
         self._worth = list(
             accumulate((min(1.0, BRANCHES_HELP * value) for value in known), lambda a, b: a * b)
         )
-        self._width = max(2, min(MOST_CANDIDATES, rows // 2))
+        self._width = max(2, min(MOST_CANDIDATES, rows // 2)) if positions else 1
 
     def begin(self, context: int) -> None:
         """Nothing to plan."""

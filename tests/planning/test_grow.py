@@ -97,3 +97,11 @@ def test_a_policy_never_asks_for_more_rows(rows: int) -> None:
         Proposal("heads"),
         Layout(0, (0,), 4, width=layout.width),
     )
+
+
+def test_without_drafts_and_drafter_a_step_is_a_plain_one() -> None:
+    """So that the loop runs ahead of the host, as in plain decoding."""
+    policy = TreePolicy(8, 0, [], places_slots=False)
+    assert policy.choose([Proposal("")])[1] == Layout.plain()
+    proposal, layout = policy.choose([Proposal(""), Proposal.chain("lookup", [5, 6], [0.9, 0.9])])
+    assert layout == Layout(2, (0, 0, 0)) and proposal.drafts == [5, 6]
