@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from mtp_mlx.model.cache import BlockCache
 from mtp_mlx.model.rows import RowContext
@@ -57,7 +57,12 @@ def scaled_dot_product_attention(
 def _holds(cache: Any, keys: Any) -> bool:
     """Whether a cache holds as many rows as are attended to: some layers attend to those of another layer."""
     rows = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
-    return cache.keys is not None and int(cache.offset) == rows
+    if cache.keys is None:
+        return False
+    held = (
+        cache.size() if isinstance(cache, BatchKVCache) else cache.offset
+    )  # a batch has an offset per sequence
+    return int(held) == rows
 
 
 def _by_kernel(queries: mx.array, cache: Any, rows: RowContext, scale: float) -> mx.array | None:
