@@ -418,10 +418,3 @@ def test_a_sequence_s_keys_are_in_one_place() -> None:
     session.prefill()
     Batch(model, plan_for("plain", 0, False)).join(session, mock.Mock())
     assert session.cached == 0
-
-
-def test_sequences_share_passes_beside_a_model_whose_attention_is_replaced() -> None:
-    """An exact model replaces the attention function of its architecture for as long as it lives."""
-    exact = attach(tiny_model("llama", seed=4), exact=True)
-    assert why_not_batch(attach(tiny_model("llama", seed=3))) == ""
-    exact.detach()

@@ -9,11 +9,12 @@ from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
-from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.serve.batch import Batch
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.serve.batch import Batch, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan
 from tests.decode.fakes import attached
 from tests.drafters.heads.test_chain import model_with_heads
+from tests.tiny import tiny_model
 
 PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
 
@@ -58,3 +59,10 @@ def test_plain_sequences_draft_where_they_share_passes(kind: str) -> None:
         plain = mtp_generate_step(prompt, model, max_tokens=len(own))
         assert own == [token.token for token in plain]
         assert stats.submitted_by[kind] > 0
+
+
+def test_sequences_share_passes_beside_a_model_whose_attention_is_replaced() -> None:
+    """An exact model replaces the attention function of its architecture for as long as it lives."""
+    exact = attach(tiny_model("llama", seed=4), exact=True)
+    assert why_not_batch(attach(tiny_model("llama", seed=3))) == ""
+    exact.detach()
