@@ -1,4 +1,4 @@
-"""Proves that sequences can draft in shared passes although each alone would decode plainly, as after `tune`."""
+"""Proves that sequences can share passes where each alone would decode plainly, and beside replaced attention."""
 
 from __future__ import annotations
 
