@@ -112,7 +112,8 @@ class Batch:
     def step(self) -> list[list[Token]]:
         """Run one pass over all members; returns the tokens that each commits, in the order of `members`."""
         offered = [
-            preferred(member.loop.proposals(self._plan.max_drafts)).chained() for member in self.members
+            preferred([one.chained() for one in member.loop.proposals(self._plan.max_drafts)])
+            for member in self.members
         ]
         starts = [member.session.next_position - 1 for member in self.members]
         layout = self._plan.choose([len(proposal.drafts) for proposal in offered], starts)

@@ -198,6 +198,7 @@ def test_a_vocabulary_of_any_stated_size_that_fits_is_converted(tmp_path: Path) 
         convert_gguf(
             write_model(tmp_path / "m.gguf", metadata={"llama.vocab_size": size}).path, tmp_path / f"out{i}"
         )
+        assert json.loads((tmp_path / f"out{i}" / "config.json").read_text())["vocab_size"] == N
 
 
 def test_tokens_that_are_no_text_are_refused(tmp_path: Path) -> None:
