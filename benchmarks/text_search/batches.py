@@ -10,7 +10,7 @@ from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.planning.budget import Experience
+from mtp_mlx.planning.experience import Experience
 from mtp_mlx.serve.batch import Batch, Member
 from mtp_mlx.serve.batch_plan import BatchPlan, batch_drafting
 from text_search import models

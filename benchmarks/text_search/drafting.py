@@ -128,7 +128,7 @@ class MixedPolicy:
         self.verdict = ""
         self._slots, self._rng = case.has_slots, np.random.default_rng(seed)
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -144,7 +144,7 @@ class MixedPolicy:
             return best, Layout.tree(parents, behind, int(self._rng.integers(1, 4)))
         return best, Layout(count, (0,) * (count + 1), behind[0], parents)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
@@ -161,16 +161,16 @@ class _SteadyPolicy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """See `Policy`."""
-        self._policy.observe(proposal, layout, n_accepted, COST.seconds(layout, 0))
+        self._policy.observe(proposal, layout, tokens, COST.seconds(layout, 0))
 
 
 def _text_drafter(case: Case, truth: Sequence[int], n_prompt: int) -> TextDrafter:
     if case.lookup == "knowing":
         return KnowingLookup(truth, n_prompt, case.sampling.seed)
     if case.lookup == "memory":
-        return MemoryDrafter(None, VOCABULARY, branching=case.layout in ("tree", "mixed"))
+        return MemoryDrafter(None, VOCABULARY, branching=case.layout in ("auto", "tree", "mixed"))
     return LookupDrafter(3, 1)
 
 

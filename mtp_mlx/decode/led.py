@@ -40,10 +40,10 @@ class LedPolicy:
         """See `Policy`."""
         return self._own.verdict
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """See `Policy`."""
         if self._peers.leads:
-            self._own.begin(context)
+            self._own.begin(context, branches=branches)
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
         """See `Policy`; the proposals are the same in every process."""
@@ -58,10 +58,10 @@ class LedPolicy:
             drafts, tuple(slots), chain, tuple(branches), width
         )
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """See `Policy`."""
         if self._peers.leads:
-            self._own.observe(proposal, layout, n_accepted, seconds)
+            self._own.observe(proposal, layout, tokens, seconds)
 
     def interrupts_plain(self) -> bool:
         """See `Policy`."""

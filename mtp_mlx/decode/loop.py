@@ -238,7 +238,8 @@ class DecodeLoop:
 
     def tokens(self) -> Generator[Token, None, None]:
         """Yields tokens up to max_tokens; the consumer closes the generator to stop earlier."""
-        self._policy.begin(self._session.next_position - 1)
+        branches = self._policy.max_drafts > 0 and not self._session.why_chains
+        self._policy.begin(self._session.next_position - 1, branches=branches)
         while self._left() > 0 and not self.leaving:
             started = time.perf_counter()
             proposal, layout = self._plan()
@@ -281,7 +282,7 @@ class DecodeLoop:
     def _step(self, proposal: Proposal, layout: Layout, started: float) -> Generator[Token, None, None]:
         drafts = proposal.drafts[: layout.drafts]
         result = speculative_step(self._session, layout, drafts)
-        self._policy.observe(proposal, layout, result.n_accepted, time.perf_counter() - started)
+        self._policy.observe(proposal, layout, result.tokens, time.perf_counter() - started)
         yield from self.take(proposal, layout, result)
 
     def take(self, proposal: Proposal, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
@@ -305,18 +306,19 @@ class DecodeLoop:
         ahead = session.plain_pass(mx.array(session.tokens[-1:], dtype=mx.int32), 0)
         mx.async_eval(ahead[0])
         self._proposal = Proposal(self._own)
-        last = False
+        last = planned = False  # the plan that led here was for the same text
         while not last:
             pick, logits = ahead
             last = self.leaving or self._left() <= 1
-            last = last or self._policy.interrupts_plain() or self._lookup_wanted()
+            last = last or self._policy.interrupts_plain() or (planned and self._lookup_wanted())
+            planned = True
             if not last:
                 ahead = session.plain_pass(pick, 1)
                 mx.async_eval(ahead[0])
             token = int(cast(int, pick.item()))
             session.tokens.append(token)
             self._stats.record(Layout.plain(), [0], [])
-            self._policy.observe(self._proposal, Layout.plain(), 0, time.perf_counter() - started)
+            self._policy.observe(self._proposal, Layout.plain(), [token], time.perf_counter() - started)
             if self._lookup is not None:
                 self._lookup.extend([token])
             self._count_yield()

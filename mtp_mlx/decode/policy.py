@@ -94,11 +94,12 @@ class Policy(Protocol):
         """A sentence on what it found out, for people; empty if there is none."""
         ...
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Called before the first step it chooses, and again after steps chosen elsewhere.
 
         Args:
             context: tokens in the cache.
+            branches: whether this sequence can verify drafts with branches.
         """
         ...
 
@@ -106,8 +107,15 @@ class Policy(Protocol):
         """The proposal to verify and the layout; proposals[0] is from the model's own drafter, and may be empty."""
         ...
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
-        """Called after every step with the number of accepted drafts and the seconds the step took."""
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
+        """Called after every step with the tokens that it committed and the seconds that it took.
+
+        Args:
+            proposal: as chosen.
+            layout: as chosen.
+            tokens: the accepted drafts and the target's own pick.
+            seconds: of the step.
+        """
         ...
 
     def interrupts_plain(self) -> bool:
@@ -132,7 +140,7 @@ class FixedPolicy:
         self.max_drafts = self.own_drafts = 0 if name == "plain" else slots
         self.verdict = ""
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -143,7 +151,7 @@ class FixedPolicy:
         build = Layout.linear if self.name == "linear" else Layout.quadratic
         return best, build(len(best.drafts), self.slots)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
@@ -161,7 +169,7 @@ class ConfidencePolicy:
         self._fixed, self._tau = fixed, tau
         self.max_drafts, self.own_drafts, self.verdict = fixed.max_drafts, fixed.own_drafts, ""
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -169,7 +177,7 @@ class ConfidencePolicy:
         own, *others = proposals
         return self._fixed.choose([own.cut(sure_run(own.confidences, self._tau)), *others])
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
@@ -187,7 +195,7 @@ class ChainPolicy:
         self.max_drafts = self.own_drafts = drafts
         self.verdict = ""
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -195,7 +203,7 @@ class ChainPolicy:
         best = preferred(proposals).cut(self.max_drafts)
         return best, Layout.chained(len(best.drafts), self.own_drafts)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:
@@ -209,7 +217,7 @@ class LookupPolicy:
     def __init__(self, drafts: int) -> None:
         self.max_drafts, self.own_drafts, self.verdict = drafts, 0, ""
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -217,7 +225,7 @@ class LookupPolicy:
         best = preferred(proposals).cut(self.max_drafts)
         return best, Layout(len(best.drafts), (0,) * (len(best.drafts) + 1))
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:

@@ -66,6 +66,15 @@ class DraftTree:
         return depths_of(self.parents)
 
     @property
+    def first_choices(self) -> list[bool]:
+        """[n] whether a node is the likeliest that follows its parent; of equally likely ones, the first is."""
+        best: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            if parent not in best or self.chances[node] > self.chances[best[parent]]:
+                best[parent] = node
+        return [best[parent] == node for node, parent in enumerate(self.parents)]
+
+    @property
     def path_chances(self) -> list[float]:
         """[n] the chance that a node and all before it on its path are right."""
         found: list[float] = []

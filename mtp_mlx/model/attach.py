@@ -61,7 +61,7 @@ class AttachedModel:
         precision: of the decoder layers' weights, in words: "bfloat16", "4-bit".
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
-        experience: what earlier generations learnt (`mtp_mlx.planning.budget.Experience`), or None.
+        experience: what earlier generations learnt (`mtp_mlx.planning.experience.Experience`), or None.
         text_source: what drafts from other texts beside the speculator (`mtp_mlx.decode.lookup.TextSource`), or None.
         peers: the processes that share this model, each with a part of it.
         kernels: kernels that may run in place of stock MLX, or None.

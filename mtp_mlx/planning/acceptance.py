@@ -1,18 +1,18 @@
-"""How likely a draft is to be accepted, given its depth and the drafter's confidence, learnt while decoding.
+"""How likely a draft is to be right, given its depth, the drafter's confidence and its rank, learnt while decoding.
 
-Contract: `probability(depth, confidence)` is P(the draft at this depth equals the target's pick, given that all
-earlier drafts did), clipped to [FLOOR, 1 - FLOOR]. Invariant: only drafts that verification reached are counted: the
-accepted ones and the first rejected one. Drafts after a rejection tell nothing, since they continue a text that was
-not written.
+Contract: `probability(depth, confidence, sibling)` is P(the draft at this depth is the target's pick, given that all
+drafts before it on its path were), clipped to [FLOOR, 1 - FLOOR]. A drafter's likeliest draft at a place and its
+other drafts there, the siblings, are learnt apart.
 
-Whoever plans submits the drafts that look good, so the verified ones say too much of the others. `offer` therefore
-counts the confidences of all drafts at hand, verified or not, and the acceptance of a depth is the mean over these of
-the acceptance of their confidence bins.
+`learn` takes what came to be of a draft, whether it was verified or only at hand: who learns from submitted drafts
+alone says too much of the others, because the drafts that look good are submitted. For the same reason `offer` counts
+the confidences of all drafts at hand, and the acceptance of a depth is the mean over these of the acceptance of their
+confidence bins.
 
 Estimates are shrunk, each weighed like a fixed number of observations: that of a bin towards the confidence times
-how far acceptance has been from it at this depth, and that factor towards the one that gives the prior. As long as
-nothing was offered, a bin is shrunk towards its depth, and that towards the prior. Depths count from 1 (the first
-draft).
+how far acceptance has been from it at this depth, and that factor towards the one that gives the prior (for siblings,
+of which no adapter records anything, towards 1). As long as nothing was offered, a bin is shrunk towards its depth,
+and that towards the prior. Depths count from 1 (the first draft).
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mtp_mlx.decode.tree import ROOT, DraftTree
+
 DEFAULT_PRIOR = 0.6  # at most depths of arXiv 2507.11851, table 1, conditional acceptance is 0.6 to 0.7
-BIN_EDGES = (0.2, 0.4, 0.6, 0.8, 0.95)  # confidence bins, finest where drafts are worth submitting
+BIN_EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # confidence bins
 PRIOR_STRENGTH = 8.0  # weight of a depth's prior, in observations
 DEPTH_STRENGTH = 12.0  # weight of a depth's estimate in each of its bins, in observations
 MEMORY_OBSERVATIONS = 150.0  # half-life of an observation's weight, in observations
 FLOOR = 1e-3
+MOST_TOGETHER = 0.99  # largest chance of all drafts at one place together
 
 
 class AcceptanceEstimate:
-    """Acceptance per depth and confidence, with a prior and exponential forgetting.
+    """Acceptance per depth, rank and confidence, with a prior and exponential forgetting.
 
     Args:
         max_depth: length of the longest draft, in tokens.
@@ -56,34 +59,64 @@ class AcceptanceEstimate:
         self.max_depth = max_depth
         self._prior = np.array(recorded + recorded[-1:] * (max_depth - len(recorded)))  # [depth]
         self._kept = 0.5 ** (1.0 / memory)
-        self._seen = np.zeros((max_depth, len(BIN_EDGES) + 1))  # [depth, bin] decayed observations
+        places, bins = 2 * max_depth, len(BIN_EDGES) + 1  # a place: first the depths, then those of siblings
+        self._seen = np.zeros((places, bins))  # decayed observations
         self._accepted = np.zeros_like(self._seen)
-        self._unbinned = np.zeros((max_depth, 2))  # [depth, (seen, accepted)] of drafts without a confidence
-        self._expected = np.zeros(max_depth)  # [depth] decayed sum of the confidences of observations
-        self._offered = np.zeros(
-            (max_depth, len(BIN_EDGES) + 1, 2)
-        )  # [depth, bin, (drafts, confidences)] at hand
+        self._unbinned = np.zeros((places, 2))  # [place, (seen, accepted)] of drafts without a confidence
+        self._expected = np.zeros(places)  # decayed sum of the confidences of observations
+        self._offered = np.zeros((max_depth, bins, 2))  # [depth, bin, (drafts, confidences)] at hand
 
-    def offer(self, confidences: Sequence[float]) -> list[float]:
+    def offer(self, tree: DraftTree) -> list[float]:
         """Counts the drafts at hand in a step, whether they are verified or not, by the chance that they are reached.
 
+        Siblings are not counted.
+
         Args:
-            confidences: of the drafts, in order.
+            tree: a drafter's drafts, with its confidences as chances.
 
         Returns:
-            The `probability` of each.
+            The `probability` of each draft. Those of one place together are at most MOST_TOGETHER.
         """
-        reached, chances = 1.0, []
-        for index, confidence in enumerate(confidences[: self.max_depth]):
-            self._offered[index] *= self._kept
-            self._offered[index, bisect_right(BIN_EDGES, confidence)] += (reached, reached * confidence)
-            chances.append(self.probability(index + 1, confidence))
-            reached *= chances[-1]
-        deeper = confidences[self.max_depth :]
-        return chances + [self.probability(self.max_depth, confidence) for confidence in deeper]
+        chances: list[float] = []
+        reached: list[float] = []
+        for node, (depth, first) in enumerate(zip(tree.depths, tree.first_choices, strict=True)):
+            parent, confidence = tree.parents[node], tree.chances[node]
+            before = 1.0 if parent == ROOT else reached[parent]
+            if first and depth <= self.max_depth:
+                self._offered[depth - 1] *= self._kept
+                self._offered[depth - 1, bisect_right(BIN_EDGES, confidence)] += (before, before * confidence)
+            chances.append(self.probability(depth, confidence, sibling=not first))
+            reached.append(before * chances[-1])
+        return _together(tree, chances)
+
+    def learn(
+        self, depth: int, accepted: bool, confidence: float | None = None, *, sibling: bool = False
+    ) -> None:
+        """Learns whether a draft was right, all before it on its path having been.
+
+        Drafts beyond `max_depth` are not learnt from.
+
+        Args:
+            depth: from 1.
+            accepted: whether it was the target's pick.
+            confidence: the drafter's, in [0, 1]; None if unknown.
+            sibling: whether the drafter had a likelier one at the same place.
+        """
+        if depth > self.max_depth:
+            return
+        place = self._place(depth, sibling)
+        for counts in (self._seen, self._accepted, self._unbinned, self._expected):
+            counts[place] *= self._kept
+        if confidence is None:
+            self._unbinned[place] += (1, accepted)
+            return
+        column = bisect_right(BIN_EDGES, confidence)
+        self._seen[place, column] += 1
+        self._accepted[place, column] += accepted
+        self._expected[place] += confidence
 
     def update(self, n_submitted: int, n_accepted: int, confidences: Sequence[float] | None = None) -> None:
-        """Learns from a step that verified `n_submitted` drafts and accepted the first `n_accepted`.
+        """Learns from a step that verified a chain of `n_submitted` drafts and accepted the first `n_accepted`.
 
         Args:
             n_submitted: drafts verified.
@@ -97,42 +130,47 @@ class AcceptanceEstimate:
             raise ValueError(f"{n_accepted} of {n_submitted} drafts cannot have been accepted")
         if confidences is not None and len(confidences) < n_submitted:
             raise ValueError(f"{len(confidences)} confidences for {n_submitted} drafts")
-        n_reached = min(n_accepted + 1, n_submitted, self.max_depth)
-        for index in range(n_reached):
-            accepted = index < n_accepted
-            self._fade(slice(index, index + 1), self._kept)
-            if confidences is None:
-                self._unbinned[index] += (1, accepted)
-            else:
-                column = bisect_right(BIN_EDGES, confidences[index])
-                self._seen[index, column] += 1
-                self._accepted[index, column] += accepted
-                self._expected[index] += confidences[index]
+        for index in range(min(n_accepted + 1, n_submitted)):
+            confidence = None if confidences is None else confidences[index]
+            self.learn(index + 1, index < n_accepted, confidence)
 
     def fade(self, kept: float) -> None:
         """Scales the weight of all observations by `kept` in [0, 1], as after a stretch without observations."""
-        self._fade(slice(None), kept)
-        self._offered *= kept
+        for counts in (self._seen, self._accepted, self._unbinned, self._expected, self._offered):
+            counts *= kept
 
-    def _fade(self, depths: slice, kept: float) -> None:
-        for counts in (self._seen, self._accepted, self._unbinned, self._expected):
-            counts[depths] *= kept
-
-    def probability(self, depth: int, confidence: float | None = None) -> float:
-        """P(draft at `depth` accepted | reached), given its confidence if there is one.
+    def probability(self, depth: int, confidence: float | None = None, *, sibling: bool = False) -> float:
+        """P(draft at `depth` is right | reached), given its confidence if there is one.
 
         Depths count from 1; those beyond `max_depth` have the probability of the last.
+
+        Args:
+            depth: from 1.
+            confidence: the drafter's, in [0, 1]; needed for a sibling.
+            sibling: whether the drafter has a likelier one at the same place.
 
         Raises:
             ValueError: if depth is below 1.
         """
         if depth < 1:
             raise ValueError(f"depths count from 1, not {depth}")
-        index = min(depth, self.max_depth) - 1
-        estimate = self._of_depth(index, confidence) if self._offered[index].any() else None
-        if estimate is None:
-            estimate = self._without_offers(index, confidence)
+        depth = min(depth, self.max_depth)
+        if sibling:
+            assert confidence is not None
+            estimate = self._of_sibling(self._place(depth, sibling), confidence)
+        elif self._offered[depth - 1].any():
+            estimate = self._of_depth(depth - 1, confidence)
+        else:
+            estimate = self._without_offers(depth - 1, confidence)
         return float(min(max(estimate, FLOOR), 1 - FLOOR))
+
+    def _place(self, depth: int, sibling: bool) -> int:
+        return depth - 1 + sibling * self.max_depth
+
+    def _of_sibling(self, place: int, confidence: float) -> float:
+        strength = PRIOR_STRENGTH * confidence
+        factor = (self._accepted[place].sum() + strength) / (self._expected[place] + strength + FLOOR)
+        return self._of_bin(place, bisect_right(BIN_EDGES, confidence), factor * confidence)
 
     def _of_depth(self, index: int, confidence: float | None) -> float:
         """Acceptance at a confidence, or its mean over the drafts at hand."""
@@ -149,11 +187,11 @@ class AcceptanceEstimate:
         ]
         return float(np.dot(drafts, rates) / drafts.sum())
 
-    def _of_bin(self, index: int, column: int, guess: float) -> float:
+    def _of_bin(self, place: int, column: int, guess: float) -> float:
         """Acceptance in a confidence bin, shrunk towards `guess`."""
         guess = min(guess, 1.0)
-        accepted = self._accepted[index, column] + DEPTH_STRENGTH * guess
-        return float(accepted / (self._seen[index, column] + DEPTH_STRENGTH))
+        accepted = self._accepted[place, column] + DEPTH_STRENGTH * guess
+        return float(accepted / (self._seen[place, column] + DEPTH_STRENGTH))
 
     def _without_offers(self, index: int, confidence: float | None) -> float:
         """Acceptance by the observations alone."""
@@ -172,4 +210,16 @@ class AcceptanceEstimate:
 
     def observations(self) -> list[float]:
         """[max_depth] decayed number of observations behind each depth's estimate, not counting the prior."""
-        return (self._seen.sum(axis=1) + self._unbinned[:, 0]).tolist()
+        depths = slice(self.max_depth)
+        return (self._seen[depths].sum(axis=1) + self._unbinned[depths, 0]).tolist()
+
+
+def _together(tree: DraftTree, chances: list[float]) -> list[float]:
+    """Chances that are smaller where those of one place would be more than MOST_TOGETHER."""
+    sums: dict[int, float] = {}
+    for parent, chance in zip(tree.parents, chances, strict=True):
+        sums[parent] = sums.get(parent, 0.0) + chance
+    return [
+        chance * min(1.0, MOST_TOGETHER / sums[parent])
+        for parent, chance in zip(tree.parents, chances, strict=True)
+    ]

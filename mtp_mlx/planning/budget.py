@@ -16,61 +16,29 @@ intervals, because acceptance changes with the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.decode.policy import Proposal
-from mtp_mlx.planning.acceptance import AcceptanceEstimate
-from mtp_mlx.planning.cost import CostCorrection, StepCost
+from mtp_mlx.decode.tree import ROOT, DraftTree
+from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.experience import LOOKUP_DRAFTS, Experience
+from mtp_mlx.planning.grow import merged
+from mtp_mlx.planning.hindsight import Hindsight
+from mtp_mlx.planning.trace import open_trace, traced
 
 SOLVE_EVERY = 24  # steps between policy iterations
 SOLVE_EARLY = (4, 8, 16)  # and at these first steps, while the estimates change most
 MOST_ITERATIONS = 20
 RESTART = 1e-6  # probability of losing the drafts at hand; gives every policy one recurrent class
 FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before drafting is tried again: at first, and at most
-LOOKUP_DRAFTS = 23
-LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
-TEXT_PRIOR = (0.4, 0.6, 0.7, 0.8)  # of drafts from other texts
+LEAST_PATH = 0.02  # chance of a draft's path below which it is never verified
+WIDTH = 4  # candidates per position that the model's own drafter drafts where drafts may have branches
+RECENT_STEPS = 48.0  # half-life of a step's weight in the pace of this text, in steps
 PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
 MARGIN = 1.1  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What has been learnt about a model on this machine; its generations share it and keep updating it.
-
-    Attributes:
-        acceptance: estimates by drafter name.
-        cost: correction of the measured cost curve.
-    """
-
-    acceptance: dict[str, AcceptanceEstimate]
-    cost: CostCorrection
-
-    @classmethod
-    def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:
-        """An experience without observations.
-
-        Args:
-            own: name of the model's own drafter; "" if it has none.
-            drafts: most drafts that it makes per step.
-            prior: its recorded acceptance per depth.
-            lead: rows at the start of every slot group that draft nothing.
-        """
-        acceptance = {
-            own: AcceptanceEstimate(max(drafts, 1), list(prior) or None),
-            LOOKUP: AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=60.0),
-        }
-        return cls(acceptance, CostCorrection(lead))
-
-    def of(self, source: str) -> AcceptanceEstimate:
-        """The estimate of a drafter; one that drafts from text alone gets it with its first drafts."""
-        if source not in self.acceptance:
-            self.acceptance[source] = AcceptanceEstimate(LOOKUP_DRAFTS, TEXT_PRIOR, memory=60.0)
-        return self.acceptance[source]
 
 
 class BudgetPolicy:
@@ -96,21 +64,30 @@ class BudgetPolicy:
         self.own = own
         self.max_drafts, self.own_drafts = max(LOOKUP_DRAFTS, drafts), drafts
         self._experience = experience or Experience.fresh(own, drafts, prior, cost.lead)
-        self._correction = self._experience.cost
+        self._hindsight = Hindsight(self._experience)
+        self._correction, self._trace = self._experience.cost, open_trace()
+        self._branches = True
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
         self._probing = False
         self._worth = [0.0] * (drafts + 1)
         self._rate = 0.0
+        self._recent = (0.0, 0.0)  # decayed tokens and seconds of the steps so far
         self._planned = False  # solved when the context is known, or on first use
 
     @property
     def rate(self) -> float:
-        """Expected tokens per second."""
+        """Tokens per second that the model's own drafter is expected to give."""
         if not self._planned:
             self._solve()
         return self._rate
+
+    @property
+    def _pace(self) -> float:
+        """Tokens per second that a second spent here could have brought: the expected rate, or that of this text."""
+        tokens, seconds = self._recent
+        return max(self.rate, tokens / seconds) if seconds else self.rate
 
     @property
     def verdict(self) -> str:
@@ -122,40 +99,45 @@ class BudgetPolicy:
             return f"drafting by {self.own} does not pay off here; plain unless drafts are near certain"
         return f"drafting by {self.own} expected to give {self.rate / plain:.2f}x plain"
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Plans for steps with `context` cached tokens; see `Policy`."""
+        self._branches = branches
+        self._hindsight.forget()
         if context != self._context or not self._planned:
             self._context = context
             self._solve()
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
-        """The proposal and layout of the highest value; see `Policy`."""
+        """The drafts and the layout of the highest value; see `Policy`."""
         if not self._planned:
             self._solve()
-        offered = [self._experience.of(proposal.source).offer(proposal.confidences) for proposal in proposals]
+        known = self._hindsight.calibrated(proposals)
         if self._probing and self._drafts:
             self._probing = False
-            return proposals[0].cut(0), self._fullest(0)
-        best = (self._plain_value(), proposals[0].cut(0), Layout.plain())
-        for proposal, chances in zip(proposals, offered, strict=True):
-            value, layout = self._best_layout(chances)
+            return proposals[0].cut(0), self._with_width(self._fullest(0))
+        candidates = [merged(known)] if self._branches else [one.chained() for one in known]
+        best = (1.0 - self._pace * self._seconds(Layout.plain()), proposals[0].cut(0), Layout.plain())
+        for proposal in candidates:
+            value, nodes, layout = self._best_layout(proposal.tree, self._pace)
             if value > best[0]:
-                best = (value, proposal, layout)
+                best = (value, proposal.keep(nodes), self._with_width(layout))
         return best[1], best[2]
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Learns acceptance and cost; see `Policy`."""
+        if self._trace is not None:
+            known = (self._seconds(layout), seconds, self._seconds(Layout.plain()))
+            self._trace.write(traced(proposal, layout, tokens, self._context, known))
         self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
-        self._context += 1 + n_accepted
+        self._hindsight.read(tokens)
+        self._context += len(tokens)
         self._steps += 1
+        self._recent = _decayed(self._recent, len(tokens), seconds)
         if layout == Layout.plain():
             self._plain_steps += 1
-        elif layout.drafts:
-            known = self._experience.of(proposal.source)
-            known.update(layout.drafts, n_accepted, proposal.confidences)
-            if proposal.source == self.own:
-                paid = 1 + n_accepted > self.rate * self._seconds(layout)
-                self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
+        elif self.own in [proposal.source_of(node) for node in range(layout.drafts)]:
+            paid = len(tokens) > self.rate * self._seconds(layout)
+            self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
         if self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
             self._solve()
 
@@ -169,23 +151,28 @@ class BudgetPolicy:
     def _seconds(self, layout: Layout) -> float:
         return self._cost.seconds(layout, self._context) * self._correction.factor(layout)
 
-    def _plain_value(self) -> float:
-        return 1.0 - self.rate * self._seconds(Layout.plain())
+    def _with_width(self, layout: Layout) -> Layout:
+        """The layout with candidates for every position that is drafted, if drafts may have branches."""
+        return replace(layout, width=WIDTH) if self._branches and layout.asks_for_drafts else layout
 
-    def _best_layout(self, chances: Sequence[float]) -> tuple[float, Layout]:
-        """(value, layout) of the best layout, given each draft's chance of acceptance after the one before it."""
-        best = (-1e9, Layout.plain())
-        reach = [1.0]  # P(at least a accepted)
-        for chance in chances:
-            reach.append(reach[-1] * chance)
-        for drafts in _draft_counts(len(chances)):
-            exact = [reach[a] - reach[a + 1] for a in range(drafts)] + [reach[drafts]]
-            value, layout = self._with_slots(sum(reach[1 : drafts + 1]), exact)
+    def _best_layout(self, tree: DraftTree, pace: float) -> tuple[float, list[int], Layout]:
+        """(value, nodes to verify, layout) of the best layout; the likeliest paths are verified first.
+
+        Args:
+            tree: drafts with their chances by experience.
+            pace: tokens that a second must bring.
+        """
+        paths = tree.path_chances
+        order = sorted(range(len(tree)), key=lambda node: (-paths[node], node))
+        order = [node for node in order if paths[node] >= LEAST_PATH]
+        best: tuple[float, list[int], Layout] = (-1e9, [], Layout.plain())
+        for count in _draft_counts(len(order)):
+            nodes = sorted(order[:count])
+            value, layout = self._with_slots(sum(paths[node] for node in nodes), _ends(tree, nodes), pace)
             if value > best[0]:
-                best = (value, layout)
-            if drafts and reach[drafts] < 0.02:
-                break
-        return best
+                best = (value, nodes, layout)
+        value, nodes, layout = best
+        return value, nodes, replace(layout, parents=tree.keep(nodes).parents)
 
     def _fullest(self, drafts: int) -> Layout:
         """The layout that verifies `drafts` drafts and makes as many new ones as possible."""
@@ -195,28 +182,29 @@ class BudgetPolicy:
         """[drafts + 1] number of drafts at hand after a step, by the number accepted."""
         return layout.slots
 
-    def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
+    def _with_slots(self, accepted: float, exact: Sequence[float], pace: float) -> tuple[float, Layout]:
         """(value, layout) after adding slots greedily, each to the group where it is worth most.
 
         Args:
             accepted: expected number of accepted drafts.
-            exact: [drafts + 1] P(exactly a drafts are accepted).
+            exact: [drafts + 1] P(the accepted path ends at this real row).
+            pace: tokens that a second must bring.
         """
         drafts = len(exact) - 1
         slots = [0] * (drafts + 1)
         worth, runs = self._worth, self._runs
         held_worth = 0.0
-        best = (1.0 + accepted - self.rate * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
+        best = (1.0 + accepted - pace * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
         idle = 0
         while idle < PATIENCE:
-            group = max(range(drafts + 1), key=lambda a: exact[a] * runs[slots[a]][0])
+            group = max(range(drafts + 1), key=lambda row: exact[row] * runs[slots[row]][0])
             start, (gain, last) = slots[group], runs[slots[group]]
             if exact[group] * gain <= 1e-4:
                 break
             while slots[group] < last:
                 slots[group] += 1
                 held = held_worth + exact[group] * (worth[slots[group]] - worth[start])
-                value = 1.0 + accepted + held - self.rate * self._seconds(Layout(drafts, tuple(slots)))
+                value = 1.0 + accepted + held - pace * self._seconds(Layout(drafts, tuple(slots)))
                 idle += 1
                 if value > best[0]:
                     best, idle = (value, tuple(slots)), 0
@@ -229,7 +217,8 @@ class BudgetPolicy:
         known = self._experience.of(self.own)
         chances = [known.probability(depth + 1) for depth in range(self._drafts)]
         plain = 1.0 / self._seconds(Layout.plain())
-        policy = [self._fullest(held) for held in range(self._drafts + 1)]
+        held = [DraftTree.chain(range(count), chances[:count]) for count in range(self._drafts + 1)]
+        policy = [self._fullest(len(chain)) for chain in held]
         best, last = (plain, [0.0] * (self._drafts + 1)), 0.0
         for _ in range(MOST_ITERATIONS):
             self._rate, self._worth = self._valued(policy, chances)
@@ -239,7 +228,7 @@ class BudgetPolicy:
             if self._rate <= last * (1 + 1e-9):
                 break
             last = self._rate
-            policy = [self._best_layout(chances[:held])[1] for held in range(self._drafts + 1)]
+            policy = [self._best_layout(chain, self._rate)[2] for chain in held]
         self._rate, self._worth = best
         self._runs = _best_runs(self._worth)
 
@@ -267,6 +256,21 @@ class BudgetPolicy:
         return float(solution[states]), solution[:states].tolist()
 
 
+def _ends(tree: DraftTree, nodes: Sequence[int]) -> list[float]:
+    """[n + 1] the chance that the accepted path ends at the pending token or at a node, if `nodes` are verified."""
+    paths = tree.path_chances
+    ends = {ROOT: 1.0} | {node: paths[node] for node in nodes}
+    for node in nodes:
+        ends[tree.parents[node]] -= paths[node]
+    return [max(chance, 0.0) for chance in ends.values()]
+
+
+def _decayed(recent: tuple[float, float], tokens: int, seconds: float) -> tuple[float, float]:
+    """Tokens and seconds of the steps so far and of one more."""
+    kept = 0.5 ** (1.0 / RECENT_STEPS)
+    return kept * recent[0] + tokens, kept * recent[1] + seconds
+
+
 def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
     """For every number of slots, (gain per slot, last slot) of the best run of further slots.
 
@@ -290,7 +294,7 @@ class ChainBudgetPolicy(BudgetPolicy):
     The decision process is the same with other actions: a chain of k drafts follows every outcome and adds no rows to
     the pass, but each draft takes its own time. So a step takes the layout with the largest
 
-        1 + E[accepted] - lambda * c(drafts, k) + h(k).
+        1 + E[accepted] - pace * c(drafts, k) + h(k).
     """
 
     def _fullest(self, drafts: int) -> Layout:
@@ -299,12 +303,12 @@ class ChainBudgetPolicy(BudgetPolicy):
     def _held_after(self, layout: Layout) -> Sequence[int]:
         return (layout.chain,) * (layout.drafts + 1)
 
-    def _with_slots(self, accepted: float, exact: Sequence[float]) -> tuple[float, Layout]:
+    def _with_slots(self, accepted: float, exact: Sequence[float], pace: float) -> tuple[float, Layout]:
         """(value, layout) of the best chain; arguments as in `BudgetPolicy._with_slots`."""
         best = (-1e9, Layout.plain())
         for chain in range(self._drafts + 1):
             layout = Layout.chained(len(exact) - 1, chain)
-            value = 1.0 + accepted + self._worth[chain] - self.rate * self._seconds(layout)
+            value = 1.0 + accepted + self._worth[chain] - pace * self._seconds(layout)
             if value > best[0]:
                 best = (value, layout)
         return best

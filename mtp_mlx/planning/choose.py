@@ -20,9 +20,11 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
+from mtp_mlx.model.branches import why_no_branches
 from mtp_mlx.model.precision import nearest_precision
-from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, Experience
+from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
 from mtp_mlx.planning.calibrate import prepare_costs, step_cost
+from mtp_mlx.planning.experience import Experience
 from mtp_mlx.planning.grow import TreePolicy
 from mtp_mlx.planning.tuned import recall
 
@@ -152,7 +154,8 @@ def plan_drafting(
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
     if chosen.texts and policy.max_drafts and emission.lossless:
-        return Drafting(policy, model.text_source.open(running_text=running_text, branching=layout == "tree"))
+        branching = layout == "tree" or layout == "auto" and not why_no_branches(model)
+        return Drafting(policy, model.text_source.open(running_text=running_text, branching=branching))
     if chosen.texts and named:
         stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
     return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)

@@ -125,7 +125,7 @@ class TreePolicy:
         )
         self._width = max(2, min(MOST_CANDIDATES, rows // 2)) if positions else 1
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -139,7 +139,7 @@ class TreePolicy:
             return chosen, Layout(len(nodes), tuple(slots), chain, chosen.tree.parents, self._width)
         return chosen, Layout.tree(chosen.tree.parents, slots, self._width)
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:

@@ -22,13 +22,14 @@ from mtp_mlx.decode.policy import (
     Proposal,
 )
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.planning.budget import MARGIN, Experience
+from mtp_mlx.planning.budget import MARGIN
 from mtp_mlx.planning.choose import (
     LOOKUP_DRAFTS,
     choose_drafters,
     settled_layout,
 )
 from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.experience import Experience
 
 PLAN_EVERY = 32  # steps
 

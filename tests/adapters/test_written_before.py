@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def recording(policy: Policy) -> list[dict[str, Any]]:
     """The steps that `policy` will have been told of, as `drafted.json` has them."""
     steps: list[dict[str, Any]] = []
 
-    def observe(proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
-        steps.append({"drafts": proposal.drafts[: layout.drafts], "accepted": n_accepted})
+    def observe(proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
+        steps.append({"drafts": proposal.drafts[: layout.drafts], "accepted": len(tokens) - 1})
 
     policy.observe = observe  # type: ignore[method-assign]
     return steps

@@ -91,6 +91,6 @@ class PlainWatching(FixedPolicy):
         super().__init__("plain", 0)
         self.contexts: list[int] = []
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """See `Policy`."""
         self.contexts.append(context)

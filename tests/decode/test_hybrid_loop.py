@@ -78,7 +78,7 @@ class Uneven:
     def __init__(self, most: int) -> None:
         self.max_drafts, self._asked = most, 0
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: list[Proposal]) -> tuple[Proposal, Layout]:

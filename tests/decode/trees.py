@@ -85,7 +85,7 @@ class AnyTree:
         self.max_drafts, self.own_drafts, self.verdict = NODES, slots, ""
         self._rng = np.random.default_rng(seed)
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -102,7 +102,7 @@ class AnyTree:
             slots = [max(1, count) for count in slots]
         return chosen, Layout.tree(chosen.tree.parents, slots, int(rng.integers(1, 5)))
 
-    def observe(self, proposal: Proposal, layout: Layout, n_accepted: int, seconds: float) -> None:
+    def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
         """Nothing to learn."""
 
     def interrupts_plain(self) -> bool:

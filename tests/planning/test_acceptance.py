@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mlx.planning.acceptance import DEFAULT_PRIOR, FLOOR, AcceptanceEstimate
+from mtp_mlx.decode.tree import DraftTree
+from mtp_mlx.planning.acceptance import DEFAULT_PRIOR, FLOOR, MOST_TOGETHER, AcceptanceEstimate
+
+
+def chain(*confidences: float) -> DraftTree:
+    return DraftTree.chain(range(len(confidences)), confidences)
 
 
 def test_without_observations_the_prior_speaks() -> None:
@@ -42,7 +47,7 @@ def test_confidence_refines_a_depth() -> None:
     for _ in range(4000):
         confidence = generator.random()
         estimate.update(1, int(generator.random() < confidence), [confidence])
-    for confidence, expected in [(0.1, 0.1), (0.5, 0.5), (0.99, 0.975)]:
+    for confidence, expected in [(0.15, 0.15), (0.5, 0.5), (0.99, 0.975)]:
         assert estimate.probability(1, confidence) == pytest.approx(expected, abs=0.05)
     assert estimate.probability(1) == pytest.approx(0.5, abs=0.04)
 
@@ -108,7 +113,7 @@ def test_what_is_submitted_does_not_say_what_is_held(scale: float) -> None:
     estimate, generator = AcceptanceEstimate(1, [0.6], memory=1000), np.random.default_rng(3)
     for _ in range(4000):
         confidence = generator.random()
-        estimate.offer([confidence])
+        estimate.offer(chain(confidence))
         if confidence > 0.6:
             estimate.update(1, int(generator.random() < scale * confidence), [confidence])
     assert estimate.probability(1) == pytest.approx(0.5 * scale, abs=0.05)
@@ -120,7 +125,7 @@ def test_the_prior_holds_until_something_is_observed() -> None:
     """Whatever the confidences of the first drafts, their mean acceptance is the recorded one."""
     estimate = AcceptanceEstimate(2, [0.5, 0.4])
     for confidences in ([0.9, 0.3], [0.5, 0.7], [0.7, 0.5]):
-        estimate.offer(confidences)
+        estimate.offer(chain(*confidences))
     assert estimate.probability(1) == pytest.approx(0.5, abs=0.02)
     assert estimate.probability(2) == pytest.approx(0.4, abs=0.03)
     assert estimate.probability(1, 0.9) > estimate.probability(1, 0.5)
@@ -129,7 +134,25 @@ def test_the_prior_holds_until_something_is_observed() -> None:
 def test_deeper_drafts_count_by_the_chance_that_they_are_reached() -> None:
     estimate = AcceptanceEstimate(2, [0.5, 0.5])
     for _ in range(50):
-        estimate.offer([0.95, 0.9])  # the second is nearly always reached
-        estimate.offer([0.01, 0.1])  # and this one hardly ever
+        estimate.offer(chain(0.95, 0.9))  # the second is nearly always reached
+        estimate.offer(chain(0.01, 0.1))  # and this one hardly ever
     drafts, sums = estimate._offered[1].sum(axis=0)
     assert sums / drafts > 0.85
+
+
+def test_siblings_are_learnt_apart_from_first_choices() -> None:
+    """The first choice is right in half of all cases, the second in a third; the drafter says half of both."""
+    estimate, generator = AcceptanceEstimate(1, [0.5], memory=1000), np.random.default_rng(4)
+    tree = DraftTree((5, 6), (-1, -1), (0.5, 0.5))
+    for _ in range(2000):
+        chances, right = estimate.offer(tree), generator.choice(3, p=[1 / 2, 1 / 3, 1 / 6])
+        for node in (0, 1):
+            estimate.learn(1, bool(right == node), 0.5, sibling=node == 1)
+    assert chances == pytest.approx([1 / 2, 1 / 3], abs=0.06)
+
+
+def test_drafts_of_one_place_are_not_surer_together_than_sure() -> None:
+    estimate = AcceptanceEstimate(2, [0.9, 0.9])
+    tree = DraftTree((5, 6, 7, 5), (-1, -1, 0, 1), (0.95, 0.9, 0.5, 0.8))
+    chances = estimate.offer(tree)
+    assert chances[0] + chances[1] <= MOST_TOGETHER + 1e-9 and chances[0] > chances[1] > 0.3

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
-from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, BudgetPolicy
+from mtp_mlx.decode.tree import DraftTree
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, WIDTH, BudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+OTHER = 9  # a token that nobody drafts
 
 
 def cost_of(
@@ -34,9 +36,11 @@ def slot_proposal(count: int) -> Proposal:
 def observe(
     planner: BudgetPolicy, proposal: Proposal, layout: Layout, accepted: int, slower: float = 1.0
 ) -> None:
-    """A step that took `slower` times what the cost curve says."""
+    """A step with `proposal` at hand, drafts of one token, that took `slower` times what the cost curve says."""
+    planner.choose([proposal])
     predicted = planner._cost.seconds(layout, planner._context)
-    planner.observe(proposal, layout, accepted, slower * predicted)
+    tokens = [*proposal.drafts[:accepted], OTHER]
+    planner.observe(proposal, layout, tokens, slower * predicted)
 
 
 def rate_of(policy: dict[int, Layout], acceptance: Sequence[float], cost: StepCost) -> float:
@@ -86,9 +90,9 @@ def test_no_stationary_policy_is_much_better(
 
 def test_free_rows_and_sure_drafts_take_every_slot() -> None:
     planner = BudgetPolicy(cost_of(0.0), 4, [0.99] * 4, "slots")
-    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (4,))
+    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (4,), width=WIDTH)
     proposal, layout = planner.choose([slot_proposal(4)])
-    assert layout.drafts == 4 and layout.slots[4] == 4 and proposal.source == "slots"
+    assert layout.drafts == 4 and layout.slots[4] == 4 and proposal.source_of(0) == "slots"
     assert planner.rate > 3
 
 
@@ -112,7 +116,7 @@ def test_rows_that_get_dear_behind_a_long_text_are_left_out_there() -> None:
     assert planner.choose([slot_proposal(4)])[1].rows > 8
     planner.begin(4000)
     assert planner.choose([slot_proposal(0)])[1] == Layout.plain() and "does not pay" in planner.verdict
-    planner.observe(slot_proposal(0), Layout.plain(), 0, seconds=3.0)
+    planner.observe(slot_proposal(0), Layout.plain(), [OTHER], seconds=3.0)
     assert planner._correction.factor(Layout.plain()) == pytest.approx(
         1.0
     )  # the text is long, not the machine slow
@@ -124,7 +128,7 @@ def test_lookup_is_verified_when_slots_do_not_pay() -> None:
     planner = BudgetPolicy(cost_of(0.1, per_slot=1.0), 4, [0.3] * 4, "slots")
     lookup = Proposal.chain("lookup", [3] * 20, [1.0] * 20)
     proposal, layout = planner.choose([slot_proposal(0), lookup])
-    assert proposal.source == "lookup" and layout.drafts > 4
+    assert proposal.source_of(0) == "lookup" and layout.drafts > 4
 
 
 def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
@@ -142,7 +146,7 @@ def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
     for step in range(40 * FIRST_PROBE):
         if planner.interrupts_plain():
             layout = planner.choose([slot_proposal(0)])[1]
-            assert layout == Layout(0, (2,))
+            assert layout == Layout(0, (2,), width=WIDTH)
             probes.append(step)
             observe(planner, slot_proposal(2), Layout(2, (0, 0, 0)), 0)
         else:
@@ -151,7 +155,7 @@ def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
     assert len(probes) >= 3 and gaps[-1] >= 4 * gaps[0]  # asks ever more rarely
     for _ in range(60):
         observe(planner, slot_proposal(2), Layout(2, (2, 2, 2)), 2)
-    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (2,))
+    assert planner.choose([slot_proposal(0)])[1] == Layout(0, (2,), width=WIDTH)
 
 
 def test_a_curve_measured_in_a_slow_minute_heals() -> None:
@@ -189,3 +193,50 @@ def test_every_choice_is_a_legal_layout(
     offered = Proposal.chain("slots", [1] * len(confidences), confidences)
     proposal, layout = planner.choose([offered])
     assert layout.drafts <= len(proposal.drafts) and max(layout.slots) <= 3
+
+
+def branching(*chances: float) -> Proposal:
+    """A likely draft and one that follows it, and likely siblings of both."""
+    return Proposal("slots", DraftTree((1, 2, 3, 4), (-1, -1, 0, 0), chances))
+
+
+def test_likely_siblings_are_verified_where_rows_are_cheap() -> None:
+    proposal, layout = BudgetPolicy(cost_of(0.01), 2, [0.6] * 2, "slots").choose(
+        [branching(0.5, 0.4, 0.5, 0.4)]
+    )
+    assert layout.parents == (-1, -1, 0, 0) and proposal.drafts == [1, 2, 3, 4] and layout.width == WIDTH
+    proposal, layout = BudgetPolicy(cost_of(0.35), 2, [0.6] * 2, "slots").choose(
+        [branching(0.8, 0.1, 0.8, 0.1)]
+    )
+    assert proposal.drafts in ([1], [1, 3]) and not layout.parents  # a row costs a third of a step
+
+
+def test_sequences_that_verify_chains_get_chains() -> None:
+    planner = BudgetPolicy(cost_of(0.01), 2, [0.6] * 2, "slots")
+    planner.begin(0, branches=False)
+    proposal, layout = planner.choose([branching(0.5, 0.4, 0.5, 0.4)])
+    assert proposal.drafts == [1, 3] and not layout.parents and layout.width == 1
+
+
+def test_drafts_of_two_drafters_share_a_tree() -> None:
+    planner = BudgetPolicy(cost_of(0.01), 2, [0.5] * 2, "slots")
+    lookup = Proposal.chain("lookup", [5, 6], [0.9, 0.9])
+    proposal, layout = planner.choose([slot_proposal(2), lookup])
+    assert {(proposal.source_of(node), token) for node, token in enumerate(proposal.drafts)} == {
+        ("slots", 7),
+        ("lookup", 5),
+        ("lookup", 6),
+    }
+    assert len(layout.slots) == 1 + layout.drafts == 5
+
+
+def test_time_is_worth_what_it_brings_in_this_text() -> None:
+    """Where most tokens come for little, a row must bring more than where none do."""
+    quick, slow = (BudgetPolicy(cost_of(0.1), 0, [], "slots") for _ in range(2))
+    doubtful = Proposal.chain("lookup", [3, 4, 5], [0.6, 0.6, 0.6])
+    for planner, tokens in ((quick, [1, 2, 3, 4, 5, 6, 7, 8]), (slow, [1])):
+        planner.begin(0)
+        for _ in range(30):
+            planner.observe(slot_proposal(0), Layout.plain(), tokens, 1.0)
+    counts = [planner.choose([slot_proposal(0), doubtful])[1].drafts for planner in (quick, slow)]
+    assert counts[0] < counts[1]

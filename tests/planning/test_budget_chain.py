@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.planning import calibrate
-from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, ChainBudgetPolicy
+from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, WIDTH, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 from tests.drafters.heads.test_chain import model_with_heads
 from tests.planning.test_budget import cost_of, observe
@@ -55,17 +56,22 @@ def test_no_stationary_policy_is_much_better(
     assert all(not layout.slot_rows for layout in chosen)
 
 
+def wide(drafts: int, chain: int) -> Layout:
+    """A chain after the pass, with the siblings that it may have."""
+    return replace(Layout.chained(drafts, chain), width=WIDTH)
+
+
 def test_free_and_sure_heads_are_all_used() -> None:
     planner = ChainBudgetPolicy(cost_of(0.0), 4, [0.99] * 4, "heads")
-    assert planner.own_drafts == 4 and planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 4)
-    assert planner.choose([heads_proposal(4)])[1] == Layout.chained(4, 4)
+    assert planner.own_drafts == 4 and planner.choose([heads_proposal(0)])[1] == wide(0, 4)
+    assert planner.choose([heads_proposal(4)])[1] == wide(4, 4)
     assert planner.rate > 4 and planner.verdict.startswith("drafting by heads expected to give")
 
 
 def test_a_chain_is_no_longer_than_pays() -> None:
     """The last two heads are never right: each would cost its time and a row for nothing."""
     planner = ChainBudgetPolicy(cost_of(0.05, draft=0.05), 4, [0.9, 0.8, 0.01, 0.01], "heads")
-    assert planner.choose([heads_proposal(2)])[1] == Layout.chained(2, 2)
+    assert planner.choose([heads_proposal(2)])[1] == wide(2, 2)
 
 
 def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
@@ -76,7 +82,7 @@ def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None
         assert not planner.interrupts_plain()
         observe(planner, heads_proposal(0), Layout.plain(), 0)
     assert planner.interrupts_plain()
-    assert planner.choose([heads_proposal(0)])[1] == Layout.chained(0, 2)
+    assert planner.choose([heads_proposal(0)])[1] == wide(0, 2)
 
 
 def test_it_learns_that_heads_are_right() -> None:

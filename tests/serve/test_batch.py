@@ -28,8 +28,8 @@ from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import block_shape
-from mtp_mlx.planning.budget import Experience
 from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.experience import Experience
 from mtp_mlx.serve import batch as batch_module
 from mtp_mlx.serve.batch import Batch, Member, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting

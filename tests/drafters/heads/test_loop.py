@@ -66,7 +66,7 @@ class SometimesChain:
         self.max_drafts = self.own_drafts = chain
         self.verdict, self._asked, self._plain = "", 0, 0
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, *, branches: bool = True) -> None:
         """Nothing to plan."""
 
     def choose(self, proposals: list[Proposal]) -> tuple[Proposal, Layout]:
@@ -254,7 +254,9 @@ def test_a_short_chain_leaves_room_to_learn_about_longer_ones(monkeypatch: pytes
     known = model.experience.acceptance["heads"]
     assert [known.probability(depth) for depth in range(1, 5)] == pytest.approx(recorded)
     for _ in range(200):
-        planner.observe(Proposal.chain("heads", [7] * 4, [0.5] * 4), Layout.chained(4, 4), 4, 1.0)
+        right = Proposal.chain("heads", [7] * 4, [0.5] * 4)
+        planner.choose([right])
+        planner.observe(right, Layout.chained(4, 4), [7, 7, 7, 7, 8], 1.0)
     assert known.probability(4) > 0.9
 
 

@@ -1,0 +1,87 @@
+"""Compares drafts with the text that came to be, whether they were verified or only at hand.
+
+A draft counts once all drafts before it on its path have turned out right, which may be several steps later: so
+deeper drafts are known, too, of which the step at hand verified none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.decode.tree import ROOT, DraftTree
+from mtp_mlx.planning.experience import Experience
+
+LONGEST_WAIT = 32  # proposals that wait for text at most
+
+
+@dataclass
+class _Waiting:
+    """A proposal of which the text follows a path so far.
+
+    Attributes:
+        source: its drafter.
+        tree: its drafts, with the drafter's own confidences.
+        end: last node of the path, `ROOT` at first.
+        depth: nodes of the path.
+    """
+
+    source: str
+    tree: DraftTree
+    end: int = ROOT
+    depth: int = 0
+
+
+class Hindsight:
+    """Learns acceptance from all drafts at hand.
+
+    Args:
+        experience: updated in place.
+    """
+
+    def __init__(self, experience: Experience) -> None:
+        self._experience = experience
+        self._waiting: list[_Waiting] = []
+        self._offered: list[_Waiting] = []
+
+    def calibrated(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The proposals for the next positions with the chances that their drafts have by experience.
+
+        They are the ones that `read` compares with the text, unless it is called again before that.
+        """
+        self._offered = [
+            _Waiting(proposal.source, proposal.tree) for proposal in proposals if proposal.drafts
+        ]
+        found = []
+        for proposal in proposals:
+            chances = self._experience.of(proposal.source).offer(proposal.tree)
+            found.append(replace(proposal, tree=replace(proposal.tree, chances=tuple(chances))))
+        return found
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Learns from the tokens that a step committed, which follow those of the step before."""
+        waiting = [*self._waiting, *self._offered][-LONGEST_WAIT:]
+        self._offered = []
+        self._waiting = [one for one in waiting if self._goes_on(one, tokens)]
+
+    def forget(self) -> None:
+        """Drops all proposals, because other text comes next."""
+        self._waiting, self._offered = [], []
+
+    def _goes_on(self, one: _Waiting, tokens: Sequence[int]) -> bool:
+        """Learns from a proposal's drafts at the positions of `tokens`; whether deeper ones may still be right."""
+        known, tree = self._experience.of(one.source), one.tree
+        first = tree.first_choices
+        for token in tokens:
+            following = [node for node, parent in enumerate(tree.parents) if parent == one.end]
+            right = None
+            for node in following:
+                accepted = tree.tokens[node] == token
+                known.learn(one.depth + 1, accepted, tree.chances[node], sibling=not first[node])
+                if accepted:
+                    right = node
+            if right is None:
+                return False
+            one.end, one.depth = right, one.depth + 1
+        return one.end in tree.parents

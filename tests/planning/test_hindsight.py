@@ -1,0 +1,62 @@
+"""Drafts are compared with the text that came to be, verified or not, also when it comes in several steps."""
+
+from mtp_mlx.decode.policy import Proposal
+from mtp_mlx.decode.tree import DraftTree
+from mtp_mlx.planning.experience import Experience
+from mtp_mlx.planning.hindsight import Hindsight
+
+TREE = DraftTree((1, 2, 3, 4), (-1, -1, 0, 2), (0.6, 0.3, 0.5, 0.5))
+
+
+def counted(experience: Experience) -> list[list[tuple[float, float]]]:
+    """[(first choices, siblings)] of [(seen, right)] per depth of drafter "text"."""
+    known = experience.of("text")
+    pairs = [(round(s, 3), round(a, 3)) for s, a in zip(known._seen.sum(axis=1), known._accepted.sum(axis=1))]
+    return [pairs[:3], pairs[known.max_depth : known.max_depth + 1]]
+
+
+def offered(*trees: DraftTree) -> tuple[Experience, Hindsight]:
+    experience = Experience.fresh("", 0, [])
+    hindsight = Hindsight(experience)
+    for tree in trees:
+        hindsight.calibrated([Proposal("", DraftTree()), Proposal("text", tree)])
+    return experience, hindsight
+
+
+def test_drafts_that_nobody_verified_are_learnt_from_as_the_text_comes() -> None:
+    experience, hindsight = offered(TREE)
+    hindsight.read([1])
+    assert counted(experience) == [[(1, 1), (0, 0), (0, 0)], [(1, 0)]]
+    hindsight.read([3, 9])
+    assert counted(experience) == [[(1, 1), (1, 1), (1, 0)], [(1, 0)]]
+    hindsight.read([4])
+    assert counted(experience)[0] == [(1, 1), (1, 1), (1, 0)]  # nothing waits any more
+
+
+def test_drafts_behind_a_wrong_one_teach_nothing() -> None:
+    experience, hindsight = offered(TREE)
+    hindsight.read([2, 3, 4])
+    assert counted(experience) == [[(1, 0), (0, 0), (0, 0)], [(1, 1)]]
+
+
+def test_only_the_newest_drafts_for_a_place_count() -> None:
+    experience, hindsight = offered(DraftTree.chain([8, 8], [0.5, 0.5]), TREE)
+    hindsight.read([1])
+    assert counted(experience)[0][0] == (1, 1)
+
+
+def test_other_text_drops_what_waits() -> None:
+    experience, hindsight = offered(TREE)
+    hindsight.read([1])
+    hindsight.forget()
+    hindsight.read([3])
+    assert counted(experience)[0][1] == (0, 0)
+
+
+def test_proposals_come_back_with_the_chances_of_experience() -> None:
+    experience, hindsight = offered()
+    for _ in range(300):
+        (own, found) = hindsight.calibrated([Proposal("", DraftTree()), Proposal("text", TREE)])
+        hindsight.read([2])
+    assert own.tree == DraftTree() and found.tree.tokens == TREE.tokens
+    assert found.tree.chances[0] < 0.1 and found.tree.chances[1] > 0.8
