@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ Examples:
   mtp-mlx bench --prompts prompts.jsonl --layout auto --layout quadratic --max-tokens 128
   mtp-mlx bench --layout linear --limit 4 --plot bench.svg
   mtp-mlx bench --layout plain --json
+  mtp-mlx bench --explain
 """
 
 
@@ -55,6 +57,7 @@ class BenchSettings(LoadingOptions):
     max_tokens: int = setting(128, help="Tokens per prompt", minimum=2, flag="-n")
     quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
     exact: bool = setting(False, help="Match plain decoding bit for bit (slower)")
+    explain: bool = setting(False, help="Show what the planner of auto expected, and what came")
     plot: Path | None = setting(None, help="Plot speed and acceptance to this SVG file")
 
 
@@ -71,6 +74,7 @@ def command(as_json: bool, **options: Any) -> None:
     settings = from_yaml(BenchSettings, None, options)
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.files import write_text
+    from mtp_mlx.measure.explained import recorded, tables
     from mtp_mlx.measure.lanes import Bench
     from mtp_mlx.measure.prompts import read_prompts
     from mtp_mlx.measure.speed_plot import svg
@@ -79,7 +83,10 @@ def command(as_json: bool, **options: Any) -> None:
     lanes = lanes_of(settings)
     chosen = read_prompts(settings.prompts, settings.limit, settings.per_category)
     model, tokenizer = load_model(settings)
-    done = _measure(Bench(model, tokenizer, lanes, settings.max_tokens), chosen, Console(stderr=True))
+    bench = Bench(model, tokenizer, lanes, settings.max_tokens)
+    with recorded() if settings.explain else nullcontext() as recording:
+        done = _measure(bench, chosen, Console(stderr=True), recording.restart if recording else None)
+        explanation = recording.explained() if recording else None
     rows = summarise(done)
     _remember_plain_speed(settings, [measurement for measurement in done if measurement.lane is lanes[0]])
     if settings.plot is not None:
@@ -87,9 +94,10 @@ def command(as_json: bool, **options: Any) -> None:
     mismatches = [_mismatch(measurement) for measurement in done if not measurement.comparison.identical]
     if as_json:
         report = {**_header(settings, model), "rows": [row.to_json() for row in rows]}
-        click.echo(json.dumps({**report, "mismatches": mismatches}))
+        planned = {} if explanation is None else {"planned": explanation.to_json()}
+        click.echo(json.dumps({**report, "mismatches": mismatches, **planned}))
     else:
-        Console().print(table(rows))
+        Console().print(table(rows), *(tables(explanation) if explanation else ()))
         for values in mismatches:
             click.echo(" ".join(f"{key}={value}" for key, value in values.items()))
 
@@ -158,8 +166,16 @@ def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
     }
 
 
-def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[Measurement]:
+def _measure(
+    bench: Bench, prompts: Sequence[Prompt], console: Console, on_warm: Callable[[], None] | None
+) -> list[Measurement]:
     """Measure every prompt in every lane; after Ctrl-C, return what was measured so far.
+
+    Args:
+        bench: what is measured.
+        prompts: on which.
+        console: for the progress.
+        on_warm: called before the first prompt.
 
     Raises:
         KeyboardInterrupt: if stopped before the first prompt was measured.
@@ -168,6 +184,8 @@ def _measure(bench: Bench, prompts: Sequence[Prompt], console: Console) -> list[
     with Progress(console=console) as progress:
         task = progress.add_task("warming up", total=len(prompts))
         bench.warm_up()
+        if on_warm is not None:
+            on_warm()
         progress.update(task, description="measuring")
 
         def on_prompt(_: int, rows: list[Measurement]) -> None:

@@ -17,6 +17,8 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.decode.tree import DraftTree
 
+LONG_MATCH = 0.5  # confidence of lookup from which its drafts go before those of a trained drafter
+
 LayoutName = Literal["auto", "linear", "quadratic", "tree", "plain"]
 
 
@@ -124,8 +126,9 @@ class Policy(Protocol):
 
 
 def preferred(proposals: Sequence[Proposal]) -> Proposal:
-    """The lookup proposal if it has drafts; otherwise the one of which most drafts are expected to be right."""
-    found = next((p for p in proposals if p.source == LOOKUP and p.drafts), None)
+    """The lookup proposal after a long match; otherwise the one of which most drafts are expected to be right."""
+    matches = (p for p in proposals if p.source == LOOKUP and p.drafts)
+    found = next((p for p in matches if p.confidences[0] >= LONG_MATCH), None)
     return found or max(proposals, key=Proposal.expected)
 
 

@@ -87,7 +87,7 @@ class AcceptanceEstimate:
                 self._offered[depth - 1, bisect_right(BIN_EDGES, confidence)] += (before, before * confidence)
             chances.append(self.probability(depth, confidence, sibling=not first))
             reached.append(before * chances[-1])
-        return _together(tree, chances)
+        return together(tree, chances)
 
     def learn(
         self, depth: int, accepted: bool, confidence: float | None = None, *, sibling: bool = False
@@ -214,7 +214,7 @@ class AcceptanceEstimate:
         return (self._seen[depths].sum(axis=1) + self._unbinned[depths, 0]).tolist()
 
 
-def _together(tree: DraftTree, chances: list[float]) -> list[float]:
+def together(tree: DraftTree, chances: list[float]) -> list[float]:
     """Chances that are smaller where those of one place would be more than MOST_TOGETHER."""
     sums: dict[int, float] = {}
     for parent, chance in zip(tree.parents, chances, strict=True):

@@ -33,6 +33,10 @@ TREE_ROWS = 16  # rows of a pass of layout "tree", unless the user says how many
 MOST_ROWS = 64
 LOOKUP_DRAFTS = 8  # default drafts per step of a fixed layout with lookup alone
 MOST_LOOKUP = 16  # most drafts per step of that layout
+SHORTEST, SHORTEST_PLANNED = (
+    3,
+    2,
+)  # n-grams that lookup searches for; the planner knows how little short ones say
 _NO_GROUPS = "layout 'quadratic' is for slots, not for {who}: use `layout` linear, auto or plain"
 
 
@@ -158,7 +162,10 @@ def plan_drafting(
         return Drafting(policy, model.text_source.open(running_text=running_text, branching=branching))
     if chosen.texts and named:
         stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
-    return Drafting(policy, LookupDrafter() if chosen.lookup and policy.max_drafts else None)
+    if not chosen.lookup or not policy.max_drafts:
+        return Drafting(policy, None)
+    shortest = SHORTEST_PLANNED if layout == "auto" else SHORTEST
+    return Drafting(policy, LookupDrafter(shortest=shortest))
 
 
 def _why_unused(emission: Emission) -> str:

@@ -12,7 +12,7 @@ from mtp_mlx.planning.cost import CostCorrection
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
 TEXT_PRIOR = (0.4, 0.6, 0.7, 0.8)  # of drafts from other texts
-TEXT_MEMORY = 120.0  # half-life of what is learnt of drafts from text, in drafts of a depth
+TEXT_MEMORY = 300.0  # half-life of what is learnt of drafts from text, in drafts of a depth
 
 
 @dataclass(frozen=True)

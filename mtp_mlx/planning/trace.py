@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.errors import MTPError
-from mtp_mlx.jsonl import read_jsonl
 
 VARIABLE = "MTP_MLX_TRACE"
 
@@ -148,14 +147,20 @@ def _opened(path: str) -> Trace:
     return Trace(path)
 
 
-def read_trace(path: Path) -> Iterator[TracedStep]:
-    """The steps of a file.
+def read_trace(path: Path, start: int = 0) -> Iterator[TracedStep]:
+    """The steps of a file from byte `start` on.
 
     Raises:
-        MTPError: if it cannot be read, or a line is not a step (with its number).
+        MTPError: if it cannot be read, or a line is not a step (with its text).
     """
-    names = {field.name for field in fields(TracedStep)}
-    for number, row in read_jsonl(path):
-        if set(row) != names:
-            raise MTPError(f"{path}, line {number}: not a step of a trace")
-        yield TracedStep(**row)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise MTPError(f"{path}: cannot be read ({error.strerror})") from error
+    for line in lines:
+        try:
+            yield TracedStep(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise MTPError(f"{path}: not a step of a trace: {line[:60]!r}") from error
