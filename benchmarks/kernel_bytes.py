@@ -29,6 +29,7 @@ from mtp_mlx.metal_kernels import (
     verify_tail,
 )
 from mtp_mlx.metal_kernels.position_noise import row_keys
+from mtp_mlx.model.block import block_shape
 
 # The buffers that each kernel streams.
 STREAMED = {
@@ -105,16 +106,29 @@ def quantised(rows: int, columns: int, size: int, bits: int) -> tuple[Any, ...]:
     return (mx.random.normal((rows, size)).astype(mx.bfloat16), *packed, 64, bits)
 
 
-def attention(heads: int, key_heads: int, size: int, rows: int, length: int, bits: int | None = None) -> Case:
+TREE = (*range(-1, 7), -1, *range(8, 14))  # drafts in two chains behind the pending token
+
+
+def attention(
+    heads: int,
+    key_heads: int,
+    size: int,
+    rows: int,
+    length: int,
+    bits: int | None = None,
+    tree: tuple[int, ...] = (),
+) -> Case:
     """A block after a long prefix, float16; a quarter of the cache's buffer is unused."""
     capacity = length + length // 4 // 32 * 32
     queries = mx.random.normal((heads, rows, size)).astype(mx.float16)
     caches: list[Any] = [mx.random.normal((key_heads, capacity, size)).astype(mx.float16) for _ in range(2)]
     if bits:
         caches = [mx.quantize(cache, group_size=64, bits=bits) for cache in caches]
-    words = block_attention.visibility_words(mx.tril(mx.ones((rows, rows), dtype=mx.bool_)))
+    visible = block_shape(rows - 1, (0,) * rows, 0, tree).visibility
+    words = block_attention.visibility_words(mx.array(visible))
     held = sum(array.nbytes for _, array in tree_flatten(caches))
     what = f"{heads}/{key_heads} heads of {size}, {rows} rows, {length} keys" + (", 8-bit" if bits else "")
+    what += ", tree" if tree else ""
     arguments = (queries, *caches, words, length, size**-0.5)
     return Case(block_attention, what, arguments, caches, held - held * length // capacity)
 
@@ -133,12 +147,13 @@ def lora(inputs: int, outputs: int, rank: int, real: int, slots: int) -> Case:
     )
 
 
-def tail(rows: int, columns: int, temperature: float) -> Case:
+def tail(rows: int, columns: int, temperature: float, parents: tuple[int, ...] = ()) -> Case:
     """The picks of a block's real rows, bfloat16 logits."""
     logits = mx.random.normal((rows, columns)).astype(mx.bfloat16)
     noise = row_keys(1, mx.arange(rows)) if temperature else None
-    what = f"{rows} x {columns}, {'Gumbel' if temperature else 'greedy'}"
-    return Case(verify_tail, what, (logits, mx.zeros((rows,), dtype=mx.int32), temperature, noise), logits)
+    what = f"{rows} x {columns}, {'Gumbel' if temperature else 'greedy'}{', tree' if parents else ''}"
+    tokens = mx.zeros((rows,), dtype=mx.int32)
+    return Case(verify_tail, what, (logits, tokens, temperature, noise, parents), logits)
 
 
 def head(rows: int, columns: int, size: int, bits: int) -> Case:
@@ -152,7 +167,8 @@ def head(rows: int, columns: int, size: int, bits: int) -> Case:
 def cases() -> list[Case]:
     """Shapes of SmolLM2-135M and of models of 1 to 8 billion weights."""
     products = list(itertools.product((2, 8, 16), (576, 2048), (1536, 2048), (4, 8)))[::3]
-    found = [tail(5, 49152, 0.0), tail(5, 49152, 0.8), tail(5, 151936, 0.0)]
+    tree = tuple(parent + 1 for parent in TREE)
+    found = [tail(5, 49152, 0.0), tail(5, 49152, 0.8), tail(5, 151936, 0.0), tail(16, 49152, 0.0, tree)]
     for module, chosen in ((small_m_qmm, products), (row_exact, products[::2])):
         for rows, columns, size, bits in chosen:
             what = f"{rows} x {columns} x {size}, {bits}-bit"
@@ -162,6 +178,7 @@ def cases() -> list[Case]:
         attention(9, 3, 64, 8, 1024),
         attention(32, 8, 128, 8, 2048),
         attention(32, 8, 128, 8, 2048, bits=8),
+        attention(32, 8, 128, 16, 2048, tree=TREE),
     ]
     found += [lora(576, 1536, 16, 5, 8), lora(2048, 2048, 16, 5, 8), lora(2048, 2048, 64, 5, 8)]
     found += [head(1, 8192, 576, 4), head(4, 8192, 2048, 4), head(8, 8192, 2048, 8)]

@@ -1,15 +1,20 @@
-// The tail of a verification pass in one launch: the pick of every real row of a block, and the number of accepted
-// drafts. One threadgroup per row; an atomic minimum combines the rows.
+// The tail of a verification pass in one launch: the pick of every real row of a block, and which drafts are accepted.
+// One threadgroup per row; atomics combine the rows, in any order.
 //
 // inputs
 //   logits               [rows, columns]  float, half or bfloat   rows >= 1, columns >= 8, column = token id
-//   tokens               [rows]           int32                   the block's real tokens: pending, then drafts;
-//                                                                 row r accepts its draft if its pick is tokens[r + 1]
+//   tokens               [rows]           int32                   the block's real tokens: pending, then drafts
+//   parents              [rows]           int32                   TREE: the row that each draft follows, a smaller one;
+//                                                                 parents[0] is not read. Unused in a chain, where row
+//                                                                 r follows row r - 1.
 //   noise                MODE 0: unused; MODE 1: [rows, 2] uint32 row keys; MODE 2: [rows] float uniforms in [0, 1)
 //   inverse_temperature  [1]              float                   unused in MODE 0
-// output (atomic, starts at rows - 1)
-//   result               [rows + 1]       int32                   a pick per row, then the number of accepted drafts
+// output (atomic)
+//   result               chain: [rows + 1] int32, starts at rows - 1: a pick per row, then the number of accepted drafts
+//                        tree:  [2 rows] int32, starts at 0: a pick per row, then for every row whether its draft, or
+//                        one on the way to it, is not the pick of the row before it
 // template
+//   TREE  whether drafts have branches
 //   MODE  0 greedy: the largest logit
 //         1 Gumbel: the largest logit * inverse_temperature + gumbel, both operations rounded once
 //         2 inverse CDF in vocabulary order: the first column whose cumulative probability exceeds the uniform
@@ -184,7 +189,22 @@ inline float mass_of(float x, float top, float inverse_temperature) {
   if (thread_index == writer) {
     const int token = pick < columns ? int(pick) : 0;
     atomic_store_explicit(&result[row], token, memory_order_relaxed);
-    if (row + 1 < rows && tokens[row + 1] != token) {
+    if (TREE) {
+      for (uint child = row + 1; child < rows; child++) {
+        if (uint(parents[child]) != row || tokens[child] == token) {
+          continue;
+        }
+        for (uint behind = child; behind < rows; behind++) {  // the wrong draft, and all that follow it
+          uint above = behind;
+          while (above > child) {
+            above = uint(parents[above]);
+          }
+          if (above == child) {
+            atomic_store_explicit(&result[rows + behind], 1, memory_order_relaxed);
+          }
+        }
+      }
+    } else if (row + 1 < rows && tokens[row + 1] != token) {
       atomic_fetch_min_explicit(&result[rows], int(row), memory_order_relaxed);
     }
   }

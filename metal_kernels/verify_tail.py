@@ -1,6 +1,7 @@
-"""The tail of verification: the picks of a block's real rows and the number of accepted drafts, in one launch.
+"""The tail of verification: the picks of a block's real rows and which drafts are accepted, in one launch.
 
-Contract: `run` returns what `Picker.pick` and `leading_run` return, token for token. Greedy and Gumbel picks use
+Contract: `run` returns what `Picker.pick` and `leading_run` return, token for token; of a tree of drafts, in place of
+the number of accepted ones, which rows are off the accepted path. Greedy and Gumbel picks use
 the same float32 operations in the same order. Inverse-CDF picks (Parallel Token Prediction) are the first column
 whose cumulative probability exceeds the uniform. These sums are float32 and within CDF_ERROR of the exact ones, so
 `run` and `reference` may pick neighbouring columns if the uniform is that close to the border between them. If
@@ -14,6 +15,8 @@ Arguments of every function here, after the factory
     temperature  0 is greedy
     noise    None when greedy (temperature 0); uint32 [R, 2] from `row_keys` for Gumbel; float32 [R] in [0, 1) for the
              inverse CDF. Ignored at temperature 0.
+    parents  [R - 1] real row that each draft follows, smaller than the draft's own; empty if each follows the one
+             before it
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ CDF_ERROR = (
 NOISE_HEADER = read_kernel("position_noise", (), ()).header
 _own = read_kernel(
     "verify_tail",
-    inputs=("logits", "tokens", "noise", "inverse_temperature"),
+    inputs=("logits", "tokens", "parents", "noise", "inverse_temperature"),
     outputs=("result",),
     atomic_outputs=True,
 )
 TEXT = dataclasses.replace(_own, header=NOISE_HEADER + _own.header)
 
-Arguments = tuple[mx.array, mx.array, float, mx.array | None]
+Arguments = tuple[mx.array, mx.array, float, mx.array | None, tuple[int, ...]]
 
 
 def _mode(temperature: float, noise: mx.array | None) -> int:
@@ -67,7 +70,11 @@ def _mode(temperature: float, noise: mx.array | None) -> int:
 
 
 def supported(
-    logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
+    logits: mx.array,
+    tokens: mx.array,
+    temperature: float,
+    noise: mx.array | None = None,
+    parents: tuple[int, ...] = (),
 ) -> Support:
     """Whether the kernel supports this call."""
     if logits.dtype not in FLOATS:
@@ -79,7 +86,9 @@ def supported(
     return Support(True)
 
 
-def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None) -> int:
+def _checked(
+    logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None, parents: tuple[int, ...]
+) -> int:
     """Check all shapes and types, and return the mode."""
     if logits.ndim != 2 or logits.shape[0] < 1:
         raise ValueError(f"logits have shape {logits.shape} but must be [rows >= 1, vocabulary]")
@@ -89,6 +98,10 @@ def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.a
     n_rows = logits.shape[0]
     if tokens.shape != (n_rows,) or tokens.dtype != mx.int32:
         raise ValueError(f"tokens are {tokens.dtype} {tokens.shape} but must be int32 ({n_rows},)")
+    if parents and (
+        len(parents) != n_rows - 1 or any(not 0 <= parent <= draft for draft, parent in enumerate(parents))
+    ):
+        raise ValueError(f"parents {parents} must be {n_rows - 1} rows, each before its own")
     mode = _mode(temperature, noise)
     if mode != GREEDY:
         assert noise is not None
@@ -98,13 +111,19 @@ def _checked(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.a
     return mode
 
 
-def launch(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None) -> Launch:
-    """The launch, whose output is the picks followed by the number of accepted drafts, int32 [R + 1].
+def launch(
+    logits: mx.array,
+    tokens: mx.array,
+    temperature: float,
+    noise: mx.array | None = None,
+    parents: tuple[int, ...] = (),
+) -> Launch:
+    """The launch, whose output is the two of `run`, one behind the other.
 
     Raises:
         ValueError: if a shape or type does not match, or the call is not `supported`.
     """
-    mode = _checked(logits, tokens, temperature, noise)
+    mode = _checked(logits, tokens, temperature, noise, parents)
     n_rows, n_columns = logits.shape
     simdgroups = -(-n_columns // (SIMD_WIDTH * COLUMNS_PER_THREAD))
     threads = min(MOST_THREADS, SIMD_WIDTH * simdgroups)
@@ -114,13 +133,13 @@ def launch(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.arr
     inverse = mx.array([1.0 if mode == GREEDY else 1.0 / temperature], dtype=mx.float32)
     return Launch(
         text=TEXT,
-        inputs=(logits, tokens, noise, inverse),
-        template=(("MODE", mode),),
+        inputs=(logits, tokens, mx.array((0, *parents), dtype=mx.int32), noise, inverse),
+        template=(("MODE", mode), ("TREE", int(bool(parents)))),
         grid=(threads, n_rows, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=((n_rows + 1,),),
+        output_shapes=((2 * n_rows if parents else n_rows + 1,),),
         output_dtypes=(mx.int32,),
-        init_value=n_rows - 1,
+        init_value=0 if parents else n_rows - 1,
     )
 
 
@@ -130,18 +149,26 @@ def run(
     tokens: mx.array,
     temperature: float,
     noise: mx.array | None = None,
+    parents: tuple[int, ...] = (),
 ) -> tuple[mx.array, mx.array]:
-    """Picks, int32 [R], and the number of accepted drafts, int32 [1]."""
-    (result,) = launch(logits, tokens, temperature, noise).run(factory)
+    """Picks, int32 [R], and the number of accepted drafts, int32 [1].
+
+    Of a tree, the second is int32 [R]: 0 for the pending token and the accepted drafts, 1 for all other rows.
+    """
+    (result,) = launch(logits, tokens, temperature, noise, parents).run(factory)
     n_rows = logits.shape[0]
     return result[:n_rows], result[n_rows:]
 
 
 def reference(
-    logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None
+    logits: mx.array,
+    tokens: mx.array,
+    temperature: float,
+    noise: mx.array | None = None,
+    parents: tuple[int, ...] = (),
 ) -> tuple[mx.array, mx.array]:
     """The same as `run`, in pure MLX."""
-    mode = _checked(logits, tokens, temperature, noise)
+    mode = _checked(logits, tokens, temperature, noise, parents)
     scores = logits.astype(mx.float32)
     if mode != GREEDY:
         assert noise is not None
@@ -149,13 +176,21 @@ def reference(
         if mode == GUMBEL:
             scores = scores + gumbel_of_keys(noise, mx.arange(logits.shape[-1]))
         else:
-            return _with_accepted(inverse_cdf(scores, noise), tokens)
-    return _with_accepted(mx.argmax(scores, axis=-1), tokens)
+            return _with_accepted(inverse_cdf(scores, noise), tokens, parents)
+    return _with_accepted(mx.argmax(scores, axis=-1), tokens, parents)
 
 
-def _with_accepted(picks: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+def _with_accepted(picks: mx.array, tokens: mx.array, parents: tuple[int, ...]) -> tuple[mx.array, mx.array]:
     picks = picks.astype(mx.int32)
-    return picks, _leading_run(picks, tokens)
+    return picks, _off_path(picks, tokens, parents) if parents else _leading_run(picks, tokens)
+
+
+def _off_path(picks: mx.array, tokens: mx.array, parents: tuple[int, ...]) -> mx.array:
+    """[R] int32: 1 for every row whose draft, or one on the way to it, is not the pick of the row before it."""
+    found = [mx.zeros((), dtype=mx.bool_)]
+    for row, parent in enumerate(parents, start=1):
+        found.append(mx.logical_or(found[parent], picks[parent] != tokens[row]))
+    return mx.stack(found).astype(mx.int32)
 
 
 def _leading_run(picks: mx.array, tokens: mx.array) -> mx.array:
@@ -181,7 +216,10 @@ def samples() -> list[Arguments]:
             picks, _ = reference(logits, block, temperature, noise)
             drafts = np.concatenate([[0], np.array(picks)[:-1]])
             drafts[n_rows // 2 + 1 :] = n_columns - 1  # the first drafts are right, the rest probably wrong
-            calls.append((logits, mx.array(drafts.astype(np.int32)), temperature, noise))
+            calls.append((logits, mx.array(drafts.astype(np.int32)), temperature, noise, ()))
+            if n_rows > 2:  # two chains behind the pending token, of which the first is the one before
+                parents = (*range(n_rows // 2), 0, *range(n_rows // 2 + 1, n_rows - 1))
+                calls.append((logits, mx.array(drafts.astype(np.int32)), temperature, noise, parents))
     return calls
 
 
@@ -190,8 +228,15 @@ def agrees(ours: tuple[mx.array, mx.array], theirs: tuple[mx.array, mx.array]) -
     return all(bool(mx.array_equal(one, other)) for one, other in zip(ours, theirs, strict=True))
 
 
-def shape_key(logits: mx.array, tokens: mx.array, temperature: float, noise: mx.array | None = None) -> str:
+def shape_key(
+    logits: mx.array,
+    tokens: mx.array,
+    temperature: float,
+    noise: mx.array | None = None,
+    parents: tuple[int, ...] = (),
+) -> str:
     """The class of calls that cost the same, e.g. "gumbel bfloat16 4x151936"."""
     n_rows, n_columns = logits.shape
     dtype = str(logits.dtype).removeprefix("mlx.core.")
-    return f"{MODE_NAMES[_mode(temperature, noise)]} {dtype} {n_rows}x{n_columns}"
+    form = " tree" if parents else ""
+    return f"{MODE_NAMES[_mode(temperature, noise)]} {dtype} {n_rows}x{n_columns}{form}"

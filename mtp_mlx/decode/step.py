@@ -19,7 +19,7 @@ from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import leading_run
 from mtp_mlx.decode.session import Session
-from mtp_mlx.decode.tree import DraftTree, depths_of, walk
+from mtp_mlx.decode.tree import DraftTree, depths_of, path_of, walk
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.block import Block, BlockShape, block_shape
 
@@ -147,14 +147,10 @@ def verify(
     positions = mx.array(shape.offsets[:n_real] + (start + 1))
     history = session.histories(drafts, layout.parents)
     allowed = _allowed(session, logits, drafts)
-    path = None
-    if layout.parents:
-        picks, _ = _accepted(session, allowed, positions, history, rows)
-        accepted, last, path = walk(picks, rows[1:], layout.parents)
+    picks, accepted, last, path = _accepted(session, allowed, positions, history, rows, layout.parents)
+    head_input = head_input[:, :n_real]
+    if path is not None:
         picks, logits, head_input = picks[path], logits[path], head_input[:, path]
-    else:
-        picks, accepted = _accepted(session, allowed, positions, history, rows)
-        last, head_input = accepted, head_input[:, :n_real]
     return Verified(
         layout=layout,
         shape=shape,
@@ -179,16 +175,38 @@ def _allowed(session: Session, logits: mx.array, drafts: list[int]) -> mx.array:
     return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
 
 
+class Accepted(NamedTuple):
+    """What verification accepts, lazily.
+
+    Attributes:
+        picks: [1 + d] int32, the target's pick after every real row.
+        count: int32 scalar, drafts accepted.
+        last: int32 scalar, real row of the last of them, 0 if none was accepted.
+        path: of a tree, [1 + D] real rows as in `Walk`; None for a chain.
+    """
+
+    picks: mx.array
+    count: mx.array
+    last: mx.array
+    path: mx.array | None = None
+
+
 def _accepted(
-    session: Session, logits: mx.array, positions: mx.array, history: mx.array | None, tokens: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The target's picks [1 + d] and the number of a chain's drafts they accept (a scalar), lazily.
+    session: Session,
+    logits: mx.array,
+    positions: mx.array,
+    history: mx.array | None,
+    tokens: mx.array,
+    parents: tuple[int, ...],
+) -> Accepted:
+    """The target's picks, and the drafts that equal them.
 
     Args:
         logits: [1 + d, V] of the real rows.
         positions: [1 + d] int32 positions of the picks.
         history: [1 + d, C] for penalties, or None.
         tokens: [1 + d] int32, the pending token and the drafts.
+        parents: [d] of a tree; empty for a chain.
     """
     kernels, picker = session.attached.kernels, session.picker
     plainly = session.constraint is None and picker.draws_plainly(logits.shape[-1])
@@ -199,11 +217,17 @@ def _accepted(
             tokens,
             picker.config.temperature,
             picker.noise_keys(positions),
+            tuple(parent + 1 for parent in parents),
         )
+        if found is not None and parents:
+            return Accepted(found[0], *path_of(found[1][1:] == 0, parents))
         if found is not None:
-            return found[0], found[1].reshape(())
+            return Accepted(found[0], found[1].reshape(()), found[1].reshape(()))
     picks = picker.pick(logits, positions, history)
-    return picks, leading_run(picks, tokens[1:])
+    if parents:
+        return Accepted(picks, *walk(picks, tokens[1:], parents))
+    count = leading_run(picks, tokens[1:])
+    return Accepted(picks, count, count)
 
 
 def draft(session: Session, verified: Verified) -> LazyStep:

@@ -156,22 +156,30 @@ def walk(picks: mx.array, drafts: mx.array, parents: tuple[int, ...]) -> Walk:
         drafts: [d] int32 token ids; siblings have different ones, so that at most one of them equals the pick.
         parents: [d] index of each draft's parent, `ROOT` for the pending token.
     """
-    ancestors, depths = (mx.array(matrix) for matrix in _matrices(parents))
     wrong = (picks[mx.array([parent + 1 for parent in parents])] != drafts).astype(mx.int32)  # [d]
-    on_path = (mx.sum(ancestors * wrong, axis=1) == 0).astype(mx.int32)  # [d]
-    rows = on_path * mx.arange(1, 1 + len(parents), dtype=mx.int32)  # a draft comes after its ancestors
+    return path_of(mx.sum(mx.array(_ancestors(parents)) * wrong, axis=1) == 0, parents)
+
+
+def path_of(accepted: mx.array, parents: tuple[int, ...]) -> Walk:
+    """The path whose drafts are the accepted ones.
+
+    Args:
+        accepted: [d] whether a draft and all before it on its path are the target's picks.
+        parents: [d] as in `walk`.
+    """
+    count = len(parents)
+    rows = mx.where(accepted, mx.arange(1, 1 + count, dtype=mx.int32), 0)  # a draft comes after its ancestors
     last = mx.max(rows)
-    reached = mx.sum(depths * rows, axis=1)  # [D], 0 beyond the last accepted draft
-    path = mx.concatenate([mx.zeros((1,), dtype=mx.int32), mx.where(reached == 0, last, reached)])
-    return Walk(mx.sum(on_path), last, path)
+    path = mx.sort(mx.where(accepted, rows, 1 + count))[: max(depths_of(parents))]
+    path = mx.concatenate([mx.zeros((1,), dtype=mx.int32), mx.minimum(path, last)])
+    return Walk(mx.sum(accepted.astype(mx.int32)), last, path)
 
 
 @lru_cache(maxsize=512)
-def _matrices(parents: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """int32 matrices of 0 and 1: [d, d] of each draft's ancestors and itself, [D, d] of the drafts of each depth."""
+def _ancestors(parents: tuple[int, ...]) -> np.ndarray:
+    """[d, d] int32, 1 for each draft's ancestors and itself."""
     ancestors = np.eye(len(parents), dtype=np.int32)
     for node, parent in enumerate(parents):
         if parent != ROOT:
             ancestors[node] |= ancestors[parent]
-    depths = np.array(depths_of(parents))
-    return ancestors, (depths == np.arange(1, 1 + depths.max())[:, None]).astype(np.int32)
+    return ancestors

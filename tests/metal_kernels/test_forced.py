@@ -19,6 +19,7 @@ from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.metal_kernels.dispatch import Dispatcher, default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.planning.grow import TreePolicy
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, drafting, random_adapter
 from tests.tiny import tiny_model
 
@@ -70,6 +71,17 @@ def test_the_same_tokens_by_kernels_and_by_mlx(layout: Any, temperature: float, 
     assert found == expected
     used = {name for (name, lane), count in forced.counts.items() if lane == "kernel" and count}
     assert used == AT_THE_SEAMS
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_trees_by_kernels_and_by_mlx(temperature: float, forced: Dispatcher) -> None:
+    sampling, stats = SamplingConfig(temperature=temperature, seed=5), DecodeStats()
+    model = attached(forced, mx.float32)
+    expected = tokens(attached(None, mx.float32), sampling=sampling)
+    policy = TreePolicy(8, 2, [0.6, 0.6], places_slots=True)
+    assert tokens(model, sampling=sampling, policy=policy, stats=stats) == expected
+    assert any(layout.startswith("tree") for layout in stats.layouts)
+    assert any(key.startswith("verify_tail") and key.endswith("tree") for key in forced.verdicts)
 
 
 def test_prompts_are_read_by_mlx(forced: Dispatcher) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.decode.tree import path_of, walk
 from mtp_mlx.metal_kernels import verify_tail
 from mtp_mlx.metal_kernels.launch import KernelText, Launch
 from mtp_mlx.metal_kernels.position_noise import gumbel_of_keys, row_keys, uniform_bits
@@ -19,6 +22,7 @@ from tests.metal_kernels.verify_calls import (
     case,
     leading_run,
     neck_and_neck,
+    outputs,
     picks_and_accepted,
 )
 
@@ -129,7 +133,7 @@ def test_noise_that_just_wins_is_not_skipped() -> None:
     """The kernel leaves out noise that cannot win; here nearly all of it does, by less than 1e-3."""
     keys = row_keys(4, mx.arange(5))
     logits = mx.array(neck_and_neck(keys, 5003))
-    arguments = (logits, mx.zeros((5,), dtype=mx.int32), 1.0, keys)
+    arguments = (logits, mx.zeros((5,), dtype=mx.int32), 1.0, keys, ())
     picks, _ = picks_and_accepted(arguments)
     assert picks.min() > 4990
     np.testing.assert_array_equal(picks, np.array(verify_tail.reference(*arguments)[0]))
@@ -156,6 +160,42 @@ def test_picks_equal_the_pickers(temperature: float, dtype: mx.Dtype) -> None:
     assert accepted.tolist() == [len(rows) - 1]
 
 
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[tuple[int, ...], list[bool]]:
+    """(rows that the drafts follow, whether each draft is to be right); of siblings one at most is."""
+    count = draw(st.integers(2, 20))
+    parents = tuple(draw(st.integers(0, row)) for row in range(count))
+    wanted = [draw(st.booleans()) for _ in parents]
+    firsts = [parents.index(parent) == row for row, parent in enumerate(parents)]
+    return parents, [right and first for right, first in zip(wanted, firsts, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=trees(), mode=st.sampled_from(MODES), seed=st.integers(0, 2**20))
+def test_trees_are_walked_as_by_mlx(tree: tuple[tuple[int, ...], list[bool]], mode: str, seed: int) -> None:
+    """Rows off the path are those that a walk from the pending token does not come to, one draft at a time."""
+    parents, right = tree
+    n_rows = len(parents) + 1
+    logits, _, temperature, noise, _ = case(mode, n_rows, 129, mx.float32, seed)
+    picks = verify_tail.reference(logits, mx.zeros((n_rows,), dtype=mx.int32), temperature, noise)[0].tolist()
+    tokens = [5]
+    for row, (parent, is_right) in enumerate(zip(parents, right, strict=True), start=1):
+        tokens.append(picks[parent] if is_right else (picks[parent] + 1 + row) % 129)
+    arguments = (logits, mx.array(tokens, dtype=mx.int32), temperature, noise, parents)
+    (result,) = outputs(verify_tail.launch(*arguments))
+    assert result[:n_rows].tolist() == picks
+    expected = [0]
+    for parent, is_right in zip(parents, right, strict=True):
+        expected.append(int(expected[parent] or not is_right))
+    assert result[n_rows:].tolist() == expected
+    assert verify_tail.reference(*arguments)[1].tolist() == expected
+    nodes = tuple(parent - 1 for parent in parents)
+    walked = walk(mx.array(picks), arguments[1][1:], nodes)
+    from_kernel = path_of(mx.array(result[n_rows + 1 :]) == 0, nodes)
+    for one, other in zip(walked, from_kernel, strict=True):
+        assert one.tolist() == other.tolist()
+
+
 ROW_WITH_TIES = [1.0, 7.0, -2.0, 7.0] * 100
 SPECIAL_ROWS = {
     "ties": (ROW_WITH_TIES, 1),
@@ -174,7 +214,7 @@ def test_special_rows_greedy(name: str) -> None:
     row, expected = SPECIAL_ROWS[name]
     logits = mx.array(np.array([row, row[::-1]], dtype=np.float32)).astype(mx.float16)
     tokens = mx.array([1, expected], dtype=mx.int32)
-    picks, accepted = picks_and_accepted((logits, tokens, 0.0, None))
+    picks, accepted = picks_and_accepted((logits, tokens, 0.0, None, ()))
     assert picks[0] == expected and accepted == 1
     assert picks.tolist() == np.argmax(np.array(logits.astype(mx.float32)), axis=-1).tolist()
 
@@ -186,7 +226,7 @@ def test_the_first_nan_is_picked_as_by_argmax(mode: str, at: int) -> None:
     rows[0, at:] = np.where(np.arange(at, 400) % 7 == at % 7, np.nan, rows[0, at:])
     logits, tokens = mx.array(rows), mx.array([0, at], dtype=mx.int32)
     temperature = 0.0 if mode == "greedy" else 1.0
-    picks, accepted = picks_and_accepted((logits, tokens, temperature, row_keys(1, mx.arange(2))))
+    picks, accepted = picks_and_accepted((logits, tokens, temperature, row_keys(1, mx.arange(2)), ()))
     assert picks[0] == at == np.argmax(rows[0]) and accepted == 1
 
 
@@ -273,7 +313,7 @@ def test_the_reference_agrees_on_the_samples(index: int) -> None:
     assert not verify_tail.agrees((ours[0] + 1, ours[1]), theirs)
     assert not verify_tail.agrees((ours[0], ours[1] + 1), theirs)
     n_rows, n_columns = arguments[0].shape
-    assert verify_tail.shape_key(*arguments).endswith(f" {n_rows}x{n_columns}")
+    assert verify_tail.shape_key(*arguments).removesuffix(" tree").endswith(f" {n_rows}x{n_columns}")
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mslemu
@@ -96,7 +96,7 @@ FAULT_COLUMNS = (2503, 40_009)  # some simdgroups idle; several stretches of sev
 
 def fault_case(mode: str, n_columns: int) -> verify_tail.Arguments:
     """Six rows with ties and negative scores; the drafts of rows 1 and 3 are wrong."""
-    logits, _, temperature, noise = case(mode, 6, n_columns, mx.float32, seed=5)
+    logits, _, temperature, noise, _ = case(mode, 6, n_columns, mx.float32, seed=5)
     rows = np.array(logits)
     if mode == "greedy":
         rows = np.round(rows * 4)
@@ -111,7 +111,40 @@ def fault_case(mode: str, n_columns: int) -> verify_tail.Arguments:
     picks, _ = verify_tail.reference(logits, mx.zeros((6,), dtype=mx.int32), temperature, noise)
     tokens = np.concatenate([[3], np.array(picks)[:-1]]).astype(np.int32)
     tokens[[2, 4]] += 1
-    return logits, mx.array(tokens), temperature, noise
+    return logits, mx.array(tokens), temperature, noise, ()
+
+
+TREE = (0, 0, 1, 1, 4, 5, 2)  # rows that eight rows' drafts follow, from row 1 on
+
+
+def tree_case(right: Sequence[int]) -> verify_tail.Arguments:
+    """Eight rows; the drafts of the rows `right` are the picks of the rows that they follow, the others are not."""
+    logits = case("greedy", 8, FAULT_COLUMNS[0], mx.float32, seed=6)[0]
+    picks = np.array(verify_tail.reference(logits, mx.zeros((8,), dtype=mx.int32), 0.0)[0])
+    tokens = np.array([3, *(picks[parent] for parent in TREE)], dtype=np.int32)
+    wrong = [row for row in range(1, 8) if row not in right]
+    tokens[wrong] = [(tokens[row] + row) % FAULT_COLUMNS[0] for row in wrong]
+    return logits, mx.array(tokens), 0.0, None, TREE
+
+
+TREE_MUTANTS = {
+    "a draft that follows another row": nth("uint(parents[child]) != row", "uint(parents[child]) != row + 1"),
+    "right drafts count as wrong": nth("tokens[child] == token)", "tokens[child] != token)"),
+    "the last draft is not compared": nth("child < rows; child++", "child + 1 < rows; child++"),
+    "drafts behind a wrong one stay": nth("behind < rows; behind++", "behind == child; behind++"),
+    "brothers of a wrong draft go too": nth("if (above == child)", "if (above >= uint(parents[child]))"),
+    "one step up only": nth("while (above > child)", "if (above > child)"),
+    "flags beside the picks": nth("&result[rows + behind]", "&result[behind]"),
+    "flags of the wrong draft only": nth("result[rows + behind]", "result[rows + child]"),
+    "the pending token counts as a draft": nth("child = row + 1", "child = row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREE_MUTANTS)
+def test_planted_faults_in_the_walk_are_seen(name: str) -> None:
+    cases = [tree_case(right) for right in ((1, 4, 6, 7), (2, 7, 5), (1, 2, 3, 4, 5, 6), (4, 5, 6, 7))]
+    launches = [verify_tail.launch(*arguments) for arguments in cases]
+    assert any(is_seen(launch, emulated.edited(launch, TREE_MUTANTS[name])) for launch in launches)
 
 
 def outcome(launch: Launch) -> list[tuple[list[int], int]]:

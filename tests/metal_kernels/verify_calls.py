@@ -60,12 +60,12 @@ def case(
     picks, _ = verify_tail.reference(logits, mx.zeros((n_rows,), dtype=mx.int32), temperature, noise)
     tokens = np.concatenate([[5], np.array(picks)[:-1]]).astype(np.int32)
     tokens[1 + n_right :] = (tokens[1 + n_right :] + 1) % n_columns
-    return logits, mx.array(tokens), temperature, noise
+    return logits, mx.array(tokens), temperature, noise, ()
 
 
 def assert_picks_are_right(arguments: verify_tail.Arguments, picks: np.ndarray) -> None:
     """Every pick is the float64 pick, or within the stated bound of being it."""
-    logits, _, temperature, noise = arguments
+    logits, _, temperature, noise, _ = arguments
     scores = double(logits) / (temperature or 1.0)
     rows = np.arange(len(picks))
     if noise is not None and noise.dtype == mx.float32:
