@@ -9,8 +9,11 @@ They work from any thread, with one generation at a time per model. Closing the 
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +25,11 @@ import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx import lora
 from mtp_mlx.adapter_folder import Header, sidecar
 from mtp_mlx.answer_parts import LONGEST_TAG, Thoughts
 from mtp_mlx.base_model import load_base
-from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
+from mtp_mlx.chat_template import Thinking, chat_ids, ids_behind, thinking_options
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -47,6 +51,18 @@ from mtp_mlx.models import bundled_adapter, bundled_memory, named_adapter, resol
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.text import AnswerText
 from mtp_mlx.token_ids import check_ids
+
+log = logging.getLogger("mtp_mlx")
+
+OTHER_NAMES = {  # arguments that others have for the same thing
+    "temp": "sampling",
+    "temperature": "sampling",
+    "top_p": "sampling",
+    "min_p": "sampling",
+    "seed": "sampling",
+    "draft_model": "load(..., draft_model=...)",
+    "num_draft_tokens": "load(..., num_draft_tokens=...)",
+}
 
 Prompt = str | mx.array | np.ndarray | Sequence[int]
 
@@ -110,6 +126,7 @@ def load(
     *,
     quantize: int | None = None,
     exact: bool = False,
+    adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     peers: Peers | None = None,
     **drafter_options: Any,
@@ -124,6 +141,7 @@ def load(
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as in plain decoding, bit for bit. The text then equals that of
             plain decoding even if two tokens nearly tie. Slower, unless a kernel makes up for it.
+        adapter_path: a fine-tune of mlx-lm (`mlx_lm.lora`) for this model. Drafters of the base go on drafting.
         tokenizer_config: options of the tokenizer, as in mlx-lm's `load`.
         peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), among which the model is divided. All of
             them must make the same calls.
@@ -144,6 +162,8 @@ def load(
     if folder is not None:
         again = partial(load_base, model, quantize, lazy=True) if lazy else None
         source, info = _load_adapter(folder, base, again)
+    if adapter_path is not None:
+        _put_on(base, adapter_path, peers)
     named = adapter not in ("auto", None)
     context = registry.LoadContext(base, tokenizer, named, bundled_memory(model))
     source = registry.prepare(source, drafter_options, context)
@@ -158,6 +178,15 @@ def load(
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
+
+
+def _put_on(base: Any, adapter_path: str | Path, peers: Peers | None) -> None:
+    """Puts a fine-tune of mlx-lm on the bare model."""
+    if peers is not None and not peers.alone:
+        raise MTPError(
+            "a fine-tune needs a single process: leave `adapter_path` out, or run without mlx.launch"
+        )
+    log.info(lora.put_on(base, adapter_path))
 
 
 def _same_texts(attached: AttachedModel) -> None:
@@ -237,7 +266,7 @@ def stream_generate(
         stop: strings that end the text; they are not part of it.
         stats: updated while decoding, and part of every response.
         kwargs: passed to `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
-            quantized_kv_start, prompt_progress_callback, constraint.
+            quantized_kv_start, prompt_progress_callback, constraint, logits_processors.
 
     Raises:
         MTPError: if an option is wrong, the prompt is empty or has an id that the model has no row for, or the cache
@@ -245,6 +274,7 @@ def stream_generate(
     """
     emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
+    kwargs = _checked_names(kwargs)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
@@ -315,6 +345,25 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
         raise MTPError("lookup drafts must be verified: leave `lookup` out, or use `emission` verified")
 
 
+def _checked_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, without a `sampler` that is None.
+
+    Raises:
+        MTPError: for an argument of mlx-lm that is another one here, or one that nobody knows.
+    """
+    if kwargs.get("sampler") is not None:
+        raise MTPError(
+            "`sampler` cannot be used, because a pick must be a function of its position: give "
+            "`sampling=SamplingConfig(temperature=..., top_p=..., seed=...)`"
+        )
+    known = set(inspect.signature(mtp_generate_step).parameters) - {"prompt", "model", "policy"}
+    for name in kwargs:
+        if name not in {*known, "slots", "sampler"}:
+            hint = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+            raise MTPError(f"unknown argument `{name}`" + (f": did you mean `{hint}`?" if hint else ""))
+    return {name: value for name, value in kwargs.items() if name != "sampler"}
+
+
 def generate(
     model: AttachedModel,
     tokenizer: TokenizerWrapper,
@@ -337,19 +386,33 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
 
 
 def chat_prompt(
-    tokenizer: TokenizerWrapper, prompt: str, system: str | None = None, thinking: Thinking = "auto"
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    system: str | None = None,
+    thinking: Thinking = "auto",
+    *,
+    begin: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    behind: bool = False,
 ) -> list[int]:
     """Token ids of a user's message in the tokenizer's chat template, or as plain text if it has none.
 
     Args:
         thinking: "on" or "off", through the template's own switch; "auto" leaves it to mlx-lm.
+        begin: what the answer begins with, or None.
+        options: further variables of the template.
+        behind: leave out what comes before the user's message, which a prompt cache holds.
 
     Raises:
         MTPError: if the template rejects the messages, or has no such switch.
     """
-    options = thinking_options(tokenizer, thinking)
+    options = {**thinking_options(tokenizer, thinking), **(options or {})}
     if not tokenizer.has_chat_template:
         return encode_prompt(tokenizer, prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
+    if begin:
+        messages.append({"role": "assistant", "content": begin})
+    if behind:
+        return ids_behind(tokenizer, messages, options)
     return chat_ids(tokenizer, messages, options=options)

@@ -104,3 +104,17 @@ def read_tokenizer(
     if fault:
         raise MTPError(f"{what}: {fault}")
     return tokenizer
+
+
+def also_ends_at(tokenizer: TokenizerWrapper, token: str) -> None:
+    """Makes `token`, a token or its id, end texts too.
+
+    Raises:
+        MTPError: if the tokenizer has no such token.
+    """
+    known = tokenizer.convert_tokens_to_ids(token)
+    if not token.isdigit() and (known is None or known == getattr(tokenizer, "unk_token_id", None)):
+        raise MTPError(
+            f"`extra_eos_token` {token!r} is not a token of this model: give one of its tokens, or an id"
+        )
+    tokenizer.add_eos_token(token)

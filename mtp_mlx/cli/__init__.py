@@ -31,6 +31,7 @@ VERBS = {
     "train": "Train an adapter on your own data",
     "distill": "Write the base model's own answers to prompts",
     "remember": "Remember texts, to draft from them",
+    "cache-prompt": "Read a long text once, to ask about it later",
     "convert": "Convert a checkpoint to an mlx-lm model folder",
     "info": "Show what a model, an adapter and this machine are",
     "doctor": "Show versions, device and kernels, for bug reports",
@@ -60,13 +61,13 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The verbs whose modules exist."""
-        return [verb for verb in VERBS if importlib.util.find_spec(f"{__name__}.{verb}")]
+        return [verb for verb in VERBS if importlib.util.find_spec(_module_of(verb))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The verb's command, or None for an unknown verb."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        return importlib.import_module(f"{__name__}.{cmd_name}").command
+        return importlib.import_module(_module_of(cmd_name)).command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs, without importing any of them."""
@@ -91,6 +92,10 @@ class LazyGroup(click.Group):
                 raise
             click.echo("Stopped.", err=True)
             ctx.exit(130)
+
+
+def _module_of(verb: str) -> str:
+    return f"{__name__}.{verb.replace('-', '_')}"
 
 
 def explain(error: Exception) -> str | None:

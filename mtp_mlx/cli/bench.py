@@ -38,6 +38,7 @@ class BenchSettings(LoadingOptions):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     per_category: int | None = setting(None, help="Use this many prompts per category", minimum=1)
@@ -109,6 +110,7 @@ def _remember_plain_speed(settings: BenchSettings, measured: Sequence[Measuremen
         settings: which model.
         measured: one measurement of every prompt.
     """
+    from mtp_mlx.cli.loading import speed_name
     from mtp_mlx.measure import plain_speed
     from mtp_mlx.measure.speed import rate
 
@@ -119,7 +121,9 @@ def _remember_plain_speed(settings: BenchSettings, measured: Sequence[Measuremen
         timed = [measurement.reference for measurement in group]
         tokens = sum(timing.timed_tokens for timing in timed)
         context = group[0].prompt_tokens
-        plain_speed.remember(settings.model, rate(timed), tokens, quantize=settings.quantize, context=context)
+        plain_speed.remember(
+            speed_name(settings), rate(timed), tokens, quantize=settings.quantize, context=context
+        )
 
 
 def lanes_of(settings: BenchSettings) -> list[Lane]:

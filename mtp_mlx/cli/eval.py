@@ -40,6 +40,7 @@ class EvalSettings:
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     questions: Path | None = setting(None, help="JSONL file of questions (default: built-in)", flag="-q")
     gsm8k: Path | None = setting(None, help="JSONL file of GSM8K; the last number must match")
     limit: int | None = setting(None, help="Use this many rows of each file, spread over it", minimum=1)

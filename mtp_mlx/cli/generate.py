@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mtp_mlx.distributed import Peers
     from mtp_mlx.model.attach import AttachedModel
 
+TEMPLATED = ("system", "thinking", "prefill_response", "chat_template_config")  # need the chat template
+
 EPILOG = """\b
 Examples:
   mtp-mlx generate --prompt "Why is the sky blue?"
@@ -35,7 +37,9 @@ Examples:
 
 @click.command(epilog=EPILOG, short_help="Write text, several tokens per forward pass")
 @options_for(GenerateSettings)
-@click.option("--raw", is_flag=True, help="Use the prompt as is, without the chat template")
+@click.option(
+    "--raw", "--ignore-chat-template", "raw", is_flag=True, help="Use the prompt without the chat template"
+)
 @click.option("--color", is_flag=True, help="Colour accepted drafts by depth")
 @click.option("--histogram", is_flag=True, help="Show bar charts of tokens per step and acceptance")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text")
@@ -68,17 +72,36 @@ def command(
         context.exit(130)
 
 
-def read_prompt(settings: GenerateSettings, raw: bool) -> str:
+def read_prompt(settings: Any, raw: bool) -> str:
     """The prompt, from the option, the file or stdin.
+
+    Args:
+        settings: with `prompt`, `prompt_file` and `system`, and possibly other options of `TEMPLATED`.
+        raw: whether it is used without the chat template.
 
     Raises:
         MTPError: if there is no prompt, more than one, an empty one, or one that is not UTF-8.
     """
     if settings.prompt is not None and settings.prompt_file is not None:
         raise MTPError("both --prompt and --prompt-file were given: give one of them")
-    templated = {"--system": settings.system, "--thinking": settings.thinking != "auto"}
-    if raw and (option := next((name for name, given in templated.items() if given), None)):
+    given = [name for name in TEMPLATED if getattr(settings, name, None) not in (None, "auto")]
+    if raw and given:
+        option = f"--{given[0].replace('_', '-')}"
         raise MTPError(f"{option} needs the chat template, which --raw leaves out: give only one of them")
+    text = _given_text(settings)
+    if not raw:
+        text = text.rstrip("\n")
+    if not (text if raw else text.strip()):
+        raise MTPError("the prompt is empty: give some text")
+    checked_unicode(text, "the prompt")
+    for name in ("system", "prefill_response"):
+        if getattr(settings, name, None):
+            checked_unicode(getattr(settings, name), f"--{name.replace('_', '-')}")
+    return text
+
+
+def _given_text(settings: Any) -> str:
+    """The text of `--prompt`, of `--prompt-file` or of stdin."""
     if settings.prompt_file is not None:
         try:
             text = settings.prompt_file.read_text(encoding="utf-8")
@@ -97,13 +120,6 @@ def read_prompt(settings: GenerateSettings, raw: bool) -> str:
             raise MTPError(f"stdin is not UTF-8 at byte {error.start}") from error
     else:
         raise MTPError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe one in")
-    if not raw:
-        text = text.rstrip("\n")
-    if not (text if raw else text.strip()):
-        raise MTPError("the prompt is empty: give some text")
-    checked_unicode(text, "the prompt")
-    if settings.system:
-        checked_unicode(settings.system, "--system")
     return text
 
 
@@ -146,8 +162,8 @@ def generate(
 ) -> Run:
     """Load the model, decode and print; Ctrl-C ends the text and sets `interrupted`."""
     from mtp_mlx.answer_parts import told_apart
-    from mtp_mlx.api import chat_prompt, encode_prompt, stream_generate
-    from mtp_mlx.cli.loading import load_model
+    from mtp_mlx.api import stream_generate
+    from mtp_mlx.cli.loading import load_model, speed_name
     from mtp_mlx.cli.progress import cost_progress, prompt_progress
     from mtp_mlx.decode.emission import Emission
     from mtp_mlx.decode.stats import DecodeStats
@@ -162,12 +178,10 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
-    if raw:
-        ids = encode_prompt(tokenizer, prompt)
-    else:
-        ids = chat_prompt(tokenizer, prompt, settings.system, settings.thinking)
+    cache, before = _prompt_cache(settings, model)
+    ids = _prompt_ids(tokenizer, prompt, settings, raw)
     _same_work(model, settings, ids)
-    known = plain_speed.recall(settings.model, quantize=settings.quantize, context=len(ids))
+    known = plain_speed.recall(speed_name(settings), quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
     run = Run(DecodeStats(), model.most_drafts, known, layout)
     _say_notes(run, model, None if raw else tokenizer, len(ids))
@@ -190,6 +204,9 @@ def generate(
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
+        prefill_step_size=settings.prefill_step_size,
+        prompt_cache=cache,
+        prefix=before,
         prompt_progress_callback=prompt_progress(),
     )
     _consume(responses, run, printer)
@@ -198,6 +215,52 @@ def generate(
     if model.peers.alone:  # several processes together say nothing about the speed of this machine
         _remember_plain_speed(settings, run)
     return run
+
+
+def _prompt_cache(settings: GenerateSettings, model: AttachedModel) -> tuple[list[Any] | None, list[int]]:
+    """(the cache of `--prompt-cache-file`, its token ids as far as known), or (None, [])."""
+    from mtp_mlx import prompt_cache
+    from mtp_mlx.decode.cache_check import check_prompt_cache
+
+    if settings.prompt_cache_file is None:
+        return None, []
+    if not model.peers.alone:
+        raise MTPError("a prompt cache needs a single process: leave `prompt_cache_file` out")
+    cache, before = prompt_cache.read(settings.prompt_cache_file)
+    check_prompt_cache(model, cache)
+    return cache, before
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, settings: GenerateSettings, raw: bool) -> list[int]:
+    """Token ids of the prompt, in the chat template unless `raw`."""
+    from mtp_mlx.api import chat_prompt, encode_prompt
+
+    if raw:
+        return encode_prompt(tokenizer, prompt)
+    return chat_prompt(
+        tokenizer,
+        prompt,
+        settings.system,
+        settings.thinking,
+        begin=settings.prefill_response,
+        options=_template_options(settings.chat_template_config),
+        behind=settings.prompt_cache_file is not None,
+    )
+
+
+def _template_options(text: str | None) -> dict[str, Any]:
+    """The variables in a JSON object.
+
+    Raises:
+        MTPError: if it is none.
+    """
+    try:
+        options = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise MTPError(f"--chat-template-config is not JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise MTPError('--chat-template-config must be a JSON object, such as {"enable_thinking": false}')
+    return options
 
 
 def _say_notes(run: Run, model: AttachedModel, tokenizer: Any | None, n_prompt: int) -> None:
@@ -222,12 +285,13 @@ def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
 
 def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
     """Remember the speed of a complete plain run, for comparison with later runs."""
+    from mtp_mlx.cli.loading import speed_name
     from mtp_mlx.measure import plain_speed
 
     if settings.layout == "plain" and settings.kv_bits is None and run.tok_per_s and not run.interrupted:
         context = run.last.prompt_tokens if run.last else 0
         plain_speed.remember(
-            settings.model, run.tok_per_s, len(run.tokens), quantize=settings.quantize, context=context
+            speed_name(settings), run.tok_per_s, len(run.tokens), quantize=settings.quantize, context=context
         )
 
 
@@ -242,9 +306,25 @@ def sampling_of(settings: GenerateSettings) -> SamplingConfig:
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
         repetition_context_size=settings.repetition_context_size,
+        logit_bias=tuple(_bias(text) for text in settings.logit_bias),
         seed=settings.seed,
         noise=settings.noise,
     )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The id and the bias in a text like "50=-2.5".
+
+    Raises:
+        MTPError: if it is not like that.
+    """
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise MTPError(
+            f"--logit-bias {text!r} must be a token id, =, and a number, such as 50=-2.5"
+        ) from error
 
 
 def _same_work(model: AttachedModel, settings: GenerateSettings, prompt: list[int]) -> None:

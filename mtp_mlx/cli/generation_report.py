@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mtp_mlx.config import to_dict
 
 if TYPE_CHECKING:
     from mtp_mlx.answer_parts import Parts
@@ -113,7 +115,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
 def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
     """Every option that can change text or speed, except the prompt and those that `report` lists itself."""
     named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "drafts", "seed", "temp")
-    return {key: value for key, value in asdict(settings).items() if key not in named}
+    return {key: value for key, value in to_dict(settings).items() if key not in named}
 
 
 def statistics_line(settings: GenerateSettings, run: Run) -> str:

@@ -23,13 +23,25 @@ def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
         MTPError: see `mtp_mlx.load`.
     """
     from mtp_mlx.api import load
+    from mtp_mlx.base_model import also_ends_at
 
+    if getattr(settings, "trust_remote_code", False):
+        more["tokenizer_config"] = {"trust_remote_code": True}
     adapter = None if settings.adapter == "none" else settings.adapter
-    return load(
+    model, tokenizer = load(
         settings.model,
         adapter,
         quantize=settings.quantize,
         exact=settings.exact,
+        adapter_path=settings.adapter_path,
         **loading_arguments(settings),
         **more,
     )
+    for token in getattr(settings, "extra_eos_token", ()):
+        also_ends_at(tokenizer, token)
+    return model, tokenizer
+
+
+def speed_name(settings: Any) -> str:
+    """The name under which the plain speed of a verb's model is remembered: a fine-tune on it makes it another."""
+    return settings.model if settings.adapter_path is None else f"{settings.model} + {settings.adapter_path}"

@@ -20,6 +20,9 @@ class ModelOptions:
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' for the bundled one, or 'none'", flag="-a")
+    adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
+    trust_remote_code: bool = setting(False, help="Let the tokenizer run code that comes with it")
+    extra_eos_token: tuple[str, ...] = setting((), help="Also stop at this token; may be repeated")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
+class PrefixOptions:
+    """What the model has read before the prompt, and how it reads the prompt."""
+
+    prompt_cache_file: Path | None = setting(
+        None, help="Go on behind the text that mtp-mlx or mlx_lm cache-prompt kept in this file"
+    )
+    prefill_step_size: int = setting(2048, help="Tokens of the prompt in a pass", minimum=1)
+
+
+@dataclass(frozen=True)
 class PrecisionOptions:
     """Precision of the weights and of the computation."""
 
@@ -99,13 +112,18 @@ class PromptOptions:
 
     prompt: str | None = setting(None, help="Prompt text, or - for stdin", flag="-p")
     prompt_file: Path | None = setting(None, help="Read the prompt from this file", flag="-f")
-    system: str | None = setting(None, help="System message")
+    system: str | None = setting(None, help="System message", old_option="--system-prompt")
+    prefill_response: str | None = setting(None, help="Begin the answer with this text")
+    chat_template_config: str | None = setting(
+        None, help="Further variables of the chat template, as a JSON object"
+    )
     max_tokens: int = setting(256, help="Maximum number of tokens; -1 = no limit", minimum=-1, flag="-n")
 
 
 @dataclass(frozen=True)
 class GenerateSettings(
     PrecisionOptions,
+    PrefixOptions,
     CacheOptions,
     EmissionOptions,
     LoadingOptions,
@@ -118,6 +136,7 @@ class GenerateSettings(
     """Options of `mtp-mlx generate`; sampling options mean what they mean in mlx-lm."""
 
     repetition_context_size: int = setting(20, help="Number of last tokens the penalty looks at", minimum=1)
+    logit_bias: tuple[str, ...] = setting((), help="ID=BIAS to add to a token's logit; may be repeated")
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
         None, help="Sampling method (default: the adapter's)"
     )

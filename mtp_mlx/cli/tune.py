@@ -37,6 +37,7 @@ class TuneSettings(LoadingOptions):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")

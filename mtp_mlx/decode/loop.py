@@ -17,7 +17,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.constraint import Constraint, LogitsProcessor
 from mtp_mlx.decode.drafter import Drafter, DraftSource, source_of
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.emit import EmitLoop
@@ -66,6 +66,7 @@ def mtp_generate_step(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     stats: DecodeStats | None = None,
     constraint: Constraint | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     prefix: Sequence[int] = (),
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`, called like mlx-lm's `generate_step`.
@@ -76,23 +77,21 @@ def mtp_generate_step(
     Args:
         prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
         model: from `mtp_mlx.load` or `attach`.
-        max_tokens: most tokens to yield, never exceeded; -1 for no limit.
+        max_tokens: most tokens to yield; -1 for no limit.
         sampling: how tokens are picked; greedy by default.
-        policy: chooses the layout of each step; plain decoding by default.
+        policy: chooses the layout of each step; plain by default.
         lookup: drafts from text alone, beside the model's own drafter.
-        emission: verified by default. Unverified (lossy) emission drafts `policy.max_drafts` tokens per pass from the
-            adapter's slots, without planning or lookup.
+        emission: verified by default. Unverified (lossy): `policy.max_drafts` tokens per pass, from slots only.
         prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
             the prompt and every token yielded; after an error or Ctrl-C inside a step, the first tokens of these, as
-            many as its offset says. MTP heads have not seen an earlier prefix, so a long one makes their drafts
-            worse.
+            many as its offset says. MTP heads have not seen that prefix.
         stats: updated while decoding.
         prefix: the token ids in `prompt_cache`, for a drafter that reads the text itself.
         constraint: constrains every token, such as a grammar; verified emission only.
+        logits_processors: as in mlx-lm, before bias and penalties; of tokens and logits alone (`LogitsProcessor`).
 
     Raises:
-        MTPError: if the prompt is empty or has ids outside the vocabulary, if the cache cannot be rolled back, or if
-            the model or the sampling does not support the emission.
+        MTPError: if the prompt is empty or unknown, the cache cannot be rolled back, or the emission does not suit.
     """
     session, loop = open_loop(
         token_ids(prompt),
@@ -106,6 +105,7 @@ def mtp_generate_step(
         settings=CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size),
         stats=stats,
         constraint=constraint,
+        processors=logits_processors or (),
         prefix=prefix,
     )
     yield from _tokens(session, loop, prompt_progress_callback, keep=prompt_cache is not None)
@@ -148,6 +148,7 @@ def open_loop(
     settings: CacheSettings,
     stats: DecodeStats | None,
     constraint: Constraint | None,
+    processors: Sequence[LogitsProcessor] = (),
     prefix: Sequence[int] = (),
     shared_drafts: int = 0,
 ) -> tuple[Session, DecodeLoop | EmitLoop]:
@@ -159,6 +160,8 @@ def open_loop(
     policy, emission = policy or FixedPolicy("plain", 0), emission or Emission()
     if constraint is not None and not emission.lossless:
         raise MTPError("a grammar needs verified drafts: use `emission` verified")
+    if processors and not emission.lossless:
+        raise MTPError("`logits_processors` need verified drafts: use `emission` verified")
     source = source_of(model)
     own_drafts = max(policy.own_drafts, shared_drafts)
     verifying = emission.lossless and max(policy.max_drafts, shared_drafts) > 0
@@ -176,7 +179,8 @@ def open_loop(
         return drafter
 
     wanted = source is not None and own_drafts > 0
-    session = Session(model, picker, ids, cache, settings, open_drafter if wanted else None, constraint)
+    opened = open_drafter if wanted else None
+    session = Session(model, picker, ids, cache, settings, opened, constraint, processors)
     if emission.lossless:
         return session, DecodeLoop(session, policy, lookup, stats, max_tokens)
     sampler = Picker(sampling) if emission.first_token_sampling else None

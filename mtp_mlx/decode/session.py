@@ -19,7 +19,7 @@ import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mtp_mlx.decode.cache_check import check_prompt_cache, check_quantisation
-from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.constraint import Constraint, LogitsProcessor, processed
 from mtp_mlx.decode.drafter import Drafter
 from mtp_mlx.decode.led import led
 from mtp_mlx.decode.pick import Picker
@@ -55,6 +55,7 @@ class Session:
         open_drafter: opens the model's own drafter, given the number of tokens in the cache; None for no drafter.
         constraint: constrains every token; None for no constraint. Cannot be used with `plain_pass`, which runs
             ahead.
+        processors: change the target's logits, before penalties and warps.
 
     Attributes:
         tokens: tokens committed after the cache's earlier prefix, the pending token last.
@@ -75,6 +76,7 @@ class Session:
         settings: CacheSettings,
         open_drafter: Callable[[int], Drafter] | None = None,
         constraint: Constraint | None = None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
@@ -82,6 +84,7 @@ class Session:
         check_prompt_cache(attached, cache)
         self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
         self.attached, self.picker, self.constraint = attached, picker, constraint
+        self.processors = list(processors)
         self.cache, self._settings = cache, settings
         self.start = self.cached
         check_quantisation(attached, cache, settings.kv_bits, settings.kv_group_size)
@@ -200,7 +203,12 @@ class Session:
             known = self._recent(self.tokens, self.picker.history_size - n_ahead)
             unread = [pending] if n_ahead else []
             history = mx.concatenate([mx.array(known, dtype=mx.int32), *unread])[None]
-        pick = self.picker.pick(logits, mx.array([position]), history)
+        wanted = logits
+        if self.processors:
+            text = mx.array(self.tokens, dtype=mx.int32)
+            text = mx.concatenate([text, pending]) if n_ahead else text
+            wanted = processed(self.processors, logits, [text])
+        pick = self.picker.pick(wanted, mx.array([position]), history)
         return led(self.attached.peers, pick), logits
 
     def open_pass(self, slots: int) -> tuple[mx.array, BlockShape]:
@@ -221,6 +229,16 @@ class Session:
     def history(self) -> mx.array | None:
         """[1, C] the newest committed tokens, or None without penalties."""
         return self.histories([])
+
+    def processed(self, logits: mx.array, drafts: list[int], parents: Sequence[int] = ()) -> mx.array:
+        """[1 + d, V] the real rows' logits after the processors; arguments as for `histories`."""
+        if not self.processors:
+            return logits
+        paths: list[list[int]] = [[]]
+        for node, token in enumerate(drafts):
+            paths.append([*paths[parents[node] + 1 if parents else node], token])
+        texts = [mx.array([*self.tokens, *path], dtype=mx.int32) for path in paths]
+        return processed(self.processors, logits, texts)
 
     def keep_path(self, rows: list[int]) -> None:
         """Keeps these rows of the newest pass, in ascending order, in every layer's cache and removes the others."""

@@ -146,8 +146,8 @@ def verify(
     shape = shape_of(session, layout)
     positions = mx.array(shape.offsets[:n_real] + (start + 1))
     history = session.histories(drafts, layout.parents)
-    allowed = _allowed(session, logits, drafts)
-    picks, accepted, last, path = _accepted(session, allowed, positions, history, rows, layout.parents)
+    wanted = _allowed(session, session.processed(logits, drafts, layout.parents), drafts)
+    picks, accepted, last, path = _accepted(session, wanted, positions, history, rows, layout.parents)
     head_input = head_input[:, :n_real]
     if path is not None:
         picks, logits, head_input = picks[path], logits[path], head_input[:, path]

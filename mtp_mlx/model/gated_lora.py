@@ -89,11 +89,12 @@ class GatedLinear(nn.Module):
     @property
     def weight(self) -> mx.array:
         """The base weight: some mlx-lm models read a projection's weight directly."""
-        return self.base.weight
+        return getattr(self.base, "linear", self.base).weight
 
 
 def linear_sizes(linear: nn.Module) -> tuple[int, int]:
-    """(D_in, D_out) of a linear layer, quantised or not."""
+    """(D_in, D_out) of a linear layer, quantised or not, with an update of mlx-lm's LoRA or without."""
+    linear = getattr(linear, "linear", linear)
     output_size, input_size = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
         input_size = input_size * 32 // linear.bits

@@ -47,9 +47,9 @@ def weight_format(layer: nn.Module) -> str:
 
 
 def bare(layer: nn.Module) -> nn.Module:
-    """A linear layer without the wrappers of an attached model."""
-    while "base" in layer:
-        layer = layer["base"]
+    """A linear layer without the wrappers of an attached model and without an update of mlx-lm's LoRA."""
+    while inner := [name for name in ("base", "linear") if name in layer]:
+        layer = layer[inner[0]]
     return layer
 
 

@@ -20,6 +20,8 @@ from mlx_lm.models.cache import (
     QuantizedKVCache,
     RotatingKVCache,
 )
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.state_cache import find_mixers
@@ -28,8 +30,11 @@ from mtp_mlx.model.state_cache import find_mixers
 # experts themselves are not plain linear layers.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
+# Layers with an update of mlx-lm's LoRA, whose `linear` is the layer itself (`mtp_mlx.lora`).
+UPDATED = (LoRALinear, DoRALinear)
 # Whole layers, and the parts of layers that a process has in tensor parallelism (`mtp_mlx.model.sharded`).
 LINEAR = (
+    *UPDATED,
     nn.Linear,
     nn.QuantizedLinear,
     AllToShardedLinear,
@@ -114,8 +119,11 @@ def find_seams(model: nn.Module) -> Seams:
         )
     seams = Seams(trunk=trunk, embedding_name=embedding)
     for index, layer in enumerate(trunk.layers):
-        for path, module in layer.named_modules():
-            _classify(seams, f"layers.{index}.{path}", module)
+        modules = layer.named_modules()
+        inner = {f"{path}.linear" for path, module in modules if isinstance(module, UPDATED)}
+        for path, module in modules:
+            if path not in inner:
+                _classify(seams, f"layers.{index}.{path}", module)
         for path, module in find_mixers(layer).items():
             seams.mixers[f"layers.{index}.{path}".rstrip(".")] = module
     return seams

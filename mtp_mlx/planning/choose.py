@@ -157,15 +157,28 @@ def plan_drafting(
         policy = lookup_policy(model, layout, drafts)
     if chosen.lookup and not policy.max_drafts and (lookup or drafter):
         stats.fallbacks["no lookup: this layout verifies no drafts"] += 1
-    if chosen.texts and policy.max_drafts and emission.lossless:
+    return Drafting(policy, _text_drafter(model, chosen, layout, policy, stats, emission, running_text))
+
+
+def _text_drafter(
+    model: AttachedModel,
+    chosen: DrafterChoice,
+    layout: LayoutName,
+    policy: Policy,
+    stats: DecodeStats,
+    emission: Emission,
+    running_text: bool,
+) -> TextDrafter | None:
+    """What drafts from text alone; counts a fallback if a text source that was named has no use."""
+    texts = model.text_source if chosen.texts else None
+    if texts is not None and policy.max_drafts and emission.lossless:
         branching = layout == "tree" or layout == "auto" and not why_no_branches(model)
-        return Drafting(policy, model.text_source.open(running_text=running_text, branching=branching))
-    if chosen.texts and named:
-        stats.fallbacks[f"no drafts from {model.text_source.name}: {_why_unused(emission)}"] += 1
+        return texts.open(running_text=running_text, branching=branching)
+    if texts is not None and texts.named:
+        stats.fallbacks[f"no drafts from {texts.name}: {_why_unused(emission)}"] += 1
     if not chosen.lookup or not policy.max_drafts:
-        return Drafting(policy, None)
-    shortest = SHORTEST_PLANNED if layout == "auto" else SHORTEST
-    return Drafting(policy, LookupDrafter(shortest=shortest))
+        return None
+    return LookupDrafter(shortest=SHORTEST_PLANNED if layout == "auto" else SHORTEST)
 
 
 def _why_unused(emission: Emission) -> str:

@@ -110,6 +110,7 @@ FIRST_MISTAKES: dict[str, tuple[list[str], str]] = {
     "pull": (["adapter"], "give OWNER/NAME"),
     "train": (["--out", "adapter"], "--data is missing"),
     "remember": (["none.jsonl", "--out", "x.mem"], "none.jsonl"),
+    "cache-prompt": (["--prompt", "x", "--out", "kept.txt"], "must end in .safetensors"),
     "distill": (["--out", "answers.jsonl"], "--prompts is missing"),
     "convert": (["none.gguf", "out"], "none.gguf"),
     "info": (["nowhere"], "nowhere does not exist"),

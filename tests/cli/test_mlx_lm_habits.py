@@ -1,0 +1,133 @@
+"""Options that users of mlx-lm know do here what they do there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from click.testing import CliRunner
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+from mtp_mlx.cli import main
+from tests.tiny import never_end, save_tiny
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if not loop.last or not continue_final_message %};{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}{{ mood or '' }}"
+)
+N = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = save_tiny(tmp_path_factory.mktemp("model") / "m", "llama", seed=3)
+    never_end(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def ours(folder: Path, *more: str) -> list[int]:
+    arguments = ["generate", "-m", str(folder), "-a", "none", "-n", str(N), "--json", *more]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["tokens"]
+
+
+def theirs(folder: Path, prompt: str | list[int], **options: Any) -> list[int]:
+    model, tokenizer = mlx_lm.load(str(folder))
+    ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
+    return [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, N, **options)]
+
+
+def test_the_answer_is_begun(folder: Path) -> None:
+    assert ours(folder, "-p", "the sky", "--prefill-response", "it is") == theirs(
+        folder, "<|user|>the sky;<|assistant|>it is"
+    )
+
+
+def test_variables_of_the_template_and_the_system_prompt(folder: Path) -> None:
+    options = ["--chat-template-config", '{"mood": "sad"}', "--system-prompt", "be"]
+    found = ours(folder, "-p", "the sky", *options)
+    assert found == theirs(folder, "<|system|>be;<|user|>the sky;<|assistant|>sad")
+    assert ours(folder, "-p", "the sky", "--ignore-chat-template") != found
+
+
+def test_biases(folder: Path) -> None:
+    plain = ours(folder, "-p", "the sky", "--raw")
+    found = ours(folder, "-p", "the sky", "--raw", "--logit-bias", f"{plain[0]}=-50", "--logit-bias", "7=3")
+    _, tokenizer = mlx_lm.load(str(folder))
+    processors = make_logits_processors({plain[0]: -50.0, 7: 3.0})
+    assert found == theirs(folder, tokenizer.encode("the sky"), logits_processors=processors) != plain
+
+
+def test_further_ends(folder: Path) -> None:
+    plain = ours(folder, "-p", "the sky")
+    last = next(i for i, token in enumerate(plain) if plain.index(token) == i and i > 1)
+    assert ours(folder, "-p", "the sky", "--extra-eos-token", str(plain[last])) == plain[: last + 1]
+
+
+@pytest.mark.parametrize("by", ["mlx-lm", "mtp-mlx"])
+def test_prompt_caches_are_read_by_both(by: str, folder: Path, tmp_path: Path) -> None:
+    text, file = "the sky was grey and", tmp_path / "kept.safetensors"
+    if by == "mlx-lm":
+        model, tokenizer = mlx_lm.load(str(folder))
+        cache, ids = make_prompt_cache(model), tokenizer.encode("<|user|>" + text, add_special_tokens=False)
+        model(mx.array([ids]), cache=cache)
+        save_prompt_cache(str(file), cache, {"model": str(folder), "tokenizer_config": "{}"})
+    else:
+        arguments = ["cache-prompt", "-m", str(folder), "-p", text, "-o", str(file)]
+        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0 and "tokens ->" in result.stderr
+    cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+    assert metadata["model"] == str(folder) and metadata["tokenizer_config"] == "{}"
+    expected = theirs(folder, " cold;<|assistant|>", prompt_cache=cache)
+    before = file.read_bytes()
+    assert ours(folder, "-p", " cold", "--prompt-cache-file", str(file)) == expected
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
+        (["--chat-template-config", "[1]"], "must be a JSON object"),
+        (["--logit-bias", "five"], "must be a token id, =, and a number"),
+        (["--logit-bias", "999999=1"], "999999"),
+        (["--extra-eos-token", "<|nobody|>"], "is not a token of this model"),
+        (["--prompt-cache-file", "missing.safetensors"], "there is no such file"),
+        (["--adapter-path", "missing"], "--adapter-path must be a folder that mlx_lm.lora wrote"),
+        (["--raw", "--prefill-response", "it"], "--prefill-response needs the chat template"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        main, ["generate", "-m", str(folder), "-a", "none", "-p", "the sky", *arguments]
+    )
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+def test_a_cache_of_another_model_or_no_cache_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", "llama", seed=3, num_hidden_layers=3)
+    file = tmp_path / "kept.safetensors"
+    assert (
+        CliRunner()
+        .invoke(main, ["cache-prompt", "-m", str(other), "-p", "a", "--raw", "-o", str(file)])
+        .exit_code
+        == 0
+    )
+    for content, message in ((None, "make one for this model"), (b"no tensors", "is not a prompt cache")):
+        if content is not None:
+            file.write_bytes(content)
+        result = CliRunner().invoke(
+            main, ["generate", "-m", str(folder), "-a", "none", "-p", "b", "--prompt-cache-file", str(file)]
+        )
+        assert result.exit_code == 2 and message in result.output
