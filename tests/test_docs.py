@@ -26,6 +26,7 @@ from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import random_adapter
+from tests.test_lora import fine_tune
 from tests.tiny import save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     code = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f"}
     (home / "humaneval.jsonl").write_text(json.dumps(code) + "\n")
+    fine_tune(home / "adapters", tiny_model("llama", seed=3))
     (home / "question.txt").write_text("Why is the sky blue?\n")
     shutil.copytree(ROOT / "recipes", home / "recipes")
     shutil.copy(home / "data.jsonl", home / "mixture.jsonl")
