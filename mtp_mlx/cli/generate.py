@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -178,6 +179,7 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
+    sampling = replace(sampling, xtc_special_tokens=_unchanged_by_xtc(tokenizer))
     cache, before = _prompt_cache(settings, model)
     ids = _prompt_ids(tokenizer, prompt, settings, raw)
     _same_work(model, settings, ids)
@@ -306,10 +308,17 @@ def sampling_of(settings: GenerateSettings) -> SamplingConfig:
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
         repetition_context_size=settings.repetition_context_size,
+        xtc_probability=settings.xtc_probability,
+        xtc_threshold=settings.xtc_threshold,
         logit_bias=tuple(_bias(text) for text in settings.logit_bias),
         seed=settings.seed,
         noise=settings.noise,
     )
+
+
+def _unchanged_by_xtc(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that XTC never drops, as in mlx-lm's `generate`: those of a newline and of the end of a text."""
+    return (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
 
 
 def _bias(text: str) -> tuple[int, float]:

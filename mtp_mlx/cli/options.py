@@ -136,6 +136,12 @@ class GenerateSettings(
     """Options of `mtp-mlx generate`; sampling options mean what they mean in mlx-lm."""
 
     repetition_context_size: int = setting(20, help="Number of last tokens the penalty looks at", minimum=1)
+    xtc_probability: float = setting(
+        0.0, help="Chance of dropping the likeliest tokens at a position", minimum=0, maximum=1
+    )
+    xtc_threshold: float = setting(
+        0.1, help="Probability of the tokens that may be dropped so", minimum=0, maximum=0.5
+    )
     logit_bias: tuple[str, ...] = setting((), help="ID=BIAS to add to a token's logit; may be repeated")
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
         None, help="Sampling method (default: the adapter's)"

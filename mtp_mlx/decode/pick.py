@@ -5,16 +5,17 @@ logits, position and history, never on the other rows or on their number. The te
 drafter and any layout.
 Invariant: noise is drawn once for (seed, position, token id), see `metal_kernels/position_noise`; there is never a
 choice between several noises.
-Order, as in mlx-lm's `generate_step` and `make_sampler`: bias, penalties, log-probabilities, top-p, min-p, top-k,
-temperature, sampling. At temperature 0 penalties are computed in the model's own precision, by mlx-lm's operations:
-in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart). mlx-lm's
+Order, as in mlx-lm's `generate_step` and `make_sampler`: bias, penalties, log-probabilities, top-p, min-p, XTC,
+top-k, temperature, sampling. At temperature 0 penalties are computed in the model's own precision, by mlx-lm's
+operations: in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart). Its
 log-probabilities are rounded as well, so tokens may tie that had different logits; only an exact picker computes
 them, because this takes longer than everything else here. Above temperature 0 logits are float32. Tokens are sampled
 by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform per position (Parallel Token Prediction,
 arXiv 2512.21323); the marginal of either is exactly the warped softmax.
-Without top-p, min-p and top-k, sampling needs no log-probabilities, and the Gumbel-max pick is argmax(logits * (1 /
-temperature) + gumbel) with each operation rounded once in float32: the Metal kernels compute the same in one pass,
-bit for bit. Non-goal: XTC.
+XTC drops the likeliest tokens with some probability; whether it does is a further uniform of the position.
+Without top-p, min-p, XTC and top-k, sampling needs no log-probabilities, and the Gumbel-max pick is
+argmax(logits * (1 / temperature) + gumbel) with each operation rounded once in float32: the Metal kernels compute the
+same in one pass, bit for bit.
 
 Legend: R rows, V columns of the logits (the vocabulary, or a draft vocabulary), C tokens of history.
 """
@@ -34,6 +35,7 @@ from mtp_mlx.metal_kernels.position_noise import gumbel, position_uniforms, row_
 
 NoiseName = Literal["gumbel", "inverse-cdf"]
 
+XTC_SALT = 0x585443  # makes XTC's uniforms others than those that pick
 SMALLEST_TEMPERATURE = 1e-4  # below it float32 log-probabilities divided by the temperature lose their order
 
 
@@ -47,6 +49,9 @@ class SamplingConfig:
         top_p: keep the smallest set of tokens with this probability; 0 or 1 keeps all.
         min_p: keep tokens with at least this fraction of the top probability.
         min_tokens_to_keep: tokens that min-p never removes.
+        xtc_probability: of dropping, at a position, all tokens above `xtc_threshold` but the least likely of them.
+        xtc_threshold: from 0 to 0.5.
+        xtc_special_tokens: ids that XTC never drops, such as those of a newline and of the end of a text.
         repetition_penalty: divides positive and multiplies negative logits of repeated tokens; 1 or 0 for none.
         presence_penalty: subtracted from the logits of repeated tokens.
         frequency_penalty: subtracted once per repetition.
@@ -66,6 +71,9 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     repetition_context_size: int = 20
     presence_penalty: float = 0.0
@@ -94,6 +102,8 @@ class SamplingConfig:
             ("top_k", "a whole number from 0", isinstance(self.top_k, int) and self.top_k >= 0),
             ("top_p", "from 0 to 1", 0 <= self.top_p <= 1),
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("xtc_probability", "from 0 to 1", 0 <= self.xtc_probability <= 1),
+            ("xtc_threshold", "from 0 to 0.5", 0 <= self.xtc_threshold <= 0.5),
             ("repetition_penalty", "finite and not negative", 0 <= self.repetition_penalty < math.inf),
             ("presence_penalty", "finite", math.isfinite(self.presence_penalty)),
             ("frequency_penalty", "finite", math.isfinite(self.frequency_penalty)),
@@ -117,9 +127,10 @@ class SamplingConfig:
         return self.repetition_penalty not in (0.0, 1.0)
 
     def warps(self, n_columns: int) -> bool:
-        """Whether top-p, min-p or top-k can drop any of `n_columns` tokens."""
+        """Whether top-p, min-p, XTC or top-k can drop any of `n_columns` tokens."""
         return (
             0 < self.top_p < 1
+            or self.xtc_probability > 0
             or (self.min_p > 0 and self.min_tokens_to_keep < n_columns)
             or 0 < self.top_k < n_columns
         )
@@ -191,7 +202,7 @@ class Picker:
         if self.config.temperature == 0:
             ranked = self.ranked(self._penalised(logits, history, token_ids))
             return _real_ids(mx.argmax(ranked, axis=-1), token_ids)
-        scores = self.scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids, positions)
         return _real_ids(self._columns(scores, positions, token_ids), token_ids)
 
     def ranked(self, logits: mx.array) -> mx.array:
@@ -216,7 +227,7 @@ class Picker:
         The probability is that of the warped, temperature-scaled distribution that was sampled; if greedy, that of
         the softmax of the penalised logits.
         """
-        scores = self.scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids, positions)
         columns = self._columns(scores, positions, token_ids)
         picked = mx.take_along_axis(scores, columns[:, None], axis=-1).squeeze(-1)
         confidence = mx.exp(picked - mx.logsumexp(scores, axis=-1))
@@ -241,7 +252,7 @@ class Picker:
             count: n; the number of columns if there are fewer.
         """
         count = min(count, logits.shape[-1])
-        scores = self.scores(logits, history, token_ids)
+        scores = self.scores(logits, history, token_ids, positions)
         real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
         order = scores
         if self.config.temperature and self.config.noise == "inverse-cdf":
@@ -256,14 +267,22 @@ class Picker:
         return _real_ids(columns, token_ids), mx.exp(best - mx.logsumexp(scores, axis=-1, keepdims=True))
 
     def scores(
-        self, logits: mx.array, history: mx.array | None = None, token_ids: mx.array | None = None
+        self,
+        logits: mx.array,
+        history: mx.array | None = None,
+        token_ids: mx.array | None = None,
+        positions: mx.array | None = None,
     ) -> mx.array:
-        """[R, V] float32 logits of the distribution to pick from."""
+        """[R, V] float32 logits of the distribution to pick from; arguments as for `pick`.
+
+        Without positions, XTC drops nothing.
+        """
         if self.config.temperature == 0:
             return self._penalised(logits, history, token_ids).astype(mx.float32)
         logits = self._penalised(logits.astype(mx.float32), history, token_ids)
         if self.config.warps(logits.shape[-1]):
-            logits = self._warped(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logits = self._warped(logprobs, token_ids, positions)
         return logits * (1.0 / self.config.temperature)
 
     def _columns(self, scores: mx.array, positions: mx.array, token_ids: mx.array | None) -> mx.array:
@@ -275,13 +294,17 @@ class Picker:
         real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
         return mx.argmax(scores + gumbel(self.config.seed, positions, real_ids), axis=-1)
 
-    def _warped(self, logprobs: mx.array) -> mx.array:
+    def _warped(self, logprobs: mx.array, token_ids: mx.array | None, positions: mx.array | None) -> mx.array:
         """[R, V] with -inf for the tokens that mlx-lm's `make_sampler` would drop, using its own functions."""
         config, n_columns = self.config, logprobs.shape[-1]
         if 0 < config.top_p < 1:
             logprobs = apply_top_p(logprobs, config.top_p)
         if config.min_p > 0 and config.min_tokens_to_keep < n_columns:
             logprobs = apply_min_p(logprobs, config.min_p, config.min_tokens_to_keep)
+        if config.xtc_probability > 0 and positions is not None:
+            drops = position_uniforms(config.seed ^ XTC_SALT, positions) <= config.xtc_probability
+            dropped = mx.where(_xtc_drops(logprobs, config, token_ids), -mx.inf, logprobs)
+            logprobs = mx.where(drops[:, None], dropped, logprobs)
         if 0 < config.top_k < n_columns:
             logprobs = apply_top_k(logprobs, config.top_k)
         return logprobs
@@ -313,6 +336,17 @@ class Picker:
             recent = history[:, -config.frequency_context_size :]
             logits = _less_by_occurrence(logits, config.frequency_penalty, recent, token_ids)
         return logits
+
+
+def _xtc_drops(logprobs: mx.array, config: SamplingConfig, token_ids: mx.array | None) -> mx.array:
+    """[R, V] whether XTC, where it acts, drops a token: one likelier than another one above the threshold."""
+    probs = mx.softmax(logprobs, axis=-1)
+    least = mx.where(probs > config.xtc_threshold, probs, mx.inf).min(axis=-1, keepdims=True)
+    if not config.xtc_special_tokens:
+        return probs > least
+    ids = mx.arange(logprobs.shape[-1]) if token_ids is None else token_ids
+    special = mx.any(ids[:, None] == mx.array(config.xtc_special_tokens)[None], axis=-1)
+    return (probs > least) & ~special
 
 
 def _real_ids(columns: mx.array, token_ids: mx.array | None) -> mx.array:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import apply_top_k, apply_top_p, apply_xtc, make_logits_processors, make_sampler
 
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.errors import MTPError
@@ -23,6 +23,16 @@ WARPS = {
     "min_p keeping": {"temperature": 1.0, "min_p": 0.9, "min_tokens_to_keep": 4},
     "all": {"temperature": 0.9, "top_p": 0.95, "min_p": 0.02, "top_k": 9},
 }
+XTC = {
+    "xtc": {"temperature": 1.0, "xtc_probability": 0.4, "xtc_threshold": 0.08},
+    "xtc always": {"temperature": 1.2, "xtc_probability": 1.0, "xtc_threshold": 0.05, "top_k": 7},
+    "xtc sparing": {
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "xtc_probability": 0.7,
+        "xtc_special_tokens": (0, 2, 4, 9),
+    },
+}
 
 
 def logits_of(seed: int, rows: int = 1, columns: int = VOCABULARY, scale: float = 2.0) -> np.ndarray:
@@ -30,7 +40,15 @@ def logits_of(seed: int, rows: int = 1, columns: int = VOCABULARY, scale: float 
 
 
 def warped_softmax(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    """[V] float64 by the definitions of top-p, min-p and top-k, not by mlx-lm's code."""
+    """[V] float64 by the definitions of top-p, min-p, XTC and top-k, not by mlx-lm's code."""
+    chance = config.xtc_probability
+    return chance * softmax_of_kept(logits, config, True) + (1 - chance) * softmax_of_kept(
+        logits, config, False
+    )
+
+
+def softmax_of_kept(logits: np.ndarray, config: SamplingConfig, xtc: bool) -> np.ndarray:
+    """[V] at a position where XTC acts, or where it does not."""
     logprobs = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
     keep = np.ones(len(logits), dtype=bool)
     order = np.argsort(-logprobs)
@@ -40,7 +58,13 @@ def warped_softmax(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
     if config.min_p > 0:
         keep &= logprobs >= logprobs.max() + np.log(config.min_p)
         keep[order[: config.min_tokens_to_keep]] = True
+    if xtc and config.xtc_probability:
+        shares = np.where(keep, np.exp(logprobs), 0)
+        above = np.flatnonzero(shares / shares.sum() > config.xtc_threshold)
+        spared = {above[np.argmin(shares[above])]} if len(above) else set()
+        keep[[token for token in above if token not in spared | set(config.xtc_special_tokens)]] = False
     if config.top_k > 0:
+        order = np.argsort(np.where(keep, -logprobs, np.inf), kind="stable")
         keep[order[config.top_k :]] = False
     weights = np.where(keep, np.exp((logprobs - logprobs.max()) / config.temperature), 0)
     return weights / weights.sum()
@@ -63,9 +87,9 @@ def counted(ids: mx.array) -> np.ndarray:
     return np.bincount(np.array(ids), minlength=VOCABULARY)
 
 
-@pytest.mark.parametrize("warp", WARPS)
+@pytest.mark.parametrize("warp", [*WARPS, *XTC])
 def test_marginal_over_positions_is_the_warped_softmax(warp: str) -> None:
-    config = SamplingConfig(seed=2**40 + 7, **WARPS[warp])
+    config = SamplingConfig(seed=2**40 + 7, **{**WARPS, **XTC}[warp])
     logits = logits_of(1)
     ids = Picker(config).pick(mx.broadcast_to(mx.array(logits), (20_000, VOCABULARY)), mx.arange(20_000))
     assert_marginal(counted(ids), warped_softmax(logits[0], config))
@@ -100,6 +124,22 @@ def test_marginal_is_that_of_mlx_lms_sampler(warp: str) -> None:
     assert statistic < degrees + 5 * np.sqrt(2 * degrees)
 
 
+@pytest.mark.parametrize("warp", XTC)
+def test_xtc_where_it_acts_drops_what_mlx_lm_drops(warp: str) -> None:
+    settings = {**XTC[warp], "xtc_probability": 1.0}
+    config = SamplingConfig(**settings)
+    logits = mx.array(logits_of(6, rows=5))
+    found = Picker(config).scores(logits, positions=mx.arange(5))
+    for row in range(5):
+        logprobs = logits[row : row + 1] - mx.logsumexp(logits[row : row + 1], axis=-1, keepdims=True)
+        if 0 < config.top_p < 1:
+            logprobs = apply_top_p(logprobs, config.top_p)
+        logprobs = apply_xtc(logprobs, 1.0, config.xtc_threshold, list(config.xtc_special_tokens))
+        if config.top_k:
+            logprobs = apply_top_k(logprobs, config.top_k)
+        assert (np.array(found[row]) == -np.inf).tolist() == (np.array(logprobs[0]) == -np.inf).tolist()
+
+
 @pytest.mark.parametrize("gap", [1, 2, 64])
 def test_picks_of_neighbouring_positions_are_independent(gap: int) -> None:
     config = SamplingConfig(temperature=1.0, seed=17)
@@ -115,7 +155,7 @@ def test_picks_of_neighbouring_positions_are_independent(gap: int) -> None:
 @given(
     data_seed=st.integers(0, 2**31),
     rows=st.integers(1, 6),
-    warp=st.sampled_from(list(WARPS.values()) + [{"temperature": 0.0}]),
+    warp=st.sampled_from([*WARPS.values(), *XTC.values(), {"temperature": 0.0}]),
     penalised=st.booleans(),
 )
 def test_a_rows_pick_does_not_depend_on_the_block(
