@@ -19,10 +19,16 @@ class TextDrafter(Protocol):
 
     Attributes:
         name: in the `drafter` argument and in statistics.
+        branching: whether its drafts may have branches.
     """
 
     @property
     def name(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def branching(self) -> bool:
         """See the class."""
         ...
 
@@ -84,7 +90,7 @@ class LookupDrafter:
         ValueError: if the sizes are not 1 <= shortest <= longest.
     """
 
-    name = LOOKUP
+    name, branching = LOOKUP, False
 
     def __init__(self, longest: int = 6, shortest: int = 3) -> None:
         if not 1 <= shortest <= longest:

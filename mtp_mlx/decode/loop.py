@@ -242,8 +242,7 @@ class DecodeLoop:
 
     def tokens(self) -> Generator[Token, None, None]:
         """Yields tokens up to max_tokens; the consumer closes the generator to stop earlier."""
-        branches = self._policy.max_drafts > 0 and not self._session.why_chains
-        self._policy.begin(self._session.next_position - 1, branches=branches)
+        self._policy.begin(self._session.next_position - 1, branches=self._may_branch())
         while self._left() > 0 and not self.leaving:
             started = time.perf_counter()
             proposal, layout = self._plan()
@@ -251,6 +250,11 @@ class DecodeLoop:
                 yield from self._plain_stretch(started)
             else:
                 yield from self._step(proposal, layout, started)
+
+    def _may_branch(self) -> bool:
+        """Whether drafts may have branches; not found out where all drafters make chains."""
+        texts = self._lookup is not None and self._lookup.branching
+        return (texts or self._policy.own_drafts > 0) and not self._session.why_chains
 
     def _count_yield(self) -> None:
         self.n_yielded += 1

@@ -7,8 +7,8 @@ Invariant: noise is drawn once for (seed, position, token id), see `metal_kernel
 choice between several noises.
 Order, as in mlx-lm's `generate_step` and `make_sampler`: bias, penalties, log-probabilities, top-p, min-p, XTC,
 top-k, temperature, sampling. At temperature 0 penalties are computed in the model's own precision, by mlx-lm's
-operations: in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart). Its
-log-probabilities are rounded as well, so tokens may tie that had different logits; only an exact picker computes
+operations: in half precision their rounding decides (two bfloat16 numbers between 4 and 8 are equal or 0.03 apart).
+Its log-probabilities are rounded as well, so tokens may tie that had different logits; only an exact picker computes
 them, because this takes longer than everything else here. Above temperature 0 logits are float32. Tokens are sampled
 by Gumbel-max, or by the inverse CDF in vocabulary order with one uniform per position (Parallel Token Prediction,
 arXiv 2512.21323); the marginal of either is exactly the warped softmax.

@@ -47,7 +47,7 @@ class MemoryDrafter:
         running_text: bool = True,
         branching: bool = False,
     ) -> None:
-        self._memory, self._vocab_size, self._branching = memory, vocab_size, branching
+        self._memory, self._vocab_size, self.branching = memory, vocab_size, branching
         self._text = RunningText() if running_text else None
         self._recent: list[int] = []
 
@@ -59,7 +59,7 @@ class MemoryDrafter:
 
     def tree(self, most: int) -> DraftTree:
         """Up to `most` drafts for the next positions, each with its chance if those before it are right."""
-        return self._likeliest_paths(most) if self._branching else self._likeliest_chain(most)
+        return self._likeliest_paths(most) if self.branching else self._likeliest_chain(most)
 
     def _likeliest_chain(self, most: int) -> DraftTree:
         text, path = self._recent, 1.0
