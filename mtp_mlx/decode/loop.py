@@ -303,7 +303,8 @@ class DecodeLoop:
         for index, token in enumerate(result.tokens):
             depth = index + 1 if index < result.n_accepted else 0
             self._count_yield()
-            yield Token(token, result.logits[index], depth > 0, depth)
+            drafter = sources[result.kept[depth] - 1] if depth else ""
+            yield Token(token, result.logits[index], depth > 0, depth, drafter)
 
     def _plain_stretch(self, started: float) -> Generator[Token, None, None]:
         """Plain steps until the policy wants drafts, each started before the token of the one before is read.

@@ -33,12 +33,14 @@ class Token(NamedTuple):
             emitted unverified, the raw logits of its slot.
         from_draft: whether it is a draft that was accepted (the text is the same either way) or emitted unverified.
         depth: index of the draft in its step, from 1; 0 for the target's own pick.
+        drafter: who drafted it; "" for the target's own pick.
     """
 
     token: int
     logits: mx.array
     from_draft: bool
     depth: int
+    drafter: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -33,6 +34,13 @@ BODY_SECONDS = 30.0  # time limit for receiving a body
 QUIET_SECONDS = 10.0  # after which a stream that shows nothing says that it goes on
 STILL_HERE = ": still writing\n\n"  # a comment, which clients skip
 CLIENT_CLOSED = 499  # the status logged for a request whose client disconnected
+PAGE = Path(__file__).with_name("page.html")  # a chat for people, which needs nothing but this server
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+}
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 Reader = Callable[[dict[str, Any], Prompts], Answer]
@@ -69,6 +77,7 @@ class Application:
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="mtp-mlx-reader")
         openai, anthropic = openai_answers.error_body, anthropic_answers.error_body
         routes = [
+            self._route("/", self._page, "GET", openai, open_to_all=True),
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),
             self._route("/v1/models", self._models, "GET", openai),
@@ -166,6 +175,9 @@ class Application:
         return await loop.run_in_executor(self._readers, read, body, self._prompts)
 
     # --- routes ---------------------------------------------------------------------------------------------
+
+    async def _page(self, _: Request) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def _health(self, _: Request) -> Response:
         waiting, active = self._engine.load

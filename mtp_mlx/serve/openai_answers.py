@@ -7,6 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from mtp_mlx.answer_parts import ToolCall
@@ -101,10 +102,12 @@ class _Answer(ABC):
         chunks = [self._chunk(index, delta) for delta in deltas]
         if chunks:
             chunks[-1]["choices"][0]["logprobs"] = self._logprobs([piece])
+        for chunk in chunks if piece.mark is not None else ():
+            chunk["mtp"] = asdict(piece.mark)
         if summary is None:
             return "".join(map(_event, chunks))
         chunks[-1]["choices"][0]["finish_reason"] = summary.finish_reason
-        chunks[-1]["mtp"] = summary.mtp
+        chunks[-1]["mtp"] = {**chunks[-1].get("mtp", {}), **summary.mtp}
         self._summaries.append(summary)
         if len(self._summaries) < len(self.requests):
             return "".join(map(_event, chunks))

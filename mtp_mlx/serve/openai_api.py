@@ -51,9 +51,27 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     tools = tool_use(fields)
     thinking, options = thinking_of(fields, prompts)
     prompt = prompts.chat(chat_turns(fields.take("messages")), tools, thinking, options)
-    n = number(fields)
-    request = prompts.request(prompt, fields, newer or older, stop, top, schema)
+    n, own = number(fields), own_options(fields)
+    request = replace(prompts.request(prompt, fields, newer or older, stop, top, schema), **own)
     return ChatAnswer(several(request, n), prompts, stream, usage)
+
+
+def own_options(fields: Fields) -> dict[str, bool]:
+    """Take `mtp`, this server's own options of a chat: {"marks": true, "layout": "plain"}.
+
+    Raises:
+        RequestError: if it is no object, or an option has another value.
+    """
+    options = fields.take("mtp", {})
+    if not isinstance(options, dict):
+        raise RequestError("mtp must be an object", field="mtp")
+    given = Fields(options)
+    marks, layout = given.flag("marks"), given.text("layout")
+    if layout not in (None, "plain"):
+        raise RequestError('mtp.layout can only be "plain"', field="mtp")
+    for name in given.left():
+        fields.ignore(f"mtp.{name}")
+    return {"marks": marks, "plain": layout == "plain"}
 
 
 def tool_use(fields: Fields) -> ToolUse:

@@ -43,6 +43,8 @@ class GenerationRequest:
         parts: how to tell thinking and tool calls from the answer; None to take the whole text as the answer.
         ignored: names of the fields that had no effect, since nobody here knows them.
         notes: what else had no effect, in words.
+        marks: whether pieces say who drafted them.
+        plain: whether to decode plainly, whatever the server's layout.
     """
 
     prompt: list[int]
@@ -54,6 +56,28 @@ class GenerationRequest:
     parts: PartsSettings | None = None
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    marks: bool = False
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a token came from.
+
+    Attributes:
+        drafter: who drafted it; "" if nobody did.
+        depth: index of the draft in its step, from 1; 0 if nobody drafted it.
+        steps, tokens: of the text so far.
+        written_in: seconds since the first token.
+        acceptance: so far, by depth: the share of accepted drafts among those that were reached, or None.
+    """
+
+    drafter: str
+    depth: int
+    steps: int
+    tokens: int
+    written_in: float
+    acceptance: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,7 @@ class Piece:
         summary: None before the last piece.
         thinking: the same for thinking.
         calls: tool calls that it completes.
+        mark: where the token came from, if requested.
     """
 
     text: str
@@ -106,6 +131,7 @@ class Piece:
     summary: Summary | None = None
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
+    mark: Mark | None = None
 
 
 @dataclass(frozen=True)

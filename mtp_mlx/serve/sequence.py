@@ -22,7 +22,7 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.context import beyond_context
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.serve.prefix_cache import PrefixCache
-from mtp_mlx.serve.request import GenerationRequest, Piece, Summary, TokenLogprob
+from mtp_mlx.serve.request import GenerationRequest, Mark, Piece, Summary, TokenLogprob
 from mtp_mlx.text import AnswerText
 
 
@@ -83,12 +83,12 @@ class Sequence:
         self._note_context(beyond_context(model.model, len(request.prompt)))
         drafting = plan_drafting(
             model,
-            settings.layout,
-            settings.drafts,
+            "plain" if request.plain else settings.layout,
+            None if request.plain else settings.drafts,
             self.stats,
-            settings.lookup,
-            settings.drafter,
-            rows=settings.rows,
+            None if request.plain else settings.lookup,
+            None if request.plain else settings.drafter,
+            rows=None if request.plain else settings.rows,
         )
         self.policy = drafting.policy
         # Penalties look at the last tokens of the prompt, so these are always processed again.
@@ -123,7 +123,7 @@ class Sequence:
             self.stats.fallbacks[f"the field {name!r} is not known here and had no effect"] += 1
         for note in request.notes:
             self.stats.fallbacks[note] += 1
-        self._started = time.perf_counter()
+        self._started, self._first = time.perf_counter(), 0.0
         self.done = False
         self.batched_steps = 0
 
@@ -196,7 +196,25 @@ class Sequence:
             self.done = True
             self.stats.verdict = self.policy.verdict
             summary = self._summary(reason)
-        return Piece(parts.text, self._logprob(token), summary, parts.thinking, parts.calls)
+        return Piece(
+            parts.text, self._logprob(token), summary, parts.thinking, parts.calls, self._mark(token)
+        )
+
+    def _mark(self, token: Token) -> Mark | None:
+        """Where a token came from, if that was asked for."""
+        if not self.request.marks:
+            return None
+        now = time.perf_counter()
+        self._first = self._first or now
+        rates = tuple(None if rate is None else round(rate, 4) for rate in self.stats.acceptance)
+        return Mark(
+            drafter=token.drafter,
+            depth=token.depth,
+            steps=self.stats.steps,
+            tokens=self._text.count,
+            written_in=round(now - self._first, 4),
+            acceptance=rates,
+        )
 
     @property
     def n_calls(self) -> int:

@@ -97,6 +97,7 @@ def serving(
     app: AppSettings | None = None,
     limits: Limits | None = None,
     strict_model: bool = False,
+    port: int = 0,
 ) -> Iterator[Server]:
     """A server with the model of `save_model`; plain layout unless `engine` says otherwise."""
     model, tokenizer = load_model(root)
@@ -105,15 +106,16 @@ def serving(
     running = Engine(model, tokenizer, settings, grammars=grammars)
     limits = limits or Limits(default_output=24)
     prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model)
-    with served(Application(running, prompts, app or AppSettings())) as port:
-        yield Server(port, running, prompts)
+    with served(Application(running, prompts, app or AppSettings()), port) as found:
+        yield Server(found, running, prompts)
 
 
 @contextmanager
-def served(application: Application) -> Iterator[int]:
-    """The port on which an application is served for a while."""
+def served(application: Application, port: int = 0) -> Iterator[int]:
+    """The port on which an application is served for a while; any free one if `port` is 0."""
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     server = uvicorn.Server(
         uvicorn.Config(application.starlette, log_level="error", timeout_graceful_shutdown=5)
     )

@@ -145,3 +145,34 @@ def test_a_bias_of_an_id_that_the_model_lacks(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     with pytest.raises(MTPError, match="logit_bias has the token id 300"):
         generate(model, tokenizer, "a", 2, sampling=SamplingConfig(logit_bias=((300, 1.0),)), layout="plain")
+
+
+def test_marks_say_where_tokens_come_from(server: Server, gpt: Any) -> None:
+    """Only where they are asked for; the text is the same."""
+    asked = {"model": NAME, "messages": CHAT, "max_tokens": 12, "stream": True}
+    plain = [chunk for chunk in gpt.chat.completions.create(**asked)]
+    assert [hasattr(chunk, "mtp") for chunk in plain[:-1]] == [False] * (len(plain) - 1)
+    marked = [chunk for chunk in gpt.chat.completions.create(**asked, extra_body={"mtp": {"marks": True}})]
+    texts = ["".join(chunk.choices[0].delta.content or "" for chunk in one) for one in (plain, marked)]
+    assert texts[0] == texts[1]
+    marks = [chunk.mtp for chunk in marked if chunk.choices[0].delta.content]
+    assert all(
+        {"drafter", "depth", "steps", "tokens", "written_in", "acceptance"} <= mark.keys() for mark in marks
+    )
+    assert [bool(mark["drafter"]) for mark in marks] == [mark["depth"] > 0 for mark in marks]
+    assert [mark["tokens"] for mark in marks] == sorted({mark["tokens"] for mark in marks})
+
+
+def test_an_answer_can_be_written_plainly(server: Server) -> None:
+    status, answer = server.ask(
+        "/v1/chat/completions",
+        {"messages": CHAT, "max_tokens": 12, "mtp": {"layout": "plain", "colour": "red"}},
+    )
+    assert status == 200 and answer["mtp"]["tokens_per_step"] == 1.0
+    assert any("mtp.colour" in reason for reason in answer["mtp"]["fallbacks"])
+
+
+@pytest.mark.parametrize("options", [5, {"layout": "linear"}, {"marks": "yes"}])
+def test_other_options_of_its_own_are_refused(server: Server, options: Any) -> None:
+    status, answer = server.ask("/v1/chat/completions", {"messages": CHAT, "mtp": options})
+    assert status == 400 and "m" in answer["error"]["param"]
