@@ -182,13 +182,13 @@ class Accepted(NamedTuple):
 
     Attributes:
         picks: [1 + d] int32, the target's pick after every real row.
-        count: int32 scalar, drafts accepted.
+        accepted: int32 scalar, number of drafts accepted.
         last: int32 scalar, real row of the last of them, 0 if none was accepted.
         path: of a tree, [1 + D] real rows as in `Walk`; None for a chain.
     """
 
     picks: mx.array
-    count: mx.array
+    accepted: mx.array
     last: mx.array
     path: mx.array | None = None
 

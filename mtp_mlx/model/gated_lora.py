@@ -8,12 +8,13 @@ merged into W.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.distributed import Peers
+from mtp_mlx.model.precision import bare
 from mtp_mlx.model.rows import RowContext
 
 
@@ -89,13 +90,13 @@ class GatedLinear(nn.Module):
     @property
     def weight(self) -> mx.array:
         """The base weight: some mlx-lm models read a projection's weight directly."""
-        return getattr(self.base, "linear", self.base).weight
+        return cast(mx.array, bare(self.base).weight)
 
 
 def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     """(D_in, D_out) of a linear layer, quantised or not, with an update of mlx-lm's LoRA or without."""
-    linear = getattr(linear, "linear", linear)
-    output_size, input_size = linear.weight.shape
+    linear = bare(linear)
+    output_size, input_size = linear["weight"].shape
     if isinstance(linear, nn.QuantizedLinear):
         input_size = input_size * 32 // linear.bits
     return int(input_size), int(output_size)

@@ -102,8 +102,9 @@ class _Answer(ABC):
         chunks = [self._chunk(index, delta) for delta in deltas]
         if chunks:
             chunks[-1]["choices"][0]["logprobs"] = self._logprobs([piece])
-        for chunk in chunks if piece.mark is not None else ():
-            chunk["mtp"] = asdict(piece.mark)
+        if piece.mark is not None:
+            for chunk in chunks:
+                chunk["mtp"] = asdict(piece.mark)
         if summary is None:
             return "".join(map(_event, chunks))
         chunks[-1]["choices"][0]["finish_reason"] = summary.finish_reason

@@ -51,13 +51,14 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     tools = tool_use(fields)
     thinking, options = thinking_of(fields, prompts)
     prompt = prompts.chat(chat_turns(fields.take("messages")), tools, thinking, options)
-    n, own = number(fields), own_options(fields)
-    request = replace(prompts.request(prompt, fields, newer or older, stop, top, schema), **own)
+    n, (marks, plain) = number(fields), own_options(fields)
+    request = prompts.request(prompt, fields, newer or older, stop, top, schema)
+    request = replace(request, marks=marks, plain=plain)
     return ChatAnswer(several(request, n), prompts, stream, usage)
 
 
-def own_options(fields: Fields) -> dict[str, bool]:
-    """Take `mtp`, this server's own options of a chat: {"marks": true, "layout": "plain"}.
+def own_options(fields: Fields) -> tuple[bool, bool]:
+    """Take `mtp`, this server's own options of a chat, {"marks": true, "layout": "plain"}: (marks, plain).
 
     Raises:
         RequestError: if it is no object, or an option has another value.
@@ -71,7 +72,7 @@ def own_options(fields: Fields) -> dict[str, bool]:
         raise RequestError('mtp.layout can only be "plain"', field="mtp")
     for name in given.left():
         fields.ignore(f"mtp.{name}")
-    return {"marks": marks, "plain": layout == "plain"}
+    return marks, layout == "plain"
 
 
 def tool_use(fields: Fields) -> ToolUse:
