@@ -27,7 +27,7 @@ from mtp_mlx.cli.options import (
     ThinkingOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting
-from mtp_mlx.errors import MTPError
+from mtp_mlx.errors import MTPError, needs_extra
 
 if TYPE_CHECKING:
     from mtp_mlx.model.attach import AttachedModel
@@ -91,7 +91,7 @@ def command(**options: Any) -> None:
     settings = from_yaml(ServeSettings, None, options)
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise MTPError(f"the server needs {package}: pip install 'mtp-mlx[serve]'")
+            raise needs_extra("the server needs", package, "serve")
     key = read_key(settings)
     check_origins(settings.cors_origin)
     listener = listen(settings.host, settings.port)

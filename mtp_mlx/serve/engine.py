@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.answer_parts import UNREAD_CALL
 from mtp_mlx.decode.constraint import Constraint
-from mtp_mlx.errors import MTPError
+from mtp_mlx.errors import MTPError, needs_extra
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.planning.choose import recorded_acceptance
@@ -246,7 +246,7 @@ class Engine:
         constraint: Constraint | None = None
         if request.grammar is not None:
             if self.grammars is None:
-                raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'")
+                raise needs_extra("JSON schemas need", "llguidance", "serve")
             constraint = self.grammars.start(request.grammar)
             if request.parts is not None and request.parts.start == "reasoning":
                 end = tuple(self.tokenizer.think_end_tokens)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtp_mlx.decode.constraint import Constraint
-from mtp_mlx.errors import MTPError
+from mtp_mlx.errors import MTPError, needs_extra
 
 # A weak model may write endless white space where JSON allows it; this is enough for indented objects.
 WHITESPACE = r"[ \n\t\r]{0,24}"
@@ -35,7 +35,7 @@ class Grammars:
             import llguidance
             import llguidance.hf
         except ImportError as error:
-            raise MTPError("JSON schemas need llguidance: pip install 'mtp-mlx[serve]'") from error
+            raise needs_extra("JSON schemas need", "llguidance", "serve") from error
         self._library = llguidance
         self._vocab_size, self._eos_ids = vocab_size, sorted(eos_ids)
         try:

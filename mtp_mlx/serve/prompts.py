@@ -232,7 +232,9 @@ class Prompts:
             RequestError: if the schema is not supported, or the grammar library is not installed.
         """
         if self.grammars is None:
-            raise RequestError("JSON schemas are not available on this server: install mtp-mlx[serve]")
+            raise RequestError(
+                "JSON schemas are not available on this server, which was installed without the extra `serve`"
+            )
         try:
             return self.grammars.from_schema(schema)
         except MTPError as error:

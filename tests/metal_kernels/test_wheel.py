@@ -1,4 +1,4 @@
-"""Proves that a built wheel carries the Metal sources and that every kernel can be launched from it."""
+"""Proves that a built wheel carries all that the package reads, and that every kernel can be launched from it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_metal_source_is_in_the_wheel(installed: Path) -> None:
     shipped = {path.name for path in (installed / "mtp_mlx" / "metal_kernels").glob("*.metal")}
     assert shipped == {path.name for path in (ROOT / "metal_kernels").glob("*.metal")} != set()
+
+
+def test_what_the_package_reads_is_in_the_wheel(installed: Path) -> None:
+    """The page of the server, the memory and the adapters of the embedded model, published costs of rows."""
+    patterns = ("serve/*.html", "memories/*.mem", "adapters/*/*.safetensors", "measure/*.json", "py.typed")
+    for pattern in patterns:
+        shipped = {path.name for path in (installed / "mtp_mlx").glob(pattern)}
+        assert shipped == {path.name for path in (ROOT / "mtp_mlx").glob(pattern)} != set(), pattern
 
 
 def test_kernels_launch_from_the_wheel(installed: Path) -> None:
