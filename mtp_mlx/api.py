@@ -29,7 +29,7 @@ from mtp_mlx import lora
 from mtp_mlx.adapter_folder import Header, sidecar
 from mtp_mlx.answer_parts import LONGEST_TAG, Thoughts
 from mtp_mlx.base_model import load_base
-from mtp_mlx.chat_template import Thinking, chat_ids, ids_behind, thinking_options
+from mtp_mlx.chat_template import Thinking, begun_ids, chat_ids, ids_behind, thinking_options
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import mtp_generate_step, token_ids
@@ -415,4 +415,6 @@ def chat_prompt(
         messages.append({"role": "assistant", "content": begin})
     if behind:
         return ids_behind(tokenizer, messages, options)
-    return chat_ids(tokenizer, messages, options=options)
+    return (
+        begun_ids(tokenizer, messages, options) if begin else chat_ids(tokenizer, messages, options=options)
+    )

@@ -31,8 +31,6 @@ def chat_ids(
 ) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
 
-    If the last message is the assistant's, the answer goes on behind it.
-
     Args:
         tools: tools in OpenAI's form, or None.
         options: further variables of the template, such as `enable_thinking`.
@@ -40,36 +38,42 @@ def chat_ids(
     Raises:
         MTPError: if the template does not parse, or rejects the messages, as many do with a system message.
     """
-    ids = _apply(tokenizer, messages, tools, **(options or {}), **_answering(messages))
-    if not isinstance(ids, (list, tuple)):  # transformers 5 returns a BatchEncoding, or a list
+    return _as_list(_apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=True))
+
+
+def begun_ids(
+    tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """As `chat_ids`, but what follows belongs to the last message."""
+    return _as_list(_apply(tokenizer, messages, None, **(options or {}), continue_final_message=True))
+
+
+def _as_list(ids: Any) -> list[int]:
+    """Token ids as transformers returns them: a list, or (5) a BatchEncoding, or a list in a list."""
+    if not isinstance(ids, (list, tuple)):
         ids = ids["input_ids"]
     if ids and not isinstance(ids[0], int):
         ids = ids[0]
     return [int(token) for token in ids]
 
 
-def _answering(messages: list[dict[str, Any]]) -> dict[str, bool]:
-    """The template's arguments for text behind which the answer begins or goes on."""
-    begun = bool(messages) and messages[-1].get("role") == "assistant"
-    return {"continue_final_message": True} if begun else {"add_generation_prompt": True}
-
-
 def open_ids(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """Token ids of a user's message that goes on, as mlx-lm's cache_prompt makes them.
+    """Token ids of a user's message that is not complete, as mlx-lm's cache_prompt makes them.
 
     Raises:
         MTPError: as `chat_ids`.
     """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    ids = _apply(tokenizer, messages, None, add_generation_prompt=False, continue_final_message=True)
-    return [int(token) for token in (ids if isinstance(ids, list) else ids["input_ids"])]
+    return begun_ids(tokenizer, messages)
 
 
 def ids_behind(
     tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Token ids of a conversation from its last user's message on, for a prefix that is cached: as in mlx-lm.
+
+    If the last message is the assistant's, the answer goes on behind it.
 
     Args:
         options: as for `chat_ids`.
@@ -79,10 +83,9 @@ def ids_behind(
     """
     mark, last = "<query>", max(i for i, message in enumerate(messages) if message["role"] == "user")
     marked = [{**message, "content": mark} if i == last else message for i, message in enumerate(messages)]
-    whole, shown = (
-        str(_apply(tokenizer, texts, None, **(options or {}), **_answering(texts), tokenize=False))
-        for texts in (messages, marked)
-    )
+    how = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+    given = {**(options or {}), how: True, "tokenize": False}
+    whole, shown = (str(_apply(tokenizer, texts, None, **given)) for texts in (messages, marked))
     return [int(token) for token in tokenizer.encode(whole[shown.index(mark) :], add_special_tokens=False)]
 
 

@@ -103,7 +103,7 @@ def test_a_form_or_a_borrowed_name_is_refused(server: Server) -> None:
 
 
 def test_unknown_paths_and_methods(server: Server) -> None:
-    for path in ("/", "/v1", "/../etc/passwd", "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
+    for path in ("/v1", "/../etc/passwd", "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
         assert server.ask(path)[0] == 404
     assert server.ask("/v1/chat/completions", method="GET")[0] == 405
     assert server.ask("/v1/models", CHAT)[0] == 405
