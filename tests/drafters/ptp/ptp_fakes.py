@@ -13,6 +13,7 @@ import numpy as np
 
 from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.tree import depths_of
 from mtp_mlx.drafters.ptp.config import PTPConfig
 from mtp_mlx.drafters.ptp.draft import PTPSlotDrafter
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
@@ -66,10 +67,12 @@ class KnowingPTPDrafter(PTPSlotDrafter):
         self._knowing = KnowingDrafter(truth, start, probability, seed)
 
     def propose(self, verified: Verified) -> LazyDrafts:
-        """The known text, as many tokens as the real drafter gives."""
+        """The known text, as many positions as the real drafter drafts."""
         own, known = super().propose(verified), self._knowing.propose(verified)
         count = own.ids.shape[0]
-        return LazyDrafts(known.ids[:count] + 0 * own.ids, known.confidences[:count])
+        if own.parents is not None:
+            count = max(depths_of(own.parents.tolist()))
+        return LazyDrafts(known.ids[:count] + 0 * own.ids[:count], known.confidences[:count])
 
 
 @contextmanager

@@ -229,14 +229,17 @@ class _Likeliest(PTPSlotDrafter):
         return LazyDrafts(ids, own.confidences)
 
 
-def _redrawing(session: Session, logits: Any, positions: Any, history: Any, tokens: Any) -> Any:
+def _redrawing(
+    session: Session, logits: Any, positions: Any, history: Any, tokens: Any, parents: tuple[int, ...]
+) -> Any:
     """The planted bug: the pick that rejects a draft is thrown away and drawn again with another uniform."""
-    picks, accepted = _ACCEPTED(session, logits, positions, history, tokens)
+    found = _ACCEPTED(session, logits, positions, history, tokens, parents)
+    picks, accepted = found.picks, found.accepted
     config = session.picker.config
     again = Picker(replace(config, seed=config.seed + 2**50))
     drawn = again.pick(logits, positions, history)
     rejecting = (mx.arange(picks.shape[0]) == accepted) & (accepted < picks.shape[0] - 1)
-    return mx.where(rejecting, drawn, picks), accepted
+    return found._replace(picks=mx.where(rejecting, drawn, picks))
 
 
 _ACCEPTED = step._accepted
