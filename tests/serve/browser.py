@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)  # fmt: skip  # noqa: E501
+ANSWER_SECONDS = 60.0
 READS, WRITES = 3, 4  # file descriptors of the browser's ends
 
 
@@ -21,7 +23,7 @@ class Page:
     """One tab."""
 
     def __init__(self, into: int, out: int) -> None:
-        self._into, self._out = into, os.fdopen(out, "rb")
+        self._into, self._out, self._unread = into, out, b""
         self._number, self._session = 0, None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -41,11 +43,13 @@ class Page:
                 return answer["result"]
 
     def _message(self) -> bytes:
-        found = bytearray()
-        while (byte := self._out.read(1)) != b"\0":
-            assert byte, "the browser has gone"
-            found += byte
-        return bytes(found)
+        while b"\0" not in self._unread:
+            assert select.select([self._out], [], [], ANSWER_SECONDS)[0], "the browser does not answer"
+            more = os.read(self._out, 1 << 16)
+            assert more, "the browser has gone"
+            self._unread += more
+        message, _, self._unread = self._unread.partition(b"\0")
+        return message
 
     def open(self, url: str) -> None:
         """Goes to a page."""
@@ -124,3 +128,4 @@ def browsing(profile: Path) -> Iterator[Page]:
         process.kill()
         process.wait(20)
         os.close(here_write)
+        os.close(here_read)
