@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -40,7 +39,7 @@ from mtp_mlx.decode.step import Token
 from mtp_mlx.distributed import Peers
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
-from mtp_mlx.files import cache_dir
+from mtp_mlx.files import cache_dir, warn_once
 from mtp_mlx.metal_kernels.dispatch import Dispatcher, default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
@@ -51,8 +50,6 @@ from mtp_mlx.models import bundled_adapter, bundled_memory, named_adapter, resol
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.text import AnswerText
 from mtp_mlx.token_ids import check_ids
-
-log = logging.getLogger("mtp_mlx")
 
 OTHER_NAMES = {  # arguments that others have for the same thing
     "temp": "sampling",
@@ -163,7 +160,7 @@ def load(
         again = partial(load_base, model, quantize, lazy=True) if lazy else None
         source, info = _load_adapter(folder, base, again)
     if adapter_path is not None:
-        _put_on(base, adapter_path, peers)
+        _put_on(base, adapter_path, peers, drafted=source is not None)
     named = adapter not in ("auto", None)
     context = registry.LoadContext(base, tokenizer, named, bundled_memory(model))
     source = registry.prepare(source, drafter_options, context)
@@ -180,13 +177,15 @@ def load(
     return attached, tokenizer
 
 
-def _put_on(base: Any, adapter_path: str | Path, peers: Peers | None) -> None:
-    """Puts a fine-tune of mlx-lm on the bare model."""
+def _put_on(base: Any, adapter_path: str | Path, peers: Peers | None, *, drafted: bool) -> None:
+    """Puts a fine-tune of mlx-lm on the bare model; says so if a drafter of the base goes on drafting."""
     if peers is not None and not peers.alone:
         raise MTPError(
             "a fine-tune needs a single process: leave `adapter_path` out, or run without mlx.launch"
         )
-    log.info(lora.put_on(base, adapter_path))
+    said = lora.put_on(base, adapter_path)
+    if drafted:
+        warn_once(f"fine-tune {adapter_path}", said)
 
 
 def _same_texts(attached: AttachedModel) -> None:

@@ -112,8 +112,8 @@ def also_ends_at(tokenizer: TokenizerWrapper, token: str) -> None:
     Raises:
         MTPError: if the tokenizer has no such token.
     """
-    known = tokenizer.convert_tokens_to_ids(token)
-    if not token.isdigit() and (known is None or known == getattr(tokenizer, "unk_token_id", None)):
+    known = int(token) if token.isdigit() else tokenizer.convert_tokens_to_ids(token)
+    if known is None or known >= len(tokenizer) or known == getattr(tokenizer, "unk_token_id", None):
         raise MTPError(
             f"`extra_eos_token` {token!r} is not a token of this model: give one of its tokens, or an id"
         )

@@ -39,7 +39,10 @@ def put_on(model: nn.Module, folder: str | Path) -> str:
         ) from error
     model.eval()
     kind = str(config.get("fine_tune_type", "lora"))
-    return f"the fine-tune {path} ({kind}) is on the model; drafters of its base may be accepted less often"
+    return (
+        f"the fine-tune {path} ({kind}) is on the model; the adapter drafts for the base without it, so drafts may "
+        "be accepted less often"
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:

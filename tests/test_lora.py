@@ -13,10 +13,13 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mtp_mlx import load, lora
+from mtp_mlx.cli.eval import EvalSettings, _load
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
+from mtp_mlx.model.seams import find_seams, updated_layers
+from mtp_mlx.planning.calibrate import cost_key
 from tests.decode.fakes import random_adapter
 from tests.drafters.heads.test_loop import random_heads
 from tests.tiny import save_tiny, tiny_model
@@ -71,6 +74,24 @@ def test_the_text_is_mlx_lms_with_the_fine_tune(
     assert found == expected != before
     attached.detach()
     assert text_of_mlx_lm(model) == expected
+
+
+def test_costs_are_not_those_of_the_base(tmp_path: Path) -> None:
+    """A wrapped layer makes steps slower: what was measured or tuned without the fine-tune is not taken for it."""
+    tuned = base()
+    lora.put_on(tuned, fine_tune(tmp_path / "tune", base()))
+    assert find_seams(tuned).linears.keys() == find_seams(base()).linears.keys()
+    before, after = cost_key(attach(base())), cost_key(attach(tuned))
+    size = sum(value.size for name, value in tree_flatten(tuned.parameters()) if "lora_" in name)
+    assert "fine-tune" not in before and after == {**before, "fine-tune": f"14 layers, {size} weights"}
+
+
+def test_eval_reads_it_too(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model", "llama", seed=3)
+    tune = fine_tune(tmp_path / "tune", tiny_model("llama", seed=3))
+    settings = EvalSettings(model=str(path), adapter="none", adapter_path=str(tune))
+    model, _ = _load(settings)
+    assert updated_layers(model.model)
 
 
 def test_load_puts_it_on_behind_the_check_of_the_adapter(tmp_path: Path) -> None:

@@ -235,7 +235,8 @@ def _identity(model: AttachedModel) -> str:
 def _load(settings: EvalSettings) -> tuple[AttachedModel, Any]:
     from mtp_mlx.api import load
 
-    return load(settings.model, None if settings.adapter == "none" else settings.adapter)
+    adapter = None if settings.adapter == "none" else settings.adapter
+    return load(settings.model, adapter, adapter_path=settings.adapter_path)
 
 
 # --- tau ----------------------------------------------------------------------------------------------------

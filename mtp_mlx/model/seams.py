@@ -163,6 +163,13 @@ def reads_places(trunk: nn.Module) -> str:
     return ""
 
 
+def updated_layers(model: nn.Module) -> str:
+    """The layers with an update of mlx-lm's LoRA, in words: how many, and of what size; "" if there are none."""
+    found = [module for _, module in model.named_modules() if isinstance(module, UPDATED)]
+    size = sum(module.lora_a.size + module.lora_b.size for module in found)
+    return f"{len(found)} layers, {size} weights" if found else ""
+
+
 def is_recurrent(caches: list) -> bool:
     """Whether some layer has recurrent state."""
     return any(isinstance(leaf, ArraysCache) for _, leaf in cache_leaves(caches))

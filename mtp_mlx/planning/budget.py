@@ -8,7 +8,10 @@ takes the layout with the largest
 
     1 + E[accepted] - lambda * c(layout) + sum_a P(accept exactly a) * h(slots[a]),
 
-where slots are added greedily to the group in which the next ones are worth most per slot. Plain decoding is one of
+where slots are added greedily to the group in which the next ones are worth most per slot. All drafts are
+in one tree, of which the likeliest paths are verified, as many as give the largest value; a then stands for the row at
+which the accepted path ends. In place of lambda stands the pace of this text, if that is higher: drafts from text,
+which the process knows nothing of, can bring more than the model's own drafter does. Plain decoding is one of
 the layouts: if no slots pay off, "auto" decodes plainly and tries the drafter again only now and then, at growing
 intervals, because acceptance changes with the text.
 """
@@ -22,10 +25,10 @@ import numpy as np
 
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
-from mtp_mlx.decode.tree import ROOT, DraftTree
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.planning.cost import StepCost
 from mtp_mlx.planning.experience import LOOKUP_DRAFTS, Experience
-from mtp_mlx.planning.grow import merged
+from mtp_mlx.planning.grow import ends_of, merged
 from mtp_mlx.planning.hindsight import Hindsight
 from mtp_mlx.planning.trace import open_trace, traced
 
@@ -168,7 +171,7 @@ class BudgetPolicy:
         best: tuple[float, list[int], Layout] = (-1e9, [], Layout.plain())
         for count in _draft_counts(len(order)):
             nodes = sorted(order[:count])
-            value, layout = self._with_slots(sum(paths[node] for node in nodes), _ends(tree, nodes), pace)
+            value, layout = self._with_slots(sum(paths[node] for node in nodes), ends_of(tree, nodes), pace)
             if value > best[0]:
                 best = (value, nodes, layout)
         value, nodes, layout = best
@@ -254,15 +257,6 @@ class BudgetPolicy:
                 left[held, count] -= (1 - RESTART) * chance
         solution = np.linalg.solve(left, tokens)
         return float(solution[states]), solution[:states].tolist()
-
-
-def _ends(tree: DraftTree, nodes: Sequence[int]) -> list[float]:
-    """[n + 1] the chance that the accepted path ends at the pending token or at a node, if `nodes` are verified."""
-    paths = tree.path_chances
-    ends = {ROOT: 1.0} | {node: paths[node] for node in nodes}
-    for node in nodes:
-        ends[tree.parents[node]] -= paths[node]
-    return [max(chance, 0.0) for chance in ends.values()]
 
 
 def _decayed(recent: tuple[float, float], tokens: int, seconds: float) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.files import cache_dir, keep_if_possible, kept_file
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.fingerprint import base_fingerprint
+from mtp_mlx.model.seams import updated_layers
 from mtp_mlx.planning.cost import StepCost, read_cost, save_cost
 from mtp_mlx.planning.timing import Progress, measure, seconds_to_go_on
 
@@ -172,6 +173,8 @@ def cost_key(model: AttachedModel) -> CostKey:
         "kernels": "none" if model.kernels is None else model.kernels.description,
         "exact": str(model.exact),
     }
+    if tuned := updated_layers(model.model):
+        key["fine-tune"] = tuned
     # Added only if there are lead rows: older measurements of such adapters lack the entry and counted too few rows.
     return {**key, "lead": str(model.lead)} if model.lead else key
 

@@ -3,7 +3,7 @@
 A model has at most one drafter of its own (`AttachedModel.speculator`). Beside it, text alone can draft: the text so
 far (lookup), or other texts as well (`AttachedModel.text_source`), which then take the place of lookup. With both,
 fixed layouts verify lookup drafts if there is a match, and otherwise the drafts of which more are expected to be
-right; "auto" takes the ones with the higher expected value, and "tree" joins them in one tree.
+right; "auto" and "tree" join them in one tree, where drafts may have branches.
 """
 
 from __future__ import annotations

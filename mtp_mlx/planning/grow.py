@@ -74,20 +74,25 @@ def spend(
     return best[1], best[2]
 
 
-def _slots(
-    tree: DraftTree, nodes: list[int], free: int, worth: Sequence[float], lead: int
-) -> tuple[list[int], float]:
-    """Slots behind every real row out of `free` rows, and the tokens that they bring."""
+def ends_of(tree: DraftTree, nodes: Sequence[int]) -> list[float]:
+    """[n + 1] the chance that the accepted path ends at the pending token or at a node, if `nodes` are verified."""
     paths = tree.path_chances
     ends = {ROOT: 1.0} | {node: paths[node] for node in nodes}
     for node in nodes:
         ends[tree.parents[node]] -= paths[node]
+    return [max(chance, 0.0) for chance in ends.values()]
+
+
+def _slots(
+    tree: DraftTree, nodes: list[int], free: int, worth: Sequence[float], lead: int
+) -> tuple[list[int], float]:
+    """Slots behind every real row out of `free` rows, and the tokens that they bring."""
+    chances = ends_of(tree, nodes)
     slots, brought = [0] * (1 + len(nodes)), 0.0
     if not worth:
         return slots, brought
-    queue = [(-max(chance, 0.0) * worth[0], row) for row, chance in enumerate(ends.values())]
+    queue = [(-chance * worth[0], row) for row, chance in enumerate(chances)]
     heapq.heapify(queue)
-    chances = [max(chance, 0.0) for chance in ends.values()]
     while queue and free > 0:
         gain, row = heapq.heappop(queue)
         price = 1 if slots[row] else 1 + lead

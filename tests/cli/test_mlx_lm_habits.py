@@ -100,6 +100,7 @@ def test_prompt_caches_are_read_by_both(by: str, folder: Path, tmp_path: Path) -
         (["--logit-bias", "five"], "must be a token id, =, and a number"),
         (["--logit-bias", "999999=1"], "999999"),
         (["--extra-eos-token", "<|nobody|>"], "is not a token of this model"),
+        (["--extra-eos-token", "99999999"], "is not a token of this model"),
         (["--prompt-cache-file", "missing.safetensors"], "there is no such file"),
         (["--adapter-path", "missing"], "--adapter-path must be a folder that mlx_lm.lora wrote"),
         (["--raw", "--prefill-response", "it"], "--prefill-response needs the chat template"),

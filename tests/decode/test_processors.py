@@ -10,8 +10,9 @@ from mtp_mlx.api import generate
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import mtp_generate_step
-from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, LookupPolicy, Policy
+from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.memory.draft import MemoryDrafter
 from mtp_mlx.errors import MTPError
@@ -74,6 +75,24 @@ def test_the_text_is_that_of_mlx_lm(way: str) -> None:
 @pytest.mark.parametrize("way", ["linear", "quadratic", "tree"])
 def test_sampled_text_is_that_of_plain_decoding(way: str) -> None:
     assert texts(way, 0.8) == texts("plain", 0.8)
+
+
+def test_a_row_of_a_tree_is_given_the_text_of_its_own_path() -> None:
+    seen: list[list[int]] = []
+
+    def noting(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.tolist())
+        return logits
+
+    model = attach(tiny_model("llama", seed=3))
+    cache, settings = model.make_cache(), CacheSettings()
+    session = Session(model, Picker(), PROMPT, cache, settings, processors=[noting])
+    logits = mx.zeros((4, model.vocab_size))
+    session.processed(logits, [7, 8, 9], (-1, -1, 1))
+    assert seen == [PROMPT, [*PROMPT, 7], [*PROMPT, 8], [*PROMPT, 8, 9]]
+    seen.clear()
+    session.processed(logits, [7, 8, 9])
+    assert seen == [PROMPT, [*PROMPT, 7], [*PROMPT, 7, 8], [*PROMPT, 7, 8, 9]]
 
 
 def test_accepted_drafts_stay_accepted() -> None:

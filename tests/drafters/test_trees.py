@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import mlx.core as mx
@@ -43,7 +44,7 @@ def tree_policy(model: AttachedModel, rows: int) -> TreePolicy:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_text_is_that_of_plain_decoding(name: str, temperature: float, penalty: float) -> None:
-    model, stats = MODELS[name](), DecodeStats()
+    model, stats, said = MODELS[name](), DecodeStats(), Counter[str]()
     for seed, rows in ((0, 6), (1, 12), (2, 20)):
         sampling = SamplingConfig(temperature=temperature, seed=seed, repetition_penalty=penalty)
         plain = [i.token for i in mtp_generate_step(PROMPT, model, max_tokens=25, sampling=sampling)]
@@ -56,7 +57,11 @@ def test_the_text_is_that_of_plain_decoding(name: str, temperature: float, penal
             lookup=KnowingLookup(plain, len(PROMPT), (False, True, False)),
             stats=stats,
         )
-        assert [item.token for item in steps] == plain
+        items = list(steps)
+        assert [item.token for item in items] == plain
+        said.update(item.drafter for item in items if item.from_draft)
+        assert all(bool(item.drafter) == item.from_draft for item in items)
+    assert said == stats.drafted_by
     assert any(layout.startswith("tree") for layout in stats.layouts)
     assert not any("branches" in reason for reason in stats.fallbacks)
     assert stats.drafted_by["lookup"] > 10

@@ -168,7 +168,7 @@ def test_an_answer_can_be_written_plainly(server: Server) -> None:
         "/v1/chat/completions",
         {"messages": CHAT, "max_tokens": 12, "mtp": {"layout": "plain", "colour": "red"}},
     )
-    assert status == 200 and answer["mtp"]["tokens_per_step"] == 1.0
+    assert status == 200 and answer["mtp"]["rows_per_step"] == 1.0
     assert any("mtp.colour" in reason for reason in answer["mtp"]["fallbacks"])
 
 
