@@ -9,8 +9,8 @@ takes the layout with the largest
     1 + E[accepted] - lambda * c(layout) + sum_a P(accept exactly a) * h(slots[a]),
 
 where slots are added greedily to the group in which the next ones are worth most per slot. All drafts are
-in one tree, of which the likeliest paths are verified, as many as give the largest value; a then stands for the row at
-which the accepted path ends. In place of lambda stands the pace of this text, if that is higher: drafts from text,
+in one tree, of which the likeliest paths are verified, as many as give the largest value; a then stands for the row
+at which the accepted path ends. In place of lambda stands the pace of this text, if that is higher: drafts from text,
 which the process knows nothing of, can bring more than the model's own drafter does. Plain decoding is one of
 the layouts: if no slots pay off, "auto" decodes plainly and tries the drafter again only now and then, at growing
 intervals, because acceptance changes with the text.
