@@ -208,6 +208,12 @@ def test_a_wrong_pick_is_no_near_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.kind == "different text" and "not what its own logits say" in verdict.detail
 
 
+def test_the_first_rows_of_a_window_lie_in_memory_as_in_mlx_lm() -> None:
+    """Found by the search: layers without rotary embeddings read keys that are a view, not a copy; BLAS tells."""
+    text = Text((58, 58, 14, 145, 58, 58, 14, 145, 58, 58), 1)
+    assert judge(Case(architecture="smollm3", bits=8, exact=True, window=16, texts=(text,))).kind == "same"
+
+
 def test_rounding_of_a_hybrid_in_half_precision_is_excused() -> None:
     """The rows of a pass move the logits of Mamba-2 in bfloat16 by .5: in mlx-lm too."""
     case = Case(

@@ -34,9 +34,12 @@ class BlockCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """As the inner cache's."""
+        first = not self.inner.offset if isinstance(self.inner, WindowCache) else False
         found = self.inner.update_and_fetch(keys, values)
         if isinstance(self.inner, WindowCache) and keys.shape[2] > 1 and not self.rows.is_step:
             self.inner.straighten()
+            if first:  # mlx-lm's ring hands these on as they are; a copy lies in memory otherwise, and BLAS rounds so
+                found = keys, values
         self.updated = True
         return found
 
