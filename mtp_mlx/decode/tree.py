@@ -76,9 +76,10 @@ class DraftTree:
 
     @property
     def path_chances(self) -> list[float]:
-        """[n] the chance that a node and all before it on its path are right."""
+        """[n] the chance that a node and all before it on its path are right; never above its parent's."""
         found: list[float] = []
         for parent, chance in zip(self.parents, self.chances, strict=True):
+            chance = min(chance, 1.0)  # a softmax in float32 can be above 1 by rounding
             found.append(chance if parent == ROOT else chance * found[parent])
         return found
 

@@ -76,6 +76,12 @@ def test_the_rows_that_lead_a_group_are_paid_for() -> None:
     assert (nodes, slots) == ([], [1])  # 1 + 1 + 1 rows
 
 
+def test_chances_that_rounding_put_above_one_leave_no_draft_without_its_parent() -> None:
+    tree = DraftTree((5, 6, 7), (ROOT, 0, 1), (0.9, 1.0000001, 1.0000002))
+    nodes, _ = spend(tree, 3, 0, [], 0)
+    assert nodes == [0, 1]
+
+
 def test_the_same_draft_of_two_drafters_is_one() -> None:
     own = Proposal("slots", DraftTree((5, 6, 7), (ROOT, ROOT, 0), (0.5, 0.3, 0.4)))
     lookup = Proposal.chain("lookup", [5, 9, 2], [0.8, 0.8, 0.8])

@@ -14,6 +14,7 @@ from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.decode.tree import ROOT
+from mtp_mlx.drafters.masks.shortlist import Shortlist, layer_of_shortlists, shortlist
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
@@ -27,6 +28,7 @@ class MaskSlotDrafter(Drafter):
         sampler: the adapter's sampler head.
         vocabulary: the tokens to pick from; confidences are probabilities among these.
         together: whether all drafts are picked at once, because there is no sampler head.
+        listed: whether the sampler head may score a shortlist of tokens instead of the whole vocabulary.
     """
 
     def __init__(
@@ -36,9 +38,12 @@ class MaskSlotDrafter(Drafter):
         sampler: nn.Module,
         vocabulary: Vocabulary,
         together: bool = False,
+        listed: bool = False,
     ) -> None:
         self._attached, self._picker, self._sampler = attached, picker, sampler
         self._vocabulary, self._together = vocabulary, together
+        layer = layer_of_shortlists(attached.whole_vocabulary, vocabulary, picker) if listed else None
+        self._layer = None if together else layer
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""
@@ -53,23 +58,41 @@ class MaskSlotDrafter(Drafter):
             return self._grow(latents, verified)
         if self._together and history is None:
             return self._pick_together(latents, position)
+        listed = self._shortlist(latents, verified) if self._attached.kernels is None else None
         ids, confidences = [], []
         token = verified.pick.reshape(1)
         for slot in range(count):
             if history is not None:
                 history = mx.concatenate([history[1:], token])
             refined = self._sampler(self._attached.embed(token), latents[slot][None])
-            token, confidence = pick_draft(
-                self._attached,
-                self._picker,
-                refined,
-                (position + slot + 1).reshape(1),
-                history,
-                vocabulary=self._vocabulary,
-            )
+            token, confidence = self._pick(listed, slot, refined, (position + slot + 1).reshape(1), history)
             ids.append(token)
             confidences.append(confidence)
         return LazyDrafts(mx.concatenate(ids), mx.concatenate(confidences))
+
+    def _shortlist(self, latents: mx.array, verified: Verified) -> Shortlist | None:
+        """The tokens that the sampler head scores, of slots with hidden states [k, D]; None for all."""
+        if self._layer is None:
+            return None
+        positions = verified.position + 1 + mx.arange(latents.shape[0])
+        return shortlist(latents, positions, verified.history, self._layer, self._vocabulary, self._picker)
+
+    def _pick(
+        self,
+        listed: Shortlist | None,
+        slot: int,
+        refined: mx.array,
+        position: mx.array,
+        history: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """(id int32 [1], confidence float32 [1]) of a slot's draft, from the input [1, D] of the LM head."""
+        if listed is None:
+            vocabulary = self._vocabulary
+            return pick_draft(self._attached, self._picker, refined, position, history, vocabulary=vocabulary)
+        row = None if history is None else history[None]
+        logits, ids = listed.logits(slot, refined), listed.ids[slot]
+        token, confidence = self._picker.pick_with_confidence(logits, position, row, ids)
+        return token, confidence * listed.shares[slot]
 
     def _pick_together(self, latents: mx.array, position: mx.array) -> LazyDrafts:
         """Drafts from slot hidden states [k, D], of which the first predicts the token at `position` + 1."""
@@ -83,7 +106,9 @@ class MaskSlotDrafter(Drafter):
         The slot's latent is the same for all; the sampler head refines it by the token before. Without such a head,
         every continuation has the same candidates.
         """
-        width, history = min(verified.layout.width, self._vocabulary.head.columns), verified.history
+        listed, history = self._shortlist(latents, verified), verified.history
+        columns = self._vocabulary.head.columns if listed is None else listed.ids.shape[1]
+        width = min(verified.layout.width, columns)
         tokens, paths = verified.pick.reshape(1), mx.ones((1,))  # [P] newest tokens, chances of their paths
         histories = None if history is None else history[None]  # [P, C] before them
         ids, chances, parents = [], [], []
@@ -91,11 +116,9 @@ class MaskSlotDrafter(Drafter):
             if histories is not None:
                 histories = mx.concatenate([histories[:, 1:], tokens[:, None]], axis=1)
             latent = mx.broadcast_to(latents[slot], (tokens.shape[0], latents.shape[1]))
-            logits = self._vocabulary.head(self._sampler(self._attached.embed(tokens), latent)[None])[
-                0
-            ]  # [P, C]
+            refined = self._sampler(self._attached.embed(tokens), latent)  # [P, D]
             positions = mx.broadcast_to(verified.position + slot + 1, (tokens.shape[0],))
-            found, sure = self._picker.candidates(logits, positions, histories, self._vocabulary.ids, width)
+            found, sure = self._candidates(listed, slot, refined, positions, histories, width)
             along = (paths[:, None] * sure).reshape(-1)  # [P * w]
             best = mx.argsort(-along)[:width]
             paths, tokens = along[best], found.reshape(-1)[best]
@@ -105,3 +128,20 @@ class MaskSlotDrafter(Drafter):
             chances.append(sure.reshape(-1)[best])
             parents.append(parent + (slot - 1) * width if slot else mx.full((width,), ROOT, dtype=mx.int32))
         return LazyDrafts(mx.concatenate(ids), mx.concatenate(chances), mx.concatenate(parents))
+
+    def _candidates(
+        self,
+        listed: Shortlist | None,
+        slot: int,
+        refined: mx.array,
+        positions: mx.array,
+        histories: mx.array | None,
+        width: int,
+    ) -> tuple[mx.array, mx.array]:
+        """(ids int32 [P, width], confidences float32) that continue P paths, from inputs [P, D] of the LM head."""
+        if listed is None:
+            logits = self._vocabulary.head(refined[None])[0]  # [P, C]
+            return self._picker.candidates(logits, positions, histories, self._vocabulary.ids, width)
+        logits, ids = listed.logits(slot, refined), listed.ids[slot]
+        found, sure = self._picker.candidates(logits, positions, histories, ids, width)
+        return found, sure * listed.shares[slot]

@@ -91,7 +91,8 @@ class MaskAdapter(SlotAdapter):
     ) -> MaskSlotDrafter:
         """See `DraftSource`."""
         vocabulary = attached.draft_vocabulary if verified else attached.whole_vocabulary
-        return MaskSlotDrafter(attached, picker, self.sampler, vocabulary, self.config.sampler_width == 0)
+        together = self.config.sampler_width == 0
+        return MaskSlotDrafter(attached, picker, self.sampler, vocabulary, together, listed=verified)
 
 
 class SamplerHead(nn.Module):
