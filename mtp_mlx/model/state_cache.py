@@ -139,7 +139,7 @@ class Recorder:
         if not self._rows.is_step or count == 1:
             return mixer(*args, **kwargs)
         if self._rows.n_exact:
-            return _row_by_row(mixer, args, kwargs, cache, shape)
+            return self._row_by_row(mixer, args, kwargs, cache, shape)
         self.tape.rows, self.tape.outputs = count, {}
         try:
             out = mixer(*args, **kwargs)
@@ -158,33 +158,39 @@ class Recorder:
         cache.replays.append(replay)
         return out
 
+    def _row_by_row(
+        self,
+        mixer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: StateCache,
+        shape: tuple[int, ...],
+    ) -> Any:
+        """Runs every exact row in a call of its own, then the slots in one, and stores the states in `cache.between`.
 
-def _row_by_row(
-    mixer: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    cache: StateCache,
-    shape: tuple[int, ...],
-) -> Any:
-    """Runs every row in a call of its own and stores the states in `cache.between`.
+        Several mixers may share a cache, each with entries of its own; the entries of later mixers are then merged
+        into the states that the earlier ones stored.
+        """
 
-    Several mixers may share a cache, each with entries of its own; the entries of later mixers are then merged into
-    the states that the earlier ones stored.
-    """
-    before, outputs, between = list(cache.cache), [], []
-    for row in range(shape[1]):
-        outputs.append(
-            mixer(*_some_rows(args, shape, row, row + 1), **_some_rows(kwargs, shape, row, row + 1))
-        )
-        between.append(list(cache.cache))
-    if cache.between:
-        for known, new in zip(cache.between, between, strict=True):
-            known[:] = [
-                now if now is not was else old for old, was, now in zip(known, before, new, strict=True)
-            ]
-    else:
-        cache.between = between
-    return tree_map(lambda *rows: mx.concatenate(list(rows), axis=1), outputs[0], *outputs[1:])
+        def run(first: int, last: int) -> Any:
+            found = mixer(*_some_rows(args, shape, first, last), **_some_rows(kwargs, shape, first, last))
+            between.append(list(cache.cache))
+            return found
+
+        before, between = list(cache.cache), []  # type: ignore[var-annotated]
+        n_exact, n_slots = self._rows.n_exact, shape[1] - self._rows.n_exact
+        outputs = [run(row, row + 1) for row in range(n_exact)]
+        if n_slots > 0:
+            with self._rows.slots_alone(shape[0] * n_slots):
+                outputs.append(run(n_exact, shape[1]))
+        if cache.between:
+            for known, new in zip(cache.between, between, strict=True):
+                known[:] = [
+                    now if now is not was else old for old, was, now in zip(known, before, new, strict=True)
+                ]
+        else:
+            cache.between = between
+        return tree_map(lambda *rows: mx.concatenate(list(rows), axis=1), outputs[0], *outputs[1:])
 
 
 def _some_rows(values: Any, shape: tuple[int, ...], first: int, last: int) -> Any:
