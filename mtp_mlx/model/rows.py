@@ -24,7 +24,7 @@ class RowContext:
 
     Attributes:
         n_real: number of real rows, which come first; None outside a pass (then every row is real).
-        count: rows of the pass, of all sequences together; of a call of a layer, in `slots_alone`.
+        count: rows of the pass, of all sequences together, or those that layers get now (`resized`, `slots_alone`).
         positions: [R] or [B, R] int32 explicit positions; None if they continue those in the cache.
         visibility: [R, R] bool; None if causal.
         uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
@@ -66,6 +66,15 @@ class RowContext:
     def first_gated_of(self, x: mx.array) -> int | None:
         """`first_gated` of x [..., R, D]; None if x does not hold the pass's rows, but one token of a scan."""
         return self.first_gated if x.size == self.count * x.shape[-1] else None
+
+    @contextmanager
+    def resized(self, count: int) -> Iterator[None]:
+        """Layers called in this context get so many rows: those of the pass, some of them repeated."""
+        known, self.count = self.count, count
+        try:
+            yield
+        finally:
+            self.count = known
 
     @contextmanager
     def slots_alone(self, count: int) -> Iterator[None]:
