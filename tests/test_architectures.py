@@ -155,7 +155,7 @@ def slots(case: Case, tmp_path: Path) -> None:
     """Random gated LoRA, in the layouts that place slots."""
     model = case.build()
     attached, truth = attach(model, random_adapter(model)), truth_of(case)
-    layouts = ["linear"] if is_recurrent(attached.make_cache()) else ["linear", "quadratic"]
+    layouts = ["linear"] if attached.why_linear else ["linear", "quadratic"]
     for layout in layouts:
         with drafting(KnowingDrafter(truth, len(PROMPT), 0.7, 1)):
             policy = FixedPolicy(layout, MOST_SLOTS)  # type: ignore[arg-type]
@@ -230,8 +230,8 @@ def may_lack(case: Case, verb: Callable[..., None]) -> str | None:
         return "exact decoding does not support"
     if verb in (slots, trees, trained_masks) and case.name in WITHOUT_ROPE:
         return "no seam 'rope'"
-    if verb in (slots, trees, trained_masks) and is_recurrent(attach(case.build()).make_cache()):
-        return "no seam 'rope'|recurrent state"
+    if verb in (trees, trained_masks) and is_recurrent(attach(case.build()).make_cache()):
+        return "recurrent state"
     return None
 
 

@@ -266,7 +266,7 @@ def _seams(path: Path) -> dict[str, Any]:
         return {**facts, "usable": f"no: {error}"}
     return {
         **facts,
-        "usable": "yes, but not with adapters that draft from slots" if is_recurrent(caches) else "yes",
+        "usable": "yes, with slots in the linear layout only" if is_recurrent(caches) else "yes",
         "seams": {
             "embed_tokens": 1,
             "linear": len(seams.linears),

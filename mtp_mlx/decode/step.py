@@ -114,6 +114,11 @@ def _check(session: Session, layout: Layout) -> None:
     source = session.attached.speculator
     if layout.slot_rows and (source is None or not source.places_slots):
         raise MTPError("this layout has slots, and this model has no adapter with slots")
+    if any(layout.slots[:-1]) and session.attached.why_linear:
+        raise MTPError(
+            f"this layout has slots behind several rows, and {session.attached.why_linear}: use the linear layout, "
+            "whose slots stand behind the last draft only"
+        )
     if layout.chain and (source is None or source.places_slots):
         raise MTPError("this layout drafts a chain, and this model has no drafter that makes one")
     if layout.parents and session.why_chains:

@@ -51,7 +51,8 @@ def candidates(model: AttachedModel) -> list[Lane]:
     source = source_of(model)
     if source is not None:
         own = source.name
-        layouts: tuple[LayoutName, ...] = ("linear", "quadratic") if source.places_slots else ("linear",)
+        grouped = source.places_slots and not model.why_linear
+        layouts: tuple[LayoutName, ...] = ("linear", "quadratic") if grouped else ("linear",)
         counts = _counts(model.most_drafts)
         lanes += [
             Lane(f"{layout} {count} {own}", layout, count, drafter=own)
@@ -65,7 +66,7 @@ def candidates(model: AttachedModel) -> list[Lane]:
         lanes += [
             Lane(f"tree {rows} rows {own}, lookup", "tree", counts[-1], drafter=f"{own},lookup", rows=rows)
             for rows in TREE_ROWS
-            if source.places_slots
+            if grouped
         ]
         lanes += [Lane(f"auto {who}", "auto", drafter=who) for who in (own, f"{own},lookup")]
     lanes.append(Lane(f"linear {LOOKUP_DRAFTS} lookup", "linear", LOOKUP_DRAFTS, drafter="lookup"))

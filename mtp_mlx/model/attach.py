@@ -191,10 +191,15 @@ class AttachedModel:
             self._rows.ungated = False
 
     @property
+    def why_linear(self) -> str:
+        """Why slots can stand behind the last real row only; "" if they can stand behind any."""
+        return "this model's recurrent state reads every row of a pass" if self._recurrent else ""
+
+    @property
     def why_chains(self) -> str:
         """Why the rows of a pass must have positions one after another; "" if they need not."""
         if self._recurrent:
-            return "this model's recurrent state reads every row of a pass"
+            return self.why_linear
         if not self._seams.ropes:
             return "this model has no seam 'rope' in its layers"
         places = reads_places(self._seams.trunk)
@@ -324,7 +329,7 @@ def attach(
     if any(isinstance(module, wrapped) for _, module in seams.trunk.named_modules()):
         raise MTPError("this model is already attached; detach it first")
     if speculator is not None and speculator.places_slots:
-        _check_slots(model, seams)
+        check_slot_seams(seams, model)
         missing = sorted(speculator.gated_layers().keys() - seams.linears.keys())
         if missing:
             raise MTPError(f"the adapter has weights for layers this model lacks: {missing[:5]}")
@@ -347,17 +352,6 @@ def _check_head(attached: AttachedModel) -> None:
             f"models of type '{attached.name}' cannot be used here: mlx-lm computes their logits in a way that needs "
             "the layers (no seam 'head'); use mlx-lm itself for them"
         ) from error
-
-
-def _check_slots(model: nn.Module, seams: Seams) -> None:
-    """Raises MTPError if slot rows would change the model's output, or cannot be placed."""
-    name = str(getattr(model, "model_type", "?"))
-    check_slot_seams(seams, name)
-    if is_recurrent(make_prompt_cache(model)):
-        raise MTPError(
-            f"model type '{name}' has recurrent state, which slot rows would change: use MTP heads or prompt lookup "
-            "with it, not an adapter with slots"
-        )
 
 
 def _check_exact(seams: Seams) -> None:

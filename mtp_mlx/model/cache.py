@@ -14,6 +14,7 @@ from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, make_promp
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.rows import RowContext
+from mtp_mlx.model.text_states import TextStates
 from mtp_mlx.model.window_cache import WindowCache
 
 
@@ -93,11 +94,14 @@ def block_view(cache: Any, rows: RowContext) -> Any:
 
 
 def prefix_caches(model: nn.Module) -> list[Any]:
-    """A `PrefixCache` in place of each key-value cache of mlx-lm's prompt cache for `model`."""
-    return [
-        CacheList(*(PrefixCache() for _ in cache.caches)) if isinstance(cache, CacheList) else PrefixCache()
-        for cache in make_prompt_cache(model)
-    ]
+    """A `PrefixCache` or `TextStates` in place of each cache of mlx-lm's prompt cache for `model`."""
+
+    def ours(cache: Any) -> Any:
+        if isinstance(cache, CacheList):
+            return CacheList(*(ours(part) for part in cache.caches))
+        return TextStates(cache) if isinstance(cache, ArraysCache) else PrefixCache()
+
+    return [ours(cache) for cache in make_prompt_cache(model)]
 
 
 class PrefixCache:
@@ -122,6 +126,10 @@ class PrefixCache:
             self.keys, self.values = keys, values
             return keys, values
         return self._behind_prefix(self.keys, keys), self._behind_prefix(self.values, values)
+
+    def arrays(self) -> list[mx.array]:
+        """The keys and values, if there are any."""
+        return [array for array in (self.keys, self.values) if array is not None]
 
     def _behind_prefix(self, prefix: mx.array, own: mx.array) -> mx.array:
         """[S, H, T, D] and [S * repeats, H, R, D] -> [S * repeats, H, T + R, D]."""

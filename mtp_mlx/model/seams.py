@@ -19,6 +19,7 @@ from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
+    make_prompt_cache,
 )
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
@@ -129,9 +130,14 @@ def find_seams(model: nn.Module) -> Seams:
     return seams
 
 
-def check_slot_seams(seams: Seams, name: str) -> None:
-    """Raises MTPError if the layers lack a seam that slot rows need."""
-    if not seams.ropes:
+def check_slot_seams(seams: Seams, model: nn.Module) -> None:
+    """Raises MTPError if the layers of `model` lack a seam that slot rows need.
+
+    Recurrent state reads rows in their order; if the other layers have no rotary embeddings, there is nothing to
+    place.
+    """
+    name = str(getattr(model, "model_type", "?"))
+    if not seams.ropes and not is_recurrent(make_prompt_cache(model)):
         raise MTPError(f"model type '{name}' has no seam 'rope' in its layers: slot rows cannot be placed")
     elsewhere = ropes_elsewhere(seams)
     if elsewhere:

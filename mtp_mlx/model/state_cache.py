@@ -17,7 +17,8 @@ With `exact`, mixers run row by row and every state between two rows is kept, wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,18 @@ from mlx_lm.models.cache import ArraysCache
 
 from mtp_mlx.model.rows import RowContext
 
-Replay = Callable[[int], None]  # runs a mixer again over the first n rows, for the states that it writes
+
+@dataclass(frozen=True)
+class BlockRows:
+    """How the rows of a pass are divided into blocks that know nothing of one another.
+
+    Attributes:
+        rows: [blocks, width] int32, the rows of every block; shorter blocks repeat their last row.
+        back: [B * C] int32, the place of every row of the pass among the blocks * width.
+    """
+
+    rows: mx.array
+    back: mx.array
 
 
 class StateCache(ArraysCache):
@@ -39,14 +51,20 @@ class StateCache(ArraysCache):
         rows: rows of the newest pass that are folded into the state.
         replays: replays of the newest pass, one per mixer that uses this cache.
         between: with `exact`, the states after each row of the newest pass.
+        blocks: the blocks of the pass, each with a state of its own; None for rows that follow one another.
     """
 
     def __init__(self, inner: ArraysCache) -> None:
         self.inner, self.cache = inner, inner.cache
         self.left_padding = self.lengths = None
         self.rows = 0
+        self.blocks: BlockRows | None = None
         self.replays: list[Replay] = []
         self.between: list[list[Any]] = []
+
+    def wants_replay(self, *, is_step: bool, rows: int) -> bool:
+        """Whether mixers must record a pass over so many rows; a step of one row is kept or removed whole."""
+        return is_step and rows > 1
 
     def forget(self) -> None:
         """Drops the recordings of the last pass; call before a new one."""
@@ -69,7 +87,7 @@ class StateCache(ArraysCache):
         if count and not self.replays:
             raise ValueError(f"{count} of {self.rows} rows cannot be kept: the pass was not a decoding step")
         for replay in self.replays if count else []:
-            replay(count)
+            replay(self, slice(None), 0, count)
 
 
 @dataclass
@@ -81,9 +99,12 @@ class Tape:
         playing: whether it is played back.
         outputs: {id of a linear layer: per call its output [B, R, D_out], or None if the input was not the R rows}.
         calls: {id of a linear layer: calls so far}, while played back.
+        sequences, first: what is played back, from which row on.
     """
 
     rows: int = 0
+    sequences: slice = field(default_factory=lambda: slice(None))
+    first: int = 0
     playing: bool = False
     outputs: dict[int, list[mx.array | None]] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
@@ -100,7 +121,9 @@ class Tape:
         call = self.calls.get(id(layer), 0)
         self.calls[id(layer)] = call + 1
         recorded = known[call] if call < len(known) else None
-        return layer(x) if recorded is None else recorded[:, : x.shape[1]]
+        return (
+            layer(x) if recorded is None else recorded[self.sequences, self.first : self.first + x.shape[1]]
+        )
 
 
 class TapedLinear(nn.Module):
@@ -121,11 +144,55 @@ class TapedLinear(nn.Module):
         return self.base.weight
 
 
-class Recorder:
-    """Records one mixer's steps."""
+class Replay:
+    """Runs a mixer again over rows of a recorded pass, for the states that it writes.
 
-    def __init__(self, rows: RowContext) -> None:
-        self._rows = rows
+    Args:
+        mixer: the mixer's own call.
+        args, kwargs: of the recorded call.
+        shape: (B, R) of the pass.
+        tape: the mixer's tape, with the outputs of that call.
+    """
+
+    def __init__(
+        self,
+        mixer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shape: tuple[int, ...],
+        tape: Tape,
+    ) -> None:
+        self._mixer, self._args, self._kwargs, self._shape = mixer, args, kwargs, shape
+        self._tape, self._outputs = tape, tape.outputs
+
+    def __call__(self, cache: ArraysCache, sequences: slice, first: int, last: int) -> None:
+        """Updates `cache`, the state of some sequences after row `first` - 1, by the rows `first` to `last` - 1."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, StateCache):
+                return cache
+            has_rows = isinstance(value, mx.array) and value.shape[:2] == self._shape
+            return value[sequences, first:last] if has_rows else value
+
+        tape = self._tape
+        tape.rows, tape.playing, tape.outputs, tape.calls = self._shape[1], True, self._outputs, {}
+        tape.sequences, tape.first = sequences, first
+        try:
+            self._mixer(*map(cut, self._args), **{name: cut(value) for name, value in self._kwargs.items()})
+        finally:
+            tape.rows, tape.playing = 0, False
+
+    def arrays(self) -> list[mx.array]:
+        """What it reads of the recorded pass."""
+        given = [value for value in (*self._args, *self._kwargs.values()) if isinstance(value, mx.array)]
+        return given + [output for known in self._outputs.values() for output in known if output is not None]
+
+
+class Recorder:
+    """Records the passes of one mixer, `module`."""
+
+    def __init__(self, module: nn.Module, rows: RowContext) -> None:
+        self._module, self._rows = module, rows
         self.tape = Tape()
 
     def call(self, mixer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,55 +203,72 @@ class Recorder:
         first = next(a for a in (*args, *kwargs.values()) if isinstance(a, mx.array))
         shape, count = first.shape[:2], first.shape[1]
         cache.rows = count
-        if not self._rows.is_step or count == 1:
+        if cache.blocks is not None:
+            return self._by_block(mixer, args, kwargs, cache.blocks, shape)
+        if not cache.wants_replay(is_step=self._rows.is_step, rows=count):
             return mixer(*args, **kwargs)
         if self._rows.n_exact:
-            return _row_by_row(mixer, args, kwargs, cache, shape)
+            return self._row_by_row(mixer, args, kwargs, cache, shape)
         self.tape.rows, self.tape.outputs = count, {}
         try:
             out = mixer(*args, **kwargs)
         finally:
             self.tape.rows = 0
-        outputs = self.tape.outputs
-
-        def replay(kept: int) -> None:
-            tape = self.tape
-            tape.rows, tape.playing, tape.outputs, tape.calls = count, True, outputs, {}
-            try:
-                mixer(*_some_rows(args, shape, 0, kept), **_some_rows(kwargs, shape, 0, kept))
-            finally:
-                tape.rows, tape.playing = 0, False
-
-        cache.replays.append(replay)
+        cache.replays.append(Replay(mixer, args, kwargs, shape, self.tape))
         return out
 
+    def _by_block(
+        self,
+        mixer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        blocks: BlockRows,
+        shape: tuple[int, ...],
+    ) -> Any:
+        """Runs the blocks of a pass as a batch; differentiable, as layers are in training mode."""
 
-def _row_by_row(
-    mixer: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    cache: StateCache,
-    shape: tuple[int, ...],
-) -> Any:
-    """Runs every row in a call of its own and stores the states in `cache.between`.
+        def batched(value: Any) -> Any:
+            if not isinstance(value, mx.array) or value.shape[:2] != shape:
+                return value
+            return value.reshape(-1, *value.shape[2:])[blocks.rows]
 
-    Several mixers may share a cache, each with entries of its own; the entries of later mixers are then merged into
-    the states that the earlier ones stored.
-    """
-    before, outputs, between = list(cache.cache), [], []
-    for row in range(shape[1]):
-        outputs.append(
-            mixer(*_some_rows(args, shape, row, row + 1), **_some_rows(kwargs, shape, row, row + 1))
-        )
-        between.append(list(cache.cache))
-    if cache.between:
-        for known, new in zip(cache.between, between, strict=True):
-            known[:] = [
-                now if now is not was else old for old, was, now in zip(known, before, new, strict=True)
-            ]
-    else:
-        cache.between = between
-    return tree_map(lambda *rows: mx.concatenate(list(rows), axis=1), outputs[0], *outputs[1:])
+        with self._rows.resized(blocks.rows.size), _in_training(self._module):
+            out = mixer(*map(batched, args), **{name: batched(value) for name, value in kwargs.items()})
+        return tree_map(lambda y: y.reshape(-1, *y.shape[2:])[blocks.back].reshape(*shape, *y.shape[2:]), out)
+
+    def _row_by_row(
+        self,
+        mixer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: StateCache,
+        shape: tuple[int, ...],
+    ) -> Any:
+        """Runs every exact row in a call of its own, then the slots in one, and stores the states in `cache.between`.
+
+        Several mixers may share a cache, each with entries of its own; the entries of later mixers are then merged
+        into the states that the earlier ones stored.
+        """
+
+        def run(first: int, last: int) -> Any:
+            found = mixer(*_some_rows(args, shape, first, last), **_some_rows(kwargs, shape, first, last))
+            between.append(list(cache.cache))
+            return found
+
+        before, between = list(cache.cache), []  # type: ignore[var-annotated]
+        n_exact, n_slots = self._rows.n_exact, shape[1] - self._rows.n_exact
+        outputs = [run(row, row + 1) for row in range(n_exact)]
+        if n_slots > 0:
+            with self._rows.slots_alone(shape[0] * n_slots):
+                outputs.append(run(n_exact, shape[1]))
+        if cache.between:
+            for known, new in zip(cache.between, between, strict=True):
+                known[:] = [
+                    now if now is not was else old for old, was, now in zip(known, before, new, strict=True)
+                ]
+        else:
+            cache.between = between
+        return tree_map(lambda *rows: mx.concatenate(list(rows), axis=1), outputs[0], *outputs[1:])
 
 
 def _some_rows(values: Any, shape: tuple[int, ...], first: int, last: int) -> Any:
@@ -209,6 +293,17 @@ class RecordedMixer(nn.Module):
         return self._recorder.call(super().__call__, args, kwargs)
 
 
+@contextmanager
+def _in_training(mixer: nn.Module) -> Iterator[None]:
+    """mlx-lm's mixers use kernels without gradients outside of training mode."""
+    was = mixer.training
+    mixer.train(True)
+    try:
+        yield
+    finally:
+        mixer.train(was)
+
+
 def find_mixers(layer: nn.Module) -> dict[str, nn.Module]:
     """{path below the layer: module} of the innermost modules that take a cache."""
     takers = {path: module for path, module in layer.named_modules() if _takes_cache(type(module))}
@@ -231,7 +326,7 @@ def record(mixer: nn.Module, rows: RowContext) -> Tape:
     """
     own = type(mixer)
     mixer.__class__ = type(own.__name__, (RecordedMixer, own), {"__module__": own.__module__})
-    recorder = Recorder(rows)
+    recorder = Recorder(mixer, rows)
     object.__setattr__(mixer, "_recorder", recorder)
     return recorder.tape
 

@@ -185,6 +185,10 @@ class BudgetPolicy:
         """[drafts + 1] number of drafts at hand after a step, by the number accepted."""
         return layout.slots
 
+    def _groups(self, drafts: int) -> range:
+        """The real rows of a step with so many drafts behind which slots may stand."""
+        return range(drafts + 1)
+
     def _with_slots(self, accepted: float, exact: Sequence[float], pace: float) -> tuple[float, Layout]:
         """(value, layout) after adding slots greedily, each to the group where it is worth most.
 
@@ -194,13 +198,14 @@ class BudgetPolicy:
             pace: tokens that a second must bring.
         """
         drafts = len(exact) - 1
+        groups = self._groups(drafts)
         slots = [0] * (drafts + 1)
         worth, runs = self._worth, self._runs
         held_worth = 0.0
         best = (1.0 + accepted - pace * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
         idle = 0
         while idle < PATIENCE:
-            group = max(range(drafts + 1), key=lambda row: exact[row] * runs[slots[row]][0])
+            group = max(groups, key=lambda row: exact[row] * runs[slots[row]][0])
             start, (gain, last) = slots[group], runs[slots[group]]
             if exact[group] * gain <= 1e-4:
                 break
@@ -280,6 +285,13 @@ def _best_runs(worth: Sequence[float]) -> list[tuple[float, int]]:
 def _draft_counts(most: int) -> list[int]:
     """The numbers of drafts to compare: all up to 4, a few larger ones, and `most`."""
     return [count for count in range(most + 1) if count <= 4 or count in (6, 8, 11, 15, 19) or count == most]
+
+
+class LinearBudgetPolicy(BudgetPolicy):
+    """`BudgetPolicy` for models whose slots can stand behind the last draft only (`AttachedModel.why_linear`)."""
+
+    def _groups(self, drafts: int) -> range:
+        return range(drafts, drafts + 1)
 
 
 class ChainBudgetPolicy(BudgetPolicy):

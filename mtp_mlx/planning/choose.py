@@ -22,7 +22,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.branches import why_no_branches
 from mtp_mlx.model.precision import nearest_precision
-from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
+from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, LinearBudgetPolicy
 from mtp_mlx.planning.calibrate import prepare_costs, step_cost
 from mtp_mlx.planning.experience import Experience
 from mtp_mlx.planning.grow import TreePolicy
@@ -38,6 +38,9 @@ SHORTEST, SHORTEST_PLANNED = (
     2,
 )  # n-grams that lookup searches for; the planner knows how little short ones say
 _NO_GROUPS = "layout 'quadratic' is for slots, not for {who}: use `layout` linear, auto or plain"
+_ONE_GROUP = (
+    "layout '{layout}' has slots behind several rows, and {reason}: use `layout` linear, auto or plain"
+)
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,8 @@ def tree_policy(
     if source is None or drafts == 0:
         return TreePolicy(rows or TREE_ROWS, 0, [], places_slots=False)
     source.check_drafts(drafts)
+    if source.places_slots:
+        _check_groups(model, "tree")
     return TreePolicy(
         rows or TREE_ROWS,
         drafts or source.drafts,
@@ -273,7 +278,7 @@ def build_policy(
     emission = emission or Emission()
     source = source_of(model)
     if emission.threshold is not None or not emission.lossless:
-        return _emission_policy(source, layout, drafts, emission)
+        return _emission_policy(model, layout, drafts, stats, emission)
     if source is None:
         return _bare_policy(model, layout, drafts)
     if layout == "quadratic" and not source.places_slots:
@@ -283,11 +288,29 @@ def build_policy(
         return FixedPolicy("plain", 0)
     most = drafts or source.drafts
     stats.looped = source.looped(most)
+    if layout == "quadratic":
+        _check_groups(model, layout)
     if layout == "auto":
         prior = recorded_acceptance(model)
-        planner = BudgetPolicy if source.places_slots else ChainBudgetPolicy
+        planner = _planner(model, source, stats)
         return planner(step_cost(model), most, prior, source.name, model.experience)
     return FixedPolicy(layout, most) if source.places_slots else ChainPolicy(most)
+
+
+def _planner(model: AttachedModel, source: DraftSource, stats: DecodeStats) -> type[BudgetPolicy]:
+    """The planner for a model's own drafter; counts a fallback if it may not place slots everywhere."""
+    if not source.places_slots:
+        return ChainBudgetPolicy
+    if not model.why_linear:
+        return BudgetPolicy
+    stats.fallbacks[f"slots behind the last draft only: {model.why_linear}"] += 1
+    return LinearBudgetPolicy
+
+
+def _check_groups(model: AttachedModel, layout: LayoutName) -> None:
+    """Raises MTPError for a layout with slots behind several rows of a model that cannot have them."""
+    if model.why_linear:
+        raise MTPError(_ONE_GROUP.format(layout=layout, reason=model.why_linear))
 
 
 def _check_layout(layout: LayoutName) -> None:
@@ -308,9 +331,10 @@ def _bare_policy(model: AttachedModel, layout: LayoutName, drafts: int | None) -
 
 
 def _emission_policy(
-    source: DraftSource | None, layout: LayoutName, drafts: int | None, emission: Emission
+    model: AttachedModel, layout: LayoutName, drafts: int | None, stats: DecodeStats, emission: Emission
 ) -> Policy:
     """The policy of verified emission with a tau, or of unverified emission."""
+    source = source_of(model)
     what = "verified with a tau" if emission.lossless else emission.name
     if source is None or not source.places_slots:
         raise MTPError(
@@ -326,6 +350,11 @@ def _emission_policy(
     if not emission.lossless:
         return FixedPolicy("linear", most)
     assert emission.threshold is not None
+    if layout == "quadratic":
+        _check_groups(model, layout)
+    elif layout == "auto" and model.why_linear:
+        stats.fallbacks[f"linear layout: {model.why_linear}"] += 1
+        layout = "linear"
     fixed = FixedPolicy("linear" if layout == "linear" else "quadratic", most)
     return ConfidencePolicy(fixed, emission.threshold)
 

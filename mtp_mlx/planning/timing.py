@@ -226,7 +226,10 @@ class _Timer:
         if self._slots is None:
             return
         most = self._slots.drafts
-        for count in SLOT_ROWS:
+        counts: tuple[int, ...] = SLOT_ROWS
+        if self._model.why_linear:  # one group only
+            counts = (most, *(count for count in SLOT_ROWS if count < most))
+        for count in counts:
             groups = tuple(min(most, count - first) for first in range(0, count, most))
             yield Layout(len(groups) - 1, groups)
 

@@ -63,7 +63,7 @@ def test_models_with_windows_and_states(tmp_path: Path) -> None:
     window = facts(save_tiny(tmp_path / "window", "gemma3_text", seed=3))
     assert window["usable"] == "yes" and window["seams"]["cache"] == "KVCache, RotatingKVCache"
     states = facts(save_tiny(tmp_path / "states", "qwen3_next", seed=3))
-    assert states["usable"] == "yes, but not with adapters that draft from slots"
+    assert states["usable"] == "yes, with slots in the linear layout only"
     assert states["seams"]["cache"] == "ArraysCache, KVCache"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -12,13 +10,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 from mtp_mlx.decode.rollback import LayerCaches
-from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block, block_shape
 from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.model.state_cache import RecordedMixer, TapedLinear, find_mixers
-from tests.tiny import RECURRENT, tiny_model
+from tests.decode.fakes import random_adapter
+from tests.tiny import RECURRENT, VOCABULARY, tiny_model
 
 PREFIX, STEP = [3, 5, 7, 11, 90], [20, 31, 42, 53, 64, 75]
 SUPPORTED = [name for name in RECURRENT if name != "recurrent_gemma"]
@@ -165,14 +163,36 @@ def test_mixers_are_the_innermost_modules_with_a_cache() -> None:
     assert set(find_mixers(model.model.layers[0])) == {"mamba", "self_attn"}
 
 
+# --- slots --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "lfm2", "jamba"])
+def test_slots_go_on_from_the_state_behind_the_real_rows(name: str, exact: bool) -> None:
+    """Gated in recurrent layers too, and in both ways to compute real rows; the state is that of the real rows."""
+    model = tiny_model(name, seed=3)
+    attached = attach(model, random_adapter(model), exact=exact and name != "jamba")
+    tokens, slots = mx.array([4, 9, 2]), mx.array([[VOCABULARY, VOCABULARY + 1]])
+    together, apart = (LayerCaches(attached.make_cache(), name) for _ in range(2))
+    for caches in (together, apart):
+        caches.mark(4)
+        attached.forward(Block.real(mx.array([[3, 5, 7, 11]])), caches.layers)
+    block = Block.decode(tokens, block_shape(2, (0, 0, 2)), 4, VOCABULARY)
+    together.mark(5)
+    hidden = attached.forward(block, together.layers)[:, 3:]
+    together.check_pass(5)
+    together.keep(3)
+    apart.mark(3)
+    attached.forward(Block.real(tokens[None]), apart.layers)
+    for mine, theirs in zip(together._states, apart._states, strict=True):
+        for one, other in zip(mine.cache, theirs.cache, strict=True):
+            np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-5)
+    apart.mark(2)
+    alone = attached.forward(Block(slots, n_real=0), apart.layers)
+    np.testing.assert_allclose(np.array(hidden), np.array(alone), rtol=1e-3, atol=1e-4)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
-
-
-def test_mask_tokens_are_refused() -> None:
-    model = tiny_model("qwen3_next", seed=3)
-    adapter: Any = new_adapter(model, MaskAdapterConfig(slots=2, rank=2))
-    with pytest.raises(MTPError, match="'qwen3_next' has recurrent state, which slot rows would"):
-        attach(model, adapter)
 
 
 def test_state_that_no_recorded_module_moves_is_refused() -> None:

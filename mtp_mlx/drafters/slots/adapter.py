@@ -128,7 +128,7 @@ def adapted_sizes(
         MTPError: if the model lacks a seam, or `target_modules` names a layer that it does not have.
     """
     seams = find_seams(model)
-    check_slot_seams(seams, str(getattr(model, "model_type", "?")))
+    check_slot_seams(seams, model)
     linears = seams.linears if rank else {}
     if target_modules:
         known = {path.rsplit(".", 1)[-1] for path in linears}

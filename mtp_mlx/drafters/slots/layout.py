@@ -92,6 +92,14 @@ class SlotLayout:
         """The value of its block for every slot row: [S, N] -> [S, R]."""
         return np.take_along_axis(values, self.block, axis=1)
 
+    def blocks(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """(anchors, rows) of all blocks of a slice, int32 [n] each, in the order of the slot rows.
+
+        Blocks that fill a chunk up have the anchor of the block before them.
+        """
+        numbers, rows = np.unique(self.block.reshape(-1, self.chunk_rows)[part.chunks], return_counts=True)
+        return np.maximum.accumulate(self.anchors[part.sequence, numbers]), rows.astype(np.int32)
+
     def parts(self, most_rows: int | None = None) -> list[Part]:
         """The layout in slices of at most `most_rows` slot rows each, but at least a chunk; None: by sequence.
 

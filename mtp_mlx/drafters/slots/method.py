@@ -20,7 +20,7 @@ from mtp_mlx.drafters.slots.options import BlockSettings, SlotSettings
 from mtp_mlx.drafters.slots.step import BlockChoice, taught
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
-from mtp_mlx.model.seams import cache_leaves, is_recurrent
+from mtp_mlx.model.seams import cache_leaves
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_vocabulary, same_draft_ids
 from mtp_mlx.train.loss import LossParts
@@ -40,8 +40,8 @@ class SlotMethod(Method[Settings]):
         what: the method's word for slots.
 
     Raises:
-        MTPError: the model cannot be attached to or cannot decode with drafts, keeps recurrent state, or has a
-            sliding window shorter than a row.
+        MTPError: the model cannot be attached to or cannot decode with drafts, or has a sliding window shorter than
+            a row.
     """
 
     adapter: SlotAdapter
@@ -176,14 +176,8 @@ def check_slot_caches(bare: AttachedModel, examples: Sequence[Example]) -> None:
         examples: the training rows.
 
     Raises:
-        MTPError: the model keeps recurrent state, a row is longer than a layer's sliding window, or a cache cannot
-            take rejected drafts back.
+        MTPError: a row is longer than a layer's sliding window, or a cache cannot take rejected drafts back.
     """
-    if is_recurrent(bare.make_cache()):
-        raise MTPError(
-            f"model type '{bare.name}' keeps recurrent state, which slot rows would change: train MTP heads "
-            "for it"
-        )
     caches = [cache for _, cache in cache_leaves(bare.make_cache())]
     windows = [cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)]
     longest = max(len(example) for example in examples)

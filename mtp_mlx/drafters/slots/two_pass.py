@@ -19,6 +19,7 @@ from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.cache import PrefixCache, prefix_caches
 from mtp_mlx.model.seams import cache_leaves
+from mtp_mlx.model.text_states import BlockStates, TextStates
 
 # Their attention has an axis of repeated heads, against which a mask per sequence does not broadcast.
 ONE_MASK_MODELS = frozenset({"gemma2"})
@@ -29,7 +30,8 @@ class Prefix:
     """Results of pass 1; constants.
 
     Attributes:
-        caches: the base model's KV, a `PrefixCache` or a list of them per layer.
+        caches: the base model's KV and what its recurrent states are made from, per layer a `PrefixCache`, a
+            `TextStates` or a list of them.
         hidden: [S * T, D] final hidden states of the real rows.
     """
 
@@ -39,8 +41,7 @@ class Prefix:
     def arrays(self) -> list[mx.array]:
         """Everything that pass 2 reads, for evaluation."""
         leaves = [leaf for _, leaf in cache_leaves(self.caches)]
-        stored = [part for leaf in leaves for part in (leaf.keys, leaf.values) if part is not None]
-        return [self.hidden, *stored]
+        return [self.hidden, *(array for leaf in leaves for array in leaf.arrays())]
 
 
 def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
@@ -48,6 +49,9 @@ def prefix_pass(attached: AttachedModel, layout: SlotLayout) -> Prefix:
     caches = prefix_caches(attached.model)
     hidden = attached.forward(Block.real(mx.array(layout.tokens)), caches)  # [S, T, D]
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    for _, leaf in cache_leaves(caches):
+        if isinstance(leaf, TextStates):
+            leaf.end()
     return Prefix(caches=caches, hidden=hidden)
 
 
@@ -133,7 +137,7 @@ def _pass_behind(
     if getattr(attached.model, "model_type", "") in ONE_MASK_MODELS:
         pieces = []
         for row in range(part.count):
-            caches = _behind(prefix, part.sequence, seen)
+            caches = _behind(prefix, layout, part, seen)
             mask = mx.array(visibility[row])  # [C, t + C]
             own = slice(row, row + 1)
             carried = None if uniforms is None else uniforms[own]
@@ -143,7 +147,7 @@ def _pass_behind(
         hidden = mx.concatenate(pieces)
     else:
         mask = mx.array(visibility)[:, None]  # [chunks, 1, C, t + C]
-        caches = _behind(prefix, part.sequence, seen)
+        caches = _behind(prefix, layout, part, seen)
         hidden = _chunks_pass(attached, positions, mask, caches, ids, n_real, part.count, uniforms)
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -160,18 +164,23 @@ def _chunks_pass(
 ) -> mx.array:
     """Hidden states [B, C, D] of chunks whose rows have `positions` [B, C]."""
     for _, leaf in cache_leaves(caches):
-        leaf.mask, leaf.repeats = mask, repeats
+        if isinstance(leaf, PrefixCache):
+            leaf.mask, leaf.repeats = mask, repeats
     carried = None if uniforms is None else mx.array(uniforms)
     block = Block(ids=ids, n_real=n_real, positions=mx.array(positions), uniforms=carried)
     return attached.forward(block, caches)
 
 
-def _behind(prefix: Prefix, sequence: int, seen: int) -> list[Any]:
-    """New caches that start with the first `seen` keys and values of a sequence, as views."""
+def _behind(prefix: Prefix, layout: SlotLayout, part: Part, seen: int) -> list[Any]:
+    """New caches for a slice: the first `seen` keys and values of its sequence, as views, and its blocks' states."""
+    sequence = part.sequence
+    anchors, lengths = layout.blocks(part)
 
     def start(stored: Any) -> Any:
         if isinstance(stored, CacheList):
-            return CacheList(*(start(part) for part in stored.caches))
+            return CacheList(*(start(cache) for cache in stored.caches))
+        if isinstance(stored, TextStates):
+            return BlockStates(stored.at(sequence, anchors.tolist()), lengths)
         cache = PrefixCache()
         if stored.keys is not None and stored.values is not None:
             own = slice(sequence, sequence + 1)

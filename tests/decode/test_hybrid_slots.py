@@ -1,0 +1,72 @@
+"""Slots in models with recurrent layers: the text is the same in the linear layout, and other layouts are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.pick import SamplingConfig
+from mtp_mlx.decode.policy import FixedPolicy, Proposal
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.errors import MTPError
+from mtp_mlx.measure.tune import candidates
+from mtp_mlx.model.attach import attach
+from mtp_mlx.planning.choose import build_policy, tree_policy
+from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
+from tests.tiny import tiny_model
+
+# Of Granite's layers with attention, those of released hybrids have no rotary embeddings; Nemotron-H's never have.
+WITH_SLOTS: dict[str, dict[str, Any]] = {name: {} for name in ("qwen3_5", "qwen3_next", "lfm2", "nemotron_h")}
+WITH_SLOTS["granitemoehybrid"] = {"position_embedding_type": "nope"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_slots_behind_the_last_draft(name: str, temperature: float) -> None:
+    """They go with the rejected drafts, with rotary embeddings in the attention layers or without."""
+    prompt, options = [3, 5, 7, 11, 90, 2, 4, 8, 9], {"max_tokens": 30}
+    model = attached(name, **WITH_SLOTS[name])
+    if temperature:
+        sampling = SamplingConfig(temperature=temperature, seed=5)
+        plain = attach(tiny_model(name, seed=3, **WITH_SLOTS[name]))
+        truth = [item.token for item in mtp_generate_step(prompt, plain, sampling=sampling, **options)]
+    else:
+        sampling, theirs = None, untouched(name, **WITH_SLOTS[name])
+        truth = [int(token) for token, _ in generate_step(mx.array(prompt), theirs, **options)]
+    stats = DecodeStats()
+    with drafting(KnowingDrafter(truth, len(prompt), 0.7, 1)):
+        policy = FixedPolicy("linear", MOST_SLOTS)
+        found = mtp_generate_step(prompt, model, policy=policy, sampling=sampling, stats=stats, **options)
+        assert [item.token for item in found] == truth
+    assert 8 < sum(stats.accepted) < sum(stats.submitted) and "0/4" in stats.layouts
+    own = mtp_generate_step(
+        prompt, model, policy=policy, sampling=sampling, **options
+    )  # what its slots draft
+    assert [item.token for item in own] == truth
+
+
+def test_slots_behind_several_rows_are_refused() -> None:
+    """By the loop, and before it; auto plans the linear layout, and says so once."""
+    model, stats = attached("qwen3_next"), DecodeStats()
+    with pytest.raises(MTPError, match="recurrent state reads every row of a pass: use the linear layout"):
+        list(mtp_generate_step([3, 5], model, policy=FixedPolicy("quadratic", 2), max_tokens=9))
+    for refused in (lambda: build_policy(model, "quadratic", 2, stats), lambda: tree_policy(model, 2, 8)):
+        with pytest.raises(MTPError, match=r"slots behind several rows, and this model's recurrent state"):
+            refused()
+    policy = build_policy(model, "auto", None, stats)
+    policy.begin(9, branches=False)
+    known = Proposal.chain("slots", [4, 5, 6], [0.6, 0.6, 0.6])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "_seconds", lambda layout: 1 + 1e-3 * layout.rows)
+        policy.choose([known])
+        policy._solve()  # type: ignore[attr-defined]
+        _, layout = policy.choose([known])
+    assert layout.drafts and layout.slots[-1] and not any(layout.slots[:-1])
+    assert list(stats.fallbacks) == [
+        "slots behind the last draft only: this model's recurrent state reads every row of a pass"
+    ]
+    assert all(lane.layout not in ("quadratic", "tree") for lane in candidates(model))

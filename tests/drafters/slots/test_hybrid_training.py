@@ -1,0 +1,93 @@
+"""Slots of models with recurrent layers, trained: gradients are those of one forward pass per anchor."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mtp_mlx.drafters.masks.losses import Apple
+from mtp_mlx.drafters.masks.step import StepRunner, row_weights, slot_batch, teacher_targets
+from mtp_mlx.drafters.slots.layout import Part, SlotLayout
+from mtp_mlx.drafters.slots.step import BlockChoice
+from mtp_mlx.drafters.slots.two_pass import prefix_pass
+from mtp_mlx.model.attach import AttachedModel, attach
+from mtp_mlx.model.block import Block
+from mtp_mlx.train.draft_vocabulary import draft_columns
+from mtp_mlx.train.plan import StepPlan
+from tests.model.naive import random_adapter
+from tests.tiny import tiny_model
+from tests.train.training import examples
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5": {},
+    "qwen3_next": {},
+    "granitemoehybrid": {"position_embedding_type": "nope"},
+    "lfm2": {},
+    "nemotron_h": {},
+    "falcon_h1": {},  # attention and recurrence in one layer
+}
+OBJECTIVE = Apple(lcm_weight=0.5, chunk_rows=16)
+
+
+def one_pass_per_anchor(attached: AttachedModel, layout: SlotLayout) -> mx.array:
+    """Hidden states of the supervised slot rows, [M, D]: each block as the end of a text of its own."""
+    blocks: dict[tuple[int, int], mx.array] = {}
+    rows = []
+    for row in layout.rows.tolist():
+        sequence, place = divmod(row, layout.block.shape[1])
+        block, slot = int(layout.block[sequence, place]), int(layout.slot[sequence, place])
+        if (sequence, block) not in blocks:
+            anchor, length = int(layout.anchors[sequence, block]), int(layout.lengths[sequence, block])
+            text = mx.array(layout.tokens[sequence, : anchor + 1])
+            ids = mx.concatenate([text, attached.vocab_size + mx.arange(length)])[None]
+            hidden = attached.forward(Block(ids, n_real=anchor + 1), attached.make_cache())
+            blocks[sequence, block] = hidden[0, anchor + 1 :]
+        rows.append(blocks[sequence, block][slot])
+    return mx.stack(rows)
+
+
+def relative(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
+    """Largest difference of a tensor's gradient, over its largest entry."""
+    assert found.keys() == expected.keys()
+    return max(
+        mx.abs(found[name] - value).max().item() / mx.abs(value).max().item()
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_one_pass_per_anchor(name: str) -> None:
+    """Whole, in slices, and with layers computed again; with blocks of one to three slots."""
+    model = tiny_model(name, seed=3, **FAMILIES[name])
+    model.freeze()
+    attached = attach(model, random_adapter(model))
+    adapter, rows = attached.speculator, examples(2)
+    assert isinstance(adapter, nn.Module)
+    choice = BlockChoice(slots=3, share=0.6, chunk_blocks=4, depth_decay=0.8, lengths="random")
+    layout = choice.layout(rows, 0, 5)
+    columns, prefix = draft_columns(attached), prefix_pass(attached, layout)
+    weights, whole = row_weights(layout, 0.8), Part(0, slice(0, None), slice(0, len(layout.rows)))
+    targets = teacher_targets(attached, layout, prefix, columns, whole)
+
+    def loss() -> mx.array:
+        hidden = one_pass_per_anchor(attached, layout)
+        batch = slot_batch(hidden, layout, whole, targets, weights, columns)
+        return OBJECTIVE(attached, batch).total
+
+    total, gradients = nn.value_and_grad(adapter, loss)()
+    expected = dict(tree_flatten(gradients))
+    recurrent = [path for path in attached._seams.mixers if "self_attn" not in path]
+    assert all(mx.abs(value).max().item() > 0 for value in expected.values()) and recurrent
+    assert any(name.startswith(f"low_rank.{recurrent[0]}.") for name in expected)
+    for plan in (StepPlan(), StepPlan(slice_rows=12), StepPlan(slice_rows=12, grad_checkpoint=True)):
+        with closing(StepRunner(attached, OBJECTIVE, choice, seed=0, plan=plan)) as runner:
+            count, found, ours = runner._micro_batch(rows, 5)
+        assert count == len(layout.rows)
+        np.testing.assert_allclose(found.total.item(), total.item(), rtol=1e-5)
+        assert relative(dict(tree_flatten(ours)), expected) < 1e-4
