@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,16 +199,8 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         tell(f"answers to all clients are added to {settings.memory}, which then holds pieces of them")
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
         prepare_costs(model, None, tell, cost_progress())
-    decode = DecodeSettings(
-        layout=settings.layout,
-        drafts=settings.drafts,
-        lookup=settings.lookup,
-        drafter=settings.drafter,
-        rows=settings.rows,
-        kv_bits=settings.kv_bits,
-        kv_group_size=settings.kv_group_size,
-        quantized_kv_start=settings.quantized_kv_start,
-    )
+    shared = {field.name for field in fields(DecodeSettings)} & {field.name for field in fields(settings)}
+    decode = DecodeSettings(**{name: getattr(settings, name) for name in shared})
     plan_drafting(
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter, rows=decode.rows
     )  # refuses bad settings now, not at the first request
@@ -234,7 +226,15 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     name = settings.name or Path(settings.model).name
     return Application(
         engine,
-        Prompts(tokenizer, name, model.vocab_size, limits, grammars, settings.strict_model),
+        Prompts(
+            tokenizer,
+            name,
+            model.vocab_size,
+            limits,
+            grammars,
+            settings.strict_model,
+            find_ends=engine.prefixes.wants_ends(model.make_cache()),
+        ),
         AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
 

@@ -10,5 +10,5 @@ request.py        requests to the engine, and its events  sequence.py       one 
 engine.py         the thread that owns the model: queue, turns, cancellation
 batch.py          forward passes shared by requests       batch_plan.py     the layout of shared passes
 grammar.py        JSON schema as a constraint on tokens   prefix_cache.py   KV caches kept for later requests
-metrics.py        counters for Prometheus
+metrics.py        counters for Prometheus                 message_ends.py   where states are kept for them
 """

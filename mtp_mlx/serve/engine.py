@@ -383,6 +383,8 @@ class Engine:
         self.metrics.set("mtp_mlx_active", active)
         self.metrics.set("mtp_mlx_prefix_cache_bytes", self.prefixes.nbytes)
         self.metrics.set("mtp_mlx_prefix_cache_entries", len(self.prefixes))
+        self.metrics.set("mtp_mlx_prefix_cache_ends", self.prefixes.ends)
+        self.metrics.set("mtp_mlx_prefix_cache_evicted_total", self.prefixes.evicted)
         self.metrics.set("mtp_mlx_mlx_memory_bytes", mx.get_active_memory())
 
 

@@ -41,8 +41,9 @@ def save_model(root: Path, rows: int = VOCABULARY) -> Path:
 
 
 def load_model(root: Path) -> tuple[Any, Any]:
-    """The model of `save_model` with its adapter, and its tokenizer."""
-    return load(str(root / "model"), root / "adapter")
+    """The model of `save_model` with its adapter if there is one, and its tokenizer."""
+    adapter = root / "adapter"
+    return load(str(root / "model"), adapter if adapter.exists() else None)
 
 
 @dataclass
@@ -105,7 +106,8 @@ def serving(
     settings = engine or EngineSettings(decode=DecodeSettings(layout="plain"))
     running = Engine(model, tokenizer, settings, grammars=grammars)
     limits = limits or Limits(default_output=24)
-    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model)
+    ends = running.prefixes.wants_ends(model.make_cache())
+    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model, ends)
     with served(Application(running, prompts, app or AppSettings()), port) as found:
         yield Server(found, running, prompts)
 
