@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mtp_mlx.model.attach import AttachedModel
     from mtp_mlx.serve.app import Application
     from mtp_mlx.serve.grammar import Grammars
+    from mtp_mlx.serve.prefix_files import PrefixFiles
+    from mtp_mlx.serve.sequence import DecodeSettings
 
 KEY_VARIABLE = "MTP_MLX_API_KEY"
 GOODBYE_SECONDS = 5  # after the grace period: time to finish the pass and to send the errors to the clients
@@ -78,6 +80,10 @@ class ServeSettings(
     prefix_cache_mb: int = setting(
         1024, help="Memory for the KV caches of earlier requests; 0 = off", minimum=0
     )
+    prefix_cache_dir: Path | None = setting(
+        None, help="Folder to keep these caches in too, for after a restart"
+    )
+    prefix_cache_dir_mb: int = setting(8192, help="Most room that this folder takes", minimum=1)
     grace: int = setting(10, help="Seconds to finish running answers on shutdown", minimum=0)
 
 
@@ -215,6 +221,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
             settings.queue, settings.concurrent, settings.prefix_cache_mb << 20, settings.batch, decode
         ),
         grammars=grammars,
+        files=_files(settings, model, decode),
     )
     limits = Limits(
         settings.max_prompt_tokens,
@@ -237,6 +244,22 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         ),
         AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
+
+
+def _files(settings: ServeSettings, model: AttachedModel, decode: DecodeSettings) -> PrefixFiles | None:
+    """The prefix cache on disk, or None if there is none."""
+    from mtp_mlx.files import user_path
+    from mtp_mlx.serve.prefix_files import PrefixFiles, made_by
+
+    if settings.prefix_cache_dir is None:
+        return None
+    if not settings.prefix_cache_mb:
+        raise MTPError("--prefix-cache-dir needs memory to read into: give --prefix-cache-mb more than 0")
+    folder = user_path(str(settings.prefix_cache_dir))
+    room = settings.prefix_cache_dir_mb << 20
+    files = PrefixFiles(folder, room, made_by(model, decode.cache), settings.model)
+    tell(f"{folder} has {len(files)} earlier texts of this model, {files.nbytes / 1e6:.1f} MB")
+    return files
 
 
 def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:

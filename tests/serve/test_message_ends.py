@@ -25,14 +25,18 @@ SECOND = [{"role": "assistant", "content": "Not what it wrote."}, {"role": "user
 ELSE = [FIRST[0], {"role": "user", "content": "In the beginning there was the word."}]
 
 
+def saved_model(root: Path, architecture: str) -> Path:
+    """A folder with a model of that architecture, for `serving`."""
+    rows: dict[str, Any] = {"vocab_size": VOCABULARY}
+    if architecture == "qwen3_5":
+        rows = {"text_config": {**SPECIFIC["qwen3_5"]["text_config"], **rows}}
+    save_tiny(root / "model", architecture, seed=3, **rows)
+    return root
+
+
 @pytest.fixture(scope="module", params=["qwen3_5", "lfm2", "gemma3", "rwkv7"])
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    rows: dict[str, Any] = {"vocab_size": VOCABULARY}
-    if request.param == "qwen3_5":
-        rows = {"text_config": {**SPECIFIC["qwen3_5"]["text_config"], **rows}}
-    save_tiny(folder / "model", request.param, seed=3, **rows)
-    return folder
+    return saved_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @contextmanager
