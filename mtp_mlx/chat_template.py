@@ -41,6 +41,16 @@ def chat_ids(
     return _as_list(_apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=True))
 
 
+def said_ids(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """As `chat_ids`, but up to the end of the last message."""
+    return _as_list(_apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=False))
+
+
 def begun_ids(
     tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
 ) -> list[int]:

@@ -364,7 +364,7 @@ def save_tiny(folder: str | Path, architecture: str = "llama", *, seed: int = 0,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(architecture, **overrides)
-    tokenizer = hf_tokenizer(config["vocab_size"])
+    tokenizer = hf_tokenizer(config.get("text_config", config)["vocab_size"])
     config["eos_token_id"] = config["pad_token_id"] = tokenizer.eos_token_id
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     model = tiny_model(architecture, seed=seed, **overrides)

@@ -66,7 +66,7 @@ def command(raw: bool, **options: Any) -> None:
     plain = raw or not tokenizer.has_chat_template
     ids = encode_prompt(tokenizer, text) if plain else open_ids(tokenizer, text, settings.system)
     cache = _cache_of(model, ids, settings, prompt_progress())
-    prompt_cache.write(settings.out, cache, settings.model, ids)
+    prompt_cache.write(settings.out, cache, prompt_cache.Described(ids, settings.model))
     size = settings.out.stat().st_size
     click.echo(f"{len(ids):,} tokens -> {settings.out}, {size / 1e6:.1f} MB", err=True)
 

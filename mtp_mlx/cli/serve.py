@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mtp_mlx.model.attach import AttachedModel
     from mtp_mlx.serve.app import Application
     from mtp_mlx.serve.grammar import Grammars
+    from mtp_mlx.serve.prefix_files import PrefixFiles
+    from mtp_mlx.serve.sequence import DecodeSettings
 
 KEY_VARIABLE = "MTP_MLX_API_KEY"
 GOODBYE_SECONDS = 5  # after the grace period: time to finish the pass and to send the errors to the clients
@@ -78,6 +80,10 @@ class ServeSettings(
     prefix_cache_mb: int = setting(
         1024, help="Memory for the KV caches of earlier requests; 0 = off", minimum=0
     )
+    prefix_cache_dir: Path | None = setting(
+        None, help="Folder to keep these caches in too, for after a restart"
+    )
+    prefix_cache_dir_mb: int = setting(8192, help="Most room that this folder takes", minimum=1)
     grace: int = setting(10, help="Seconds to finish running answers on shutdown", minimum=0)
 
 
@@ -199,16 +205,8 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         tell(f"answers to all clients are added to {settings.memory}, which then holds pieces of them")
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
         prepare_costs(model, None, tell, cost_progress())
-    decode = DecodeSettings(
-        layout=settings.layout,
-        drafts=settings.drafts,
-        lookup=settings.lookup,
-        drafter=settings.drafter,
-        rows=settings.rows,
-        kv_bits=settings.kv_bits,
-        kv_group_size=settings.kv_group_size,
-        quantized_kv_start=settings.quantized_kv_start,
-    )
+    shared = {field.name for field in fields(DecodeSettings)} & {field.name for field in fields(settings)}
+    decode = DecodeSettings(**{name: getattr(settings, name) for name in shared})
     plan_drafting(
         model, decode.layout, decode.drafts, DecodeStats(), decode.lookup, decode.drafter, rows=decode.rows
     )  # refuses bad settings now, not at the first request
@@ -223,6 +221,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
             settings.queue, settings.concurrent, settings.prefix_cache_mb << 20, settings.batch, decode
         ),
         grammars=grammars,
+        files=_files(settings, model, decode),
     )
     limits = Limits(
         settings.max_prompt_tokens,
@@ -234,9 +233,33 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     name = settings.name or Path(settings.model).name
     return Application(
         engine,
-        Prompts(tokenizer, name, model.vocab_size, limits, grammars, settings.strict_model),
+        Prompts(
+            tokenizer,
+            name,
+            model.vocab_size,
+            limits,
+            grammars,
+            settings.strict_model,
+            find_ends=engine.prefixes.wants_ends(model.make_cache()),
+        ),
         AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
+
+
+def _files(settings: ServeSettings, model: AttachedModel, decode: DecodeSettings) -> PrefixFiles | None:
+    """The prefix cache on disk, or None if there is none."""
+    from mtp_mlx.files import user_path
+    from mtp_mlx.serve.prefix_files import PrefixFiles, made_by
+
+    if settings.prefix_cache_dir is None:
+        return None
+    if not settings.prefix_cache_mb:
+        raise MTPError("--prefix-cache-dir needs memory to read into: give --prefix-cache-mb more than 0")
+    folder = user_path(str(settings.prefix_cache_dir))
+    room = settings.prefix_cache_dir_mb << 20
+    files = PrefixFiles(folder, room, made_by(model, decode.cache), settings.model)
+    tell(f"{folder} has {len(files)} earlier texts of this model, {files.nbytes / 1e6:.1f} MB")
+    return files
 
 
 def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:

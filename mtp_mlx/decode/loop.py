@@ -86,7 +86,7 @@ def mtp_generate_step(
             the prompt and every token yielded; after an error or Ctrl-C inside a step, the first tokens of these, as
             many as its offset says. MTP heads have not seen that prefix.
         stats: updated while decoding.
-        prefix: the token ids in `prompt_cache`, for a drafter that reads the text itself.
+        prefix: the token ids in `prompt_cache`, for drafters that read the text, and caches that do not count them.
         constraint: constrains every token, such as a grammar; verified emission only.
         logits_processors: as in mlx-lm, before bias and penalties; of tokens and logits alone (`LogitsProcessor`).
 
@@ -180,7 +180,7 @@ def open_loop(
 
     wanted = source is not None and own_drafts > 0
     opened = open_drafter if wanted else None
-    session = Session(model, picker, ids, cache, settings, opened, constraint, processors)
+    session = Session(model, picker, ids, cache, settings, opened, constraint, processors, len(prefix))
     if emission.lossless:
         return session, DecodeLoop(session, policy, lookup, stats, max_tokens)
     sampler = Picker(sampling) if emission.first_token_sampling else None

@@ -32,6 +32,7 @@ class LayerCaches:
     Args:
         layers: mlx-lm's prompt cache, changed in place.
         model_name: model type, for error messages.
+        n_known: rows that the caches hold, in case no cache counts them.
 
     Attributes:
         layers: the same list.
@@ -42,20 +43,21 @@ class LayerCaches:
         MTPError: if a cache cannot be rolled back, or does not say how many rows it holds.
     """
 
-    def __init__(self, layers: list[Any], model_name: str) -> None:
+    def __init__(self, layers: list[Any], model_name: str, n_known: int = 0) -> None:
         check_caches(layers, model_name)
         self.layers, self._name = layers, model_name
         made = [(index, layer, _ours(layer)) for index, layer in enumerate(layers)]
         self._exchanged = [(index, theirs, ours) for index, theirs, ours in made if ours is not theirs]
         leaves = [leaf for _, _, ours in made for leaf in _leaves(ours)]
         self._states = [leaf for leaf in leaves if isinstance(leaf, StateCache)]
-        if len(self._states) == len(leaves) and not all(state.empty() for state in self._states):
+        uncounted = len(self._states) == len(leaves) and not all(state.empty() for state in self._states)
+        if uncounted and not n_known:
             raise MTPError(
                 "`prompt_cache` holds recurrent state only, which does not say how many tokens it has read: "
                 "leave it out and give the whole text as the prompt"
             )
         self.keeps_paths = all(type(leaf) in MOVABLE for leaf in leaves)
-        self._rows = 0  # rows cached, in case no cache counts them
+        self._rows = n_known if uncounted else 0  # rows cached, in case no cache counts them
         self._mark: tuple[int, list[list[Any]]] = (self.length, [])
 
     def _leaves(self) -> Iterator[Any]:
@@ -122,6 +124,20 @@ class LayerCaches:
             for leaf in self._leaves():
                 _move_rows(leaf, int(leaf.offset) - self.marked, rows, first)
         self.keep(len(rows))
+
+    def copies(self) -> list[Any]:
+        """Copies of what cannot be trimmed, as caches of mlx-lm's: by leaf; None for keys and values of all rows."""
+        copied: list[Any] = []
+        for leaf in self._leaves():
+            copy: Any = None
+            if isinstance(leaf, WindowCache):
+                copy = leaf.copy()
+            elif isinstance(leaf, StateCache):
+                copy = ArraysCache(len(leaf.cache))
+                copy.cache = [None if array is None else mx.contiguous(array) for array in leaf.cache]
+            copied.append(copy)
+        mx.eval([copy.state for copy in copied if copy is not None])
+        return copied
 
     def hand_back(self) -> None:
         """Restores mlx-lm's own caches in the list. If interrupted by Ctrl-C, a second call does the rest."""

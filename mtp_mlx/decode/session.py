@@ -56,6 +56,7 @@ class Session:
         constraint: constrains every token; None for no constraint. Cannot be used with `plain_pass`, which runs
             ahead.
         processors: change the target's logits, before penalties and warps.
+        n_known: tokens in `cache`, for one that does not count them.
 
     Attributes:
         tokens: tokens committed after the cache's earlier prefix, the pending token last.
@@ -77,12 +78,13 @@ class Session:
         open_drafter: Callable[[int], Drafter] | None = None,
         constraint: Constraint | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        n_known: int = 0,
     ) -> None:
         if not prompt:
             raise MTPError("the prompt is empty: give at least one token")
         check_ids(prompt, attached.vocab_size, "the prompt")
         check_prompt_cache(attached, cache)
-        self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"))
+        self._caches = LayerCaches(cache, getattr(attached.model, "model_type", "?"), n_known)
         self.attached, self.picker, self.constraint = attached, picker, constraint
         self.processors = list(processors)
         self.cache, self._settings = cache, settings
@@ -110,12 +112,19 @@ class Session:
         if progress is not None:
             progress(len(self.tokens), len(self.tokens))
 
-    def prefill_chunks(self, progress: Callable[[int, int], None] | None = None) -> Iterator[int]:
-        """As `prefill`, but yields the number of prompt tokens done after every chunk; `progress` only inside one."""
+    def prefill_chunks(
+        self, progress: Callable[[int, int], None] | None = None, ends: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """As `prefill`, but yields the number of prompt tokens done after every chunk; `progress` only inside one.
+
+        Args:
+            ends: numbers of tokens behind which a chunk ends, whatever its size.
+        """
         total = len(self.tokens)
         done = 0
         while done < total - 1:
-            chunk = self.tokens[done : min(total - 1, done + self._settings.prefill_step_size)]
+            end = min([total - 1, done + self._settings.prefill_step_size, *(n for n in ends if n > done)])
+            chunk = self.tokens[done:end]
             self.forward(Block.real(mx.array([chunk])))
             for tokens in self._layer_by_layer(done, len(chunk)):
                 if progress is not None:
@@ -262,6 +271,10 @@ class Session:
     def next_position(self) -> int:
         """Absolute position of the token after the pending one."""
         return self.start + len(self.tokens)
+
+    def copied_states(self) -> list[Any]:
+        """Copies of what the cache cannot be trimmed to later, as `LayerCaches.copies`; between two passes."""
+        return self._caches.copies()
 
     def lend_caches(self) -> list[Any]:
         """Hands every layer's cache to another owner, such as a batch; until `take_caches` this session has none."""

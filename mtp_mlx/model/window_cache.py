@@ -153,8 +153,19 @@ class WindowCache:
 
     def hand_back(self) -> RotatingKVCache:
         """The mlx-lm cache that this one replaced, with the same rows; lazily."""
-        if self.keys is None:
-            return self.inner
+        if self.keys is not None:
+            self.inner.state = self._ring()
+        return self.inner
+
+    def copy(self) -> RotatingKVCache:
+        """A cache of mlx-lm's with the same rows, which later rows leave alone; lazily."""
+        copied = RotatingKVCache(self.window)
+        if self.keys is not None:
+            copied.state = self._ring()
+        return copied
+
+    def _ring(self) -> tuple[mx.array, mx.array, int, int, int, int]:
+        """The state of mlx-lm's cache with the same rows."""
         count = min(self._end, self.window)
         keys, values = (buffer[..., self._end - count : self._end, :] for buffer in self.state)
         if count < min(self.offset, self.window):  # after a roll-back; the row added here is never seen
@@ -164,8 +175,7 @@ class WindowCache:
         if count == self.window and (turn := (self.offset - self._origin) % self.window):
             keys, values, index = mx.roll(keys, turn, 2), mx.roll(values, turn, 2), turn
         keys, values = mx.contiguous(keys), mx.contiguous(values)  # without the rest of the buffers
-        self.inner.state = (keys, values, self.offset, 0, self.window, index)
-        return self.inner
+        return keys, values, self.offset, 0, self.window, index
 
 
 def _with_room(rows: mx.array) -> mx.array:

@@ -10,5 +10,6 @@ request.py        requests to the engine, and its events  sequence.py       one 
 engine.py         the thread that owns the model: queue, turns, cancellation
 batch.py          forward passes shared by requests       batch_plan.py     the layout of shared passes
 grammar.py        JSON schema as a constraint on tokens   prefix_cache.py   KV caches kept for later requests
-metrics.py        counters for Prometheus
+prefix_text.py    one text of them, and its states        prefix_files.py   the same on disk
+message_ends.py   where states are kept for them          metrics.py        counters for Prometheus
 """

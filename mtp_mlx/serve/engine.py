@@ -31,6 +31,7 @@ from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
 from mtp_mlx.serve.grammar import AfterThinking, Grammars
 from mtp_mlx.serve.metrics import Metrics
 from mtp_mlx.serve.prefix_cache import PrefixCache
+from mtp_mlx.serve.prefix_files import PrefixFiles
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError, Summary
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 
@@ -96,6 +97,7 @@ class Engine:
         settings: limits and decoding settings.
         metrics: the counters to update.
         grammars: compiles grammars; None if the grammar library is not installed.
+        files: where the prefix cache is kept on disk, or None.
     """
 
     def __init__(
@@ -105,12 +107,13 @@ class Engine:
         settings: EngineSettings | None = None,
         metrics: Metrics | None = None,
         grammars: Grammars | None = None,
+        files: PrefixFiles | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.settings = settings or EngineSettings()
         self.metrics = metrics or Metrics()
         self.grammars = grammars
-        self.prefixes = PrefixCache(self.settings.prefix_cache_bytes)
+        self.prefixes = PrefixCache(self.settings.prefix_cache_bytes, files)
         self._waiting: deque[Ticket] = deque()
         self._active: list[_Active] = []
         self._admitting = 0  # taken out of the queue but not active yet: 0 or 1
@@ -191,14 +194,20 @@ class Engine:
             log.exception("the engine failed; the server can no longer answer requests")
         finally:
             self._end_all()
+            self.prefixes.save_all()
             self._gauge()
 
     def _work_to_do(self) -> bool:
-        """Wait for work; False once the engine is stopping."""
-        with self._changed:
-            while not (self._waiting or self._active or self._stopping):
-                self._changed.wait()
-            return not self._stopping
+        """Wait for work, and meanwhile save texts; False once the engine is stopping."""
+        while True:
+            with self._changed:
+                while not (self._waiting or self._active or self._stopping):
+                    if not self._changed.wait(self.prefixes.save_after):
+                        break  # it has been quiet for so long
+                else:
+                    return not self._stopping
+            self.prefixes.save_one()
+            self._gauge()
 
     def _make_batch(self) -> Batch | None:
         """The batch in which sequences share passes, or None if they cannot or must not."""
@@ -383,6 +392,12 @@ class Engine:
         self.metrics.set("mtp_mlx_active", active)
         self.metrics.set("mtp_mlx_prefix_cache_bytes", self.prefixes.nbytes)
         self.metrics.set("mtp_mlx_prefix_cache_entries", len(self.prefixes))
+        self.metrics.set("mtp_mlx_prefix_cache_ends", self.prefixes.ends)
+        self.metrics.set("mtp_mlx_prefix_cache_evicted_total", self.prefixes.evicted)
+        if self.prefixes.files is not None:
+            self.metrics.set("mtp_mlx_prefix_files", len(self.prefixes.files))
+            self.metrics.set("mtp_mlx_prefix_files_bytes", self.prefixes.files.nbytes)
+            self.metrics.set("mtp_mlx_prefix_files_read_total", self.prefixes.files.loads)
         self.metrics.set("mtp_mlx_mlx_memory_bytes", mx.get_active_memory())
 
 

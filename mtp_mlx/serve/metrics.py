@@ -25,7 +25,12 @@ HELP = {
     "mtp_mlx_waiting": ("gauge", "Requests in the queue"),
     "mtp_mlx_active": ("gauge", "Requests being answered"),
     "mtp_mlx_prefix_cache_bytes": ("gauge", "Bytes in the prefix cache"),
-    "mtp_mlx_prefix_cache_entries": ("gauge", "Entries of the prefix cache"),
+    "mtp_mlx_prefix_cache_entries": ("gauge", "Texts in the prefix cache"),
+    "mtp_mlx_prefix_cache_ends": ("gauge", "Lengths of these texts at which a state is kept"),
+    "mtp_mlx_prefix_cache_evicted_total": ("counter", "States dropped so far to stay within the budget"),
+    "mtp_mlx_prefix_files": ("gauge", "Texts of the prefix cache on disk"),
+    "mtp_mlx_prefix_files_bytes": ("gauge", "Bytes of these files"),
+    "mtp_mlx_prefix_files_read_total": ("counter", "Texts read back from disk"),
     "mtp_mlx_mlx_memory_bytes": ("gauge", "Memory used by MLX arrays, in bytes"),
 }
 

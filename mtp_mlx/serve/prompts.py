@@ -14,6 +14,7 @@ from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
+from mtp_mlx.serve.message_ends import message_ends
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
 from mtp_mlx.serve.turns import Turn, variants
@@ -48,12 +49,14 @@ class ChatPrompt:
         parts: how to read what it writes; None to take all of it as the answer.
         schema: JSON schema of the tool call that it must write, or None.
         notes: what of the request had no effect, in words.
+        ends: lengths at which messages end, if the prefix cache needs them.
     """
 
     ids: list[int]
     parts: PartsSettings | None
     schema: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Prompts:
         model_name: the model's name in responses.
         vocab_size: token ids are below this.
         strict_model: refuse requests that name another model.
+        find_ends: find where messages end, for a model whose cache cannot be trimmed.
     """
 
     tokenizer: TokenizerWrapper
@@ -72,6 +76,7 @@ class Prompts:
     limits: Limits = field(default_factory=Limits)
     grammars: Grammars | None = None
     strict_model: bool = False
+    find_ends: bool = False
 
     def check_model(self, fields: Fields) -> None:
         """Take the field `model`. Any name stands for the served model unless `strict_model`.
@@ -117,7 +122,7 @@ class Prompts:
         except MTPError as error:
             if not tools.required:  # which ends the thinking itself, below
                 notes.append(str(error))
-        ids, note = self._templated(turns, list(tools.tools) or None, switched)
+        ids, ends, note = self._templated(turns, list(tools.tools) or None, switched)
         notes += note
         start = getattr(tokenizer, "response_initial_state", None) or "normal"
         if opens_thinking(tokenizer, ids):
@@ -129,12 +134,12 @@ class Prompts:
             start = "tool"
             schema = call_schema(tools.tools) if writes_json(tokenizer) and self.grammars else None
         parts = PartsSettings(start, tools.tools or None, tools.parallel)
-        return ChatPrompt(ids, parts, schema, tuple(notes))
+        return ChatPrompt(ids, parts, schema, tuple(notes), ends)
 
     def _templated(
         self, turns: list[Turn], tools: list[dict[str, Any]] | None, options: dict[str, Any]
-    ) -> tuple[list[int], list[str]]:
-        """Token ids of a conversation, and what was changed so that the template takes it.
+    ) -> tuple[list[int], tuple[int, ...], list[str]]:
+        """Token ids of a conversation, its messages' ends, and what was changed so that the template takes it.
 
         Some templates take arguments of tool calls only as JSON text, and some only one system message, at the
         beginning; agents send several.
@@ -142,9 +147,13 @@ class Prompts:
         rejected: MTPError | None = None
         for variant, notes in variants(turns):
             try:
-                return chat_ids(self.tokenizer, variant, tools, options), notes
+                ids = chat_ids(self.tokenizer, variant, tools, options)
             except MTPError as error:
                 rejected = rejected or error
+                continue
+            if not self.find_ends:
+                return ids, (), notes
+            return ids, message_ends(self.tokenizer, variant, tools, options, ids), notes
         raise RequestError(str(rejected)) from None
 
     def text(self, prompt: Any) -> list[int]:
@@ -182,7 +191,7 @@ class Prompts:
         limits = self.limits
         sampling = fields.sampling(limits.temperature, secrets.randbelow(SEEDS))
         if isinstance(prompt, list):
-            prompt = ChatPrompt(prompt, None)
+            prompt = ChatPrompt(prompt, None, ends=(len(prompt) - 1,))
         if schema is not None and prompt.schema is not None:
             raise RequestError("a JSON schema and a tool that must be called exclude each other")
         schema = schema or prompt.schema
@@ -206,6 +215,7 @@ class Prompts:
             prompt.parts,
             fields.left(),
             prompt.notes,
+            ends=prompt.ends,
         )
 
     def _check_length(self, ids: list[int]) -> None:

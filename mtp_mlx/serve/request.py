@@ -45,6 +45,7 @@ class GenerationRequest:
         notes: what else had no effect, in words.
         marks: whether pieces say who drafted them.
         plain: whether to decode plainly, whatever the server's layout.
+        ends: lengths of the prompt at which messages end, where another prompt may go on in another way.
     """
 
     prompt: list[int]
@@ -58,6 +59,7 @@ class GenerationRequest:
     notes: tuple[str, ...] = ()
     marks: bool = False
     plain: bool = False
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

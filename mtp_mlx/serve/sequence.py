@@ -113,16 +113,17 @@ class Sequence:
         )
         assert isinstance(loop, DecodeLoop)
         self.loop = loop
-        self._chunks = self.session.prefill_chunks()
+        self._ends: list[tuple[int, list[Any]]] = []  # (tokens, copies of the states behind them)
+        ends = request.ends if prefixes.wants_ends(self.cache) else ()
+        self._to_keep = [end - self.n_cached for end in ends if self.n_cached < end < len(request.prompt)]
+        self._chunks = self.session.prefill_chunks(ends=self._to_keep)
         self._tokens: Generator[Token, None, None] | None = None
         self._text = AnswerText(tokenizer, request.stop, request.max_tokens, self.stats.fallbacks)
         self._parts = None
         if request.parts is not None:
             self._parts = AnswerParts(tokenizer, request.parts, self.stats.fallbacks)
-        for name in request.ignored:
-            self.stats.fallbacks[f"the field {name!r} is not known here and had no effect"] += 1
-        for note in request.notes:
-            self.stats.fallbacks[note] += 1
+        ignored = [f"the field {name!r} is not known here and had no effect" for name in request.ignored]
+        self.stats.fallbacks.update([*ignored, *request.notes])
         self._started, self._first = time.perf_counter(), 0.0
         self.done = False
         self.batched_steps = 0
@@ -137,7 +138,10 @@ class Sequence:
 
     def prefill(self) -> bool:
         """Process the next chunk of the prompt; True if there was none left."""
-        return next(self._chunks, None) is None
+        done = next(self._chunks, None)
+        if done in self._to_keep:
+            self._ends.append((self.n_cached + done, self.session.copied_states()))
+        return done is None
 
     def advance(self) -> list[Piece]:
         """The next token; runs a decoding step if none is left from the last one."""
@@ -174,15 +178,15 @@ class Sequence:
             self._texts.learn(self.request.prompt, self.session.generated[: self._text.count])
         kept = min(n_own, self.session.cached - self.session.start)  # the last token may not be in the cache
         self.session.settle(kept)
-        self._prefixes.store(
-            (self.request.prompt + self.session.generated)[: self.n_cached + kept], self.cache
-        )
+        said = (self.request.prompt + self.session.generated)[: self.n_cached + kept]
+        self._prefixes.store(said, self.cache, self._ends)
 
     def drop(self) -> None:
         """End the sequence without keeping anything."""
         if self._tokens is not None:
             self._tokens.close()
         self.cache.clear()
+        self._ends.clear()
 
     def _piece(self, token: Token) -> Piece:
         text, reason = self._text.feed(token.token)

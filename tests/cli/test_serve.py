@@ -65,9 +65,12 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
 
     folder = str(save_agent(tmp_path) / "model")
     more = {"layout": "plain", "thinking": "off", "strict_model": True, "cors_origin": ("http://a:1",)}
+    more |= {"prefix_cache_dir": tmp_path / "kept", "prefix_cache_dir_mb": 3}
     built = application(ServeSettings(model=folder, adapter="none", **more), None)
     assert built._prompts.limits.thinking == "off" and built._prompts.strict_model
     assert built._settings.cors_origins == ("http://a:1",)
+    files = built._engine.prefixes.files
+    assert files is not None and (files.folder, files.budget) == (tmp_path / "kept", 3 << 20)
 
 
 def test_help_has_an_example_to_run() -> None:
@@ -81,6 +84,10 @@ def test_the_first_mistakes(root: Path, tmp_path: Path) -> None:
     assert "--port must be at most 65535" in refused("--port", 70000)
     model = root / "model"
     assert "needs an adapter" in refused("-m", model, "--layout", "quadratic", "--port", 0)
+    without = ("--adapter", "none", "--layout", "plain", "--port", 0, "--prefix-cache-dir")
+    assert "--prefix-cache-mb more than 0" in refused("-m", model, *without, tmp_path, "--prefix-cache-mb", 0)
+    taken_name = root / "model" / "config.json"
+    assert str(taken_name) in refused("-m", model, *without, taken_name)
     assert "heads" in refused("-m", model, "--drafter", "heads", "--layout", "plain", "--port", 0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -163,7 +170,9 @@ def test_it_serves_until_told_to_stop(root: Path, tmp_path: Path, stop: signal.S
     """A stream that is running when the signal comes is still finished."""
     key = tmp_path / "key"
     key.write_text("s3cret\n")
-    with process_of(root, tmp_path, "--layout", "linear", "--api-key-file", str(key)) as (process, address):
+    kept = ("--prefix-cache-dir", str(tmp_path / "kept"))
+    with process_of(root, tmp_path, "--layout", "linear", "--api-key-file", str(key), *kept) as found:
+        process, address = found
         body = {"prompt": "The sky", "max_tokens": 150, "stream": True, "temperature": 0}
         headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
         request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
@@ -173,6 +182,7 @@ def test_it_serves_until_told_to_stop(root: Path, tmp_path: Path, stop: signal.S
             rest = response.read().decode()
         assert first.startswith(b"data: ") and rest.endswith("data: [DONE]\n\n")
         said_at_the_end(process)
+        assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 1
 
 
 def test_answers_longer_than_the_grace_end_with_an_error(root: Path, tmp_path: Path) -> None:

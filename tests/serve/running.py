@@ -22,6 +22,7 @@ from mtp_mlx.model.fingerprint import base_fingerprint
 from mtp_mlx.serve.app import Application, AppSettings
 from mtp_mlx.serve.engine import Engine, EngineSettings
 from mtp_mlx.serve.grammar import Grammars
+from mtp_mlx.serve.prefix_files import PrefixFiles, made_by
 from mtp_mlx.serve.prompts import Limits, Prompts
 from mtp_mlx.serve.sequence import DecodeSettings
 from tests.decode.fakes import random_adapter
@@ -41,8 +42,9 @@ def save_model(root: Path, rows: int = VOCABULARY) -> Path:
 
 
 def load_model(root: Path) -> tuple[Any, Any]:
-    """The model of `save_model` with its adapter, and its tokenizer."""
-    return load(str(root / "model"), root / "adapter")
+    """The model of `save_model` with its adapter if there is one, and its tokenizer."""
+    adapter = root / "adapter"
+    return load(str(root / "model"), adapter if adapter.exists() else None)
 
 
 @dataclass
@@ -98,14 +100,23 @@ def serving(
     limits: Limits | None = None,
     strict_model: bool = False,
     port: int = 0,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
-    """A server with the model of `save_model`; plain layout unless `engine` says otherwise."""
+    """A server with the model of `save_model`; plain layout unless `engine` says otherwise.
+
+    Args:
+        folder: to keep the prefix cache in.
+    """
     model, tokenizer = load_model(root)
     grammars = Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
     settings = engine or EngineSettings(decode=DecodeSettings(layout="plain"))
-    running = Engine(model, tokenizer, settings, grammars=grammars)
+    files = None
+    if folder is not None:
+        files = PrefixFiles(folder, 1 << 24, made_by(model, settings.decode.cache), NAME)
+    running = Engine(model, tokenizer, settings, grammars=grammars, files=files)
     limits = limits or Limits(default_output=24)
-    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model)
+    ends = running.prefixes.wants_ends(model.make_cache())
+    prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model, ends)
     with served(Application(running, prompts, app or AppSettings()), port) as found:
         yield Server(found, running, prompts)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.decode.constraint import Constraint
 from mtp_mlx.serve.app import Application, AppSettings
 from mtp_mlx.serve.engine import Engine, EngineSettings
 from mtp_mlx.serve.grammar import Grammars
@@ -66,35 +67,47 @@ def save_agent(root: Path, template: str = TEMPLATE) -> Path:
 
 
 class Scripted:
-    """A `Constraint` that allows the tokens of a script only."""
+    """A `Constraint` that allows the tokens of a script only; if there is a grammar, the script must fit it."""
 
-    def __init__(self, tokens: list[int], vocab_size: int) -> None:
-        self._tokens, self._vocab_size = tokens, vocab_size
+    def __init__(self, tokens: list[int], vocab_size: int, grammar: Constraint | None = None) -> None:
+        self._tokens, self._vocab_size, self._grammar = tokens, vocab_size, grammar
         self._at = 0
 
     def allowed(self, drafts: list[int]) -> np.ndarray:
         rows = np.zeros((1 + len(drafts), self._vocab_size), dtype=bool)
         for row in range(len(rows)):
             rows[row, self._tokens[min(self._at + row, len(self._tokens) - 1)]] = True
+        if self._grammar is not None:
+            assert self._grammar.allowed([])[0][rows[0]].all(), "the script leaves the grammar"
         return rows
 
     def commit(self, tokens: list[int]) -> None:
         self._at += len(tokens)
+        if self._grammar is not None:
+            self._grammar.commit(tokens)
 
 
 class ScriptedEngine(Engine):
-    """An engine whose model writes `script(prompt)`; requests with a grammar are answered by the model itself."""
+    """An engine whose model writes `script(prompt)`.
+
+    Requests with a grammar are answered by the model itself, unless `strict`: then the script must fit it.
+    """
 
     script: Script
     seen: list[str]  # the prompts
+    strict = False
 
     def _sequence(self, request: GenerationRequest) -> Sequence:
         prompt = str(self.tokenizer.decode(request.prompt))
         self.seen.append(prompt)
+        grammar = None
         if request.grammar is not None:
-            return super()._sequence(request)
+            if not self.strict:
+                return super()._sequence(request)
+            assert self.grammars is not None
+            grammar = self.grammars.start(request.grammar)
         tokens = self.tokenizer.encode(self.script(prompt), add_special_tokens=False)
-        constraint = Scripted([*tokens, self.tokenizer.eos_token_id], self.model.vocab_size)
+        constraint = Scripted([*tokens, self.tokenizer.eos_token_id], self.model.vocab_size, grammar)
         shared = 0 if self._batch is None else self._batch.own_drafts
         return Sequence(
             self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint, shared
@@ -110,13 +123,14 @@ def acting(
     app: AppSettings | None = None,
     limits: Limits | None = None,
     strict_model: bool = False,
+    strict: bool = False,
 ) -> Iterator[Server]:
-    """A server with the model of `save_agent` that writes `script(prompt)`."""
+    """A server with the model of `save_agent` that writes `script(prompt)`; `strict` as in `ScriptedEngine`."""
     model, tokenizer = load_model(root)
     grammars = Grammars(tokenizer._tokenizer, model.vocab_size, sorted(tokenizer.eos_token_ids))
     settings = EngineSettings(decode=decode or DecodeSettings(layout="linear", lookup=True))
     engine = ScriptedEngine(model, tokenizer, settings, grammars=grammars)
-    engine.script, engine.seen = script, []
+    engine.script, engine.seen, engine.strict = script, [], strict
     limits = limits or Limits(default_output=200)
     prompts = Prompts(tokenizer, NAME, model.vocab_size, limits, grammars, strict_model)
     with served(Application(engine, prompts, app or AppSettings())) as port:
