@@ -60,7 +60,10 @@ OTHER_NAMES = {  # arguments that others have for the same thing
     "seed": "sampling",
     "draft_model": "load(..., draft_model=...)",
     "num_draft_tokens": "load(..., num_draft_tokens=...)",
+    "prefill_batch_size": "completion_batch_size",
 }
+
+SET_HERE = {"prompt", "model", "policy"}  # arguments of `mtp_generate_step` that `stream_generate` sets
 
 
 @dataclass
@@ -273,7 +276,7 @@ def stream_generate(
     """
     emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
-    kwargs = _checked_names(kwargs)
+    kwargs = checked_names(kwargs, set(inspect.signature(mtp_generate_step).parameters) - SET_HERE)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
@@ -344,8 +347,11 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
         raise MTPError("lookup drafts must be verified: leave `lookup` out, or use `emission` verified")
 
 
-def _checked_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def checked_names(kwargs: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The arguments, without a `sampler` that is None.
+
+    Args:
+        known: names that there are.
 
     Raises:
         MTPError: for an argument of mlx-lm that is another one here, or one that nobody knows.
@@ -355,7 +361,6 @@ def _checked_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             "`sampler` cannot be used, because a pick must be a function of its position: give "
             "`sampling=SamplingConfig(temperature=..., top_p=..., seed=...)`"
         )
-    known = set(inspect.signature(mtp_generate_step).parameters) - {"prompt", "model", "policy"}
     for name in kwargs:
         if name not in {*known, "slots", "sampler"}:
             hint = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
