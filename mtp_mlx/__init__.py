@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.errors import MTPError
     from mtp_mlx.model.attach import attach
+    from mtp_mlx.serve.batch_generate import batch_generate
 
 _HOME = {
     "Emission": "mtp_mlx.decode.emission",
@@ -22,6 +23,7 @@ _HOME = {
     "MTPError": "mtp_mlx.errors",
     "SamplingConfig": "mtp_mlx.decode.pick",
     "attach": "mtp_mlx.model.attach",
+    "batch_generate": "mtp_mlx.serve.batch_generate",
     "chat_prompt": "mtp_mlx.api",
     "generate": "mtp_mlx.api",
     "load": "mtp_mlx.api",
@@ -35,6 +37,7 @@ __all__ = [
     "MTPError",
     "SamplingConfig",
     "attach",
+    "batch_generate",
     "chat_prompt",
     "generate",
     "load",

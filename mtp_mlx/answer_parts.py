@@ -263,6 +263,14 @@ class Thoughts:
         return "reasoning" in (before, self._splitter.state, *(run.state for run in runs))
 
 
+def ends_in_thought(tokenizer: Any, prompt: Sequence[int], text: str) -> bool:
+    """Whether a whole text ends before its thinking does. Arguments as `told_apart`."""
+    start = "reasoning" if opens_thinking(tokenizer, prompt) else "normal"
+    splitter = Splitter(transitions_of(tokenizer, tools=False), start)
+    splitter.feed(text)
+    return splitter.state == "reasoning"
+
+
 def told_apart(tokenizer: Any, prompt: Sequence[int], text: str) -> Parts:
     """Answer and thinking of a whole text; tool calls stay in the answer.
 

@@ -20,18 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx import lora
 from mtp_mlx.adapter_folder import Header, sidecar
 from mtp_mlx.answer_parts import LONGEST_TAG, Thoughts
-from mtp_mlx.base_model import load_base
-from mtp_mlx.chat_template import Thinking, begun_ids, chat_ids, ids_behind, thinking_options
+from mtp_mlx.base_model import load_base, local_folder
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.led import led_policy
-from mtp_mlx.decode.loop import mtp_generate_step, token_ids
+from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.stats import DecodeStats
@@ -48,6 +46,9 @@ from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.models import bundled_adapter, bundled_memory, named_adapter, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
+from mtp_mlx.prompt_ids import Prompt, encode_prompt
+from mtp_mlx.prompt_ids import chat_prompt as chat_prompt
+from mtp_mlx.recommended import recommended_sampling
 from mtp_mlx.text import AnswerText
 from mtp_mlx.token_ids import check_ids
 
@@ -59,9 +60,10 @@ OTHER_NAMES = {  # arguments that others have for the same thing
     "seed": "sampling",
     "draft_model": "load(..., draft_model=...)",
     "num_draft_tokens": "load(..., num_draft_tokens=...)",
+    "prefill_batch_size": "completion_batch_size",
 }
 
-Prompt = str | mx.array | np.ndarray | Sequence[int]
+SET_HERE = {"prompt", "model", "policy"}  # arguments of `mtp_generate_step` that `stream_generate` sets
 
 
 @dataclass
@@ -152,12 +154,13 @@ def load(
     """
     path = resolve_model(model, quantize=quantize)
     lazy = peers is not None and not peers.alone
-    base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy)
+    files = local_folder(model, quantize)
+    base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy, folder=files)
     source, info = None, None
     wanted = registry.replaces_adapter(drafter_options) and adapter == "auto"
     folder = None if wanted or adapter is None else _adapter_folder(model, path, adapter)
     if folder is not None:
-        again = partial(load_base, model, quantize, lazy=True) if lazy else None
+        again = partial(load_base, model, quantize, lazy=True, folder=files) if lazy else None
         source, info = _load_adapter(folder, base, again)
     if adapter_path is not None:
         _put_on(base, adapter_path, peers, drafted=source is not None)
@@ -171,7 +174,7 @@ def load(
     if source is not None:  # once here, instead of casting every factor in every pass
         source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
-    attached.name = str(model)
+    attached.name, attached.recommended_sampling = str(model), recommended_sampling(files)
     with attached.peers.waiting():
         _evaluate(attached)
     return attached, tokenizer
@@ -253,7 +256,7 @@ def stream_generate(
         prompt: text (special tokens are added unless it starts with them, as in mlx-lm), or token ids as a list, or
             an mlx or numpy array.
         max_tokens: most tokens to yield, never exceeded; -1 for no limit.
-        sampling: temperature, top-k, ..., seed; greedy by default.
+        sampling: temperature, top-k, ..., seed; greedy by default. `model.recommended_sampling` may be another.
         layout: "auto" plans every step, or uses the result of `mtp-mlx tune` if there is one; "linear" and
             "quadratic" are fixed; "tree" spends `rows` rows on drafts with branches; "plain" is ordinary decoding.
         drafts: drafts per step, by default as many as the drafter makes; `slots` is an older name for it.
@@ -273,7 +276,7 @@ def stream_generate(
     """
     emission, stats = emission or Emission(), DecodeStats() if stats is None else stats
     _check_options(max_tokens, lookup, emission)
-    kwargs = _checked_names(kwargs)
+    kwargs = checked_names(kwargs, set(inspect.signature(mtp_generate_step).parameters) - SET_HERE)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
@@ -344,8 +347,11 @@ def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> 
         raise MTPError("lookup drafts must be verified: leave `lookup` out, or use `emission` verified")
 
 
-def _checked_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def checked_names(kwargs: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The arguments, without a `sampler` that is None.
+
+    Args:
+        known: names that there are.
 
     Raises:
         MTPError: for an argument of mlx-lm that is another one here, or one that nobody knows.
@@ -355,7 +361,6 @@ def _checked_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             "`sampler` cannot be used, because a pick must be a function of its position: give "
             "`sampling=SamplingConfig(temperature=..., top_p=..., seed=...)`"
         )
-    known = set(inspect.signature(mtp_generate_step).parameters) - {"prompt", "model", "policy"}
     for name in kwargs:
         if name not in {*known, "slots", "sampler"}:
             hint = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
@@ -373,47 +378,4 @@ def generate(
     """The text that follows `prompt`. Arguments as `stream_generate`."""
     return "".join(
         response.text for response in stream_generate(model, tokenizer, prompt, max_tokens, **kwargs)
-    )
-
-
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, adding special tokens by the same rule as mlx-lm."""
-    if not isinstance(prompt, str):
-        return token_ids(prompt)
-    bos = tokenizer.bos_token
-    return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
-
-
-def chat_prompt(
-    tokenizer: TokenizerWrapper,
-    prompt: str,
-    system: str | None = None,
-    thinking: Thinking = "auto",
-    *,
-    begin: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    behind: bool = False,
-) -> list[int]:
-    """Token ids of a user's message in the tokenizer's chat template, or as plain text if it has none.
-
-    Args:
-        thinking: "on" or "off", through the template's own switch; "auto" leaves it to mlx-lm.
-        begin: what the answer begins with, or None.
-        options: further variables of the template.
-        behind: leave out what comes before the user's message, which a prompt cache holds.
-
-    Raises:
-        MTPError: if the template rejects the messages, or has no such switch.
-    """
-    options = {**thinking_options(tokenizer, thinking), **(options or {})}
-    if not tokenizer.has_chat_template:
-        return encode_prompt(tokenizer, prompt)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    if begin:
-        messages.append({"role": "assistant", "content": begin})
-    if behind:
-        return ids_behind(tokenizer, messages, options)
-    return (
-        begun_ids(tokenizer, messages, options) if begin else chat_ids(tokenizer, messages, options=options)
     )

@@ -28,6 +28,7 @@ def load_base(
     *,
     tokenizer_config: dict[str, Any] | None = None,
     lazy: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Any, TokenizerWrapper]:
     """A bare mlx-lm model and its tokenizer, by the names that `resolve_model` knows.
 
@@ -35,11 +36,12 @@ def load_base(
         quantize: 4 or 8 bits, for the embedded model only.
         tokenizer_config: as `mlx_lm.load`.
         lazy: read weights when they are first used.
+        folder: that `local_folder` has found; None to look for it.
 
     Raises:
         MTPError: if there is no such model, it cannot be fetched or loaded, or it cannot run.
     """
-    folder = local_folder(name_or_path, quantize)
+    folder = folder or local_folder(name_or_path, quantize)
     again = f" (delete {folder} to have it made again)" if str(name_or_path) in EMBEDDED else ""
     what = f"the model {name_or_path} could not be loaded{again}"
     model, config = read_model(folder, what, lazy=lazy)

@@ -22,6 +22,15 @@ Thinking = Literal["auto", "on", "off"]
 
 SWITCHES = ("enable_thinking", "thinking")  # the names under which templates switch thinking
 
+# Arguments of transformers' `apply_chat_template` that say what it returns, and none of its variables.
+OURS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "self",
+    "tools",
+    "documents",
+    "chat_template",
+    "kwargs",
+}
+
 
 def chat_ids(
     tokenizer: Any,
@@ -36,9 +45,10 @@ def chat_ids(
         options: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        MTPError: if the template does not parse, or rejects the messages, as many do with a system message.
+        MTPError: if the template does not parse, or rejects the messages, as many do with a system message; or an
+            option is no variable of a template.
     """
-    return _as_list(_apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=True))
+    return _as_list(_apply(tokenizer, messages, tools, options, add_generation_prompt=True))
 
 
 def said_ids(
@@ -55,7 +65,7 @@ def begun_ids(
     tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
 ) -> list[int]:
     """As `chat_ids`, but what follows belongs to the last message."""
-    return _as_list(_apply(tokenizer, messages, None, **(options or {}), continue_final_message=True))
+    return _as_list(_apply(tokenizer, messages, None, options, continue_final_message=True))
 
 
 def _as_list(ids: Any) -> list[int]:
@@ -94,23 +104,30 @@ def ids_behind(
     mark, last = "<query>", max(i for i, message in enumerate(messages) if message["role"] == "user")
     marked = [{**message, "content": mark} if i == last else message for i, message in enumerate(messages)]
     how = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
-    given = {**(options or {}), how: True, "tokenize": False}
-    whole, shown = (str(_apply(tokenizer, texts, None, **given)) for texts in (messages, marked))
+    given = {how: True, "tokenize": False}
+    whole, shown = (str(_apply(tokenizer, texts, None, options, **given)) for texts in (messages, marked))
     return [int(token) for token in tokenizer.encode(whole[shown.index(mark) :], add_special_tokens=False)]
 
 
 def chat_text(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, *, answer_follows: bool
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: Any = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    answer_follows: bool,
 ) -> str:
     """A conversation in the tokenizer's chat template.
 
     Args:
+        options: further variables of the template.
         answer_follows: end where the assistant's answer begins.
 
     Raises:
         MTPError: as `chat_ids`.
     """
-    return str(_apply(tokenizer, messages, tools, add_generation_prompt=answer_follows, tokenize=False))
+    how = {"add_generation_prompt": answer_follows, "tokenize": False}
+    return str(_apply(tokenizer, messages, tools, options, **how))
 
 
 def template_variables(tokenizer: Any) -> frozenset[str]:
@@ -177,9 +194,13 @@ def check_template(tokenizer: Any, vocab_size: int) -> None:
         check_ids(ids, vocab_size, "the chat template", tokenizer)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, **how: Any) -> Any:
-    if tools is not None:
-        how["tools"] = tools
+def _apply(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any] | None, **how: Any
+) -> Any:
+    for name in options or ():
+        if name in OURS:
+            raise MTPError(f"{name!r} is no variable of a chat template: leave it out")
+    how = {**(options or {}), **how} | ({} if tools is None else {"tools": tools})
     try:
         return tokenizer.apply_chat_template(messages, **how)
     except (TemplateSyntaxError, TemplateAssertionError) as error:

@@ -31,7 +31,8 @@ from mtp_mlx.files import write_text
 from mtp_mlx.jsonl import read_jsonl
 
 # What training reads of a row, besides "weight".
-FIELDS = ("messages", "prompt", "completion", "response", "text", "tools", "finished", "response_tokens")
+FIELDS = ("messages", "prompt", "completion", "response", "text")
+FIELDS += ("tools", "chat_template_kwargs", "finished", "response_tokens")
 PIECE = 1600  # characters of a {"text": ...} row at most, unless a paragraph is longer
 
 

@@ -63,6 +63,12 @@ def test_variables() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_dict"])
+def test_what_is_no_variable(name: str) -> None:
+    with pytest.raises(MTPError, match=f"'{name}' is no variable of a chat template"):
+        chat_ids(tokenizer(TEMPLATE), SAYS, options={name: False})
+
+
 def test_templates_that_are_functions() -> None:
     from mlx_lm.chat_templates.deepseek_v32 import apply_chat_template
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -24,7 +24,7 @@ from mtp_mlx.serve.request import RequestError
 from mtp_mlx.text import WITHOUT_TEXT, AnswerText
 from mtp_mlx.token_ids import check_ids, knows, text_of
 from mtp_mlx.train.data import Example, check_examples
-from mtp_mlx.train.distill import Prompt, encode_prompt
+from mtp_mlx.train.distill_rows import Prompt, encode_prompt
 from tests.tiny import VOCABULARY, hf_tokenizer, tiny_model, tiny_tokenizer
 
 UNKNOWN = VOCABULARY + 3

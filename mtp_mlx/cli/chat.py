@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mtp_mlx.cli.generate import checked_unicode, sampling_of, tell
+from mtp_mlx.cli.generate import checked_unicode, recommendation, sampling_of, tell
 from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
@@ -95,6 +95,11 @@ def prepare(
         tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, memory_learn=learns)
+    sampling = sampling_of(settings, model.recommended_sampling)
+    if not emission.lossless:
+        emission.greedy(sampling)
+    if note := recommendation(settings, model):
+        click.echo(f"note: {note}", err=True)
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
     if layout == "auto" and emission == Emission():
         prepare_costs(model, None, tell, cost_progress())

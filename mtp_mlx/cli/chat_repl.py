@@ -191,7 +191,7 @@ class Repl:
         model, settings = self._chat.model, self._chat.settings
         layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
         known = plain_speed.recall(settings.model, quantize=settings.quantize, context=turn.prompt_tokens)
-        run = Run(turn.stats, model.most_drafts, known, layout)
+        run = Run(turn.stats, self._chat.options["sampling"], model.most_drafts, known, layout)
         run.tokens, run.last, run.interrupted = turn.tokens, turn.last, turn.stopped
         return statistics_line(settings, run)
 

@@ -37,7 +37,8 @@ def command(context: click.Context, config: Path | None, as_json: bool, **option
     """Let the base model answer prompts, and append its answers to a JSONL file.
 
     Rows of PROMPTS have "prompt", "messages" or "turns" (the first turn is used). Prompts that OUT has an answer to
-    are skipped, so the same command resumes a run that was stopped.
+    are skipped, so the same command resumes a run that was stopped. Answers cut off while the model thought are left
+    out.
     """
     settings = from_yaml(DistillSettings, config, options)
     console = Console(stderr=True)
@@ -91,6 +92,8 @@ def summary_line(summary: DistillSummary) -> str:
     text = f"{summary.written} answers, {summary.tokens} tokens, {speed:.1f} tok/s -> {summary.out}"
     if summary.written:
         text += f"; {summary.finished} were ended by the model"
+    if summary.unended:
+        text += f"; {summary.unended} were left out, whose thinking has no end: raise --max-tokens"
     if summary.skipped:
         text += f"; {summary.skipped} were answered before"
     if summary.duplicates:

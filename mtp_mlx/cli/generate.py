@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mtp_mlx.distributed import Peers
     from mtp_mlx.model.attach import AttachedModel
 
+OPEN = ("temp", "top_k", "top_p", "min_p", "repetition_penalty")  # options that --sampling model fills
 TEMPLATED = ("system", "thinking", "prefill_response", "chat_template_config")  # need the chat template
 
 EPILOG = """\b
@@ -179,14 +180,15 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
+    sampling = sampling_of(settings, model.recommended_sampling)
     sampling = replace(sampling, xtc_special_tokens=_unchanged_by_xtc(tokenizer))
     cache, before = _prompt_cache(settings, model)
     ids = _prompt_ids(tokenizer, prompt, settings, raw)
-    _same_work(model, settings, ids)
+    _same_work(model, settings, ids, sampling)
     known = plain_speed.recall(speed_name(settings), quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
-    run = Run(DecodeStats(), model.most_drafts, known, layout)
-    _say_notes(run, model, None if raw else tokenizer, len(ids))
+    run = Run(DecodeStats(), sampling, model.most_drafts, known, layout)
+    _say_notes(run, settings, model, None if raw else tokenizer, len(ids))
     if layout == "auto" and emission == Emission():
         prepare_costs(model, settings.max_tokens, tell, cost_progress())
     responses = stream_generate(
@@ -265,15 +267,19 @@ def _template_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def _say_notes(run: Run, model: AttachedModel, tokenizer: Any | None, n_prompt: int) -> None:
+def _say_notes(
+    run: Run, settings: GenerateSettings, model: AttachedModel, tokenizer: Any | None, n_prompt: int
+) -> None:
     """Says what the user should know before the text; `tokenizer` only if its chat template is used."""
     from mtp_mlx.model.context import beyond_context
 
+    if note := recommendation(settings, model):
+        run.stats.notes.append(note)
     if tokenizer is not None:
         _note_template(run, model, tokenizer)
-    for note in (*run.stats.notes, beyond_context(model.model, n_prompt)):
-        if note is not None and model.peers.leads:
-            click.echo(f"note: {note}", err=True)
+    for said in (*run.stats.notes, beyond_context(model.model, n_prompt)):
+        if said is not None and model.peers.leads:
+            click.echo(f"note: {said}", err=True)
 
 
 def _note_template(run: Run, model: AttachedModel, tokenizer: Any) -> None:
@@ -297,23 +303,44 @@ def _remember_plain_speed(settings: GenerateSettings, run: Run) -> None:
         )
 
 
-def sampling_of(settings: GenerateSettings) -> SamplingConfig:
-    """The sampling configuration of these settings."""
+def sampling_of(settings: GenerateSettings, recommended: SamplingConfig | None = None) -> SamplingConfig:
+    """The sampling configuration of these settings.
+
+    Args:
+        recommended: by the model; used where `--sampling model` asks for it.
+    """
     from mtp_mlx.decode.pick import SamplingConfig
 
-    return SamplingConfig(
-        temperature=settings.temp,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
+    base = SamplingConfig() if recommended is None or settings.sampling is None else recommended
+    given = {"temperature" if name == "temp" else name: getattr(settings, name) for name in OPEN}
+    return replace(
+        base,
         repetition_context_size=settings.repetition_context_size,
         xtc_probability=settings.xtc_probability,
         xtc_threshold=settings.xtc_threshold,
         logit_bias=tuple(_bias(text) for text in settings.logit_bias),
         seed=settings.seed,
         noise=settings.noise,
+        **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def recommendation(settings: Any, model: AttachedModel) -> str | None:
+    """What to say of the sampling that the model recommends, or None.
+
+    Args:
+        settings: with the options of `SamplingOptions`, or some of them.
+    """
+    from mtp_mlx.recommended import in_words
+
+    wanted, found = settings.sampling == "model", model.recommended_sampling
+    if found is None:
+        return "the model recommends no sampling, so --sampling model changes nothing" if wanted else None
+    if wanted:
+        return f"sampling as the model recommends: {in_words(found)}"
+    if any(getattr(settings, name, None) is not None for name in OPEN):
+        return None
+    return f"greedy; the model recommends {in_words(found)}, which --sampling model uses"
 
 
 def _unchanged_by_xtc(tokenizer: Any) -> tuple[int, ...]:
@@ -336,10 +363,13 @@ def _bias(text: str) -> tuple[int, float]:
         ) from error
 
 
-def _same_work(model: AttachedModel, settings: GenerateSettings, prompt: list[int]) -> None:
+def _same_work(
+    model: AttachedModel, settings: GenerateSettings, prompt: list[int], sampling: SamplingConfig
+) -> None:
     """Raise MTPError if processes that share a model were given different commands."""
     adapter = None if model.info is None else model.info.base_fingerprint
     given = {**to_dict(settings), "the prompt's ids": prompt, "the adapter's base": adapter}
+    given["the sampling"] = str(sampling)
     given.pop("prompt_file")  # its path may differ between machines
     model.peers.must_agree(given, "start all of them with the same command")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mtp_mlx.api import GenerationResponse
     from mtp_mlx.cli.options import GenerateSettings
     from mtp_mlx.decode.emission import Emission
+    from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.decode.stats import DecodeStats
 
 # 256-colour codes of depths 1, 2, ...; the last is for all deeper ones
@@ -28,6 +29,7 @@ class Run:
 
     Attributes:
         stats: counts of the decoding loop.
+        sampling: how tokens were picked.
         most_drafts: most drafts per step of the model's own drafter; 0 without one.
         tokens: ids, including the end-of-text id if it was written.
         last: the last response, or None before the first token.
@@ -38,6 +40,7 @@ class Run:
     """
 
     stats: DecodeStats
+    sampling: SamplingConfig
     most_drafts: int
     plain_tok_per_s: float | None
     layout: str
@@ -100,22 +103,23 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "drafts": _drafts_in_use(settings, run),
         "slots": _drafts_in_use(settings, run),  # the old name of "drafts"
         "seed": settings.seed,
-        "temperature": settings.temp,
+        "temperature": run.sampling.temperature,
         "lossless": emission.lossless,
         "finish_reason": "interrupted" if run.interrupted else last and last.finish_reason,
         "peak_memory_gb": _rounded(last.peak_memory if last else None),
         "model": settings.model,
         "adapter": settings.adapter,
-        "settings": _sampling_and_cache(settings),
+        "settings": _sampling_and_cache(settings, run.sampling),
         "stats": run.stats.to_json(),
         "kernels": run.kernels,
     }
 
 
-def _sampling_and_cache(settings: GenerateSettings) -> dict[str, Any]:
+def _sampling_and_cache(settings: GenerateSettings, sampling: SamplingConfig) -> dict[str, Any]:
     """Every option that can change text or speed, except the prompt and those that `report` lists itself."""
+    used = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
     named = ("prompt", "prompt_file", "model", "adapter", "layout", "emit", "tau", "drafts", "seed", "temp")
-    return {key: value for key, value in to_dict(settings).items() if key not in named}
+    return {key: value for key, value in (to_dict(settings) | used).items() if key not in named}
 
 
 def statistics_line(settings: GenerateSettings, run: Run) -> str:

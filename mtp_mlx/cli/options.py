@@ -34,17 +34,23 @@ class ThinkingOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are picked, as in mlx-lm."""
+    """How tokens are picked, as in mlx-lm; None is greedy, or what the model recommends if that is asked for."""
 
-    temp: float = setting(0.0, help="Sampling temperature; 0 = greedy", minimum=0)
-    top_k: int = setting(0, help="Sample from the k most likely tokens; 0 = off", minimum=0)
-    top_p: float = setting(
-        1.0, help="Sample from the top tokens of this total probability", minimum=0, maximum=1
+    sampling: Literal["model"] | None = setting(
+        None,
+        help="Sample as the model's generation_config.json recommends",
     )
-    min_p: float = setting(
-        0.0, help="Minimum probability, as a fraction of the top one's", minimum=0, maximum=1
+    temp: float | None = setting(None, help="Sampling temperature (default: 0 = greedy)", minimum=0)
+    top_k: int | None = setting(None, help="Sample from the k most likely tokens (default: all)", minimum=0)
+    top_p: float | None = setting(
+        None, help="Sample from the top tokens of this total probability (default: 1)", minimum=0, maximum=1
     )
-    repetition_penalty: float = setting(1.0, help="Penalty on repeated tokens; 1 = off", minimum=0)
+    min_p: float | None = setting(
+        None, help="Minimum probability, as a fraction of the top one's (default: 0)", minimum=0, maximum=1
+    )
+    repetition_penalty: float | None = setting(
+        None, help="Penalty on repeated tokens (default: 1 = off)", minimum=0
+    )
     seed: int = setting(0, help="Random seed", minimum=0)
 
 

@@ -11,12 +11,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from mtp_mlx.cli.generate import recommendation
 from mtp_mlx.cli.options import (
     CacheOptions,
     DraftingOptions,
@@ -30,6 +31,7 @@ from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError, needs_extra
 
 if TYPE_CHECKING:
+    from mtp_mlx.decode.pick import SamplingConfig
     from mtp_mlx.model.attach import AttachedModel
     from mtp_mlx.serve.app import Application
     from mtp_mlx.serve.grammar import Grammars
@@ -69,7 +71,8 @@ class ServeSettings(
         (), help="Origin whose web pages may use the server; * = any (repeatable)"
     )
     open_to_all: bool = setting(False, help="Accept requests from other machines without a key")
-    temp: float = setting(0.0, help="Temperature if a request has none", minimum=0)
+    sampling: Literal["model"] | None = setting(None, help="Sampling of requests: as the model recommends")
+    temp: float | None = setting(None, help="Temperature if a request has none (default: 0)", minimum=0)
     max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
     max_output_tokens: int = setting(32768, help="Largest max_tokens of a request", minimum=1)
     max_prompt_tokens: int = setting(32768, help="Longest prompt, in tokens", minimum=1)
@@ -227,7 +230,7 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         settings.max_prompt_tokens,
         settings.max_output_tokens,
         settings.max_tokens,
-        settings.temp,
+        default_sampling(settings, model),
         settings.thinking,
     )
     name = settings.name or Path(settings.model).name
@@ -260,6 +263,17 @@ def _files(settings: ServeSettings, model: AttachedModel, decode: DecodeSettings
     files = PrefixFiles(folder, room, made_by(model, decode.cache), settings.model)
     tell(f"{folder} has {len(files)} earlier texts of this model, {files.nbytes / 1e6:.1f} MB")
     return files
+
+
+def default_sampling(settings: ServeSettings, model: AttachedModel) -> SamplingConfig:
+    """How tokens are picked for requests that do not say it."""
+    from mtp_mlx.decode.pick import SamplingConfig
+
+    if note := recommendation(settings, model):
+        tell(note)
+    found = model.recommended_sampling if settings.sampling == "model" else None
+    base = found or SamplingConfig()
+    return base if settings.temp is None else replace(base, temperature=settings.temp)
 
 
 def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:

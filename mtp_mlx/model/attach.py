@@ -61,6 +61,7 @@ class AttachedModel:
         precision: of the decoder layers' weights, in words: "bfloat16", "4-bit".
         info: the header of the speculator's folder (`mtp_mlx.adapter_folder`), or None.
         name: the model's name as the user gave it.
+        recommended_sampling: the `SamplingConfig` that the model's makers recommend, or None for greedy decoding.
         experience: what earlier generations learnt (`mtp_mlx.planning.experience.Experience`), or None.
         text_source: what drafts from other texts beside the speculator (`mtp_mlx.decode.lookup.TextSource`), or None.
         peers: the processes that share this model, each with a part of it.
@@ -86,6 +87,7 @@ class AttachedModel:
         self.text_source: Any = None
         self.peers = Peers()
         self.name = str(getattr(model, "model_type", "model"))
+        self.recommended_sampling: Any = None
         self._seams = seams
         self.kernels = kernels if kernels is not None and kernels.active else None
         self.exact = exact

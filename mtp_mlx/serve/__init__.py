@@ -9,6 +9,7 @@ tools.py          tools of a request                      effort.py         how 
 request.py        requests to the engine, and its events  sequence.py       one request being answered
 engine.py         the thread that owns the model: queue, turns, cancellation
 batch.py          forward passes shared by requests       batch_plan.py     the layout of shared passes
+batch_generate.py texts of several prompts at once, without a server; batch_texts.py: what is asked for and returned
 grammar.py        JSON schema as a constraint on tokens   prefix_cache.py   KV caches kept for later requests
 prefix_text.py    one text of them, and its states        prefix_files.py   the same on disk
 message_ends.py   where states are kept for them          metrics.py        counters for Prometheus

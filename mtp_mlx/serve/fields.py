@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from mtp_mlx.decode.pick import SamplingConfig
@@ -124,24 +125,28 @@ class Fields:
         """Names of the fields that nobody took; they have no effect."""
         return tuple(sorted(self._left))
 
-    def sampling(self, default_temperature: float, seed: int) -> SamplingConfig:
-        """Take all sampling fields. `seed` is the default seed.
+    def sampling(self, default: SamplingConfig, seed: int) -> SamplingConfig:
+        """Take all sampling fields.
+
+        Args:
+            default: for fields that are missing.
+            seed: if the request has none.
 
         Raises:
             RequestError: if a value is out of range.
         """
-        plain = SamplingConfig()
         try:
-            return SamplingConfig(
-                temperature=self.number("temperature", default_temperature),
-                top_k=self._whole("top_k", plain.top_k),
-                top_p=self.number("top_p", plain.top_p),
-                min_p=self.number("min_p", plain.min_p),
-                repetition_penalty=self.number("repetition_penalty", plain.repetition_penalty),
+            return replace(
+                default,
+                temperature=self.number("temperature", default.temperature),
+                top_k=self._whole("top_k", default.top_k),
+                top_p=self.number("top_p", default.top_p),
+                min_p=self.number("min_p", default.min_p),
+                repetition_penalty=self.number("repetition_penalty", default.repetition_penalty),
                 repetition_context_size=self._context("repetition_context_size"),
-                presence_penalty=self.number("presence_penalty", plain.presence_penalty),
+                presence_penalty=self.number("presence_penalty", default.presence_penalty),
                 presence_context_size=self._context("presence_context_size"),
-                frequency_penalty=self.number("frequency_penalty", plain.frequency_penalty),
+                frequency_penalty=self.number("frequency_penalty", default.frequency_penalty),
                 frequency_context_size=self._context("frequency_context_size"),
                 seed=self._whole("seed", seed, 2**64 - 1),
                 logit_bias=self._biases("logit_bias"),

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.answer_parts import PartsSettings, opens_thinking
 from mtp_mlx.api import encode_prompt
 from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
+from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.fields import Fields, message_text
 from mtp_mlx.serve.grammar import Grammars
@@ -30,13 +31,13 @@ class Limits:
     Attributes:
         prompt, output: most tokens of the prompt, and of the text.
         default_output: most tokens of the text if the request has no max_tokens.
-        temperature, thinking: if the request has none.
+        sampling, thinking: if the request has none.
     """
 
     prompt: int = 32768
     output: int = 32768
     default_output: int = 1024
-    temperature: float = 0.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     thinking: Thinking = "auto"
 
 
@@ -189,7 +190,7 @@ class Prompts:
             RequestError: if a limit is exceeded, or a field is invalid.
         """
         limits = self.limits
-        sampling = fields.sampling(limits.temperature, secrets.randbelow(SEEDS))
+        sampling = fields.sampling(limits.sampling, secrets.randbelow(SEEDS))
         if isinstance(prompt, list):
             prompt = ChatPrompt(prompt, None, ends=(len(prompt) - 1,))
         if schema is not None and prompt.schema is not None:

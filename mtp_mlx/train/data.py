@@ -9,10 +9,13 @@ Rows have these fields (the names are mlx-lm's, except `response`):
     {"prompt": ..., "completion": ...} or {"prompt": ..., "response": ...}
     {"text": ...}                                                   all of it is the response
 
-    "weight"            optional; rows of weight 2 are seen twice as often as rows of weight 1
-    "tools"             optional; passed to the chat template
-    "finished"          optional; false if the answer was truncated: no end-of-turn token is added
-    "response_tokens"   optional; the ids that the model generated, instead of encoding the response's text
+    "weight"                optional; rows of weight 2 are seen twice as often as rows of weight 1
+    "tools"                 optional; passed to the chat template
+    "chat_template_kwargs"  optional; further variables of the chat template, such as enable_thinking
+    "finished"              optional; false if the answer was truncated: no end-of-turn token is added
+    "response_tokens"       optional; the ids that the model generated, instead of encoding the response's text
+
+Rows whose answer ends within the model's thinking are left out: where the thought would have ended is not known.
 
 The order in which a run sees its examples is in `mtp_mlx/train/order.py`.
 """
@@ -28,15 +31,17 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.answer_parts import ends_in_thought
 from mtp_mlx.errors import MTPError
 from mtp_mlx.jsonl import read_jsonl, type_name
-from mtp_mlx.token_ids import check_ids
+from mtp_mlx.token_ids import check_ids, text_of
 from mtp_mlx.train.messages import (
     answer_text,
     end_of_turn_id,
     messages_prompt_ids,
     prompt_ids,
     read_messages,
+    template_options,
 )
 from mtp_mlx.train.order import held_out_indices
 
@@ -74,6 +79,7 @@ class DataReport:
         tokens: tokens of all examples.
         response_tokens: tokens of their responses.
         files: paths read.
+        unended: rows left out because the thinking in their answer has no end.
     """
 
     rows: int = 0
@@ -82,6 +88,7 @@ class DataReport:
     tokens: int = 0
     response_tokens: int = 0
     files: list[str] = field(default_factory=list)
+    unended: int = 0
 
     def __add__(self, other: DataReport) -> DataReport:
         return DataReport(
@@ -91,6 +98,7 @@ class DataReport:
             tokens=self.tokens + other.tokens,
             response_tokens=self.response_tokens + other.response_tokens,
             files=self.files + other.files,
+            unended=self.unended + other.unended,
         )
 
     def __str__(self) -> str:
@@ -99,6 +107,8 @@ class DataReport:
             text += f"; {self.truncated:,} rows truncated"
         if self.dropped:
             text += f"; {self.dropped:,} rows dropped, whose prompt alone is too long"
+        if self.unended:
+            text += f"; {self.unended:,} rows dropped, whose thinking has no end"
         return text
 
 
@@ -163,6 +173,13 @@ class Encoder:
             check_ids(example.tokens, self.vocab_size, f"{where}: the row", made_by)
         return replace(example, weight=_weight(row, where)) if "weight" in row else example
 
+    def unended(self, example: Example) -> bool:
+        """Whether the response ends within the model's thinking."""
+        prompt, response = example.tokens[: example.loss_start], example.tokens[example.loss_start :]
+        if not getattr(self.tokenizer, "has_thinking", False):
+            return False
+        return ends_in_thought(self.tokenizer, prompt, text_of(self.tokenizer, response))
+
     def _example(self, row: dict[str, Any], where: str) -> Example:
         finished = _typed(row, "finished", bool, where) if "finished" in row else None
         if "text" in row and "prompt" not in row and "messages" not in row:
@@ -185,7 +202,8 @@ class Encoder:
             )
         prompt, response = _typed(row, "prompt", str, where), _typed(row, reply, str, where)
         try:
-            return prompt_ids(self.tokenizer, prompt, row.get("tools")), self._encoded(response)
+            options = template_options(row, where)
+            return prompt_ids(self.tokenizer, prompt, row.get("tools"), options), self._encoded(response)
         except MTPError as error:
             raise MTPError(f"{where}: {error}") from error
 
@@ -196,10 +214,11 @@ class Encoder:
             raise MTPError(
                 f"{where}: the last of \"messages\" must be the assistant's, after a user's. Fix this row."
             )
-        prompt = messages_prompt_ids(self.tokenizer, messages[:-1], row.get("tools"), where)
+        tools, options = row.get("tools"), template_options(row, where)
+        prompt = messages_prompt_ids(self.tokenizer, messages[:-1], tools, where, options)
         if not messages[-1].get("tool_calls"):
             return prompt, self._encoded(messages[-1]["content"])
-        ids = self._encoded(answer_text(self.tokenizer, messages, row.get("tools"), where))
+        ids = self._encoded(answer_text(self.tokenizer, messages, tools, where, options))
         return prompt, ids[: ids.index(self.end_of_turn)] if self.end_of_turn in ids else ids
 
     def _encoded(self, response: str) -> list[int]:
@@ -262,6 +281,9 @@ def load_examples(
     for number, row in read_jsonl(path):
         example = encoder.encode(row, f"{path}, line {number}")
         report.rows += 1
+        if encoder.unended(example):
+            report.unended += 1
+            continue
         if len(example) > max_length:
             if example.loss_start >= max_length:
                 report.dropped += 1
@@ -273,6 +295,11 @@ def load_examples(
         examples.append(example)
     if report.rows == 0:
         raise MTPError(f"{path}: the file is empty. Write one JSON object per line, with {ROW_FORMATS}.")
+    if not examples and report.unended:
+        raise MTPError(
+            f"{path}: no row can be used ({report.unended} of {report.rows} end within the model's thinking). Raise "
+            "`max_tokens` of distill, or turn thinking off."
+        )
     if not examples:
         raise MTPError(
             f"{path}: every prompt fills the {max_length} tokens of a sequence. Raise `max_length`."

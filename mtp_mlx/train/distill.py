@@ -2,8 +2,9 @@
 
 The output is a JSONL file to which answers are appended in the order in which they end. A row holds the prompt as it
 was read (`prompt` or `messages`), `response`, `response_tokens` (the generated ids, without the eos), `finished`
-(false if the answer was truncated at max_tokens), `temperature`, and `id`, `category`, `source` and `licence` if the
-prompt has them. `mtp_mlx.train.data` reads these rows as they are.
+(false if the answer was truncated at max_tokens), `temperature`, `chat_template_kwargs` if thinking was switched, and
+`id`, `category`, `source` and `licence` if the prompt has them. `mtp_mlx.train.data` reads these rows as they are.
+Answers that end within their thinking are counted and left out; the next run tries their prompts again.
 
 A prompt whose answer is in the output is not answered again, so a stopped run resumes. Noise depends on (seed,
 prompt, position): a resumed run writes the same answers as an uninterrupted one.
@@ -23,19 +24,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from mtp_mlx.config import setting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors
-from mtp_mlx.jsonl import read_jsonl
-from mtp_mlx.token_ids import check_ids, text_of
-from mtp_mlx.train.messages import messages_prompt_ids, prompt_ids, read_messages
+from mtp_mlx.train.distill_rows import (
+    Answer,
+    Prompt,
+    answer_row,
+    encode_prompt,
+    read_answered,
+    read_prompts,
+    repair_last_line,
+    thoughts_of,
+)
 
-COPIED_FIELDS = ("id", "category", "source", "licence", "license")
 PREFILL_BATCH_SIZE = 8
 
 
@@ -51,40 +57,10 @@ class DistillSettings:
     max_tokens: int = setting(256, help="Maximum length of an answer in tokens", minimum=1)
     temp: float = setting(0.0, help="Sampling temperature; 0 = greedy", minimum=0)
     batch_size: int = setting(8, help="Prompts answered at once", minimum=1)
+    thinking: Literal["auto", "on", "off"] = setting("auto", help="Switch the model's thinking on or off")
+    thoughts: Literal["keep", "drop"] = setting("keep", help="Keep thinking in the answers, or drop it")
     limit: int | None = setting(None, help="Use only the first prompts of the file, this many", minimum=1)
     seed: int = setting(0, help="Seed of the sampling noise", minimum=0)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt.
-
-    Attributes:
-        row: its fields, as they are written to the output.
-        where: file and line.
-        key: its id, or else its digest; unique in the output.
-        digest: hash of its text.
-    """
-
-    row: dict[str, Any]
-    where: str
-    key: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer.
-
-    Attributes:
-        prompt: what was answered.
-        tokens: generated ids, without the eos.
-        finished: whether the model ended it; false if it was truncated.
-    """
-
-    prompt: Prompt
-    tokens: list[int]
-    finished: bool
 
 
 @dataclass
@@ -96,6 +72,7 @@ class DistillSummary:
         written: answers written.
         finished: of these, answers that the model ended itself.
         skipped: prompts that were answered before.
+        unended: answers left out because their thinking has no end.
         duplicates: prompts that are in the file more than once.
         tokens: generated ids.
         seconds: time of generation.
@@ -107,6 +84,7 @@ class DistillSummary:
     written: int = 0
     finished: int = 0
     skipped: int = 0
+    unended: int = 0
     duplicates: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -116,89 +94,6 @@ class DistillSummary:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with tokens per second."""
         return {**asdict(self), "tok_per_s": self.tokens / self.seconds if self.seconds else 0.0}
-
-
-# --- prompts and earlier answers ----------------------------------------------------------------------------
-
-
-def read_prompts(path: Path, limit: int | None = None) -> Iterator[Prompt]:
-    """The prompts of a JSONL file, whose rows have `prompt`, `messages` or `turns`.
-
-    The first of `turns` is the prompt. Assistant messages at the end of `messages` are dropped: the model answers
-    itself.
-
-    Raises:
-        MTPError: a row has no prompt; with file and line number.
-    """
-    for number, row in islice(read_jsonl(path), limit):
-        where = f"{path}, line {number}"
-        asked = _asked(row, where)
-        digest = _digest(asked)
-        key = str(row["id"]) if row.get("id") is not None else digest
-        copied = {name: row[name] for name in COPIED_FIELDS if row.get(name) is not None}
-        yield Prompt({**copied, **asked}, where, key, digest)
-
-
-def _asked(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """{"prompt": text} or {"messages": [...]} (with "tools" if given) of a prompt row."""
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise MTPError(f'{where}: "messages" must be a list. Fix this row.')
-        while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise MTPError(f'{where}: "messages" has nothing to answer. Fix this row.')
-        read_messages(messages, where)
-        return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
-    text = row.get("prompt")
-    if text is None and isinstance(row.get("turns"), list) and row["turns"]:
-        text = row["turns"][0]
-    if not isinstance(text, str) or not text.strip():
-        raise MTPError(f'{where}: no prompt. The row needs "prompt" (text), "messages" or "turns".')
-    return {"prompt": text}
-
-
-def _digest(asked: dict[str, Any]) -> str:
-    """16 hex digits that depend on the prompt's text."""
-    text = json.dumps(asked, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def repair_last_line(path: Path) -> str:
-    """Drops a last line that was cut off while it was written; returns what was done, in words, or ""."""
-    if not path.exists():
-        return ""
-    with clear_errors(path), path.open("r+b") as file:
-        content = file.read()
-        if not content or content.endswith(b"\n"):
-            return ""
-        start = content.rfind(b"\n") + 1
-        try:
-            json.loads(content[start:])
-        except ValueError:
-            file.truncate(start)
-            return f"{path}: dropped the last line, which was cut off while it was written"
-        file.write(b"\n")
-    return ""
-
-
-def read_answered(path: Path) -> dict[str, str]:
-    """{key: digest} of every prompt that is answered in the output.
-
-    Raises:
-        MTPError: the file does not hold answers.
-    """
-    answered: dict[str, str] = {}
-    if not path.exists():
-        return answered
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
-        if "response" not in row and "messages" not in row:
-            raise MTPError(f'{where}: this file does not hold answers (no "response"). Choose another `out`.')
-        digest = _digest(_asked(row, where))
-        answered[str(row["id"]) if row.get("id") is not None else digest] = digest
-    return answered
 
 
 def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: DistillSummary) -> list[Prompt]:
@@ -228,40 +123,18 @@ def _pending(prompts: Iterable[Prompt], answered: dict[str, str], summary: Disti
 # --- answers ------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int | None = None) -> list[int]:
-    """Ids of a prompt, as generation makes them.
-
-    Args:
-        vocab_size: V, rows of the model's embedding; None: ids are not checked.
-
-    Raises:
-        MTPError: with file and line, if the row cannot be used.
-    """
-    row, where = prompt.row, prompt.where
-    if "messages" in row:
-        ids = messages_prompt_ids(tokenizer, row["messages"], row.get("tools"), where)
-    else:
-        try:
-            ids = prompt_ids(tokenizer, row["prompt"])
-        except MTPError as error:
-            raise MTPError(f"{where}: {error}") from error
-    if not ids:
-        raise MTPError(f"{where}: the tokenizer makes no tokens of the prompt. Delete this row.")
-    if vocab_size is not None:
-        check_ids(ids, vocab_size, f"{where}: the prompt", tokenizer)
-    return ids
-
-
 def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Iterable[Prompt],
     settings: DistillSettings,
     on_tokens: Callable[[int], None] = lambda count: None,
+    options: dict[str, Any] | None = None,
 ) -> Iterator[Answer]:
     """Answers in the order in which they end, by mlx-lm's continuous batching.
 
     Args:
+        options: further variables of the chat template.
         on_tokens: called after every forward pass with the number of ids it generated.
     """
     from mlx_lm.generate import BatchGenerator
@@ -278,25 +151,24 @@ def generate_answers(
         prefill_batch_size=min(settings.batch_size, PREFILL_BATCH_SIZE),
     )
     waiting = deque(prompts)
-    active: dict[int, tuple[Prompt, list[int]]] = {}
+    active: dict[int, Answer] = {}
     try:
         while waiting or active:
             while waiting and len(active) < 2 * settings.batch_size:  # the rest need no cache yet
                 prompt = waiting.popleft()
                 sampler = _sampler(settings, prompt)
-                ids = encode_prompt(prompt, tokenizer, vocab_size)
+                ids = encode_prompt(prompt, tokenizer, vocab_size, options)
                 warn_beyond(model, len(ids))
                 (uid,) = batch.insert([ids], samplers=None if sampler is None else [sampler])
-                active[uid] = (prompt, [])
+                active[uid] = Answer(prompt, ids, [], finished=False)
             responses = batch.next_generated()
             on_tokens(len(responses))
             for response in responses:
-                prompt, tokens = active[response.uid]
                 if response.finish_reason != "stop":
-                    tokens.append(int(response.token))
+                    active[response.uid].tokens.append(int(response.token))
                 if response.finish_reason is not None:
-                    del active[response.uid]
-                    yield Answer(prompt, tokens, response.finish_reason == "stop")
+                    answer = active.pop(response.uid)
+                    yield replace(answer, finished=response.finish_reason == "stop")
     finally:
         batch.close()
 
@@ -318,22 +190,6 @@ def _sampler(settings: DistillSettings, prompt: Prompt) -> Callable[[Any], Any] 
     return sample
 
 
-def answer_row(answer: Answer, tokenizer: Any, temperature: float) -> dict[str, Any]:
-    """The row of the output for an answer."""
-    response = text_of(tokenizer, answer.tokens)
-    row = dict(answer.prompt.row)
-    if "messages" in row:
-        row["messages"] = [*row["messages"], {"role": "assistant", "content": response}]
-    else:
-        row["response"] = response
-    return {
-        **row,
-        "response_tokens": answer.tokens,
-        "finished": answer.finished,
-        "temperature": temperature,
-    }
-
-
 def distill(
     model: Any,
     tokenizer: Any,
@@ -350,7 +206,7 @@ def distill(
     Args:
         on_start: called once with the number of prompts to answer and the summary so far.
         on_tokens: called after every forward pass with the number of ids it generated.
-        on_answer: called with every answer that was written.
+        on_answer: called with every answer, once it is written or left out.
 
     Raises:
         MTPError: the prompts or the output cannot be used, or the disk is full.
@@ -361,6 +217,7 @@ def distill(
         raise MTPError(
             f'{settings.prompts}: the file is empty. Write one JSON object with "prompt" per line.'
         )
+    thoughts = thoughts_of(tokenizer, settings.thinking, kept=settings.thoughts == "keep")
     pending = _pending(prompts, read_answered(settings.out), summary)
     on_start(len(pending), summary)
     started = time.perf_counter()
@@ -371,10 +228,14 @@ def distill(
 
     try:
         with _opened(settings.out) as file:
-            for answer in generate_answers(model, tokenizer, pending, settings, counted):
-                _append(file.fileno(), settings, answer_row(answer, tokenizer, settings.temp))
-                summary.written += 1
-                summary.finished += answer.finished
+            for answer in generate_answers(model, tokenizer, pending, settings, counted, thoughts.asked):
+                row = answer_row(answer, tokenizer, settings.temp, thoughts)
+                if row is None:
+                    summary.unended += 1
+                else:
+                    _append(file.fileno(), settings, row)
+                    summary.written += 1
+                    summary.finished += answer.finished
                 on_answer(answer)
     except KeyboardInterrupt:
         summary.interrupted = True

@@ -74,19 +74,41 @@ def _call(call: Message) -> Message:
 # --- ids ------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None) -> list[int]:
+def template_options(row: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """The variables of the chat template that a row sets in "chat_template_kwargs", or None.
+
+    Raises:
+        MTPError: at `where`, if they are no object.
+    """
+    options = row.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise MTPError(
+            f'{where}: "chat_template_kwargs" must be an object, but its type is {type_name(options)}. Fix this row.'
+        )
+    return options
+
+
+def prompt_ids(tokenizer: Any, prompt: str, tools: Any = None, options: Message | None = None) -> list[int]:
     """Ids of a user's prompt, through the chat template if there is one.
+
+    Args:
+        options: further variables of the template.
 
     Raises:
         MTPError: if the template does not take it.
     """
     if getattr(tokenizer, "has_chat_template", False):
-        return chat_ids(tokenizer, [{"role": "user", "content": prompt}], tools)
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}], tools, options)
     return list(tokenizer.encode(prompt))
 
 
-def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: str) -> list[int]:
+def messages_prompt_ids(
+    tokenizer: Any, messages: list[Any], tools: Any, where: str, options: Message | None = None
+) -> list[int]:
     """Ids of messages from a file, up to where the answer begins.
+
+    Args:
+        options: further variables of the template.
 
     Raises:
         MTPError: at `where`, if the messages are not a chat or there is no chat template that takes them.
@@ -99,7 +121,7 @@ def messages_prompt_ids(tokenizer: Any, messages: list[Any], tools: Any, where: 
         )
     try:
         _check_calls(tokenizer, read, tools)
-        return chat_ids(tokenizer, read, tools)
+        return chat_ids(tokenizer, read, tools, options)
     except MTPError as error:
         raise MTPError(f"{where}: {error}") from error
 
@@ -120,19 +142,22 @@ def _name(call: Message) -> str:
     return str((function if isinstance(function, dict) else call).get("name", ""))
 
 
-def answer_text(tokenizer: Any, messages: list[Message], tools: Any, where: str) -> str:
+def answer_text(
+    tokenizer: Any, messages: list[Message], tools: Any, where: str, options: Message | None = None
+) -> str:
     """What the chat template makes of the last message, behind the prompt that those before it are.
 
     Args:
         messages: from `read_messages`.
+        options: further variables of the template.
 
     Raises:
         MTPError: at `where`, if the template does not write the answer behind the prompt.
     """
     try:
         _check_calls(tokenizer, messages, tools)
-        prompt = chat_text(tokenizer, messages[:-1], tools, answer_follows=True)
-        whole = chat_text(tokenizer, messages, tools, answer_follows=False)
+        prompt = chat_text(tokenizer, messages[:-1], tools, options, answer_follows=True)
+        whole = chat_text(tokenizer, messages, tools, options, answer_follows=False)
     except MTPError as error:
         raise MTPError(f"{where}: {error}") from error
     if not whole.startswith(prompt):

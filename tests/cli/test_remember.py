@@ -81,6 +81,20 @@ def test_both_answers_of_a_chat_and_no_question(folder: Path, tmp_path: Path) ->
     assert json.loads(whole.stdout)["tokens"] == both > first > 2
 
 
+def test_the_ids_of_a_distilled_chat_are_those_of_its_last_answer(folder: Path, tmp_path: Path) -> None:
+    row = {"messages": CHAT[:4], "response_tokens": [5] * 40, "finished": False}
+    plain = {"messages": CHAT[:2]}  # the first answer, which these ids do not belong to
+    counted = [
+        json.loads(
+            remember(
+                folder, tmp_path / f"{name}.mem", write(tmp_path / f"{name}.jsonl", data), "--json"
+            ).stdout
+        )
+        for name, data in (("row", row), ("plain", plain))
+    ]
+    assert counted[0]["tokens"] == 40 + counted[1]["tokens"]
+
+
 def test_a_file_is_remembered_once(folder: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "a.mem", write(tmp_path / "answers.jsonl", ROW)
     remember(folder, out, data)

@@ -15,7 +15,8 @@ from mtp_mlx.cli import main
 from mtp_mlx.errors import MTPError
 from mtp_mlx.train import distill as module
 from mtp_mlx.train.data import load_examples
-from mtp_mlx.train.distill import DistillSettings, distill, read_prompts
+from mtp_mlx.train.distill import DistillSettings, distill
+from mtp_mlx.train.distill_rows import read_prompts
 from mtp_mlx.train.messages import prompt_ids
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -19,6 +19,7 @@ from mtp_mlx.token_ids import check_ids
 from mtp_mlx.train.data import Encoder, Example
 
 JSONL = (".jsonl", ".json")
+LAST_ONLY = ("response_tokens", "finished")  # fields that speak of the last answer of a chat
 CHARACTERS = 1 << 16  # of a plain text that are encoded at once
 
 
@@ -46,8 +47,10 @@ def _rows(path: Path, encoder: Encoder) -> Iterator[Example]:
             for place, message in enumerate(messages)
             if isinstance(message, dict) and message.get("role") == "assistant"
         ]
+        earlier = {name: value for name, value in row.items() if name not in LAST_ONLY}
         for place in answers or [len(messages)]:  # without an answer, the encoder says what is missing
-            yield encoder.encode({**row, "messages": messages[: place + 1]}, where)
+            fields = row if place == len(messages) - 1 else earlier
+            yield encoder.encode({**fields, "messages": messages[: place + 1]}, where)
 
 
 def _plain_text(path: Path, tokenizer: Any) -> list[int]:
