@@ -75,6 +75,15 @@ _FC = Names(
     norm_out="mtp.norm.weight",
     block="mtp.layers.{n}.",
 )
+# mlx-vlm splits heads from their model under the names that they have inside their module.
+_SPLIT_FC = Names(
+    fuse="fc.weight",
+    norm_embedding="pre_fc_norm_embedding.weight",
+    norm_hidden="pre_fc_norm_hidden.weight",
+    norm_out="norm.weight",
+    block="layers.{n}.",
+)
+_QWEN = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _MIMO = Names(
     fuse="model.mtp_layers.{n}.input_proj.weight",
     norm_embedding="model.mtp_layers.{n}.token_layernorm.weight",
@@ -125,9 +134,19 @@ def _mimo(
 
 FAMILIES: tuple[Family, ...] = (
     _fc(
-        "Qwen3-Next / 3.5 / 3.6",
+        "Qwen3-Next / 3.5 to 3.8",
         HeadConvention("qwen", zero_centred_norms=True),
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        _QWEN,
+        form="cascade, dense or with experts",
+    ),
+    Family(
+        "Qwen3-Next / 3.5 to 3.8, split from the model",
+        HeadConvention("qwen", zero_centred_norms=True, unsettled=("zero_centred_norms",)),
+        r"pre_fc_norm_embedding\.weight",
+        r"layers\.(\d+)\.input_layernorm\.weight",
+        "",
+        _SPLIT_FC,
+        _QWEN,
         form="cascade, dense or with experts",
     ),
     _fc("EXAONE-MoE", HeadConvention("exaone-moe"), ("exaone_moe",)),

@@ -185,7 +185,7 @@ def verify_heads(
         result = Verification(written, acceptance, sum(row.count for row in rows))
         result.recycled = heads.convention.recycled_hidden
         if acceptance[0] < LOW:
-            for variant in _variants(written, can_be_before_norm=rows[0].before_norm is not None):
+            for variant in _variants(written, heads, can_be_before_norm=rows[0].before_norm is not None):
                 with _as_if(heads, written, variant):
                     found = _acceptance(attached, heads, rows, variant.first_hidden, 1)
                 result.others[variant] = found[0]
@@ -347,10 +347,13 @@ def _second_draft(
     return found
 
 
-def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:
-    """All combinations but `written`."""
+def _variants(written: Variant, heads: MTPHeads, can_be_before_norm: bool) -> list[Variant]:
+    """All combinations but `written`; without the other order where a quantised weight cannot be taken in halves."""
     hidden = ("post-norm", "pre-norm") if can_be_before_norm else ("post-norm",)
-    every = (Variant(*values) for values in itertools.product(hidden, ("embedding", "hidden"), (False, True)))
+    scales = heads.heads[0].fuse.get("scales")
+    whole = scales is not None and scales.shape[1] % 2
+    order = (written.stored_order,) if whole else ("embedding", "hidden")
+    every = (Variant(*values) for values in itertools.product(hidden, order, (False, True)))
     return [variant for variant in every if variant != written]
 
 
@@ -362,7 +365,7 @@ def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None
     shift = int(variant.zero_centred_norms) - int(written.zero_centred_norms)
 
     def changed(name: str, value: mx.array) -> mx.array:
-        if name == "fuse.weight" and variant.stored_order != written.stored_order:
+        if name.startswith("fuse.") and variant.stored_order != written.stored_order:
             return mx.concatenate(list(mx.split(value, 2, axis=1))[::-1], axis=1)
         if value.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]:
             return value + shift
