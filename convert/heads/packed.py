@@ -1,8 +1,8 @@
 """Heads that are stored quantised: matrices stay packed, and are run so.
 
-mlx packs a matrix [..., M, N] of b bits in groups of g into `weight` [..., M, N b / 32] of uint32, `scales` and, in its
-affine mode, `biases` [..., M, N / g]. What a matrix is quantised to is therefore read off the shapes of its own tensors:
-every matrix may have another number of bits, and config.json, which is often wrong about heads, is not asked.
+mlx packs a matrix [..., M, N] of b bits in groups of g into `weight` [..., M, N b / 32] of uint32, `scales` and, in
+its affine mode, `biases` [..., M, N / g]. What a matrix is quantised to is therefore read off the shapes of its own
+tensors: every matrix may have another number of bits, and config.json, which may be wrong about heads, is not asked.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def unpacked(
 ) -> tuple[list[Target], dict[str, Packing]]:
     """`targets` as far as they are stored quantised in parts, and how.
 
-    A target of quantised matrices becomes three (two without biases), `.weight`, `.scales` and `.biases`, to which the
-    target's step is applied as they are. Others stay.
+    A target of quantised matrices becomes three (two without biases), `.weight`, `.scales` and `.biases`, to which
+    the target's step is applied as they are. Others stay.
 
     Returns:
         The targets, and {canonical name without ".weight": how it is quantised}.

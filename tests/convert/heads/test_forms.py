@@ -18,7 +18,16 @@ from mtp_mlx.convert.heads.plan import find_heads, plan_heads
 from mtp_mlx.convert.read.checkpoint import open_checkpoint
 from mtp_mlx.errors import ConversionError
 from tests.convert.heads.form_checkpoints import Forms, plain, quantised, save, stacked
-from tests.convert.heads.parity_setup import TOLERANCE, Parity, convert_heads, drafts_of_two_steps, worst
+from tests.convert.heads.parity_checkpoints import parity_checkpoint
+from tests.convert.heads.parity_setup import (
+    TOLERANCE,
+    Parity,
+    convert,
+    convert_heads,
+    drafts_of_two_steps,
+    worst,
+    write_pytorch,
+)
 
 AFFINE = {"group_size": 32, "mode": "affine"}
 SIDECARS = ["mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors"]
@@ -149,3 +158,30 @@ def test_what_mlx_does_not_know_is_a_sentence(dense: Forms, tmp_path: Path) -> N
         with pytest.raises(ConversionError) as error:
             plan_heads(checkpoint, find_heads(checkpoint))
         assert said.replace("mtp.", "") in str(error.value) and str(source) in str(error.value)
+
+
+def test_glm_flash_split_from_the_model(tmp_path: Path) -> None:
+    """mlx-vlm's names and the layer's own form: the tensors are those of the original, converted as a whole."""
+    made = parity_checkpoint("glm-4.7-flash", {})
+    whole = convert(write_pytorch(made, tmp_path / "model"), tmp_path / "whole") / "mtp"
+    converted = {name: np.array(value) for name, value in mx.load(str(whole / "mtp.safetensors")).items()}
+    names = {
+        "fuse": "eh_proj",
+        "norm_embedding": "enorm",
+        "norm_hidden": "hnorm",
+        "norm_out": "shared_head_norm",
+    }
+    flat = {"model.embed_tokens.weight": made.stored["model.embed_tokens.weight"]}
+    flat["lm_head.weight"] = made.stored["lm_head.weight"]
+    for name, value in converted.items():
+        part, _, rest = name.removeprefix("heads.0.").partition(".")
+        flat[f"model.mtp_block.{rest}" if part == "block" else f"model.{names[part]}.{rest}"] = value
+    (tmp_path / "split").mkdir()
+    save(tmp_path / "split" / "model.safetensors", flat)
+    config = {"model_type": "glm4_moe_lite_mtp", "text_config": made.config, "block_size": 2}
+    (tmp_path / "split" / "config.json").write_text(json.dumps(config))
+    folder = convert_heads(tmp_path / "split", tmp_path / "heads")
+    found = {name: np.array(value) for name, value in mx.load(str(folder / "mtp.safetensors")).items()}
+    own = {"heads.0.embed_tokens.weight", "heads.0.lm_head.weight"}  # no trunk is there to share them with
+    assert found.keys() == converted.keys() | own
+    assert all((found[name] == converted[name]).all() for name in converted)
