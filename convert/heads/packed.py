@@ -100,7 +100,7 @@ def _part(target: Target, stem: str, part: str, packing: Packing) -> Target:
 
 def _packing(target: Target, tensors: Mapping[str, LazyTensor]) -> Packing:
     """How the matrices that make a target are quantised: all of them alike."""
-    found = {_packing_of(name, shape, tensors) for name, shape in target.sources}
+    found = {packing_of(name, shape, tensors) for name, shape in target.sources}
     name, shape = target.sources[0]
     if len(found) > 1:
         raise ConversionError(f"{name} and its siblings are not quantised alike; use the unquantised heads")
@@ -113,7 +113,7 @@ def _packing(target: Target, tensors: Mapping[str, LazyTensor]) -> Packing:
     return packing
 
 
-def _packing_of(name: str, shape: Shape, tensors: Mapping[str, LazyTensor]) -> Packing:
+def packing_of(name: str, shape: Shape, tensors: Mapping[str, LazyTensor]) -> Packing:
     """How a matrix of `shape` is quantised, by the shapes of its parts."""
     stem = name.removesuffix(_WEIGHT)
     weight, scales = tensors.get(name), tensors.get(stem + _SCALES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,18 @@ class Checkpoint:
         return {**self.config, **inner} if isinstance(inner, dict) else self.config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, only: Sequence[str] = ()) -> Checkpoint:
     """Open the checkpoint at `path`. Reads headers and the configuration, not weights.
+
+    Args:
+        only: names of the files to read in a folder of which others may be missing; empty for the whole checkpoint.
 
     Raises FileNotFoundError, or ConversionError: not a checkpoint, or a damaged or incomplete one.
     """
     path = Path(path)
-    if path.is_dir():
+    if only:
+        container, parts, values = _files(path / name for name in only)
+    elif path.is_dir():
         container, parts, values = _folder(path)
     elif path.suffix.lower() in SUFFIXES:
         container, parts, values = _files([path])
@@ -102,8 +107,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     stored = merge(parts)
     config, config_name = _config(path if path.is_dir() else path.parent, stored)
-    files = [file.name for file in parts]
-    beside = _heads_beside(path, config, files, stored) if path.is_dir() else {}
+    files = list(only) or [file.name for file in parts]
+    beside = _heads_beside(path, config, files, stored) if path.is_dir() and not only else {}
     stored |= {name: tensor for tensors in beside.values() for name, tensor in tensors.items()}
     tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
     if not tensors:
