@@ -107,7 +107,7 @@ def _stage(checkpoint: Checkpoint, found: Found | None, folder: Path) -> dict[st
         targets, config = _meta_trunk(checkpoint)
         save_targets(folder / "model.safetensors", targets, checkpoint.tensors)
     elif checkpoint.container == "safetensors":
-        for i, file in enumerate(checkpoint.files):
+        for i, file in enumerate(file for file in checkpoint.files if file not in checkpoint.beside):
             (folder / f"model-{i:05d}.safetensors").symlink_to((home / file).resolve())
     else:
         owned = set() if found is None else found.owned

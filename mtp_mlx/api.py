@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx import lora
-from mtp_mlx.adapter_folder import Header, sidecar
+from mtp_mlx.adapter_sources import Wanted, drafter_folder, load_adapter
 from mtp_mlx.answer_parts import LONGEST_TAG, Thoughts
 from mtp_mlx.base_model import load_base, local_folder
 from mtp_mlx.decode.emission import Emission
@@ -42,9 +42,8 @@ from mtp_mlx.metal_kernels.dispatch import Dispatcher, default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.context import beyond_context
-from mtp_mlx.model.fingerprint import sampled_through
 from mtp_mlx.model.sharded import shard
-from mtp_mlx.models import bundled_adapter, bundled_memory, named_adapter, resolve_model
+from mtp_mlx.models import bundled_memory, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.prompt_ids import Prompt, encode_prompt
 from mtp_mlx.prompt_ids import chat_prompt as chat_prompt
@@ -123,6 +122,7 @@ def load(
     model: str = "smollm2-135m",
     adapter: str | Path | None = "auto",
     *,
+    heads: str | Path | None = None,
     quantize: int | None = None,
     exact: bool = False,
     adapter_path: str | Path | None = None,
@@ -134,9 +134,10 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
-        adapter: an adapter folder; "demo-heads" for the bundled MTP heads of the embedded model; "auto" for the
-            bundled adapter of this model or the folder `mtp` in the model's own, if there is one; None for no
-            adapter.
+        adapter: an adapter folder or its hub id; "demo-heads" for the bundled MTP heads of the embedded model; "auto"
+            for the bundled adapter of this model or the folder `mtp` in the model's own, if any; None for no adapter.
+        heads: MTP heads that others made, instead of an adapter: hub id, folder or file of a checkpoint with heads,
+            which are converted and measured once and kept in the cache.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as in plain decoding, bit for bit. The text then equals that of
             plain decoding even if two tokens nearly tie. Slower, unless a kernel makes up for it.
@@ -157,14 +158,15 @@ def load(
     files = local_folder(model, quantize)
     base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy, folder=files)
     source, info = None, None
-    wanted = registry.replaces_adapter(drafter_options) and adapter == "auto"
-    folder = None if wanted or adapter is None else _adapter_folder(model, path, adapter)
+    replaced = registry.replaces_adapter(drafter_options) and adapter == "auto"
+    wanted = None if heads is None else Wanted(str(heads), str(model), base, tokenizer, alone=not lazy)
+    folder = drafter_folder(model, path, None if replaced else adapter, wanted)
     if folder is not None:
         again = partial(load_base, model, quantize, lazy=True, folder=files) if lazy else None
-        source, info = _load_adapter(folder, base, again)
+        source, info = load_adapter(folder, base, again)
     if adapter_path is not None:
         _put_on(base, adapter_path, peers, drafted=source is not None)
-    named = adapter not in ("auto", None)
+    named = adapter not in ("auto", None) or heads is not None
     context = registry.LoadContext(base, tokenizer, named, bundled_memory(model))
     source = registry.prepare(source, drafter_options, context)
     texts = registry.open_texts(drafter_options, context)
@@ -207,21 +209,6 @@ def _kernels(base: Any, source: Any, peers: Peers, exact: bool) -> Dispatcher | 
         raise MTPError("exact decoding needs a single process: leave `exact` out, or run without mlx.launch")
     shard(base, source, peers)
     return None
-
-
-def _load_adapter(folder: Path, base: Any, again: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Header]:
-    """The adapter in `folder` and its header, for a bare model; `again` loads the model once more if it is lazy."""
-    if again is None:
-        return registry.load_folder(folder, base)
-    with sampled_through(base, lambda: again()[0]):
-        return registry.load_folder(folder, base)
-
-
-def _adapter_folder(model: str, path: str | Path, adapter: str | Path) -> Path | None:
-    """The folder that `adapter` stands for, or None, for a model at `path`."""
-    if adapter == "auto":
-        return bundled_adapter(model) or sidecar(path)
-    return named_adapter(adapter)
 
 
 def _evaluate(attached: AttachedModel) -> None:

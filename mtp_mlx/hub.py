@@ -61,13 +61,18 @@ def hub_api() -> Any:
     return HfApi(library_name="mtp-mlx")
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` has the form of a repository's name, owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def check_repository(name: str) -> str:
     """`name`, if it can be the name of a repository.
 
     Raises:
         MTPError: if it is not of the form owner/name.
     """
-    if not _HUB_ID.fullmatch(name):
+    if not is_repository(name):
         raise MTPError(f"{name!r} is not a repository's name: give OWNER/NAME, as in someone/my-adapter")
     return name
 
@@ -205,6 +210,30 @@ def push(folder: Path, repository: str, description: Description, private: bool)
                 commit_message="Adapter for mtp-mlx",
             )
     return str(getattr(done, "repo_url", None) or repository)
+
+
+def fetch_adapter(repository: str) -> Path:
+    """The folder of the adapter in `repository`: the hub's own cache, which needs no network the next time.
+
+    Raises:
+        MTPError: without access or a network, if there is no such repository or no adapter in it.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def folder(**where: Any) -> Path:
+        return Path(hub_api().snapshot_download(repository, allow_patterns=list(FILES), **where))
+
+    with hub_errors(f"the adapter {repository} could not be fetched"):
+        try:
+            found = folder(local_files_only=True)
+            found = found if (found / CONFIG_NAME).is_file() else folder()
+        except LocalEntryNotFoundError:
+            found = folder()
+    if not (found / CONFIG_NAME).is_file():
+        raise MTPError(
+            f"{repository} holds no adapter of mtp-mlx; if it holds MTP heads, name it with `heads` instead"
+        )
+    return found
 
 
 def pull(repository: str, out: Path, revision: str | None = None) -> Header:

@@ -115,10 +115,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(home / "data.jsonl", home / "mixture.jsonl")
     (home / "train.yaml").write_text("data: data.jsonl\nout: adapter\n")
     monkeypatch.setattr("mtp_mlx.models.embedded_model", lambda *_, **__: model)
-    for module in ("mtp_mlx.models", "mtp_mlx.api"):
+    for module in ("mtp_mlx.models", "mtp_mlx.adapter_sources"):
         monkeypatch.setattr(f"{module}.bundled_adapter", lambda name: home / "adapter" if name == "smollm2-135m" else None)  # fmt: skip  # noqa: E501
     monkeypatch.setattr("mtp_mlx.api.bundled_memory", lambda name: None)  # of another tokenizer
-    monkeypatch.setattr("mtp_mlx.api.named_adapter", lambda name: home / "adapter" if name == "demo-heads" else Path(name))  # fmt: skip  # noqa: E501
+    monkeypatch.setattr("mtp_mlx.adapter_sources.named_adapter", lambda name: home / "adapter" if name == "demo-heads" else Path(name))  # fmt: skip  # noqa: E501
     monkeypatch.chdir(home)
     return home
 

@@ -88,12 +88,14 @@ def qwen3_next(s: Stored) -> Block:
 
 
 def deepseek_v3(s: Stored) -> Block:
-    """DeepSeek-V3's layer."""
+    """DeepSeek-V3's layer, and that of GLM-4.7-Flash."""
     sparse = is_sparse(s)
     inner = deepseek_experts(s) if sparse else mlp(s, s.number("intermediate_size"))
     overrides = {"first_k_dense_replace": 0, "moe_layer_freq": 1} if sparse else {"n_routed_experts": None}
     targets = norms(s) + latent_attention(s) + inner
-    return _block("deepseek_v3", "DeepseekV3DecoderLayer", targets, overrides=overrides, layer_idx=s.layer)
+    flash = s.config.get("model_type") == "glm4_moe_lite"
+    module, name = ("glm4_moe_lite", "Glm4MoeLite") if flash else ("deepseek_v3", "DeepseekV3")
+    return _block(module, f"{name}DecoderLayer", targets, overrides=overrides, layer_idx=s.layer)
 
 
 def longcat_flash(s: Stored) -> Block:
@@ -294,6 +296,7 @@ BLOCKS: dict[str, Builder] = {
     "qwen3_5_moe_text": qwen3_next,
     "deepseek_v3": deepseek_v3,
     "glm4_moe": glm4_moe,
+    "glm4_moe_lite": deepseek_v3,
     "mimo_v2_flash": mimo_v2,
     "mimo_v2": mimo_v2,
     "ernie4_5": ernie4_5,

@@ -22,7 +22,7 @@ CONVENTION_FIELDS = {
     "mask_first_position": (False, True),
 }
 # Multi-modal checkpoints put this before the language model's names.
-_ROOT = r"(?:language_model\.)?"
+_ROOT = r"(?:(?:model\.)?language_model\.)?"
 
 
 @dataclass
@@ -59,7 +59,7 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
     written = config.get(CONVENTION_KEY)  # by our own export
     speculators = config.get("speculators_config")
     inner = config.get("transformer_layer_config")  # speculators keep the model's configuration here
-    config = inner if isinstance(inner, dict) else config
+    config = _of_trunk(inner if isinstance(inner, dict) else config)
     kind = config.get("model_type")
     layouts = [family for family in FAMILIES if _root(family, names, config) is not None]
     for family in layouts:
@@ -83,6 +83,12 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
                 f"the heads are {title}, which is not supported; docs/checkpoints.md lists those that are"
             )
     return None
+
+
+def _of_trunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, with the trunk's model type where it is that of heads alone ("qwen3_5_mtp")."""
+    kind = config.get("model_type")
+    return {**config, "model_type": kind.removesuffix("_mtp")} if isinstance(kind, str) else config
 
 
 def _root(family: Family, names: Collection[str], config: dict[str, Any]) -> str | None:

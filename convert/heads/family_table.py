@@ -75,6 +75,18 @@ _FC = Names(
     norm_out="mtp.norm.weight",
     block="mtp.layers.{n}.",
 )
+# mlx-vlm splits heads from their model under the names that they have inside their module.
+_SPLIT_FC = Names(
+    fuse="fc.weight",
+    norm_embedding="pre_fc_norm_embedding.weight",
+    norm_hidden="pre_fc_norm_hidden.weight",
+    norm_out="norm.weight",
+    block="layers.{n}.",
+)
+_QWEN = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+_GLM = HeadConvention(
+    "glm-4.5", mask_first_position=True, unsettled=("recycled_hidden", "mask_first_position")
+)
 _MIMO = Names(
     fuse="model.mtp_layers.{n}.input_proj.weight",
     norm_embedding="model.mtp_layers.{n}.token_layernorm.weight",
@@ -125,9 +137,19 @@ def _mimo(
 
 FAMILIES: tuple[Family, ...] = (
     _fc(
-        "Qwen3-Next / 3.5 / 3.6",
+        "Qwen3-Next / 3.5 to 3.8",
         HeadConvention("qwen", zero_centred_norms=True),
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        _QWEN,
+        form="cascade, dense or with experts",
+    ),
+    Family(
+        "Qwen3-Next / 3.5 to 3.8, split from the model",
+        HeadConvention("qwen", zero_centred_norms=True, unsettled=("zero_centred_norms",)),
+        r"pre_fc_norm_embedding\.weight",
+        r"layers\.(\d+)\.input_layernorm\.weight",
+        "",
+        _SPLIT_FC,
+        _QWEN,
         form="cascade, dense or with experts",
     ),
     _fc("EXAONE-MoE", HeadConvention("exaone-moe"), ("exaone_moe",)),
@@ -235,11 +257,26 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     _nextn(
-        "GLM-4.5 / 4.6",
-        HeadConvention(
-            "glm-4.5", mask_first_position=True, unsettled=("recycled_hidden", "mask_first_position")
+        "GLM-4.5 / 4.6 / 4.7-Flash",
+        _GLM,
+        ("glm4_moe", "glm4_moe_lite"),
+    ),
+    Family(
+        "GLM-4.7-Flash, split from the model",
+        _GLM,
+        r"model\.mtp_block\.",
+        r"model\.mtp_block\.(\d+)\.",  # none: there is one, without a number
+        "",
+        Names(
+            fuse="model.eh_proj.weight",
+            norm_embedding="model.enorm.weight",
+            norm_hidden="model.hnorm.weight",
+            norm_out="model.shared_head_norm.weight",
+            block="model.mtp_block.",
+            embed_tokens="model.embed_tokens.weight",
+            lm_head="lm_head.weight",
         ),
-        ("glm4_moe",),
+        ("glm4_moe_lite",),
     ),
     _nextn(
         "DeepSeek-V3 / R1, or a dense model with heads under DeepSeek's names",

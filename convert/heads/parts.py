@@ -131,6 +131,12 @@ def latent_attention(s: Stored, q_scale: float = 1, kv_scale: float = 1) -> list
         targets += linear(s, "self_attn.q_b_proj", heads * (nope + rope), q_rank)
     targets += linear(s, "self_attn.kv_a_proj_with_mqa", rank + rope, d, bias)
     targets += [s.target("self_attn.kv_a_layernorm.weight", (rank,), step=_scale(kv_scale))]
+    if s.has("self_attn.embed_q.weight"):  # mlx-lm's own form
+        targets += [
+            s.target("self_attn.embed_q.weight", (heads, rank, nope)),
+            s.target("self_attn.unembed_out.weight", (heads, v_dim, rank)),
+        ]
+        return targets + linear(s, "self_attn.o_proj", d, heads * v_dim, bias)
     stored, stored_shape = "self_attn.kv_b_proj.weight", (heads * (nope + v_dim), rank)
 
     def keys(arrays: Any) -> np.ndarray:

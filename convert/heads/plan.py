@@ -15,6 +15,7 @@ import numpy as np
 from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.convert.heads.families import Found, find_cascade
 from mtp_mlx.convert.heads.other_forms import find_lora, find_medusa, find_meta
+from mtp_mlx.convert.heads.packed import described, parts_of, unpacked
 from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, HeadPlan, Target
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
@@ -37,6 +38,7 @@ _CHUNK = 1 << 24
 # What a configuration with wrong types or impossible numbers raises further down.
 _MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 _SHOWN = 20
+_BETWEEN = 0.5  # means of q and k norms: stored around zero below, as plain gains above
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,12 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
     notes += told
     try:
         copies, dropped, convention = _copies(checkpoint, found)
+        targets, packings = unpacked([*found.targets, *copies], checkpoint.tensors)
+    except ConversionError as error:  # what raised it does not know the path
+        raise ConversionError(f"{checkpoint.path}: {error}") from error
     except _MISFITS as error:
         raise _undescribed(checkpoint, error) from error
-    _check(checkpoint, found, [*found.targets, *copies])
+    _check(checkpoint, found, targets)
     announced = _announced(checkpoint.text_config)
     if announced and found.convention.kind == "cascade" and announced != found.count:
         notes.append(
@@ -159,12 +164,13 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
         title=found.title,
         convention=convention,
         count=found.count,
-        targets=[*found.targets, *copies],
+        targets=targets,
         blocks=found.blocks,
         dropped=dropped,
         notes=notes,
         model_config=config,
         drafts=found.drafts,
+        quantization=described(packings),
     )
 
 
@@ -200,12 +206,14 @@ def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:
     convolutions = [
         t.shape for name, t in tensors.items() if name.endswith("conv1d.weight") and len(t.shape) == 3
     ]
+    gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
+    head = _mean(tensors, [name for name in gains if name in found.owned])
+    if "zero_centred_norms" in found.convention.unsettled and head is not None:
+        return head < _BETWEEN, f"mean of the q and k norms {head:.2f}; only drafts can tell for sure"
     if not convolutions:
         return True, "the family's own form; there are no convolutions that could tell otherwise"
     if convolutions[0][-1] != 1:
         return True, "the trunk's convolutions have the original layout"
-    gains = [name for name in tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))]
-    head = _mean(tensors, [name for name in gains if name in found.owned])
     trunk = _mean(tensors, [name for name in gains if name not in found.owned])
     if head is None or trunk is None:
         raise ConversionError(
@@ -290,7 +298,7 @@ def _trunk(tensors: Mapping[str, LazyTensor], part: str, found: Found) -> str | 
     names = _TRUNK[part]
     if part == "lm_head" and found.config.get("tie_word_embeddings"):
         names += _TRUNK["embed_tokens"]
-    return next((name for name in names if name in tensors), None)
+    return next((name for name in names if name in tensors and name not in found.owned), None)
 
 
 def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
@@ -307,7 +315,7 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
 def _check(checkpoint: Checkpoint, found: Found, targets: list[Target]) -> None:
     """Raises one ConversionError that lists every missing, unexpected, misshapen or wrongly typed tensor."""
     tensors = checkpoint.tensors
-    used: set[str] = {stored for _, stored, _ in found.copies}
+    used: set[str] = set().union(*(parts_of(stored, tensors) for _, stored, _ in found.copies))
     problems: dict[str, str] = {}
     for target in targets:
         for name, shape in target.sources:
@@ -316,8 +324,9 @@ def _check(checkpoint: Checkpoint, found: Found, targets: list[Target]) -> None:
                 problems[name] = f"missing {name} {list(shape)}"
             elif tensors[name].shape != shape:
                 problems[name] = f"{name} is {list(tensors[name].shape)}, {list(shape)} expected"
-            elif tensors[name].dtype not in FLOATS:
-                problems[name] = f"{name} is of type {tensors[name].dtype}, a float type expected"
+            elif tensors[name].dtype not in target.dtypes:
+                wanted = "a float type" if target.dtypes == FLOATS else target.dtypes[0]
+                problems[name] = f"{name} is of type {tensors[name].dtype}, {wanted} expected"
             elif tensors[name].dtype != tensors[target.sources[0][0]].dtype:
                 problems[name] = f"{name} is of type {tensors[name].dtype}, its siblings are not"
     for name in sorted(found.owned - used):

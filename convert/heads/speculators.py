@@ -196,6 +196,10 @@ def speculators_targets(checkpoint: Checkpoint, plan: HeadPlan) -> list[Target]:
             f"{checkpoint.path}: these heads have their own embedding or LM head, for which the speculators layout "
             "has no place"
         )
+    if any(target.name.endswith(".scales") for target in plan.targets):
+        raise ConversionError(
+            f"{checkpoint.path}: these heads are quantised, for which the speculators layout has no place"
+        )
     by_name = {target.name: target for target in plan.targets}
     targets = []
     for name, target in by_name.items():

@@ -9,7 +9,8 @@ Names, for head i (D = hidden size, V = vocabulary):
     heads.{i}.embed_tokens.weight, heads.{i}.lm_head.weight [V, D]    absent: shared with the trunk
 
 Medusa's heads have `heads.{i}.residual.{j}.weight|bias` and `heads.{i}.lm_head.weight` instead. Norms are plain
-gains: if a family stores them around zero, 1 is added.
+gains: if a family stores them around zero, 1 is added. Quantised matrices have `.scales` and `.biases` beside their
+weight, as in mlx (see `packed`).
 """
 
 from __future__ import annotations
@@ -37,27 +38,35 @@ class Step:
         text: the step in words; empty if nothing changes.
         bits: works on the arrays as stored, exact in any type.
         values: works on the values of a single array in float32; takes the place of `bits`.
+        packed: `bits` is right for the parts of quantised matrices too, see `packed`.
+        halves_columns: that holds only if half a row is a whole number of groups.
     """
 
     text: str
     bits: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
     values: Callable[[np.ndarray], np.ndarray] | None = None
+    packed: bool = False
+    halves_columns: bool = False
 
 
-AS_IT_IS = Step("", bits=lambda arrays: arrays[0])
+AS_IT_IS = Step("", bits=lambda arrays: arrays[0], packed=True)
 SWAP = Step(
     "columns swapped to [embedding ; hidden]",
     bits=lambda arrays: np.concatenate(np.split(arrays[0], 2, axis=1)[::-1], axis=1),
+    packed=True,
+    halves_columns=True,
 )
 ADD_ONE = Step("1 added", values=lambda norm: norm + np.float32(1))
-STACK = Step("stacked", bits=np.stack)
+STACK = Step("stacked", bits=np.stack, packed=True)
 TRANSPOSED = Step("transposed", bits=lambda arrays: arrays[0].T)
 
 
 def half(which: int) -> Step:
     """The first (0) or second (1) half of the rows of each [..., 2N, D] matrix."""
     name = ("first", "second")[which]
-    return Step(f"{name} half of the rows", bits=lambda arrays: np.split(arrays[0], 2, axis=-2)[which])
+    return Step(
+        f"{name} half of the rows", bits=lambda arrays: np.split(arrays[0], 2, axis=-2)[which], packed=True
+    )
 
 
 def scaled(factor: float) -> Step:
@@ -67,12 +76,16 @@ def scaled(factor: float) -> Step:
 
 @dataclass(frozen=True)
 class Target:
-    """A canonical tensor: its name and shape, the stored tensors it is made of with their shapes, and how."""
+    """A canonical tensor: its name and shape, the stored tensors it is made of with their shapes, and how.
+
+    dtypes: the types that the stored tensors may have.
+    """
 
     name: str
     shape: Shape
     sources: tuple[tuple[str, Shape], ...]
     step: Step = AS_IT_IS
+    dtypes: tuple[str, ...] = FLOATS
 
     def dtype(self, tensors: Mapping[str, LazyTensor]) -> str:
         """Its type, that of its sources."""
@@ -133,6 +146,7 @@ class HeadPlan:
         notes: what else was decided, and why.
         model_config: the language model's configuration, as far as a block needs it.
         drafts: tokens the heads were trained to draft in a step; 0 for one each.
+        quantization: of matrices that are stored quantised, see `HeadsConfig`.
     """
 
     title: str
@@ -144,6 +158,7 @@ class HeadPlan:
     notes: list[str] = field(default_factory=list)
     model_config: dict[str, Any] = field(default_factory=dict)
     drafts: int = 0
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 def save_targets(

@@ -48,6 +48,9 @@ LOW = 0.5  # below this acceptance of head 1 the other conventions are tried
 BETTER = 0.1  # another convention is named only if its acceptance is higher by this much
 
 
+Text = tuple[list[int], int]  # ids of a prompt and what follows, and how many are the prompt's
+
+
 @dataclass(frozen=True)
 class Variant:
     """The conventions that may be wrong without an error, named as in `HeadConvention`."""
@@ -163,16 +166,19 @@ def verify_heads(
         MTPError: not a cascade on the state before or after the trunk's last norm; or no continuation is long enough
             to draft anything.
     """
-    if (
-        not isinstance(heads, MTPHeads)
-        or heads.convention.first_hidden == "before-last-layer"
-        or heads.tapped_layers
-    ):
-        raise MTPError(
-            f"heads of the family {heads.convention.family} cannot be measured: only cascades that take the state "
-            "before or after the trunk's last norm alone can"
-        )
-    texts = [(_text(model, tokenizer, prompt, tokens), len(prompt)) for prompt in prompts]
+    _check_kind(heads)
+    return measure_heads(model, heads, own_texts(model, tokenizer, prompts, tokens))
+
+
+def measure_heads(
+    model: nn.Module, heads: nn.Module, texts: Sequence[Text], low: float = LOW
+) -> Verification:
+    """As `verify_heads`, on texts by `own_texts`.
+
+    Args:
+        low: acceptance of head 1 below which the other conventions are tried.
+    """
+    heads = _check_kind(heads)
     attached = attach(model, heads)
     try:
         rows = [_Rows.of(attached, heads, ids, start) for ids, start in texts if len(ids) > start + 1]
@@ -184,16 +190,27 @@ def verify_heads(
         acceptance = _acceptance(attached, heads, rows, written.first_hidden, heads.drafts)
         result = Verification(written, acceptance, sum(row.count for row in rows))
         result.recycled = heads.convention.recycled_hidden
-        if acceptance[0] < LOW:
-            for variant in _variants(written, can_be_before_norm=rows[0].before_norm is not None):
+        if acceptance[0] < low:
+            for variant in _variants(written, heads, can_be_before_norm=rows[0].before_norm is not None):
                 with _as_if(heads, written, variant):
                     found = _acceptance(attached, heads, rows, variant.first_hidden, 1)
                 result.others[variant] = found[0]
-        elif "norm_out" in heads.heads[0]:
+        if acceptance[0] >= LOW and "norm_out" in heads.heads[0]:
             result.second = _second_draft(attached, heads, rows, written.first_hidden)
         return result
     finally:
         attached.detach()
+
+
+def _check_kind(heads: nn.Module) -> MTPHeads:
+    """The heads, if they can be measured."""
+    before_last = isinstance(heads, MTPHeads) and heads.convention.first_hidden == "before-last-layer"
+    if not isinstance(heads, MTPHeads) or before_last or heads.tapped_layers:
+        raise MTPError(
+            f"heads of the family {heads.convention.family} cannot be measured: only cascades that take the state "
+            "before or after the trunk's last norm alone can"
+        )
+    return heads
 
 
 def verify_folder(
@@ -207,6 +224,11 @@ def verify_folder(
     Raises:
         MTPError: no heads there, heads of another base, or of a kind that cannot be measured.
     """
+    return measure_folder(model, folder, own_texts(model, tokenizer, prompts, tokens))
+
+
+def measure_folder(model: nn.Module, folder: Path, texts: Sequence[Text], low: float = LOW) -> Verification:
+    """As `verify_folder`, on texts by `own_texts`; `low` as for `measure_heads`."""
     heads, header = load(folder, read_header(folder), model)
     if not isinstance(heads, MTPHeads):
         raise MTPError(
@@ -215,32 +237,30 @@ def verify_folder(
     bare = attach(model)
     heads.set_dtype(bare.embed(mx.zeros((1,), dtype=mx.int32)).dtype)  # as `load` does
     bare.detach()
-    result = verify_heads(model, tokenizer, heads, prompts, tokens)
+    result = measure_heads(model, heads, texts, low)
     measurements = {**header.measurements, "verify": result.to_json()}
     by_precision = {**header.acceptance_by_precision, bare.precision: result.acceptance}
-    write_header(
-        folder,
-        replace(
-            header,
-            acceptance=result.acceptance,
-            acceptance_by_precision=by_precision,
-            measurements=measurements,
-        ),
-    )
+    header = replace(header, acceptance=result.acceptance, measurements=measurements)
+    write_header(folder, replace(header, acceptance_by_precision=by_precision))
     return result
 
 
 # --- texts and states ---------------------------------------------------------------------------------------
 
 
-def _text(model: nn.Module, tokenizer: Any, prompt: Sequence[int], tokens: int) -> list[int]:
-    """Ids of the prompt and of its greedy continuation."""
-    ids = list(prompt)
-    for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens):
-        ids.append(int(token))
-        if int(token) in tokenizer.eos_token_ids:
-            break
-    return ids
+def own_texts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int = TOKENS
+) -> list[Text]:
+    """Each prompt with the model's own greedy continuation of at most so many tokens."""
+    texts = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=tokens):
+            ids.append(int(token))
+            if int(token) in tokenizer.eos_token_ids:
+                break
+        texts.append((ids, len(prompt)))
+    return texts
 
 
 @dataclass
@@ -347,10 +367,13 @@ def _second_draft(
     return found
 
 
-def _variants(written: Variant, can_be_before_norm: bool) -> list[Variant]:
-    """All combinations but `written`."""
+def _variants(written: Variant, heads: MTPHeads, can_be_before_norm: bool) -> list[Variant]:
+    """All combinations but `written`; without the other order where a quantised weight cannot be taken in halves."""
     hidden = ("post-norm", "pre-norm") if can_be_before_norm else ("post-norm",)
-    every = (Variant(*values) for values in itertools.product(hidden, ("embedding", "hidden"), (False, True)))
+    scales = heads.heads[0].fuse.get("scales")
+    whole = scales is not None and scales.shape[1] % 2
+    order = (written.stored_order,) if whole else ("embedding", "hidden")
+    every = (Variant(*values) for values in itertools.product(hidden, order, (False, True)))
     return [variant for variant in every if variant != written]
 
 
@@ -362,7 +385,7 @@ def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None
     shift = int(variant.zero_centred_norms) - int(written.zero_centred_norms)
 
     def changed(name: str, value: mx.array) -> mx.array:
-        if name == "fuse.weight" and variant.stored_order != written.stored_order:
+        if name.startswith("fuse.") and variant.stored_order != written.stored_order:
             return mx.concatenate(list(mx.split(value, 2, axis=1))[::-1], axis=1)
         if value.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]:
             return value + shift

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_mlx.adapter_folder import WEIGHTS_NAME, Header, model_card, put_texts
-from mtp_mlx.convert.heads.targets import HeadPlan, save_targets
+from mtp_mlx.convert.heads.packed import PACKED
+from mtp_mlx.convert.heads.targets import HeadPlan, Target, save_targets
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, heads_header
 
@@ -74,8 +75,16 @@ def fill_folder(
     """
     header = planned_header(checkpoint, plan, base)
     save_targets(folder / WEIGHTS_NAME, plan.targets, checkpoint.tensors, progress, dtype)
-    sizes = {target.name: math.prod(target.shape) for target in plan.targets}
+    sizes = {target.name: math.prod(target.shape) * 32 // _bits(target, plan) for target in plan.targets}
     put_texts(folder, header, model_card(header, card_lines(folder, header), sizes))
+
+
+def _bits(target: Target, plan: HeadPlan) -> int:
+    """Bits of each number of a packed matrix; 32 for any other tensor."""
+    if target.dtypes != PACKED:
+        return 32
+    layers = plan.quantization.get("layers", {})
+    return int(layers.get(target.name.removesuffix(".weight"), plan.quantization)["bits"])
 
 
 def planned_header(checkpoint: Checkpoint, plan: HeadPlan, base: Base) -> Header:
@@ -86,6 +95,7 @@ def planned_header(checkpoint: Checkpoint, plan: HeadPlan, base: Base) -> Header
         model_config=plan.model_config,
         drafts=plan.drafts,
         count=plan.count,
+        quantization=plan.quantization,
     )
     source = {
         "family": plan.title,

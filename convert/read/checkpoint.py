@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 # Prefixes that training programs put before every name of a model.
 _WRAPPERS = ("model.", "module.", "_orig_mod.", "net.")
+# Files of heads beside the index, as MTPLX, vllm-mlx and mlx-optiq write them.
+_SIDECARS = ("mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors", "optiq/mtp.safetensors")
 _CONFIGS = ("config.json", "params.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # NAME.gguf.part1of2, NAME.gguf-split-a: pieces of a file that was too large for where it lay.
@@ -52,6 +54,7 @@ class Checkpoint:
         config_name: which of these it is; "" if there is none.
         values: plain values beside the tensors of a PyTorch file (Lightning's hyper_parameters).
         files: names of the files that hold the tensors.
+        beside: those of them that hold heads beside the index, which mlx-lm does not read.
         fp8: some weights are stored as fp8 with block scales.
     """
 
@@ -62,6 +65,7 @@ class Checkpoint:
     config_name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     fp8: bool = False
 
     @property
@@ -76,13 +80,18 @@ class Checkpoint:
         return {**self.config, **inner} if isinstance(inner, dict) else self.config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, only: Sequence[str] = ()) -> Checkpoint:
     """Open the checkpoint at `path`. Reads headers and the configuration, not weights.
+
+    Args:
+        only: names of the files to read in a folder of which others may be missing; empty for the whole checkpoint.
 
     Raises FileNotFoundError, or ConversionError: not a checkpoint, or a damaged or incomplete one.
     """
     path = Path(path)
-    if path.is_dir():
+    if only:
+        container, parts, values = _files(path / name for name in only)
+    elif path.is_dir():
         container, parts, values = _folder(path)
     elif path.suffix.lower() in SUFFIXES:
         container, parts, values = _files([path])
@@ -98,12 +107,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     stored = merge(parts)
     config, config_name = _config(path if path.is_dir() else path.parent, stored)
+    files = list(only) or [file.name for file in parts]
+    beside = _heads_beside(path, config, files, stored) if path.is_dir() and not only else {}
+    stored |= {name: tensor for tensors in beside.values() for name, tensor in tensors.items()}
     tensors = _unwrapped(dequantised(stored, path, fp8_block(config)))
     if not tensors:
         raise ConversionError(f"{path}: there are no tensors in it; is the download complete?")
     fp8 = any(tensor.dtype == "F8_E4M3" for tensor in stored.values())
     return Checkpoint(
-        path, container, tensors, config, config_name, values, [file.name for file in parts], fp8
+        path, container, tensors, config, config_name, values, [*files, *beside], list(beside), fp8
     )
 
 
@@ -161,6 +173,35 @@ def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         if prefix + "model.embed_tokens.weight" in tensors and all(n.startswith(prefix) for n in tensors):
             return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     return tensors
+
+
+def sidecar_names(config: dict[str, Any]) -> list[str]:
+    """Where other programs put a model's heads in a file of its own, relative to the model's folder."""
+    extra = config.get("mlx_lm_extra_tensors")
+    named = extra.get("mtp_file") if isinstance(extra, dict) else None
+    own = [named] if isinstance(named, str) and not {"/", ".."} & {*Path(named).parts} else []
+    return list(dict.fromkeys([*own, *_SIDECARS]))
+
+
+def _heads_beside(
+    folder: Path, config: dict[str, Any], files: list[str], stored: dict[str, LazyTensor]
+) -> dict[str, dict[str, LazyTensor]]:
+    """{file: its tensors} of the first sidecar with heads that are not among the stored tensors already."""
+    for name in sidecar_names(config):
+        if name in files or not (folder / name).is_file():
+            continue
+        tensors = heads_named(read_safetensors(folder / name))
+        if tensors.keys() & stored.keys():
+            continue
+        return {name: tensors}
+    return {}
+
+
+def heads_named(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of a sidecar under the names that heads have in a model, if they have those inside their module."""
+    if not any(name.startswith("fc.") for name in tensors):
+        return tensors
+    return {f"mtp.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _config(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], str]:

@@ -37,7 +37,8 @@ class BenchSettings(LoadingOptions):
     """Options of `mtp-mlx bench`."""
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
-    adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
+    heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
@@ -164,6 +165,7 @@ def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:
     return {
         "model": settings.model,
         "adapter": settings.adapter,
+        **({"heads": settings.heads} if settings.heads else {}),
         **drafted_with(model),
         "max_tokens": settings.max_tokens,
         **loading_arguments(settings),

@@ -39,7 +39,8 @@ class EvalSettings:
     """Options of `mtp-mlx eval`."""
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
-    adapter: str = setting("auto", help="Adapter folder, 'auto' or 'none'", flag="-a")
+    adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
+    heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     questions: Path | None = setting(None, help="JSONL file of questions (default: built-in)", flag="-q")
     gsm8k: Path | None = setting(None, help="JSONL file of GSM8K; the last number must match")
@@ -111,6 +112,7 @@ def _show(
         report = {
             "model": settings.model,
             "adapter": settings.adapter,
+            **({"heads": settings.heads} if settings.heads else {}),
             "max_tokens": settings.max_tokens,
             **facts,
         }
@@ -168,7 +170,7 @@ def evaluate(
     from mtp_mlx.measure.evaluation import Evaluation, EvaluationSettings
 
     plan = EvaluationSettings(settings.max_tokens, raw)
-    name = f"{settings.model} {settings.adapter} {_identity(model)}"
+    name = f"{settings.model} {settings.heads or settings.adapter} {_identity(model)}"
     evaluation = Evaluation(model, tokenizer, prompts, lanes, plan, settings.out, name)
     answers: list[Answer] = []
     with Progress(console=console) as progress:
@@ -236,7 +238,7 @@ def _load(settings: EvalSettings) -> tuple[AttachedModel, Any]:
     from mtp_mlx.api import load
 
     adapter = None if settings.adapter == "none" else settings.adapter
-    return load(settings.model, adapter, adapter_path=settings.adapter_path)
+    return load(settings.model, adapter, heads=settings.heads, adapter_path=settings.adapter_path)
 
 
 # --- tau ----------------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def sweep(settings: EvalSettings, raw: bool, console: Console) -> tuple[list[Tau
         raise MTPError("--sweep-tau needs mask tokens: name an adapter that has them with --adapter")
     measured: list[Measured] = []
     plan = SweepSettings(tuple(dict.fromkeys(settings.tau)), settings.max_tokens, settings.drafts, raw)
-    name = f"{settings.model} {settings.adapter} {model.info.base_fingerprint}"
+    name = f"{settings.model} {settings.heads or settings.adapter} {model.info.base_fingerprint}"
     sweep = TauSweep(model, tokenizer, questions, plan, settings.out, name)
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=sweep.total)

@@ -109,6 +109,7 @@ def report(settings: GenerateSettings, run: Run) -> dict[str, Any]:
         "peak_memory_gb": _rounded(last.peak_memory if last else None),
         "model": settings.model,
         "adapter": settings.adapter,
+        **({"heads": settings.heads} if settings.heads else {}),
         "settings": _sampling_and_cache(settings, run.sampling),
         "stats": run.stats.to_json(),
         "kernels": run.kernels,

@@ -31,6 +31,7 @@ def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
     model, tokenizer = load(
         settings.model,
         adapter,
+        heads=settings.heads,
         quantize=settings.quantize,
         exact=settings.exact,
         adapter_path=settings.adapter_path,

@@ -10,7 +10,8 @@
                                     and the window of its attention (rows, its own included) or null
     heads.taps                      numbers (from 1) of the base's layers whose states the first head reads besides
                                     the one that the convention names; absent or [] for none
-    heads.quantization              {"group_size": 64, "bits": 8}, if linear layers are stored so, as in mlx-lm
+    heads.quantization              {"group_size": 64, "bits": 8}, if linear layers are stored so, as in mlx-lm;
+                                    further "mode", and "layers": {name of a layer: the same, where it differs}
     heads.model_config              the language model's configuration that those blocks are built from
 
 The tensors are `heads.{i}.fuse.weight` and so on, `fusion.fuse.weight` and `fusion.norms.{j}.weight` with taps, and
@@ -32,6 +33,7 @@ from mtp_mlx.adapter_folder import CardLines, Header, bullets, check_method, dam
 from mtp_mlx.drafters.heads.convention import MOST_HEADS, HeadConvention
 
 METHOD = "mtp-heads"
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # of quantisation, as mlx calls them
 PLACES = {
     "post-norm": "after the last norm",
     "pre-norm": "before the last norm",
@@ -50,7 +52,8 @@ class HeadsConfig:
         drafts: tokens drafted in each step, by default one for each head; more apply the heads again in turn.
         count: number of heads, by default one for each block.
         taps: numbers (from 1) of the base's layers that the first head reads too.
-        quantization: "group_size" and "bits" of quantised layers; empty if none is quantised.
+        quantization: "group_size" and "bits" of quantised layers, their "mode" if it is not affine, and "layers" with
+            those that differ, by name; empty if none is quantised.
     """
 
     convention: HeadConvention
@@ -126,17 +129,30 @@ def _check(config: HeadsConfig) -> None:
         raise ValueError(f"taps are {config.taps!r}, not ascending numbers of layers")
     if config.taps and config.convention.kind != "cascade":
         raise ValueError(f"heads of the kind {config.convention.kind!r} have taps")
-    numbers = config.quantization.values()
-    if config.quantization and (
-        config.quantization.keys() != {"group_size", "bits"}
-        or not all(type(number) is int for number in numbers)
-    ):
-        raise ValueError(f"the quantization is {config.quantization!r}, not a group size and bits")
+    _check_quantization(config.quantization)
     plain = HeadConvention("")
     for name in (item.name for item in dataclasses.fields(plain)):
         value = getattr(config.convention, name)
         if type(value) is not type(getattr(plain, name)):
             raise ValueError(f"the convention's {name} is {value!r}")
+
+
+def _check_quantization(quantization: dict[str, Any]) -> None:
+    """Raises ValueError if it is not as `HeadsConfig` says."""
+    layers = quantization.get("layers", {})
+    if not isinstance(layers, dict):
+        raise ValueError(f"the quantization has layers {layers!r}, not a JSON object")
+    usual = {key: value for key, value in quantization.items() if key != "layers"}
+    for one in (usual, *layers.values()) if quantization else ():
+        known = isinstance(one, dict) and {"group_size", "bits"} <= one.keys() <= {
+            "group_size",
+            "bits",
+            "mode",
+        }
+        if not known or not (type(one["group_size"]) is type(one["bits"]) is int):
+            raise ValueError(f"the quantization is {one!r}, not a group size and bits")
+        if one.get("mode", "affine") not in MODES:
+            raise ValueError(f"the quantization has the mode {one['mode']!r}, not one of {', '.join(MODES)}")
 
 
 def block_layers(spec: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from mtp_mlx.errors import MTPError
 
 
 def dequantise(module: nn.Module) -> None:
-    """Replaces the quantised linear layers below `module` by dense ones with the same values.
+    """Replaces the quantised linear layers and embeddings below `module` by dense ones with the same values.
 
     Raises:
         MTPError: if a layer is quantised in a way that is not known here, so that it could not be trained.
@@ -33,7 +33,7 @@ def dequantise(module: nn.Module) -> None:
 
 def _dense(layer: Any) -> Any:
     """A dense layer with the values of a quantised one; any other module unchanged."""
-    kinds = (nn.QuantizedLinear, QuantizedSwitchLinear, QuantizedMultiLinear)
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
     if not isinstance(layer, kinds):
         return layer
     weight = mx.dequantize(
@@ -43,6 +43,8 @@ def _dense(layer: Any) -> Any:
     out: nn.Module
     if isinstance(layer, nn.QuantizedLinear):
         out = nn.Linear(inputs, outputs, bias="bias" in layer)
+    elif isinstance(layer, nn.QuantizedEmbedding):
+        out = nn.Embedding(outputs, inputs)
     elif isinstance(layer, QuantizedSwitchLinear):
         out = SwitchLinear(inputs, outputs, stack[0], bias="bias" in layer)
     else:

@@ -1,4 +1,4 @@
-"""Heads in 8 bits: linear layers stored and run quantised, as mlx-lm does it.
+"""Quantised heads: linear layers stored and run so, as mlx-lm does it; trained ones in 8 bits.
 
 They take half the bytes of bfloat16, and a draft reads them all. Whether acceptance stays is measured on held-out
 text before they are stored so.
@@ -65,12 +65,14 @@ def quantise_like(heads: nn.Module, names: Collection[str], quantisation: dict[s
     Raises:
         KeyError, ValueError: the quantisation is damaged, or of a kind that mlx does not know.
     """
-    nn.quantize(
-        heads,
-        quantisation["group_size"],
-        quantisation["bits"],
-        class_predicate=lambda path, layer: f"{path}.scales" in names and hasattr(layer, "to_quantized"),
-    )
+    usual = {key: value for key, value in quantisation.items() if key != "layers"}
+    layers = quantisation.get("layers", {})
+
+    def how(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        stored = f"{path}.scales" in names and hasattr(layer, "to_quantized")
+        return dict(layers.get(path, usual)) if stored else False
+
+    nn.quantize(heads, class_predicate=how)
 
 
 def as_stored(

@@ -136,6 +136,15 @@ CASES: dict[str, Case] = {
         past_trunk=True,
         copies=NEXTN_COPIES,
     ),
+    "glm-4.7-flash": Case(
+        "glm-4.5",
+        BASE | LATENT | ROUTED | {"model_type": "glm4_moe_lite", "num_nextn_predict_layers": 1},
+        ("glm4_moe_lite", "Glm4MoeLiteDecoderLayer", "ModelArgs", lambda i: {"layer_idx": L + i}),
+        NEXTN,
+        "model.layers.{n}.",
+        past_trunk=True,
+        copies=NEXTN_COPIES,
+    ),
     "llama with own heads": Case(
         "deepseek-v3",
         BASE | {"model_type": "llama", "num_nextn_predict_layers": 2},

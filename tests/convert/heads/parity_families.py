@@ -114,6 +114,13 @@ FAMILIES: dict[str, Family] = {
         Rules(mask_first=True),
         [GLM, *[GLM_EXPERTS] * 3],
     ),
+    "glm-4.7-flash": Family(
+        "glm-4.7-flash",
+        [nextn(L)],
+        [[DEEPSEEK_EXPERTS]],
+        Rules(mask_first=True),
+        [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
+    ),
     "glm-4.5 dense": Family("glm-4.5 dense", [nextn(L)], [[GLM]], Rules(mask_first=True), [GLM] * L),
     "llama with own heads": Family(
         "llama with own heads",
