@@ -173,8 +173,6 @@ def load(
     attached = attach(base, source, _kernels(base, source, peers or Peers(), exact), exact)
     attached.peers, attached.text_source = peers or Peers(), texts
     _same_texts(attached)
-    if source is not None:  # once here, instead of casting every factor in every pass
-        source.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
     attached.info = info
     attached.name, attached.recommended_sampling = str(model), recommended_sampling(files)
     with attached.peers.waiting():
@@ -214,6 +212,8 @@ def _kernels(base: Any, source: Any, peers: Peers, exact: bool) -> Dispatcher | 
 def _evaluate(attached: AttachedModel) -> None:
     """Evaluates weights and constants: a lazy array belongs to the thread that made it."""
     if attached.speculator is not None:
+        # Once here, instead of casting every factor in every pass.
+        attached.speculator.set_dtype(attached.embed(mx.zeros((1,), dtype=mx.int32)).dtype)
         mx.eval(attached.speculator.parameters(), attached.draft_head(mx.zeros((1, 1, attached.hidden_size))))
     mx.eval(
         attached.head(attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), attached.make_cache()))

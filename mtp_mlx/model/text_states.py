@@ -10,6 +10,7 @@ blocks of slots as a batch, each from its own state (`BlockStates`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -55,15 +56,16 @@ class TextStates(StateCache):
         found: list[States] = []
         for place in places:
             if place > position:
-                running = ArraysCache(len(self.cache))
-                running.cache = list(self._states)
+                running: Any = ArraysCache(len(self.cache))
+                running.cache[:] = self._states
                 for replay in self.replays:
                     replay(running, slice(sequence, sequence + 1), position + 1, place + 1)
                 position, self._states = place, list(running.cache)
             found.append(self._states)
         self._place = (sequence, position)
         states: States = [
-            None if entries[0] is None else mx.concatenate(entries) for entries in zip(*found, strict=True)
+            None if entries[0] is None else mx.concatenate(list(entries))
+            for entries in zip(*found, strict=True)
         ]
         mx.eval(states, self._states)
         return states
@@ -78,8 +80,8 @@ class BlockStates(StateCache):
     """
 
     def __init__(self, states: States, lengths: np.ndarray) -> None:
-        inner = ArraysCache(len(states))
-        inner.cache = list(states)
+        inner: Any = ArraysCache(len(states))
+        inner.cache[:] = states
         super().__init__(inner)
         self.blocks = _block_rows(lengths)
 

@@ -138,30 +138,28 @@ def batch_generate(
 ) -> BatchResponse:
     """Writes the texts of several prompts, in shared forward passes.
 
-    Each is the text that its prompt has alone, but where two tokens nearly tie: padded rows are added up in another
-    order, as in mlx-lm's batches.
+    Each is the text that its prompt has alone, except where two tokens nearly tie: padding changes rounding.
 
     Args:
         prompts: token ids or a text for each, as for `stream_generate`.
-        prompt_caches: a cache for each prompt, or None, of what comes before it. They are not changed.
+        prompt_caches: for each prompt a cache of what comes before it, or None. They are not changed.
         max_tokens: most tokens of a text; one number, or one for each prompt. -1 for no limit.
         verbose: print progress and speed to stdout, as mlx-lm does.
         return_prompt_caches, return_token_ids, return_logprobs: what the response has besides texts.
-        sampling: how tokens are picked; one for all prompts, or one for each. Texts of the same prompt are the same
-            unless their seeds differ.
+        sampling: how tokens are picked; one for all prompts, or one for each.
         layout, drafts, lookup, drafter, logits_processors: as for `stream_generate`.
-        completion_batch_size: most texts written at once.
-        prefill_step_size: tokens of a prompt in a pass; prompts are read one after the other.
+        completion_batch_size: most texts written at once; prompts are read one by one.
+        prefill_step_size: tokens of a prompt in a pass.
 
     Raises:
         MTPError: as `stream_generate`, or if there are not as many of something as prompts.
     """
     checked_names(kwargs, _KEYWORDS)
+    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     if not model.peers.alone:
         raise MTPError("batch_generate needs a single process: run it without mlx.launch")
     if completion_batch_size < 1:
         raise MTPError(f"`completion_batch_size` must be at least 1; got {completion_batch_size}")
-    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     wanted = wanted_texts(model, tokenizer, prompts, prompt_caches, max_tokens, sampling)
     how = _Drafting(layout, drafts, lookup, drafter, prefill_step_size, logits_processors)
     writer = _Writer(
