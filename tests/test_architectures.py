@@ -230,7 +230,7 @@ def may_lack(case: Case, verb: Callable[..., None]) -> str | None:
         return "exact decoding does not support"
     if verb in (slots, trees, trained_masks) and case.name in WITHOUT_ROPE:
         return "no seam 'rope'"
-    if verb in (trees, trained_masks) and is_recurrent(attach(case.build()).make_cache()):
+    if verb is trees and is_recurrent(attach(case.build()).make_cache()):
         return "recurrent state"
     return None
 

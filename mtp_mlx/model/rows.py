@@ -24,7 +24,7 @@ class RowContext:
 
     Attributes:
         n_real: number of real rows, which come first; None outside a pass (then every row is real).
-        count: rows of the pass, of all sequences together, or those that layers get now (`resized`, `slots_alone`).
+        count: rows of the pass, of all sequences together, or those that layers get now (`regrouped`, `slots_alone`).
         positions: [R] or [B, R] int32 explicit positions; None if they continue those in the cache.
         visibility: [R, R] bool; None if causal.
         uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
@@ -68,13 +68,14 @@ class RowContext:
         return self.first_gated if x.size == self.count * x.shape[-1] else None
 
     @contextmanager
-    def resized(self, count: int) -> Iterator[None]:
-        """Layers called in this context get so many rows: those of the pass, some of them repeated."""
-        known, self.count = self.count, count
+    def regrouped(self, count: int, positions: mx.array | None) -> Iterator[None]:
+        """Layers called in this context get `count` rows with these `positions`, chosen from those of the pass."""
+        known = self.count, self.positions
+        self.count, self.positions = count, positions
         try:
             yield
         finally:
-            self.count = known
+            self.count, self.positions = known
 
     @contextmanager
     def slots_alone(self, count: int) -> Iterator[None]:

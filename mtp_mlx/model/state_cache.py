@@ -17,6 +17,7 @@ With `exact`, mixers run row by row and every state between two rows is kept, wh
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,22 +149,30 @@ class Replay:
     """Runs a mixer again over rows of a recorded pass, for the states that it writes.
 
     Args:
-        mixer: the mixer's own call.
+        module: the mixer.
+        mixer: its own call.
         args, kwargs: of the recorded call.
         shape: (B, R) of the pass.
         tape: the mixer's tape, with the outputs of that call.
+        rows: of the model.
+
+    Attributes:
+        row_by_row: whether the mixer goes through a pass row by row; mlx-lm's `ssm_update` does not.
     """
 
     def __init__(
         self,
+        module: nn.Module,
         mixer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         shape: tuple[int, ...],
         tape: Tape,
+        rows: RowContext,
     ) -> None:
         self._mixer, self._args, self._kwargs, self._shape = mixer, args, kwargs, shape
-        self._tape, self._outputs = tape, tape.outputs
+        self.row_by_row = not hasattr(sys.modules[type(module).__module__], "ssm_update")
+        self._tape, self._outputs, self._rows = tape, tape.outputs, rows
 
     def __call__(self, cache: ArraysCache, sequences: slice, first: int, last: int) -> None:
         """Updates `cache`, the state of some sequences after row `first` - 1, by the rows `first` to `last` - 1."""
@@ -177,8 +186,13 @@ class Replay:
         tape = self._tape
         tape.rows, tape.playing, tape.outputs, tape.calls = self._shape[1], True, self._outputs, {}
         tape.sequences, tape.first = sequences, first
+        # Rows from the first on are where the recorded call says; a mixer may turn others by their positions.
+        positions = mx.arange(first, last) if first else None
         try:
-            self._mixer(*map(cut, self._args), **{name: cut(value) for name, value in self._kwargs.items()})
+            with self._rows.regrouped(0, positions):
+                self._mixer(
+                    *map(cut, self._args), **{name: cut(value) for name, value in self._kwargs.items()}
+                )
         finally:
             tape.rows, tape.playing = 0, False
 
@@ -214,7 +228,7 @@ class Recorder:
             out = mixer(*args, **kwargs)
         finally:
             self.tape.rows = 0
-        cache.replays.append(Replay(mixer, args, kwargs, shape, self.tape))
+        cache.replays.append(Replay(self._module, mixer, args, kwargs, shape, self.tape, self._rows))
         return out
 
     def _by_block(
@@ -232,7 +246,10 @@ class Recorder:
                 return value
             return value.reshape(-1, *value.shape[2:])[blocks.rows]
 
-        with self._rows.resized(blocks.rows.size), _in_training(self._module):
+        positions = self._rows.positions
+        if positions is not None:
+            positions = mx.broadcast_to(positions, shape).reshape(-1)[blocks.rows]
+        with self._rows.regrouped(blocks.rows.size, positions), _in_training(self._module):
             out = mixer(*map(batched, args), **{name: batched(value) for name, value in kwargs.items()})
         return tree_map(lambda y: y.reshape(-1, *y.shape[2:])[blocks.back].reshape(*shape, *y.shape[2:]), out)
 

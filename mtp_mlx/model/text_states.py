@@ -37,6 +37,11 @@ class TextStates(StateCache):
         """Drops the states at the ends of the texts, which nothing reads."""
         self.cache[:] = [None] * len(self.cache)
 
+    @property
+    def row_by_row(self) -> bool:
+        """Whether its layer goes through a pass row by row, and keeps the state of every row for its gradients."""
+        return any(replay.row_by_row for replay in self.replays)
+
     def arrays(self) -> list[mx.array]:
         """All that is recorded; evaluating it frees the pass's graph."""
         return [array for replay in self.replays for array in replay.arrays()]

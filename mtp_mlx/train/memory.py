@@ -22,7 +22,12 @@ from mlx.utils import tree_flatten
 from mtp_mlx.distributed import Peers
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel
-from mtp_mlx.model.gated_lora import GatedLinear, linear_sizes
+from mtp_mlx.model.block import Block
+from mtp_mlx.model.cache import prefix_caches
+from mtp_mlx.model.gated_lora import linear_sizes
+from mtp_mlx.model.precision import bare
+from mtp_mlx.model.seams import cache_leaves
+from mtp_mlx.model.text_states import TextStates
 
 FLOAT = 4  # bytes of float32: adapter, optimizer, logits
 ADAPTER_COPIES = 4  # weights, gradients, two moments of AdamW
@@ -92,6 +97,8 @@ class ModelSizes:
         kv: floats of keys and values per layer and token.
         per_row: floats that a layer keeps per row for its backward pass.
         float_bytes: bytes of one float of the model.
+
+    Of a model with layers of several kinds, these are the sizes of the last layer with keys and values.
     """
 
     layers: int
@@ -100,6 +107,27 @@ class ModelSizes:
     kv: int
     per_row: int
     float_bytes: int
+
+
+@dataclass(frozen=True)
+class RecurrentSizes:
+    """Sizes of a model's recurrent layers.
+
+    Attributes:
+        layers: number of them.
+        attention: number of layers with keys and values.
+        per_row: floats that a layer of the model keeps per row for its backward pass, the mean over all layers.
+        recorded: bytes per token that pass 1 records for states at places of a text.
+        state: bytes of the states of one sequence, of all layers together.
+        row_by_row: bytes of those whose layers go through a pass row by row.
+    """
+
+    layers: int
+    attention: int
+    per_row: int
+    recorded: int
+    state: int
+    row_by_row: int
 
 
 def gigabytes(count: int) -> str:
@@ -258,25 +286,57 @@ def _recommended_by_metal() -> int:
 
 
 def model_sizes(attached: AttachedModel) -> ModelSizes:
-    """Sizes of a model, read off the linear layers of its last decoder layer."""
+    """Sizes of a model, read off the linear layers of a decoder layer: the last one with keys and values."""
     layers = attached.model.layers
-    widths = [
-        (name.rsplit(".", 1)[-1], *linear_sizes(_base(module)))
-        for name, module in layers[-1].named_modules()
-        if isinstance(_base(module), nn.Linear | nn.QuantizedLinear) and not name.endswith(".base")
-    ]
-    attention = getattr(layers[-1], "self_attn", layers[-1])
+    last = next((layer for layer in reversed(layers) if _has_keys(layer)), layers[-1])
+    widths = _widths(last)
+    attention = next((last[name] for name in ("self_attn", "mixer") if name in last), last)
     heads = int(getattr(attention, "n_heads", 0) or getattr(attention, "num_heads", 0))
     kv = sum(size for name, _, size in widths if name in ("k_proj", "v_proj")) or 2 * attached.hidden_size
-    # Every linear keeps its output, and what becomes of it; norms and residuals two hidden vectors more (measured).
-    per_row = 2 * sum(outputs for _, _, outputs in widths) + 2 * attached.hidden_size
-    norms = [value for name, value in _named(layers[-1].parameters()) if "norm" in name]
+    per_row = _per_row(widths, attached.hidden_size)
+    norms = [value for name, value in _named(last.parameters()) if "norm" in name]
     float_bytes = norms[0].itemsize if norms else FLOAT
     return ModelSizes(len(layers), attached.hidden_size, heads, kv, per_row, float_bytes)
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, GatedLinear) else module
+def recurrent_sizes(attached: AttachedModel) -> RecurrentSizes | None:
+    """Sizes of a model's recurrent layers, from a pass that is never evaluated; None if it has none."""
+    if not attached.why_linear:
+        return None
+    caches = prefix_caches(attached.model)
+    attached.forward(Block.real(mx.zeros((1, 1), dtype=mx.int32)), caches)
+    leaves = cache_leaves(caches)
+    found = [leaf for _, leaf in leaves if isinstance(leaf, TextStates)]
+    layers = attached.model.layers
+    return RecurrentSizes(
+        layers=len({index for index, leaf in leaves if isinstance(leaf, TextStates)}),
+        attention=len({index for index, leaf in leaves if not isinstance(leaf, TextStates)}),
+        per_row=sum(_per_row(_widths(layer), attached.hidden_size) for layer in layers) // len(layers),
+        recorded=sum(array.nbytes for leaf in found for array in leaf.arrays()),
+        state=sum(leaf.nbytes for leaf in found),
+        row_by_row=sum(leaf.nbytes for leaf in found if leaf.row_by_row),
+    )
+
+
+def _has_keys(layer: nn.Module) -> bool:
+    return any(name.rsplit(".", 1)[-1] == "k_proj" for name, _ in layer.named_modules())
+
+
+def _widths(layer: nn.Module) -> list[tuple[str, int, int]]:
+    """(name, inputs, outputs) of a layer's linear layers, without those of wrappers."""
+    found = {}
+    for path, module in layer.named_modules():
+        if isinstance(bare(module), nn.Linear | nn.QuantizedLinear):
+            found[path.removesuffix(".base").removesuffix(".base")] = linear_sizes(module)
+    return [(path.rsplit(".", 1)[-1], *sizes) for path, sizes in found.items()]
+
+
+def _per_row(widths: list[tuple[str, int, int]], hidden_size: int) -> int:
+    """Floats that a layer keeps per row.
+
+    Every linear keeps its output, and what becomes of it; norms and residuals two hidden vectors more (measured).
+    """
+    return 2 * sum(outputs for _, _, outputs in widths) + 2 * hidden_size
 
 
 def parameter_bytes(module: nn.Module) -> int:

@@ -30,12 +30,21 @@ from tests.model.naive import random_adapter
 from tests.tiny import VOCABULARY, tiny_model
 from tests.train.training import Remembering, examples, make_trainer, settings_for
 
+# Large states, as in released models.
+STATES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "num_hidden_layers": 4},
+    "nemotron_h": {"mamba_head_dim": 48, "ssm_state_size": 64, "num_hidden_layers": 4},
+}
+
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"grad_checkpoint": True},
+        {"architecture": "qwen3_next"},
+        {"architecture": "qwen3_next", "grad_checkpoint": True},
+        {"architecture": "nemotron_h"},
         {"loss_rows": 32, "draft_vocab": 0},
         {"method": "conf-adapt", "slots": 7, "region_rows": 16},
         {"method": "conf-adapt", "slots": 7, "region_rows": 16, "tuning": "lora", "draft_vocab": 0},
@@ -44,7 +53,11 @@ from tests.train.training import Remembering, examples, make_trainer, settings_f
     ids=str,
 )
 def test_memory_is_estimated_within_a_factor_of_two(tmp_path: Path, changes: dict[str, Any]) -> None:
-    model = tiny_model("llama", seed=3, hidden_size=96, intermediate_size=192, num_hidden_layers=6)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 6}
+    changes, architecture = dict(changes), changes.get("architecture", "llama")
+    model = tiny_model(
+        changes.pop("architecture", "llama"), seed=3, **{**sizes, **STATES.get(architecture, {})}
+    )
     rows = [Example(np.random.default_rng(0).integers(3, VOCABULARY, 90).tolist(), 4)] * 4
     settings = settings_for(tmp_path / "a", micro_batches=1, chunk_blocks=16, **changes)
     trainer = make_trainer(model, rows, [], settings, Remembering())

@@ -45,8 +45,8 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
     """Trains a mask token, and with it what `settings.tuning` says.
 
     Raises:
-        MTPError: the model cannot be attached to, is quantised although its own weights should change, or
-            `settings.start_from` does not fit.
+        MTPError: the model cannot be attached to, is quantised or has recurrent state although its own weights
+            should change, or `settings.start_from` does not fit.
     """
 
     what = "masks"
@@ -58,6 +58,7 @@ class ConfAdapt(SlotMethod[ConfAdaptSettings]):
         self._gated, self._whole = settings.tuning == "gated-lora", settings.tuning == "full"
         if not self._gated:
             _check_unquantised(model, settings.tuning)
+            _check_joint(model, settings.tuning)
         draft_ids = self.draft_vocabulary(train) if self._gated else None
         self.adapter: MaskAdapter = new_adapter(model, self._shape(), draft_ids)
         if settings.start_from is not None:
@@ -153,6 +154,18 @@ def merged(model: nn.Module, adapter: MaskAdapter) -> nn.Module:
 
 def _flat(module: nn.Module) -> dict[str, mx.array]:
     return dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
+
+
+def _check_joint(model: nn.Module, tuning: str) -> None:
+    """MTPError if real rows and masks cannot be trained in one pass."""
+    bare = attach(model)
+    reason = bare.why_linear
+    bare.detach()
+    if reason:
+        raise MTPError(
+            f"`tuning` {tuning} trains real tokens and masks in one pass, and {reason}, masks too: set `tuning` to "
+            "gated-lora"
+        )
 
 
 def _check_unquantised(model: nn.Module, tuning: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from mtp_mlx.drafters.ptp.uniform_embedding import FIXED_POINT_BITS
 from mtp_mlx.drafters.ptp.weights import PTPAdapter
+from mtp_mlx.errors import MTPError
 from mtp_mlx.metal_kernels.inverse_cdf import interval
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
@@ -144,11 +145,17 @@ class InverseAR:
 
     Raises:
         ValueError: the adapter is not of variant "c".
+        MTPError: the model has recurrent state.
     """
 
     def __init__(self, attached: AttachedModel, slots: int, anchors: int, seed: int = 0) -> None:
         if not isinstance(attached.speculator, PTPAdapter) or attached.speculator.config.variant != "c":
             raise ValueError("inverse-autoregressive training is for PTP adapters of variant 'c'")
+        if attached.why_linear:
+            raise MTPError(
+                f"inverse-autoregressive training runs real rows and slots in one pass, and {attached.why_linear}, "
+                "slots too: train a PTP adapter with own uniforms instead"
+            )
         self.attached, self.slots, self.anchors, self._seed = attached, slots, anchors, seed
 
     def layout(self, length: int, step: int) -> JointLayout:

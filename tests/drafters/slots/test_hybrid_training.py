@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mtp_mlx.decode.loop import mtp_generate_step
+from mtp_mlx.decode.policy import FixedPolicy
+from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.masks.losses import Apple
 from mtp_mlx.drafters.masks.step import StepRunner, row_weights, slot_batch, teacher_targets
+from mtp_mlx.drafters.registry import load_folder
 from mtp_mlx.drafters.slots.layout import Part, SlotLayout
 from mtp_mlx.drafters.slots.step import BlockChoice
 from mtp_mlx.drafters.slots.two_pass import prefix_pass
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.seams import find_seams
+from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.plan import StepPlan
 from tests.model.naive import random_adapter
-from tests.tiny import tiny_model
-from tests.train.training import examples
+from tests.tiny import RECURRENT, tiny_model
+from tests.train.training import Remembering, examples, make_trainer, settings_for
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5": {},
@@ -31,7 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {},
     "nemotron_h": {},
     "falcon_h1": {},  # attention and recurrence in one layer
+    "bailing_moe_linear": {},  # rotary embeddings in recurrent layers
 }
+QWEN3_5 = RECURRENT["qwen3_5"]["text_config"]
 OBJECTIVE = Apple(lcm_weight=0.5, chunk_rows=16)
 
 
@@ -91,3 +100,47 @@ def test_gradients_are_those_of_one_pass_per_anchor(name: str) -> None:
         assert count == len(layout.rows)
         np.testing.assert_allclose(found.total.item(), total.item(), rtol=1e-5)
         assert relative(dict(tree_flatten(ours)), expected) < 1e-4
+
+
+WORDS = 12  # of the language that a tiny model writes, whose words mostly depend on those right before them
+
+
+def writer(name: str) -> Any:
+    """A model of that language."""
+    few: dict[str, Any] = {"vocab_size": WORDS, **({"num_hidden_layers": 2} if "qwen" in name else {})}
+    model = tiny_model(name, seed=3, **({"text_config": {**QWEN3_5, **few}} if name == "qwen3_5" else few))
+    embedding = find_seams(model).embedding
+    embedding.weight = 4 * embedding.weight
+    return model
+
+
+def texts(name: str, count: int, seed: int) -> list[Example]:
+    """What it writes after two random words."""
+    model, random, found = attach(writer(name)), np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt = random.integers(0, WORDS, 2).tolist()
+        found.append(
+            Example([*prompt, *(item.token for item in mtp_generate_step(prompt, model, max_tokens=10))], 2)
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "granitemoehybrid", "lfm2", "nemotron_h"])
+def test_thirty_steps_draft_better_than_chance(name: str, tmp_path: Path) -> None:
+    """On texts that were not trained on, which stay as they are."""
+    few = {"steps": 30, "warmup": 2, "batch_size": 3, "micro_batches": 1, "slots": 2, "block_share": 0.4}
+    settings = settings_for(tmp_path / "out", learning_rate=1e-2, measure_every=99, save_every=99, **few)
+    trainer, others = (
+        make_trainer(writer(name), texts(name, 16, 0), [], settings, Remembering()),
+        texts(name, 8, 1),
+    )
+    assert trainer.run()
+    first, *_ = trainer.method.measure([others]).acceptance
+    assert first > 1.5 / WORDS
+    model, stats = writer(name), DecodeStats()
+    attached = attach(model, load_folder(tmp_path / "out", model)[0])
+    for example in others[:3]:
+        policy = FixedPolicy("linear", 2)
+        found = mtp_generate_step(example.tokens[:2], attached, max_tokens=10, policy=policy, stats=stats)
+        assert [item.token for item in found] == example.tokens[2:]
+    assert sum(stats.accepted) > 0
