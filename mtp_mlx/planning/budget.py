@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -77,6 +78,7 @@ class BudgetPolicy:
         self._worth = [0.0] * (drafts + 1)
         self._rate = 0.0
         self._recent = (0.0, 0.0)  # decayed tokens and seconds of the steps so far
+        self._priced: dict[Layout, float] = {}  # seconds of layouts in the next step
         self._planned = False  # solved when the context is known, or on first use
 
     @property
@@ -108,6 +110,7 @@ class BudgetPolicy:
         self._hindsight.forget()
         if context != self._context or not self._planned:
             self._context = context
+            self._priced.clear()
             self._solve()
 
     def choose(self, proposals: Sequence[Proposal]) -> tuple[Proposal, Layout]:
@@ -134,6 +137,7 @@ class BudgetPolicy:
         self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
         self._hindsight.read(tokens)
         self._context += len(tokens)
+        self._priced.clear()
         self._steps += 1
         self._recent = _decayed(self._recent, len(tokens), seconds)
         if layout == Layout.plain():
@@ -152,7 +156,11 @@ class BudgetPolicy:
         return self._probing
 
     def _seconds(self, layout: Layout) -> float:
-        return self._cost.seconds(layout, self._context) * self._correction.factor(layout)
+        found = self._priced.get(layout)
+        if found is None:
+            found = self._cost.seconds(layout, self._context) * self._correction.factor(layout)
+            self._priced[layout] = found
+        return found
 
     def _with_width(self, layout: Layout) -> Layout:
         """The layout with candidates for every position that is drafted, if drafts may have branches."""
@@ -202,7 +210,7 @@ class BudgetPolicy:
         slots = [0] * (drafts + 1)
         worth, runs = self._worth, self._runs
         held_worth = 0.0
-        best = (1.0 + accepted - pace * self._seconds(Layout(drafts, tuple(slots))), tuple(slots))
+        best = (1.0 + accepted - pace * self._seconds(_with_groups(drafts, tuple(slots))), tuple(slots))
         idle = 0
         while idle < PATIENCE:
             group = max(groups, key=lambda row: exact[row] * runs[slots[row]][0])
@@ -212,12 +220,12 @@ class BudgetPolicy:
             while slots[group] < last:
                 slots[group] += 1
                 held = held_worth + exact[group] * (worth[slots[group]] - worth[start])
-                value = 1.0 + accepted + held - pace * self._seconds(Layout(drafts, tuple(slots)))
+                value = 1.0 + accepted + held - pace * self._seconds(_with_groups(drafts, tuple(slots)))
                 idle += 1
                 if value > best[0]:
                     best, idle = (value, tuple(slots)), 0
             held_worth = held
-        return best[0], Layout(drafts, best[1])
+        return best[0], _with_groups(drafts, best[1])
 
     def _solve(self) -> None:
         """Policy iteration for `rate` and `_worth`: evaluate the policy exactly and improve it, until stable."""
@@ -262,6 +270,12 @@ class BudgetPolicy:
                 left[held, count] -= (1 - RESTART) * chance
         solution = np.linalg.solve(left, tokens)
         return float(solution[states]), solution[:states].tolist()
+
+
+@lru_cache(maxsize=1 << 14)
+def _with_groups(drafts: int, slots: tuple[int, ...]) -> Layout:
+    """`Layout(drafts, slots)`: planning asks for the same ones again and again."""
+    return Layout(drafts, slots)
 
 
 def _decayed(recent: tuple[float, float], tokens: int, seconds: float) -> tuple[float, float]:
