@@ -10,7 +10,6 @@ blocks of slots as a batch, each from its own state (`BlockStates`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -61,17 +60,15 @@ class TextStates(StateCache):
         found: list[States] = []
         for place in places:
             if place > position:
-                running: Any = ArraysCache(len(self.cache))
-                running.cache[:] = self._states
+                running = ArraysCache(len(self.cache))
+                running.state = (list(self._states), None, None)
                 for replay in self.replays:
                     replay(running, slice(sequence, sequence + 1), position + 1, place + 1)
                 position, self._states = place, list(running.cache)
             found.append(self._states)
         self._place = (sequence, position)
-        states: States = [
-            None if entries[0] is None else mx.concatenate(list(entries))
-            for entries in zip(*found, strict=True)
-        ]
+        entries = [[states[entry] for states in found] for entry in range(len(self.cache))]
+        states: States = [_joined(arrays) for arrays in entries]
         mx.eval(states, self._states)
         return states
 
@@ -85,13 +82,19 @@ class BlockStates(StateCache):
     """
 
     def __init__(self, states: States, lengths: np.ndarray) -> None:
-        inner: Any = ArraysCache(len(states))
-        inner.cache[:] = states
+        inner = ArraysCache(len(states))
+        inner.state = (list(states), None, None)
         super().__init__(inner)
         self.blocks = _block_rows(lengths)
 
     def __setitem__(self, index: int, value: mx.array) -> None:
         """Keeps the state that the blocks start from: layers may be computed again, for their gradients."""
+
+
+def _joined(arrays: list[mx.array | None]) -> mx.array | None:
+    """One entry of several states as a batch; None if the layer does not use that entry."""
+    found = [array for array in arrays if array is not None]
+    return mx.concatenate(found) if found else None
 
 
 def _block_rows(lengths: np.ndarray) -> BlockRows:

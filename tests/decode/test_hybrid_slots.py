@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
+from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy, Proposal
@@ -17,6 +18,7 @@ from mtp_mlx.measure.tune import candidates
 from mtp_mlx.model.attach import attach
 from mtp_mlx.planning.choose import build_policy, tree_policy
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
+from tests.drafters.ptp.ptp_fakes import ptp_attached, ptp_drafting
 from tests.tiny import tiny_model
 
 # Of Granite's layers with attention, those of released hybrids have no rotary embeddings; Nemotron-H's never have.
@@ -47,6 +49,34 @@ def test_slots_behind_the_last_draft(name: str, temperature: float) -> None:
         prompt, model, policy=policy, sampling=sampling, **options
     )  # what its slots draft
     assert [item.token for item in own] == truth
+
+
+@pytest.mark.parametrize("variant", ["o", "c"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
+def test_slots_that_carry_uniforms(name: str, variant: str) -> None:
+    """Parallel Token Prediction: a slot that draft nothing comes first, at the position of the last draft."""
+    prompt, options = [3, 5, 7, 11, 90, 2], {"sampling": SamplingConfig(0.8, seed=5, noise="inverse-cdf")}
+    plain = attach(tiny_model(name, seed=3))
+    truth = [item.token for item in mtp_generate_step(prompt, plain, max_tokens=24, **options)]
+    model, stats, policy = ptp_attached(name, variant, "bits"), DecodeStats(), FixedPolicy("linear", 3)
+    with ptp_drafting(truth, len(prompt), 0.7, 1):
+        found = mtp_generate_step(prompt, model, policy=policy, stats=stats, max_tokens=24, **options)
+        assert [item.token for item in found] == truth
+    assert sum(stats.accepted) > 5
+
+
+def test_unverified_passes_leave_no_slot_in_the_state() -> None:
+    """With tau 1 every pass gives one token, and the text is mlx-lm's; without, several tokens."""
+    prompt, theirs = [3, 5, 7, 11, 90, 2], untouched("qwen3_next")
+    truth = [int(token) for token, _ in generate_step(mx.array(prompt), theirs, max_tokens=20)]
+    policy = FixedPolicy("linear", 3)
+    for emission, passes in ((Emission("conf-adapt", 1.0), 20), (Emission("static"), 5)):
+        stats = DecodeStats()
+        found = mtp_generate_step(
+            prompt, attached("qwen3_next"), policy=policy, emission=emission, stats=stats, max_tokens=20
+        )
+        tokens = [item.token for item in found]
+        assert stats.steps == passes and (tokens == truth or emission.name == "static")
 
 
 def test_slots_behind_several_rows_are_refused() -> None:

@@ -17,16 +17,19 @@ from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.drafters.masks.losses import Apple
 from mtp_mlx.drafters.masks.step import StepRunner, row_weights, slot_batch, teacher_targets
+from mtp_mlx.drafters.ptp.inverse_ar import InverseAR
 from mtp_mlx.drafters.registry import load_folder
-from mtp_mlx.drafters.slots.layout import Part, SlotLayout
+from mtp_mlx.drafters.slots.layout import Part, SlotLayout, build_layout
 from mtp_mlx.drafters.slots.step import BlockChoice
-from mtp_mlx.drafters.slots.two_pass import prefix_pass
+from mtp_mlx.drafters.slots.two_pass import every_slot_pass, prefix_pass, token_pass
+from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.seams import find_seams
 from mtp_mlx.train.data import Example
 from mtp_mlx.train.draft_vocabulary import draft_columns
 from mtp_mlx.train.plan import StepPlan
+from tests.drafters.ptp.ptp_fakes import random_ptp_adapter
 from tests.model.naive import random_adapter
 from tests.tiny import RECURRENT, tiny_model
 from tests.train.training import Remembering, examples, make_trainer, settings_for
@@ -100,6 +103,47 @@ def test_gradients_are_those_of_one_pass_per_anchor(name: str) -> None:
         assert count == len(layout.rows)
         np.testing.assert_allclose(found.total.item(), total.item(), rtol=1e-5)
         assert relative(dict(tree_flatten(ours)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
+def test_a_lead_and_tokens_in_place_of_slots(name: str) -> None:
+    """What Parallel Token Prediction and online self-distillation run: the same rows as one pass per anchor."""
+    model = tiny_model(name, seed=3)
+    attached = attach(model, random_adapter(model))
+    sequences = [[3, 5, 7, 11, 90, 2, 4, 8, 9, 6], [4, 9, 2, 30, 7]]
+    anchors = [np.array([1, 2, 5], dtype=np.int32), np.array([2], dtype=np.int32)]
+    layout = build_layout(sequences, anchors, 1, chunk_blocks=2, lead=1)
+    prefix = prefix_pass(attached, layout)
+    tokens = mx.arange(3, 3 + layout.block.size).reshape(-1, layout.chunk_rows)
+    for part in layout.parts():
+        slots = every_slot_pass(attached, layout, prefix, part)
+        real = token_pass(attached, layout, prefix, part, tokens[part.chunks].reshape(-1))
+        given, rows, found = tokens[part.chunks].reshape(1, -1), 2, layout.blocks(part)[0].tolist()
+        for number, anchor in enumerate(sorted(set(found))):  # the others fill a chunk up
+            own, text = slice(2 * number, 2 * number + rows), sequences[part.sequence][: anchor + 1]
+            cache = attached.make_cache()
+            attached.forward(Block.real(mx.array([text])), cache)
+            positions = mx.arange(anchor, anchor + rows)[None]
+            block = Block(attached.vocab_size + mx.arange(rows)[None], n_real=0, positions=positions)
+            np.testing.assert_allclose(slots[own], attached.forward(block, cache)[0], rtol=1e-3, atol=1e-4)
+            alone = attached.make_cache()
+            attached.forward(Block.real(mx.array([text])), alone)
+            placed = Block(given[:, own], n_real=rows, positions=positions)
+            np.testing.assert_allclose(real[own], attached.forward(placed, alone)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_one_pass_over_text_and_slots_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("lfm2", seed=3)
+    settings = settings_for(tmp_path / "out", "conf-adapt", tuning="lora", draft_vocab=0)
+    with pytest.raises(
+        MTPError, match="in one pass, and this model's recurrent state reads every row of a pass"
+    ):
+        make_trainer(model, examples(4), [], settings, Remembering())
+    adapter = random_ptp_adapter(model, variant="c")
+    with pytest.raises(
+        MTPError, match="in one pass, and this model's recurrent state reads every row of a pass"
+    ):
+        InverseAR(attach(model, adapter), slots=2, anchors=2)
 
 
 WORDS = 12  # of the language that a tiny model writes, whose words mostly depend on those right before them
