@@ -42,6 +42,7 @@ from mtp_mlx.metal_kernels.dispatch import Dispatcher, default_dispatcher
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.model.block import Block
 from mtp_mlx.model.context import beyond_context
+from mtp_mlx.model.keeping_cache import UNLIMITED
 from mtp_mlx.model.sharded import shard
 from mtp_mlx.models import bundled_memory, resolve_model
 from mtp_mlx.planning.choose import plan_drafting
@@ -254,7 +255,7 @@ def stream_generate(
         rows: rows of a pass of layout "tree", by default 16.
         stop: strings that end the text; they are not part of it.
         stats: updated while decoding, and part of every response.
-        kwargs: passed to `mtp_generate_step`: prompt_cache, prefill_step_size, kv_bits, kv_group_size,
+        kwargs: passed to `mtp_generate_step`: prompt_cache, max_kv_size, prefill_step_size, kv_bits, kv_group_size,
             quantized_kv_start, prompt_progress_callback, constraint, logits_processors.
 
     Raises:
@@ -265,7 +266,7 @@ def stream_generate(
     _check_options(max_tokens, lookup, emission)
     kwargs = checked_names(kwargs, set(inspect.signature(mtp_generate_step).parameters) - SET_HERE)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
-    ids = _checked_ids(model, tokenizer, prompt, stats, len(kwargs.get("prefix", ())))
+    ids = _checked_ids(model, tokenizer, prompt, stats, kwargs)
     drafts = kwargs.pop("slots", None) if drafts is None else drafts
     drafting = plan_drafting(model, layout, drafts, stats, lookup, drafter, emission, max_tokens, rows)
     policy = led_policy(drafting.policy, model.peers)
@@ -283,13 +284,23 @@ def stream_generate(
 
 
 def _checked_ids(
-    model: AttachedModel, tokenizer: TokenizerWrapper, prompt: Prompt, stats: DecodeStats, n_before: int
+    model: AttachedModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    stats: DecodeStats,
+    given: Mapping[str, Any],
 ) -> list[int]:
-    """Token ids of a prompt behind `n_before` others; notes in `stats` if they exceed the model's context."""
+    """Token ids of a prompt; notes in `stats` if they exceed the model's context, or a limit has no effect.
+
+    Args:
+        given: arguments of `mtp_generate_step`, such as the prefix.
+    """
     ids = encode_prompt(tokenizer, prompt)
     check_ids(ids, model.vocab_size, "the prompt", tokenizer)
-    if note := beyond_context(model.model, n_before + len(ids)):
+    if note := beyond_context(model.model, len(given.get("prefix", ())) + len(ids)):
         stats.notes.append(note)
+    if given.get("max_kv_size") is not None and model.makes_caches:
+        stats.fallbacks[UNLIMITED] += 1
     return ids
 
 

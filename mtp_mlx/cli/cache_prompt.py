@@ -32,6 +32,9 @@ class CachePromptSettings(CacheOptions, OutOption):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
+    max_kv_size: int | None = setting(
+        None, help="Most tokens in the KV cache: the first 4 stay, then the last ones", minimum=5
+    )
     trust_remote_code: bool = setting(False, help="Let the tokenizer run code that comes with it")
     quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
     prompt: str | None = setting(None, help="Text, or - for stdin", flag="-p")
@@ -54,10 +57,13 @@ def command(raw: bool, **options: Any) -> None:
     from mtp_mlx.chat_template import open_ids
     from mtp_mlx.cli.generate import read_prompt
     from mtp_mlx.cli.progress import prompt_progress
+    from mtp_mlx.model.keeping_cache import UNLIMITED
 
     settings = from_yaml(CachePromptSettings, None, options)
     if settings.out.suffix != ".safetensors":
         raise MTPError(f"--out {settings.out} must end in .safetensors")
+    if settings.max_kv_size is not None and settings.kv_bits is not None:
+        raise MTPError("a cache of --max-kv-size cannot be quantised: leave --kv-bits or --max-kv-size out")
     text = read_prompt(settings, raw)
     config = {"trust_remote_code": True} if settings.trust_remote_code else None
     model, tokenizer = load_base(settings.model, settings.quantize, tokenizer_config=config)
@@ -65,6 +71,8 @@ def command(raw: bool, **options: Any) -> None:
         lora.put_on(model, settings.adapter_path)
     plain = raw or not tokenizer.has_chat_template
     ids = encode_prompt(tokenizer, text) if plain else open_ids(tokenizer, text, settings.system)
+    if settings.max_kv_size is not None and hasattr(model, "make_cache"):
+        click.echo(f"note: {UNLIMITED}", err=True)
     cache = _cache_of(model, ids, settings, prompt_progress())
     prompt_cache.write(settings.out, cache, prompt_cache.Described(ids, settings.model))
     size = settings.out.stat().st_size
@@ -77,7 +85,7 @@ def _cache_of(model: Any, ids: list[int], settings: CachePromptSettings, progres
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
+    cache = make_prompt_cache(model, settings.max_kv_size)
     steps = generate_step(
         mx.array(ids),
         model,

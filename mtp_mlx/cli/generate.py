@@ -180,8 +180,7 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
-    sampling = sampling_of(settings, model.recommended_sampling)
-    sampling = replace(sampling, xtc_special_tokens=_unchanged_by_xtc(tokenizer))
+    sampling = _whole_sampling(settings, model, tokenizer)
     cache, before = _prompt_cache(settings, model)
     ids = _prompt_ids(tokenizer, prompt, settings, raw)
     _same_work(model, settings, ids, sampling)
@@ -208,6 +207,7 @@ def generate(
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
+        max_kv_size=settings.max_kv_size,
         prefill_step_size=settings.prefill_step_size,
         prompt_cache=cache,
         prefix=before,
@@ -228,6 +228,10 @@ def _prompt_cache(settings: GenerateSettings, model: AttachedModel) -> tuple[lis
 
     if settings.prompt_cache_file is None:
         return None, []
+    if settings.max_kv_size is not None:
+        raise MTPError(
+            "--max-kv-size is for new caches: give it to cache-prompt, and leave it out with --prompt-cache-file"
+        )
     if not model.peers.alone:
         raise MTPError("a prompt cache needs a single process: leave `prompt_cache_file` out")
     cache, before = prompt_cache.read(settings.prompt_cache_file)
@@ -343,9 +347,13 @@ def recommendation(settings: Any, model: AttachedModel) -> str | None:
     return f"greedy; the model recommends {in_words(found)}, which --sampling model uses"
 
 
-def _unchanged_by_xtc(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that XTC never drops, as in mlx-lm's `generate`: those of a newline and of the end of a text."""
-    return (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
+def _whole_sampling(settings: GenerateSettings, model: AttachedModel, tokenizer: Any) -> SamplingConfig:
+    """The sampling of these settings for a model.
+
+    XTC never drops the ids of a newline and of the end of a text, as in mlx-lm's `generate`.
+    """
+    unchanged = (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
+    return replace(sampling_of(settings, model.recommended_sampling), xtc_special_tokens=unchanged)
 
 
 def _bias(text: str) -> tuple[int, float]:

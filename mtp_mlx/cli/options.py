@@ -104,6 +104,9 @@ class PrefixOptions:
     prompt_cache_file: Path | None = setting(
         None, help="Go on behind the text that mtp-mlx or mlx_lm cache-prompt kept in this file"
     )
+    max_kv_size: int | None = setting(
+        None, help="Most tokens in the KV cache: the first 4 stay, then the last ones", minimum=5
+    )
     prefill_step_size: int = setting(2048, help="Tokens of the prompt in a pass", minimum=1)
 
 

@@ -45,9 +45,13 @@ def check_prompt_cache(model: AttachedModel, cache: list[Any]) -> None:
     """Checks that a cache has the layers of `model`, and that what it holds has their heads.
 
     Raises:
-        MTPError: if it belongs to another model.
+        MTPError: if it belongs to another model, or is of a kind that the model's exact rows cannot read.
     """
     own = model.make_cache()
+    if model.exact and any(getattr(leaf, "keep", 0) for layer in cache for leaf in _leaves(layer)):
+        raise MTPError(
+            "exact decoding is not possible with a cache of limited size: leave `max_kv_size` or `exact` out"
+        )
     if len(cache) != len(own):
         raise MTPError(
             f"`prompt_cache` has {len(cache)} layers and this model {len(own)}: make one for this model, "
@@ -80,6 +84,10 @@ def check_quantisation(model: AttachedModel, cache: list[Any], bits: int | None,
     """
     if bits is None:
         return
+    if any(getattr(leaf, "keep", 0) for layer in cache for leaf in _leaves(layer)):
+        raise MTPError(
+            "a cache of limited size cannot be quantised (nor can it in mlx-lm): leave `kv_bits` or `max_kv_size` out"
+        )
     if any(isinstance(leaf, WindowCache | RotatingKVCache) for layer in cache for leaf in _leaves(layer)):
         raise MTPError(
             "this model has sliding-window layers, whose cache cannot be quantised (nor can it in mlx-lm): "

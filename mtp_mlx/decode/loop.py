@@ -59,6 +59,7 @@ def mtp_generate_step(
     lookup: TextDrafter | None = None,
     emission: Emission | None = None,
     prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -71,8 +72,7 @@ def mtp_generate_step(
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`, called like mlx-lm's `generate_step`.
 
-    Sampling is a `SamplingConfig` instead of a sampler, because a pick must be a function of the position. Arguments
-    that are not explained here are mlx-lm's.
+    Instead of a sampler there is `sampling`: picks are functions of their position. All else is as in mlx-lm.
 
     Args:
         prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
@@ -101,7 +101,7 @@ def mtp_generate_step(
         policy=policy,
         lookup=lookup,
         emission=emission,
-        cache=prompt_cache if prompt_cache is not None else model.make_cache(),
+        cache=prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size),
         settings=CacheSettings(kv_bits, kv_group_size, quantized_kv_start, prefill_step_size),
         stats=stats,
         constraint=constraint,

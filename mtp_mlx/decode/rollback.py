@@ -1,8 +1,9 @@
 """Roll-back of all layers' caches: `mark` before a pass, `keep` after it.
 
-From a session's first pass on, mlx-lm's prompt cache (a list, changed in place) holds a `WindowCache` for each
-sliding window and a `StateCache` for each recurrent state; `hand_back` restores mlx-lm's own objects with the content
-that they would have. Ordinary caches stay in the list and are rolled back with their own `trim`.
+From a session's first pass on, mlx-lm's prompt cache (a list, changed in place) holds a `WindowCache` or
+`KeepingCache` for each sliding window and a `StateCache` for each recurrent state; `hand_back` restores mlx-lm's own
+objects with the content that they would have. Ordinary caches stay in the list and are rolled back with their own
+`trim`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCach
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
 from mtp_mlx.model.block import Block
+from mtp_mlx.model.keeping_cache import KeepingCache
 from mtp_mlx.model.seams import check_caches
 from mtp_mlx.model.state_cache import StateCache
 from mtp_mlx.model.window_cache import WindowCache
 
 # Caches that hold one row a token in text order, in buffers [B, H, rows, D] (or several, if quantised).
-MOVABLE = (KVCache, QuantizedKVCache, WindowCache)
+MOVABLE = (KVCache, QuantizedKVCache, WindowCache, KeepingCache)
 
 
 class LayerCaches:
@@ -192,7 +194,7 @@ def _move_rows(leaf: Any, newest: int, rows: Sequence[int], first: int) -> None:
 def _ours(cache: Any) -> Any:
     """Our replacement for one of mlx-lm's caches, or the same object if it needs none."""
     if isinstance(cache, RotatingKVCache):
-        return WindowCache(cache)
+        return KeepingCache(cache) if cache.keep else WindowCache(cache)
     if isinstance(cache, ArraysCache):
         return StateCache(cache)
     if isinstance(cache, CacheList):

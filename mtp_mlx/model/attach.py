@@ -24,6 +24,7 @@ from mtp_mlx.model.block_linear import BlockLinear, is_quantised
 from mtp_mlx.model.cache import block_view
 from mtp_mlx.model.gated_lora import GatedLinear
 from mtp_mlx.model.head import HeadView, Vocabulary
+from mtp_mlx.model.keeping_cache import SMALLEST
 from mtp_mlx.model.positions import PositionedRoPE
 from mtp_mlx.model.precision import precision_of
 from mtp_mlx.model.rows import RowContext
@@ -207,15 +208,26 @@ class AttachedModel:
         places = reads_places(self._seams.trunk)
         return f"this model {places}" if places else ""
 
-    def make_cache(self) -> list[Any]:
+    def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """mlx-lm's own prompt cache for this model.
 
+        Args:
+            max_kv_size: most rows of a layer, of which the first 4 stay; it has no effect on models that make caches
+                of their own (`makes_caches`).
+
         Raises:
-            MTPError: if a layer's cache cannot be rolled back.
+            MTPError: if a layer's cache cannot be rolled back, or it has too few rows.
         """
-        caches = make_prompt_cache(self.model)
+        if max_kv_size is not None and max_kv_size < SMALLEST:
+            raise MTPError(f"`max_kv_size` must be at least {SMALLEST}, not {max_kv_size}")
+        caches = make_prompt_cache(self.model, max_kv_size)
         check_caches(caches, getattr(self.model, "model_type", type(self.model).__name__))
         return caches
+
+    @property
+    def makes_caches(self) -> bool:
+        """Whether the model makes caches of its own, which no limit is given to, as in mlx-lm."""
+        return hasattr(self.model, "make_cache")
 
     def forward(self, block: Block, cache: list[Any]) -> mx.array:
         """Hidden states after the final norm, [B, R, D]. Appends R rows to every layer's cache."""

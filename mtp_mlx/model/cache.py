@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, make_prompt_cache
 
 from mtp_mlx.errors import MTPError
+from mtp_mlx.model.keeping_cache import KeepingCache
 from mtp_mlx.model.rows import RowContext
 from mtp_mlx.model.text_states import TextStates
 from mtp_mlx.model.window_cache import WindowCache
@@ -35,13 +36,15 @@ class BlockCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """As the inner cache's."""
+        self.updated = True
+        if isinstance(self.inner, KeepingCache) and keys.shape[2] > 1 and not self.rows.is_step:
+            return self.inner.read(keys, values)
         first = not self.inner.offset if isinstance(self.inner, WindowCache) else False
         found = self.inner.update_and_fetch(keys, values)
         if isinstance(self.inner, WindowCache) and keys.shape[2] > 1 and not self.rows.is_step:
             self.inner.straighten()
             if first:  # mlx-lm's ring hands these on as they are; a copy lies in memory otherwise, and BLAS rounds so
                 found = keys, values
-        self.updated = True
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -53,6 +56,12 @@ class BlockCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Mask of N query rows over (cached rows + N rows): [N, cached + N] bool, or mlx-lm's own value."""
+        if isinstance(self.inner, KeepingCache):
+            if N > 1 and not self.rows.is_step:
+                return self.inner.prompt_mask(N, return_array, window_size)
+            return self.inner.step_mask(
+                N, self.rows.visibility, self.rows.positions, return_array, window_size
+            )
         window = self.inner if isinstance(self.inner, WindowCache) else None
         self.rows.windowed |= window_size is not None and (window is None or window_size < window.window)
         visibility = self.rows.visibility

@@ -222,12 +222,6 @@ def check_caches(caches: list, model_name: str) -> None:
                 where + "cannot be rolled back after a rejected draft; key-value caches, sliding windows and "
                 "recurrent state can"
             )
-        if kind is RotatingKVCache and cache.keep:
-            raise MTPError(
-                where
-                + f"keeps the first {cache.keep} tokens while it slides (max_kv_size), and cannot be rolled "
-                "back after a rejected draft: make the cache without `max_kv_size`"
-            )
         if kind is ArraysCache and (cache.lengths is not None or cache.left_padding is not None):
             raise MTPError(
                 where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,15 @@ def ours(folder: Path, *more: str) -> list[int]:
     return json.loads(result.stdout)["tokens"]
 
 
-def theirs(folder: Path, prompt: str | list[int], **options: Any) -> list[int]:
-    model, tokenizer = mlx_lm.load(str(folder))
+@lru_cache
+def bare(folder: Path) -> tuple[Any, Any]:
+    return mlx_lm.load(str(folder))[:2]
+
+
+def theirs(folder: Path, prompt: str | list[int], n: int = N, **options: Any) -> list[int]:
+    model, tokenizer = bare(folder)
     ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
-    return [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, N, **options)]
+    return [r.token for r in mlx_lm.stream_generate(model, tokenizer, ids, n, **options)]
 
 
 def test_the_answer_is_begun(folder: Path) -> None:
@@ -70,6 +76,69 @@ def test_further_ends(folder: Path) -> None:
     plain = ours(folder, "-p", "the sky")
     last = next(i for i, token in enumerate(plain) if plain.index(token) == i and i > 1)
     assert ours(folder, "-p", "the sky", "--extra-eos-token", str(plain[last])) == plain[: last + 1]
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a kind that makes no caches of its own, which mlx-lm's max_kv_size has an effect on."""
+    path = save_tiny(tmp_path_factory.mktemp("limited") / "m", "qwen3", seed=3)
+    never_end(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--layout", "plain"],
+        ["--layout", "linear", "--drafter", "lookup"],
+        ["--layout", "tree", "--rows", "12"],
+        ["--layout", "plain", "--prefill-step-size", "7"],
+    ],
+)
+def test_a_cache_of_limited_size(limited: Path, how: list[str]) -> None:
+    """Prompts shorter and longer than the cache; texts that fill it; drafts that are taken back in it."""
+    more = {"prefill_step_size": 7} if "--prefill-step-size" in how else {}
+    apart = 0
+    for size in (9, 24):
+        for prompt in ("a", "the dog " * 4, "the sky and the dog and the fox " * 3):
+            found = ours(limited, "-p", prompt, "--raw", "--max-kv-size", str(size), "-n", "40", *how)
+            assert found == theirs(limited, prompt, n=40, max_kv_size=size, **more)
+            apart += found != theirs(limited, prompt, n=40)
+    assert apart >= 4, "the test needs texts that the limit changes"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            ["--kv-bits", "8"],
+            "cannot be quantised (nor can it in mlx-lm): leave --kv-bits or --max-kv-size out",
+        ),
+        (
+            ["--exact"],
+            "exact decoding is not possible with a cache of limited size: leave --max-kv-size or --exact",
+        ),
+    ],
+)
+def test_what_a_limited_cache_cannot_be(limited: Path, option: list[str], message: str) -> None:
+    arguments = ["generate", "-m", str(limited), "-a", "none", "-p", "a", "--max-kv-size", "9", *option]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_a_limited_cache_in_a_file(limited: Path, tmp_path: Path) -> None:
+    file, prompt = tmp_path / "kept.safetensors", "the sky and the dog " * 4
+    made = ["cache-prompt", "-m", str(limited), "-p", prompt, "--raw", "-o", str(file), "--max-kv-size", "12"]
+    assert CliRunner().invoke(main, made, catch_exceptions=False).exit_code == 0
+    expected = theirs(limited, " cold", prompt_cache=load_prompt_cache(str(file)))
+    assert ours(limited, "-p", " cold", "--raw", "--prompt-cache-file", str(file)) == expected
+
+
+def test_a_model_that_makes_its_own_caches_says_that_a_limit_has_no_effect(folder: Path) -> None:
+    arguments = ["generate", "-m", str(folder), "-a", "none", "-p", "the sky", "--raw", "-n", str(N)]
+    result = CliRunner().invoke(main, [*arguments, "--max-kv-size", "6", "--json"], catch_exceptions=False)
+    assert "note: max_kv_size has no effect" in result.stderr
+    assert json.loads(result.stdout)["tokens"] == theirs(folder, "the sky", max_kv_size=6)
 
 
 @pytest.mark.parametrize("by", ["mlx-lm", "mtp-mlx"])
@@ -103,6 +172,8 @@ def test_prompt_caches_are_read_by_both(by: str, folder: Path, tmp_path: Path) -
         (["--extra-eos-token", "99999999"], "is not a token of this model"),
         (["--prompt-cache-file", "missing.safetensors"], "there is no such file"),
         (["--adapter-path", "missing"], "--adapter-path must be a folder that mlx_lm.lora wrote"),
+        (["--max-kv-size", "4"], "--max-kv-size must be at least 5"),
+        (["--max-kv-size", "9", "--prompt-cache-file", "x"], "--max-kv-size is for new caches"),
         (["--raw", "--prefill-response", "it"], "--prefill-response needs the chat template"),
     ],
 )

@@ -134,7 +134,6 @@ def test_caches_that_cannot_give_rows_back_are_refused() -> None:
     padded = [ArraysCache(2, left_padding=[0]), *hybrid.make_cache()[1:]]
     for model, caches, message in [
         (llama, [ChunkedKVCache(8)] * 2, "layer 0: its ChunkedKVCache cannot be rolled back"),
-        (llama, [KVCache(), RotatingKVCache(8, keep=4)], "its RotatingKVCache keeps the first 4 tokens"),
         (llama, [ArraysCache(2), KVCache()], "layer 0 of `prompt_cache` is of another kind of model"),
         (hybrid, padded, "ArraysCache belongs to a padded batch"),
     ]:
