@@ -6,6 +6,7 @@ Logits, and the drafts of decoding steps, are those of the numpy oracle over the
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mtp_mlx.convert.heads.copies import without_copies
+from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import find_heads, plan_heads
-from mtp_mlx.convert.read.checkpoint import open_checkpoint
+from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.read.lazy_tensor import LazyTensor
+from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
 from tests.convert.heads.form_checkpoints import Forms, plain, quantised, save, stacked
 from tests.convert.heads.parity_checkpoints import parity_checkpoint
@@ -28,6 +33,7 @@ from tests.convert.heads.parity_setup import (
     worst,
     write_pytorch,
 )
+from tests.tiny import tiny_model
 
 AFFINE = {"group_size": 32, "mode": "affine"}
 SIDECARS = ["mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors"]
@@ -185,3 +191,25 @@ def test_glm_flash_split_from_the_model(tmp_path: Path) -> None:
     own = {"heads.0.embed_tokens.weight", "heads.0.lm_head.weight"}  # no trunk is there to share them with
     assert found.keys() == converted.keys() | own
     assert all((found[name] == converted[name]).all() for name in converted)
+
+
+@pytest.mark.parametrize("stored", ["as they are", "4 bits"])
+@pytest.mark.parametrize("base", ["as it is", "8 bits"])
+def test_copies_are_told_by_the_model_at_hand(stored: str, base: str) -> None:
+    """An embedding and an LM head that a repository of heads brings along, one of them another model's."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96)
+    rows = {
+        "model.embed_tokens.weight": np.array(model.model.embed_tokens.weight),
+        "lm_head.weight": np.random.default_rng(0).normal(size=model.lm_head.weight.shape).astype(np.float32),
+    }
+    if stored == "4 bits":
+        rows, _ = quantised(rows, {"": 4}, **AFFINE)
+    if base == "8 bits":
+        nn.quantize(model, 32, 8)
+    types = {"uint32": "U32", "float32": "F32"}
+    tensors = {n: LazyTensor(types[v.dtype.name], v.shape, partial(np.asarray, v)) for n, v in rows.items()}
+    copies = [("heads.0.embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens")]
+    copies.append(("heads.0.lm_head.weight", "lm_head.weight", "lm_head"))
+    found = Found("", HeadConvention(""), [], [], set(rows), {}, copies)
+    left, owned = without_copies(Checkpoint(Path("x"), "", tensors), found, model)
+    assert set(left.tensors) == owned.owned == {n for n in rows if n.startswith("lm_head.")}
