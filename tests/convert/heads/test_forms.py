@@ -13,8 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mtp_mlx.adapter_folder import tensor_sizes
+from mtp_mlx.cli import main
 from mtp_mlx.convert.heads.copies import without_copies
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import find_heads, plan_heads
@@ -22,7 +25,7 @@ from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
 from mtp_mlx.convert.read.lazy_tensor import LazyTensor
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
-from tests.convert.heads.form_checkpoints import Forms, plain, quantised, save, stacked
+from tests.convert.heads.form_checkpoints import WIDTH, Forms, plain, quantised, save, stacked
 from tests.convert.heads.parity_checkpoints import parity_checkpoint
 from tests.convert.heads.parity_setup import (
     TOLERANCE,
@@ -164,6 +167,33 @@ def test_what_mlx_does_not_know_is_a_sentence(dense: Forms, tmp_path: Path) -> N
         with pytest.raises(ConversionError) as error:
             plan_heads(checkpoint, find_heads(checkpoint))
         assert said.replace("mtp.", "") in str(error.value) and str(source) in str(error.value)
+
+
+def test_quantised_on_the_way_out(experts: Forms, tmp_path: Path) -> None:
+    """As a user asks for it; routers, and matrices whose width is no multiple of 64, stay."""
+    source = experts.split(tmp_path / "split", plain(experts.heads))
+    _, meant = quantised(experts.heads, {"": 4}, group_size=64)
+    meant = {name: value for name, value in meant.items() if not name.endswith("gate.weight")}
+    folder = convert_heads(source, tmp_path / "heads", "--quantize-heads", "4")
+    parity = check(experts.parity(folder, meant))
+    head = parity.heads.heads[0]
+    assert (
+        head.fuse.bits == 4
+        and type(head.block.mlp.gate) is type(head.block.mlp.shared_expert_gate) is nn.Linear
+    )
+    assert type(head.block.mlp.switch_mlp.down_proj) is not type(head.block.mlp.switch_mlp.up_proj)
+    sizes = tensor_sizes(mx.load(str(folder / "mtp.safetensors")))
+    assert sizes["heads.0.fuse.weight"] == WIDTH * 2 * WIDTH
+    whole = convert(
+        write_pytorch(experts.made, tmp_path / "model"), tmp_path / "whole", "--quantize-heads", "8"
+    )
+    assert experts.parity(whole / "mtp").heads.heads[0].fuse.bits == 8
+    packed, _ = quantised(stacked(plain(experts.heads)), {"": 4}, **AFFINE)
+    again = ["convert", str(experts.split(tmp_path / "packed", packed)), str(tmp_path / "twice")]
+    again += ["--heads-only", "--quantize-heads", "4"]
+    result = CliRunner().invoke(main, again)
+    assert result.exit_code == 2 and "quantised already: leave --quantize-heads out" in result.stderr
+    assert not (tmp_path / "twice").exists()
 
 
 def test_glm_flash_split_from_the_model(tmp_path: Path) -> None:
