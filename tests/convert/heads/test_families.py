@@ -67,6 +67,7 @@ CONVENTIONS = {
     "qwen": ("post-norm", "normed", False, "own", "shared", "shared"),
     "deepseek-v3": ("post-norm", "normed", True, "own", "shared", "shared"),
     "glm-4.5": ("post-norm", "normed", True, "own", "shared", "shared"),
+    "ling": ("post-norm", "normed", False, "own", "shared", "shared"),
     "mimo": ("pre-norm", "normed", True, "own", "shared", "shared"),
     "fastmtp": ("post-norm", "normed", False, "own", "shared", "shared"),
     "mimo-v2": ("post-norm", "trunk", False, "own", "shared", "shared"),
