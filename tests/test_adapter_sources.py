@@ -214,3 +214,11 @@ def test_a_model_without_a_drafter_says_so_once(model: Path, tmp_path: Path) -> 
     assert drafted.exit_code == 0 and "no drafter" not in drafted.stderr
     for more in (("--adapter", "none"), ("--layout", "plain")):
         assert "no drafter" not in run(*words, model, *more).stderr
+
+
+def test_a_folder_of_heads_alone_says_what_it_is(tmp_path: Path) -> None:
+    source = split_folder(tmp_path / "split", heads(plain=True))
+    shown = json.loads(run("info", source, "--json").stdout)
+    assert shown["kind"] == "checkpoint" and shown["mtp heads"]["count"] == 1
+    result = run("generate", "-m", source, "-p", "the")
+    assert result.exit_code == 2 and "it holds MTP heads alone: name them with --heads" in result.stderr
