@@ -8,6 +8,7 @@ from pathlib import Path
 from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
+from mtp_mlx.convert.heads.quantise import quantise_folder
 from mtp_mlx.convert.heads.write import Base, fill_folder, trunk_name
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.trunk import trunk_identity
@@ -22,6 +23,7 @@ def convert_heads(
     *,
     overrides: Overrides = AS_FAMILY,
     base: Base | None = None,
+    quantize: int | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -31,6 +33,7 @@ def convert_heads(
         found: its heads, as `find_heads` found them.
         overrides: conventions to use instead of the family's.
         base: the model that the heads are for; None for the trunk beside them.
+        quantize: bits to quantise the heads to, None for none.
         force: replace `out` if it is an adapter folder already.
         progress: called with the name of each tensor before it is written.
 
@@ -48,4 +51,6 @@ def convert_heads(
     base = base or Base(trunk_name(checkpoint), *trunk_identity(checkpoint, found))
     with new_folder(out) as folder:
         fill_folder(folder, checkpoint, plan, base, progress=progress)
+        if quantize is not None:
+            quantise_folder(folder, quantize)
     return out

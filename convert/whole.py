@@ -23,6 +23,7 @@ from mtp_mlx.adapter_folder import CARD_NAME, CONFIG_NAME, SIDECAR, WEIGHTS_NAME
 from mtp_mlx.convert.adapters.single_mask import MaskToken, find_mask, mask_sidecar
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import AS_FAMILY, Overrides, plan_heads
+from mtp_mlx.convert.heads.quantise import quantise_folder
 from mtp_mlx.convert.heads.targets import HeadPlan
 from mtp_mlx.convert.heads.write import Base, fill_folder
 from mtp_mlx.convert.read.checkpoint import Checkpoint
@@ -41,8 +42,9 @@ class WholeSettings:
 
     Attributes:
         dtype: of weights that are not quantised: a key of DTYPES; None for that of config.json, or as stored.
-        quantize: bits of the trunk's weights, None for none; heads are not quantised.
-        group_size: weights that share a scale, as in mlx-lm.
+        quantize: bits of the trunk's weights, None for none.
+        group_size: weights of the trunk that share a scale, as in mlx-lm.
+        quantize_heads: bits of the heads' weights, None for none.
         overrides: how the heads are stored and run, as for `plan_heads`.
         heads: convert the heads too.
         force: replace OUT if it is a model folder.
@@ -51,6 +53,7 @@ class WholeSettings:
     dtype: str | None = None
     quantize: int | None = None
     group_size: int = 64
+    quantize_heads: int | None = None
     overrides: Overrides = AS_FAMILY
     heads: bool = True
     force: bool = False
@@ -227,6 +230,8 @@ def _write_heads(
         tell("writing the heads")
         dtype = _STORED[settings.dtype] if settings.dtype else None
         fill_folder(folder, checkpoint, plan, base, dtype=dtype)
+        if settings.quantize_heads:
+            quantise_folder(folder, settings.quantize_heads)
 
 
 def report_lines(result: Converted) -> list[str]:

@@ -229,9 +229,18 @@ def _scales(name: str, sizes: Mapping[str, int]) -> bool:
 
 
 def tensor_sizes(tensors: Mapping[str, mx.array]) -> dict[str, int]:
-    """How many numbers each tensor has, and those of quantised weights: four to each number that is stored."""
-    packed = {f"{name.removesuffix('scales')}weight" for name in tensors if name.endswith(".scales")}
-    return {name: tensor.size * (4 if name in packed else 1) for name, tensor in tensors.items()}
+    """How many numbers each tensor has; of quantised weights those that are packed in it, told by their scales."""
+    sizes = {name: tensor.size for name, tensor in tensors.items()}
+    for name, scales in tensors.items():
+        weight = f"{name.removesuffix('scales')}weight"
+        if name.endswith(".scales") and weight in tensors and scales.size:
+            floating = "uint8" in str(scales.dtype)
+            words = tensors[weight].size // scales.size  # of 32 bits in a group
+            small = (
+                {2: 16, 4: 32, 8: 32} if floating else {4: 32}
+            )  # nvfp4, mxfp4, mxfp8; 4 bits in groups of 32
+            sizes[weight] = scales.size * small.get(words, 64)
+    return sizes
 
 
 # --- the model card -------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any
 
 from mtp_mlx import hub
 from mtp_mlx.adapter_folder import CONFIG_NAME, Header, sidecar
-from mtp_mlx.base_model import local_folder
 from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.drafters import registry
 from mtp_mlx.errors import MTPError
@@ -67,12 +66,14 @@ class Wanted:
     Attributes:
         source: hub id, folder or file.
         name: the model's name, as `load` was given it.
+        folder: its folder.
         model: the bare model. tokenizer: its tokenizer.
         alone: whether this is the only process of a run.
     """
 
     source: str
     name: str
+    folder: Path
     model: Any
     tokenizer: Any
     alone: bool = True
@@ -139,8 +140,8 @@ def _take(wanted: Wanted, path: Path, kept: Path, tell: Callable[[str], None]) -
                     shutil.copyfile(found / name, folder / name)
         return kept
     prompts = [_prompt(wanted.tokenizer, text) for text in PROMPTS[:_PROMPTS]]
-    config = read_config(local_folder(wanted.name))
-    target = Target(Path(wanted.name).name, config, wanted.model, wanted.tokenizer, prompts)
+    name = Path(wanted.name).name if Path(wanted.name).exists() else wanted.name
+    target = Target(name, read_config(wanted.folder), wanted.model, wanted.tokenizer, prompts)
     with new_folder(kept) as folder:
         take_heads(found, folder, target, tell)
     return kept

@@ -160,7 +160,7 @@ def load(
     base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy, folder=files)
     source, info = None, None
     replaced = registry.replaces_adapter(drafter_options) and adapter == "auto"
-    wanted = None if heads is None else Wanted(str(heads), str(model), base, tokenizer, alone=not lazy)
+    wanted = None if heads is None else Wanted(str(heads), str(model), files, base, tokenizer, alone=not lazy)
     folder = drafter_folder(model, path, None if replaced else adapter, wanted)
     if folder is not None:
         again = partial(load_base, model, quantize, lazy=True, folder=files) if lazy else None

@@ -103,6 +103,11 @@ def _mlx_lm() -> str:
     return f"mlx-lm {importlib.metadata.version('mlx-lm')}"
 
 
+def holds_heads_alone(model_type: object) -> bool:
+    """Whether a folder of this model type has heads that were split from their model, as mlx-vlm does it."""
+    return isinstance(model_type, str) and model_type.endswith("_mtp")
+
+
 def _type_fault(config: dict[str, Any]) -> str | None:
     """Whether mlx-lm has no such model."""
     if config.get("model_file") is not None:
@@ -111,6 +116,8 @@ def _type_fault(config: dict[str, Any]) -> str | None:
         _get_classes(config)
     except (ValueError, AttributeError):  # no such module, or one that is not a model's
         kind = config["model_type"]
+        if holds_heads_alone(kind):
+            return "it holds MTP heads alone: name them with `heads`, and the model that they are for with `model`"
         return f"{_mlx_lm()} has no model type {kind!r}: update mlx-lm, or choose another model"
     except SystemExit:  # olmo's module ends the program, after a line that names a package
         kind = config["model_type"]

@@ -197,3 +197,28 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     assert report["heads"] == str(source) and report["tokens_per_step"] > 1.5
     both = run(*words, "--adapter", tmp_path)
     assert both.exit_code == 2 and "leave --adapter or --heads out" in both.stderr
+
+
+def test_a_model_without_a_drafter_says_so_once(model: Path, tmp_path: Path) -> None:
+    words = ("generate", "-p", "the", "-n", "2", "--layout", "tree", "-m")
+    said = [line for line in run(*words, model).stderr.splitlines() if "no drafter" in line]
+    assert len(said) == 1 and said[0].startswith(
+        f"note: {model} has no drafter, so only repeated text is drafted: "
+    )
+    assert all(option in said[0] for option in ("--heads", "--draft-model", "--memory", "mtp-mlx train"))
+    holds = original(tmp_path / "original", heads(plain=False), model, shards=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, holds / name)
+    assert f"(Qwen3-Next / 3.5 to 3.8), which --heads {holds} takes over" in run(*words, holds).stderr
+    drafted = run(*words, holds, "--heads", holds)
+    assert drafted.exit_code == 0 and "no drafter" not in drafted.stderr
+    for more in (("--adapter", "none"), ("--layout", "plain")):
+        assert "no drafter" not in run(*words, model, *more).stderr
+
+
+def test_a_folder_of_heads_alone_says_what_it_is(tmp_path: Path) -> None:
+    source = split_folder(tmp_path / "split", heads(plain=True))
+    shown = json.loads(run("info", source, "--json").stdout)
+    assert shown["kind"] == "checkpoint" and shown["mtp heads"]["count"] == 1
+    result = run("generate", "-m", source, "-p", "the")
+    assert result.exit_code == 2 and "it holds MTP heads alone: name them with --heads" in result.stderr

@@ -14,9 +14,12 @@ from mtp_mlx.convert.heads.parts import (
     attention,
     deepseek_experts,
     experts,
+    fused_attention,
+    indexer,
     is_sparse,
     latent_attention,
     linear,
+    ling_experts,
     mlp,
     norms,
     stacked,
@@ -96,6 +99,46 @@ def deepseek_v3(s: Stored) -> Block:
     flash = s.config.get("model_type") == "glm4_moe_lite"
     module, name = ("glm4_moe_lite", "Glm4MoeLite") if flash else ("deepseek_v3", "DeepseekV3")
     return _block(module, f"{name}DecoderLayer", targets, overrides=overrides, layer_idx=s.layer)
+
+
+def deepseek_v32(s: Stored) -> Block:
+    """DeepSeek-V3.2's layer, and GLM-5's, whose settings of the rotary embedding have other names."""
+    block = deepseek_v3(s)
+    rope = s.config.get("rope_parameters")
+    overrides = dict(block.overrides)
+    if s.config.get("model_type") == "glm_moe_dsa" and isinstance(rope, dict):
+        overrides |= {"rope_scaling": rope, "rope_theta": rope["rope_theta"]}
+        overrides["indexer_rope_interleave"] = bool(s.config.get("indexer_rope_interleave", True))
+    targets = [*block.targets, *indexer(s)]
+    return _block("deepseek_v32", "DeepseekV32DecoderLayer", targets, overrides=overrides, layer_idx=s.layer)
+
+
+def ling(s: Stored) -> Block:
+    """Ling's layer: grouped queries in 2.0, latent attention in 2.5, and that with an output gate in 3."""
+    fused, sparse = s.has("attention.query_key_value.weight"), is_sparse(s)
+    gated = s.has("attention.g_proj.weight")
+    if fused:
+        module, name = "bailing_moe", "BailingMoeDecoderLayer"
+        targets = norms(s) + fused_attention(s)
+    else:
+        module, name = (
+            ("bailing_moe_v3", "BailingDecoderLayer") if gated else ("bailing_hybrid", "DecoderLayer")
+        )
+        targets = norms(s) + latent_attention(s, name="attention", out="dense", bias_key="use_qkv_bias")
+        if gated:
+            targets += linear(s, "attention.g_proj", s.number("num_attention_heads"), s.hidden)
+    if sparse:
+        count = int(s.config.get("num_shared_experts") or 0)
+        own = s.config.get("moe_shared_expert_intermediate_size")
+        width = (own or s.number("moe_intermediate_size")) * count
+        shared = own if module == "bailing_hybrid" and own and count else width
+        targets += ling_experts(s, "gate.weight" if gated else "gate.gate_proj.weight", shared)
+    else:
+        targets += mlp(s, s.number("intermediate_size"))
+    overrides = {"first_k_dense_replace": 0 if sparse else s.layer + 1}
+    if gated:
+        return _block(module, name, targets, overrides=overrides, layer_index=s.layer)
+    return _block(module, name, targets, overrides=overrides, layer_idx=s.layer)
 
 
 def longcat_flash(s: Stored) -> Block:
@@ -297,6 +340,11 @@ BLOCKS: dict[str, Builder] = {
     "deepseek_v3": deepseek_v3,
     "glm4_moe": glm4_moe,
     "glm4_moe_lite": deepseek_v3,
+    "deepseek_v32": deepseek_v32,
+    "glm_moe_dsa": deepseek_v32,
+    "kimi_k2": deepseek_v3,
+    "bailing_moe": ling,
+    "bailing_hybrid": ling,
     "mimo_v2_flash": mimo_v2,
     "mimo_v2": mimo_v2,
     "ernie4_5": ernie4_5,

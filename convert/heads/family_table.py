@@ -257,9 +257,15 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     _nextn(
-        "GLM-4.5 / 4.6 / 4.7-Flash",
+        "GLM-4.5 / 4.6 / 4.7-Flash / 5",
         _GLM,
-        ("glm4_moe", "glm4_moe_lite"),
+        ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+    ),
+    _nextn(
+        "Ling 2.0 / 2.5 / 3",
+        HeadConvention("ling"),
+        ("bailing_moe", "bailing_hybrid"),
+        replace(_NEXTN, norm_out="model.layers.{n}.final_layernorm.weight", embed_tokens="", lm_head=""),
     ),
     Family(
         "GLM-4.7-Flash, split from the model",
@@ -279,9 +285,9 @@ FAMILIES: tuple[Family, ...] = (
         ("glm4_moe_lite",),
     ),
     _nextn(
-        "DeepSeek-V3 / R1, or a dense model with heads under DeepSeek's names",
+        "DeepSeek-V3 / R1 / V3.2, or a dense model with heads under DeepSeek's names",
         HeadConvention("deepseek-v3", mask_first_position=True, unsettled=("mask_first_position",)),
-        ("deepseek_v3", "llama", "mistral", "qwen2", "qwen3"),
+        ("deepseek_v3", "deepseek_v32", "kimi_k2", "llama", "mistral", "qwen2", "qwen3"),
     ),
     Family(
         "speculators mtp",

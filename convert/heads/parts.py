@@ -114,30 +114,50 @@ def attention(
     return targets
 
 
-def latent_attention(s: Stored, q_scale: float = 1, kv_scale: float = 1) -> list[Target]:
+def fused_attention(s: Stored) -> list[Target]:
+    """Ling's grouped-query attention, whose queries, keys and values are one projection."""
+    heads, kv_heads = s.number("num_attention_heads"), s.number("num_key_value_heads")
+    width = s.hidden // heads
+    rows = (heads + 2 * kv_heads) * width
+    targets = linear(s, "attention.query_key_value", rows, s.hidden, bool(s.config.get("use_qkv_bias")))
+    targets += linear(s, "attention.dense", s.hidden, heads * width, bool(s.config.get("use_bias")))
+    if s.config.get("use_qk_norm"):
+        targets += [s.target(f"attention.{x}_layernorm.weight", (width,)) for x in ("query", "key")]
+    return targets
+
+
+def latent_attention(
+    s: Stored,
+    q_scale: float = 1,
+    kv_scale: float = 1,
+    *,
+    name: str = "self_attn",
+    out: str = "o_proj",
+    bias_key: str = "attention_bias",
+) -> list[Target]:
     """DeepSeek's latent attention. mlx-lm splits kv_b_proj into two stacks with a matrix for each attention head; the
-    scales are multiplied into the two low-rank norms."""
+    scales are multiplied into the two low-rank norms. name, out: of the attention and of its last projection."""
     d, heads = s.hidden, s.number("num_attention_heads")
     rank, rope = s.number("kv_lora_rank"), s.number("qk_rope_head_dim")
     nope, v_dim = s.number("qk_nope_head_dim"), s.number("v_head_dim")
-    bias = bool(s.config.get("attention_bias"))
+    bias = bool(s.config.get(bias_key))
     targets: list[Target] = []
     q_rank = s.config.get("q_lora_rank")
     if q_rank is None:
-        targets += linear(s, "self_attn.q_proj", heads * (nope + rope), d)
+        targets += linear(s, f"{name}.q_proj", heads * (nope + rope), d)
     else:
-        targets += linear(s, "self_attn.q_a_proj", q_rank, d, bias)
-        targets += [s.target("self_attn.q_a_layernorm.weight", (q_rank,), step=_scale(q_scale))]
-        targets += linear(s, "self_attn.q_b_proj", heads * (nope + rope), q_rank)
-    targets += linear(s, "self_attn.kv_a_proj_with_mqa", rank + rope, d, bias)
-    targets += [s.target("self_attn.kv_a_layernorm.weight", (rank,), step=_scale(kv_scale))]
-    if s.has("self_attn.embed_q.weight"):  # mlx-lm's own form
+        targets += linear(s, f"{name}.q_a_proj", q_rank, d, bias)
+        targets += [s.target(f"{name}.q_a_layernorm.weight", (q_rank,), step=_scale(q_scale))]
+        targets += linear(s, f"{name}.q_b_proj", heads * (nope + rope), q_rank)
+    targets += linear(s, f"{name}.kv_a_proj_with_mqa", rank + rope, d, bias)
+    targets += [s.target(f"{name}.kv_a_layernorm.weight", (rank,), step=_scale(kv_scale))]
+    if s.has(f"{name}.embed_q.weight"):  # mlx-lm's own form
         targets += [
-            s.target("self_attn.embed_q.weight", (heads, rank, nope)),
-            s.target("self_attn.unembed_out.weight", (heads, v_dim, rank)),
+            s.target(f"{name}.embed_q.weight", (heads, rank, nope)),
+            s.target(f"{name}.unembed_out.weight", (heads, v_dim, rank)),
         ]
-        return targets + linear(s, "self_attn.o_proj", d, heads * v_dim, bias)
-    stored, stored_shape = "self_attn.kv_b_proj.weight", (heads * (nope + v_dim), rank)
+        return targets + linear(s, f"{name}.{out}", d, heads * v_dim, bias)
+    stored, stored_shape = f"{name}.kv_b_proj.weight", (heads * (nope + v_dim), rank)
 
     def keys(arrays: Any) -> np.ndarray:
         return arrays[0].reshape(heads, nope + v_dim, rank)[:, :nope].swapaxes(1, 2)
@@ -147,21 +167,21 @@ def latent_attention(s: Stored, q_scale: float = 1, kv_scale: float = 1) -> list
 
     targets += [
         s.target(
-            "self_attn.embed_q.weight",
+            f"{name}.embed_q.weight",
             (heads, rank, nope),
             stored,
             Step("key rows of each head, transposed", bits=keys),
             stored_shape,
         ),
         s.target(
-            "self_attn.unembed_out.weight",
+            f"{name}.unembed_out.weight",
             (heads, v_dim, rank),
             stored,
             Step("value rows of each head", bits=values),
             stored_shape,
         ),
     ]
-    return targets + linear(s, "self_attn.o_proj", d, heads * v_dim, bias)
+    return targets + linear(s, f"{name}.{out}", d, heads * v_dim, bias)
 
 
 def _scale(factor: float) -> Step:
@@ -226,6 +246,28 @@ def deepseek_experts(
     ]
     shared = s.config.get(shared_key)
     return targets + mlp(s, width * shared, "mlp.shared_experts") if shared else targets
+
+
+def indexer(s: Stored) -> list[Target]:
+    """DeepSeek-V3.2's choice of the rows that latent attention sees, which counts in texts of thousands of tokens."""
+    width, heads, name = s.number("index_head_dim"), s.number("index_n_heads"), "self_attn.indexer"
+    return [
+        *linear(s, f"{name}.wq_b", heads * width, s.number("q_lora_rank")),
+        *linear(s, f"{name}.wk", width, s.hidden),
+        s.target(f"{name}.k_norm.weight", (width,)),
+        s.target(f"{name}.k_norm.bias", (width,)),
+        *linear(s, f"{name}.weights_proj", heads, s.hidden),
+    ]
+
+
+def ling_experts(s: Stored, gate: str, shared: int) -> list[Target]:
+    """Ling's routed experts and the shared ones, of the width `shared` (0: none); gate: the router in mlx-lm."""
+    count, width = s.number("num_experts"), s.number("moe_intermediate_size")
+    stored = f"mlp.{gate}" if s.has(f"mlp.{gate}") else "mlp.gate.weight"
+    targets = [s.target(f"mlp.{gate}", (count, s.hidden), stored), *experts(s, count, width)]
+    if s.has("mlp.gate.expert_bias"):
+        targets.append(s.target("mlp.gate.expert_bias", (count,)))
+    return targets + mlp(s, shared, "mlp.shared_experts") if shared else targets
 
 
 def is_sparse(s: Stored) -> bool:

@@ -29,6 +29,7 @@ _TRUNK = {
         "model.language_model.embed_tokens.weight",
         "language_model.model.embed_tokens.weight",
         "backbone.embeddings.weight",
+        "model.word_embeddings.weight",
     ),
     "lm_head": ("lm_head.weight", "language_model.lm_head.weight"),
 }

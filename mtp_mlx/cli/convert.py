@@ -27,6 +27,7 @@ Examples:
   mtp-mlx convert ./Qwen3.5-0.8B --dry-run
   mtp-mlx convert ./Qwen3.5-0.8B ./heads --heads-only
   mtp-mlx convert ./mimo --verify
+  mtp-mlx convert ./MiMo-7B-RL ./heads --heads-only --quantize-heads 8
   mtp-mlx convert ./heads ./speculators --heads-only --heads-as speculators
   mtp-mlx convert last.ckpt ./ptp --heads-only --base ./vicuna-7b
 """
@@ -41,6 +42,9 @@ Examples:
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the weights (default: the checkpoint's; for .gguf float32 on CPU, bfloat16 on Metal)",
+)
+@click.option(
+    "--quantize-heads", type=click.Choice(["4", "8"]), help="Quantise the MTP heads to this many bits"
 )
 @click.option("--heads-only", is_flag=True, help="Write only the MTP heads, as an adapter folder")
 @click.option("--trunk-only", is_flag=True, help="Leave the MTP heads out")
@@ -184,6 +188,7 @@ def _convert_whole(source: Path, out: Path, how: ConvertOptions) -> Path:
         dtype=how.dtype,
         quantize=how.bits,
         group_size=int(how.group_size),
+        quantize_heads=how.head_bits,
         overrides=how.overrides,
         heads=not how.trunk_only,
         force=how.force,
@@ -272,7 +277,14 @@ def _write_heads(
             model, tokenizer = stack.enter_context(open_base(checkpoint, found))
             base = Base.of(trunk_name(checkpoint), model)
         folder = convert_heads(
-            checkpoint, found, out, overrides=how.overrides, base=base, force=how.force, progress=progress
+            checkpoint,
+            found,
+            out,
+            overrides=how.overrides,
+            base=base,
+            quantize=how.head_bits,
+            force=how.force,
+            progress=progress,
         )
         if how.verify:
             click.echo(_in_options(_measured(model, tokenizer, folder)), err=True)

@@ -22,6 +22,7 @@ class ConvertOptions:
     """The options of `mtp-mlx convert`, as their help describes them."""
 
     quantize: str | None
+    quantize_heads: str | None
     group_size: str
     dtype: str | None
     heads_only: bool
@@ -42,6 +43,11 @@ class ConvertOptions:
         return int(self.quantize) if self.quantize else None
 
     @property
+    def head_bits(self) -> int | None:
+        """Bits to quantise heads to, or None."""
+        return int(self.quantize_heads) if self.quantize_heads else None
+
+    @property
     def overrides(self) -> Overrides:
         """How the heads are stored and run, where that is not their family's way."""
         from mtp_mlx.convert.heads.plan import Overrides
@@ -56,7 +62,8 @@ class ConvertOptions:
     @property
     def of_heads(self) -> list[str]:
         """The options given that need heads."""
-        return [*self.conventions, *(["--verify"] if self.verify else [])]
+        quantised = ["--quantize-heads"] if self.quantize_heads else []
+        return [*self.conventions, *quantised, *(["--verify"] if self.verify else [])]
 
     def check(self, out: Path | None) -> None:
         """Raises click.UsageError for options of which one would be ignored."""
@@ -70,6 +77,10 @@ class ConvertOptions:
             )
         if self.trunk_only and self.of_heads:
             raise click.UsageError(f"--trunk-only leaves out the heads that {self.of_heads[0]} is for.")
+        if self.quantize_heads and (self.heads_as != "adapter" or self.dry_run):
+            raise click.UsageError(
+                "--quantize-heads is for the adapter folder that is written: leave it out."
+            )
         if self.dry_run and self.verify:
             raise click.UsageError(
                 "--dry-run reads no weights, so it cannot --verify: leave one of them out."
@@ -103,14 +114,15 @@ class ConvertOptions:
             )
 
     def check_converted(self, folder: Path) -> None:
-        """Raises MTPError for --head-... options, for heads that were converted before."""
-        if self.conventions:
+        """Raises MTPError for options about heads that were converted before."""
+        late = [option for option in self.of_heads if option != "--verify"]
+        if late:
             raise MTPError(
-                f"{folder}: its heads were converted before, so {self.conventions[0]} comes too late; convert the "
-                "original checkpoint"
+                f"{folder}: its heads were converted before, so {late[0]} comes too late; convert the original "
+                "checkpoint"
             )
 
     def check_no_heads(self, what: str) -> None:
         """Raises MTPError for options about heads; its message begins with `what`, what the source is instead."""
         if self.of_heads or self.heads_as != "adapter":
-            raise MTPError(f"{what}: leave --verify, --heads-as and --head-... out")
+            raise MTPError(f"{what}: leave --verify, --heads-as, --quantize-heads and --head-... out")

@@ -105,6 +105,7 @@ def folder(path: Path) -> dict[str, Any]:
         MTPError: if `path` is none of these.
     """
     from mtp_mlx.adapter_faults import not_an_adapter
+    from mtp_mlx.model_faults import holds_heads_alone, read_config
     from mtp_mlx.models import EMBEDDED, embedded_model, named_adapter
 
     path = named_adapter(path)
@@ -117,7 +118,8 @@ def folder(path: Path) -> dict[str, Any]:
     if (path / CONFIG_NAME).is_file():
         return adapter(path)
     if (path / "config.json").is_file():
-        return model_folder(path) | checkpoint_heads(path)
+        alone = holds_heads_alone(read_config(path).get("model_type"))
+        return checkpoint(path) if alone else model_folder(path) | checkpoint_heads(path)
     found = checkpoint_or_none(path)
     if found is None and (path / "adapter_config.json").is_file():
         raise MTPError(not_an_adapter(path, CONFIG_NAME))

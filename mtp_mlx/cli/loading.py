@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from mtp_mlx.cli.options import LoadingOptions
 
 if TYPE_CHECKING:
@@ -40,7 +42,29 @@ def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
     )
     for token in getattr(settings, "extra_eos_token", ()):
         also_ends_at(tokenizer, token)
+    _say_if_nothing_drafts(settings, model)
     return model, tokenizer
+
+
+def _say_if_nothing_drafts(settings: Any, model: AttachedModel) -> None:
+    """One line on stderr about a model without a drafter, unless the user wants none."""
+    from mtp_mlx.adapter_sources import unconverted_heads
+    from mtp_mlx.decode.drafter import source_of
+
+    layout = getattr(settings, "layout", ())
+    layouts = {layout} if isinstance(layout, str) else {*layout}
+    wants_none = settings.adapter == "none" or (layouts and not layouts & {"auto", "tree"})
+    if wants_none or source_of(model) is not None or model.text_source is not None or not model.peers.leads:
+        return
+    inside = unconverted_heads(settings.model)
+    if inside is None:
+        help = (
+            "--heads SOURCE takes over MTP heads, --draft-model a smaller model, --memory drafts from earlier texts, "
+            "and `mtp-mlx train` makes heads"
+        )
+    else:
+        help = f"it holds MTP heads ({inside}), which --heads {settings.model} takes over"
+    click.echo(f"note: {settings.model} has no drafter, so only repeated text is drafted: {help}", err=True)
 
 
 def speed_name(settings: Any) -> str:

@@ -79,7 +79,7 @@ class LoadContext:
 
 
 _SLOTS = "an adapter with slots: name one with `adapter`"
-_HEADS = "MTP heads: name them with `adapter`"
+_HEADS = "MTP heads: name them with `heads`, or their folder with `adapter`"
 _MODEL = "a draft model: name it with `draft_model`"
 
 ROOMS = (

@@ -221,7 +221,7 @@ def test_drafter(folder: Path, expected: list[Any]) -> None:
         drafters = set(found["stats"]["submitted_by"])
         assert "slots" in drafters if "slots" in options[0] else drafters <= {"lookup"}
     for name, message in [
-        ("heads", "needs MTP heads: name them with --adapter"),
+        ("heads", "needs MTP heads: name them with --heads, or their folder with --adapter"),
         ("x", "unknown drafter 'x'"),
     ]:
         result = run(folder, "--drafter", name)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from tests.convert.heads.head_cases import CASES, Arrays
-from tests.convert.heads.head_checkpoints import Made, make, numbers, store_block
+from tests.convert.heads.head_checkpoints import EMBEDDINGS, Made, make, numbers, store_block
 from tests.tiny import hf_tokenizer
 
 TOKENS = 157
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Norms that are stored around zero where a family does that; the norm of linear attention is not.
 SHIFTED = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 # The trunk's tensors that `make` writes for heads to be copies of.
-ALONE = ("model.embed_tokens.weight", "lm_head.weight", "backbone.embeddings.weight")
+ALONE = ("lm_head.weight", *(f"{name}.weight" for name in ("model.embed_tokens", *EMBEDDINGS.values())))
 STEP = {
     ".mlp.switch_mlp.": ".moe.",
     ".mlp.gate.gate.": ".moe.gate.",

@@ -18,6 +18,8 @@ def prepare(source: DraftSource | None, options: HeadsLoading, context: LoadCont
     if options.loop is None:
         return source
     if not isinstance(source, DraftHeads):
-        raise MTPError("`loop` reuses MTP heads, and there are none here: name their folder with `adapter`")
+        raise MTPError(
+            "`loop` reuses MTP heads, and there are none here: name them with `heads`, or their folder with `adapter`"
+        )
     source.loop(options.loop)
     return source

@@ -118,7 +118,7 @@ def quantised(heads: Arrays, bits: dict[str, int], **how: Any) -> tuple[Arrays, 
     """
     packed, meant = dict(heads), {}
     for name, value in heads.items():
-        if value.ndim < 2:
+        if value.ndim < 2 or value.shape[-1] % how["group_size"]:
             continue
         own = next((n for end, n in bits.items() if end and name.endswith(end)), bits[""])
         parts = mx.quantize(mx.array(value), bits=own, **how)

@@ -5,71 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from tests.convert.heads.head_configs import BASE, HYBRID, LATENT, ROUTED, L
+from tests.convert.heads.head_case import (
+    CONV,
+    FC,
+    LING_NAMES,
+    MIMO_NAMES,
+    NEXTN,
+    NEXTN_COPIES,
+    Arrays,
+    Case,
+    under,
+)
+from tests.convert.heads.head_configs import BASE, HYBRID, INDEXED, LATENT, LING, ROUTED, L
 
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass
-class Case:
-    """How a family stores its heads.
-
-    layer: (module of mlx_lm.models, class, class of its arguments, arguments by name for head i).
-    names: stored name of fuse, norm_embedding, norm_hidden, norm_out; block: prefix; {n} = L + i or i.
-    past_trunk: {n} counts on from the trunk's layers. rename: stored name of a block's tensor.
-    """
-
-    family: str
-    config: dict[str, Any]
-    layer: tuple[str, str, str, Callable[[int], dict[str, Any]]]
-    names: dict[str, str]
-    block: str
-    heads: int = 1
-    past_trunk: bool = False
-    order: str = "embedding"
-    zero_centred: bool = False
-    rename: dict[str, str] = field(default_factory=dict)
-    copies: dict[str, str] = field(default_factory=dict)  # stored name -> the trunk's tensor it repeats
-    own: dict[str, str] = field(default_factory=dict)  # canonical part -> stored name
-    trunk: Arrays = field(default_factory=dict)
-    fused_experts: bool = False
-    stacked_as: str = ""  # experts are stored stacked, under this name
-    layer_config: dict[str, Any] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)  # factor that the converter multiplies in
-
-
-CONV = {"model.layers.0.linear_attn.conv1d.weight": np.ones((8, 1, 4), np.float32)}
-FC = {
-    "fuse": "mtp.fc",
-    "norm_embedding": "mtp.pre_fc_norm_embedding",
-    "norm_hidden": "mtp.pre_fc_norm_hidden",
-    "norm_out": "mtp.norm",
-}
-NEXTN = {
-    "fuse": "model.layers.{n}.eh_proj",
-    "norm_embedding": "model.layers.{n}.enorm",
-    "norm_hidden": "model.layers.{n}.hnorm",
-    "norm_out": "model.layers.{n}.shared_head.norm",
-}
-NEXTN_COPIES = {
-    "model.layers.{n}.embed_tokens.weight": "model.embed_tokens.weight",
-    "model.layers.{n}.shared_head.head.weight": "lm_head.weight",
-}
-
-
-def under(prefix: str, fuse: str, embedding: str, hidden: str, out: str) -> dict[str, str]:
-    """Names of the four tensors under one prefix."""
-    parts = {"fuse": fuse, "norm_embedding": embedding, "norm_hidden": hidden, "norm_out": out}
-    return {key: f"{prefix}{value}" for key, value in parts.items() if value}
-
-
-MIMO_NAMES = ("input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm")
+__all__ = ["CASES", "SEQUENCES", "Arrays", "Case"]
 
 CASES: dict[str, Case] = {
     "qwen3-next experts": Case(
@@ -144,6 +98,61 @@ CASES: dict[str, Case] = {
         "model.layers.{n}.",
         past_trunk=True,
         copies=NEXTN_COPIES,
+    ),
+    "deepseek-v3.2": Case(
+        "deepseek-v3",
+        BASE | LATENT | ROUTED | INDEXED | {"model_type": "deepseek_v32", "num_nextn_predict_layers": 1},
+        ("deepseek_v32", "DeepseekV32DecoderLayer", "ModelArgs", lambda i: {"layer_idx": L + i}),
+        NEXTN,
+        "model.layers.{n}.",
+        past_trunk=True,
+        copies=NEXTN_COPIES,
+    ),
+    "glm-5": Case(
+        "glm-4.5",
+        BASE
+        | LATENT
+        | ROUTED
+        | INDEXED
+        | {
+            "model_type": "glm_moe_dsa",
+            "num_nextn_predict_layers": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "attention_bias": False,
+            "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"},
+        },
+        ("deepseek_v32", "DeepseekV32DecoderLayer", "ModelArgs", lambda i: {"layer_idx": L + i}),
+        NEXTN,
+        "model.layers.{n}.",
+        past_trunk=True,
+        copies=NEXTN_COPIES,
+    ),
+    "ling 2.0": Case(
+        "ling",
+        BASE | LING | {"model_type": "bailing_moe", "score_function": "sigmoid", "use_qk_norm": True},
+        ("bailing_moe", "BailingMoeDecoderLayer", "ModelArgs", lambda i: {"layer_idx": L + i}),
+        LING_NAMES,
+        "model.layers.{n}.",
+        past_trunk=True,
+        rename={"gate.gate_proj": "gate"},
+    ),
+    "ling 2.5": Case(
+        "ling",
+        BASE | LATENT | LING | {"model_type": "bailing_hybrid", "head_dim": 12},
+        ("bailing_hybrid", "DecoderLayer", "ModelArgs", lambda i: {"layer_idx": L + i}),
+        LING_NAMES,
+        "model.layers.{n}.",
+        past_trunk=True,
+        rename={"gate.gate_proj": "gate"},
+    ),
+    "ling 3": Case(
+        "ling",
+        BASE | LATENT | LING | {"model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"]},
+        ("bailing_moe_v3", "BailingDecoderLayer", "ModelArgs", lambda i: {"layer_index": L + i}),
+        LING_NAMES,
+        "model.layers.{n}.",
+        past_trunk=True,
     ),
     "llama with own heads": Case(
         "deepseek-v3",

@@ -20,6 +20,9 @@ from tests.convert.checkpoints import write_safetensors
 from tests.convert.heads.head_cases import CASES, SEQUENCES, Arrays, Case
 from tests.convert.heads.head_configs import D, L, V
 
+# What families call the trunk's embedding, where that is not "model.embed_tokens".
+EMBEDDINGS = {"nemotron-h": "backbone.embeddings", "ling": "model.word_embeddings"}
+
 
 @dataclass
 class Made:
@@ -68,7 +71,7 @@ def block_shapes(name: str, i: int) -> dict[str, tuple[int, ...]]:
 def make(name: str) -> Made:
     """The tiny checkpoint of a case."""
     case = CASES[name]
-    trunk_prefix = "backbone.embeddings" if case.family == "nemotron-h" else "model.embed_tokens"
+    trunk_prefix = EMBEDDINGS.get(case.family, "model.embed_tokens")
     stored: Arrays = {
         f"{trunk_prefix}.weight": numbers("embed", (V, D)),
         "lm_head.weight": numbers("head", (V, D)),

@@ -53,3 +53,22 @@ ROUTED = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
 }
+INDEXED = {"index_head_dim": 16, "index_n_heads": 3, "index_topk": 64}
+LING = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 20,
+    "moe_router_enable_expert_bias": True,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "partial_rotary_factor": 0.5,
+    "layer_group_size": 1,
+    "group_norm_size": 1,
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 1,
+}

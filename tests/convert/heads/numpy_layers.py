@@ -146,6 +146,7 @@ class Latent:
     scaled: bool = False
     name: str = "self_attn."
     eps: float = 1e-6
+    out: str = "o_proj"
 
     def __call__(self, t: Tensors, x: Array) -> Array:
         t = t.below(self.name)
@@ -167,7 +168,27 @@ class Latent:
         k = np.concatenate([kv[..., : self.nope], np.repeat(k_rope, self.heads, axis=1)], axis=-1)
         q = np.concatenate([q[..., : self.nope], q_rope], axis=-1)
         mixed = attend(q, k, kv[..., self.nope :], (self.nope + self.rope_width) ** -0.5)
-        return t.linear("o_proj", mixed.reshape(rows, -1))
+        if "g_proj.weight" in t:  # Ling 3
+            mixed = mixed * sigmoid(t.linear("g_proj", x))[..., None]
+        return t.linear(self.out, mixed.reshape(rows, -1))
+
+
+@dataclass(frozen=True)
+class FusedQueries:
+    """Ling's grouped-query attention: queries, keys and values are one projection."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_width: int
+
+    def __call__(self, t: Tensors, x: Array) -> Array:
+        t = t.below("attention.")
+        both = t.linear("query_key_value", x).reshape(len(x), -1, self.head_dim)
+        q, k, v = np.split(both, [self.heads, self.heads + self.kv_heads], axis=1)
+        q, k = t.norm("query_layernorm", q), t.norm("key_layernorm", k)
+        q, k = (rope(y, self.rope_width, 10000.0, False) for y in (q, k))
+        return t.linear("dense", attend(q, k, v, self.head_dim**-0.5).reshape(len(x), -1))
 
 
 # --- MLPs ---------------------------------------------------------------------------------------------------
@@ -214,7 +235,8 @@ class SigmoidExperts:
 
     def __call__(self, t: Tensors, x: Array) -> Array:
         scores = sigmoid(x @ t["gate.weight"].T)
-        name = next(n for n in ("gate.e_score_correction_bias", "e_score_correction_bias") if n in t)
+        names = ("gate.e_score_correction_bias", "e_score_correction_bias", "gate.expert_bias")
+        name = next(name for name in names if name in t)
         chosen = best(scores + t[name], self.top)
         weights = over_chosen(scores, chosen) * self.scaling
         inner = t.linear("fc1_latent_proj", x) if "fc1_latent_proj.weight" in t else x

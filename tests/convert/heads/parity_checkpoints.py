@@ -6,7 +6,6 @@ form in which checkpoints are released. Numbers are drawn by name, so that activ
 
 from __future__ import annotations
 
-import importlib
 import re
 import zlib
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
 
 from tests.convert.heads.head_cases import CASES, Arrays, Case
 from tests.convert.heads.head_checkpoints import Made, make, model_config, store_block
@@ -29,7 +29,8 @@ def parity_checkpoint(name: str, settings: dict[str, Any]) -> Made:
     config = model_config(case) | settings
     nested = next((key for key in ("text_config", "transformer_layer_config") if key in case.config), None)
     made.config = {**case.config, nested: config} if nested else config
-    stand_ins = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *case.trunk}
+    stand_ins = {"model.embed_tokens.weight", "model.word_embeddings.weight", "model.norm.weight"}
+    stand_ins |= {"lm_head.weight", *case.trunk}
     heads = {key: value for key, value in made.stored.items() if key not in stand_ins}
     shapes = heads | trunk_arrays(case, trunk_config(made))
     copied = {key.format(n=n): trunk for key, trunk in case.copies.items() for n in range(9)}
@@ -47,8 +48,8 @@ def trunk_config(made: Made) -> dict[str, Any]:
 
 def trunk_arrays(case: Case, config: dict[str, Any]) -> Arrays:
     """The trunk's tensors under their released names; only shapes matter."""
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
     layers: dict[str, Arrays] = {}
     for name, value in tree_flatten(model.parameters()):
         match = re.fullmatch(r"(.*layers\.\d+\.)(.*)", name)

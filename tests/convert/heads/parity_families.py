@@ -11,6 +11,7 @@ from typing import Any
 from tests.convert.heads.head_configs import L
 from tests.convert.heads.numpy_heads import LayerFunction, Names, Rules
 from tests.convert.heads.numpy_layers import (
+    FusedQueries,
     GroupedQueries,
     Latent,
     Layer,
@@ -48,10 +49,10 @@ class Family:
     given: bool = False
 
 
-def nextn(n: int, **other: str) -> Names:
+def nextn(n: int, embed: str = "model.embed_tokens", **other: str) -> Names:
     """DeepSeek's names."""
     p = f"model.layers.{n}."
-    names = Names(f"{p}eh_proj", f"{p}enorm", f"{p}hnorm", f"{p}shared_head.norm", (p,))
+    names = Names(f"{p}eh_proj", f"{p}enorm", f"{p}hnorm", f"{p}shared_head.norm", (p,), embed_tokens=embed)
     return replace(names, **{key: p + value for key, value in other.items()})
 
 
@@ -79,6 +80,9 @@ def fc_names(embed: str = "model.embed_tokens") -> Names:
 LLAMA = Layer(GroupedQueries(4, 2, 16, 16))
 MIMO = Layer(GroupedQueries(4, 2, 12, 12))
 LATENT = Latent(4, 12, 10, 8, 14)
+GLM_5 = replace(LATENT, rope_base=20000.0)
+_LING_LATENT = replace(LATENT, name="attention.", out="dense")
+LING = {"ling 2.0": FusedQueries(4, 2, 12, 6), "ling 2.5": _LING_LATENT, "ling 3": _LING_LATENT}
 DEEPSEEK, DEEPSEEK_EXPERTS = Layer(LATENT), Layer(LATENT, SigmoidExperts(2))
 _GLM = GroupedQueries(4, 2, 16, 8)
 GLM, GLM_EXPERTS = Layer(_GLM), Layer(_GLM, SigmoidExperts(2))
@@ -121,6 +125,31 @@ FAMILIES: dict[str, Family] = {
         Rules(mask_first=True),
         [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
     ),
+    "deepseek-v3.2": Family(
+        "deepseek-v3.2",
+        [nextn(L)],
+        [[DEEPSEEK_EXPERTS]],
+        Rules(mask_first=True),
+        [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
+    ),
+    "glm-5": Family(
+        "glm-5",
+        [nextn(L)],
+        [[Layer(GLM_5, SigmoidExperts(2))]],
+        Rules(mask_first=True),
+        [Layer(GLM_5), *[Layer(GLM_5, SigmoidExperts(2))] * 3],
+    ),
+    **{
+        name: Family(
+            name,
+            [nextn(L, "model.word_embeddings", out="final_layernorm")],
+            [[Layer(attention, SigmoidExperts(2, scaling=2.5))]],
+            Rules(),
+            [Layer(attention), *[Layer(attention, SigmoidExperts(2, scaling=2.5))] * 3],
+            embed="word_embeddings",
+        )
+        for name, attention in LING.items()
+    },
     "glm-4.5 dense": Family("glm-4.5 dense", [nextn(L)], [[GLM]], Rules(mask_first=True), [GLM] * L),
     "llama with own heads": Family(
         "llama with own heads",

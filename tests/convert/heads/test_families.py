@@ -67,6 +67,7 @@ CONVENTIONS = {
     "qwen": ("post-norm", "normed", False, "own", "shared", "shared"),
     "deepseek-v3": ("post-norm", "normed", True, "own", "shared", "shared"),
     "glm-4.5": ("post-norm", "normed", True, "own", "shared", "shared"),
+    "ling": ("post-norm", "normed", False, "own", "shared", "shared"),
     "mimo": ("pre-norm", "normed", True, "own", "shared", "shared"),
     "fastmtp": ("post-norm", "normed", False, "own", "shared", "shared"),
     "mimo-v2": ("post-norm", "trunk", False, "own", "shared", "shared"),
@@ -251,7 +252,7 @@ def test_known_layouts_of_other_models_are_refused_by_name(tmp_path: Path) -> No
     made = make("glm-4.5")
     with pytest.raises(
         ConversionError,
-        match="have names like model.layers.{n}.eh_proj.weight, but .* is 'glm9'; .* of deepseek_v3, glm4_moe",
+        match="have names like model.layers.{n}.eh_proj.weight, but .* 'glm9'; .* of bailing_hybrid, bailing_moe, ",
     ):
         converted(made.write(tmp_path / "a", model_type="glm9"))
     for name, title in (

@@ -6,18 +6,26 @@ Logits, and the drafts of decoding steps, are those of the numpy oracle over the
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mtp_mlx.adapter_folder import tensor_sizes
+from mtp_mlx.cli import main
+from mtp_mlx.convert.heads.copies import without_copies
+from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import find_heads, plan_heads
-from mtp_mlx.convert.read.checkpoint import open_checkpoint
+from mtp_mlx.convert.read.checkpoint import Checkpoint, open_checkpoint
+from mtp_mlx.convert.read.lazy_tensor import LazyTensor
+from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
-from tests.convert.heads.form_checkpoints import Forms, plain, quantised, save, stacked
+from tests.convert.heads.form_checkpoints import WIDTH, Forms, plain, quantised, save, stacked
 from tests.convert.heads.parity_checkpoints import parity_checkpoint
 from tests.convert.heads.parity_setup import (
     TOLERANCE,
@@ -28,6 +36,7 @@ from tests.convert.heads.parity_setup import (
     worst,
     write_pytorch,
 )
+from tests.tiny import tiny_model
 
 AFFINE = {"group_size": 32, "mode": "affine"}
 SIDECARS = ["mtp.safetensors", "mtp/weights.safetensors", "model-mtp.safetensors"]
@@ -160,6 +169,33 @@ def test_what_mlx_does_not_know_is_a_sentence(dense: Forms, tmp_path: Path) -> N
         assert said.replace("mtp.", "") in str(error.value) and str(source) in str(error.value)
 
 
+def test_quantised_on_the_way_out(experts: Forms, tmp_path: Path) -> None:
+    """As a user asks for it; routers, and matrices whose width is no multiple of 64, stay."""
+    source = experts.split(tmp_path / "split", plain(experts.heads))
+    _, meant = quantised(experts.heads, {"": 4}, group_size=64)
+    meant = {name: value for name, value in meant.items() if not name.endswith("gate.weight")}
+    folder = convert_heads(source, tmp_path / "heads", "--quantize-heads", "4")
+    parity = check(experts.parity(folder, meant))
+    head = parity.heads.heads[0]
+    assert (
+        head.fuse.bits == 4
+        and type(head.block.mlp.gate) is type(head.block.mlp.shared_expert_gate) is nn.Linear
+    )
+    assert type(head.block.mlp.switch_mlp.down_proj) is not type(head.block.mlp.switch_mlp.up_proj)
+    sizes = tensor_sizes(mx.load(str(folder / "mtp.safetensors")))
+    assert sizes["heads.0.fuse.weight"] == WIDTH * 2 * WIDTH
+    whole = convert(
+        write_pytorch(experts.made, tmp_path / "model"), tmp_path / "whole", "--quantize-heads", "8"
+    )
+    assert experts.parity(whole / "mtp").heads.heads[0].fuse.bits == 8
+    packed, _ = quantised(stacked(plain(experts.heads)), {"": 4}, **AFFINE)
+    again = ["convert", str(experts.split(tmp_path / "packed", packed)), str(tmp_path / "twice")]
+    again += ["--heads-only", "--quantize-heads", "4"]
+    result = CliRunner().invoke(main, again)
+    assert result.exit_code == 2 and "quantised already: leave --quantize-heads out" in result.stderr
+    assert not (tmp_path / "twice").exists()
+
+
 def test_glm_flash_split_from_the_model(tmp_path: Path) -> None:
     """mlx-vlm's names and the layer's own form: the tensors are those of the original, converted as a whole."""
     made = parity_checkpoint("glm-4.7-flash", {})
@@ -185,3 +221,25 @@ def test_glm_flash_split_from_the_model(tmp_path: Path) -> None:
     own = {"heads.0.embed_tokens.weight", "heads.0.lm_head.weight"}  # no trunk is there to share them with
     assert found.keys() == converted.keys() | own
     assert all((found[name] == converted[name]).all() for name in converted)
+
+
+@pytest.mark.parametrize("stored", ["as they are", "4 bits"])
+@pytest.mark.parametrize("base", ["as it is", "8 bits"])
+def test_copies_are_told_by_the_model_at_hand(stored: str, base: str) -> None:
+    """An embedding and an LM head that a repository of heads brings along, one of them another model's."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96)
+    rows = {
+        "model.embed_tokens.weight": np.array(model.model.embed_tokens.weight),
+        "lm_head.weight": np.random.default_rng(0).normal(size=model.lm_head.weight.shape).astype(np.float32),
+    }
+    if stored == "4 bits":
+        rows, _ = quantised(rows, {"": 4}, **AFFINE)
+    if base == "8 bits":
+        nn.quantize(model, 32, 8)
+    types = {"uint32": "U32", "float32": "F32"}
+    tensors = {n: LazyTensor(types[v.dtype.name], v.shape, partial(np.asarray, v)) for n, v in rows.items()}
+    copies = [("heads.0.embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens")]
+    copies.append(("heads.0.lm_head.weight", "lm_head.weight", "lm_head"))
+    found = Found("", HeadConvention(""), [], [], set(rows), {}, copies)
+    left, owned = without_copies(Checkpoint(Path("x"), "", tensors), found, model)
+    assert set(left.tensors) == owned.owned == {n for n in rows if n.startswith("lm_head.")}
