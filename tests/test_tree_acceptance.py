@@ -34,8 +34,8 @@ from tests.drafters.memory.tables import memory_of
 from tests.model.naive import random_adapter
 from tests.tiny import VOCABULARY, never_end, save_tiny, tiny_model
 
-PROMPTS = [(5, 9, 2, 31, 9, 2), (7,), tuple(range(20, 60))]
-LENGTH = 30  # tokens of an answer
+PROMPTS = [(7,), tuple(range(20, 60))]
+LENGTH = 28  # tokens of an answer
 CONVENTION = HeadConvention("test")
 KINDS: dict[str, dict[str, Any]] = {
     "slots": {},
@@ -81,7 +81,7 @@ def test_steps_are_those_of_decoding(kind: str, tmp_path: Path) -> None:
     attached, examples = drafting(kind, tmp_path / "a.mem")
     name = kind.split()[0]
     lanes = [Lane(name, "linear"), *([Lane(name, "quadratic")] if name == "slots" else [])]
-    lanes += [Lane(who, "tree", rows) for who in (name, f"{name},memory") for rows in (3, 8, 16)]
+    lanes += [Lane(who, "tree", rows) for who in (name, f"{name},memory") for rows in (3, 12)]
     lanes.append(Lane("memory", "tree", 6))
     store = StateStore(attached, tmp_path, {})
     accepted, bare = Counter[str](), 0
@@ -96,8 +96,8 @@ def test_steps_are_those_of_decoding(kind: str, tmp_path: Path) -> None:
             assert found.tokens == LENGTH
             accepted.update(found.drafted_by)
             bare += sum(count for layout, count in found.layouts.items() if "+0" in layout)
-    assert accepted[name] > 20 and accepted["memory"] > 20
-    assert bare > 20 or name == "heads"  # steps that have no slots behind some drafts
+    assert accepted[name] > 10 and accepted["memory"] > 10
+    assert bare > 10 or name == "heads"  # steps that have no slots behind some drafts
 
 
 def test_a_text_of_another_model(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mtp_mlx.model.branches import why_no_branches
 from mtp_mlx.planning.choose import plan_drafting
 from mtp_mlx.train.data import Example
 
-NOTHING = -1  # what a row picks that is not on the path of the text
+NOTHING = -1  # what follows the text: no token
 
 
 class _Known(Drafter):
@@ -86,20 +86,16 @@ class KnownText:
         return [KVCache()]
 
     def forward(self, block: Block, cache: list[Any]) -> mx.array:
-        """[1, R, 1] int32 picks of rows on the path of the text, `NOTHING` for others; the cache grows by R rows."""
-        ids, start = np.array(block.ids[0]), cache[0].offset
-        rows, n_real = len(ids), block.n_real
+        """[1, R, 1] int32, the text's token behind each row's position; the cache grows by R rows.
+
+        So a row off the path of the text picks what is right at its position. It cannot be accepted, because a row
+        before it is not.
+        """
+        rows, start = block.ids.shape[1], cache[0].offset
         cache[0].update_and_fetch(mx.zeros((1, 1, rows, 1)), mx.zeros((1, 1, rows, 1)))
         places = start + np.arange(rows) if block.positions is None else np.array(block.positions)
-        known = np.array([*self._tokens, *[NOTHING] * (1 + places.max())], dtype=np.int32)
-        wrong = (known[places] != ids)[:n_real]
-        if block.visibility is None:
-            on_path = np.cumsum(wrong) == 0
-        else:
-            on_path = ~(np.array(block.visibility)[:n_real, :n_real] & wrong).any(axis=1)
-        picks = np.full(rows, NOTHING, dtype=np.int32)
-        picks[:n_real] = np.where(on_path, known[places[:n_real] + 1], NOTHING)
-        self.head_input = mx.array(picks)[None, :, None]
+        known = np.array([*self._tokens, *[NOTHING] * (2 + places.max())], dtype=np.int32)
+        self.head_input = mx.array(known[places + 1])[None, :, None]
         return self.head_input
 
     def head(self, hidden: mx.array) -> mx.array:
