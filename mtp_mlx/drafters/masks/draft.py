@@ -10,10 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.draft_pick import Beams, pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
@@ -83,25 +82,10 @@ class MaskSlotDrafter(Drafter):
         The slot's latent is the same for all; the sampler head refines it by the token before. Without such a head,
         every continuation has the same candidates.
         """
-        width, history = min(verified.layout.width, self._vocabulary.head.columns), verified.history
-        tokens, paths = verified.pick.reshape(1), mx.ones((1,))  # [P] newest tokens, chances of their paths
-        histories = None if history is None else history[None]  # [P, C] before them
-        ids, chances, parents = [], [], []
+        beams = Beams(verified)
         for slot in range(latents.shape[0]):
-            if histories is not None:
-                histories = mx.concatenate([histories[:, 1:], tokens[:, None]], axis=1)
+            tokens = beams.tokens
             latent = mx.broadcast_to(latents[slot], (tokens.shape[0], latents.shape[1]))
-            logits = self._vocabulary.head(self._sampler(self._attached.embed(tokens), latent)[None])[
-                0
-            ]  # [P, C]
-            positions = mx.broadcast_to(verified.position + slot + 1, (tokens.shape[0],))
-            found, sure = self._picker.candidates(logits, positions, histories, self._vocabulary.ids, width)
-            along = (paths[:, None] * sure).reshape(-1)  # [P * w]
-            best = mx.argsort(-along)[:width]
-            paths, tokens = along[best], found.reshape(-1)[best]
-            parent = (best // width).astype(mx.int32)
-            histories = None if histories is None else histories[parent]
-            ids.append(tokens)
-            chances.append(sure.reshape(-1)[best])
-            parents.append(parent + (slot - 1) * width if slot else mx.full((width,), ROOT, dtype=mx.int32))
-        return LazyDrafts(mx.concatenate(ids), mx.concatenate(chances), mx.concatenate(parents))
+            refined = self._sampler(self._attached.embed(tokens), latent)
+            beams.grow(self._picker, self._vocabulary.head(refined[None])[0], self._vocabulary.ids)
+        return beams.drafts()
