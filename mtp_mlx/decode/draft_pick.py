@@ -1,11 +1,13 @@
-"""Picks a draft from a hidden state, with the target's noise."""
+"""Picks drafts from hidden states, with the target's noise: one, or the candidates that a tree grows by."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
+from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
@@ -54,3 +56,57 @@ def pick_draft(
         if found is not None:
             return found
     return picker.pick_with_confidence(head(refined), position, row, token_ids)
+
+
+class Beams:
+    """A tree of drafts that grows by a position at a time, lazily: by the likeliest continuations of its paths.
+
+    Args:
+        verified: the outcome of the pass. At most `verified.layout.width` drafts are kept for each position.
+
+    Attributes:
+        tokens: [P] int32, the newest token of every path; before the first position, the target's own pick.
+        histories: [P, C] int32 tokens before the next position, or None without penalties.
+    """
+
+    def __init__(self, verified: Verified) -> None:
+        self._most, self._before = verified.layout.width, verified.position
+        self.tokens = verified.pick.reshape(1)
+        self.histories = None if verified.history is None else self._with_newest(verified.history[None])
+        self._paths = mx.ones((1,))  # [P] their chances
+        self._ids: list[mx.array] = []
+        self._chances: list[mx.array] = []
+        self._parents: list[mx.array] = []
+
+    def _with_newest(self, histories: mx.array) -> mx.array:
+        return mx.concatenate([histories[:, 1:], self.tokens[:, None]], axis=1)
+
+    def grow(
+        self, picker: Picker, logits: mx.array, token_ids: mx.array | None, share: mx.array | None = None
+    ) -> mx.array:
+        """[P'] int32, which of the P paths each of the longer ones continues.
+
+        Args:
+            picker: the target's picker.
+            logits: [P, V] of the next position, behind each path.
+            token_ids: [V] int32 ids of the columns, or None if these are the ids.
+            share: [] probability of all these tokens together, if others are possible.
+        """
+        positions = mx.broadcast_to(self._before + len(self._ids) + 1, (logits.shape[0],))
+        found, sure = picker.candidates(logits, positions, self.histories, token_ids, self._most)  # [P, w]
+        sure = sure if share is None else sure * share
+        along = (self._paths[:, None] * sure).reshape(-1)  # [P * w]
+        best = mx.argsort(-along)[: self._most]
+        parents = (best // found.shape[1]).astype(mx.int32)
+        earlier = sum(ids.shape[0] for ids in self._ids[:-1])
+        self._parents.append(parents + earlier if self._ids else mx.full(parents.shape, ROOT, dtype=mx.int32))
+        self._paths, self.tokens = along[best], found.reshape(-1)[best]
+        self._ids.append(self.tokens)
+        self._chances.append(sure.reshape(-1)[best])
+        if self.histories is not None:
+            self.histories = self._with_newest(self.histories[parents])
+        return parents
+
+    def drafts(self) -> LazyDrafts:
+        """The tree."""
+        return LazyDrafts(*map(mx.concatenate, (self._ids, self._chances, self._parents)))

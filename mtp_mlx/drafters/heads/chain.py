@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.draft_pick import Beams, pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.heads.head_cache import HeadCache
@@ -63,8 +63,10 @@ class _Depth:
         return self.cache.offset
 
     def inputs(self, new: mx.array | None = None) -> mx.array:
-        """[1, w, D] the waiting rows, followed by the `new` ones."""
-        rows = [*self.waiting, *([] if new is None else [new])]
+        """[P, w, D] the waiting rows, followed by the `new` ones [P, R, D] of P paths."""
+        paths = 1 if new is None else new.shape[0]
+        waiting = [mx.broadcast_to(rows, (paths, *rows.shape[1:])) for rows in self.waiting]
+        rows = [*waiting, *([] if new is None else [new])]
         return mx.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
 
 
@@ -127,7 +129,7 @@ class HeadChain(Drafter):
                 continue
             inputs = state.inputs()
             following = mx.array(tokens[start + depth : start + depth + count], dtype=mx.int32)
-            _, outputs = self._run(state, inputs[:, :count], following)
+            _, outputs = self._run(state, inputs[:, :count], following[None])
             state.waiting = [inputs[:, count:]] if inputs.shape[1] > count else []
             if depth < len(self._depths):
                 self._depths[depth].waiting.append(outputs)
@@ -136,53 +138,59 @@ class HeadChain(Drafter):
         mx.eval([state.waiting for state in self._depths])
 
     def _run(self, state: _Depth, hidden: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """(z, h), both [1, R, D], of one head over the R rows after its final ones; its cache grows by R.
+        """(z, h), both [P, R, D], of one head over the R rows after its final ones; its cache grows by R.
 
         Args:
             state: the depth.
-            hidden: [1, R, D] hidden states of the depth before.
-            tokens: [R] int32, the token whose embedding each row takes.
+            hidden: [P, R, D] hidden states of the depth before, of P paths of drafts; the cache keeps the first's.
+            tokens: [P, R] int32, the token whose embedding each row takes.
         """
-        embeddings = state.head.embed(tokens, self._attached.embed)[None]
+        embeddings = state.head.embed(tokens, self._attached.embed)
         if self._first_position == 0:
             embeddings = first_masked(self._heads.convention, embeddings, state.final)
-        return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
+        with state.cache.repeated(hidden.shape[0]):
+            return state.head(embeddings, hidden, state.head.mask(hidden, state.cache), state.cache)
 
     def propose(self, verified: Verified) -> LazyDrafts:
-        """See `Drafter`."""
+        """See `Drafter`. Of a tree, the heads run over all its paths at once, P of them."""
         hidden, picks = self._heads.first_state(verified.head_input), verified.picks
-        accepted = verified.accepted
+        accepted, wide = verified.accepted, verified.layout.width > 1
         history, tokens, count = verified.history, verified.tokens, verified.layout.chain
         self._block, self._ran = hidden, []
         n, block = self._rows, hidden.shape[1]
         # Tokens after t[n]: accepted drafts, the target's own pick, then the chain's drafts as they are made.
-        following = mx.concatenate([picks, mx.zeros((count - 1,), dtype=mx.int32)])
+        following = mx.concatenate([picks, mx.zeros((count - 1,), dtype=mx.int32)])[None]  # [P, ...]
         places = mx.arange(block + count - 1)
-        ids, confidences = [], []
+        ids, confidences, beams = [], [], Beams(verified)
         new, token = hidden, verified.pick.reshape(1)
         for depth, state in enumerate(self._depths[:count], start=1):
             start, inputs = state.final, state.inputs(new)
             known = mx.array(tokens[start + depth : n + 1], dtype=mx.int32)
-            unread = following[max(0, start + depth - n - 1) : block - 1 + depth]
-            z, outputs = self._run(state, inputs, mx.concatenate([known, unread]))
-            self._ran.append(_Ran(start, inputs, outputs))
-            refined = z[0, n - start + accepted][None]  # [1, D] of row m
-            if history is not None:
-                history = mx.concatenate([history[1:], token])
-            token, confidence = pick_draft(
-                self._attached,
-                self._picker,
-                refined,
-                (verified.position + depth).reshape(1),
-                history,
-                self._heads.unembedding(depth),
-                width=verified.layout.width,
-            )
-            ids.append(token)
-            confidences.append(confidence)
-            token, new = token[:1], outputs
-            following = mx.where(places == accepted + depth, token, following)
-        return LazyDrafts.joined(ids, confidences)
+            unread = following[:, max(0, start + depth - n - 1) : block - 1 + depth]
+            known = mx.broadcast_to(known, (unread.shape[0], known.shape[0]))
+            z, outputs = self._run(state, inputs, mx.concatenate([known, unread], axis=1))
+            self._ran.append(_Ran(start, inputs[:1], outputs[:1]))  # the final rows are those of any path
+            refined = z[:, n - start + accepted]  # [P, D] of row m
+            if wide:
+                logits = self._heads.logits(self._attached, refined, depth)
+                parents = beams.grow(self._picker, logits, self._attached.draft_ids)
+                token, following, new = beams.tokens, following[parents], outputs[parents]
+            else:
+                if history is not None:
+                    history = mx.concatenate([history[1:], token])
+                token, confidence = pick_draft(
+                    self._attached,
+                    self._picker,
+                    refined,
+                    (verified.position + depth).reshape(1),
+                    history,
+                    self._heads.unembedding(depth),
+                )
+                ids.append(token)
+                confidences.append(confidence)
+                new = outputs
+            following = mx.where(places == accepted + depth, token[:, None], following)
+        return beams.drafts() if wide else LazyDrafts.joined(ids, confidences)
 
     def commit(self, n_accepted: int) -> None:
         """See `Drafter`: keeps the rows that are now final, and removes the rest."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import mlx.core as mx
 
 from mtp_mlx.drafters.heads.layer_call import LayerCall, cache_parts
 
@@ -28,6 +31,20 @@ class HeadCache:
         """Removes the newest `rows` rows."""
         for part in self._parts:
             part.trim(rows)
+
+    @contextmanager
+    def repeated(self, count: int) -> Iterator[None]:
+        """Temporarily holds the rows `count` times, so that a batch of continuations can run; keeps the first's."""
+        for part in self._parts if count > 1 else ():
+            if part.keys is not None:
+                part.keys, part.values = (
+                    mx.repeat(part.keys, count, axis=0),
+                    mx.repeat(part.values, count, axis=0),
+                )
+        yield
+        for part in self._parts if count > 1 else ():
+            if part.keys is not None:
+                part.keys, part.values = part.keys[:1], part.values[:1]
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         """See mlx-lm's caches: the mask of new rows, which all layers share."""

@@ -10,11 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.draft_pick import Beams, pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
+<<<<<<< HEAD
 from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.drafters.masks.shortlist import Shortlist, layer_of_shortlists, shortlist
+=======
+>>>>>>> treebench
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
@@ -106,42 +109,14 @@ class MaskSlotDrafter(Drafter):
         The slot's latent is the same for all; the sampler head refines it by the token before. Without such a head,
         every continuation has the same candidates.
         """
-        listed, history = self._shortlist(latents, verified), verified.history
-        columns = self._vocabulary.head.columns if listed is None else listed.ids.shape[1]
-        width = min(verified.layout.width, columns)
-        tokens, paths = verified.pick.reshape(1), mx.ones((1,))  # [P] newest tokens, chances of their paths
-        histories = None if history is None else history[None]  # [P, C] before them
-        ids, chances, parents = [], [], []
+        listed, beams = self._shortlist(latents, verified), Beams(verified)
         for slot in range(latents.shape[0]):
-            if histories is not None:
-                histories = mx.concatenate([histories[:, 1:], tokens[:, None]], axis=1)
+            tokens = beams.tokens
             latent = mx.broadcast_to(latents[slot], (tokens.shape[0], latents.shape[1]))
             refined = self._sampler(self._attached.embed(tokens), latent)  # [P, D]
-            positions = mx.broadcast_to(verified.position + slot + 1, (tokens.shape[0],))
-            found, sure = self._candidates(listed, slot, refined, positions, histories, width)
-            along = (paths[:, None] * sure).reshape(-1)  # [P * w]
-            best = mx.argsort(-along)[:width]
-            paths, tokens = along[best], found.reshape(-1)[best]
-            parent = (best // width).astype(mx.int32)
-            histories = None if histories is None else histories[parent]
-            ids.append(tokens)
-            chances.append(sure.reshape(-1)[best])
-            parents.append(parent + (slot - 1) * width if slot else mx.full((width,), ROOT, dtype=mx.int32))
-        return LazyDrafts(mx.concatenate(ids), mx.concatenate(chances), mx.concatenate(parents))
-
-    def _candidates(
-        self,
-        listed: Shortlist | None,
-        slot: int,
-        refined: mx.array,
-        positions: mx.array,
-        histories: mx.array | None,
-        width: int,
-    ) -> tuple[mx.array, mx.array]:
-        """(ids int32 [P, width], confidences float32) that continue P paths, from inputs [P, D] of the LM head."""
-        if listed is None:
-            logits = self._vocabulary.head(refined[None])[0]  # [P, C]
-            return self._picker.candidates(logits, positions, histories, self._vocabulary.ids, width)
-        logits, ids = listed.logits(slot, refined), listed.ids[slot]
-        found, sure = self._picker.candidates(logits, positions, histories, ids, width)
-        return found, sure * listed.shares[slot]
+            if listed is None:
+                beams.grow(self._picker, self._vocabulary.head(refined[None])[0], self._vocabulary.ids)
+            else:
+                logits, ids = listed.logits(slot, refined), listed.ids[slot]
+                beams.grow(self._picker, logits, ids, listed.shares[slot])
+        return beams.drafts()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mtp_mlx.decode.draft_pick import pick_draft
 from mtp_mlx.decode.pick import Picker, SamplingConfig
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.drafters.heads.chain import HeadChain
 from mtp_mlx.drafters.heads.convention import HeadConvention
@@ -94,9 +95,9 @@ class Text:
         picks = mx.array([*self.tokens[self.n + 1 : m + 2], *wrong], dtype=mx.int32)
         picked_from: list[mx.array] = []
 
-        def spy(attached: Any, picker: Any, refined: mx.array, *rest: Any, width: int) -> Any:
+        def spy(attached: Any, picker: Any, refined: mx.array, *rest: Any) -> Any:
             picked_from.append(refined)
-            return pick_draft(attached, picker, refined, *rest, width=width)
+            return pick_draft(attached, picker, refined, *rest)
 
         with mock.patch("mtp_mlx.drafters.heads.chain.pick_draft", spy):
             position, known = self.first_position + m + 1, self.tokens[: self.n + 1]
@@ -183,6 +184,58 @@ def test_step_by_step_equals_from_scratch(journey: dict[str, Any]) -> None:
                     text.run(1, text.n + 1)
             else:
                 text.step(*action)
+
+
+def likeliest(text: Text, m: int, count: int, width: int) -> list[tuple[tuple[int, ...], float]]:
+    """Paths of drafts behind row m and the chance of the last of each, by `MTPHeads.cascade` for every path."""
+    heads = text.attached.speculator
+    assert isinstance(heads, MTPHeads)
+    found: list[tuple[tuple[int, ...], float]] = []
+    paths = [((), 1.0)]
+    for depth in range(1, count + 1):
+        longer = []
+        for path, chance in paths:
+            ids = mx.array([[*text.tokens[: m + 2], *path]])
+            hidden = mx.concatenate([text.hidden[:, : m + 1], text.hidden[:, :depth] * 0], axis=1)
+            refined = heads.cascade(text.attached.embed(ids), hidden, depth)[-1][0, m][None]
+            position = mx.array([m + 1 + depth])
+            tokens, sure = text.picker.candidates(
+                heads.logits(text.attached, refined, depth), position, None, text.attached.draft_ids, width
+            )
+            longer += [
+                ((*path, token), chance * one, one)
+                for token, one in zip(tokens[0].tolist(), sure[0].tolist(), strict=True)  # type: ignore[arg-type,union-attr]
+            ]
+        longer = sorted(longer, key=lambda one: -one[1])[:width]
+        paths = [(path, along) for path, along, _ in longer]
+        found += [(path, sure) for path, _, sure in longer]
+    return found
+
+
+@pytest.mark.parametrize(("convention", "shape"), [(0, 0), (1, 0), (3, 2), (2, 1)])
+def test_trees_follow_the_likeliest_paths(convention: int, shape: int) -> None:
+    """Each node is drafted behind its own ancestors, as the cascade would; the steps after it go on as ever."""
+    text, continued = Text(model_with_heads("llama", 3, 3, convention, shape=shape), seed=1), set[int]()
+    text.run(5, 6)
+    for drafts, accepted, width in ((2, 1, 3), (0, 0, 6), (3, 3, 4)):
+        m = text.n + accepted
+        rows = mx.concatenate([text.hidden[:, text.n : m + 1], text.hidden[:, : drafts - accepted]], axis=1)
+        picks = mx.array([*text.tokens[text.n + 1 : m + 2], *[7] * (drafts - accepted)], dtype=mx.int32)
+        seen = verified_block(rows, picks, accepted, m + 1, text.tokens[: text.n + 1], 3)
+        fresh = text.chain.propose(replace(seen, layout=replace(seen.layout, width=width)))
+        assert fresh.parents is not None
+        tokens, parents = fresh.ids.tolist(), fresh.parents.tolist()
+        tree = DraftTree(tuple(tokens), tuple(parents), tuple(fresh.confidences.tolist()))  # type: ignore[arg-type]
+        expected = likeliest(text, m, 3, width)
+        assert [tuple(tokens[one] for one in tree.path(node)) for node in range(len(tree))] == [  # type: ignore[index]
+            path for path, _ in expected
+        ]
+        np.testing.assert_allclose(tree.chances, [chance for _, chance in expected], rtol=0.03, atol=1e-4)
+        continued |= {parent % width for parent in parents if parent >= 0}  # type: ignore[union-attr,operator]
+        text.chain.commit(accepted)
+        text.n = m + 1
+        text.step(2, 1, 3)  # a chain again
+    assert len(continued) > 1
 
 
 @pytest.mark.parametrize("shape", [0, 1])
