@@ -13,11 +13,7 @@ import numpy as np
 from mtp_mlx.decode.draft_pick import Beams, pick_draft
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
-<<<<<<< HEAD
-from mtp_mlx.decode.tree import ROOT
 from mtp_mlx.drafters.masks.shortlist import Shortlist, layer_of_shortlists, shortlist
-=======
->>>>>>> treebench
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.head import Vocabulary
 
