@@ -80,7 +80,7 @@ def drafting(drafter: KnowingDrafter | None) -> Iterator[None]:
     if drafter is None:
         yield
         return
-    with mock.patch("mtp_mlx.drafters.masks.weights.MaskSlotDrafter", lambda *_: drafter):
+    with mock.patch("mtp_mlx.drafters.masks.weights.MaskSlotDrafter", lambda *_, **__: drafter):
         yield
 
 
