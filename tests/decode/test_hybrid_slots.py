@@ -17,6 +17,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.tune import candidates
 from mtp_mlx.model.attach import attach
 from mtp_mlx.planning.choose import build_policy, tree_policy
+from mtp_mlx.planning.cost import StepCost
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.drafters.ptp.ptp_fakes import ptp_attached, ptp_drafting
 from tests.tiny import tiny_model
@@ -79,7 +80,7 @@ def test_unverified_passes_leave_no_slot_in_the_state() -> None:
         assert stats.steps == passes and (tokens == truth or emission.name == "static")
 
 
-def test_slots_behind_several_rows_are_refused() -> None:
+def test_slots_behind_several_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the loop, and before it; auto plans the linear layout, and says so once."""
     model, stats = attached("qwen3_next"), DecodeStats()
     with pytest.raises(MTPError, match="recurrent state reads every row of a pass: use the linear layout"):
@@ -87,14 +88,11 @@ def test_slots_behind_several_rows_are_refused() -> None:
     for refused in (lambda: build_policy(model, "quadratic", 2, stats), lambda: tree_policy(model, 2, 8)):
         with pytest.raises(MTPError, match=r"slots behind several rows, and this model's recurrent state"):
             refused()
+    cost = StepCost((1, 40), (1, 64), (1.0, 1.5), (1.0, 1.5), (1,), (0.0,), 0.0, (1.0, 1.0))
+    monkeypatch.setattr("mtp_mlx.planning.choose.step_cost", lambda model: cost)
     policy = build_policy(model, "auto", None, stats)
     policy.begin(9, branches=False)
-    known = Proposal.chain("slots", [4, 5, 6], [0.6, 0.6, 0.6])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "_seconds", lambda layout: 1 + 1e-3 * layout.rows)
-        policy.choose([known])
-        policy._solve()  # type: ignore[attr-defined]
-        _, layout = policy.choose([known])
+    _, layout = policy.choose([Proposal.chain("slots", [4, 5, 6], [0.6, 0.6, 0.6])])
     assert layout.drafts and layout.slots[-1] and not any(layout.slots[:-1])
     assert list(stats.fallbacks) == [
         "slots behind the last draft only: this model's recurrent state reads every row of a pass"
