@@ -77,7 +77,7 @@ class GatedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, R, D_in] -> [B, R, D_out]."""
         y = self.base(x)
-        n_real = self._rows.first_gated_of(x)
+        n_real = self._rows.first_gated
         if n_real is None or n_real >= x.shape[-2]:
             return y
         kernels = self._rows.step_kernels

@@ -24,7 +24,6 @@ class RowContext:
 
     Attributes:
         n_real: number of real rows, which come first; None outside a pass (then every row is real).
-        count: rows of the pass, of all sequences together, or those that layers get now (`regrouped`, `slots_alone`).
         positions: [R] or [B, R] int32 explicit positions; None if they continue those in the cache.
         visibility: [R, R] bool; None if causal.
         uniforms: [R - n_real] or [B, R - n_real] float32, the uniform of each slot row, or None (see `Block`).
@@ -40,7 +39,6 @@ class RowContext:
     """
 
     n_real: int | None = None
-    count: int = 0
     positions: mx.array | None = None
     visibility: mx.array | None = None
     uniforms: mx.array | None = None
@@ -63,29 +61,24 @@ class RowContext:
         """First row of the pass that LoRA acts on; None outside a pass."""
         return 0 if self.ungated and self.n_real is not None else self.n_real
 
-    def first_gated_of(self, x: mx.array) -> int | None:
-        """`first_gated` of x [..., R, D]; None if x does not hold the pass's rows, but one token of a scan."""
-        return self.first_gated if x.size == self.count * x.shape[-1] else None
-
     @contextmanager
-    def regrouped(self, count: int, positions: mx.array | None) -> Iterator[None]:
-        """Layers called in this context get `count` rows with these `positions`, chosen from those of the pass."""
-        known = self.count, self.positions
-        self.count, self.positions = count, positions
+    def placed(self, positions: mx.array | None) -> Iterator[None]:
+        """Layers called in this context get rows with these positions instead of those of the pass."""
+        known, self.positions = self.positions, positions
         try:
             yield
         finally:
-            self.count, self.positions = known
+            self.positions = known
 
     @contextmanager
-    def slots_alone(self, count: int) -> Iterator[None]:
-        """Layers called in this context get the last `count` rows of the pass only, all of them slots."""
-        known = self.n_real, self.count, self.n_exact
-        self.n_real, self.count, self.n_exact = 0, count, 0
+    def slots_alone(self) -> Iterator[None]:
+        """Layers called in this context get slot rows only."""
+        known = self.n_real, self.n_exact
+        self.n_real = self.n_exact = 0
         try:
             yield
         finally:
-            self.n_real, self.count, self.n_exact = known
+            self.n_real, self.n_exact = known
 
     def visibility_words(self, n_rows: int) -> mx.array | None:
         """[R] uint32 bit masks of the rows that each row sees, for the kernel `block_attention`; once per pass.
@@ -105,7 +98,6 @@ class RowContext:
     def running(self, block: Block) -> Iterator[None]:
         """Makes `block` the pass in progress while the graph of its forward pass is built."""
         self.n_real, self.positions, self.visibility = block.n_real, block.positions, block.visibility
-        self.count = block.ids.size
         self.is_step, self.paths = block.is_step, block.paths
         self.uniforms = block.uniforms
         self.n_exact = block.n_real if self.exact and block.is_step else 0
@@ -114,5 +106,5 @@ class RowContext:
             yield
         finally:
             self.n_real = self.positions = self.visibility = self.uniforms = None
-            self.is_step, self.paths, self.count = False, (), 0
+            self.is_step, self.paths = False, ()
             self.windowed, self.n_exact, self.step_kernels, self._words = False, 0, None, None

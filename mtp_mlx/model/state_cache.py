@@ -189,7 +189,7 @@ class Replay:
         # Rows from the first on are where the recorded call says; a mixer may turn others by their positions.
         positions = mx.arange(first, last) if first else None
         try:
-            with self._rows.regrouped(0, positions):
+            with self._rows.placed(positions):
                 self._mixer(
                     *map(cut, self._args), **{name: cut(value) for name, value in self._kwargs.items()}
                 )
@@ -249,7 +249,7 @@ class Recorder:
         positions = self._rows.positions
         if positions is not None:
             positions = mx.broadcast_to(positions, shape).reshape(-1)[blocks.rows]
-        with self._rows.regrouped(blocks.rows.size, positions), _in_training(self._module):
+        with self._rows.placed(positions), _in_training(self._module):
             out = mixer(*map(batched, args), **{name: batched(value) for name, value in kwargs.items()})
         return tree_map(lambda y: y.reshape(-1, *y.shape[2:])[blocks.back].reshape(*shape, *y.shape[2:]), out)
 
@@ -276,7 +276,7 @@ class Recorder:
         n_exact, n_slots = self._rows.n_exact, shape[1] - self._rows.n_exact
         outputs = [run(row, row + 1) for row in range(n_exact)]
         if n_slots > 0:
-            with self._rows.slots_alone(shape[0] * n_slots):
+            with self._rows.slots_alone():
                 outputs.append(run(n_exact, shape[1]))
         if cache.between:
             for known, new in zip(cache.between, between, strict=True):
