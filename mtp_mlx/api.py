@@ -134,7 +134,7 @@ def load(
     """Loads a model, attaches its drafter, and returns it with its tokenizer.
 
     Args:
-        model: "smollm2-135m" (embedded, no network), a local mlx-lm folder, or a hub id.
+        model: "smollm2-135m" (embedded, no network), an mlx-lm folder, or a hub id; also `path_or_hf_repo`.
         adapter: an adapter folder or its hub id; "demo-heads" for the bundled MTP heads of the embedded model; "auto"
             for the bundled adapter of this model or the folder `mtp` in the model's own, if any; None for no adapter.
         heads: MTP heads that others made, instead of an adapter: hub id, folder or file of a checkpoint with heads,
@@ -154,11 +154,11 @@ def load(
         MTPError: if there is no such model or adapter, the model lacks a seam, the adapter belongs to another base
             model, or a drafter's options do not suit the model.
     """
-    path = resolve_model(model, quantize=quantize)
+    path = resolve_model(model := drafter_options.pop("path_or_hf_repo", model), quantize=quantize)
     lazy = peers is not None and not peers.alone
     files = local_folder(model, quantize)
     base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy, folder=files)
-    source, info = None, None
+    source = info = None
     replaced = registry.replaces_adapter(drafter_options) and adapter == "auto"
     wanted = None if heads is None else Wanted(str(heads), str(model), files, base, tokenizer, alone=not lazy)
     folder = drafter_folder(model, path, None if replaced else adapter, wanted)
@@ -339,6 +339,8 @@ def _responses(
 
 
 def _check_options(max_tokens: int, lookup: bool | None, emission: Emission) -> None:
+    if isinstance(max_tokens, bool):
+        raise MTPError(f"`max_tokens` is {max_tokens}: give `verbose` by its name")
     if max_tokens == 0 or max_tokens < -1:
         raise MTPError(f"`max_tokens` must be at least 1, or -1 for no limit; got {max_tokens}")
     if lookup and not emission.lossless:
@@ -371,9 +373,25 @@ def generate(
     tokenizer: TokenizerWrapper,
     prompt: Prompt,
     max_tokens: int = 256,
+    *,
+    verbose: bool = False,
     **kwargs: Any,
 ) -> str:
-    """The text that follows `prompt`. Arguments as `stream_generate`."""
-    return "".join(
-        response.text for response in stream_generate(model, tokenizer, prompt, max_tokens, **kwargs)
-    )
+    """The text that follows `prompt`. Arguments as `stream_generate`.
+
+    Args:
+        verbose: print the text while it is written, and then the speed, to stdout, as mlx-lm does.
+    """
+    text, last = "", None
+    if verbose:
+        print("=" * 10)
+    for last in stream_generate(model, tokenizer, prompt, max_tokens, **kwargs):
+        text += last.text
+        if verbose:
+            print(last.text, end="", flush=True)
+    if verbose and last is not None:
+        print("\n" + "=" * 10)
+        print(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec")
+        print(f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec")
+        print(f"Peak memory: {last.peak_memory:.3f} GB")
+    return text

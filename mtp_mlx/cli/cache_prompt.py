@@ -23,7 +23,9 @@ Examples:
 class OutOption:
     """Where to write."""
 
-    out: Path = setting(help="File to write, .safetensors", flag="-o")
+    out: Path = setting(
+        help="File to write, .safetensors", flag="-o", old_option="--prompt-cache-file"
+    )  # as mlx-lm calls it
 
 
 @dataclass(frozen=True)

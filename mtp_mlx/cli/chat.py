@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mtp_mlx.cli.generate import checked_unicode, recommendation, sampling_of, tell
+from mtp_mlx.cli.generate import checked_unicode, recommendation, sampling_of, tell, whole_sampling
 from mtp_mlx.cli.options import (
     DraftingOptions,
     EmissionOptions,
@@ -21,6 +21,7 @@ from mtp_mlx.cli.options import (
     PrecisionOptions,
     SamplingOptions,
     ThinkingOptions,
+    XtcOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting
 from mtp_mlx.errors import MTPError
@@ -43,13 +44,14 @@ class ChatSettings(
     LearningOptions,
     LoadingOptions,
     DraftingOptions,
+    XtcOptions,
     SamplingOptions,
     ThinkingOptions,
     ModelOptions,
 ):
     """Options of `mtp-mlx chat`; they mean what they mean in `mtp-mlx generate`."""
 
-    system: str | None = setting(None, help="System message")
+    system: str | None = setting(None, help="System message", old_option="--system-prompt")
     max_tokens: int = setting(
         512, help="Maximum number of tokens per answer; -1 = no limit", minimum=-1, flag="-n"
     )
@@ -95,7 +97,7 @@ def prepare(
         tell("drafts are not verified: answers are lossy (lossless: false)")
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, memory_learn=learns)
-    sampling = sampling_of(settings, model.recommended_sampling)
+    sampling = whole_sampling(settings, model, tokenizer)
     if not emission.lossless:
         emission.greedy(sampling)
     if note := recommendation(settings, model):

@@ -55,7 +55,7 @@ def command(
     """
     from mtp_mlx.distributed import join
 
-    settings = from_yaml(GenerateSettings, None, options)
+    settings = from_yaml(GenerateSettings, None, _with_model_of_cache(options))
     prompt = read_prompt(settings, raw)
     peers = join()
     run = generate(settings, prompt, raw, _Printer(peers.leads and not as_json, color=color), peers)
@@ -72,6 +72,20 @@ def command(
     click.echo(statistics_line(settings, run), err=True)
     if run.interrupted:
         context.exit(130)
+
+
+def _with_model_of_cache(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the model that a prompt cache was made for if none is named, as in mlx-lm."""
+    if options.get("model") is not None or options.get("prompt_cache_file") is None:
+        return options
+    from mtp_mlx.files import user_path
+    from mtp_mlx.prompt_cache import describe
+
+    try:
+        found = describe(user_path(str(options["prompt_cache_file"]))).model
+    except ValueError:  # whoever reads all of it says what is wrong
+        return options
+    return {**options, "model": found or None}
 
 
 def read_prompt(settings: Any, raw: bool) -> str:
@@ -180,7 +194,7 @@ def generate(
         emission.greedy(sampling)  # refuses these settings before the model is loaded
     resolve_model(settings.model, settings.quantize, tell)
     model, tokenizer = load_model(settings, peers=peers)
-    sampling = _whole_sampling(settings, model, tokenizer)
+    sampling = whole_sampling(settings, model, tokenizer)
     cache, before = _prompt_cache(settings, model)
     ids = _prompt_ids(tokenizer, prompt, settings, raw)
     _same_work(model, settings, ids, sampling)
@@ -320,6 +334,7 @@ def sampling_of(settings: GenerateSettings, recommended: SamplingConfig | None =
     return replace(
         base,
         repetition_context_size=settings.repetition_context_size,
+        min_tokens_to_keep=settings.min_tokens_to_keep,
         xtc_probability=settings.xtc_probability,
         xtc_threshold=settings.xtc_threshold,
         logit_bias=tuple(_bias(text) for text in settings.logit_bias),
@@ -347,7 +362,7 @@ def recommendation(settings: Any, model: AttachedModel) -> str | None:
     return f"greedy; the model recommends {in_words(found)}, which --sampling model uses"
 
 
-def _whole_sampling(settings: GenerateSettings, model: AttachedModel, tokenizer: Any) -> SamplingConfig:
+def whole_sampling(settings: GenerateSettings, model: AttachedModel, tokenizer: Any) -> SamplingConfig:
     """The sampling of these settings for a model.
 
     XTC never drops the ids of a newline and of the end of a text, as in mlx-lm's `generate`.

@@ -57,6 +57,18 @@ class SamplingOptions:
     seed: int = setting(0, help="Random seed", minimum=0)
 
 
+@dataclass(frozen=True)
+class XtcOptions:
+    """Exclude top choices, as in mlx-lm."""
+
+    xtc_probability: float = setting(
+        0.0, help="Chance of dropping the likeliest tokens at a position", minimum=0, maximum=1
+    )
+    xtc_threshold: float = setting(
+        0.1, help="Probability of the tokens that may be dropped so", minimum=0, maximum=0.5
+    )
+
+
 DRAFTERS = f"Drafters, comma-separated: {', '.join(registry.drafter_names())}, lookup"
 
 
@@ -140,6 +152,7 @@ class GenerateSettings(
     EmissionOptions,
     LoadingOptions,
     DraftingOptions,
+    XtcOptions,
     SamplingOptions,
     ThinkingOptions,
     PromptOptions,
@@ -148,12 +161,7 @@ class GenerateSettings(
     """Options of `mtp-mlx generate`; sampling options mean what they mean in mlx-lm."""
 
     repetition_context_size: int = setting(20, help="Number of last tokens the penalty looks at", minimum=1)
-    xtc_probability: float = setting(
-        0.0, help="Chance of dropping the likeliest tokens at a position", minimum=0, maximum=1
-    )
-    xtc_threshold: float = setting(
-        0.1, help="Probability of the tokens that may be dropped so", minimum=0, maximum=0.5
-    )
+    min_tokens_to_keep: int = setting(1, help="Tokens that --min-p never removes", minimum=1)
     logit_bias: tuple[str, ...] = setting((), help="ID=BIAS to add to a token's logit; may be repeated")
     noise: Literal["gumbel", "inverse-cdf"] | None = setting(
         None, help="Sampling method (default: the adapter's)"

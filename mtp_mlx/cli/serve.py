@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mtp_mlx.cli.generate import recommendation
+from mtp_mlx.cli.generate import OPEN, recommendation
 from mtp_mlx.cli.options import (
     CacheOptions,
     DraftingOptions,
@@ -73,6 +73,9 @@ class ServeSettings(
     open_to_all: bool = setting(False, help="Accept requests from other machines without a key")
     sampling: Literal["model"] | None = setting(None, help="Sampling of requests: as the model recommends")
     temp: float | None = setting(None, help="Temperature if a request has none (default: 0)", minimum=0)
+    top_k: int | None = setting(None, help="Top-k if a request has none (default: off)", minimum=0)
+    top_p: float | None = setting(None, help="Top-p if a request has none (default: 1)", minimum=0, maximum=1)
+    min_p: float | None = setting(None, help="Min-p if a request has none (default: 0)", minimum=0, maximum=1)
     max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
     max_output_tokens: int = setting(32768, help="Largest max_tokens of a request", minimum=1)
     max_prompt_tokens: int = setting(32768, help="Longest prompt, in tokens", minimum=1)
@@ -272,8 +275,9 @@ def default_sampling(settings: ServeSettings, model: AttachedModel) -> SamplingC
     if note := recommendation(settings, model):
         tell(note)
     found = model.recommended_sampling if settings.sampling == "model" else None
-    base = found or SamplingConfig()
-    return base if settings.temp is None else replace(base, temperature=settings.temp)
+    named = {"temperature": settings.temp} | {name: getattr(settings, name) for name in OPEN[1:4]}
+    given = {name: value for name, value in named.items() if value is not None}
+    return replace(found or SamplingConfig(), **given)
 
 
 def _grammars(model: AttachedModel, tokenizer: Any) -> Grammars | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from click.testing import CliRunner
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
+import mtp_mlx
 from mtp_mlx.cli import main
 from tests.tiny import never_end, save_tiny
 
@@ -139,6 +143,66 @@ def test_a_model_that_makes_its_own_caches_says_that_a_limit_has_no_effect(folde
     result = CliRunner().invoke(main, [*arguments, "--max-kv-size", "6", "--json"], catch_exceptions=False)
     assert "note: max_kv_size has no effect" in result.stderr
     assert json.loads(result.stdout)["tokens"] == theirs(folder, "the sky", max_kv_size=6)
+
+
+def test_the_model_is_that_of_the_cache_unless_one_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm's README: cache_prompt with --prompt-cache-file, then generate without --model."""
+    monkeypatch.chdir(tmp_path)
+    made = ["cache-prompt", "-m", str(folder), "--prompt", "-", "--prompt-cache-file", "kept.safetensors"]
+    assert CliRunner().invoke(main, made, input="the sky was grey", catch_exceptions=False).exit_code == 0
+    asked = ["generate", "--prompt-cache-file", "kept.safetensors", "-p", " cold", "-n", str(N), "--json"]
+    found = CliRunner().invoke(main, asked, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    expected = ours(folder, "-p", " cold", "--prompt-cache-file", "kept.safetensors")
+    assert json.loads(found.stdout)["tokens"] == expected
+
+
+def test_chat_and_serve_take_mlx_lm_s_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("starlette")
+    from mtp_mlx.cli.serve import ServeSettings, application
+
+    says = ["chat", "-m", str(folder), "-a", "none", "-n", "8", "--temp", "0.9", "--seed", "2"]
+    plain = CliRunner().invoke(main, says, input="the sky\n", catch_exceptions=False).stdout
+    for more in (["--system-prompt", "be"], ["--xtc-probability", "1", "--xtc-threshold", "0.01"]):
+        other = CliRunner().invoke(main, [*says, *more], input="the sky\n", catch_exceptions=False)
+        assert other.exit_code == 0 and other.stdout != plain, other.output
+    given = {"temp": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    used = application(
+        ServeSettings(model=str(folder), adapter="none", **given), None
+    )._prompts.limits.sampling
+    assert (used.temperature, used.top_p, used.top_k, used.min_p) == tuple(given.values())
+
+
+def test_calls_of_mlx_lm_s_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One import is another: load by its argument's name, ids of a chat, verbose, a cache made by mlx-lm."""
+    texts = []
+    for library in (mlx_lm, mtp_mlx):
+        model, tokenizer = library.load(path_or_hf_repo=str(folder))[:2]
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "sky"}], add_generation_prompt=True
+        )
+        cache = make_prompt_cache(model)
+        for _ in range(2):  # the second goes on behind the first
+            said = library.generate(
+                model, tokenizer, prompt=prompt, max_tokens=6, prompt_cache=cache, verbose=True
+            )
+        shown = capsys.readouterr().out
+        assert said in shown and "Generation: 6 tokens" in shown and shown.count("=" * 10) == 4
+        texts.append(said)
+    assert texts[0] == texts[1] != ""
+    with pytest.raises(mtp_mlx.MTPError, match="give `verbose` by its name"):
+        mtp_mlx.generate(model, tokenizer, prompt, True)
+
+
+@pytest.mark.parametrize("module", ["generate", "chat", "cache_prompt", "server"])
+def test_the_page_names_every_option_of_mlx_lm(module: str) -> None:
+    found = importlib.import_module(f"mlx_lm.{module}")
+    options = set(re.findall(r'"(--[a-z-]+)"', inspect.getsource(found)))
+    page = (Path(__file__).parents[2] / "docs" / "from-mlx-lm.md").read_text(encoding="utf-8")
+    table = page.partition(f"| option of `mlx_lm.{module}` |")[2].partition("\n\n")[0]
+    assert len(options) > 9 and options - set(re.findall(r"`(--[a-z-]+)`", table)) == set()
 
 
 @pytest.mark.parametrize("by", ["mlx-lm", "mtp-mlx"])
