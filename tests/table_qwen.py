@@ -95,7 +95,8 @@ def heads(state: str = "post-norm", *, plain: bool, gain: float = 1.0) -> Arrays
 def split_folder(folder: Path, tensors: Arrays) -> Path:
     """Heads alone, as mlx-vlm splits them from their model."""
     folder.mkdir(parents=True)
-    write_safetensors(folder / "model.safetensors", tensors)
+    packed = {name: "U32" for name, value in tensors.items() if value.dtype == np.uint32}
+    write_safetensors(folder / "model.safetensors", tensors, packed)
     config = {"model_type": "qwen3_5_mtp", "text_config": TEXT, "block_size": 3}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -122,6 +122,17 @@ def test_what_to_do_is_said() -> None:
     assert lines[1] == f"verify: acceptance of head 1 would be 1.00 with {truth}"
 
 
+def test_a_weight_whose_halves_share_a_group_is_tried_in_its_own_order() -> None:
+    """Half a row is 48 numbers and a group 32, so the packed columns cannot change places."""
+    model = table()
+    written = Variant("post-norm", "embedding", False)
+    heads = trained_for(model, Variant("post-norm", "embedding", True), written)
+    nn.quantize(heads, 32, 8, class_predicate=lambda path, _: path.endswith("fuse"))
+    result = verify_heads(model, Numbers(), heads, [ids("some text")], 9)
+    assert {variant.stored_order for variant in result.others} == {"embedding"}
+    assert result.fits_better is not None and result.fits_better.zero_centred_norms
+
+
 def test_heads_that_fit_nothing() -> None:
     model = table()
     heads = new_heads(model, 1, HeadConvention("test"))
