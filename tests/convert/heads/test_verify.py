@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.convert.heads.verify import Variant, verify_folder, verify_heads
+from mtp_mlx.convert.heads.variant import Variant
+from mtp_mlx.convert.heads.verify import verify_folder, verify_heads
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
@@ -106,7 +107,7 @@ def test_the_right_convention_is_found(truth: Variant) -> None:
         if written == truth:
             assert result.acceptance == [1.0] and result.others == {} and result.fits_better is None
         else:
-            assert result.acceptance[0] < 0.5 and len(result.others) == 7
+            assert result.acceptance[0] < 0.5 and len(result.others) == 11
             assert result.others[truth] == 1.0 and result.fits_better == truth
             assert f"trained for {truth}, not for {written}" in result.lines()[-1]
         after = dict(tree_flatten(heads.parameters()))
