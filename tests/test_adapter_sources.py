@@ -23,7 +23,7 @@ from mtp_mlx.drafters.heads.cascade import MTPHeads
 from mtp_mlx.errors import MTPError
 from tests.convert.checkpoints import write_safetensors, write_shards
 from tests.stand_in_hub import StandIn
-from tests.table_qwen import CONFIG, Arrays, heads, split_folder, table_folder
+from tests.table_qwen import CONFIG, Arrays, half_converted, heads, split_folder, table_folder
 
 PROMPT = [5, 12, 19]
 
@@ -95,6 +95,23 @@ def test_the_convention_is_found_and_kept(
     assert load(str(model), heads=str(source))[0].info == header and len(names(cache)) == 1
 
 
+def test_the_order_of_a_quantised_weight_is_found(model: Path, tmp_path: Path) -> None:
+    """Its columns are packed, and change places in groups."""
+    tensors = heads(plain=True)
+    tensors["fc.weight"] = np.hstack(np.split(tensors["fc.weight"], 2, axis=1)[::-1])
+    parts = mx.quantize(mx.array(tensors["fc.weight"]), group_size=32, bits=8)
+    tensors |= {f"fc.{name}": np.array(part) for name, part in zip(("weight", "scales", "biases"), parts)}
+    attached, _ = load(str(model), heads=split_folder(tmp_path / "split", tensors))
+    convention = attached.info.own["heads"]["convention"]
+    assert convention["stored_order"] == "hidden" and attached.info.acceptance[0] == 1.0
+    assert attached.speculator.heads[0].fuse.bits == 8
+
+
+def test_half_converted_norms_are_found(model: Path, tmp_path: Path) -> None:
+    attached, _ = load(str(model), heads=split_folder(tmp_path / "split", half_converted()))
+    assert attached.info.own["heads"]["convention"]["mixed_norms"] and attached.info.acceptance[0] == 1.0
+
+
 def test_a_file_without_a_config_is_the_models(model: Path, tmp_path: Path) -> None:
     tensors = {f"mtp.{name}": value for name, value in heads(plain=False).items()}
     file = write_safetensors(tmp_path / "any-name.safetensors", tensors)
@@ -110,7 +127,7 @@ def test_useless_heads_are_refused_with_what_was_tried(model: Path, cache: Path,
         MTPError, match=r"not for this model, or damaged: the first draft is right in \d+%"
     ) as error:
         load(str(model), heads=source)
-    assert str(error.value).count(" with ") == 8  # every convention
+    assert str(error.value).count(" with ") == 12  # every convention
     assert names(cache) == []
 
 

@@ -47,7 +47,8 @@ class Overrides:
     """How heads are stored and run; "auto" is their family's convention.
 
     Attributes:
-        head_norms: how the file stores its norms: "plain" or "zero-centred".
+        head_norms: how the file stores its norms: "plain", "zero-centred", or "mixed": around zero in the decoder
+            layers alone.
         head_order: which half its fuse weights begin with: "embedding" or "hidden".
         head_hidden: the state of the trunk that the first draft takes: "post-norm" or "pre-norm".
         head_recycled: the state that each further draft takes: "normed" or "raw" (a head's own, after or before its
@@ -180,21 +181,32 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
 
 def _settle_norms(checkpoint: Checkpoint, found: Found, norms: str) -> tuple[Found, list[str]]:
     """`found` with the form of its norms settled, and a note that says why."""
-    if not found.convention.zero_centred_norms and norms != "zero-centred":
+    if not found.convention.zero_centred_norms and norms in ("auto", "plain"):
         return found, []
-    if norms != "auto":
-        zero_centred, why = norms == "zero-centred", "as asked for"
-    else:
+    why = "as asked for"
+    if norms == "auto":
         zero_centred, why = _zero_centred(checkpoint, found)
-    word = "around zero, 1 is added to each" if zero_centred else "as plain gains already, nothing is added"
-    convention = replace(found.convention, zero_centred_norms=zero_centred)
-    targets = [_with_norm(target, zero_centred) for target in found.targets]
-    return replace(found, convention=convention, targets=targets), [f"norms are stored {word} ({why})"]
+        norms = "zero-centred" if zero_centred else "plain"
+    convention = replace(
+        found.convention, zero_centred_norms=norms == "zero-centred", mixed_norms=norms == "mixed"
+    )
+    targets = [_with_norm(target, norms) for target in found.targets]
+    return replace(found, convention=convention, targets=targets), [
+        f"norms are stored {_STORED[norms]} ({why})"
+    ]
 
 
-def _with_norm(target: Target, zero_centred: bool) -> Target:
+_STORED = {
+    "zero-centred": "around zero, 1 is added to each",
+    "plain": "as plain gains already, nothing is added",
+    "mixed": "around zero in the decoder layers, where 1 is added, and as plain gains elsewhere",
+}
+
+
+def _with_norm(target: Target, norms: str) -> Target:
     is_norm = len(target.shape) == 1 and "norm" in target.name and target.step in (ADD_ONE, AS_IT_IS)
-    return replace(target, step=ADD_ONE if zero_centred else AS_IT_IS) if is_norm else target
+    add = norms == "zero-centred" or (norms == "mixed" and ".block." in target.name)
+    return replace(target, step=ADD_ONE if add else AS_IT_IS) if is_norm else target
 
 
 def _zero_centred(checkpoint: Checkpoint, found: Found) -> tuple[bool, str]:

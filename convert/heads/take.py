@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mtp_mlx.convert.heads.copies import without_copies
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import Overrides, find_heads, plan_heads
-from mtp_mlx.convert.heads.verify import Variant, Verification, measure_folder, own_texts
+from mtp_mlx.convert.heads.variant import Variant
+from mtp_mlx.convert.heads.verify import Verification, measure_folder, own_texts
 from mtp_mlx.convert.heads.write import Base, fill_folder
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.errors import ConversionError
@@ -108,8 +109,7 @@ def _settled(
 
 
 def _overrides(variant: Variant) -> Overrides:
-    norms = "zero-centred" if variant.zero_centred_norms else "plain"
-    return Overrides(norms, variant.stored_order, variant.first_hidden)
+    return Overrides(variant.norms, variant.stored_order, variant.first_hidden)
 
 
 def _fill(

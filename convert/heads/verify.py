@@ -23,8 +23,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 
 from mtp_mlx.adapter_folder import read_header, write_header
+from mtp_mlx.convert.heads.variant import Variant, how_to_mend
 from mtp_mlx.drafters.heads.cascade import MTPHeads
-from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import load
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import AttachedModel, attach
@@ -49,24 +49,6 @@ BETTER = 0.1  # another convention is named only if its acceptance is higher by 
 
 
 Text = tuple[list[int], int]  # ids of a prompt and what follows, and how many are the prompt's
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The conventions that may be wrong without an error, named as in `HeadConvention`."""
-
-    first_hidden: str
-    stored_order: str
-    zero_centred_norms: bool
-
-    @classmethod
-    def of(cls, convention: HeadConvention) -> Variant:
-        """The variant that a convention describes."""
-        return cls(convention.first_hidden, convention.stored_order, convention.zero_centred_norms)
-
-    def __str__(self) -> str:
-        norms = "zero-centred" if self.zero_centred_norms else "plain"
-        return f"{self.first_hidden} hidden, {self.stored_order} first, {norms} norms"
 
 
 @dataclass
@@ -111,7 +93,7 @@ class Verification:
             lines.append(f"verify: acceptance of head 1 would be {value:.2f} with {variant}")
         better = self.fits_better
         if better is not None:
-            mend = _how_to_mend(self.written, better)
+            mend = how_to_mend(self.written, better)
             lines.append(f"verify: the weights were trained for {better}, not for {self.written}; {mend}")
         elif self.others:
             lines.append(
@@ -135,17 +117,6 @@ class Verification:
             report["head 1 otherwise"] = {str(variant): value for variant, value in self.others.items()}
             report["fits better"] = None if self.fits_better is None else str(self.fits_better)
         return report
-
-
-def _how_to_mend(written: Variant, better: Variant) -> str:
-    options = []
-    if better.zero_centred_norms != written.zero_centred_norms:
-        options.append(f"`head_norms` {'zero-centred' if better.zero_centred_norms else 'plain'}")
-    if better.stored_order != written.stored_order:
-        options.append(f"`head_order` {better.stored_order}")
-    if better.first_hidden != written.first_hidden:
-        options.append(f"`head_hidden` {better.first_hidden}")
-    return f"convert again with {' '.join(options)}"
 
 
 def verify_heads(
@@ -373,7 +344,8 @@ def _variants(written: Variant, heads: MTPHeads, can_be_before_norm: bool) -> li
     scales = heads.heads[0].fuse.get("scales")
     whole = scales is not None and scales.shape[1] % 2
     order = (written.stored_order,) if whole else ("embedding", "hidden")
-    every = (Variant(*values) for values in itertools.product(hidden, order, (False, True)))
+    norms = ((False, False), (True, False), (False, True))
+    every = (Variant(state, first, *how) for state, first, how in itertools.product(hidden, order, norms))
     return [variant for variant in every if variant != written]
 
 
@@ -382,13 +354,12 @@ def _as_if(heads: MTPHeads, written: Variant, variant: Variant) -> Iterator[None
     """Inside the block head 1 is what a conversion under `variant` would have made of the stored weights."""
     head = heads.heads[0]
     before = cast("list[tuple[str, mx.array]]", tree_flatten(head.parameters()))
-    shift = int(variant.zero_centred_norms) - int(written.zero_centred_norms)
 
     def changed(name: str, value: mx.array) -> mx.array:
         if name.startswith("fuse.") and variant.stored_order != written.stored_order:
             return mx.concatenate(list(mx.split(value, 2, axis=1))[::-1], axis=1)
         if value.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]:
-            return value + shift
+            return value + int(variant.adds_one(name)) - int(written.adds_one(name))
         return value
 
     try:

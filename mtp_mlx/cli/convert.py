@@ -58,10 +58,10 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing; OUT is not needed")
 @click.option(
     "--head-norms",
-    type=click.Choice(["auto", "plain", "zero-centred"]),
+    type=click.Choice(["auto", "plain", "zero-centred", "mixed"]),
     default="auto",
     show_default=True,
-    help="How the file stores the heads' norms",
+    help="How the file stores the heads' norms; mixed: around zero in their layers alone",
 )
 @click.option(
     "--head-order",

@@ -24,6 +24,7 @@ class HeadConvention:
         recycled_hidden: the state passed to the next head: "normed" (after norm_out), "raw" (the block's output),
             "trunk" (the head's own input, so every head gets the trunk's state), or "none" (heads are independent).
         zero_centred_norms: whether the checkpoint stores norm weights around zero; ours have 1 added.
+        mixed_norms: whether it stores only those of the decoder layers so, as half-converted ones do.
         mask_first_position: whether the embedding of position 0 is replaced by zeros.
         output_norm: "own", "identity" or "trunk" (a cascade's head has a copy of the trunk's final norm).
         embedding, lm_head: "shared" with the trunk, or the head's "own".
@@ -43,7 +44,11 @@ class HeadConvention:
     lm_head: str = "shared"
     rope_position: str = "hidden"
     unsettled: tuple[str, ...] = ()
+    mixed_norms: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The values written to mtp_config.json."""
-        return dataclasses.asdict(self) | {"unsettled": list(self.unsettled)}
+        values = dataclasses.asdict(self) | {"unsettled": list(self.unsettled)}
+        if not self.mixed_norms:
+            del values["mixed_norms"]
+        return values

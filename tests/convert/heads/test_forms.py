@@ -81,6 +81,14 @@ def test_split_from_the_model(dense: Forms, tmp_path: Path, norms: str) -> None:
     assert worst(other.logits, other.expected()) > 100 * TOLERANCE
 
 
+def test_norms_around_zero_in_the_layers_alone(dense: Forms, tmp_path: Path) -> None:
+    """As half-converted heads have them."""
+    whole = plain(dense.heads)
+    mixed = {name: dense.heads[name] if ".layers." in name else whole[name] for name in whole}
+    source = dense.split(tmp_path / "split", mixed)
+    check(dense.parity(convert_heads(source, tmp_path / "heads", "--head-norms", "mixed")))
+
+
 @pytest.mark.parametrize(
     "how",
     [{"bits": {"": 4}} | AFFINE, {"bits": {"": 4, "fc.weight": 8, "down_proj.weight": 3}} | AFFINE]

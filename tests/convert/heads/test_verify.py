@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mtp_mlx.convert.heads.verify import Variant, verify_folder, verify_heads
+from mtp_mlx.convert.heads.variant import Variant
+from mtp_mlx.convert.heads.verify import verify_folder, verify_heads
 from mtp_mlx.drafters.heads.cascade import MTPHeads, new_heads
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.folder import LAST_LAYER, HeadsConfig, heads_header
@@ -106,7 +107,7 @@ def test_the_right_convention_is_found(truth: Variant) -> None:
         if written == truth:
             assert result.acceptance == [1.0] and result.others == {} and result.fits_better is None
         else:
-            assert result.acceptance[0] < 0.5 and len(result.others) == 7
+            assert result.acceptance[0] < 0.5 and len(result.others) == 11
             assert result.others[truth] == 1.0 and result.fits_better == truth
             assert f"trained for {truth}, not for {written}" in result.lines()[-1]
         after = dict(tree_flatten(heads.parameters()))
@@ -120,6 +121,17 @@ def test_what_to_do_is_said() -> None:
     lines = verify_heads(model, Numbers(), trained_for(model, truth, written), [ids("abc")], 9).lines()
     assert lines[-1].endswith("with `head_norms` zero-centred `head_order` hidden `head_hidden` pre-norm")
     assert lines[1] == f"verify: acceptance of head 1 would be 1.00 with {truth}"
+
+
+def test_a_weight_whose_halves_share_a_group_is_tried_in_its_own_order() -> None:
+    """Half a row is 48 numbers and a group 32, so the packed columns cannot change places."""
+    model = table()
+    written = Variant("post-norm", "embedding", False)
+    heads = trained_for(model, Variant("post-norm", "embedding", True), written)
+    nn.quantize(heads, 32, 8, class_predicate=lambda path, _: path.endswith("fuse"))
+    result = verify_heads(model, Numbers(), heads, [ids("some text")], 9)
+    assert {variant.stored_order for variant in result.others} == {"embedding"}
+    assert result.fits_better is not None and result.fits_better.zero_centred_norms
 
 
 def test_heads_that_fit_nothing() -> None:
