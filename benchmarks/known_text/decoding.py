@@ -81,7 +81,7 @@ class KnownText:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attached, name)
 
-    def make_cache(self) -> list[Any]:
+    def make_cache(self, *_: Any) -> list[Any]:
         """A cache that counts rows."""
         return [KVCache()]
 
