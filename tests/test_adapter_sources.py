@@ -239,3 +239,13 @@ def test_a_folder_of_heads_alone_says_what_it_is(tmp_path: Path) -> None:
     assert shown["kind"] == "checkpoint" and shown["mtp heads"]["count"] == 1
     result = run("generate", "-m", source, "-p", "the")
     assert result.exit_code == 2 and "it holds MTP heads alone: name them with --heads" in result.stderr
+
+
+def test_info_says_which_files_of_a_repository_hold_heads(model: Path, stand_in: StandIn) -> None:
+    last = "model-00003-of-00003.safetensors"
+    folder = original(stand_in.remote / "maker" / "original", heads(plain=False), model)
+    shown = json.loads(run("info", "maker/original", "--json").stdout)
+    assert shown["mtp heads"] == {"files": [last], "size": (folder / last).stat().st_size}
+    shutil.copytree(model, stand_in.remote / "maker" / "trunk")
+    assert "none: maker/trunk: none of its" in run("info", "maker/trunk").stdout
+    assert not any(name.endswith(".safetensors") for name in stand_in.fetched)

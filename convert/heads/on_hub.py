@@ -91,6 +91,25 @@ def fetch_heads(name: str, tell: Callable[[str], None]) -> Path | Checkpoint:
     return open_checkpoint(listing.fetch([*files, *configs]), only=files)
 
 
+def describe_repository(name: str) -> dict[str, Any]:
+    """Facts about the repository `name` for `mtp-mlx info`: its size, and which of its files hold heads.
+
+    No weights are fetched.
+
+    Raises MTPError: the hub cannot be reached, or there is no such repository.
+    """
+    listing = Listing.of(name)
+    sizes = listing.sizes
+    facts: dict[str, Any] = {"kind": "repository", "name": name, "size": sum(sizes.values())}
+    if CONFIG_NAME in sizes:
+        return facts | {"holds": "an adapter of mtp-mlx"}
+    try:
+        files = head_files(listing)
+    except ConversionError as error:
+        return facts | {"mtp heads": f"none: {error}"}
+    return facts | {"mtp heads": {"files": files, "size": sum(sizes[file] for file in files)}}
+
+
 def head_files(listing: Listing) -> list[str]:
     """Names of the weight files of a repository that hold heads.
 

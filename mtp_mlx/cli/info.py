@@ -29,7 +29,10 @@ PACKAGES = ("mtp-mlx", "mlx", "mlx-lm", "numpy", "transformers")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
 def command(path: Path | None, as_json: bool) -> None:
-    """Show what the model, adapter or checkpoint at PATH is; without PATH, what this machine has."""
+    """Show what the model, adapter or checkpoint at PATH is; without PATH, what this machine has.
+
+    PATH may be a hub id: then no weights are fetched, and shown is which of the repository's files hold MTP heads.
+    """
     facts = machine() if path is None else folder(path.expanduser())
     click.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
 
@@ -99,18 +102,23 @@ def _bundled(adapter: Path | None) -> str:
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """Facts about an adapter folder, a model folder, or a checkpoint (a file, or a folder of another layout).
+    """Facts about an adapter folder, a model folder, a checkpoint (a file, or a folder of another layout) or a
+    repository on the hub.
 
     Raises:
         MTPError: if `path` is none of these.
     """
     from mtp_mlx.adapter_faults import not_an_adapter
+    from mtp_mlx.convert.heads.on_hub import describe_repository
+    from mtp_mlx.hub import is_repository
     from mtp_mlx.model_faults import holds_heads_alone, read_config
     from mtp_mlx.models import EMBEDDED, embedded_model, named_adapter
 
     path = named_adapter(path)
     if str(path) in EMBEDDED and not path.exists():
         return model_folder(embedded_model(str(path)))
+    if not path.exists() and is_repository(str(path)):
+        return describe_repository(str(path))
     if not path.exists():
         raise MTPError(f"{path} does not exist")
     if path.is_file():

@@ -141,7 +141,7 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = run("convert", tmp_path / "out", "--verify")
     assert again.exit_code == 0 and again.stdout.startswith("verify: acceptance per depth")
     assert (
-        again.stdout.count("acceptance of head 1 would be") == 7
+        again.stdout.count("acceptance of head 1 would be") == 11
     )  # random heads: every other convention was tried
     result = run("convert", source, tmp_path / "heads", "--heads-only", "--verify")
     assert result.exit_code == 0 and "verify: acceptance" in result.stderr, result.output

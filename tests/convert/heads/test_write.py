@@ -140,7 +140,9 @@ def test_what_a_checkpoint_is(tmp_path: Path) -> None:
     made = make("glm-4.5")
     facts = describe(open_checkpoint(made.write(tmp_path / "model")))
     assert facts["tensors"] == len(made.stored) and facts["types"] == f"{len(made.stored)} F32"
-    assert facts["mtp heads"]["family"] == "GLM-4.5 / 4.6" and facts["mtp heads"]["count"] == 1
+    assert (
+        facts["mtp heads"]["family"] == "GLM-4.5 / 4.6 / 4.7-Flash / 5" and facts["mtp heads"]["count"] == 1
+    )
     assert facts["mtp heads"]["convention"]["mask first position"] is True
     write_safetensors(tmp_path / "plain.safetensors", {"model.norm.weight": numbers("n", (48,))})
     assert describe(open_checkpoint(tmp_path / "plain.safetensors"))["mtp heads"] == "none"
