@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.answer_parts import AnswerParts, Parts
 from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import DecodeLoop, open_loop
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
@@ -90,10 +91,12 @@ class Sequence:
             None if request.plain else settings.drafter,
             rows=None if request.plain else settings.rows,
         )
-        self.policy = drafting.policy
+        self.policy = led_policy(drafting.policy, model.peers)
         # Penalties look at the last tokens of the prompt, so these are always processed again.
         spare = max(1, request.sampling.history_size)
         cache, self.n_cached = prefixes.fetch(request.prompt, spare)
+        if len(set(model.peers.gather(self.n_cached))) > 1:  # each process has room for its own part only
+            cache, self.n_cached = None, 0
         self._prefixes, self._texts = prefixes, model.text_source
         self.cache: list[Any] = model.make_cache() if cache is None else cache
         self.session, loop = open_loop(
