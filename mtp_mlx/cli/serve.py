@@ -251,12 +251,11 @@ def application(settings: ServeSettings, key: str | None, peers: Peers | None = 
         default_sampling(settings, model),
         settings.thinking,
     )
-    name = settings.name or Path(settings.model).name
     return Application(
         engine,
         Prompts(
             tokenizer,
-            name,
+            settings.name or Path(settings.model).name,
             model.vocab_size,
             limits,
             grammars,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -86,16 +87,19 @@ class Application:
             self._route("/", self._page, "GET", openai, open_to_all=True),
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),
-            self._route("/v1/models", self._models, "GET", openai),
-            self._route("/v1/models/{name:path}", self._model, "GET", openai),
-            self._route("/v1/chat/completions", self._answering(openai_api.chat), "POST", openai),
-            self._route("/v1/completions", self._answering(openai_api.completion), "POST", openai),
-            self._route("/v1/responses", self._answering(responses_api.response), "POST", openai),
+            *self._routes("/models", self._models, "GET", openai),
+            *self._routes("/models/{name:path}", self._model, "GET", openai),
+            *self._routes("/chat/completions", self._answering(openai_api.chat), "POST", openai),
+            *self._routes("/completions", self._answering(openai_api.completion), "POST", openai),
+            *self._routes("/responses", self._answering(responses_api.response), "POST", openai),
             self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
             self._route("/v1/messages/count_tokens", self._count_tokens, "POST", anthropic),
         ]
         self.starlette = Starlette(
-            routes=routes, middleware=_middleware(self._settings), lifespan=self._lifespan
+            routes=routes,
+            middleware=_middleware(self._settings),
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _not_here},
         )
 
     @property
@@ -121,6 +125,10 @@ class Application:
         finally:
             await asyncio.to_thread(self.stop)
             self._readers.shutdown(wait=False)
+
+    def _routes(self, path: str, *how: Any) -> list[Route]:
+        """A route of OpenAI's API, with and without /v1, which some clients expect in the address and others add."""
+        return [self._route(prefix + path, *how) for prefix in ("/v1", "")]
 
     def _route(
         self,
@@ -237,6 +245,14 @@ class Application:
                         ticket.cancel()
 
         return handle
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    """The answer to a path that is not served, or not with this method."""
+    assert isinstance(error, HTTPException)
+    said = f"this server has no {request.method} {request.url.path}"
+    body = openai_answers.error_body(RequestError(said, error.status_code))
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _middleware(settings: AppSettings) -> list[Middleware]:

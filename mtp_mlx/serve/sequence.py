@@ -18,6 +18,7 @@ from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
+from mtp_mlx.distributed import Peers
 from mtp_mlx.files import warn_once
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.context import beyond_context
@@ -92,12 +93,8 @@ class Sequence:
             rows=None if request.plain else settings.rows,
         )
         self.policy = led_policy(drafting.policy, model.peers)
-        # Penalties look at the last tokens of the prompt, so these are always processed again.
-        spare = max(1, request.sampling.history_size)
-        cache, self.n_cached = prefixes.fetch(request.prompt, spare)
-        if len(set(model.peers.gather(self.n_cached))) > 1:  # each process has room for its own part only
-            cache, self.n_cached = None, 0
         self._prefixes, self._texts = prefixes, model.text_source
+        cache, self.n_cached = self._fetch(model.peers)
         self.cache: list[Any] = model.make_cache() if cache is None else cache
         self.session, loop = open_loop(
             request.prompt[self.n_cached :],
@@ -130,6 +127,15 @@ class Sequence:
         self._started, self._first = time.perf_counter(), 0.0
         self.done = False
         self.batched_steps = 0
+
+    def _fetch(self, peers: Peers) -> tuple[list[Any] | None, int]:
+        """(the cache of the longest known prefix, its length), or (None, 0)."""
+        # Penalties look at the last tokens of the prompt, so these are always processed again.
+        spare = max(1, self.request.sampling.history_size)
+        cache, length = self._prefixes.fetch(self.request.prompt, spare)
+        if len(set(peers.gather(length))) > 1:  # each process has room for its own part only
+            return None, 0
+        return cache, length
 
     def _note_context(self, note: str | None) -> None:
         """Notes that the prompt is longer than the model's context; the operator is told of the first such one."""

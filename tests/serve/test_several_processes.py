@@ -89,7 +89,8 @@ def test_the_text_of_one_process_and_a_common_end(root: Path, tmp_path: Path) ->
             ) as left:
                 left.readline()
             assert list(pool.map(lambda body: texts(port, body), REQUESTS)) == right
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
+        assert texts(port, REQUESTS[3]) == right[3]  # from the prefix cache
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=240) as response:
             metrics = response.read().decode()
         assert "mtp_mlx_cancelled_total 1" in metrics
         cached = next(
