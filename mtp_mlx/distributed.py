@@ -69,9 +69,13 @@ def refuse_if_many(verb: str) -> None:
     size = launched_size()
     if size > 1:
         raise MTPError(
-            f"mtp-mlx {verb} is for one process, and mlx.launch started {size}: only train and generate "
-            "share their work; run it without mlx.launch"
+            f"mtp-mlx {verb} is for one process, and mlx.launch started {size}: only train, generate "
+            "and serve share their work; run it without mlx.launch"
         )
+
+
+class PeerLost(MTPError):
+    """Another process of the run is gone."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,31 @@ class Peers:
             flat = bytes(self._all_gather(mx.array(padded).astype(mx.int32)))
         pieces = (flat[rank * longest : rank * longest + size] for rank, size in enumerate(sizes))
         return [json.loads(piece) for piece in pieces]
+
+    def told(self, value: Any = None) -> Any:
+        """The JSON value of process 0, in every process; what the others give does not matter.
+
+        Raises:
+            MTPError: if another process is lost.
+        """
+        if self.alone:
+            return value
+        import mlx.core as mx
+        import numpy as np
+
+        data = b"" if value is None or not self.leads else json.dumps(value).encode()
+        with self.waiting():
+            size = self._all_sum(mx.array([len(data)], dtype=mx.int32))[0]
+            if not size:
+                return None
+            own = np.frombuffer(data, dtype=np.uint8) if self.leads else np.zeros(size, dtype=np.uint8)
+            return json.loads(bytes(self._all_sum(mx.array(own).astype(mx.int32))))
+
+    def _all_sum(self, values: mx.array) -> list[int]:
+        import mlx.core as mx
+
+        summed = mx.distributed.all_sum(values, group=self.group, stream=cast("mx.Stream", mx.cpu))
+        return cast("list[int]", summed.tolist())
 
     def _all_gather(self, values: mx.array) -> list[int]:
         import mlx.core as mx
@@ -199,7 +228,7 @@ class Peers:
         and this process exits.
 
         Raises:
-            MTPError: if the connection to another process is lost.
+            PeerLost: if the connection to another process is lost.
         """
         if self.alone:
             yield
@@ -212,7 +241,7 @@ class Peers:
         except RuntimeError as error:
             if not str(error).startswith(BACKENDS):
                 raise
-            raise MTPError(
+            raise PeerLost(
                 f"the connection to another process of this run was lost ({error}): see its own message; the same "
                 "command starts or continues the run"
             ) from error
@@ -246,7 +275,7 @@ class Peers:
 
 def _ended(*_: Any) -> None:
     """Handles SIGTERM, which `mlx.launch` sends to all other processes if one fails."""
-    raise MTPError(
+    raise PeerLost(
         "mlx.launch has ended this process, because another process of this run was lost: see its message"
     )
 

@@ -42,7 +42,7 @@ VERBS = {
     "push": "Publish an adapter folder on the model hub",
     "pull": "Get an adapter folder from the model hub",
 }
-SHARING_VERBS = ("train", "generate")  # processes started by mlx.launch share their work
+SHARING_VERBS = ("train", "generate", "serve")  # processes started by mlx.launch share their work
 _MENDABLE_OS_ERRORS = (
     FileNotFoundError,
     PermissionError,

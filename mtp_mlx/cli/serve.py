@@ -27,7 +27,8 @@ from mtp_mlx.cli.options import (
     PrecisionOptions,
     ThinkingOptions,
 )
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, to_dict
+from mtp_mlx.distributed import Peers, join, launched_rank, launched_size
 from mtp_mlx.errors import MTPError, needs_extra
 
 if TYPE_CHECKING:
@@ -104,11 +105,24 @@ def command(**options: Any) -> None:
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise needs_extra("the server needs", package, "serve")
-    key = read_key(settings)
     check_origins(settings.cors_origin)
+    if launched_size() > 1:
+        check_shared(settings)
+    if launched_rank() > 0:
+        application(settings, None, join()).follow()
+        return
+    key = read_key(settings)
     listener = listen(settings.host, settings.port)
     with listener:
-        run(settings, application(settings, key), listener)
+        run(settings, application(settings, key, join()), listener)
+
+
+def check_shared(settings: ServeSettings) -> None:
+    """Raise MTPError for what several processes cannot do."""
+    if settings.prefix_cache_dir is not None:
+        raise MTPError("--prefix-cache-dir needs a single process: leave it out, or run without mlx.launch")
+    if settings.memory_learn:
+        raise MTPError("--memory-learn needs a single process: leave it out, or run without mlx.launch")
 
 
 def read_key(settings: ServeSettings) -> str | None:
@@ -190,8 +204,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def application(settings: ServeSettings, key: str | None) -> Application:
-    """Load the model and build the application."""
+def application(settings: ServeSettings, key: str | None, peers: Peers | None = None) -> Application:
+    """Load the model, or this process's part of it, and build the application."""
     from mtp_mlx.chat_template import check_template, thinking_options
     from mtp_mlx.cli.loading import load_model
     from mtp_mlx.cli.progress import cost_progress
@@ -206,7 +220,8 @@ def application(settings: ServeSettings, key: str | None) -> Application:
     from mtp_mlx.serve.sequence import DecodeSettings
 
     resolve_model(settings.model, settings.quantize, tell)
-    model, tokenizer = load_model(settings, memory_learn=settings.memory_learn)
+    model, tokenizer = load_model(settings, memory_learn=settings.memory_learn, peers=peers)
+    _same_work(model, settings)
     if settings.memory_learn:
         tell(f"answers to all clients are added to {settings.memory}, which then holds pieces of them")
     if settled_layout(model, settings.layout, settings.lookup, settings.drafter) == "auto":
@@ -236,12 +251,11 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         default_sampling(settings, model),
         settings.thinking,
     )
-    name = settings.name or Path(settings.model).name
     return Application(
         engine,
         Prompts(
             tokenizer,
-            name,
+            settings.name or Path(settings.model).name,
             model.vocab_size,
             limits,
             grammars,
@@ -250,6 +264,14 @@ def application(settings: ServeSettings, key: str | None) -> Application:
         ),
         AppSettings(key, settings.max_body_bytes, host_names(settings.host), settings.cors_origin),
     )
+
+
+def _same_work(model: AttachedModel, settings: ServeSettings) -> None:
+    """Raise MTPError if processes that share a model were given different commands."""
+    given = {**to_dict(settings), "the adapter's base": model.info and model.info.base_fingerprint}
+    for own in ("host", "port", "api_key_file", "name"):  # of process 0 alone, or a path
+        given.pop(own)
+    model.peers.must_agree(given, "start all of them with the same command")
 
 
 def _files(settings: ServeSettings, model: AttachedModel, decode: DecodeSettings) -> PrefixFiles | None:
@@ -327,10 +349,16 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
         limit_concurrency=4 * most + 64,
         server_header=False,
     )
-    Server(config).run(sockets=[listener])
+    server = Server(config)
+    if launched_size() > 1:  # the others cannot go on without this process, nor it without them
+        app.engine.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listener])
+    if launched_size() > 1 and app.engine.failure is not None:
+        raise MTPError(f"the server cannot go on: {app.engine.failure}")
     tell("stopped")
 
 
 def tell(stage: str) -> None:
-    """Print a line to stderr."""
-    click.echo(stage, err=True)
+    """Print a line to stderr, from the first process only."""
+    if launched_rank() == 0:
+        click.echo(stage, err=True)

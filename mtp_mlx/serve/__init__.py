@@ -12,5 +12,7 @@ batch.py          forward passes shared by requests       batch_plan.py     the 
 batch_generate.py texts of several prompts at once, without a server; batch_texts.py: what is asked for and returned
 grammar.py        JSON schema as a constraint on tokens   prefix_cache.py   KV caches kept for later requests
 prefix_text.py    one text of them, and its states        prefix_files.py   the same on disk
+contents.py       texts in messages and in results        counts.py         what /metrics counts
+orders.py         what the engine does in its next turn, alone or with other processes
 message_ends.py   where states are kept for them          metrics.py        counters for Prometheus
 """

@@ -54,7 +54,7 @@ def _conversation(fields: Fields, prompts: Prompts) -> tuple[ChatPrompt, dict[st
     if effort is not None:
         thinking = thinking or thinking_by(effort, "output_config.effort")
         options = effort_option(effort, prompts)
-    turns = message_turns(fields.take("messages"), fields.take("system"))
+    turns = message_turns(fields.take("messages"), fields.take("system"), fields)
     return prompts.chat(turns, tools, thinking, options), schema, shown
 
 

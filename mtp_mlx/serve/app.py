@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -23,8 +25,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mtp_mlx.serve import anthropic_answers, anthropic_api, openai_answers, openai_api, responses_api
-from mtp_mlx.serve.engine import FAILED, Engine, Ticket
+from mtp_mlx.serve.engine import FAILED, Engine
 from mtp_mlx.serve.fields import parse_object
+from mtp_mlx.serve.orders import Ticket
 from mtp_mlx.serve.prompts import Answer, Prompts
 from mtp_mlx.serve.request import Event, Failure, Piece, RequestError
 
@@ -67,10 +70,14 @@ class AppSettings:
 
 
 class Application:
-    """The routes of an engine. `starlette` is the ASGI application; its lifespan starts and stops the engine."""
+    """The routes of an engine. `starlette` is the ASGI application; its lifespan starts and stops the engine.
+
+    Attributes:
+        engine: the engine.
+    """
 
     def __init__(self, engine: Engine, prompts: Prompts, settings: AppSettings | None = None) -> None:
-        self._engine, self._prompts = engine, prompts
+        self.engine, self._prompts = engine, prompts
         self._settings = settings or AppSettings()
         self._created = int(time.time())
         # Parsing a request applies templates and tokenises: in one thread, so that the event loop is not blocked.
@@ -80,16 +87,19 @@ class Application:
             self._route("/", self._page, "GET", openai, open_to_all=True),
             self._route("/health", self._health, "GET", openai, open_to_all=True),
             self._route("/metrics", self._metrics, "GET", openai),
-            self._route("/v1/models", self._models, "GET", openai),
-            self._route("/v1/models/{name:path}", self._model, "GET", openai),
-            self._route("/v1/chat/completions", self._answering(openai_api.chat), "POST", openai),
-            self._route("/v1/completions", self._answering(openai_api.completion), "POST", openai),
-            self._route("/v1/responses", self._answering(responses_api.response), "POST", openai),
+            *self._routes("/models", self._models, "GET", openai),
+            *self._routes("/models/{name:path}", self._model, "GET", openai),
+            *self._routes("/chat/completions", self._answering(openai_api.chat), "POST", openai),
+            *self._routes("/completions", self._answering(openai_api.completion), "POST", openai),
+            *self._routes("/responses", self._answering(responses_api.response), "POST", openai),
             self._route("/v1/messages", self._answering(anthropic_api.message), "POST", anthropic),
             self._route("/v1/messages/count_tokens", self._count_tokens, "POST", anthropic),
         ]
         self.starlette = Starlette(
-            routes=routes, middleware=_middleware(self._settings), lifespan=self._lifespan
+            routes=routes,
+            middleware=_middleware(self._settings),
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _not_here},
         )
 
     @property
@@ -99,16 +109,26 @@ class Application:
 
     def stop(self) -> None:
         """End all running answers with an error and accept no more requests. Returns when that is done."""
-        self._engine.stop()
+        self.engine.stop()
+
+    def follow(self) -> None:
+        """Answer nobody, and run the engine as process 0 says (see `Engine.follow`), despite Ctrl-C."""
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.engine.follow()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self._engine.start()
+        self.engine.start()
         try:
             yield
         finally:
             await asyncio.to_thread(self.stop)
             self._readers.shutdown(wait=False)
+
+    def _routes(self, path: str, *how: Any) -> list[Route]:
+        """A route of OpenAI's API, with and without /v1, which some clients expect in the address and others add."""
+        return [self._route(prefix + path, *how) for prefix in ("/v1", "")]
 
     def _route(
         self,
@@ -138,7 +158,7 @@ class Application:
                 log.exception("a request failed")
                 error = RequestError(FAILED, 500)
                 response = JSONResponse(error_body(error), error.status)
-            self._engine.metrics.add("mtp_mlx_requests_total", path=path, status=response.status_code)
+            self.engine.metrics.add("mtp_mlx_requests_total", path=path, status=response.status_code)
             return response
 
         return Route(path, endpoint, methods=[method])
@@ -180,14 +200,14 @@ class Application:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def _health(self, _: Request) -> Response:
-        waiting, active = self._engine.load
-        alive = self._engine.alive
+        waiting, active = self.engine.load
+        alive = self.engine.alive
         state = {"status": "ok" if alive else "stopped", "waiting": waiting, "active": active}
-        state["batching"] = self._engine.batching
+        state["batching"] = self.engine.batching
         return JSONResponse({**state, "model": self._prompts.model_name}, 200 if alive else 503)
 
     async def _metrics(self, _: Request) -> Response:
-        return PlainTextResponse(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse(openai_api.models(self._prompts, self._created))
@@ -205,14 +225,14 @@ class Application:
 
         async def handle(request: Request) -> Response:
             answer: Answer = await self._read(read, await self._body(request))
-            for name in self._engine.metrics.ignored(answer.requests[0].ignored):
+            for name in self.engine.metrics.ignored(answer.requests[0].ignored):
                 log.warning("the field %r of a request is not known here and has no effect", name)
             events: asyncio.Queue[_Indexed] = asyncio.Queue()
             tickets: list[Ticket] = []
             handed_over = False
             try:
                 for index, one in enumerate(answer.requests):
-                    tickets.append(self._engine.submit(one, _deliverer(events, index)))
+                    tickets.append(self.engine.submit(one, _deliverer(events, index)))
                 # Wait for the first piece, so that a failure before it still gets its own status.
                 first = await _next_or_gone(request, events)
                 if answer.stream:
@@ -225,6 +245,14 @@ class Application:
                         ticket.cancel()
 
         return handle
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    """The answer to a path that is not served, or not with this method."""
+    assert isinstance(error, HTTPException)
+    said = f"this server has no {request.method} {request.url.path}"
+    body = openai_answers.error_body(RequestError(said, error.status_code))
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _middleware(settings: AppSettings) -> list[Middleware]:

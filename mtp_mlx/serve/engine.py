@@ -13,30 +13,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.answer_parts import UNREAD_CALL
 from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.distributed import PeerLost
 from mtp_mlx.errors import MTPError, needs_extra
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.calibrate import step_cost
 from mtp_mlx.planning.choose import recorded_acceptance
 from mtp_mlx.serve.batch import Batch, Member, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan, batch_drafting
+from mtp_mlx.serve.counts import count_text, gauge
 from mtp_mlx.serve.grammar import AfterThinking, Grammars
 from mtp_mlx.serve.metrics import Metrics
+from mtp_mlx.serve.orders import HEARTBEAT, Order, Ticket, follow, lead
 from mtp_mlx.serve.prefix_cache import PrefixCache
 from mtp_mlx.serve.prefix_files import PrefixFiles
-from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError, Summary
+from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 
 log = logging.getLogger("mtp_mlx.serve")
 
+SHARED = "several processes share the model"
 FAILED = "the request failed because of an error in the server; see its log"  # details stay out of responses
 
 
@@ -57,26 +60,6 @@ class EngineSettings:
     prefix_cache_bytes: int = 1 << 30
     batch: bool = True
     decode: DecodeSettings = field(default_factory=DecodeSettings)
-
-
-@dataclass
-class Ticket:
-    """One request in the engine.
-
-    Attributes:
-        deliver: called on the engine's thread with every event; must not block.
-        cancelled: may be set from any thread; the engine checks it before every step.
-    """
-
-    request: GenerationRequest
-    deliver: Callable[[Event], None]
-    arrived: float = field(default_factory=time.perf_counter)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    answered: bool = False
-
-    def cancel(self) -> None:
-        """Stop answering this request."""
-        self.cancelled.set()
 
 
 @dataclass
@@ -116,12 +99,14 @@ class Engine:
         self.prefixes = PrefixCache(self.settings.prefix_cache_bytes, files)
         self._waiting: deque[Ticket] = deque()
         self._active: list[_Active] = []
-        self._admitting = 0  # taken out of the queue but not active yet: 0 or 1
+        self._admitting = 0  # taken out of the queue but not active yet
         self._changed = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._batch: Batch | None = None
         self.batching = "off"  # "off", "on", or the reason why passes cannot be shared
+        self.failure: Exception | None = None  # what ended the thread
+        self.on_failure: Callable[[], None] | None = None  # called then
 
     # --- from any thread ------------------------------------------------------------------------------------
 
@@ -182,39 +167,71 @@ class Engine:
 
     # --- on the engine's thread -----------------------------------------------------------------------------
 
+    def follow(self) -> None:
+        """Does what process 0 says, on this thread, until that stops.
+
+        Raises:
+            MTPError: if this engine failed, or another process is lost.
+        """
+        self._run()
+        if self.failure is not None:
+            raise MTPError(f"this process cannot go on: {self.failure}") from self.failure
+
     def _run(self) -> None:
         try:
             with wired_limit(self.model.model):
                 self._batch = self._make_batch()
-                while self._work_to_do():
-                    self._admit()
-                    self._turn()
-                    self._gauge()
-        except Exception:
+                while not (order := self._next_order()).stopping:
+                    with self.model.peers.waiting():
+                        self._admit(order.new)
+                        self._turn(order.dropped)
+                    gauge(self.metrics, self.load, self.prefixes)
+        except Exception as error:
+            self.failure = error
             log.exception("the engine failed; the server can no longer answer requests")
         finally:
             self._end_all()
             self.prefixes.save_all()
-            self._gauge()
+            gauge(self.metrics, self.load, self.prefixes)
+            if self.failure is not None and self.on_failure is not None:
+                self.on_failure()
 
-    def _work_to_do(self) -> bool:
-        """Wait for work, and meanwhile save texts; False once the engine is stopping."""
+    def _next_order(self) -> Order:
+        """What to do in the next turn; waits until there is something, and meanwhile saves texts."""
+        peers = self.model.peers
+        if not peers.leads:
+            return follow(peers)
         while True:
             with self._changed:
-                while not (self._waiting or self._active or self._stopping):
-                    if not self._changed.wait(self.prefixes.save_after):
-                        break  # it has been quiet for so long
-                else:
-                    return not self._stopping
+                patience = self.prefixes.save_after if peers.alone else min(HEARTBEAT, peers.timeout / 4)
+                busy = self._changed.wait_for(
+                    lambda: bool(self._waiting or self._active or self._stopping), patience
+                )
+                order = Order(self._take(), self._dropped(), self._stopping)
+            if busy or not peers.alone:
+                return lead(peers, order)
             self.prefixes.save_one()
-            self._gauge()
+            gauge(self.metrics, self.load, self.prefixes)
+
+    def _take(self) -> tuple[Ticket, ...]:
+        """Takes out of the queue as many requests as there is room for."""
+        self._forget_cancelled()
+        room = self.settings.concurrent - len(self._active)
+        taken = tuple(self._waiting.popleft() for _ in range(min(room, len(self._waiting))))
+        self._admitting = len(taken)
+        return taken
+
+    def _dropped(self) -> tuple[int, ...]:
+        """Places of the active requests that were cancelled."""
+        return tuple(i for i, active in enumerate(self._active) if active.ticket.cancelled.is_set())
 
     def _make_batch(self) -> Batch | None:
         """The batch in which sequences share passes, or None if they cannot or must not."""
         settings = self.settings.decode
         if not self.settings.batch or self.settings.concurrent < 2:
             return None
-        reason, drafting = why_not_batch(self.model), BatchDrafting("plain")
+        drafting = BatchDrafting("plain")
+        reason = SHARED if not self.model.peers.alone else why_not_batch(self.model)
         if not reason and settings.kv_bits is not None:
             reason = "the rows of a quantised KV cache cannot be rolled"
         try:
@@ -233,23 +250,15 @@ class Engine:
             recorded_acceptance(self.model)  # fills model.experience
         return Batch(self.model, BatchPlan(drafting, cost, self.model.experience))
 
-    def _admit(self) -> None:
-        """Start requests from the queue while there is room."""
-        while len(self._active) < self.settings.concurrent:
-            with self._changed:
-                if not self._waiting:
-                    return
-                ticket = self._waiting.popleft()
-                if ticket.cancelled.is_set():
-                    self.metrics.add("mtp_mlx_cancelled_total")
-                    continue
-                self._admitting = 1
+    def _admit(self, tickets: Iterable[Ticket]) -> None:
+        """Start requests."""
+        for ticket in tickets:
             admitted: list[_Active] = []
             with self._guarded(ticket):
                 admitted.append(_Active(ticket, self._sequence(ticket.request)))
             with self._changed:
                 self._active += admitted
-                self._admitting = 0
+                self._admitting -= 1
 
     def _sequence(self, request: GenerationRequest) -> Sequence:
         constraint: Constraint | None = None
@@ -265,9 +274,15 @@ class Engine:
             self.model, self.tokenizer, request, self.settings.decode, self.prefixes, constraint, shared
         )
 
-    def _turn(self) -> None:
-        """One turn of all requests: one token each, and one chunk of the prompt that has waited longest."""
-        self._drop_cancelled()
+    def _turn(self, dropped: Iterable[int] = ()) -> None:
+        """One turn of all requests: one token each, and one chunk of the prompt that has waited longest.
+
+        Args:
+            dropped: places of requests that are not answered any more.
+        """
+        for active in [self._active[place] for place in dropped]:
+            self.metrics.add("mtp_mlx_cancelled_total")
+            self._drop(active)
         reading = next((active for active in self._active if active.reading), None)
         if reading is not None:
             with self._guarded(reading.ticket, reading):
@@ -315,11 +330,6 @@ class Engine:
             with self._guarded(active.ticket, active):
                 self._hand_out(active, active.sequence.take(by_member[id(active.member)]))
 
-    def _drop_cancelled(self) -> None:
-        for active in [active for active in self._active if active.ticket.cancelled.is_set()]:
-            self.metrics.add("mtp_mlx_cancelled_total")
-            self._drop(active)
-
     def _drop(self, active: _Active) -> None:
         """End a sequence without keeping anything."""
         if active.member is not None and self._batch is not None:
@@ -341,7 +351,7 @@ class Engine:
                 self._alone(active)
                 active.sequence.finish()
                 self._remove(active)
-                self._count(active.sequence, piece.summary)
+                count_text(self.metrics, active.sequence, piece.summary)
             ticket.deliver(piece)
 
     def _remove(self, active: _Active) -> None:
@@ -350,10 +360,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _guarded(self, ticket: Ticket, active: _Active | None = None):  # type: ignore[no-untyped-def]
-        """Turn an error into a failure of this request only."""
+        """Turn an error into a failure of this request only, or of all if other processes may not have had it."""
         try:
             yield
         except Exception as error:
+            if not self.model.peers.alone and (
+                isinstance(error, PeerLost) or not isinstance(error, MTPError)
+            ):
+                raise
             if not isinstance(error, MTPError):
                 log.exception("a request failed")
             if active is None:
@@ -369,36 +383,6 @@ class Engine:
             ticket.deliver(Failure(RequestError("the server is stopping", 503)))
         for active in list(self._active):
             self._drop(active)
-
-    # --- counts ---------------------------------------------------------------------------------------------
-
-    def _count(self, sequence: Sequence, summary: Summary) -> None:
-        add, stats = self.metrics.add, sequence.stats
-        add("mtp_mlx_prompt_tokens_total", summary.prompt_tokens)
-        add("mtp_mlx_cached_prompt_tokens_total", summary.cached_tokens)
-        add("mtp_mlx_generated_tokens_total", summary.generation_tokens)
-        add("mtp_mlx_steps_total", stats.steps)
-        add("mtp_mlx_tool_calls_total", sequence.n_calls)
-        add("mtp_mlx_unread_tool_calls_total", stats.fallbacks[UNREAD_CALL])
-        for depth, (reached, accepted) in enumerate(
-            zip(stats.submitted, stats.accepted, strict=True), start=1
-        ):
-            add("mtp_mlx_drafts_reached_total", reached, depth=depth)
-            add("mtp_mlx_drafts_accepted_total", accepted, depth=depth)
-
-    def _gauge(self) -> None:
-        waiting, active = self.load
-        self.metrics.set("mtp_mlx_waiting", waiting)
-        self.metrics.set("mtp_mlx_active", active)
-        self.metrics.set("mtp_mlx_prefix_cache_bytes", self.prefixes.nbytes)
-        self.metrics.set("mtp_mlx_prefix_cache_entries", len(self.prefixes))
-        self.metrics.set("mtp_mlx_prefix_cache_ends", self.prefixes.ends)
-        self.metrics.set("mtp_mlx_prefix_cache_evicted_total", self.prefixes.evicted)
-        if self.prefixes.files is not None:
-            self.metrics.set("mtp_mlx_prefix_files", len(self.prefixes.files))
-            self.metrics.set("mtp_mlx_prefix_files_bytes", self.prefixes.files.nbytes)
-            self.metrics.set("mtp_mlx_prefix_files_read_total", self.prefixes.files.loads)
-        self.metrics.set("mtp_mlx_mlx_memory_bytes", mx.get_active_memory())
 
 
 def failure_of(error: Exception) -> RequestError:

@@ -80,7 +80,8 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool):
             raise RequestError(f"{name} must be an integer", field=name)
         if not minimum <= value <= most:
-            raise RequestError(f"{name} must be between {minimum} and {most}, not {value}", field=name)
+            bounds = f"at least {minimum}" if most >= 2**64 else f"between {minimum} and {most}"
+            raise RequestError(f"{name} must be {bounds}, not {value}", field=name)
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -139,7 +140,7 @@ class Fields:
             return replace(
                 default,
                 temperature=self.number("temperature", default.temperature),
-                top_k=self._whole("top_k", default.top_k),
+                top_k=max(0, self._whole("top_k", default.top_k, minimum=-1)),  # elsewhere -1 turns it off
                 top_p=self.number("top_p", default.top_p),
                 min_p=self.number("min_p", default.min_p),
                 repetition_penalty=self.number("repetition_penalty", default.repetition_penalty),
@@ -148,7 +149,7 @@ class Fields:
                 presence_context_size=self._context("presence_context_size"),
                 frequency_penalty=self.number("frequency_penalty", default.frequency_penalty),
                 frequency_context_size=self._context("frequency_context_size"),
-                seed=self._whole("seed", seed, 2**64 - 1),
+                seed=self._whole("seed", seed, 2**64 - 1, -(2**63)) % 2**64,  # OpenAI's are signed
                 logit_bias=self._biases("logit_bias"),
             )
         except MTPError as error:
@@ -171,8 +172,8 @@ class Fields:
             found[int(token)] = float(bias)
         return tuple(found.items())
 
-    def _whole(self, name: str, default: int, most: int = 2**31) -> int:
-        value = self.integer(name, default, most=most)
+    def _whole(self, name: str, default: int, most: int = 2**31, minimum: int = 0) -> int:
+        value = self.integer(name, default, minimum, most)
         assert value is not None
         return value
 
@@ -193,18 +194,3 @@ def checked_text(value: Any, name: str) -> str:
             f"{name} contains a lone surrogate, which is not valid Unicode", field=name
         ) from None
     return value
-
-
-def message_text(content: Any, name: str) -> str:
-    """The text of a message's content: a string, or a list of parts of type "text"."""
-    if isinstance(content, str):
-        return checked_text(content, name)
-    if not isinstance(content, list):
-        raise RequestError(f"{name} must be a string or a list of parts", field=name)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(f"{name}: only parts of type text are supported, not {kind!r}", field=name)
-        texts.append(checked_text(part.get("text"), name))
-    return "".join(texts)

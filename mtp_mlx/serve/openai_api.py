@@ -16,7 +16,7 @@ from mtp_mlx.serve.fields import Fields, checked_text
 from mtp_mlx.serve.openai_answers import ChatAnswer, CompletionAnswer
 from mtp_mlx.serve.prompts import Prompts
 from mtp_mlx.serve.request import GenerationRequest, RequestError
-from mtp_mlx.serve.tools import ToolUse, checked_tool, chosen, tool_list
+from mtp_mlx.serve.tools import ToolUse, by_choice, checked_tool, tool_list
 from mtp_mlx.serve.turns import chat_turns
 
 # Fields that have no effect on the text of a local model.
@@ -50,7 +50,7 @@ def chat(body: dict[str, Any], prompts: Prompts) -> ChatAnswer:
     stop = fields.stops("stop")
     tools = tool_use(fields)
     thinking, options = thinking_of(fields, prompts)
-    prompt = prompts.chat(chat_turns(fields.take("messages")), tools, thinking, options)
+    prompt = prompts.chat(chat_turns(fields.take("messages"), fields), tools, thinking, options)
     n, (marks, plain) = number(fields), own_options(fields)
     request = prompts.request(prompt, fields, newer or older, stop, top, schema)
     request = replace(request, marks=marks, plain=plain)
@@ -76,30 +76,28 @@ def own_options(fields: Fields) -> tuple[bool, bool]:
 
 
 def tool_use(fields: Fields) -> ToolUse:
-    """Take tools, tool_choice and parallel_tool_calls.
+    """Take tools, tool_choice and parallel_tool_calls. Tools that are no functions are left out, and counted.
 
     Raises:
-        RequestError: if one of them is invalid, or a tool is no function.
+        RequestError: if one of them is invalid.
     """
     tools = []
     for i, tool in enumerate(tool_list(fields.take("tools"))):
-        function = tool.get("function")
-        if tool.get("type", "function") != "function" or not isinstance(function, dict):
-            raise RequestError(f"tools[{i}] must be a tool of type function", field="tools")
+        kind = checked_text(tool.get("type", "function"), f"tools[{i}].type")
+        if kind != "function":
+            fields.ignore(f"tools.{kind}")
+            continue
+        function = tool.get(
+            "function", tool if "name" in tool else None
+        )  # the responses API has no `function`
+        if not isinstance(function, dict):
+            raise RequestError(f"tools[{i}] must have a function", field="tools")
+        function = {name: value for name, value in function.items() if name != "type"}
         where = f"tools[{i}].function"
         checked_tool(function.get("name"), function.get("description"), function.get("parameters"), where)
         tools.append({"type": "function", "function": function})  # as given: the template may show all of it
     parallel = fields.flag("parallel_tool_calls", default=True)
-    choice = fields.take("tool_choice", "auto")
-    if choice in ("auto", "none", "required"):
-        return chosen(tools, choice, None, parallel)
-    named = choice.get("function") if isinstance(choice, dict) else None
-    if not isinstance(named, dict) or not isinstance(named.get("name"), str):
-        raise RequestError(
-            "tool_choice must be none, auto, required, or an object that names a function",
-            field="tool_choice",
-        )
-    return chosen(tools, "named", named["name"], parallel)
+    return by_choice(tools, fields.take("tool_choice"), parallel)
 
 
 def thinking_of(fields: Fields, prompts: Prompts) -> tuple[Thinking | None, dict[str, Any]]:

@@ -37,7 +37,7 @@ def response(body: dict[str, Any], prompts: Prompts) -> ResponseAnswer:
     tools = tool_use(fields)
     thinking, options = _reasoning(fields, prompts)
     schema = _schema(fields)
-    turns = item_turns(fields.take("input"), fields.text("instructions"))
+    turns = item_turns(fields.take("input"), fields.text("instructions"), fields)
     prompt = prompts.chat(turns, tools, thinking, options)
     request = prompts.request(prompt, fields, max_tokens, (), schema=schema)
     shown = {name: body[name] for name in SHOWN if body.get(name) is not None}

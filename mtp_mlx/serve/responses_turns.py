@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from mtp_mlx.serve.contents import THOUGHTS, message_text, result_text
 from mtp_mlx.serve.fields import Fields, checked_text
 from mtp_mlx.serve.request import RequestError
-from mtp_mlx.serve.tools import ToolUse, checked_tool, chosen, tool_list
+from mtp_mlx.serve.tools import ToolUse, by_choice, checked_tool, tool_list
 from mtp_mlx.serve.turns import ROLES, Turn, call_turn, message_list, result_of
 
-TEXTS = ("input_text", "output_text", "text")
-THOUGHTS = ("reasoning_text", "summary_text")
+# Items of tools that run on OpenAI's servers, and of conversations shortened there: nobody here can read them.
+ELSEWHERE = frozenset(
+    "web_search_call file_search_call code_interpreter_call image_generation_call computer_call mcp_call "
+    "mcp_list_tools mcp_approval_request mcp_approval_response tool_search_call tool_search_output compaction "
+    "compaction_summary context_compaction".split()
+)
 
 
-def item_turns(items: Any, instructions: str | None) -> list[Turn]:
+def item_turns(items: Any, instructions: str | None, fields: Fields) -> list[Turn]:
     """The turns of a conversation. Reasoning, text and calls in a row are one turn of the assistant.
 
     Args:
         items: the request's `input`, a text or a list of items.
         instructions: the system message, or None.
+        fields: of the request, which count the items that have no effect.
 
     Raises:
         RequestError: if an item is not as OpenAI describes it, holds anything but text, or refers to what a server
@@ -38,29 +44,20 @@ def item_turns(items: Any, instructions: str | None) -> list[Turn]:
             call = call_turn(item.get("call_id"), item.get("name"), item.get("arguments"), where)
             names[call["id"]] = call["function"]["name"]
             _assistant(turns).setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            text = _text(item.get("output"), f"{where}.output", TEXTS)
+        elif kind == "custom_tool_call":
+            call = call_turn(item.get("call_id"), item.get("name"), {"input": item.get("input")}, where)
+            names[call["id"]] = call["function"]["name"]
+            _assistant(turns).setdefault("tool_calls", []).append(call)
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            text = result_text(item.get("output"), f"{where}.output", fields)
             turns.append(
                 {"role": "tool", "content": text, **result_of(item.get("call_id"), None, names, where)}
             )
+        elif isinstance(kind, str) and kind in ELSEWHERE:
+            fields.ignore(f"input.{kind}")
         else:
             raise RequestError(f"{where}: items of type {kind!r} are not supported", field="input")
     return turns
-
-
-def _text(content: Any, where: str, kinds: tuple[str, ...]) -> str:
-    """The text of a string, or of a list of parts of these kinds."""
-    if isinstance(content, str):
-        return checked_text(content, where)
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of parts", field="input")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            raise RequestError(f"{where}: parts of type {kind!r} are not supported", field="input")
-        texts.append(checked_text(part.get("text"), where))
-    return "".join(texts)
 
 
 def _assistant(turns: list[Turn], *holding: str) -> Turn:
@@ -81,7 +78,7 @@ def _message(turns: list[Turn], item: Turn, where: str) -> None:
         raise RequestError(
             f"{where}: role must be one of user, assistant, system, developer, not {role!r}", field="input"
         )
-    text = _text(item.get("content"), f"{where}.content", TEXTS)
+    text = message_text(item.get("content"), f"{where}.content")
     if role == "assistant":
         _assistant(turns, "content", "tool_calls")["content"] = text
     else:
@@ -90,8 +87,8 @@ def _message(turns: list[Turn], item: Turn, where: str) -> None:
 
 def _reasoning(turns: list[Turn], item: Turn, where: str) -> None:
     """Reasoning that came from here has content; from elsewhere it may have but a summary, or nothing readable."""
-    text = _text(item.get("content") or [], f"{where}.content", THOUGHTS)
-    text = text or _text(item.get("summary") or [], f"{where}.summary", THOUGHTS)
+    text = message_text(item.get("content") or [], f"{where}.content", THOUGHTS)
+    text = text or message_text(item.get("summary") or [], f"{where}.summary", THOUGHTS)
     if text:
         _assistant(turns, "content", "tool_calls", "reasoning_content")["reasoning_content"] = text
 
@@ -112,12 +109,4 @@ def tool_use(fields: Fields) -> ToolUse:
             checked_tool(tool.get("name"), tool.get("description"), tool.get("parameters"), f"tools[{i}]")
         )
     parallel = fields.flag("parallel_tool_calls", default=True)
-    choice = fields.take("tool_choice", "auto")
-    if choice in ("auto", "none", "required"):
-        return chosen(tools, choice, None, parallel)
-    if not isinstance(choice, dict) or choice.get("type") != "function":
-        raise RequestError(
-            "tool_choice must be none, auto, required, or an object that names a function",
-            field="tool_choice",
-        )
-    return chosen(tools, "named", checked_text(choice.get("name"), "tool_choice.name"), parallel)
+    return by_choice(tools, fields.take("tool_choice"), parallel)

@@ -12,11 +12,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.answer_parts import AnswerParts, Parts
 from mtp_mlx.decode.constraint import Constraint
+from mtp_mlx.decode.led import led_policy
 from mtp_mlx.decode.loop import DecodeLoop, open_loop
 from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
+from mtp_mlx.distributed import Peers
 from mtp_mlx.files import warn_once
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.context import beyond_context
@@ -90,11 +92,9 @@ class Sequence:
             None if request.plain else settings.drafter,
             rows=None if request.plain else settings.rows,
         )
-        self.policy = drafting.policy
-        # Penalties look at the last tokens of the prompt, so these are always processed again.
-        spare = max(1, request.sampling.history_size)
-        cache, self.n_cached = prefixes.fetch(request.prompt, spare)
+        self.policy = led_policy(drafting.policy, model.peers)
         self._prefixes, self._texts = prefixes, model.text_source
+        cache, self.n_cached = self._fetch(model.peers)
         self.cache: list[Any] = model.make_cache() if cache is None else cache
         self.session, loop = open_loop(
             request.prompt[self.n_cached :],
@@ -127,6 +127,15 @@ class Sequence:
         self._started, self._first = time.perf_counter(), 0.0
         self.done = False
         self.batched_steps = 0
+
+    def _fetch(self, peers: Peers) -> tuple[list[Any] | None, int]:
+        """(the cache of the longest known prefix, its length), or (None, 0)."""
+        # Penalties look at the last tokens of the prompt, so these are always processed again.
+        spare = max(1, self.request.sampling.history_size)
+        cache, length = self._prefixes.fetch(self.request.prompt, spare)
+        if len(set(peers.gather(length))) > 1:  # each process has room for its own part only
+            return None, 0
+        return cache, length
 
     def _note_context(self, note: str | None) -> None:
         """Notes that the prompt is longer than the model's context; the operator is told of the first such one."""

@@ -15,6 +15,7 @@ from mtp_mlx.serve.request import RequestError
 
 MOST_TOOLS = 1024
 LONGEST_NAME = 256
+CHOICES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"  # calls of the form {"name": ..., "arguments": {...}}
 NO_TOOLS = "this model cannot call tools: its chat template has no form of tool call that mlx-lm reads"
 
@@ -61,6 +62,45 @@ def chosen(tools: list[Tool], choice: str, name: str | None, parallel: bool) -> 
         called = "a tool" if name is None else f"the tool {name!r}"
         raise RequestError(f"tool_choice wants {called}, which is not in tools", field="tool_choice")
     return ToolUse(tuple(tools), required=True, parallel=parallel)
+
+
+def by_choice(tools: list[Tool], choice: Any, parallel: bool) -> ToolUse:
+    """The tools that OpenAI's `tool_choice` leaves, in the forms of chat completions and of responses.
+
+    Args:
+        tools: all tools of the request.
+        choice: none for "auto"; "any" is "required" for some clients.
+        parallel: as for `chosen`.
+
+    Raises:
+        RequestError: as `chosen`, or if the choice is none of these.
+    """
+    choice = "auto" if choice is None else choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        names = {
+            _named(tool) for tool in tool_list(allowed.get("tools") if isinstance(allowed, dict) else None)
+        }
+        tools = [tool for tool in tools if tool["function"]["name"] in names]
+        choice = allowed.get("mode", "auto") if isinstance(allowed, dict) else choice
+    if isinstance(choice, dict) and choice.get("type") in CHOICES:
+        choice = choice["type"]
+    if isinstance(choice, str) and choice in CHOICES:
+        return chosen(tools, CHOICES[choice], None, parallel)
+    name = _named(choice) if isinstance(choice, dict) else None
+    if name is None:
+        raise RequestError(
+            "tool_choice must be none, auto, required, or an object that names a function or allowed tools",
+            field="tool_choice",
+        )
+    return chosen(tools, "named", name, parallel)
+
+
+def _named(tool: Any) -> str | None:
+    """The name of a function in a choice, which either API has in another place."""
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def checked_tool(name: Any, description: Any, parameters: Any, where: str) -> Tool:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_mlx.serve.fields import checked_text, message_text
+from mtp_mlx.serve.contents import message_text, result_text, told_apart
+from mtp_mlx.serve.fields import Fields, checked_text
 from mtp_mlx.serve.request import RequestError
 
 MOST_MESSAGES = 4096
@@ -35,8 +36,12 @@ def message_list(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
     return messages
 
 
-def chat_turns(messages: Any) -> list[Turn]:
+def chat_turns(messages: Any, fields: Fields) -> list[Turn]:
     """The turns of a conversation.
+
+    Args:
+        messages: of the request.
+        fields: of the request, which count what of the messages has no effect.
 
     Raises:
         RequestError: if a message is not as OpenAI's chat API describes it, or holds anything but text.
@@ -44,14 +49,14 @@ def chat_turns(messages: Any) -> list[Turn]:
     turns: list[Turn] = []
     names: dict[str, str] = {}  # of the tools called so far, by the call's id
     for i, message in enumerate(message_list(messages)):
-        turn = _turn(message, f"messages[{i}]", names)
+        turn = _turn(message, f"messages[{i}]", names, fields)
         for call in turn.get("tool_calls", []):
             names[call["id"]] = call["function"]["name"]
         turns.append(turn)
     return turns
 
 
-def _turn(message: dict[str, Any], where: str, names: dict[str, str]) -> Turn:
+def _turn(message: dict[str, Any], where: str, names: dict[str, str], fields: Fields) -> Turn:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}", field="messages")
@@ -61,14 +66,19 @@ def _turn(message: dict[str, Any], where: str, names: dict[str, str]) -> Turn:
     content = message.get("content")
     if content is None and role == "assistant":  # it only called tools, or was cut while it thought
         content = ""
-    turn: Turn = {"role": ROLES[role], "content": message_text(content, f"{where}.content")}
-    if role == "assistant":
-        thinking = message.get("reasoning_content") or message.get("reasoning")
+    turn: Turn = {"role": ROLES[role]}
+    if role == "tool":
+        turn["content"] = result_text(content, f"{where}.content", fields)
+    elif role != "assistant":
+        turn["content"] = message_text(content, f"{where}.content")
+    else:
+        turn["content"], inside = told_apart(content, f"{where}.content")
+        thinking = message.get("reasoning_content") or message.get("reasoning") or inside
         if thinking:
             turn["reasoning_content"] = checked_text(thinking, f"{where}.reasoning_content")
         if calls := message.get("tool_calls"):
             turn["tool_calls"] = _calls(calls, where)
-    elif message.get("tool_calls"):
+    if role != "assistant" and message.get("tool_calls"):
         raise RequestError(f"{where}: only an assistant's message has tool_calls", field="messages")
     if role == "tool":
         turn |= result_of(message.get("tool_call_id"), message.get("name"), names, where)

@@ -190,7 +190,7 @@ def served(settings: ServeSettings, prompt: list[int]) -> list[int]:
         if not isinstance(event, Piece) or event.summary is not None:
             ended.set()
 
-    engine = application(settings, None)._engine
+    engine = application(settings, None).engine
     engine.start()
     try:
         engine.submit(GenerationRequest(prompt, 8, top_logprobs=0), deliver)

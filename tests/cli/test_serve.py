@@ -69,7 +69,7 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
     built = application(ServeSettings(model=folder, adapter="none", **more), None)
     assert built._prompts.limits.thinking == "off" and built._prompts.strict_model
     assert built._settings.cors_origins == ("http://a:1",)
-    files = built._engine.prefixes.files
+    files = built.engine.prefixes.files
     assert files is not None and (files.folder, files.budget) == (tmp_path / "kept", 3 << 20)
 
 

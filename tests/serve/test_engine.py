@@ -18,7 +18,8 @@ import pytest
 from mtp_mlx import files
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
-from mtp_mlx.serve.engine import Engine, EngineSettings, Ticket
+from mtp_mlx.serve.engine import Engine, EngineSettings
+from mtp_mlx.serve.orders import Ticket
 from mtp_mlx.serve.request import Event, Failure, GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.sequence import DecodeSettings, Sequence
 from tests.planning.test_budget import cost_of

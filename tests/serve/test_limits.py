@@ -179,9 +179,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": 10**400}, "temperature"),
     ({"top_p": 1.5}, "top_p"),
-    ({"top_k": -1}, "top_k"),
+    ({"top_k": -2}, "top_k"),
     ({"min_p": 2}, "min_p"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"repetition_penalty": -1}, "repetition_penalty"),
     ({"repetition_context_size": 0}, "repetition_context_size"),
@@ -359,7 +359,7 @@ def test_a_schema_that_no_text_satisfies(server: Server, schema: dict[str, Any])
 
 
 def test_errors_before_a_stream_have_their_status(server: Server) -> None:
-    status, answer = server.ask("/v1/chat/completions", CHAT | {"stream": True, "top_k": -1})
+    status, answer = server.ask("/v1/chat/completions", CHAT | {"stream": True, "top_k": -2})
     assert status == 400 and "top_k" in sentence(status, answer)
 
 

@@ -232,7 +232,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (said({"type": "thinking"}), "thinking must be a string"),
     (said({"type": "tool_result", "tool_use_id": "a"}), "blocks of type 'tool_result'"),
     (said({"type": "tool_result", "tool_use_id": 5}, role="user"), "tool_call_id must be a string"),
-    (said({"type": "tool_result", "content": [{"type": "image"}]}, role="user"), "type text"),
+    (said({"type": "tool_result", "content": [{"type": "text"}]}, role="user"), "must be a string"),
 ]
 
 
