@@ -9,7 +9,9 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from mtp_mlx.cli.options import (
     ThinkingOptions,
 )
 from mtp_mlx.config import from_yaml, options_for, setting, to_dict
-from mtp_mlx.distributed import Peers, join, launched_rank, launched_size
+from mtp_mlx.distributed import Peers, join, launched_rank, launched_size, whose
 from mtp_mlx.errors import MTPError, needs_extra
 
 if TYPE_CHECKING:
@@ -352,10 +354,21 @@ def run(settings: ServeSettings, app: Application, listener: socket.socket) -> N
     server = Server(config)
     if launched_size() > 1:  # the others cannot go on without this process, nor it without them
         app.engine.on_failure = lambda: setattr(server, "should_exit", True)
+        threading.Thread(target=_end_anyway, args=(server, settings.grace), daemon=True).start()
     server.run(sockets=[listener])
     if launched_size() > 1 and app.engine.failure is not None:
         raise MTPError(f"the server cannot go on: {app.engine.failure}")
     tell("stopped")
+
+
+def _end_anyway(server: Any, grace: int) -> None:
+    """Ends this process if it does not end by itself after it was told to: its engine may wait for a lost process."""
+    while not server.should_exit:
+        time.sleep(0.5)
+    time.sleep(grace + GOODBYE_SECONDS - 0.5)  # before uvicorn gives up on the answers
+    message = f"Error{whose()}: another process of this run does not answer any more, so this one ends\n"
+    os.write(sys.stderr.fileno(), message.encode())
+    os._exit(2)  # the engine's thread is inside MLX and cannot be ended
 
 
 def tell(stage: str) -> None:

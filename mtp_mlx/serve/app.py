@@ -115,6 +115,7 @@ class Application:
         """Answer nobody, and run the engine as process 0 says (see `Engine.follow`), despite Ctrl-C."""
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, also while it waits for a lost process
         self.engine.follow()
 
     @contextlib.asynccontextmanager

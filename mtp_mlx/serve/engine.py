@@ -188,7 +188,8 @@ class Engine:
                     gauge(self.metrics, self.load, self.prefixes)
         except Exception as error:
             self.failure = error
-            log.exception("the engine failed; the server can no longer answer requests")
+            unforeseen = None if isinstance(error, MTPError) else error
+            log.error("the server can no longer answer requests: %s", error, exc_info=unforeseen)
         finally:
             self._end_all()
             self.prefixes.save_all()
