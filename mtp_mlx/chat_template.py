@@ -58,7 +58,7 @@ def said_ids(
     options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """As `chat_ids`, but up to the end of the last message."""
-    return _as_list(_apply(tokenizer, messages, tools, **(options or {}), add_generation_prompt=False))
+    return _as_list(_apply(tokenizer, messages, tools, options, add_generation_prompt=False))
 
 
 def begun_ids(

@@ -18,6 +18,11 @@ from text_search.case import SLOT_DRAFTERS, Case, Text, choices
 LENGTHS = (12, 12, 12, 1, 2, 5, 18, 24)  # tokens to write
 STOPS = ("e", "th", " the", "a", "(", "\n", "<", "ox")
 HOT = (0.0, 0.0, 0.0, 0.5, 0.8, 1.2)
+LAYOUTS_OF_STATES = (
+    "plain",
+    "linear",
+    "auto",
+)  # whose slots are behind the last row only, for recurrent state
 
 
 def draw(seed: int, number: int) -> Case:
@@ -65,6 +70,8 @@ def _fits_model(case: Case) -> bool:
 
 def _fits_layout(case: Case) -> bool:
     drafts = case.drafter != "none" or case.lookup != "none"
+    if case.has_slots and case.architecture in models.RECURRENT and case.layout not in LAYOUTS_OF_STATES:
+        return False
     if case.tau and (not case.has_slots or case.layout not in ("linear", "quadratic") or case.way == "batch"):
         return False
     return (drafts or case.layout == "plain") and (case.has_slots or case.layout != "quadratic")

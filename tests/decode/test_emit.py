@@ -388,8 +388,8 @@ def test_a_drafter_without_sampler_picks_its_slots_together_as_one_by_one() -> N
         patch.setattr(MaskSlotDrafter, "_pick_together", None)
         original = MaskSlotDrafter.__init__
 
-        def one_by_one(self: Any, *arguments: Any) -> None:
-            original(self, *arguments)
+        def one_by_one(self: Any, *arguments: Any, **named: Any) -> None:
+            original(self, *arguments, **named)
             self._together = False
 
         patch.setattr(MaskSlotDrafter, "__init__", one_by_one)

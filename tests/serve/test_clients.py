@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mtp_mlx.api import chat_ids, chat_prompt, generate, stream_generate
+from mtp_mlx.api import chat_prompt, generate, stream_generate
+from mtp_mlx.chat_template import chat_ids
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.serve.engine import EngineSettings
 from mtp_mlx.serve.sequence import DecodeSettings

@@ -115,9 +115,3 @@ def test_rows_longer_than_a_sliding_window_are_refused_before_training(tmp_path:
     overrides = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
     with pytest.raises(MTPError, match="sliding window of 4.*set `max_length` to 4"):
         trainer_for(tmp_path / "adapter", model=tiny_model("llama", **overrides), method=method)
-
-
-@pytest.mark.parametrize("method", ["mask-tokens", "conf-adapt", "ptp"])
-def test_recurrent_trunks_are_refused_before_training(tmp_path: Path, method: str) -> None:
-    with pytest.raises(MTPError, match="recurrent state"):
-        trainer_for(tmp_path / "adapter", model=tiny_model("qwen3_next"), method=method)
