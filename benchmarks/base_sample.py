@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx import load
-from mtp_mlx.blas import prefer_openblas
 from mtp_mlx.drafters.masks.conf_adapt import merged
 from mtp_mlx.drafters.masks.weights import MaskAdapter
 from mtp_mlx.model.base_sample import BaseSample
@@ -69,7 +68,6 @@ def row(own: dict[str, BaseSample], model: nn.Module, norm: float) -> str:
 @click.command()
 def main() -> None:
     """Print the table."""
-    prefer_openblas()
     attached, _ = load("smollm2-135m")
     adapter = attached.speculator
     assert isinstance(adapter, MaskAdapter)

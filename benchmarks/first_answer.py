@@ -14,11 +14,8 @@ from typing import Any
 from unittest import mock
 
 import click
-import mlx.core as mx
-import mlx_lm
 
-from mtp_mlx.api import load, stream_generate
-from mtp_mlx.models import bundled_adapter, resolve_model
+from mtp_mlx.blas import prefer_openblas
 
 TEXT = "The harbour was quiet in the morning, and the boats that had come in at night lay along the wall. "
 
@@ -30,6 +27,13 @@ TEXT = "The harbour was quiet in the morning, and the boats that had come in at 
 @click.option("--max-tokens", default=64, show_default=True, help="Of which only the first is waited for")
 def main(model: str, bits: tuple[int, ...], lengths: tuple[int, ...], max_tokens: int) -> None:
     """Print a Markdown table."""
+    prefer_openblas()  # before mlx is imported, which otherwise uses a BLAS of its own, many times slower
+    import mlx.core as mx
+    import mlx_lm
+
+    from mtp_mlx.api import load, stream_generate
+    from mtp_mlx.models import bundled_adapter, resolve_model
+
     click.echo(
         "| bits | prompt tokens | mlx-lm, s | ours, cold cache, s | ours, warm cache, s | cold minus mlx-lm, s |\n"
         "|---|---|---|---|---|---|"

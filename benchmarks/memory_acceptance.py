@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from mtp_mlx.blas import prefer_openblas
 from mtp_mlx.decode.tree import ROOT, DraftTree
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def measure(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table")
 def main(model: str, data: Path, path: Path, rows: tuple[int, ...], max_length: int, as_json: bool) -> None:
     """Print tokens per step by rows and category."""
-    prefer_openblas()
     from mtp_mlx.decode.lookup import LookupDrafter
     from mtp_mlx.drafters.memory.draft import MemoryDrafter
     from mtp_mlx.drafters.memory.memory_file import MemoryFile, check_vocabulary

@@ -14,12 +14,16 @@ from typing import Any
 
 import click
 
-from mtp_mlx.api import chat_prompt, load
-from mtp_mlx.measure.prompts import BUILT_IN
-from mtp_mlx.planning.calibrate import step_cost
-from mtp_mlx.serve.engine import Engine, EngineSettings
-from mtp_mlx.serve.request import Event, Failure, GenerationRequest
-from mtp_mlx.serve.sequence import DecodeSettings
+from mtp_mlx.blas import prefer_openblas
+
+prefer_openblas()  # before mlx is imported, which otherwise uses a BLAS of its own, many times slower
+
+from mtp_mlx.api import chat_prompt, load  # noqa: E402
+from mtp_mlx.measure.prompts import BUILT_IN  # noqa: E402
+from mtp_mlx.planning.calibrate import step_cost  # noqa: E402
+from mtp_mlx.serve.engine import Engine, EngineSettings  # noqa: E402
+from mtp_mlx.serve.request import Event, Failure, GenerationRequest  # noqa: E402
+from mtp_mlx.serve.sequence import DecodeSettings  # noqa: E402
 
 WAYS: dict[str, dict[str, Any]] = {
     "one by one": {"concurrent": 1},

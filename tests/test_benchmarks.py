@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections import Counter
 from pathlib import Path
@@ -243,3 +244,28 @@ def test_the_path_through_a_tree() -> None:
     tree = DraftTree((5, 6, 7, 8), (ROOT, ROOT, 1, 2), (0.5,) * 4)
     accepted = memory_acceptance.accepted
     assert [accepted(tree, truth) for truth in ([6, 7, 8, 9], [5, 7], [6, 8], [9], [])] == [3, 1, 1, 0, 0]
+
+
+FAST = [
+    path
+    for path in sorted(Path(ablation.__file__).parent.glob("*.py"))
+    if "prefer_openblas" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", FAST, ids=lambda path: path.stem)
+def test_openblas_is_loaded_before_mlx(path: Path) -> None:
+    """Behind it, it has no effect, and what is timed is many times slower."""
+    light = ("mtp_mlx.blas", "mtp_mlx.config", "mtp_mlx.errors")
+    for statement in ast.parse(path.read_text()).body:
+        if isinstance(statement, ast.Expr) and ast.unparse(statement) == "prefer_openblas()":
+            return
+        names = [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
+        names += [name.name for name in statement.names] if isinstance(statement, ast.Import) else []
+        assert not [
+            name for name in names if name.split(".")[0].startswith(("mlx", "mtp_mlx")) and name not in light
+        ]
+
+
+def test_the_benchmarks_that_time_a_model_load_openblas() -> None:
+    assert {"first_answer", "serving", "same_text_search"} <= {path.stem for path in FAST}
