@@ -40,25 +40,36 @@ def _checkpointed(kind: type[nn.Module], rows: RowContext) -> type[nn.Module]:
     """A subclass of a decoder layer's class whose backward pass recomputes it."""
     compute = kind.__call__
 
-    def call(layer: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        # The other arguments are masks and caches, which are constants.
+    def call(layer: nn.Module, hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
         of_pass = dataclasses.replace(rows)
+        # What other layers computed of the same rows has gradients; masks and caches are constants.
+        named = dict(enumerate(args)) | kwargs
+        computed = {name: value for name, value in named.items() if _is_of_rows(value, hidden)}
 
         flat = cast("list[tuple[str, mx.array]]", tree_flatten(layer.trainable_parameters()))
         names = [name for name, _ in flat]
 
-        def pure(hidden: mx.array, *values: mx.array) -> mx.array:
-            layer.update(tree_unflatten(list(zip(names, values, strict=True))))
+        def pure(hidden: mx.array, *values: mx.array) -> Any:
+            layer.update(tree_unflatten(list(zip(names, values[len(computed) :], strict=True))))
+            now = named | dict(zip(computed, values, strict=False))
             with _given(rows, of_pass):
-                return compute(layer, hidden, *args, **kwargs)
+                return compute(
+                    layer, hidden, *(now[n] for n in range(len(args))), **{name: now[name] for name in kwargs}
+                )
 
-        return recomputed(pure)(hidden, *(value for _, value in flat))
+        return recomputed(pure)(hidden, *computed.values(), *(value for _, value in flat))
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`pure` (arrays -> one array) with a backward pass that recomputes it from its inputs.
+def _is_of_rows(value: Any, hidden: mx.array) -> bool:
+    """Whether an argument of a layer is numbers for every row, as its hidden states [B, R, D] are."""
+    is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    return is_float and value.shape[:2] == hidden.shape[:2]
+
+
+def recomputed(pure: Callable[..., Any]) -> Callable[..., Any]:
+    """`pure` (arrays -> an array or a tuple of arrays) with a backward pass that recomputes it from its inputs.
 
     Unlike in `mx.checkpoint`, recomputation waits for the gradient of the output, and the gradient of the first
     input waits for those of the others. MLX evaluates in no particular order: without this, layers that are
@@ -67,15 +78,16 @@ def recomputed(pure: Callable[..., mx.array]) -> Callable[..., mx.array]:
     function = mx.custom_function(pure)
 
     @function.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+    def backward(primals: Any, cotangent: Any, _: Any) -> Any:
         alone = isinstance(primals, mx.array)  # MLX gives the only input of a function by itself
-        waiting = mx.depends([primals] if alone else list(primals), [cotangent])
-        first, *others = mx.vjp(pure, waiting, [cotangent])[1]
+        given = [cotangent] if isinstance(cotangent, mx.array) else list(cotangent)
+        waiting = mx.depends([primals] if alone else list(primals), given)
+        first, *others = mx.vjp(pure, waiting, given)[1]
         if not others:
             return first if alone else (first,)
         return (*mx.depends([first], others), *others)
 
-    return cast("Callable[..., mx.array]", function)
+    return cast("Callable[..., Any]", function)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import FixedPolicy
 from mtp_mlx.drafters.masks import shortlist as module
 from mtp_mlx.drafters.masks.draft import MaskSlotDrafter
+from mtp_mlx.drafters.masks.weights import SamplerHead
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.planning.grow import TreePolicy
 from tests.decode.fakes import attached, random_adapter
@@ -93,6 +94,25 @@ def test_few_tokens_listed_change_drafts_but_not_the_text(
     model = attached("llama")
     assert text(model, sampling, layout) == text(model, sampling, None)
     assert any(listed.ids.tolist() != whole.ids.tolist() for listed, whole in pairs)
+
+
+@pytest.mark.parametrize("layout", ["linear", "tree"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_few_tokens_are_the_right_ones_and_their_chances_are_among_all(
+    temperature: float, layout: str, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sampler head that changes nothing, the likeliest few are those that the whole vocabulary gives."""
+    monkeypatch.setattr(module, "TOKENS", 12)
+    monkeypatch.setattr(SamplerHead, "__call__", lambda _, previous, hidden: hidden)
+    text(attached("llama"), SamplingConfig(temperature=temperature, seed=4), layout)
+    drafted = [(listed, whole) for listed, whole in pairs if listed.ids.size]
+    assert len(drafted) > 5
+    for listed, whole in drafted:
+        assert listed.ids.tolist() == whole.ids.tolist()
+        if (
+            layout == "tree" or not temperature
+        ):  # in a sampled chain, the share is an estimate: it has the noise
+            np.testing.assert_allclose(np.array(listed.confidences), np.array(whole.confidences), rtol=1e-3)
 
 
 def test_a_shortlist_is_the_likeliest_tokens_and_their_share() -> None:

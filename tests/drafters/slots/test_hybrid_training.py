@@ -41,6 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {},
     "nemotron_h": {},
     "falcon_h1": {},  # attention and recurrence in one layer
+    "rwkv7": {},
+    "mamba2": {},
     "bailing_moe_linear": {},  # rotary embeddings in recurrent layers
 }
 QWEN3_5 = RECURRENT["qwen3_5"]["text_config"]
