@@ -164,6 +164,14 @@ class AcceptanceEstimate:
             estimate = self._without_offers(depth - 1, confidence)
         return float(min(max(estimate, FLOOR), 1 - FLOOR))
 
+    def spread(self, depth: int) -> list[tuple[float, float]]:
+        """(share, P(a draft is right)) of the drafts at `depth`, from 1, by their confidence; shares add up to 1."""
+        index = min(depth, self.max_depth) - 1
+        if not self._offered[index].any():
+            return [(1.0, self.probability(depth))]
+        bins = self._bins(index, self._factor(index))
+        return [(share, min(max(chance, FLOOR), 1.0 - FLOOR)) for share, chance in bins]
+
     def _place(self, depth: int, sibling: bool) -> int:
         return depth - 1 + sibling * self.max_depth
 
@@ -174,18 +182,26 @@ class AcceptanceEstimate:
 
     def _of_depth(self, index: int, confidence: float | None) -> float:
         """Acceptance at a confidence, or its mean over the drafts at hand."""
-        drafts, sums = self._offered[index].T  # [bin] each
-        mean = sums.sum() / drafts.sum()
-        factor = (self._accepted[index].sum() + PRIOR_STRENGTH * self._prior[index]) / (
-            self._expected[index] + PRIOR_STRENGTH * max(mean, FLOOR)
-        )
+        factor = self._factor(index)
         if confidence is not None:
             return self._of_bin(index, bisect_right(BIN_EDGES, confidence), factor * confidence)
-        rates = [
-            self._of_bin(index, column, factor * total / count) if count else 0.0
-            for column, (count, total) in enumerate(zip(drafts, sums, strict=True))
+        return sum(weight * chance for weight, chance in self._bins(index, factor))
+
+    def _factor(self, index: int) -> float:
+        """How far acceptance at a depth has been from the confidence."""
+        drafts, sums = self._offered[index].T  # [bin] each
+        mean = max(sums.sum() / drafts.sum(), FLOOR)
+        seen = self._accepted[index].sum() + PRIOR_STRENGTH * self._prior[index]
+        return float(seen / (self._expected[index] + PRIOR_STRENGTH * mean))
+
+    def _bins(self, index: int, factor: float) -> list[tuple[float, float]]:
+        """(share of the drafts at hand, acceptance) of each confidence bin that has any."""
+        drafts, sums = self._offered[index].T  # [bin] each
+        shares = drafts / drafts.sum()
+        return [
+            (float(shares[column]), self._of_bin(index, column, factor * sums[column] / drafts[column]))
+            for column in np.flatnonzero(drafts).tolist()
         ]
-        return float(np.dot(drafts, rates) / drafts.sum())
 
     def _of_bin(self, place: int, column: int, guess: float) -> float:
         """Acceptance in a confidence bin, shrunk towards `guess`."""

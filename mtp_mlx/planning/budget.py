@@ -42,7 +42,10 @@ LEAST_PATH = 0.02  # chance of a draft's path below which it is never verified
 WIDTH = 4  # candidates per position that the model's own drafter drafts where drafts may have branches
 RECENT_STEPS = 48.0  # half-life of a step's weight in the pace of this text, in steps
 PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
-MARGIN = 1.1  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
+PLAIN_EVERY = (
+    64  # steps without a plain one after which one is made, to see what the others are compared with
+)
+MARGIN = 1.02  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
 
 
 class BudgetPolicy:
@@ -118,6 +121,8 @@ class BudgetPolicy:
         if not self._planned:
             self._solve()
         known = self._hindsight.calibrated(proposals)
+        if self._correction.since_plain >= PLAIN_EVERY:
+            return proposals[0].cut(0), Layout.plain()
         if self._probing and self._drafts:
             self._probing = False
             return proposals[0].cut(0), self._with_width(self._fullest(0))
@@ -230,44 +235,61 @@ class BudgetPolicy:
     def _solve(self) -> None:
         """Policy iteration for `rate` and `_worth`: evaluate the policy exactly and improve it, until stable."""
         self._planned = True
-        known = self._experience.of(self.own)
-        chances = [known.probability(depth + 1) for depth in range(self._drafts)]
+        held = self._held()
         plain = 1.0 / self._seconds(Layout.plain())
-        held = [DraftTree.chain(range(count), chances[:count]) for count in range(self._drafts + 1)]
-        policy = [self._fullest(len(chain)) for chain in held]
+        policy = [[self._fullest(count) for _ in cases] for count, cases in enumerate(held)]
         best, last = (plain, [0.0] * (self._drafts + 1)), 0.0
         for _ in range(MOST_ITERATIONS):
-            self._rate, self._worth = self._valued(policy, chances)
+            self._rate, self._worth = self._valued(policy, held)
             self._runs = _best_runs(self._worth)
             if self._rate > best[0] * MARGIN or best[0] > plain and self._rate > best[0]:
                 best = (self._rate, self._worth)
             if self._rate <= last * (1 + 1e-9):
                 break
             last = self._rate
-            policy = [self._best_layout(chain, self._rate)[2] for chain in held]
+            policy = [[self._best_layout(chain, last)[2] for _, chain in cases] for cases in held]
         self._rate, self._worth = best
         self._runs = _best_runs(self._worth)
 
-    def _valued(self, policy: Sequence[Layout], chances: Sequence[float]) -> tuple[float, list[float]]:
+    def _held(self) -> list[list[tuple[float, DraftTree]]]:
+        """[drafts + 1] the chains that a step may hold, by their number of drafts: (share, chain) of each.
+
+        Drafts of one number differ in the confidence of the first, so that a step may leave doubtful ones alone.
+        """
+        spreads = [self._hindsight.spread(self.own, depth + 1) for depth in range(self._drafts)]
+        later = [sum(share * chance for share, chance in spread) for spread in spreads[1:]]
+        held = [[(1.0, DraftTree.chain((), ()))]]
+        for count in range(1, self._drafts + 1):
+            held.append(
+                [
+                    (share, DraftTree.chain(range(count), [first, *later[: count - 1]]))
+                    for share, first in spreads[0]
+                ]
+            )
+        return held
+
+    def _valued(
+        self, policy: Sequence[Sequence[Layout]], held: Sequence[Sequence[tuple[float, DraftTree]]]
+    ) -> tuple[float, list[float]]:
         """(rate, values [drafts + 1]) of a policy, from one linear system with values[0] = 0.
 
         Args:
-            policy: [drafts + 1] the layout used with each number of drafts at hand.
-            chances: chance of acceptance per depth, given the one before.
+            policy: [drafts + 1] the layouts used with each number of drafts at hand, for each of its chains.
+            held: see `_held`.
         """
         states = len(policy)
         left, tokens = np.zeros((states + 1, states + 1)), np.zeros(states + 1)
         left[states, 0] = 1.0
-        for held, layout in enumerate(policy):
-            reach = np.cumprod([1.0, *chances[: layout.drafts]])
-            tokens[held] = reach.sum()
-            left[held, held] += 1.0
-            left[held, states] = self._seconds(layout)
-            left[held, 0] -= RESTART
-            for count, chance in zip(
-                self._held_after(layout), np.append(reach[:-1] - reach[1:], reach[-1]), strict=True
-            ):
-                left[held, count] -= (1 - RESTART) * chance
+        for count, cases in enumerate(held):
+            left[count, count] += 1.0
+            left[count, 0] -= RESTART
+            for (share, chain), layout in zip(cases, policy[count], strict=True):
+                reach = np.cumprod([1.0, *chain.chances[: layout.drafts]])
+                tokens[count] += share * reach.sum()
+                left[count, states] += share * self._seconds(layout)
+                ends = np.append(reach[:-1] - reach[1:], reach[-1])
+                for after, chance in zip(self._held_after(layout), ends, strict=True):
+                    left[count, after] -= (1 - RESTART) * share * chance
         solution = np.linalg.solve(left, tokens)
         return float(solution[states]), solution[:states].tolist()
 

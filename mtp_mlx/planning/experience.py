@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.planning.acceptance import AcceptanceEstimate
+from mtp_mlx.planning.agreement import Agreement
 from mtp_mlx.planning.cost import CostCorrection
 
 LOOKUP_DRAFTS = 23
@@ -22,10 +23,12 @@ class Experience:
     Attributes:
         acceptance: estimates by drafter name.
         cost: correction of the measured cost curve.
+        agreement: what it says of a draft that other drafters agree, or speak against it.
     """
 
     acceptance: dict[str, AcceptanceEstimate]
     cost: CostCorrection
+    agreement: Agreement = field(default_factory=Agreement)
 
     @classmethod
     def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:

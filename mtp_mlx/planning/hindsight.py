@@ -10,13 +10,13 @@ comes by gradient steps of `DRIFT_RATE` and forgetting `DRIFT_DECAY` of itself a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT, DraftTree
-from mtp_mlx.planning.acceptance import FLOOR, together
+from mtp_mlx.planning.acceptance import together
+from mtp_mlx.planning.agreement import shifted, states
 from mtp_mlx.planning.experience import Experience
 
 LONGEST_WAIT = 32  # proposals that wait for text at most
@@ -34,6 +34,7 @@ class _Waiting:
         source: its drafter.
         tree: its drafts, with the drafter's own confidences.
         usual: [n] chances of the drafts in the mean over all texts.
+        states: [n] what other drafters say of them (`agreement.states`).
         end: last node of the path, `ROOT` at first.
         depth: nodes of the path.
     """
@@ -41,6 +42,7 @@ class _Waiting:
     source: str
     tree: DraftTree
     usual: list[float]
+    states: list[int]
     end: int = ROOT
     depth: int = 0
 
@@ -64,15 +66,20 @@ class Hindsight:
         They are the ones that `read` compares with the text, unless it is called again before that.
         """
         self._offered, found = [], []
-        for proposal in proposals:
+        for proposal, said in zip(proposals, states(proposals), strict=True):
             source, tree = proposal.source, proposal.tree
-            usual = self._experience.of(source).offer(tree)
+            waiting = _Waiting(source, tree, self._experience.of(source).offer(tree), said)
             if tree.tokens:
-                self._offered.append(_Waiting(source, tree, usual))
-            drift = self._drift.get(source, 0.0)
-            here = together(tree, [_shifted(chance, drift) for chance in usual])
+                self._offered.append(waiting)
+            here = together(tree, [self._chance(waiting, node) for node in range(len(tree))])
             found.append(replace(proposal, tree=replace(tree, chances=tuple(here))))
         return found
+
+    def spread(self, source: str, depth: int) -> list[tuple[float, float]]:
+        """`AcceptanceEstimate.spread` of a drafter in this text."""
+        drift = self._drift.get(source, 0.0)
+        known = self._experience.of(source).spread(depth)
+        return [(share, shifted(chance, drift)) for share, chance in known]
 
     def read(self, tokens: Sequence[int]) -> None:
         """Learns from the tokens that a step committed, which follow those of the step before."""
@@ -94,8 +101,10 @@ class Hindsight:
             for node in following:
                 accepted = tree.tokens[node] == token
                 known.learn(one.depth + 1, accepted, tree.chances[node], sibling=not first[node])
+                surprise = accepted - self._chance(one, node)
+                self._experience.agreement.learn(one.source, one.states[node], surprise)
                 if first[node]:
-                    self._drifts(one.source, accepted, one.usual[node])
+                    self._drifts(one.source, surprise)
                 if accepted:
                     right = node
             if right is None:
@@ -103,14 +112,12 @@ class Hindsight:
             one.end, one.depth = right, one.depth + 1
         return one.end in tree.parents
 
-    def _drifts(self, source: str, accepted: bool, usual: float) -> None:
+    def _chance(self, one: _Waiting, node: int) -> float:
+        """The chance of a draft in this text, by what the other drafters say of it."""
+        offset = self._experience.agreement.offset(one.source, one.states[node])
+        return shifted(one.usual[node], offset + self._drift.get(one.source, 0.0))
+
+    def _drifts(self, source: str, surprise: float) -> None:
         """One gradient step of a drafter's drift in this text."""
         drift = self._drift.get(source, 0.0)
-        surprise = accepted - _shifted(usual, drift)
         self._drift[source] = (1.0 - DRIFT_DECAY) * drift + DRIFT_RATE * surprise
-
-
-def _shifted(chance: float, drift: float) -> float:
-    """A chance whose log-odds are larger by `drift`."""
-    chance = min(max(chance, FLOOR), 1.0 - FLOOR)
-    return 1.0 / (1.0 + (1.0 - chance) / chance * math.exp(-drift))

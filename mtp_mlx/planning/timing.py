@@ -27,7 +27,8 @@ from mtp_mlx.planning.cost import UNMEASURED_DRAFT, StepCost, interpolate
 
 REAL_ROWS = (1, 4, 16, 2, 8, 24, 3, 6, 12)  # in order of their worth
 SLOT_ROWS = (4, 12, 1, 20, 2, 8)  # the same, without lead rows, which draft nothing
-SHORT_CONTEXT, LONG_CONTEXT = 1, 768
+SHORT_CONTEXT = 1
+LONG_CONTEXTS = (768, 384, 192)  # the longest is taken for which there is time; costs grow linearly with it
 REPEATS = 3
 ROOM = 20  # a size is timed again only if the budget has room for this many more of its runs
 PLAIN_STEPS = 6  # that are timed with that room; two without
@@ -109,7 +110,7 @@ class _Timer:
         source = source_of(model)
         self._slots = source if source is not None and source.places_slots else None
         self._chain = None if self._slots is not None else source
-        self._prompt = [token % model.vocab_size for token in range(3, LONG_CONTEXT + 4)]
+        self._long_context = LONG_CONTEXTS[0] if known is None else known.contexts[1]
         self._short: dict[int, float] = {}  # seconds by real rows
         self._growth: dict[int, float] = {}  # what a long context adds
         self._blocks: dict[
@@ -151,7 +152,7 @@ class _Timer:
         long = [self._short[count] + _interpolated(self._growth, count) for count in rows if self._growth]
         return StepCost(
             rows=rows,
-            contexts=(SHORT_CONTEXT, LONG_CONTEXT),
+            contexts=(SHORT_CONTEXT, self._long_context),
             short=tuple(self._short[count] for count in rows),
             long=tuple(long),
             slot_rows=slot_rows,
@@ -170,9 +171,9 @@ class _Timer:
             yield from self._slot_sizes(self._slots)
         elif self._chain is not None and self._draft is None:
             yield _Size(partial(self._chain_estimate, self._chain), partial(self._time_chain, self._chain))
-        yield from self._real_sizes(REAL_ROWS[3:])
         if not self._growth:
-            yield _Size(self._long_estimate, self._time_long)
+            yield _Size(partial(self._long_estimate, LONG_CONTEXTS[-1]), self._time_long)
+        yield from self._real_sizes(REAL_ROWS[3:])
 
     # --- real rows ------------------------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ class _Timer:
 
     @cached_property
     def _session(self) -> Session:
-        return _session(self._model, self._slots, self._prompt[: SHORT_CONTEXT + 1])
+        return _session(self._model, self._slots, SHORT_CONTEXT)
 
     def _time_plain(self) -> None:
         self._plain = (_plain_seconds(self._session, self._plain_steps(self._short[1])),)
@@ -202,13 +203,15 @@ class _Timer:
         """How many plain steps to time if one takes so long."""
         return PLAIN_STEPS if self._budget.affords(ROOM * seconds) else 2
 
-    def _long_estimate(self) -> float:
+    def _long_estimate(self, context: int) -> float:
         most = max(self._short)
-        return self._short[most] / most * LONG_CONTEXT + 2 * self._short[1]
+        return self._short[most] / most * context + 2 * self._short[1]
 
     def _time_long(self) -> None:
         """Times the sizes that were timed at the short context, as far as there is time."""
-        session = _session(self._model, self._slots, self._prompt)
+        fitting = [count for count in LONG_CONTEXTS if self._budget.affords(2 * self._long_estimate(count))]
+        self._long_context = max(fitting, default=LONG_CONTEXTS[-1])
+        session = _session(self._model, self._slots, self._long_context)
         for rows in REAL_ROWS:
             if rows in self._short and (not self._growth or self._budget.affords(self._at_most(rows))):
                 took = _seconds(session, Layout(rows - 1, (0,) * rows), self._budget)
@@ -273,7 +276,7 @@ class _Timer:
 
     def _time_chain(self, source: DraftSource) -> None:
         """Times drafting after a block that verifies as many drafts as the source makes."""
-        session = _session(self._model, source, self._prompt[: SHORT_CONTEXT + 1])
+        session = _session(self._model, source, SHORT_CONTEXT)
         chain = source.drafts
 
         def seconds(layout: Layout) -> float:  # the text grows a little: a drafter cannot be rolled back
@@ -286,9 +289,10 @@ class _Timer:
 _ALWAYS = float("inf")  # seconds that no budget has; what takes so much less is always timed
 
 
-def _session(model: AttachedModel, source: DraftSource | None, prompt: list[int]) -> Session:
-    """A greedy session that has run its prompt and drafts with `source`."""
+def _session(model: AttachedModel, source: DraftSource | None, context: int) -> Session:
+    """A greedy session that has run a prompt of `context` tokens and drafts with `source`."""
     picker = Picker()
+    prompt = [token % model.vocab_size for token in range(3, context + 4)]
     opened = None if source is None else lambda start: source.open(model, picker, source.drafts, start)
     session = Session(model, picker, prompt, model.make_cache(), CacheSettings(), opened)
     session.prefill()

@@ -156,3 +156,17 @@ def test_drafts_of_one_place_are_not_surer_together_than_sure() -> None:
     tree = DraftTree((5, 6, 7, 5), (-1, -1, 0, 1), (0.95, 0.9, 0.5, 0.8))
     chances = estimate.offer(tree)
     assert chances[0] + chances[1] <= MOST_TOGETHER + 1e-9 and chances[0] > chances[1] > 0.3
+
+
+def test_the_spread_of_drafts_has_their_mean() -> None:
+    """A draft in five is sure and nearly always right; the others are doubtful and nearly always wrong."""
+    estimate = AcceptanceEstimate(2, [0.5], memory=1000)
+    assert estimate.spread(1) == [(1.0, 0.5)]
+    for step in range(500):
+        sure = step % 5 == 0
+        estimate.offer(chain(0.97 if sure else 0.07))
+        estimate.learn(1, sure, 0.97 if sure else 0.07)
+    spread = estimate.spread(1)
+    assert [share for share, _ in spread] == pytest.approx([0.8, 0.2], abs=0.01)
+    assert spread[0][1] < 0.05 and spread[1][1] > 0.9
+    assert sum(share * chance for share, chance in spread) == pytest.approx(estimate.probability(1), abs=1e-3)

@@ -100,7 +100,7 @@ def test_later_runs_go_on_with_what_was_cut_short(
 ) -> None:
     """With 2 % of their time, saved up if need be, at most 3 s at once, and timing only a step of one row again."""
     model = attached("llama") if drafter == "slots" else model_with_heads("llama", 2, 2)
-    monkeypatch.setattr(timing, "LONG_CONTEXT", 20)
+    monkeypatch.setattr(timing, "LONG_CONTEXTS", (20,))
     monkeypatch.setattr(timing, "REAL_ROWS", (1, 4, 16, 2))
     monkeypatch.setattr(timing, "SLOT_ROWS", (4, 20, 1))
     monkeypatch.setattr(calibrate, "BUDGET", 0.9)
@@ -133,7 +133,7 @@ def test_later_runs_go_on_with_what_was_cut_short(
 def test_what_is_known_is_brought_to_the_pace_of_now(slowed: Slowed, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was busy when half of it was measured."""
     model = attached("llama")
-    monkeypatch.setattr(timing, "LONG_CONTEXT", 40)
+    monkeypatch.setattr(timing, "LONG_CONTEXTS", (40,))
     all_at_once = calibrate.measure(model, 60.0)
     slowed.seconds = 0.15
     busy = calibrate.measure(model, 3.0)
@@ -229,3 +229,17 @@ def test_costs_and_tuned_layouts_need_no_folder(
         assert calibrate.step_cost(model) == cost and recall(model) is None
     assert [record.message[:13] for record in caplog.records] == ["step costs ar", "tuned layouts"]
     assert caplog.text.count("MTP_MLX_CACHE") == 1
+
+
+@pytest.mark.parametrize("drafter", ["slots", "heads"])
+def test_a_long_context_is_as_long_as_there_is_time_for(
+    slowed: Slowed, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 80 tokens would take longer than everything may: without a shorter one, contexts cost nothing."""
+    monkeypatch.setattr(timing, "LONG_CONTEXTS", (80, 20))
+    model = attached("llama") if drafter == "slots" else model_with_heads("llama", 2, 2)
+    cost = calibrate.measure(model, 8.0)
+    assert cost.contexts[1] == 20 and cost.long and 80 not in slowed.passes
+    again = calibrate.measure(model, 8.0, cost)
+    assert again.contexts == cost.contexts
+    assert calibrate.measure(model, 100.0).contexts[1] == 80

@@ -63,3 +63,19 @@ def test_one_outlier_moves_little() -> None:
 def test_times_must_be_positive(predicted: float, seconds: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         CostCorrection().observe(PLAIN, predicted, seconds)
+
+
+def test_plain_steps_that_overlap_take_turns_and_cost_their_mean() -> None:
+    """The first of two waits for both passes, and the second for none."""
+    correction = CostCorrection()
+    for seconds in [1.9, 0.1] * 60:
+        correction.observe(PLAIN, 1.0, seconds)
+    assert correction.factor(PLAIN) == pytest.approx(1.0, abs=0.03)
+
+
+def test_it_counts_the_steps_since_a_plain_one() -> None:
+    correction, counts = CostCorrection(), []
+    for layout in (DRAFTS, SLOTS, PLAIN, DRAFTS):
+        correction.observe(layout, 1.0, 1.0)
+        counts.append(correction.since_plain)
+    assert counts == [1, 2, 0, 1]
