@@ -80,7 +80,7 @@ def command(as_json: bool, **options: Any) -> None:
     from mtp_mlx.measure.lanes import Bench
     from mtp_mlx.measure.prompts import read_prompts
     from mtp_mlx.measure.speed_plot import svg
-    from mtp_mlx.measure.speed_report import summarise, table
+    from mtp_mlx.measure.speed_report import earnings, summarise, table
 
     lanes = lanes_of(settings)
     chosen = read_prompts(settings.prompts, settings.limit, settings.per_category)
@@ -99,7 +99,8 @@ def command(as_json: bool, **options: Any) -> None:
         planned = {} if explanation is None else {"planned": explanation.to_json()}
         click.echo(json.dumps({**report, "mismatches": mismatches, **planned}))
     else:
-        Console().print(table(rows), *(tables(explanation) if explanation else ()))
+        further = [earnings(rows), *(tables(explanation) if explanation else ())]
+        Console().print(table(rows), *(found for found in further if found is not None))
         for values in mismatches:
             click.echo(" ".join(f"{key}={value}" for key, value in values.items()))
 

@@ -25,6 +25,9 @@ class Row:
         identical, certified, refused: prompts whose text equals mlx-lm's, differs by a near-tie, differs by more.
         lossless: False for unverified emission.
         acceptance: per depth, P(accepted | reached).
+        tokens: written in all steps.
+        drafted_by: of these, the accepted drafts of each drafter.
+        submitted_by: the drafts of each drafter that were verified.
     """
 
     lane: str
@@ -41,6 +44,9 @@ class Row:
     refused: int
     lossless: bool
     acceptance: list[float | None]
+    tokens: int
+    drafted_by: dict[str, int]
+    submitted_by: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
@@ -86,6 +92,9 @@ def _row(lane: str, category: str, own: Sequence[Measurement]) -> Row:
         refused=sum(m.refused for m in own),
         lossless=stats.lossless,
         acceptance=stats.acceptance,
+        tokens=stats.tokens,
+        drafted_by=dict(stats.drafted_by),
+        submitted_by=dict(stats.submitted_by),
     )
 
 
@@ -113,3 +122,22 @@ def table(rows: Sequence[Row]) -> Table:
             end_section=row.category == "all",
         )
     return out
+
+
+def earnings(rows: Sequence[Row]) -> Table | None:
+    """A table of the tokens that each drafter brought; None if nothing was drafted."""
+    drafters = sorted({drafter for row in rows for drafter in row.submitted_by})
+    if not drafters:
+        return None
+    out = lane_table("accepted drafts, in % of all tokens", ("layout", "category"), ("tokens", *drafters))
+    for row in rows:
+        shares = [_share(row, drafter) for drafter in drafters]
+        out.add_row(row.lane, row.category, str(row.tokens), *shares, end_section=row.category == "all")
+    return out
+
+
+def _share(row: Row, drafter: str) -> str:
+    """Accepted drafts of a drafter, in per cent of the tokens; "-" if none was verified."""
+    if not row.submitted_by.get(drafter):
+        return "-"
+    return f"{100 * row.drafted_by.get(drafter, 0) / row.tokens:.0f} %"

@@ -25,10 +25,10 @@ import numpy as np
 from mtp_mlx.decode.tree import ROOT, DraftTree
 
 DEFAULT_PRIOR = 0.6  # at most depths of arXiv 2507.11851, table 1, conditional acceptance is 0.6 to 0.7
-BIN_EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # confidence bins
+BIN_EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # confidence bins
 PRIOR_STRENGTH = 8.0  # weight of a depth's prior, in observations
 DEPTH_STRENGTH = 12.0  # weight of a depth's estimate in each of its bins, in observations
-MEMORY_OBSERVATIONS = 150.0  # half-life of an observation's weight, in observations
+MEMORY_OBSERVATIONS = 600.0  # half-life of an observation's weight, in observations
 FLOOR = 1e-3
 MOST_TOGETHER = 0.99  # largest chance of all drafts at one place together
 

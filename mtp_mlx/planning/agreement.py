@@ -1,10 +1,9 @@
-"""Whether drafters agree on a draft.
+"""Whether drafters agree on a draft, and what that says of its chance.
 
 A token that two of them draft at a place is right more often than either says, and one that another drafter speaks
-against is right less often.
-
-The difference is learnt for each drafter in log-odds, by the gradient steps of a logistic regression with nothing but
-an offset, over all texts.
+against is right less often. What each says is a number in log-odds, and drafts that several make have the mean of
+theirs. How far that is from what comes to be is learnt by logistic regression, for every drafter and answer of the
+others, by gradient steps over all texts.
 """
 
 from __future__ import annotations
@@ -17,29 +16,31 @@ from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.planning.acceptance import FLOOR
 
 ALONE, AGREED, DISPUTED = range(3)
-RATE = 0.03  # of a gradient step
+RATE, SLOPE_RATE = 0.03, 0.01  # of a gradient step
 
 Path = tuple[int, ...]
 
 
 class Agreement:
-    """Offsets of drafts' log-odds by drafter and by what the other drafters say, 0 at first."""
+    """The chances of drafts by their log-odds, their drafter, and what the other drafters say; unchanged at first."""
 
     def __init__(self) -> None:
-        self._offsets: dict[tuple[str, int], float] = {}
+        self._learnt: dict[tuple[str, int], tuple[float, float]] = {}  # (offset, slope beyond 1)
 
-    def offset(self, source: str, state: int) -> float:
-        """To add to the log-odds of a draft of `source` in `state` (ALONE, AGREED or DISPUTED)."""
-        return self._offsets.get((source, state), 0.0)
+    def chance(self, source: str, state: int, odds: float) -> float:
+        """Of a draft of `source` in `state` (ALONE, AGREED or DISPUTED) that has these log-odds so far."""
+        offset, slope = self._learnt.get((source, state), (0.0, 0.0))
+        return chance_of(offset + (1.0 + slope) * odds)
 
-    def learn(self, source: str, state: int, surprise: float) -> None:
+    def learn(self, source: str, state: int, odds: float, surprise: float) -> None:
         """One gradient step; `surprise` is whether the draft was right, less the chance that it was given."""
-        self._offsets[source, state] = self.offset(source, state) + RATE * surprise
+        offset, slope = self._learnt.get((source, state), (0.0, 0.0))
+        self._learnt[source, state] = offset + RATE * surprise, slope + SLOPE_RATE * surprise * odds
 
 
 def states(proposals: Sequence[Proposal]) -> list[list[int]]:
     """What the other drafters say of each draft of each proposal."""
-    paths = [_paths(proposal.tree) for proposal in proposals]
+    paths = [paths_of(proposal.tree) for proposal in proposals]
     drafted = [set(found) for found in paths]
     places = [{path[:-1] for path in found} for found in paths]
     answers = []
@@ -57,7 +58,17 @@ def _state(path: Path, others: Sequence[tuple[set[Path], set[Path]]]) -> int:
     return DISPUTED if any(path[:-1] in places for _, places in others) else ALONE
 
 
-def _paths(tree: DraftTree) -> list[Path]:
+def pooled(trees: Sequence[DraftTree], odds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The log-odds of every draft of each tree; a draft of several trees has the mean of its log-odds there."""
+    paths = [paths_of(tree) for tree in trees]
+    said: dict[Path, list[float]] = {}
+    for found, own in zip(paths, odds, strict=True):
+        for path, value in zip(found, own, strict=True):
+            said.setdefault(path, []).append(value)
+    return [[sum(said[path]) / len(said[path]) for path in found] for found in paths]
+
+
+def paths_of(tree: DraftTree) -> list[Path]:
     """[n] the tokens up to each draft."""
     paths: list[Path] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
@@ -65,7 +76,12 @@ def _paths(tree: DraftTree) -> list[Path]:
     return paths
 
 
-def shifted(chance: float, offset: float) -> float:
-    """A chance whose log-odds are larger by `offset`."""
+def log_odds(chance: float) -> float:
+    """Of a chance; those of 0 and 1 are finite."""
     chance = min(max(chance, FLOOR), 1.0 - FLOOR)
-    return 1.0 / (1.0 + (1.0 - chance) / chance * math.exp(-offset))
+    return math.log(chance / (1.0 - chance))
+
+
+def chance_of(odds: float) -> float:
+    """The chance that has these log-odds."""
+    return 1.0 / (1.0 + math.exp(-odds))

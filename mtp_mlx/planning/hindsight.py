@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.planning.acceptance import together
-from mtp_mlx.planning.agreement import shifted, states
+from mtp_mlx.planning.agreement import chance_of, log_odds, pooled, states
 from mtp_mlx.planning.experience import Experience
 
 LONGEST_WAIT = 32  # proposals that wait for text at most
@@ -33,7 +33,7 @@ class _Waiting:
     Attributes:
         source: its drafter.
         tree: its drafts, with the drafter's own confidences.
-        usual: [n] chances of the drafts in the mean over all texts.
+        odds: [n] log-odds of the drafts before agreement counts.
         states: [n] what other drafters say of them (`agreement.states`).
         end: last node of the path, `ROOT` at first.
         depth: nodes of the path.
@@ -41,7 +41,7 @@ class _Waiting:
 
     source: str
     tree: DraftTree
-    usual: list[float]
+    odds: list[float]
     states: list[int]
     end: int = ROOT
     depth: int = 0
@@ -65,21 +65,29 @@ class Hindsight:
 
         They are the ones that `read` compares with the text, unless it is called again before that.
         """
+        trees = [proposal.tree for proposal in proposals]
+        usual = [self._usual(proposal) for proposal in proposals]
         self._offered, found = [], []
-        for proposal, said in zip(proposals, states(proposals), strict=True):
-            source, tree = proposal.source, proposal.tree
-            waiting = _Waiting(source, tree, self._experience.of(source).offer(tree), said)
-            if tree.tokens:
+        for proposal, odds, said in zip(proposals, pooled(trees, usual), states(proposals), strict=True):
+            waiting = _Waiting(proposal.source, proposal.tree, odds, said)
+            if proposal.tree.tokens:
                 self._offered.append(waiting)
-            here = together(tree, [self._chance(waiting, node) for node in range(len(tree))])
-            found.append(replace(proposal, tree=replace(tree, chances=tuple(here))))
+            here = together(proposal.tree, [self._chance(waiting, node) for node in range(len(odds))])
+            found.append(replace(proposal, tree=replace(proposal.tree, chances=tuple(here))))
         return found
+
+    def _usual(self, proposal: Proposal) -> list[float]:
+        """[n] log-odds of drafts by their own drafter's experience, in this text."""
+        drift = self._drift.get(proposal.source, 0.0)
+        return [
+            drift + log_odds(chance) for chance in self._experience.of(proposal.source).offer(proposal.tree)
+        ]
 
     def spread(self, source: str, depth: int) -> list[tuple[float, float]]:
         """`AcceptanceEstimate.spread` of a drafter in this text."""
         drift = self._drift.get(source, 0.0)
         known = self._experience.of(source).spread(depth)
-        return [(share, shifted(chance, drift)) for share, chance in known]
+        return [(share, chance_of(drift + log_odds(chance))) for share, chance in known]
 
     def read(self, tokens: Sequence[int]) -> None:
         """Learns from the tokens that a step committed, which follow those of the step before."""
@@ -102,7 +110,7 @@ class Hindsight:
                 accepted = tree.tokens[node] == token
                 known.learn(one.depth + 1, accepted, tree.chances[node], sibling=not first[node])
                 surprise = accepted - self._chance(one, node)
-                self._experience.agreement.learn(one.source, one.states[node], surprise)
+                self._experience.agreement.learn(one.source, one.states[node], one.odds[node], surprise)
                 if first[node]:
                     self._drifts(one.source, surprise)
                 if accepted:
@@ -114,8 +122,7 @@ class Hindsight:
 
     def _chance(self, one: _Waiting, node: int) -> float:
         """The chance of a draft in this text, by what the other drafters say of it."""
-        offset = self._experience.agreement.offset(one.source, one.states[node])
-        return shifted(one.usual[node], offset + self._drift.get(one.source, 0.0))
+        return self._experience.agreement.chance(one.source, one.states[node], one.odds[node])
 
     def _drifts(self, source: str, surprise: float) -> None:
         """One gradient step of a drafter's drift in this text."""

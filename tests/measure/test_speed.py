@@ -103,6 +103,26 @@ def test_tables_fit_a_terminal() -> None:
             assert shown in text and "…" not in text, f"{shown}\n{text}"
 
 
+def test_the_table_says_which_drafter_earned_what() -> None:
+    runs = measurements()
+    for run, own, texts in zip(runs, (2, 0), (0, 5), strict=True):
+        run.timed.stats.tokens = 8
+        run.timed.stats.drafted_by.update({"heads": own, "memory": texts})
+        run.timed.stats.submitted_by.update({"heads": 4, "memory": texts})
+    (both,) = speed_report.summarise(runs)
+    assert (both.tokens, both.drafted_by, both.submitted_by["heads"]) == (16, {"heads": 2, "memory": 5}, 8)
+    assert both.to_json()["drafted_by"] == {"heads": 2, "memory": 5}
+    plain = replace(both, lane="plain", drafted_by={}, submitted_by={})
+    table = speed_report.earnings([both, plain])
+    assert table is not None and [str(column.header) for column in table.columns[2:]] == [
+        "tokens",
+        "heads",
+        "memory",
+    ]
+    assert [list(column.cells) for column in table.columns[3:]] == [["12 %", "-"], ["31 %", "-"]]
+    assert speed_report.earnings([plain]) is None
+
+
 def test_the_plot_says_so_too() -> None:
     for rows in (speed_report.summarise(measurements()), answer_report.summarise(answers())):
         assert "auto: 1.09x (mean 5.50x)" in svg(rows, "t")
