@@ -17,6 +17,7 @@ from mtp_mlx.convert.heads.parts import (
     fused_attention,
     indexer,
     is_sparse,
+    kimi_experts,
     latent_attention,
     linear,
     ling_experts,
@@ -139,6 +140,27 @@ def ling(s: Stored) -> Block:
     if gated:
         return _block(module, name, targets, overrides=overrides, layer_index=s.layer)
     return _block(module, name, targets, overrides=overrides, layer_idx=s.layer)
+
+
+def kimi_k3(s: Stored) -> Block:
+    """Kimi K3's layer with latent attention, which stands apart from the trunk's mixture of residuals."""
+    if s.config.get("hidden_act") != "situ":
+        raise ConversionError("MTP heads of Kimi Linear are not known; those of Kimi K2 and K3 are")
+    targets = norms(s) + latent_attention(s)
+    if s.config.get("mla_use_output_gate"):
+        width = s.number("num_attention_heads") * s.number("v_head_dim")
+        targets += linear(s, "self_attn.g_proj", width, s.hidden)
+    sparse = is_sparse(s)
+    targets += kimi_experts(s) if sparse else mlp(s, s.number("intermediate_size"))
+    overrides = {"attn_res_block_size": None, "first_k_dense_replace": 0 if sparse else s.layer + 1}
+    return _block(
+        "kimi_k3",
+        "KimiK3DecoderLayer",
+        targets,
+        args="TextArgs",
+        overrides=overrides | {"moe_layer_freq": 1},
+        layer_idx=s.layer,
+    )
 
 
 def longcat_flash(s: Stored) -> Block:
@@ -343,6 +365,8 @@ BLOCKS: dict[str, Builder] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": deepseek_v32,
     "kimi_k2": deepseek_v3,
+    "kimi_k3": kimi_k3,
+    "kimi_linear": kimi_k3,  # what K3's language model is called in its configuration
     "bailing_moe": ling,
     "bailing_hybrid": ling,
     "mimo_v2_flash": mimo_v2,

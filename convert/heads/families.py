@@ -129,6 +129,8 @@ def _found(family: Family, names: Collection[str], config: dict[str, Any]) -> Fo
             if part in stored:
                 found.copies.append((f"heads.{i}.{part}.weight", stored[part], part))
         found.owned |= {name for name in names if name.startswith(root + family.owned.format(n=n))}
+    if family.unused:
+        found.owned = {name for name in found.owned if not re.search(f"{family.unused}$", name)}
     found.count = len(found.blocks)
     return found
 

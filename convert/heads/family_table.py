@@ -42,6 +42,7 @@ class Family:
         setting: a key that config.json must have; empty means none.
         drafts: the key that says how many tokens the heads were trained to draft; empty means one for each head.
         as_modelled: norms are stored as the model stores its own, whatever the convention says.
+        unused: a regular expression for the ends of a head's names that no runtime reads; empty means none.
         form: what the heads are, for people.
     """
 
@@ -56,6 +57,7 @@ class Family:
     setting: str = ""
     drafts: str = ""
     as_modelled: bool = False
+    unused: str = ""
     form: str = "cascade"
 
 
@@ -284,8 +286,22 @@ FAMILIES: tuple[Family, ...] = (
         ),
         ("glm4_moe_lite",),
     ),
+    replace(
+        _nextn(
+            "Kimi K3",
+            HeadConvention(
+                "kimi-k3",
+                first_hidden="pre-norm",
+                recycled_hidden="raw",
+                mask_first_position=True,
+                unsettled=("mask_first_position",),
+            ),
+            ("kimi_k3", "kimi_linear"),
+        ),
+        unused=r"\.(self_attention_res|mlp_res)[_.](proj|norm)[_.]weight",
+    ),
     _nextn(
-        "DeepSeek-V3 / R1 / V3.2, or a dense model with heads under DeepSeek's names",
+        "DeepSeek-V3 / R1 / V3.2 / Kimi K2, or a dense model with heads under DeepSeek's names",
         HeadConvention("deepseek-v3", mask_first_position=True, unsettled=("mask_first_position",)),
         ("deepseek_v3", "deepseek_v32", "kimi_k2", "llama", "mistral", "qwen2", "qwen3"),
     ),

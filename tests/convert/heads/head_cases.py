@@ -22,6 +22,7 @@ from tests.convert.heads.head_case import (
     under,
 )
 from tests.convert.heads.head_configs import BASE, HYBRID, INDEXED, LATENT, LING, ROUTED, L
+from tests.convert.heads.kimi_cases import KIMI
 
 __all__ = ["CASES", "SEQUENCES", "Arrays", "Case"]
 
@@ -353,7 +354,7 @@ def variant(name: str, settings: dict[str, Any], **changes: Any) -> Case:
     return replace(case, config=case.config | settings, **changes)
 
 
-CASES |= {
+CASES |= KIMI | {
     "fastmtp": variant(
         "mimo-7b",
         {"num_speculative_steps": 3, "mtp_loss_step_weights": [0.51, 0.31, 0.18]},

@@ -134,7 +134,7 @@ class GroupedQueries:
 class Latent:
     """DeepSeek's latent attention. scaled: LongCat multiplies queries and latent by sqrt(D / their rank).
 
-    eps: of the norms of the two low-rank parts.
+    eps: of the norms of the two low-rank parts. turned: Kimi K3 has no rotary embedding.
     """
 
     heads: int
@@ -147,6 +147,7 @@ class Latent:
     name: str = "self_attn."
     eps: float = 1e-6
     out: str = "o_proj"
+    turned: bool = True
 
     def __call__(self, t: Tensors, x: Array) -> Array:
         t = t.below(self.name)
@@ -163,13 +164,14 @@ class Latent:
             (width / self.rank) ** 0.5 if self.scaled else 1
         )
         kv = t.linear("kv_b_proj", latent).reshape(rows, self.heads, self.nope + self.v_dim)
-        q_rope = rope(q[..., self.nope :], self.rope_width, self.rope_base, True)
-        k_rope = rope(k_rope, self.rope_width, self.rope_base, True)
+        q_rope = q[..., self.nope :]
+        if self.turned:
+            q_rope, k_rope = (rope(y, self.rope_width, self.rope_base, True) for y in (q_rope, k_rope))
         k = np.concatenate([kv[..., : self.nope], np.repeat(k_rope, self.heads, axis=1)], axis=-1)
         q = np.concatenate([q[..., : self.nope], q_rope], axis=-1)
         mixed = attend(q, k, kv[..., self.nope :], (self.nope + self.rope_width) ** -0.5)
-        if "g_proj.weight" in t:  # Ling 3
-            mixed = mixed * sigmoid(t.linear("g_proj", x))[..., None]
+        if "g_proj.weight" in t:  # a gate for each attention head (Ling 3), or for each number (Kimi K3)
+            mixed = mixed * sigmoid(t.linear("g_proj", x)).reshape(rows, self.heads, -1)
         return t.linear(self.out, mixed.reshape(rows, -1))
 
 

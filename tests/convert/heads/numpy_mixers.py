@@ -1,4 +1,4 @@
-"""Layers of hybrid trunks in plain numpy, row by row: gated delta rule, Mamba-2, and LongCat's double layer.
+"""Parts of other layers in plain numpy: gated delta rule, Mamba-2, LongCat's double layer, Kimi K3's experts.
 
 Written from the published descriptions, over PyTorch's own tensor names. Legend: T rows, D hidden size, H heads.
 """
@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from tests.convert.heads.numpy_layers import Array, Tensors, best, gated_mlp, sigmoid, silu, softmax
+from tests.convert.heads.numpy_layers import (
+    Array,
+    Tensors,
+    best,
+    gated_mlp,
+    mix,
+    over_chosen,
+    sigmoid,
+    silu,
+    softmax,
+)
 
 
 def softplus(x: Array) -> Array:
@@ -148,3 +158,39 @@ class LongcatLayer:
                 made = gated_mlp(t.below(f"experts.{e}."), here) if e < self.experts else here
                 out[row] += self.scaling * weights[row, e] * made[0]
         return out
+
+
+@dataclass(frozen=True)
+class Situ:
+    """Kimi K3's MLP: both factors are bent by a tanh; names of gate, up and down.
+
+    beta, linear_beta: how far each goes before it bends.
+    """
+
+    beta: float
+    linear_beta: float
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def __call__(self, t: Tensors, x: Array) -> Array:
+        gate, up = (t.linear(name, x) for name in self.names[:2])
+        gate = self.beta * np.tanh(gate / self.beta) * sigmoid(gate)
+        return t.linear(self.names[2], gate * self.linear_beta * np.tanh(up / self.linear_beta))
+
+
+@dataclass(frozen=True)
+class KimiExperts:
+    """Kimi K3's: DeepSeek's routing, experts on a normalised latent, the shared one on the state itself."""
+
+    top: int
+    scaling: float
+    mlp: Situ
+
+    def __call__(self, t: Tensors, x: Array) -> Array:
+        scores = sigmoid(x @ t["gate.weight"].T)
+        chosen = best(scores + t["gate.e_score_correction_bias"], self.top)
+        weights = over_chosen(scores, chosen) * self.scaling
+        expert = Situ(self.mlp.beta, self.mlp.linear_beta, ("w1", "w3", "w2"))
+        inner = t.linear("routed_expert_down_proj", x)
+        y = mix(inner, weights, chosen, lambda e, row: expert(t.below(f"experts.{e}."), row))
+        y = t.linear("routed_expert_up_proj", t.norm("routed_expert_norm", y))
+        return y + self.mlp(t.below("shared_experts."), x)

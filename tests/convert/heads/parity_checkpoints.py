@@ -64,7 +64,9 @@ def trunk_arrays(case: Case, config: dict[str, Any]) -> Arrays:
     stored: Arrays = {}
     for prefix, block in layers.items():
         for name, value in store_block(here, block).items():
-            key = (prefix + name).replace("language_model.model.", "model.language_model.")
+            key = prefix + name
+            if case.family != "kimi-k3":
+                key = key.replace("language_model.model.", "model.language_model.")
             key = key.removeprefix("language_model.")
             stored[key] = value.transpose(0, 2, 1) if name.endswith("conv1d.weight") else value
     return stored

@@ -21,7 +21,7 @@ from tests.convert.heads.numpy_layers import (
     StepExperts,
     squared_mlp,
 )
-from tests.convert.heads.numpy_mixers import GatedDelta, LongcatLayer, Mamba2
+from tests.convert.heads.numpy_mixers import GatedDelta, KimiExperts, LongcatLayer, Mamba2, Situ
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ LATENT = Latent(4, 12, 10, 8, 14)
 GLM_5 = replace(LATENT, rope_base=20000.0)
 _LING_LATENT = replace(LATENT, name="attention.", out="dense")
 LING = {"ling 2.0": FusedQueries(4, 2, 12, 6), "ling 2.5": _LING_LATENT, "ling 3": _LING_LATENT}
+_SITU = Situ(2.0, 3.0)
+KIMI_K3 = Layer(replace(LATENT, turned=False), _SITU)
+KIMI_K3_EXPERTS = Layer(KIMI_K3.attention, KimiExperts(2, 2.5, _SITU), mlp_name="block_sparse_moe.")
 DEEPSEEK, DEEPSEEK_EXPERTS = Layer(LATENT), Layer(LATENT, SigmoidExperts(2))
 _GLM = GroupedQueries(4, 2, 16, 8)
 GLM, GLM_EXPERTS = Layer(_GLM), Layer(_GLM, SigmoidExperts(2))
@@ -103,6 +106,20 @@ FAMILIES: dict[str, Family] = {
         [[DEEPSEEK_EXPERTS]],
         Rules(mask_first=True),
         [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
+    ),
+    "kimi-k2": Family(
+        "kimi-k2",
+        [nextn(L)],
+        [[DEEPSEEK_EXPERTS]],
+        Rules(mask_first=True),
+        [DEEPSEEK, *[DEEPSEEK_EXPERTS] * 3],
+    ),
+    "kimi-k3": Family(
+        "kimi-k3",
+        [nextn(L)],
+        [[KIMI_K3_EXPERTS]],
+        Rules(first="pre-norm", recycled="raw", mask_first=True),
+        [KIMI_K3, *[KIMI_K3_EXPERTS] * 3],
     ),
     "deepseek-v3 without low-rank queries": Family(
         "deepseek-v3 without low-rank queries",

@@ -76,10 +76,12 @@ CONVENTIONS = {
     "longcat-flash": ("post-norm", "normed", False, "own", "own", "shared"),
     "nemotron-h": ("post-norm", "normed", False, "own", "shared", "shared"),
     "step-3.5": ("pre-norm", "raw", False, "own", "shared", "own"),
+    "kimi-k3": ("pre-norm", "raw", True, "own", "shared", "shared"),
     "speculators": ("post-norm", "normed", False, "own", "shared", "shared"),
 }
 UNSETTLED = {
     "deepseek-v3": {"mask_first_position"},
+    "kimi-k3": {"mask_first_position"},
     "glm-4.5": {"recycled_hidden", "mask_first_position"},
     "mimo": {"first_hidden", "recycled_hidden", "mask_first_position"},
     "mimo-v2": {"first_hidden", "recycled_hidden"},
