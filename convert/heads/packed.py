@@ -3,17 +3,23 @@
 mlx packs a matrix [..., M, N] of b bits in groups of g into `weight` [..., M, N b / 32] of uint32, `scales` and, in
 its affine mode, `biases` [..., M, N / g]. What a matrix is quantised to is therefore read off the shapes of its own
 tensors: every matrix may have another number of bits, and config.json, which may be wrong about heads, is not asked.
+
+A few steps need the numbers themselves, such as taking latent attention's `kv_b_proj` apart: what they make is not
+quantised, and small.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtp_mlx.convert.heads.targets import Shape, Target
-from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
+import numpy as np
+
+from mtp_mlx.convert.heads.targets import Shape, Step, Target
+from mtp_mlx.convert.heads.unpack import numbers_of
+from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor, from_float32
 from mtp_mlx.errors import ConversionError
 
 _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
@@ -53,12 +59,13 @@ def unpacked(
     """`targets` as far as they are stored quantised in parts, and how.
 
     A target of quantised matrices becomes three (two without biases), `.weight`, `.scales` and `.biases`, to which
-    the target's step is applied as they are. Others stay.
+    the target's step is applied as they are. If the step needs the numbers, it remains one, which is not quantised.
+    Others stay.
 
     Returns:
         The targets, and {canonical name without ".weight": how it is quantised}.
 
-    Raises ConversionError: quantised in a way that mlx does not know, or a step that needs the numbers themselves.
+    Raises ConversionError: quantised in a way that mlx does not know.
     """
     out: list[Target] = []
     packings: dict[str, Packing] = {}
@@ -67,6 +74,9 @@ def unpacked(
             out.append(target)
             continue
         packing = _packing(target, tensors)
+        if not _stays_packed(target, packing):
+            out.append(_dequantised(target, packing, tensors))
+            continue
         stem = target.name.removesuffix(_WEIGHT)
         packings[stem] = packing
         out += [_part(target, stem, part, packing) for part in _parts(packing)]
@@ -101,16 +111,50 @@ def _part(target: Target, stem: str, part: str, packing: Packing) -> Target:
 def _packing(target: Target, tensors: Mapping[str, LazyTensor]) -> Packing:
     """How the matrices that make a target are quantised: all of them alike."""
     found = {packing_of(name, shape, tensors) for name, shape in target.sources}
-    name, shape = target.sources[0]
     if len(found) > 1:
+        name = target.sources[0][0]
         raise ConversionError(f"{name} and its siblings are not quantised alike; use the unquantised heads")
-    packing = found.pop()
-    if not target.step.packed or (target.step.halves_columns and shape[-1] // 2 % packing.group_size):
-        raise ConversionError(
-            f"{name} is quantised, and cannot be made into {target.name} ({target.step.text}) as it is; use the "
-            "unquantised heads"
-        )
-    return packing
+    return found.pop()
+
+
+def _stays_packed(target: Target, packing: Packing) -> bool:
+    """Whether the target's step may be applied to the parts of its matrices as they are."""
+    width = target.sources[0][1][-1]
+    return target.step.packed and not (target.step.halves_columns and width // 2 % packing.group_size)
+
+
+def _dequantised(target: Target, packing: Packing, tensors: Mapping[str, LazyTensor]) -> Target:
+    """The target of one quantised matrix whose step needs its numbers; made in the type of the scales."""
+    ((name, whole),) = target.sources
+    scales, step = tensors[name.removesuffix(_WEIGHT) + _SCALES], target.step
+    kind = scales.dtype if packing.mode == "affine" else "BF16"
+    parts = [_part(target, "", part, packing) for part in _parts(packing)]
+    sources = tuple(source for part in parts for source in part.sources)
+    types = [tensors[source].dtype for source, _ in sources]
+
+    def made(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        numbers = numbers_of(arrays, types, **packing.to_json())
+        assert step.bits is not None
+        return from_float32(step.bits([numbers.reshape(whole)]), kind)
+
+    return replace(
+        target,
+        sources=sources,
+        step=Step(f"{step.text}, dequantised", bits=made),
+        dtypes=tuple(sorted({one for part in parts for one in part.dtypes})),
+        made_as=kind,
+    )
+
+
+def dequantised_note(targets: list[Target]) -> list[str]:
+    """What is said of targets that are stored quantised, and not kept so; empty if there are none."""
+    names = [target.name for target in targets if target.made_as]
+    if not names:
+        return []
+    return [
+        f"{len(names)} matrices are stored quantised and are taken apart ({names[0]}): these are dequantised, all "
+        "others stay as they are"
+    ]
 
 
 def packing_of(name: str, shape: Shape, tensors: Mapping[str, LazyTensor]) -> Packing:

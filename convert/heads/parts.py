@@ -163,7 +163,7 @@ def latent_attention(
         return arrays[0].reshape(heads, nope + v_dim, rank)[:, :nope].swapaxes(1, 2)
 
     def values(arrays: Any) -> np.ndarray:
-        return arrays[0].reshape(heads, nope + v_dim, rank)[:, nope:]
+        return arrays[0].reshape(heads, nope + v_dim, -1)[:, nope:]
 
     targets += [
         s.target(
@@ -177,7 +177,7 @@ def latent_attention(
             f"{name}.unembed_out.weight",
             (heads, v_dim, rank),
             stored,
-            Step("value rows of each head", bits=values),
+            Step("value rows of each head", bits=values, packed=True),
             stored_shape,
         ),
     ]
@@ -270,7 +270,35 @@ def ling_experts(s: Stored, gate: str, shared: int) -> list[Target]:
     return targets + mlp(s, shared, "mlp.shared_experts") if shared else targets
 
 
+def kimi_experts(s: Stored) -> list[Target]:
+    """Kimi K3's routed experts, on a narrower latent if the model has one, and the shared ones."""
+    count, width, name = s.number("num_experts"), s.number("moe_intermediate_size"), "block_sparse_moe"
+    latent, shared = s.config.get("routed_expert_hidden_size"), s.config.get("num_shared_experts")
+    inner, d = latent or s.hidden, s.hidden
+    shapes = {"gate_proj": (width, inner), "down_proj": (inner, width), "up_proj": (width, inner)}
+    names = zip(shapes, ("w1", "w2", "w3"), strict=True)
+    targets = [
+        s.target("mlp.gate.weight", (count, d), f"{name}.gate.weight"),
+        s.target("mlp.e_score_correction_bias", (count,), f"{name}.gate.e_score_correction_bias"),
+        *(
+            stacked(s, f"mlp.switch_mlp.{p}.weight", (count, *shapes[p]), f"{name}.experts.{{}}.{w}.weight")
+            for p, w in names
+        ),
+    ]
+    if latent:
+        for part, shape in (("down", (latent, d)), ("up", (d, latent))):
+            stored = f"{name}.routed_expert_{part}_proj.weight"
+            targets.append(s.target(f"mlp.routed_expert_{part}_proj.weight", shape, stored))
+        if s.config.get("latent_moe_use_norm"):
+            stored = f"{name}.routed_expert_norm.weight"
+            targets.append(s.target("mlp.routed_expert_norm.weight", (latent,), stored))
+    return targets + (
+        mlp(s, width * shared, "mlp.shared_experts", f"{name}.shared_experts") if shared else []
+    )
+
+
 def is_sparse(s: Stored) -> bool:
     """Whether the block's MLP has experts, told by the stored names."""
-    marks = tuple(s.prefix + name for name in ("mlp.experts.", "mlp.switch_mlp.", "mlp.gate.", "moe."))
+    names = ("mlp.experts.", "mlp.switch_mlp.", "mlp.gate.", "moe.", "block_sparse_moe.")
+    marks = tuple(s.prefix + name for name in names)
     return any(name.startswith(marks) for name in s.names)

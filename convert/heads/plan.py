@@ -15,7 +15,7 @@ import numpy as np
 from mtp_mlx.adapter_folder import sidecar
 from mtp_mlx.convert.heads.families import Found, find_cascade
 from mtp_mlx.convert.heads.other_forms import find_lora, find_medusa, find_meta
-from mtp_mlx.convert.heads.packed import described, parts_of, unpacked
+from mtp_mlx.convert.heads.packed import dequantised_note, described, parts_of, unpacked
 from mtp_mlx.convert.heads.targets import ADD_ONE, AS_IT_IS, SWAP, HeadPlan, Target
 from mtp_mlx.convert.read.checkpoint import Checkpoint
 from mtp_mlx.convert.read.lazy_tensor import FLOATS, LazyTensor
@@ -153,6 +153,7 @@ def plan_heads(checkpoint: Checkpoint, found: Found | None, overrides: Overrides
     except _MISFITS as error:
         raise _undescribed(checkpoint, error) from error
     _check(checkpoint, found, targets)
+    notes += dequantised_note(targets)
     announced = _announced(checkpoint.text_config)
     if announced and found.convention.kind == "cascade" and announced != found.count:
         notes.append(
@@ -340,7 +341,7 @@ def _check(checkpoint: Checkpoint, found: Found, targets: list[Target]) -> None:
             elif tensors[name].dtype not in target.dtypes:
                 wanted = "a float type" if target.dtypes == FLOATS else target.dtypes[0]
                 problems[name] = f"{name} is of type {tensors[name].dtype}, {wanted} expected"
-            elif tensors[name].dtype != tensors[target.sources[0][0]].dtype:
+            elif not target.made_as and tensors[name].dtype != tensors[target.sources[0][0]].dtype:
                 problems[name] = f"{name} is of type {tensors[name].dtype}, its siblings are not"
     for name in sorted(found.owned - used):
         if not name.endswith("rotary_emb.inv_freq"):

@@ -79,6 +79,7 @@ class Target:
     """A canonical tensor: its name and shape, the stored tensors it is made of with their shapes, and how.
 
     dtypes: the types that the stored tensors may have.
+    made_as: the type that it is made in, of stored tensors of several types; empty: their own.
     """
 
     name: str
@@ -86,10 +87,11 @@ class Target:
     sources: tuple[tuple[str, Shape], ...]
     step: Step = AS_IT_IS
     dtypes: tuple[str, ...] = FLOATS
+    made_as: str = ""
 
     def dtype(self, tensors: Mapping[str, LazyTensor]) -> str:
-        """Its type, that of its sources."""
-        return tensors[self.sources[0][0]].dtype
+        """Its type, that of its sources unless it is made in another."""
+        return self.made_as or tensors[self.sources[0][0]].dtype
 
     def build(self, tensors: Mapping[str, LazyTensor]) -> np.ndarray:
         """The array, of `shape`, in its stored type (as bits if numpy does not have that type)."""
