@@ -128,6 +128,7 @@ def load(
     exact: bool = False,
     adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
     peers: Peers | None = None,
     **drafter_options: Any,
 ) -> tuple[AttachedModel, TokenizerWrapper]:
@@ -143,9 +144,8 @@ def load(
         exact: compute the real rows of every step as in plain decoding, bit for bit. The text then equals that of
             plain decoding even if two tokens nearly tie. Slower, unless a kernel makes up for it.
         adapter_path: a fine-tune of mlx-lm (`mlx_lm.lora`) for this model. Drafters of the base go on drafting.
-        tokenizer_config: options of the tokenizer, as in mlx-lm's `load`.
-        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`), among which the model is divided. All of
-            them must make the same calls.
+        tokenizer_config, trust_remote_code: as in mlx-lm's `load`; whether code that comes with the model may run.
+        peers: the processes of `mlx.launch` (`mtp_mlx.distributed.join`) that share the model, by the same calls.
         drafter_options: options of drafters (`mtp_mlx/drafters/<name>/options.py`): loop=8 drafts eight tokens per
             step, reusing MTP heads in order if there are fewer; draft_model="..." drafts with a smaller model,
             num_draft_tokens=4 so many tokens per step; memory="..." drafts from a file of `mtp-mlx remember` too.
@@ -157,18 +157,18 @@ def load(
     path = resolve_model(model := drafter_options.pop("path_or_hf_repo", model), quantize=quantize)
     lazy = peers is not None and not peers.alone
     files = local_folder(model, quantize)
-    base, tokenizer = load_base(model, quantize, tokenizer_config=tokenizer_config, lazy=lazy, folder=files)
+    read = partial(load_base, model, quantize, folder=files, trust_remote_code=trust_remote_code)
+    base, tokenizer = read(tokenizer_config=tokenizer_config, lazy=lazy)
     source = info = None
     replaced = registry.replaces_adapter(drafter_options) and adapter == "auto"
     wanted = None if heads is None else Wanted(str(heads), str(model), files, base, tokenizer, alone=not lazy)
     folder = drafter_folder(model, path, None if replaced else adapter, wanted)
     if folder is not None:
-        again = partial(load_base, model, quantize, lazy=True, folder=files) if lazy else None
-        source, info = load_adapter(folder, base, again)
+        source, info = load_adapter(folder, base, partial(read, lazy=True) if lazy else None)
     if adapter_path is not None:
         _put_on(base, adapter_path, peers, drafted=source is not None)
     named = adapter not in ("auto", None) or heads is not None
-    context = registry.LoadContext(base, tokenizer, named, bundled_memory(model))
+    context = registry.LoadContext(base, tokenizer, named, bundled_memory(model), trust_remote_code)
     source = registry.prepare(source, drafter_options, context)
     texts = registry.open_texts(drafter_options, context)
     attached = attach(base, source, _kernels(base, source, peers or Peers(), exact), exact)

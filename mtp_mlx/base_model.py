@@ -29,6 +29,7 @@ def load_base(
     tokenizer_config: dict[str, Any] | None = None,
     lazy: bool = False,
     folder: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, TokenizerWrapper]:
     """A bare mlx-lm model and its tokenizer, by the names that `resolve_model` knows.
 
@@ -37,6 +38,7 @@ def load_base(
         tokenizer_config: as `mlx_lm.load`.
         lazy: read weights when they are first used.
         folder: that `local_folder` has found; None to look for it.
+        trust_remote_code: run the code that the model and its tokenizer may come with, as in mlx-lm.
 
     Raises:
         MTPError: if there is no such model, it cannot be fetched or loaded, or it cannot run.
@@ -44,8 +46,9 @@ def load_base(
     folder = folder or local_folder(name_or_path, quantize)
     again = f" (delete {folder} to have it made again)" if str(name_or_path) in EMBEDDED else ""
     what = f"the model {name_or_path} could not be loaded{again}"
-    model, config = read_model(folder, what, lazy=lazy)
-    tokenizer = read_tokenizer(folder, what, config, tokenizer_config)
+    model, config = read_model(folder, what, lazy=lazy, trust_remote_code=trust_remote_code)
+    options = {**(tokenizer_config or {}), **({"trust_remote_code": True} if trust_remote_code else {})}
+    tokenizer = read_tokenizer(folder, what, config, options or None)
     return model, tokenizer
 
 
@@ -62,12 +65,15 @@ def local_folder(name_or_path: str | Path, quantize: int | None = None) -> Path:
         return _download(path)
 
 
-def read_model(folder: Path, what: str, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(
+    folder: Path, what: str, *, lazy: bool, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """The bare model in a folder, and its config as mlx-lm reads it.
 
     Args:
         what: what failed, to begin the message with.
         lazy: read weights when they are first used.
+        trust_remote_code: run the code in the folder, if the model is built by it.
 
     Raises:
         MTPError: if mlx-lm cannot load it, or it fails on a single token.
@@ -77,7 +83,7 @@ def read_model(folder: Path, what: str, *, lazy: bool) -> tuple[nn.Module, dict[
     except MTPError as error:
         raise MTPError(f"{what}: {error}") from error
     try:
-        model, loaded = load_model(folder, lazy=lazy)
+        model, loaded = load_model(folder, lazy=lazy, trust_remote_code=trust_remote_code)
         model(mx.array([[0]]), cache=make_prompt_cache(model))  # shapes and types; nothing is computed
     # The models of mlx-lm raise anything where a config or a tensor is not as they expect, and one ends the program.
     except (Exception, SystemExit) as error:

@@ -60,6 +60,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def trust_setting() -> Any:
+    """The setting `trust_remote_code`, which many verbs have."""
+    return setting(False, help="Run code that comes with the model and its tokenizer")
+
+
 def from_yaml(
     cls: type[Config], path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> Config:

@@ -88,6 +88,8 @@ def _read_object(path: Path, broken_is_fine: bool = False) -> dict[str, Any]:
 
 def model_fault(folder: Path, config: dict[str, Any], error: BaseException) -> str:
     """Why mlx-lm raised `error` for a model folder with this config."""
+    if _asks_for_trust(error):
+        return f"it runs code of its own ({config.get('model_file')}): {_TRUST}"
     return (
         _type_fault(config)
         or _file_fault(folder)
@@ -97,6 +99,14 @@ def model_fault(folder: Path, config: dict[str, Any], error: BaseException) -> s
         or f"{_mlx_lm()} cannot load it ({type(error).__name__}: {short(error)}): compare config.json and the "
         "weights with the original model's"
     )
+
+
+_TRUST = "give `trust_remote_code` if you trust its makers, or choose another model"
+
+
+def _asks_for_trust(error: object) -> bool:
+    """Whether mlx-lm or transformers refused to run code that lies in the folder."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 def _mlx_lm() -> str:
@@ -110,8 +120,8 @@ def holds_heads_alone(model_type: object) -> bool:
 
 def _type_fault(config: dict[str, Any]) -> str | None:
     """Whether mlx-lm has no such model."""
-    if config.get("model_file") is not None:
-        return f"it runs code of its own ({config['model_file']}), which is not allowed: choose another model"
+    if config.get("model_file") is not None:  # builds it, whatever its type
+        return None
     try:
         _get_classes(config)
     except (ValueError, AttributeError):  # no such module, or one that is not a model's
@@ -295,6 +305,8 @@ def tokenizer_fault(folder: Path, error: Exception | None) -> str:
         )
     if type(error).__name__ == "StrictDataclassFieldValidationError":  # transformers reads config.json too
         return f"transformers refuses config.json ({short(error)}): take it from the original model"
+    if _asks_for_trust(error):
+        return f"its tokenizer runs code of its own: {_TRUST}"
     reason = "it has no tokens" if error is None else f"{type(error).__name__}: {short(error)}"
     return f"its tokenizer cannot be loaded ({reason}): take the tokenizer's files from the original model"
 

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+import mtp_mlx
 import mtp_mlx.base_model as base_model
 from mtp_mlx.base_model import load_base
+from mtp_mlx.cli import main
 from mtp_mlx.errors import MTPError
 from tests.tiny import ARCHITECTURES, RECURRENT, WINDOWED, save_tiny
 
@@ -58,6 +61,55 @@ def test_a_repository_without_a_model_is_a_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(base_model, "_download", lambda _: tmp_path)
     with pytest.raises(MTPError, match="owner/name could not be loaded: it has no config.json"):
         load_base("owner/name")
+
+
+def configured(folder: Path, name: str, **changes: object) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, **changes}))
+
+
+def test_code_of_its_own_runs_only_where_its_makers_are_trusted(tmp_path: Path) -> None:
+    """Of the model and of the tokenizer, as in mlx-lm."""
+    plain, folder = (save_tiny(tmp_path / name, seed=3) for name in ("plain", "model"))
+    (folder / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs\n")
+    configured(folder, "config.json", model_file="own.py", model_type="own")
+    trust = "give `trust_remote_code` if you trust its makers"
+    with pytest.raises(MTPError, match=rf"it runs code of its own \(own.py\): {trust}"):
+        load_base(folder)
+    texts = []
+    for path, trusted in ((plain, False), (folder, True)):
+        model, tokenizer = mtp_mlx.load(str(path), None, trust_remote_code=trusted)
+        texts.append(mtp_mlx.generate(model, tokenizer, "the fox", max_tokens=8))
+    assert texts[0] == texts[1] != ""
+    configured(
+        plain, "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]}
+    )
+    with pytest.raises(MTPError, match=f"its tokenizer runs code of its own: {trust}"):
+        load_base(plain)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["generate -p a", "cache-prompt -p a -o a.safetensors", "bench", "tune", "eval", "distill -p {data} -o a.jsonl"]
+    + ["train mtp-heads -d {data} -o a", "remember {data} -o a.mem"],
+)  # fmt: skip
+def test_every_verb_that_runs_a_model_can_be_told_to_trust_it(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, trust_remote_code: bool = False, **__: object) -> None:
+        raise MTPError(f"trusted: {trust_remote_code}")
+
+    for module in ("mtp_mlx.api", "mtp_mlx.base_model"):
+        monkeypatch.setattr(f"{module}.load_base", asked)
+    monkeypatch.setattr(
+        "mtp_mlx.drafters.memory.remember.read_tokenizer", lambda *given: asked(**(given[-1] or {}))
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    model = ["-m", str(save_tiny(tmp_path / "model"))]
+    given = [*words.format(data="data.jsonl").split(), *model, "--trust-remote-code"]
+    result = CliRunner().invoke(main, given)
+    assert result.exit_code == 2 and "trusted: True" in result.stderr, result.output
 
 
 def test_nothing_else_calls_mlx_lms_loader() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mtp_mlx.cli.options import DRAFTERS, LoadingOptions
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, trust_setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class BenchSettings(LoadingOptions):
     adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
     heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
+    trust_remote_code: bool = trust_setting()
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     per_category: int | None = setting(None, help="Use this many prompts per category", minimum=1)

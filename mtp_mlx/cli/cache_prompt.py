@@ -9,7 +9,7 @@ from typing import Any, Literal
 import click
 
 from mtp_mlx.cli.options import CacheOptions
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, trust_setting
 from mtp_mlx.errors import MTPError
 
 EPILOG = """\b
@@ -37,7 +37,7 @@ class CachePromptSettings(CacheOptions, OutOption):
     max_kv_size: int | None = setting(
         None, help="Most tokens in the KV cache: the first 4 stay, then the last ones", minimum=5
     )
-    trust_remote_code: bool = setting(False, help="Let the tokenizer run code that comes with it")
+    trust_remote_code: bool = trust_setting()
     quantize: Literal[4, 8] | None = setting(None, help="Quantise the embedded model to this many bits")
     prompt: str | None = setting(None, help="Text, or - for stdin", flag="-p")
     prompt_file: Path | None = setting(None, help="Read the text from this file", flag="-f")
@@ -67,8 +67,9 @@ def command(raw: bool, **options: Any) -> None:
     if settings.max_kv_size is not None and settings.kv_bits is not None:
         raise MTPError("a cache of --max-kv-size cannot be quantised: leave --kv-bits or --max-kv-size out")
     text = read_prompt(settings, raw)
-    config = {"trust_remote_code": True} if settings.trust_remote_code else None
-    model, tokenizer = load_base(settings.model, settings.quantize, tokenizer_config=config)
+    model, tokenizer = load_base(
+        settings.model, settings.quantize, trust_remote_code=settings.trust_remote_code
+    )
     if settings.adapter_path is not None:
         lora.put_on(model, settings.adapter_path)
     plain = raw or not tokenizer.has_chat_template

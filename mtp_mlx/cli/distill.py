@@ -54,7 +54,7 @@ def run(settings: DistillSettings, console: Console) -> DistillSummary:
     """Loads the model and answers the prompts, with a progress bar on `console`."""
     from mtp_mlx.base_model import load_base
 
-    model, tokenizer = load_base(settings.model)
+    model, tokenizer = load_base(settings.model, trust_remote_code=settings.trust_remote_code)
     columns: tuple[ProgressColumn, ...] = (
         TextColumn("answers"),
         BarColumn(),

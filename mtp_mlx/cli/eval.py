@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, trust_setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class EvalSettings:
     adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
     heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
+    trust_remote_code: bool = trust_setting()
     questions: Path | None = setting(None, help="JSONL file of questions (default: built-in)", flag="-q")
     gsm8k: Path | None = setting(None, help="JSONL file of GSM8K; the last number must match")
     limit: int | None = setting(None, help="Use this many rows of each file, spread over it", minimum=1)
@@ -238,7 +239,13 @@ def _load(settings: EvalSettings) -> tuple[AttachedModel, Any]:
     from mtp_mlx.api import load
 
     adapter = None if settings.adapter == "none" else settings.adapter
-    return load(settings.model, adapter, heads=settings.heads, adapter_path=settings.adapter_path)
+    return load(
+        settings.model,
+        adapter,
+        heads=settings.heads,
+        adapter_path=settings.adapter_path,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 # --- tau ----------------------------------------------------------------------------------------------------

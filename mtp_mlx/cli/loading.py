@@ -27,8 +27,6 @@ def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
     from mtp_mlx.api import load
     from mtp_mlx.base_model import also_ends_at
 
-    if getattr(settings, "trust_remote_code", False):
-        more["tokenizer_config"] = {"trust_remote_code": True}
     adapter = None if settings.adapter == "none" else settings.adapter
     model, tokenizer = load(
         settings.model,
@@ -37,6 +35,7 @@ def load_model(settings: Any, **more: Any) -> tuple[AttachedModel, Any]:
         quantize=settings.quantize,
         exact=settings.exact,
         adapter_path=settings.adapter_path,
+        trust_remote_code=settings.trust_remote_code,
         **loading_arguments(settings),
         **more,
     )

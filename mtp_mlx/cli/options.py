@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mlx.config import setting
+from mtp_mlx.config import setting, trust_setting
 from mtp_mlx.drafters import registry
 
 
@@ -24,7 +24,7 @@ class ModelOptions:
     )
     heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
-    trust_remote_code: bool = setting(False, help="Let the tokenizer run code that comes with it")
+    trust_remote_code: bool = trust_setting()
     extra_eos_token: tuple[str, ...] = setting((), help="Also stop at this token; may be repeated")
 
 
@@ -141,7 +141,9 @@ class PromptOptions:
     chat_template_config: str | None = setting(
         None, help="Further variables of the chat template, as a JSON object"
     )
-    max_tokens: int = setting(256, help="Maximum number of tokens; -1 = no limit", minimum=-1, flag="-n")
+    max_tokens: int = setting(
+        256, help="Maximum number of tokens (mlx-lm's -m); -1 = no limit", minimum=-1, flag="-n"
+    )
 
 
 @dataclass(frozen=True)

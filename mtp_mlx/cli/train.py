@@ -187,7 +187,7 @@ def prepare(settings: TrainSettings, listener: ProgressListener, peers: Peers | 
 
     check_out(settings.out)  # before the model is loaded, which takes a while
     check_weights(local_folder(settings.model), memory_budget(settings.memory))
-    model, tokenizer = load_base(settings.model)
+    model, tokenizer = load_base(settings.model, trust_remote_code=settings.trust_remote_code)
     data = load_splits(
         settings.data,
         tokenizer,

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mtp_mlx.cli.options import LoadingOptions
-from mtp_mlx.config import from_yaml, options_for, setting
+from mtp_mlx.config import from_yaml, options_for, setting, trust_setting
 from mtp_mlx.errors import MTPError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class TuneSettings(LoadingOptions):
     adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
     heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
+    trust_remote_code: bool = trust_setting()
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")
     limit: int | None = setting(None, help="Use this many prompts, spread over the file", minimum=1)
     max_tokens: int = setting(48, help="Tokens per prompt and lane", minimum=2, flag="-n")

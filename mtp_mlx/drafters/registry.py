@@ -70,12 +70,14 @@ class LoadContext:
         model, tokenizer: the bare base model and its tokenizer.
         adapter_named: whether the user named the adapter, rather than `load` finding it.
         texts: a file that comes with the model for a drafter from text (`Room.beside`), or None.
+        trust_remote_code: whether models may run code that they come with.
     """
 
     model: Any
     tokenizer: Any
     adapter_named: bool
     texts: Path | None = None
+    trust_remote_code: bool = False
 
 
 _SLOTS = "an adapter with slots: name one with `adapter`"

@@ -35,6 +35,7 @@ FREE_SETTINGS = frozenset(
         "save_every",
         "grad_checkpoint",
         "model",
+        "trust_remote_code",
         "hidden_cache",
         "memory",
         "store",

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from mtp_mlx.config import setting
+from mtp_mlx.config import setting, trust_setting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors
 from mtp_mlx.train.distill_rows import (
@@ -52,6 +52,7 @@ class DistillSettings:
     model: str = setting(
         "smollm2-135m", help="Model that answers: smollm2-135m, a folder or a hub id", flag="-m"
     )
+    trust_remote_code: bool = trust_setting()
     prompts: Path = setting(help="JSONL file with prompts", flag="-p")
     out: Path = setting(help="JSONL file to append answers to", flag="-o")
     max_tokens: int = setting(256, help="Maximum length of an answer in tokens", minimum=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mtp_mlx.config import setting
+from mtp_mlx.config import setting, trust_setting
 from mtp_mlx.errors import MTPError
 from mtp_mlx.models import named_adapter
 
@@ -31,6 +31,7 @@ class TrainSettings:
     method: ClassVar[str]
 
     model: str = setting("smollm2-135m", help="Base model: smollm2-135m, a folder or a hub id", flag="-m")
+    trust_remote_code: bool = trust_setting()
     data: Path = setting(help="JSONL file, or folder with train.jsonl and valid.jsonl", flag="-d")
     out: Path = setting(help="Adapter folder to write; its checkpoint lies beside it", flag="-o")
     start_from: Path | None = setting(None, help="Adapter folder to start from")

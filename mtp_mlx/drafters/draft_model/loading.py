@@ -24,7 +24,7 @@ def prepare(source: DraftSource | None, options: DraftModelLoading, context: Loa
         raise MTPError("`num_draft_tokens` is for a draft model: name one with `draft_model`")
     if source is not None and context.adapter_named:
         raise MTPError("one drafter at a time: leave `adapter` or `draft_model` out")
-    model, tokenizer = load_base(options.draft_model)
+    model, tokenizer = load_base(options.draft_model, trust_remote_code=context.trust_remote_code)
     check_vocabulary(options.draft_model, tokenizer, context.tokenizer)
     rows, _ = embedding_shape(find_seams(context.model).embedding)
     return DraftModel(model, rows, options.num_draft_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_mlx.config import setting
+from mtp_mlx.config import setting, trust_setting
 
 OFF = "off"
 DEFAULT_SIZE = "64MB"
@@ -43,11 +43,13 @@ class RememberSettings:
     Attributes:
         out: the file to make, or to add to.
         model: whose tokenizer the file is for.
+        trust_remote_code: run the code that the tokenizer may come with.
         max_size: largest size of the file; None for the size that it has been limited to, or `DEFAULT_SIZE`.
     """
 
     out: Path = setting(help="File to make or to add to", flag="-o")
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
+    trust_remote_code: bool = trust_setting()
     max_size: str | None = setting(None, help=f"Largest size of the file (default: {DEFAULT_SIZE})")
 
 

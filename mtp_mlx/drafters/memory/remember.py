@@ -65,7 +65,7 @@ def remember(
     """
     started = time.perf_counter()
     limit = _size(settings.max_size or DEFAULT_SIZE)
-    tokenizer = tokenizer_of(settings.model)
+    tokenizer = tokenizer_of(settings.model, settings.trust_remote_code)
     vocabulary, known = vocabulary_fingerprint(tokenizer), set[str]()
     if settings.out.exists():
         old = MemoryFile(settings.out)
@@ -110,8 +110,11 @@ def _size(text: str) -> int:
     return size
 
 
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, without its weights.
+
+    Args:
+        trust_remote_code: run the code that it may come with.
 
     Raises:
         MTPError: if there is no such model, or its tokenizer cannot be loaded.
@@ -122,7 +125,7 @@ def tokenizer_of(model: str) -> Any:
         config = read_config(folder)
     except MTPError as error:
         raise MTPError(f"{what}: {error}") from error
-    return read_tokenizer(folder, what, config)
+    return read_tokenizer(folder, what, config, {"trust_remote_code": True} if trust_remote_code else None)
 
 
 def _digest(path: Path) -> str:
