@@ -47,6 +47,11 @@ def knows(tokenizer: Any, token: int) -> bool:
         return False
 
 
+def spared_by_xtc(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that XTC never drops, as in mlx-lm: those of a newline, and of the tokens that end a text."""
+    return (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
+
+
 def text_of(tokenizer: Any, ids: Iterable[int]) -> str:
     """The text of token ids, in which ids that the tokenizer does not know are left out."""
     known = [token for token in ids if knows(tokenizer, token)]

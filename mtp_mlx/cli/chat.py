@@ -53,8 +53,9 @@ class ChatSettings(
 
     system: str | None = setting(None, help="System message", old_option="--system-prompt")
     max_tokens: int = setting(
-        512, help="Maximum number of tokens per answer; -1 = no limit", minimum=-1, flag="-n"
+        512, help="Maximum number of tokens per answer (mlx-lm's -m); -1 = no limit", minimum=-1, flag="-n"
     )
+    prefill_step_size: int = setting(2048, help="Tokens of the prompt in a pass", minimum=1)
 
 
 @click.command(epilog=EPILOG, short_help="Chat with a model in the terminal")

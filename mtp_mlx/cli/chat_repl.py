@@ -133,6 +133,7 @@ class Repl:
             lookup=settings.lookup,
             drafter=settings.drafter,
             rows=settings.rows if settings.layout == "tree" else None,
+            prefill_step_size=settings.prefill_step_size,
             on_prompt=self._note_context,
             prompt_progress_callback=prompt_progress(),
             **chat.options,

@@ -363,12 +363,11 @@ def recommendation(settings: Any, model: AttachedModel) -> str | None:
 
 
 def whole_sampling(settings: GenerateSettings, model: AttachedModel, tokenizer: Any) -> SamplingConfig:
-    """The sampling of these settings for a model.
+    """The sampling of these settings for a model."""
+    from mtp_mlx.token_ids import spared_by_xtc
 
-    XTC never drops the ids of a newline and of the end of a text, as in mlx-lm's `generate`.
-    """
-    unchanged = (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
-    return replace(sampling_of(settings, model.recommended_sampling), xtc_special_tokens=unchanged)
+    sampling = sampling_of(settings, model.recommended_sampling)
+    return replace(sampling, xtc_special_tokens=spared_by_xtc(tokenizer))
 
 
 def _bias(text: str) -> tuple[int, float]:

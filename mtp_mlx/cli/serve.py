@@ -82,6 +82,9 @@ class ServeSettings(
     max_tokens: int = setting(1024, help="Maximum number of tokens if a request has none", minimum=1)
     max_output_tokens: int = setting(32768, help="Largest max_tokens of a request", minimum=1)
     max_prompt_tokens: int = setting(32768, help="Longest prompt, in tokens", minimum=1)
+    prefill_step_size: int = setting(
+        512, help="Tokens of a prompt in a pass, between which other answers go on", minimum=1
+    )
     max_body_bytes: int = setting(4 << 20, help="Largest request body, in bytes", minimum=1000)
     queue: int = setting(32, help="Requests that may wait; any more get a 429", minimum=0)
     concurrent: int = setting(4, help="Requests answered at the same time", minimum=1)

@@ -143,6 +143,7 @@ class Fields:
                 top_k=max(0, self._whole("top_k", default.top_k, minimum=-1)),  # elsewhere -1 turns it off
                 top_p=self.number("top_p", default.top_p),
                 min_p=self.number("min_p", default.min_p),
+                **self._xtc(default),
                 repetition_penalty=self.number("repetition_penalty", default.repetition_penalty),
                 repetition_context_size=self._context("repetition_context_size"),
                 presence_penalty=self.number("presence_penalty", default.presence_penalty),
@@ -154,6 +155,13 @@ class Fields:
             )
         except MTPError as error:
             raise RequestError(str(error)) from None
+
+    def _xtc(self, default: SamplingConfig) -> dict[str, Any]:
+        """Take XTC's fields; a threshold has no meaning where nothing is dropped, as in mlx-lm."""
+        probability = self.number("xtc_probability", default.xtc_probability)
+        threshold = self.number("xtc_threshold", default.xtc_threshold)
+        used = threshold if probability else default.xtc_threshold
+        return {"xtc_probability": probability, "xtc_threshold": used}
 
     def _biases(self, name: str) -> tuple[tuple[int, float], ...]:
         """Take biases of logits: an object whose names are token ids."""

@@ -1,8 +1,8 @@
 """OpenAI's chat completions and completions APIs: parsing requests.
 
-In addition to OpenAI's fields, requests may have top_k, min_p, repetition_penalty, the context sizes of penalties and
-chat_template_kwargs (all as in mlx-lm), and responses have `mtp`. Penalties work as in mlx-lm: they look at the last
-20 tokens, including the prompt's, unless a context size is given.
+In addition to OpenAI's fields, requests may have top_k, min_p, XTC's fields, repetition_penalty, the context sizes
+of penalties and chat_template_kwargs (all as in mlx-lm), and responses have `mtp`. Penalties work as in mlx-lm: they
+look at the last 20 tokens, including the prompt's, unless a context size is given.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -20,7 +20,7 @@ from mtp_mlx.serve.message_ends import message_ends
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
 from mtp_mlx.serve.turns import Turn, variants
-from mtp_mlx.token_ids import check_ids, text_of
+from mtp_mlx.token_ids import check_ids, spared_by_xtc, text_of
 
 SEEDS = 2**53  # random seeds stay exact in JSON readers that only have doubles
 
@@ -192,6 +192,8 @@ class Prompts:
         """
         limits = self.limits
         sampling = fields.sampling(limits.sampling, secrets.randbelow(SEEDS))
+        if sampling.xtc_probability:
+            sampling = replace(sampling, xtc_special_tokens=spared_by_xtc(self.tokenizer))
         if isinstance(prompt, list):
             prompt = ChatPrompt(prompt, None, ends=(len(prompt) - 1,))
         if schema is not None and prompt.schema is not None:

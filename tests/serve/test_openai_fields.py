@@ -14,6 +14,8 @@ from mtp_mlx.api import chat_prompt, generate
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.serve.engine import EngineSettings
+from mtp_mlx.serve.fields import Fields
+from mtp_mlx.serve.prompts import Prompts
 from mtp_mlx.serve.sequence import DecodeSettings
 from tests.serve.running import NAME, Server, load_model, save_model, serving
 
@@ -138,6 +140,26 @@ def test_logit_bias_is_mlx_lm_s(gpt: Any, root: Path, penalty: float) -> None:
         presence_penalty=penalty,
     )
     assert answer.choices[0].message.content == right != tokenizer.decode(plain)
+
+
+def test_xtc_is_mlx_lm_s(gpt: Any, loaded: Any) -> None:
+    """The fields of mlx-lm's server; a newline and the ends of a text are never dropped."""
+    model, tokenizer = loaded
+    spared = (*tokenizer.encode("\n"), *sorted(tokenizer.eos_token_ids))
+    sampling = SamplingConfig(1.0, seed=7, xtc_probability=0.8, xtc_threshold=0.01, xtc_special_tokens=spared)
+    right = generate(
+        model, tokenizer, chat_prompt(tokenizer, QUESTION), 12, sampling=sampling, layout="plain"
+    )
+    asked = {"model": NAME, "messages": CHAT, "max_tokens": 12, "seed": 7, "temperature": 1.0}
+    xtc = {"xtc_probability": 0.8, "xtc_threshold": 0.01}
+    answer = gpt.chat.completions.create(**asked, extra_body=xtc)
+    assert answer.choices[0].message.content == right != expected(loaded, [7], 12)[0]
+    request = Prompts(tokenizer, NAME, model.vocab_size).request([5, 6], Fields(dict(xtc)), 4, ())
+    assert request.sampling.xtc_special_tokens == spared and request.ignored == ()
+    off = gpt.chat.completions.create(**asked, extra_body={"xtc_threshold": 0.7})
+    assert off.choices[0].message.content == expected(loaded, [7], 12)[0]
+    with pytest.raises(openai.BadRequestError, match="xtc_threshold is 0.7 but must be from 0 to 0.5"):
+        gpt.chat.completions.create(**asked, extra_body={"xtc_probability": 0.5, "xtc_threshold": 0.7})
 
 
 def test_a_bias_of_an_id_that_the_model_lacks(loaded: tuple[Any, Any]) -> None:
