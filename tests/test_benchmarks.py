@@ -11,6 +11,7 @@ from typing import Any
 import ablation
 import first_answer
 import heads_acceptance
+import lora_same_text
 import memory_acceptance
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
-    for module in (same_text, heads_acceptance, slots_acceptance):
+    for module in (same_text, heads_acceptance, lora_same_text, slots_acceptance):
         monkeypatch.setattr(module, "prefer_openblas", lambda: None)
 
 
@@ -74,6 +75,18 @@ def test_same_text(folder: Path) -> None:
     counts = json.loads(result.stdout[result.stdout.index("{\n") :])
     lanes = {name: count for name, count in counts.items() if name.startswith("temperature")}
     assert len(lanes) == 7 and set(lanes.values()) == {2} and not any("DIFFERENT" in name for name in lanes)
+
+
+@pytest.mark.parametrize(("rate", "code"), [(0.02, 0), (1e-12, 1)], ids=["learns", "learns nothing"])
+def test_lora_same_text(folder: Path, rate: float, code: int) -> None:
+    options = ["--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--json"]
+    sizes = ["--limit", "2", "--max-tokens", "8", "--steps", "3", "--learning-rate", str(rate)]
+    result = CliRunner().invoke(lora_same_text.main, [*options, *sizes], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert result.exit_code == code and (found["changed by the fine-tune"] > 0) == (code == 0), found
+    assert [(row["layout"], row["same"]) for row in found["rows"]] == [
+        (layout, 2) for layout in lora_same_text.LAYOUTS
+    ]
 
 
 def test_serving(folder: Path) -> None:
