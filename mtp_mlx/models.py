@@ -139,6 +139,10 @@ def resolve_model(
         and name[0] not in "./~"
         and name[-1] != "/"
     )
+    if name.isdigit():  # what -m is in mlx-lm
+        raise ModelNotFound(
+            f"no model {name!r}: `model` names a model here, and `max_tokens` is the number of tokens"
+        )
     if not is_hub_id:
         raise ModelNotFound(
             f"no model {name!r}: it is neither an existing folder, nor a hub id of the form owner/name, "

@@ -6,7 +6,7 @@ import re
 
 from mtp_mlx.convert.gguf.blocks import BY_LIBRARY, DEQUANTISERS, library
 from mtp_mlx.convert.gguf.file import GGUFFile
-from mtp_mlx.errors import ConversionError
+from mtp_mlx.errors import ConversionError, needs_extra
 
 SUPPORTED_TYPES = (*DEQUANTISERS, *BY_LIBRARY)
 
@@ -56,10 +56,8 @@ def check_tensors(gguf: GGUFFile) -> None:
         )
     borrowed = [kind for kind in by_type if kind in BY_LIBRARY]
     if borrowed and library() is None:
-        raise ConversionError(
-            f"{gguf.path}: tensors of type {_listed(borrowed, by_type)} are read through the package gguf: "
-            "pip install 'mtp-mlx[gguf]'."
-        )
+        what = f"{gguf.path}: tensors of type {_listed(borrowed, by_type)} are read through the package"
+        raise ConversionError(str(needs_extra(what, "gguf", "gguf")))
     arch = gguf.metadata.get("general.architecture")
     read = {ROPE_FACTORS} if arch == "llama" else set()  # llama.cpp scales no other model by them
     unknown = [name for name in gguf.tensors if name not in read and mlx_name(name) is None]

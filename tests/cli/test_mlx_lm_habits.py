@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import json
 import re
@@ -19,6 +20,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 import mtp_mlx
 from mtp_mlx.cli import main
+from tests.test_docs import blocks, commands
 from tests.tiny import never_end, save_tiny
 
 TEMPLATE = (
@@ -168,11 +170,21 @@ def test_chat_and_serve_take_mlx_lm_s_options(folder: Path, monkeypatch: pytest.
     for more in (["--system-prompt", "be"], ["--xtc-probability", "1", "--xtc-threshold", "0.01"]):
         other = CliRunner().invoke(main, [*says, *more], input="the sky\n", catch_exceptions=False)
         assert other.exit_code == 0 and other.stdout != plain, other.output
+    read: list[int] = []
+
+    def listened(*_: Any, prefill_step_size: int, **__: Any) -> Any:
+        read.append(prefill_step_size)
+        yield from ()
+
+    monkeypatch.setattr("mtp_mlx.conversation.stream_generate", listened)
+    CliRunner().invoke(main, [*says, "--prefill-step-size", "3"], input="the sky\n", catch_exceptions=False)
+    assert read == [3]
     given = {"temp": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
-    used = application(
-        ServeSettings(model=str(folder), adapter="none", **given), None
-    )._prompts.limits.sampling
+    settings = ServeSettings(model=str(folder), adapter="none", prefill_step_size=7, **given)
+    made = application(settings, None)
+    used = made._prompts.limits.sampling
     assert (used.temperature, used.top_p, used.top_k, used.min_p) == tuple(given.values())
+    assert made.engine.settings.decode.prefill_step_size == 7
 
 
 def test_calls_of_mlx_lm_s_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +206,39 @@ def test_calls_of_mlx_lm_s_readme(folder: Path, capsys: pytest.CaptureFixture[st
     assert texts[0] == texts[1] != ""
     with pytest.raises(mtp_mlx.MTPError, match="give `verbose` by its name"):
         mtp_mlx.generate(model, tokenizer, prompt, True)
+
+
+def test_where_a_name_clashes_ours_stays_and_the_help_says_so() -> None:
+    """-m is the number of tokens in mlx-lm."""
+    for verb in ("generate", "chat"):
+        shown = " ".join(CliRunner().invoke(main, [verb, "--help"]).stdout.split())
+        assert "-n, --max-tokens" in shown and "(mlx-lm's -m); -1 = no limit" in shown
+    result = CliRunner().invoke(main, ["generate", "-m", "200", "-p", "the sky"])
+    assert result.exit_code == 2
+    assert (
+        "no model '200': --model names a model here, and --max-tokens is the number of tokens"
+        in result.stderr
+    )
+
+
+def test_the_page_has_the_commands_of_mlx_lm_s_readme() -> None:
+    """Each that generates, chats, serves or caches, with its options; `tests/test_docs.py` runs the page's."""
+    readme = importlib.metadata.metadata("mlx-lm").get_payload()
+    lines = re.sub(r"\\\n\s*", " ", str(readme)).splitlines()
+    asked = [line.rpartition("| ")[2] for line in lines if re.match(r"(cat \S+ \| )?mlx_lm\.[a-z_]+ ?", line)]
+    page = Path(__file__).parents[2] / "docs" / "from-mlx-lm.md"
+    ours = [line for block in blocks(page) for line in commands(block)]
+    like = {"generate": "generate", "chat": "chat", "cache_prompt": "cache-prompt", "server": "serve"}
+    found = 0
+    for line in asked:
+        verb, options = re.match(r"mlx_lm\.(\w+)", line)[1], set(re.findall(r"(?<= )--?[a-z-]+", line))
+        if verb in like and not options & {"-h", "--help"}:
+            known = [re.findall(r"(?<= )--[a-z-]+", mine) for mine in ours if mine.split()[1] == like[verb]]
+            assert any(options <= set(mine) for mine in known), line
+            found += 1
+        elif verb in like:
+            assert CliRunner().invoke(main, [like[verb], *options]).exit_code == 0
+    assert found >= 5
 
 
 @pytest.mark.parametrize("module", ["generate", "chat", "cache_prompt", "server"])

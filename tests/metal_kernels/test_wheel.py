@@ -1,4 +1,4 @@
-"""Proves that a built wheel carries all that the package reads, and that every kernel can be launched from it."""
+"""Proves that a built wheel carries all that the package reads, and that the command and every kernel run from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx_lm
 import pytest
+
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,11 +36,12 @@ print(" ".join(sorted(set(texts))))
 """
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel installs."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = folder / "source"  # building leaves files in the source tree
     ignored = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -48,10 +52,44 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, source], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
-    return folder / "site"
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", folder, source], check=True)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """A folder with what the wheel installs."""
+    site = wheel.parent / "site"
+    subprocess.run([*PIP, "install", "--no-deps", "--target", site, wheel], check=True)
+    return site
+
+
+def test_the_command_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Which has nothing else but what the package needs; `tools/try_wheel.sh` downloads that too."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    python = tmp_path / "empty" / "bin" / "python"
+    subprocess.run([*PIP, "--python", python, "install", "--no-deps", wheel], check=True)
+    (site,) = (tmp_path / "empty" / "lib").glob("python*/site-packages")
+    (site / "needed.pth").write_text(
+        str(Path(mlx_lm.__file__).parents[1])
+    )  # without this checkout's own .pth
+    model = save_tiny(tmp_path / "model", seed=3)
+    kept = {**os.environ, "MTP_MLX_CACHE": str(tmp_path / "cache")}
+    kept.pop("PYTHONPATH", None)
+
+    def run(*words: str | Path) -> str:
+        command = [python.parent / "mtp-mlx", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=kept, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert run("--version").startswith("mtp-mlx, version ")
+    assert len(run("generate", "-m", model, "-a", "none", "-p", "the fox", "-n", "8")) > 4
+    found = subprocess.run(
+        [python, "-c", "import mtp_mlx; print(mtp_mlx.__file__)"], cwd=tmp_path, env=kept, capture_output=True
+    )
+    assert found.stdout.decode().startswith(str(site))
 
 
 def test_every_metal_source_is_in_the_wheel(installed: Path) -> None:

@@ -76,7 +76,16 @@ class HeadsSettings(TrainSettings):
     store: Literal["bf16", "8bit", "auto"] | None = setting(
         None, help="Weights on disk: bf16, 8bit, auto (8bit if it costs nothing)"
     )
+    quantize_out: Literal[8] | None = setting(
+        None, help="Quantise the weights on disk to this many bits; the same as --store 8bit"
+    )
     hidden_cache: Path | None = setting(None, help="Folder to cache the base model's hidden states in")
+
+    def __post_init__(self) -> None:
+        """See `TrainSettings`."""
+        super().__post_init__()
+        if self.quantize_out is not None:
+            object.__setattr__(self, "store", "8bit")
 
     def default_draft_vocab(self) -> int | None:
         """See `TrainSettings`: heads that exist keep theirs."""
@@ -106,6 +115,10 @@ class HeadsSettings(TrainSettings):
             problems.append("`ce_weight` and `kl_weight` are both 0, which leaves no loss")
         if self.kl_weight and not self.top_share:
             problems.append("`top_share` 0 leaves nothing to distil")
+        if self.quantize_out is not None and self.store not in (None, "8bit"):
+            problems.append(
+                f"`quantize_out` {self.quantize_out} is `store` 8bit, and `store` is {self.store}"
+            )
         if self.extend is not None and self.shared:
             problems.append(
                 "`extend` copies one head after another, and `shared` heads are one: `loop` drafts more"

@@ -143,9 +143,7 @@ def test_without_the_library_its_types_are_refused_by_name(
     plain = write_model(tmp_path / "plain.gguf", kind="Q8_0").path
     written = write_model(tmp_path / "m.gguf", kind="IQ4_NL").path
     monkeypatch.setitem(sys.modules, "gguf", None)
-    message = (
-        r"type IQ4_NL \(token_embd\.weight and 14 more\) are read through .* pip install 'mtp-mlx\[gguf\]'"
-    )
+    message = r"type IQ4_NL \(token_embd\.weight and 14 more\) are read through .* pip install '\.\[gguf\]'"
     with pytest.raises(ConversionError, match=message):
         convert_gguf(written, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "plain.gguf"]

@@ -72,6 +72,13 @@ def test_a_folder_in_8_bits_is_half_as_large_and_drafts(tmp_path: Path) -> None:
         attached.detach()
 
 
+def test_bits_may_be_asked_for_by_their_number(tmp_path: Path) -> None:
+    train(tmp_path / "small", quantize_out=8)
+    assert is_quantised(load_folder(tmp_path / "small", model_of())[0])
+    with pytest.raises(MTPError, match="`quantize_out` 8 is `store` 8bit, and `store` is bf16"):
+        train(tmp_path / "other", quantize_out=8, store="bf16")
+
+
 def test_heads_in_8_bits_draft_what_they_were_measured_to(tmp_path: Path) -> None:
     check_drafts(tmp_path / "small", model_of, store="8bit")
     assert is_quantised(load_folder(tmp_path / "small", model_of())[0])
