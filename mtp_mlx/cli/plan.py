@@ -32,8 +32,8 @@ class PlanSettings:
     """Options of `mtp-mlx plan`."""
 
     curve: tuple[str, ...] = setting((), help="Built-in curve or JSON file; may be repeated")
-    adapter: Path | None = setting(
-        None, help="Adapter folder with its acceptance (default: bundled)", flag="-a"
+    adapter: str | None = setting(
+        None, help="Adapter folder or hub id, with its acceptance (default: bundled)", flag="-a"
     )
     bench: Path | None = setting(None, help="JSON of bench or eval to take the acceptance from")
     lane: str | None = setting(None, help="Lane of --bench to use (default: first fixed layout)")
@@ -80,7 +80,6 @@ def make(settings: PlanSettings) -> list[Plan]:
     from mtp_mlx.measure.curves import built_in, read_curve
     from mtp_mlx.measure.projection import project
     from mtp_mlx.measure.recorded import from_adapter, from_report
-    from mtp_mlx.models import EMBEDDED, bundled_adapter, named_adapter
 
     curves = [read_curve(name) for name in settings.curve or built_in()]
     if settings.bench is not None and settings.adapter is not None:
@@ -90,18 +89,23 @@ def make(settings: PlanSettings) -> list[Plan]:
     if settings.bench is not None:
         measured = from_report(settings.bench, settings.lane)
     else:
-        given = settings.adapter
-        folder = named_adapter(given) if given else bundled_adapter(next(iter(EMBEDDED)))
-        if folder is None:
-            raise MTPError(
-                "this package has no bundled adapter: name one with --adapter, or give --bench FILE"
-            )
-        measured = [from_adapter(folder)]
+        measured = [from_adapter(_adapter_folder(settings.adapter))]
     return [
         Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost))
         for curve in curves
         for one in measured
     ]
+
+
+def _adapter_folder(given: str | None) -> Path:
+    """The folder of the adapter that `--adapter` names, or of the bundled one."""
+    from mtp_mlx import hub
+    from mtp_mlx.models import EMBEDDED, bundled_adapter, named_adapter
+
+    folder = named_adapter(given) if given else bundled_adapter(next(iter(EMBEDDED)))
+    if folder is None:
+        raise MTPError("this package has no bundled adapter: name one with --adapter, or give --bench FILE")
+    return hub.fetch_adapter(given) if given and not folder.exists() and hub.is_repository(given) else folder
 
 
 def report(plans: list[Plan], settings: PlanSettings) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
+from mtp_mlx import hub
 from mtp_mlx.adapter_folder import Header, write_header
+from tests.stand_in_hub import StandIn
 
 
 def run(*args: str) -> Result:
@@ -34,6 +37,16 @@ def test_text(adapter: Path) -> None:
 def test_the_bundled_heads_are_known_by_their_name() -> None:
     result = run("--curve", "m5-max", "--adapter", "demo-heads")
     assert result.exit_code == 0 and "smollm2-135m-heads" in result.stdout, result.output
+
+
+def test_an_adapter_on_the_hub(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn(tmp_path / "hub")
+    monkeypatch.setattr(hub, "hub_api", lambda: stand_in)
+    shutil.copytree(adapter, stand_in.remote / "maker" / "adapter")
+    result = run("--curve", "m5-max", "--adapter", "maker/adapter", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["plans"][0]["acceptance"] == [0.9, 0.8]
+    result = run("--adapter", "maker/nothing")
+    assert result.exit_code == 2 and "there is no such repository" in result.stderr
 
 
 def test_json_and_all_curves(adapter: Path) -> None:
