@@ -26,6 +26,7 @@ _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
 # Modes without biases: (bits, numbers in a group) -> mlx's name. Their scales are bytes.
 _FLOATING = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 PACKED = ("U32",)  # the type of their weights
+_SHOWN = 4  # names in a note
 _WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
 
 
@@ -151,10 +152,8 @@ def dequantised_note(targets: list[Target]) -> list[str]:
     names = [target.name for target in targets if target.made_as]
     if not names:
         return []
-    return [
-        f"{len(names)} matrices are stored quantised and are taken apart ({names[0]}): these are dequantised, all "
-        "others stay as they are"
-    ]
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return [f"what has to be taken apart is dequantised: {shown}; other matrices stay quantised"]
 
 
 def packing_of(name: str, shape: Shape, tensors: Mapping[str, LazyTensor]) -> Packing:
