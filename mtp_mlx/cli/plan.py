@@ -98,7 +98,7 @@ def make(settings: PlanSettings) -> list[Plan]:
             )
         measured = [from_adapter(folder)]
     return [
-        Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost))
+        Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost, one.linear_only))
         for curve in curves
         for one in measured
     ]
