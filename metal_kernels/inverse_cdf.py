@@ -16,6 +16,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 BLOCK = 256  # columns summed at a time
+SPREAD = 0.05  # by how much the running sums of a drafter and of its target are apart, about
 
 
 def _masses(scores: mx.array) -> mx.array:
@@ -50,6 +51,20 @@ def inverse_cdf(scores: mx.array, uniforms: mx.array) -> mx.array:
     first = mx.min(mx.where(crosses, columns, n_columns), axis=-1)
     last = mx.max(mx.where(mass > 0, columns, 0), axis=-1)
     return mx.where(first < n_columns, first, last).astype(mx.int32)
+
+
+def blurred(scores: mx.array, uniforms: mx.array) -> mx.array:
+    """The chance of each column to be picked where running sums are not known exactly, float32 [R, V].
+
+    The uniform is spread by a Cauchy distribution of width SPREAD, whose tails leave a chance to columns with much
+    mass far from it. Rows are not normalised.
+
+    scores, uniforms  as for `inverse_cdf`
+    """
+    through = _running_sum(_masses(scores))[:, : scores.shape[-1]]
+    ends = mx.concatenate([mx.zeros((through.shape[0], 1)), through / through[:, -1:]], axis=-1)
+    reached = mx.arctan((ends - uniforms[:, None]) / SPREAD)
+    return mx.maximum(reached[:, 1:] - reached[:, :-1], 0.0)
 
 
 def interval(scores: mx.array, columns: mx.array) -> tuple[mx.array, mx.array]:

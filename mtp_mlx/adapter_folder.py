@@ -60,6 +60,7 @@ class Header:
         own: the method's own section under its name, as in the file: {"adapter": {...}}. The method's room reads it.
         training: how it was trained: data, steps, settings; free-form.
         base_sample: see `mtp_mlx.model.base_sample`; None in older folders, and if the base was not at hand.
+        base_recurrent: whether the base has recurrent state, so that slots have the linear layout only; if known.
         acceptance: for each depth the share of drafts accepted, given that those before were; empty if not measured.
         acceptance_by_precision: the same by the base's precision (`mtp_mlx.model.precision`); empty in older folders.
         measurements: named reports, free-form.
@@ -78,6 +79,7 @@ class Header:
     source: dict[str, Any] = field(default_factory=dict)
     mask: dict[str, Any] = field(default_factory=dict)
     base_sample: BaseSample | None = None
+    base_recurrent: bool = False
     acceptance_by_precision: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ class Header:
                 "name": self.base_name,
                 "fingerprint": self.base_fingerprint,
                 **({} if sample is None else {"sample": sample.to_json()}),
+                **({"recurrent": True} if self.base_recurrent else {}),
             },
             **self.own,
             **({"source": self.source} if self.source else {}),
@@ -146,6 +149,7 @@ def read_header(folder: Path) -> Header:
             source=_typed(raw, "source", dict, {}),
             mask=_typed(raw, "mask", dict, {}),
             base_sample=_sample(_typed(base, "sample", dict)) if "sample" in base else None,
+            base_recurrent=_typed(base, "recurrent", bool) if "recurrent" in base else False,
             acceptance_by_precision=_by_precision(_typed(raw, "acceptance_by_precision", dict, {})),
         )
 

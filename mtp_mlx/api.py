@@ -80,6 +80,7 @@ class GenerationResponse:
         finish_reason: "stop", "length", or None before the end.
         lossless: whether the text is exactly the model's own; False for unverified emission.
         thinking: whether the text is part of the model's thinking, between the tokenizer's tags for it.
+        choice: of an accepted draft, its place among those that its pass verified there, from 1 for the likeliest.
     """
 
     text: str
@@ -96,6 +97,7 @@ class GenerationResponse:
     finish_reason: str | None = None
     lossless: bool = True
     thinking: bool = False
+    choice: int = 0
 
     @property
     def logprobs(self) -> mx.array:
@@ -333,6 +335,7 @@ def _responses(
             finish_reason=reason,
             lossless=lossless,
             thinking=thoughts.take(text),
+            choice=item.choice,
         )
         if reason is not None:
             return

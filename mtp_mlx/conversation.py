@@ -2,9 +2,10 @@
 
 Invariant between turns: the cache holds exactly the token ids `_cached`. A turn encodes the whole conversation with
 the chat template, keeps the prefix of the cache that it shares with these ids, and passes the rest to
-`stream_generate`, so the text is what `generate` writes for the same messages. If the cache cannot be trimmed
-(recurrent state, a sliding window that has moved on), the turn starts with an empty cache, and `restarts` counts
-that.
+`stream_generate`, so the text is what `generate` writes for the same messages. Recurrent state and a sliding window
+that has moved on cannot be trimmed: they are copied where the messages of a prompt end, because the template may
+leave out what was thought before an answer, and a turn goes on from the last copy that still holds. Without one the
+turn starts with an empty cache, and `restarts` counts that.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from mtp_mlx.answer_parts import told_apart
 from mtp_mlx.api import GenerationResponse, encode_prompt, stream_generate
 from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.decode.pick import SamplingConfig
-from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.decode.rollback import LayerCaches, needs_copies, take_back
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
+from mtp_mlx.message_ends import message_ends
 from mtp_mlx.model.attach import AttachedModel
+
+MOST_COPIES = 4  # of states, for one cache
 
 Message = dict[str, str]
 
@@ -91,6 +95,7 @@ class Conversation:
     def _empty_cache(self) -> None:
         self._cache: list[Any] = self._model.make_cache()
         self._cached: list[int] = []
+        self._copies: dict[int, list[Any]] = {}  # by length, what the cache cannot be trimmed to
 
     def ask(
         self,
@@ -118,11 +123,12 @@ class Conversation:
         if not text.strip():
             raise MTPError("the message is empty: write some text")
         question: Message = {"role": "user", "content": text}
-        ids = self._encode([*self.messages, question])
+        messages = [*self.messages, question]
+        ids = self._encode(messages)
         sampling = options.get("sampling") or SamplingConfig()
         # Penalties depend on the last tokens of the prompt, so these always run again.
         shared = self._keep_shared(ids, max(1, sampling.history_size))
-        turn = Turn(len(ids), len(ids) - shared)
+        turn, copies = Turn(len(ids), len(ids) - shared), self._wanted_copies(messages, ids, shared)
         if on_prompt is not None:
             on_prompt(len(ids))
         responses = stream_generate(
@@ -132,6 +138,7 @@ class Conversation:
             max_tokens,
             prompt_cache=self._cache,
             prefix=ids[:shared],
+            states_at=copies,
             stats=turn.stats,
             **options,
         )
@@ -146,11 +153,22 @@ class Conversation:
             turn.stopped = True
             raise
         finally:
+            made = {shared + end: states for end, states in copies.items() if states}
+            self._copies = dict(sorted((self._copies | made).items())[-MOST_COPIES:])
             self._take(question, ids, turn)
+
+    def _wanted_copies(self, messages: list[Message], ids: list[int], shared: int) -> dict[int, list[Any]]:
+        """Where behind the `shared` tokens in the cache states are to be copied, as `mtp_generate_step` takes it."""
+        if not needs_copies(self._cache) or not self._tokenizer.has_chat_template:
+            return {}
+        turns: list[dict[str, Any]] = [dict(message) for message in messages]
+        ends = message_ends(self._tokenizer, turns, None, self._options, ids)
+        return {end - shared: [] for end in ends if shared < end < len(ids)}
 
     def _take(self, question: Message, ids: list[int], turn: Turn) -> None:
         """Records an answer, complete or stopped, and what the cache holds now."""
-        held = self._held()
+        whole = turn.last is not None and turn.last.finish_reason is not None and not turn.stopped
+        held = self._held(len(ids) + len(turn.tokens) if whole else 0)
         said = [*ids, *turn.tokens]
         if held is None or held > len(said):
             self.restarts += 1
@@ -183,16 +201,20 @@ class Conversation:
         if surplus and can_trim_prompt_cache(self._cache):
             trim_prompt_cache(self._cache, surplus)
         elif surplus:
-            self.restarts += 1
-            self._empty_cache()
-            return 0
+            shared = max((length for length in self._copies if length <= shared), default=0)
+            if not shared:
+                self.restarts += 1
+                self._empty_cache()
+                return 0
+            take_back(self._cache, len(self._cached) - shared, self._copies[shared])
         self._cached = ids[:shared]
+        self._copies = {length: states for length, states in self._copies.items() if length <= shared}
         return shared
 
-    def _held(self) -> int | None:
-        """Number of tokens in the cache; None if it does not say."""
+    def _held(self, known: int = 0) -> int | None:
+        """Number of tokens in the cache; `known`, if not 0, or else None if it does not say."""
         try:
-            caches = LayerCaches(self._cache, "")
+            caches = LayerCaches(self._cache, "", known)
         except MTPError:
             return None
         try:

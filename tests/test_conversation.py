@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -156,12 +157,27 @@ def test_reset_forgets_all_but_the_system_message() -> None:
     assert conversation.turns[0].prefilled == conversation.turns[0].prompt_tokens
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_next", "rwkv7", "gemma3_text"])
+def test_a_turn_goes_on_from_the_end_of_the_last_question(architecture: str) -> None:
+    """Where what cannot be trimmed was copied: a template leaves out what was thought before an answer."""
+    attached, tokenizer = model(architecture), tiny_tokenizer()
+    conversation = Conversation(attached, tokenizer, "Be brief. In the beginning there was the word.")
+    for question in QUESTIONS:
+        answer = said(conversation, question)
+        ids = list(tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True))
+        assert answer == generate(attached, tokenizer, ids, 16, layout="plain")
+        conversation.messages[-1]["content"] = "other words"
+    for before, turn in pairwise(conversation.turns):
+        assert before.prompt_tokens - 10 < turn.prompt_tokens - turn.prefilled <= before.prompt_tokens
+    assert conversation.restarts == 0 and len(conversation._copies) > 1
+
+
 def test_a_cache_that_cannot_be_cut_is_made_anew_and_counted() -> None:
-    """The recurrent state of qwen3_next cannot give a stopped answer's rows back once the text goes another way."""
+    """The recurrent state of qwen3_next cannot give a question's rows back once the text goes another way."""
     attached, tokenizer = model("qwen3_next"), tiny_tokenizer()
     conversation = Conversation(attached, tokenizer)
     said(conversation, QUESTIONS[0])
-    conversation.messages[-1]["content"] = "other words"
+    conversation.messages[-2]["content"] = "other words"
     answer = said(conversation, QUESTIONS[1])
     ids = list(tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True))
     assert answer == generate(attached, tokenizer, ids, 16, layout="plain")

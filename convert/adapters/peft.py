@@ -28,7 +28,7 @@ from mtp_mlx.drafters.masks.folder import mask_header, save
 from mtp_mlx.drafters.masks.weights import MaskAdapterConfig, new_adapter
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out
-from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
+from mtp_mlx.model.fingerprint import about_base, base_fingerprint
 from mtp_mlx.model.seams import embedding_shape
 
 
@@ -84,8 +84,8 @@ def write_peft(
         "converted from": "a PEFT adapter",
         "sampler head": "the file's" if sampler else "none, untrained",
     }
-    fingerprint, sample = base_fingerprint(base), sample_base(base)
-    save(out, adapter, mask_header(shape, base_name, fingerprint, training=training, base_sample=sample))
+    header = mask_header(shape, base_name, base_fingerprint(base), training=training, **about_base(base))
+    save(out, adapter, header)
     return out
 
 

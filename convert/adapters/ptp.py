@@ -25,7 +25,7 @@ from mtp_mlx.drafters.ptp.uniform_embedding import TEETH, UniformEmbeddingName
 from mtp_mlx.drafters.ptp.weights import PTPAdapter, new_ptp_adapter
 from mtp_mlx.errors import ConversionError, MTPError
 from mtp_mlx.files import check_out
-from mtp_mlx.model.fingerprint import base_fingerprint, sample_base
+from mtp_mlx.model.fingerprint import about_base, base_fingerprint
 
 PEFT_ALPHA = 8.0
 COMPLETION_SLOTS = 16
@@ -96,7 +96,7 @@ def write_ptp(
         "tensors left out": len(checkpoint.tensors) - len(low_rank) - len(embedded),
         "notes": "; ".join(notes) or "none",
     }
-    about = {"source": source, "base_sample": sample_base(base)}
+    about = {"source": source, **about_base(base)}
     header = ptp_header(config, base_name, base_fingerprint(base), **about)
     stored = next(t.dtype for name, t in checkpoint.tensors.items() if LORA.fullmatch(name))
     save(Path(out), adapter, header, _DTYPES.get(stored, mx.float32))

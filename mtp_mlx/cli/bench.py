@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,6 +86,7 @@ def command(as_json: bool, **options: Any) -> None:
     lanes = lanes_of(settings)
     chosen = read_prompts(settings.prompts, settings.limit, settings.per_category)
     model, tokenizer = load_model(settings)
+    lanes = [_as_used(lane, model) for lane in lanes]
     bench = Bench(model, tokenizer, lanes, settings.max_tokens)
     with recorded() if settings.explain else nullcontext() as recording:
         done = _measure(bench, chosen, Console(stderr=True), recording.restart if recording else None)
@@ -157,6 +158,15 @@ def lanes_of(settings: BenchSettings) -> list[Lane]:
         for rows in ((settings.rows or (None,)) if layout == "tree" else (None,))
         for emission in emissions
     ]
+
+
+def _as_used(lane: Lane, model: AttachedModel) -> Lane:
+    """The lane, named after the layout that its own stands for with this model."""
+    from mtp_mlx.planning.choose import layout_in_use
+
+    assert lane.layout is not None
+    used = layout_in_use(model, lane.layout, lane.emission)
+    return lane if used == lane.layout else replace(lane, name=lane.emission.label(used))
 
 
 def _header(settings: BenchSettings, model: AttachedModel) -> dict[str, Any]:

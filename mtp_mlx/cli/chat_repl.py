@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtp_mlx.cli.generation_report import Run, legend, statistics_line, styled
+from mtp_mlx.cli.generation_report import TINTS, Run, legend, statistics_line, styled
 from mtp_mlx.cli.progress import prompt_progress
 from mtp_mlx.conversation import Conversation, Turn
 from mtp_mlx.decode.stats import DecodeStats
@@ -25,7 +25,7 @@ from mtp_mlx.files import user_path, write_text
 from mtp_mlx.measure import plain_speed
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.context import beyond_context
-from mtp_mlx.planning.choose import LAYOUT_NAMES, plan_drafting, settled_layout
+from mtp_mlx.planning.choose import LAYOUT_NAMES, layout_in_use, plan_drafting, settled_layout
 
 if TYPE_CHECKING:
     from mtp_mlx.cli.options import GenerateSettings
@@ -191,6 +191,7 @@ class Repl:
     def _statistics(self, turn: Turn) -> str:
         model, settings = self._chat.model, self._chat.settings
         layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
+        layout = layout_in_use(model, layout, self._chat.options["emission"])
         known = plain_speed.recall(settings.model, quantize=settings.quantize, context=turn.prompt_tokens)
         run = Run(turn.stats, self._chat.options["sampling"], model.most_drafts, known, layout)
         run.tokens, run.last, run.interrupted = turn.tokens, turn.last, turn.stopped
@@ -199,8 +200,8 @@ class Repl:
     def _color(self, _: str) -> bool:
         self._chat.color = not self._chat.color
         _say(f"colour is {'on' if self._chat.color else 'off'}")
-        if self._chat.color and self._chat.model.most_drafts:
-            click.echo(legend(self._chat.model.most_drafts), err=True, color=True)
+        if self._chat.color:
+            click.echo(legend(self._chat.model.most_drafts or len(TINTS)), err=True, color=True)
         return True
 
     def _layout(self, name: str) -> bool:

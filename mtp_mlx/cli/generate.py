@@ -63,8 +63,8 @@ def command(
         context.exit(130 if run.interrupted else 0)
     if as_json:
         click.echo(json.dumps(report(settings, run)))
-    if color and not as_json and run.most_drafts:
-        click.echo(legend(run.most_drafts), err=True, color=True)
+    if color and not as_json and (deepest := max(run.most_drafts, len(run.stats.accepted))):
+        click.echo(legend(deepest), err=True, color=True)
     if histogram:
         click.echo(histograms(run.stats), err=True)
     for reason, count in run.stats.fallbacks.items():
@@ -186,7 +186,7 @@ def generate(
     from mtp_mlx.measure import plain_speed
     from mtp_mlx.models import resolve_model
     from mtp_mlx.planning.calibrate import prepare_costs
-    from mtp_mlx.planning.choose import settled_layout
+    from mtp_mlx.planning.choose import layout_in_use, settled_layout
 
     sampling = sampling_of(settings)
     emission = Emission(settings.emit, settings.tau, settings.first_token_sampling)
@@ -200,7 +200,7 @@ def generate(
     _same_work(model, settings, ids, sampling)
     known = plain_speed.recall(speed_name(settings), quantize=settings.quantize, context=len(ids))
     layout = settled_layout(model, settings.layout, settings.lookup, settings.drafter)
-    run = Run(DecodeStats(), sampling, model.most_drafts, known, layout)
+    run = Run(DecodeStats(), sampling, model.most_drafts, known, layout_in_use(model, layout, emission))
     _say_notes(run, settings, model, None if raw else tokenizer, len(ids))
     if layout == "auto" and emission == Emission():
         prepare_costs(model, settings.max_tokens, tell, cost_progress())

@@ -168,7 +168,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def histograms(stats: DecodeStats) -> str:
-    """Bar charts of tokens per step and of acceptance by depth."""
+    """Bar charts of tokens per step, of acceptance by depth and, with trees, of which choices were accepted."""
     lines = ["tokens per step"]
     lines += bars(
         (str(size), count / stats.steps, f"{count}") for size, count in sorted(stats.histogram.items())
@@ -179,6 +179,10 @@ def histograms(stats: DecodeStats) -> str:
         for depth, n in reached:
             accepted = stats.accepted[depth - 1]
             lines += bars([(str(depth), accepted / n, f"{accepted} of {n}")])
+    if set(stats.choices) - {1}:
+        lines.append("accepted drafts by choice, 1 the likeliest of its place")
+        total = stats.choices.total()
+        lines += bars((str(choice), n / total, f"{n}") for choice, n in sorted(stats.choices.items()))
     return "\n".join(lines)
 
 
@@ -192,18 +196,19 @@ def bars(rows: Iterable[tuple[str, float, str]]) -> list[str]:
     return lines
 
 
-def legend(slots: int) -> str:
-    """The colour of each depth."""
-    tints = [click.style(f"draft {depth}", fg=tint(depth)) for depth in range(1, slots + 1)]
-    return "model's own pick · " + " · ".join(tints)
+def legend(drafts: int) -> str:
+    """The colour of each depth up to `drafts`, and what is underlined."""
+    tints = [click.style(f"draft {depth}", fg=tint(depth)) for depth in range(1, min(drafts, len(TINTS)) + 1)]
+    return " · ".join(["model's own pick", *tints, "underlined: not the likeliest draft of its place"])
 
 
 def styled(response: GenerationResponse, color: bool) -> str:
-    """The text of a response: thinking is dimmed, and accepted drafts are tinted if `color`."""
+    """The text of a response: thinking is dimmed; accepted drafts are as in `legend` if `color`."""
     tinted = tint(response.depth) if color and response.from_draft else None
     if not response.text or (tinted is None and not response.thinking):
         return response.text
-    return click.style(response.text, fg=tinted, dim=response.thinking or None)
+    second = color and response.choice > 1
+    return click.style(response.text, fg=tinted, dim=response.thinking or None, underline=second or None)
 
 
 def tint(depth: int) -> int:

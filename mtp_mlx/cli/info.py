@@ -217,6 +217,11 @@ def adapter(path: Path) -> dict[str, Any]:
             "name": header.base_name,
             "fingerprint": header.base_fingerprint or "not known",
             "sampled weights": "not known" if header.base_sample is None else header.base_sample.form,
+            **(
+                {"recurrent state": "yes, so slots in the linear layout only"}
+                if header.base_recurrent
+                else {}
+            ),
         },
         **folder_facts(path, header),
         **({"mask": header.mask} if header.mask else {}),
@@ -258,6 +263,7 @@ def _seams(path: Path) -> dict[str, Any]:
 
     from mtp_mlx.base_model import read_model, read_tokenizer
     from mtp_mlx.model.attach import attach
+    from mtp_mlx.model.branches import why_never
     from mtp_mlx.model.fingerprint import base_fingerprint
     from mtp_mlx.model.seams import cache_leaves, check_caches, find_seams, is_recurrent
 
@@ -271,12 +277,15 @@ def _seams(path: Path) -> dict[str, Any]:
     try:
         seams, caches = find_seams(model), make_prompt_cache(model)
         check_caches(caches, str(getattr(model, "model_type", "?")))
-        attach(model).detach()
+        attached = attach(model)
+        reason = why_never(attached)
+        attached.detach()
     except MTPError as error:
         return {**facts, "usable": f"no: {error}"}
     return {
         **facts,
         "usable": "yes, with slots in the linear layout only" if is_recurrent(caches) else "yes",
+        "draft trees": f"no: {reason}" if reason else "yes",
         "seams": {
             "embed_tokens": 1,
             "linear": len(seams.linears),

@@ -91,7 +91,7 @@ def make(settings: PlanSettings) -> list[Plan]:
     else:
         measured = [from_adapter(_adapter_folder(settings.adapter))]
     return [
-        Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost))
+        Plan(one, curve, project(curve, one.acceptance, one.chained, settings.draft_cost, one.linear_only))
         for curve in curves
         for one in measured
     ]

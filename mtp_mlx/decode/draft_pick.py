@@ -1,4 +1,4 @@
-"""Picks drafts from hidden states, with the target's noise: one, or the candidates that a tree grows by."""
+"""Picks drafts with the target's noise: one from a hidden state, or the candidates that a tree grows by."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def pick_draft(
     history: mx.array | None,
     unembedding: nn.Module | None = None,
     vocabulary: Vocabulary | None = None,
-    width: int = 1,
 ) -> tuple[mx.array, mx.array]:
-    """(ids int32 [w], confidences float32 [w]) of a draft and of other candidates for its position, lazily.
+    """(id int32 [1], confidence float32 [1]) of a draft, lazily.
 
     Args:
         attached: the model.
@@ -32,14 +31,8 @@ def pick_draft(
         history: [C] int32 tokens before the draft, or None without penalties.
         unembedding: the drafter's own LM head over the draft vocabulary; None for the model's head.
         vocabulary: the tokens to pick from with the model's head; None for the draft vocabulary.
-        width: w, the draft and w - 1 others, likeliest first.
     """
     row = None if history is None else history[None]
-    if width > 1:
-        token_ids = attached.draft_ids if vocabulary is None else vocabulary.ids
-        head = unembedding or (vocabulary or attached.draft_vocabulary).head
-        ids, confidences = picker.candidates(head(refined), position, row, token_ids, width)
-        return ids[0], confidences[0]
     if unembedding is not None:
         return picker.pick_with_confidence(unembedding(refined), position, row, attached.draft_ids)
     vocabulary = vocabulary or attached.draft_vocabulary
@@ -88,12 +81,16 @@ class Beams:
 
         Args:
             picker: the target's picker.
-            logits: [P, V] of the next position, behind each path.
+            logits: [P, V] of the next position, behind each path; [1, V] if they are the same behind all.
             token_ids: [V] int32 ids of the columns, or None if these are the ids.
             share: [] probability of all these tokens together, if others are possible.
         """
+        count = self.tokens.shape[0]
+        if self.histories is not None:  # penalties make them differ
+            logits = mx.broadcast_to(logits, (count, logits.shape[-1]))
         positions = mx.broadcast_to(self._before + len(self._ids) + 1, (logits.shape[0],))
-        found, sure = picker.candidates(logits, positions, self.histories, token_ids, self._most)  # [P, w]
+        given = picker.candidates(logits, positions, self.histories, token_ids, self._most)
+        found, sure = (mx.broadcast_to(each, (count, each.shape[-1])) for each in given)  # [P, w]
         sure = sure if share is None else sure * share
         along = (self._paths[:, None] * sure).reshape(-1)  # [P * w]
         best = mx.argsort(-along)[: self._most]

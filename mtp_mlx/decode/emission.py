@@ -67,10 +67,8 @@ class Emission:
 
     def label(self, layout: str) -> str:
         """The name of a generation in reports: its layout or unverified emission, and tau if there is one."""
-        if self.threshold is None:
-            return layout if self.lossless else self.name
-        chosen = "quadratic" if layout == "auto" else layout  # with a tau, "auto" means quadratic
-        return f"{chosen if self.lossless else self.name} tau {self.threshold:g}"
+        name = layout if self.lossless else self.name
+        return name if self.threshold is None else f"{name} tau {self.threshold:g}"
 
     def count(self, confidences: Sequence[float], own_pick: bool = False) -> int:
         """How many tokens an unverified step emits.

@@ -69,26 +69,25 @@ def mtp_generate_step(
     constraint: Constraint | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prefix: Sequence[int] = (),
+    states_at: dict[int, list[Any]] | None = None,
 ) -> Generator[Token, None, None]:
     """Yields the tokens that follow `prompt`, called like mlx-lm's `generate_step`.
-
-    Instead of a sampler there is `sampling`: picks are functions of their position. All else is as in mlx-lm.
 
     Args:
         prompt: [T] int token ids not yet in `prompt_cache`; a list, or an mlx or numpy array.
         model: from `mtp_mlx.load` or `attach`.
         max_tokens: most tokens to yield; -1 for no limit.
-        sampling: how tokens are picked; greedy by default.
+        sampling: in place of a sampler, since picks are functions of their position; greedy by default.
         policy: chooses the layout of each step; plain by default.
         lookup: drafts from text alone, beside the model's own drafter.
         emission: verified by default. Unverified (lossy): `policy.max_drafts` tokens per pass, from slots only.
-        prompt_cache: mlx-lm cache of an earlier prefix. When the generator ends or is closed, it holds that prefix,
-            the prompt and every token yielded; after an error or Ctrl-C inside a step, the first tokens of these, as
-            many as its offset says. MTP heads have not seen that prefix.
+        prompt_cache: mlx-lm cache of an earlier prefix, which MTP heads have not seen. In the end it holds that, the
+            prompt and all tokens yielded; after an error or Ctrl-C in a step, as many of these as its offset says.
         stats: updated while decoding.
         prefix: the token ids in `prompt_cache`, for drafters that read the text, and caches that do not count them.
         constraint: constrains every token, such as a grammar; verified emission only.
         logits_processors: as in mlx-lm, before bias and penalties; of tokens and logits alone (`LogitsProcessor`).
+        states_at: gets copies of states (`Session.copied_states`) at keys that are numbers of tokens of `prompt`.
 
     Raises:
         MTPError: if the prompt is empty or unknown, the cache cannot be rolled back, or the emission does not suit.
@@ -108,20 +107,21 @@ def mtp_generate_step(
         processors=logits_processors or (),
         prefix=prefix,
     )
-    yield from _tokens(session, loop, prompt_progress_callback, keep=prompt_cache is not None)
+    yield from _tokens(session, loop, prompt_progress_callback, states_at, keep=prompt_cache is not None)
 
 
 def _tokens(
     session: Session,
     loop: DecodeLoop | EmitLoop,
     progress: Callable[[int, int], None] | None,
+    states_at: dict[int, list[Any]] | None,
     *,
     keep: bool,
 ) -> Generator[Token, None, None]:
     """Runs the prompt and yields tokens; with `keep`, the cache ends up as `mtp_generate_step` describes."""
     n_prompt = len(session.tokens)
     try:
-        session.prefill(progress)
+        session.prefill(progress, states_at)
         try:
             yield from loop.tokens()
         except GeneratorExit:  # closed by the consumer
@@ -296,15 +296,17 @@ class DecodeLoop:
     def take(self, proposal: Proposal, layout: Layout, result: StepResult) -> Generator[Token, None, None]:
         """Yields the tokens of a step that `session` has committed, which verified drafts of `proposal`."""
         sources = [proposal.source_of(node) for node in range(layout.drafts)]
-        self._stats.record(layout, result.kept, sources, self._own, result.rows)
+        choices = proposal.tree.choices if layout.parents else [1] * layout.drafts
+        self._stats.record(layout, result.kept, sources, self._own, result.rows, choices)
         self._proposal = Proposal(self._own, result.fresh)
         if self._lookup is not None:
             self._lookup.extend(result.tokens)
         for index, token in enumerate(result.tokens):
             depth = index + 1 if index < result.n_accepted else 0
             self._count_yield()
-            drafter = sources[result.kept[depth] - 1] if depth else ""
-            yield Token(token, result.logits[index], depth > 0, depth, drafter)
+            node = result.kept[depth] - 1
+            drafter, choice = (sources[node], choices[node]) if depth else ("", 0)
+            yield Token(token, result.logits[index], depth > 0, depth, drafter, choice)
 
     def _plain_stretch(self, started: float) -> Generator[Token, None, None]:
         """Plain steps until the policy wants drafts, each started before the token of the one before is read.

@@ -30,7 +30,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mtp_mlx.errors import MTPError
-from mtp_mlx.metal_kernels.inverse_cdf import inverse_cdf
+from mtp_mlx.metal_kernels.inverse_cdf import blurred, inverse_cdf
 from mtp_mlx.metal_kernels.position_noise import gumbel, position_uniforms, row_keys
 
 NoiseName = Literal["gumbel", "inverse-cdf"]
@@ -245,7 +245,7 @@ class Picker:
 
         With noise these are the tokens with the largest perturbed scores, and chances are those of a softmax of
         these: the target's pick has the same noise, so it is one of them much more often than a token drawn afresh.
-        With one uniform a position, which perturbs no scores, the token of `pick` stands first.
+        With one uniform a position they are the tokens that it picks if it is `blurred`.
 
         Args:
             logits, positions, history, token_ids: as for `pick`.
@@ -254,14 +254,12 @@ class Picker:
         count = min(count, logits.shape[-1])
         scores = self.scores(logits, history, token_ids, positions)
         real_ids = mx.arange(scores.shape[-1]) if token_ids is None else token_ids
-        order = scores
         if self.config.temperature and self.config.noise == "inverse-cdf":
-            picked = self._columns(scores, positions, token_ids)
-            order = mx.where(mx.arange(scores.shape[-1]) == picked[:, None], mx.inf, scores)
+            scores = mx.log(blurred(scores, position_uniforms(self.config.seed, positions)))
         elif self.config.temperature:
-            order = scores = scores + gumbel(self.config.seed, positions, real_ids)
-        columns = mx.argpartition(-order, kth=count - 1, axis=-1)[:, :count]
-        within = mx.argsort(-mx.take_along_axis(order, columns, axis=-1), axis=-1)
+            scores = scores + gumbel(self.config.seed, positions, real_ids)
+        columns = mx.argpartition(-scores, kth=count - 1, axis=-1)[:, :count]
+        within = mx.argsort(-mx.take_along_axis(scores, columns, axis=-1), axis=-1)
         columns = mx.take_along_axis(columns, within, axis=-1)  # [R, n], best first
         best = mx.take_along_axis(scores, columns, axis=-1)
         return _real_ids(columns, token_ids), mx.exp(best - mx.logsumexp(scores, axis=-1, keepdims=True))

@@ -8,6 +8,7 @@ objects with the content that they would have. Ordinary caches stay in the list 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,14 +132,14 @@ class LayerCaches:
         """Copies of what cannot be trimmed, as caches of mlx-lm's: by leaf; None for keys and values of all rows."""
         copied: list[Any] = []
         for leaf in self._leaves():
-            copy: Any = None
+            own: Any = None
             if isinstance(leaf, WindowCache):
-                copy = leaf.copy()
+                own = leaf.copy()
             elif isinstance(leaf, StateCache):
-                copy = ArraysCache(len(leaf.cache))
-                copy.cache = [None if array is None else mx.contiguous(array) for array in leaf.cache]
-            copied.append(copy)
-        mx.eval([copy.state for copy in copied if copy is not None])
+                own = ArraysCache(len(leaf.cache))
+                own.cache = [None if array is None else mx.contiguous(array) for array in leaf.cache]
+            copied.append(own)
+        mx.eval([own.state for own in copied if own is not None])
         return copied
 
     def hand_back(self) -> None:
@@ -149,6 +150,43 @@ class LayerCaches:
                     if isinstance(leaf, WindowCache):
                         leaf.hand_back()
                 self.layers[index] = theirs
+
+
+def leaves_of(layers: list[Any]) -> list[Any]:
+    """The caches of all layers of a prompt cache, of which some have several."""
+    return [leaf for layer in layers for leaf in _leaves(layer)]
+
+
+def is_state(leaf: Any) -> bool:
+    """Whether one of mlx-lm's caches may be impossible to trim: recurrent state or a sliding window."""
+    return isinstance(leaf, ArraysCache | RotatingKVCache)
+
+
+def needs_copies(layers: list[Any]) -> bool:
+    """Whether some cache of a prompt cache cannot always be trimmed, so that `take_back` needs a copy of it."""
+    return any(is_state(leaf) for leaf in leaves_of(layers))
+
+
+def take_back(layers: list[Any], rows: int, copies: list[Any]) -> None:
+    """Takes a prompt cache back to an earlier length, in place.
+
+    Args:
+        layers: mlx-lm's prompt cache.
+        rows: newest rows to remove.
+        copies: what cannot be trimmed, as `LayerCaches.copies` made it at that length; it can be used again.
+    """
+    kept = iter(copies)
+
+    def back(leaf: Any) -> Any:
+        earlier = next(kept)
+        if earlier is None:
+            leaf.trim(rows)
+        return leaf if earlier is None else copy.deepcopy(earlier)
+
+    layers[:] = [
+        CacheList(*map(back, layer.caches)) if isinstance(layer, CacheList) else back(layer)
+        for layer in layers
+    ]
 
 
 def check_decodes(model: nn.Module) -> None:

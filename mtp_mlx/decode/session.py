@@ -100,13 +100,20 @@ class Session:
         """Tokens in the cache."""
         return self._caches.length
 
-    def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def prefill(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        states_at: dict[int, list[Any]] | None = None,
+    ) -> None:
         """Runs the prompt except its last token, in chunks; calls `progress(tokens done, tokens in all)`.
 
         It is called after every chunk, and inside a chunk that takes long after about every second, with its tokens
-        counted by the share of its layers that are done.
+        counted by the share of its layers that are done. `states_at` is filled in as `mtp_generate_step` describes.
         """
-        for done in self.prefill_chunks(progress):
+        wanted = {} if states_at is None else states_at
+        for done in self.prefill_chunks(progress, sorted(wanted)):
+            if done in wanted:
+                wanted[done] = self.copied_states()
             if progress is not None:
                 progress(done, len(self.tokens))
         if progress is not None:

@@ -25,6 +25,7 @@ class DecodeStats:
             "tree drafts/slots" if the drafts had branches.
         drafted_by: {drafter: drafts accepted}.
         submitted_by: {drafter: drafts submitted for verification}.
+        choices: {choice: drafts accepted that were the likeliest of their place in the pass (1), the second, ...}.
         fallbacks: {reason: count} of everything that did not run as requested.
         notes: sentences on what ran as requested and may still surprise, such as a prompt beyond the model's context.
         lossless: every token was the model's own pick; False if drafts were emitted unverified.
@@ -42,6 +43,7 @@ class DecodeStats:
     layouts: Counter[str] = field(default_factory=Counter)
     drafted_by: Counter[str] = field(default_factory=Counter)
     submitted_by: Counter[str] = field(default_factory=Counter)
+    choices: Counter[int] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     lossless: bool = True
@@ -56,6 +58,7 @@ class DecodeStats:
         drafters: Sequence[str],
         own: str = "",
         rows: int | None = None,
+        choices: Sequence[int] = (),
     ) -> None:
         """Counts a step.
 
@@ -65,6 +68,7 @@ class DecodeStats:
             drafters: [d] name of each draft's drafter.
             own: name of the model's own drafter, which makes the next drafts.
             rows: rows of the pass, if more than the layout's.
+            choices: [d] see `DraftTree.choices`; all 1 by default.
         """
         n_accepted = len(kept) - 1
         self.steps += 1
@@ -75,6 +79,7 @@ class DecodeStats:
         self.layouts[f"{'tree ' if layout.parents else ''}{layout.drafts}/{behind}"] += 1
         self.submitted_by.update(drafters)
         self.drafted_by.update(drafters[row - 1] for row in kept[1:])
+        self.choices.update(choices[row - 1] if choices else 1 for row in kept[1:])
         reached = n_accepted + layout.continues(kept[-1])
         for counts, upto in ((self.submitted, reached), (self.accepted, n_accepted)):
             counts.extend([0] * (layout.depth - len(counts)))
@@ -119,6 +124,7 @@ class DecodeStats:
         self.layouts.update(other.layouts)
         self.drafted_by.update(other.drafted_by)
         self.submitted_by.update(other.submitted_by)
+        self.choices.update(other.choices)
         self.fallbacks.update(other.fallbacks)
         self.notes += [note for note in other.notes if note not in self.notes]
         self.lossless &= other.lossless
@@ -137,6 +143,7 @@ class DecodeStats:
             "layouts": dict(self.layouts.most_common()),
             "drafted_by": dict(self.drafted_by),
             "submitted_by": dict(self.submitted_by),
+            "choices": {str(choice): count for choice, count in sorted(self.choices.items())},
             "fallbacks": dict(self.fallbacks),
             "notes": list(self.notes),
             "lossless": self.lossless,

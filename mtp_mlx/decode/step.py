@@ -34,6 +34,8 @@ class Token(NamedTuple):
         from_draft: whether it is a draft that was accepted (the text is the same either way) or emitted unverified.
         depth: index of the draft in its step, from 1; 0 for the target's own pick.
         drafter: who drafted it; "" for the target's own pick.
+        choice: its place, from 1 for the likeliest, among the drafts of its pass behind the same draft; 0 for the
+            target's own pick, and if it was not verified.
     """
 
     token: int
@@ -41,6 +43,7 @@ class Token(NamedTuple):
     from_draft: bool
     depth: int
     drafter: str = ""
+    choice: int = 0
 
 
 @dataclass(frozen=True)

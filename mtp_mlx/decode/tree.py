@@ -75,6 +75,15 @@ class DraftTree:
         return [best[parent] == node for node, parent in enumerate(self.parents)]
 
     @property
+    def choices(self) -> list[int]:
+        """[n] each node's place among those that follow its parent, from 1 for the likeliest."""
+        found, before = [0] * len(self), dict.fromkeys(self.parents, 0)
+        for node in sorted(range(len(self)), key=lambda node: -self.chances[node]):
+            before[self.parents[node]] += 1
+            found[node] = before[self.parents[node]]
+        return found
+
+    @property
     def path_chances(self) -> list[float]:
         """[n] the chance that a node and all before it on its path are right; never above its parent's."""
         found: list[float] = []

@@ -18,7 +18,7 @@ from typing import Any
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.measure.curves import CostCurve
 from mtp_mlx.measure.rows import rounded
-from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy
+from mtp_mlx.planning.budget import BudgetPolicy, ChainBudgetPolicy, LinearBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 
 LABEL = "projection, not a measurement"
@@ -53,7 +53,11 @@ class Projection:
 
 
 def project(
-    curve: CostCurve, acceptance: Sequence[float], chained: bool, draft_cost: float = 0.0
+    curve: CostCurve,
+    acceptance: Sequence[float],
+    chained: bool,
+    draft_cost: float = 0.0,
+    linear_only: bool = False,
 ) -> list[Projection]:
     """Every layout with 1 to len(acceptance) drafts, then "auto".
 
@@ -62,6 +66,7 @@ def project(
         acceptance: [depths] P(accepted | reached), each in [0, 1].
         chained: drafts are made behind the pass and need no slot rows.
         draft_cost: cost of a drafted token, in plain steps.
+        linear_only: slots can stand behind the last draft only, as of models with recurrent state.
     """
     found = []
     for count in range(1, len(acceptance) + 1):
@@ -70,8 +75,12 @@ def project(
             found.append(_refilled("linear", curve, Layout.chained(count, count), depths, draft_cost))
         else:
             found.append(_linear_slots(curve, depths, draft_cost))
-            found.append(_refilled("quadratic", curve, Layout.quadratic(count, count), depths, draft_cost))
-    return [*found, _planned(curve, acceptance, chained, draft_cost)]
+            if not linear_only:
+                found.append(
+                    _refilled("quadratic", curve, Layout.quadratic(count, count), depths, draft_cost)
+                )
+    grouped = LinearBudgetPolicy if linear_only else BudgetPolicy
+    return [*found, _planned(curve, acceptance, ChainBudgetPolicy if chained else grouped, draft_cost)]
 
 
 def best(projections: Sequence[Projection]) -> Projection | None:
@@ -111,16 +120,22 @@ def _projection(
     return Projection(name, layout.drafts, layout.rows, tokens, low, high)
 
 
-def _planned(curve: CostCurve, acceptance: Sequence[float], chained: bool, draft_cost: float) -> Projection:
+def _planned(
+    curve: CostCurve, acceptance: Sequence[float], planner: type[BudgetPolicy], draft_cost: float
+) -> Projection:
     """What the planner would expect of itself with the curve's costs."""
     low, high = (
-        _planned_speedup(curve, costs, acceptance, chained, draft_cost) for costs in (curve.high, curve.low)
+        _planned_speedup(curve, costs, acceptance, planner, draft_cost) for costs in (curve.high, curve.low)
     )
     return Projection("auto", len(acceptance), None, None, low, high)
 
 
 def _planned_speedup(
-    curve: CostCurve, costs: Sequence[float], acceptance: Sequence[float], chained: bool, draft_cost: float
+    curve: CostCurve,
+    costs: Sequence[float],
+    acceptance: Sequence[float],
+    planner: type[BudgetPolicy],
+    draft_cost: float,
 ) -> float:
     rows = (*curve.rows, curve.most_rows + 1)
     seconds = (*costs, _OUT_OF_REACH)
@@ -134,5 +149,4 @@ def _planned_speedup(
         draft=draft_cost,
         plain=(1.0, 1.0),
     )
-    policy = ChainBudgetPolicy if chained else BudgetPolicy
-    return policy(cost, len(acceptance), list(acceptance), "").rate
+    return planner(cost, len(acceptance), list(acceptance), "").rate

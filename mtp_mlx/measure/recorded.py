@@ -22,6 +22,7 @@ class MeasuredAcceptance:
         name: category, or "all".
         acceptance: [depths], each in [0, 1].
         chained: the drafts were made behind the pass; otherwise by slot rows, which cost a pass more.
+        linear_only: slots can stand behind the last draft only.
         source: where it was read.
     """
 
@@ -29,6 +30,7 @@ class MeasuredAcceptance:
     acceptance: tuple[float, ...]
     chained: bool
     source: str
+    linear_only: bool = False
 
 
 def from_adapter(folder: Path) -> MeasuredAcceptance:
@@ -44,7 +46,8 @@ def from_adapter(folder: Path) -> MeasuredAcceptance:
             f"{folder / CONFIG_NAME} records no acceptance: measure it with `mtp-mlx bench --json` and give that "
             "file as `bench`"
         )
-    return MeasuredAcceptance("all", found, registry.is_chained(header.method), str(folder))
+    chained = registry.is_chained(header.method)
+    return MeasuredAcceptance("all", found, chained, str(folder), header.base_recurrent)
 
 
 def from_report(path: Path, lane: str | None = None) -> list[MeasuredAcceptance]:
@@ -68,19 +71,21 @@ def from_report(path: Path, lane: str | None = None) -> list[MeasuredAcceptance]
     fixed = [name for name in lanes if not name.startswith("auto")]
     chosen = lane or (fixed or lanes)[0]
     chained, source = _is_chained(report), f"{path}, lane {chosen}"
+    linear_only = report.get("linear_only") is True
     return [
-        MeasuredAcceptance(str(row.get("category", "all")), depths, chained, source)
+        MeasuredAcceptance(str(row.get("category", "all")), depths, chained, source, linear_only)
         for row in rows
         if row["lane"] == chosen and (depths := _depths(row.get("acceptance")))
     ]
 
 
 def drafted_with(model: AttachedModel) -> dict[str, str | bool | None]:
-    """What a report says of the model's own drafter: `method` of its adapter, and whether it places slots."""
+    """What a report says of the model's own drafter: `method` of its adapter, and where it places slots."""
     source = source_of(model)
     return {
         "method": None if model.info is None else str(model.info.to_json()["method"]),
         "places_slots": None if source is None else source.places_slots,
+        "linear_only": bool(model.why_linear),
     }
 
 

@@ -33,11 +33,16 @@ def why_no_branches(model: AttachedModel) -> str:
     return model.branches
 
 
-def _reason(model: AttachedModel) -> str:
+def why_never(model: AttachedModel) -> str:
+    """As `why_no_branches` as far as it shows without a pass, and without saying what it is the reason of."""
     if model.why_chains:
-        return f"drafts without branches: {model.why_chains}"
-    if _numbers_rows(model):
-        return "drafts without branches: this model numbers the rows of a pass by itself"
+        return model.why_chains
+    return "this model numbers the rows of a pass by itself" if _numbers_rows(model) else ""
+
+
+def _reason(model: AttachedModel) -> str:
+    if reason := why_never(model):
+        return f"drafts without branches: {reason}"
     model.place_rows()
     if _error(model) > (TOLERANCE if model.embed(mx.array([0])).dtype == mx.float32 else HALF_TOLERANCE):
         return "drafts without branches: a small tree gives this model other results than its chains"

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.base_sample import RUN, BaseSample
 from mtp_mlx.model.precision import bare, weight_format
-from mtp_mlx.model.seams import Seams, embedding_shape, find_seams
+from mtp_mlx.model.seams import Seams, embedding_shape, find_seams, is_recurrent
 
 MOST_LAYERS = 48  # layers that are sampled
 _KNOWN = "_known_sample"  # attribute of a model, see `sampled_through`
@@ -86,6 +87,15 @@ def sample_base(model: nn.Module) -> BaseSample:
     if isinstance(known, BaseSample):
         return known
     return sample_of(_run(name, layer) for name, layer in sampled_layers(model))
+
+
+def about_base(model: nn.Module) -> dict[str, Any]:
+    """What the header of an adapter folder says of a bare base model beside its name and fingerprint.
+
+    Raises:
+        MTPError: if the model lacks a seam.
+    """
+    return {"base_sample": sample_base(model), "base_recurrent": is_recurrent(make_prompt_cache(model))}
 
 
 def sample_lazily(model: nn.Module) -> BaseSample:

@@ -62,7 +62,6 @@ class AcceptanceEstimate:
         places, bins = 2 * max_depth, len(BIN_EDGES) + 1  # a place: first the depths, then those of siblings
         self._seen = np.zeros((places, bins))  # decayed observations
         self._accepted = np.zeros_like(self._seen)
-        self._unbinned = np.zeros((places, 2))  # [place, (seen, accepted)] of drafts without a confidence
         self._expected = np.zeros(places)  # decayed sum of the confidences of observations
         self._offered = np.zeros((max_depth, bins, 2))  # [depth, bin, (drafts, confidences)] at hand
 
@@ -89,9 +88,7 @@ class AcceptanceEstimate:
             reached.append(before * chances[-1])
         return together(tree, chances)
 
-    def learn(
-        self, depth: int, accepted: bool, confidence: float | None = None, *, sibling: bool = False
-    ) -> None:
+    def learn(self, depth: int, accepted: bool, confidence: float, *, sibling: bool = False) -> None:
         """Learns whether a draft was right, all before it on its path having been.
 
         Drafts beyond `max_depth` are not learnt from.
@@ -99,44 +96,22 @@ class AcceptanceEstimate:
         Args:
             depth: from 1.
             accepted: whether it was the target's pick.
-            confidence: the drafter's, in [0, 1]; None if unknown.
+            confidence: the drafter's, in [0, 1].
             sibling: whether the drafter had a likelier one at the same place.
         """
         if depth > self.max_depth:
             return
         place = self._place(depth, sibling)
-        for counts in (self._seen, self._accepted, self._unbinned, self._expected):
+        for counts in (self._seen, self._accepted, self._expected):
             counts[place] *= self._kept
-        if confidence is None:
-            self._unbinned[place] += (1, accepted)
-            return
         column = bisect_right(BIN_EDGES, confidence)
         self._seen[place, column] += 1
         self._accepted[place, column] += accepted
         self._expected[place] += confidence
 
-    def update(self, n_submitted: int, n_accepted: int, confidences: Sequence[float] | None = None) -> None:
-        """Learns from a step that verified a chain of `n_submitted` drafts and accepted the first `n_accepted`.
-
-        Args:
-            n_submitted: drafts verified.
-            n_accepted: drafts accepted.
-            confidences: [>= n_submitted] of the drafts, or None.
-
-        Raises:
-            ValueError: if more drafts were accepted than submitted, or there are too few confidences.
-        """
-        if not 0 <= n_accepted <= n_submitted:
-            raise ValueError(f"{n_accepted} of {n_submitted} drafts cannot have been accepted")
-        if confidences is not None and len(confidences) < n_submitted:
-            raise ValueError(f"{len(confidences)} confidences for {n_submitted} drafts")
-        for index in range(min(n_accepted + 1, n_submitted)):
-            confidence = None if confidences is None else confidences[index]
-            self.learn(index + 1, index < n_accepted, confidence)
-
     def fade(self, kept: float) -> None:
         """Scales the weight of all observations by `kept` in [0, 1], as after a stretch without observations."""
-        for counts in (self._seen, self._accepted, self._unbinned, self._expected, self._offered):
+        for counts in (self._seen, self._accepted, self._expected, self._offered):
             counts *= kept
 
     def probability(self, depth: int, confidence: float | None = None, *, sibling: bool = False) -> float:
@@ -211,8 +186,7 @@ class AcceptanceEstimate:
 
     def _without_offers(self, index: int, confidence: float | None) -> float:
         """Acceptance by the observations alone."""
-        seen = self._seen[index].sum() + self._unbinned[index, 0]
-        accepted = self._accepted[index].sum() + self._unbinned[index, 1]
+        seen, accepted = self._seen[index].sum(), self._accepted[index].sum()
         estimate = (accepted + PRIOR_STRENGTH * self._prior[index]) / (seen + PRIOR_STRENGTH)
         if confidence is not None:
             column = bisect_right(BIN_EDGES, confidence)
@@ -226,8 +200,7 @@ class AcceptanceEstimate:
 
     def observations(self) -> list[float]:
         """[max_depth] decayed number of observations behind each depth's estimate, not counting the prior."""
-        depths = slice(self.max_depth)
-        return (self._seen[depths].sum(axis=1) + self._unbinned[depths, 0]).tolist()
+        return self._seen[: self.max_depth].sum(axis=1).tolist()
 
 
 def together(tree: DraftTree, chances: list[float]) -> list[float]:

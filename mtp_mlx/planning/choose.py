@@ -99,6 +99,13 @@ def settled_layout(
     return "linear" if layout == "auto" and fixed else layout
 
 
+def layout_in_use(model: AttachedModel, layout: LayoutName, emission: Emission) -> LayoutName:
+    """`layout`, except for what "auto" means with verified drafts and a tau: quadratic, where that is possible."""
+    if layout == "auto" and emission.lossless and emission.threshold is not None:
+        return "linear" if model.why_linear else "quadratic"
+    return layout
+
+
 @dataclass(frozen=True)
 class Drafting:
     """The policy of a generation, and what drafts from text alone, or None."""
@@ -354,8 +361,8 @@ def _emission_policy(
         _check_groups(model, layout)
     elif layout == "auto" and model.why_linear:
         stats.fallbacks[f"linear layout: {model.why_linear}"] += 1
-        layout = "linear"
-    fixed = FixedPolicy("linear" if layout == "linear" else "quadratic", most)
+    used = layout_in_use(model, layout, emission)
+    fixed = FixedPolicy("linear" if used == "linear" else "quadratic", most)
     return ConfidencePolicy(fixed, emission.threshold)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -115,21 +116,45 @@ def traced(
 
 
 class Trace:
-    """A file to which steps are appended.
+    """A file to which steps are appended; if it is removed or renamed meanwhile, a new one is begun.
 
     Raises:
         MTPError: if it cannot be written.
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise MTPError(f"{VARIABLE}: {path} cannot be written ({error.strerror})") from error
+        self._path = path
+        with self._writing():
+            self._file = self._opened()
 
     def write(self, step: TracedStep) -> None:
-        """Appends a step."""
-        os.write(self._file, (json.dumps(asdict(step)) + "\n").encode())
+        """Appends a step.
+
+        Raises:
+            MTPError: if it cannot be written.
+        """
+        with self._writing():
+            if self._is_gone():
+                before, self._file = self._file, self._opened()
+                os.close(before)
+            os.write(self._file, (json.dumps(asdict(step)) + "\n").encode())
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _is_gone(self) -> bool:
+        """Whether the open file is no longer the one of that name."""
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MTPError(f"{VARIABLE}: {self._path} cannot be written ({error.strerror})") from error
 
 
 def open_trace() -> Trace | None:

@@ -14,5 +14,5 @@ grammar.py        JSON schema as a constraint on tokens   prefix_cache.py   KV c
 prefix_text.py    one text of them, and its states        prefix_files.py   the same on disk
 contents.py       texts in messages and in results        counts.py         what /metrics counts
 orders.py         what the engine does in its next turn, alone or with other processes
-message_ends.py   where states are kept for them          metrics.py        counters for Prometheus
+metrics.py        counters for Prometheus
 """

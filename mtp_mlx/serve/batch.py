@@ -28,6 +28,7 @@ from mtp_mlx.decode.session import Session
 from mtp_mlx.decode.step import Token, block_of, commit, draft, verify
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
+from mtp_mlx.planning.hindsight import Hindsight
 from mtp_mlx.serve.batch_plan import BatchPlan
 
 FILLER = 0  # token id of filler rows
@@ -43,12 +44,21 @@ class Member:
     Attributes:
         session: between two steps; the batch holds its keys and values until it leaves.
         loop: its decoding loop, which does not decode by itself meanwhile.
+        hindsight: learns from its drafts, verified or not; None if nobody plans by them.
         padding: rows of padding on its left in the batch's cache.
     """
 
     session: Session
     loop: DecodeLoop
+    hindsight: Hindsight | None = None
     padding: int = 0
+
+    def proposals(self, most: int) -> list[Proposal]:
+        """Its drafters' chains, at most `most` drafts each."""
+        found = self.loop.proposals(most)
+        if self.hindsight is not None:
+            self.hindsight.calibrated(found)
+        return [proposal.chained() for proposal in found]
 
 
 class Batch:
@@ -67,7 +77,7 @@ class Batch:
 
     def join(self, session: Session, loop: DecodeLoop) -> Member:
         """Add a sequence, between two of its steps."""
-        member = Member(session, loop)
+        member = Member(session, loop, self._plan.hindsight())
         own = [BatchKVCache.merge([layer]) for layer in session.lend_caches()]
         if not self.members:
             self._caches = own
@@ -111,10 +121,7 @@ class Batch:
 
     def step(self) -> list[list[Token]]:
         """Run one pass over all members; returns the tokens that each commits, in the order of `members`."""
-        offered = [
-            preferred([one.chained() for one in member.loop.proposals(self._plan.max_drafts)])
-            for member in self.members
-        ]
+        offered = [preferred(member.proposals(self._plan.max_drafts)) for member in self.members]
         starts = [member.session.next_position - 1 for member in self.members]
         layout = self._plan.choose([len(proposal.drafts) for proposal in offered], starts)
         offered = [proposal.cut(layout.drafts) for proposal in offered]
@@ -130,7 +137,8 @@ class Batch:
         committed, kept = [], []
         for member, proposal, lazy in zip(self.members, offered, found, strict=True):
             result = commit(member.session, lazy)
-            self._plan.observe(proposal, result.n_accepted)
+            if member.hindsight is not None:
+                member.hindsight.read(result.tokens)
             kept.append(len(result.kept))
             own = Layout(len(proposal.drafts), layout.slots[: len(proposal.drafts) + 1], layout.chain)
             committed.append(list(member.loop.take(proposal, own, result)))

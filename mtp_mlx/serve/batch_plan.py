@@ -17,10 +17,7 @@ import numpy as np
 
 from mtp_mlx.decode.drafter import source_of
 from mtp_mlx.decode.layout import Layout
-from mtp_mlx.decode.policy import (
-    LayoutName,
-    Proposal,
-)
+from mtp_mlx.decode.policy import LayoutName
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.planning.budget import MARGIN
 from mtp_mlx.planning.choose import (
@@ -30,6 +27,7 @@ from mtp_mlx.planning.choose import (
 )
 from mtp_mlx.planning.cost import StepCost
 from mtp_mlx.planning.experience import Experience
+from mtp_mlx.planning.hindsight import Hindsight
 
 PLAN_EVERY = 32  # steps
 
@@ -99,11 +97,9 @@ class BatchPlan:
         )  # a tree's passes alone have branches
         return build(drafts, chosen.slots)
 
-    def observe(self, proposal: Proposal, n_accepted: int) -> None:
-        """Record how many drafts one sequence accepted in a step."""
-        if self._experience is not None and proposal.drafts:
-            known = self._experience.of(proposal.source)
-            known.update(len(proposal.drafts), n_accepted, proposal.confidences)
+    def hindsight(self) -> Hindsight | None:
+        """What learns from all drafts of one sequence, for the experience; None if there is none to learn for."""
+        return None if self._experience is None else Hindsight(self._experience)
 
     # --- "auto" ---------------------------------------------------------------------------------------------
 

@@ -353,6 +353,7 @@ class Engine:
                 active.sequence.finish()
                 self._remove(active)
                 count_text(self.metrics, active.sequence, piece.summary)
+                gauge(self.metrics, self.load, self.prefixes)  # who has the answer may ask for it
             ticket.deliver(piece)
 
     def _remove(self, active: _Active) -> None:

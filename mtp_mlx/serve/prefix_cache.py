@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from mtp_mlx.decode.rollback import needs_copies
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import warn_once
 from mtp_mlx.serve.prefix_files import PrefixFiles
-from mtp_mlx.serve.prefix_text import End, Text, common_length, needs_ends, text_of
+from mtp_mlx.serve.prefix_text import End, Text, common_length, text_of
 
 MOST_ENDS = 256
 SAVE_AFTER = 5.0  # seconds without requests
@@ -57,7 +58,7 @@ class PrefixCache:
 
     def wants_ends(self, cache: list[Any]) -> bool:
         """Whether states of this prompt cache should be copied at the ends of messages."""
-        return self.budget > 0 and needs_ends(cache)
+        return self.budget > 0 and needs_copies(cache)
 
     def fetch(self, tokens: list[int], spare: int) -> tuple[list[Any] | None, int]:
         """A copy of the cache with the longest usable prefix, and its length; (None, 0) if there is none.

@@ -23,12 +23,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mtp_mlx import prompt_cache
+from mtp_mlx.decode.rollback import is_state, leaves_of
 from mtp_mlx.decode.session import CacheSettings
 from mtp_mlx.errors import MTPError
 from mtp_mlx.files import clear_errors, warn_once
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
-from mtp_mlx.serve.prefix_text import Text, common_length, is_state, leaves_of, text_of
+from mtp_mlx.serve.prefix_text import Text, common_length, text_of
 
 log = logging.getLogger("mtp_mlx.serve")
 

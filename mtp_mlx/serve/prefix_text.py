@@ -10,7 +10,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
+from mlx_lm.models.cache import CacheList
+
+from mtp_mlx.decode.rollback import is_state, leaves_of
 
 
 @dataclass
@@ -105,21 +107,6 @@ class Text:
                 )
                 mx.eval(leaf.keys, leaf.values)
         self.row_bytes = _bytes(self.rows)
-
-
-def needs_ends(cache: list[Any]) -> bool:
-    """Whether some layer's cache cannot always be trimmed."""
-    return any(is_state(leaf) for leaf in leaves_of(cache))
-
-
-def leaves_of(cache: list[Any]) -> list[Any]:
-    """The caches of all layers, of which some have several."""
-    return [leaf for layer in cache for leaf in (layer.caches if isinstance(layer, CacheList) else (layer,))]
-
-
-def is_state(leaf: Any) -> bool:
-    """Whether it may be impossible to trim: recurrent state or a sliding window."""
-    return isinstance(leaf, ArraysCache | RotatingKVCache)
 
 
 def _bytes(leaves: list[Any]) -> int:

@@ -13,10 +13,10 @@ from mtp_mlx.api import encode_prompt
 from mtp_mlx.chat_template import Thinking, chat_ids, thinking_options
 from mtp_mlx.decode.pick import SamplingConfig
 from mtp_mlx.errors import MTPError
+from mtp_mlx.message_ends import message_ends
 from mtp_mlx.serve.contents import message_text
 from mtp_mlx.serve.fields import Fields
 from mtp_mlx.serve.grammar import Grammars
-from mtp_mlx.serve.message_ends import message_ends
 from mtp_mlx.serve.request import GenerationRequest, Piece, RequestError
 from mtp_mlx.serve.tools import NO_TOOLS, ToolUse, call_schema, opening, writes_json
 from mtp_mlx.serve.turns import Turn, variants

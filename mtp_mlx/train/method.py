@@ -167,6 +167,7 @@ class Method(ABC, Generic[Settings]):
         """
         return {
             "base_sample": self.base_sample,
+            "base_recurrent": bool(self.attached.why_linear),
             "training": {**training, "base_precision": self.attached.precision},
             "acceptance": acceptance,
             "acceptance_by_precision": {self.attached.precision: acceptance} if acceptance else {},

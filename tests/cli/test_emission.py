@@ -71,6 +71,8 @@ def test_generate_statistics_line(folder: Path) -> None:
         folder, "generate", "--prompt", "The sky", "-n", "20", "--tau", "0.2", "--layout", "linear"
     )
     assert "· linear tau 0.2 4 ·" in verified.stderr and "lossless" not in verified.stderr
+    planned = run(folder, "generate", "--prompt", "The sky", "-n", "20", "--tau", "0.2")
+    assert "· quadratic tau 0.2 4 ·" in planned.stderr
 
 
 def test_generate_samples_first_tokens(folder: Path) -> None:
@@ -110,6 +112,7 @@ def test_bench_labels_lossy_lanes(folder: Path, tmp_path: Path) -> None:
     assert lossy["identical"] < 2 and lossy["refused"] == 0 and lossy["speedup"] is not None
     assert {m["verdict"] for m in report["mismatches"]} == {"different, lossless: false"}
     verified = run(folder, "bench", *common, "--tau", "0.3", "--json")
+    assert json.loads(verified.stdout)["rows"][0]["lane"] == "quadratic tau 0.3"
     assert [row["lossless"] for row in json.loads(verified.stdout)["rows"]] == [True]
     assert json.loads(verified.stdout)["rows"][0]["identical"] == 2
     text = run(folder, "bench", *common, "--emit", "static", "--limit", "1")

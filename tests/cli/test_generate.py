@@ -7,15 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 from click.testing import CliRunner, Result
 
 import mtp_mlx.cli as cli
-from mtp_mlx.cli.generation_report import BAR_WIDTH, bars, legend
+from mtp_mlx.api import GenerationResponse
+from mtp_mlx.cli.generation_report import BAR_WIDTH, bars, histograms, legend, styled
+from mtp_mlx.decode.layout import Layout
+from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.drafters.masks.folder import mask_header
 from mtp_mlx.drafters.masks.folder import save as save_adapter
 from mtp_mlx.measure import plain_speed
@@ -154,6 +160,22 @@ def test_histogram(folder: Path, expected: list[Any]) -> None:
     assert all("█" in line or "0%" in line for line in lines[depths + 1 : -1])
     sizes = [(int(line.split()[0]), int(line.split()[-1])) for line in lines[steps + 1 : depths]]
     assert sum(size * count for size, count in sizes) >= len(expected)
+
+
+def test_trees_show_which_choices_were_accepted() -> None:
+    """In the bar charts, and underlined where a likelier draft stood beside the one that was right."""
+    tree, stats = DraftTree((7, 8, 9), (-1, -1, 1), (0.5, 0.25, 0.5)), DecodeStats()
+    layout = Layout.tree(tree.parents, (0, 0, 0, 2), 4)
+    stats.record(layout, [0, 2, 3], ["slots"] * 3, "slots", choices=tree.choices)
+    assert stats.to_json()["choices"] == {"1": 1, "2": 1} and "tree 3/0+0+0+2" in stats.layouts
+    *_, title, first, second = histograms(stats).splitlines()
+    assert title.startswith("accepted drafts by choice") and "50%  1" in first and "50%  1" in second
+    stats.choices.clear()
+    stats.record(Layout(1, (0, 0)), [0, 1], ["slots"])
+    assert stats.choices == {1: 1} and "choice" not in histograms(stats)
+    response = GenerationResponse(" sky", 5, mx.zeros((8,)), True, 1, 1, 1.0, 1, 1.0, 0.0, stats, choice=1)
+    underline = "\x1b[4m"
+    assert underline not in styled(response, True) and underline in styled(replace(response, choice=2), True)
 
 
 def test_bars_are_exact_to_an_eighth() -> None:

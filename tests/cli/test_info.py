@@ -55,6 +55,7 @@ def test_model(tmp_path: Path) -> None:
     assert found["kind"] == "model" and found["type"] == "qwen3" and found["usable"] == "yes"
     assert found["seams"] == {"embed_tokens": 1, "linear": 14, "rope": 2, "cache": "KVCache"}
     assert found["fingerprint"] == base_fingerprint(tiny_model("qwen3", seed=3))
+    assert found["draft trees"] == "yes"
     assert found["size"] == sum(file.stat().st_size for file in path.iterdir())
     assert "usable: yes" in run(path).stdout
 
@@ -64,6 +65,7 @@ def test_models_with_windows_and_states(tmp_path: Path) -> None:
     assert window["usable"] == "yes" and window["seams"]["cache"] == "KVCache, RotatingKVCache"
     states = facts(save_tiny(tmp_path / "states", "qwen3_next", seed=3))
     assert states["usable"] == "yes, with slots in the linear layout only"
+    assert states["draft trees"] == "no: this model's recurrent state reads every row of a pass"
     assert states["seams"]["cache"] == "ArraysCache, KVCache"
 
 

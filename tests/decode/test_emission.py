@@ -51,7 +51,7 @@ def test_defaults_and_labels() -> None:
     assert Emission("conf-adapt", 0.8).label("auto") == "conf-adapt tau 0.8"
     assert Emission("static").label("auto") == "static" and not Emission("static").lossless
     assert Emission("verified", 0.8).label("linear") == "linear tau 0.8"
-    assert Emission("verified", 0.8).label("auto") == "quadratic tau 0.8"
+    assert Emission("verified", 0.8).label("quadratic") == "quadratic tau 0.8"
 
 
 @pytest.mark.parametrize(

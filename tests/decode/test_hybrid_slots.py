@@ -16,7 +16,7 @@ from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.errors import MTPError
 from mtp_mlx.measure.tune import candidates
 from mtp_mlx.model.attach import attach
-from mtp_mlx.planning.choose import build_policy, tree_policy
+from mtp_mlx.planning.choose import build_policy, layout_in_use, tree_policy
 from mtp_mlx.planning.cost import StepCost
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.drafters.ptp.ptp_fakes import ptp_attached, ptp_drafting
@@ -78,6 +78,17 @@ def test_unverified_passes_leave_no_slot_in_the_state() -> None:
         )
         tokens = [item.token for item in found]
         assert stats.steps == passes and (tokens == truth or emission.name == "static")
+
+
+def test_auto_with_a_tau_is_the_linear_layout_also_by_name() -> None:
+    model, stats, emission = attached("qwen3_next"), DecodeStats(), Emission("verified", 0.3)
+    build_policy(model, "auto", 2, stats, emission)
+    assert list(stats.fallbacks) == ["linear layout: this model's recurrent state reads every row of a pass"]
+    assert emission.label(layout_in_use(model, "auto", emission)) == "linear tau 0.3"
+    assert emission.label(layout_in_use(attached("qwen3"), "auto", emission)) == "quadratic tau 0.3"
+    assert (
+        layout_in_use(model, "auto", Emission()) == layout_in_use(model, "auto", Emission("static")) == "auto"
+    )
 
 
 def test_slots_behind_several_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.errors import MTPError
 from mtp_mlx.metal_kernels import verify_tail
-from mtp_mlx.metal_kernels.inverse_cdf import interval, inverse_cdf
+from mtp_mlx.metal_kernels.inverse_cdf import SPREAD, blurred, interval, inverse_cdf
 from mtp_mlx.metal_kernels.position_noise import position_uniforms
 from tests.decode.test_pick import VOCABULARY, WARPS, assert_marginal, counted, logits_of, warped_softmax
 
@@ -129,3 +129,17 @@ def test_greedy_ignores_the_noise_and_unknown_noise_is_refused() -> None:
     assert mx.array_equal(greedy, mx.argmax(logits, axis=-1))
     with pytest.raises(MTPError, match="noise is 'uniform'"):
         SamplingConfig(noise="uniform")  # type: ignore[arg-type]
+
+
+def test_a_blurred_uniform_reaches_the_columns_around_it() -> None:
+    """The mass of a Cauchy distribution in each column's stretch, in float64; none where a column has none."""
+    rng = np.random.default_rng(4)
+    scores = rng.normal(size=(30, 300)) * 3
+    scores[:, ::7] = -np.inf
+    uniforms = rng.random(30).astype(np.float32)
+    mass = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    ends = np.cumsum(np.concatenate([np.zeros((30, 1)), mass], axis=1), axis=1)
+    expected = np.diff(np.arctan((ends - uniforms[:, None]) / SPREAD), axis=1)
+    found = np.array(blurred(mx.array(scores.astype(np.float32)), mx.array(uniforms)))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert not found[:, ::7].any()

@@ -374,10 +374,19 @@ def test_the_first_candidate_is_the_pick_and_the_others_follow_in_order(warp: st
     logits, positions, picker = mx.array(logits_of(6, rows=40)), mx.arange(40), Picker(config)
     ids, chances = picker.candidates(logits, positions, None, None, 3)
     assert ids.shape == chances.shape == (40, 3) and ids.dtype == mx.int32
-    np.testing.assert_array_equal(np.array(ids[:, 0]), np.array(picker.pick(logits, positions)))
+    picked, found = np.array(picker.pick(logits, positions)), np.array(chances)
+    if noise == "gumbel" or not config.temperature:
+        np.testing.assert_array_equal(np.array(ids[:, 0]), picked)
+    else:  # a neighbour may be likelier than the pick if that has hardly any mass
+        assert (np.array(ids[:, 0]) == picked).mean() > 0.6
+        assert (np.array(ids) == picked[:, None]).any(axis=1).mean() > 0.95
     assert all(len(set(row)) == 3 for row in ids.tolist())
-    found = np.array(chances)
-    assert (found[:, 1] >= found[:, 2]).all() and (found >= 0).all() and (found.sum(axis=1) <= 1 + 1e-5).all()
+    assert (
+        (found[:, 0] >= found[:, 1]).all()
+        and (found[:, 1] >= found[:, 2]).all()
+        and (found >= 0).all()
+        and (found.sum(axis=1) <= 1 + 1e-5).all()
+    )
 
 
 def test_greedy_candidates_are_the_likeliest_ids_of_a_draft_vocabulary() -> None:

@@ -17,6 +17,8 @@ def test_depths_and_chances_follow_the_path() -> None:
     assert TREE.depths == (1, 1, 2, 2, 2)
     assert TREE.path_chances == pytest.approx([0.5, 0.4, 0.25, 0.125, 0.36])
     assert TREE.path(3) == [0, 3] and TREE.path(ROOT) == []
+    assert TREE.choices == [1, 2, 1, 2, 1]
+    assert DraftTree((5, 6, 7), (ROOT,) * 3, (0.2, 0.5, 0.2)).choices == [2, 1, 3]
     assert not TREE.is_chain and DraftTree.chain([1, 2], [0.5, 0.5]).is_chain
 
 

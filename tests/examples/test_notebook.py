@@ -42,14 +42,18 @@ def test_it_runs_in_reduced_form(
     said = capsys.readouterr().out
     assert "18 tokens in " in said and said.rstrip().endswith("the same")
     steps = names["watching"].steps
-    assert len(names["drawings"]) == len(steps) and names["position"] >= 18
-    for drawing, (_, layout, accepted) in zip(names["drawings"], steps, strict=True):
+    trees = names["trees"].steps
+    assert sum(1 + step.accepted for step in steps) >= 18 <= sum(1 + len(step.accepted) for step in trees)
+    assert any(step.layout.parents for step in trees)
+    drawings = [*names["drawings"], *names["pictures"](trees, names["tree_tokens"])]
+    for drawing, (_, layout, accepted) in zip(drawings, [*steps, *trees], strict=True):
         labels = [
             text.text or ""
             for text in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")
         ]
         assert len(labels) == layout.rows
-        assert sum(", accepted" in label for label in labels) == accepted
+        rows = range(1, 1 + accepted) if isinstance(accepted, int) else accepted
+        assert [row for row, label in enumerate(labels) if ", accepted" in label] == list(rows)
     assert names["right"] == [sum(step[2] > depth for step in steps) for depth in range(3)]
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_mlx.adapter_folder import Header, write_header
+from mtp_mlx.adapter_folder import Header, read_header, write_header
 from mtp_mlx.drafters import registry
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.masks.weights import MaskAdapter
@@ -192,6 +192,20 @@ def test_acceptance_of_an_adapter(tmp_path: Path) -> None:
     write_header(tmp_path, Header("mask-tokens", "tiny", None))
     with pytest.raises(MTPError, match="records no acceptance"):
         from_adapter(tmp_path)
+
+
+def test_with_recurrent_state_slots_stand_behind_the_last_draft_only(tmp_path: Path) -> None:
+    """In an adapter's folder, in a report, and in what is projected from either."""
+    write_header(tmp_path, Header("mask-tokens", "tiny", None, acceptance=[0.8, 0.7], base_recurrent=True))
+    assert read_header(tmp_path).base_recurrent and from_adapter(tmp_path).linear_only
+    rows = [{"lane": "linear", "acceptance": [0.8, 0.7]}]
+    assert from_report(write_report(tmp_path / "a.json", rows, linear_only=True))[0].linear_only
+    assert not from_report(write_report(tmp_path / "b.json", rows, linear_only=False))[0].linear_only
+    cheap = CostCurve("c", "m", "o", "s", (1, 25), (1, 1.2), (1, 1.2))  # where quadratic layouts win
+    *fixed, auto = project(cheap, [0.8, 0.7], False, linear_only=True)
+    *everything, best_auto = project(cheap, [0.8, 0.7], False)
+    assert fixed == [one for one in everything if one.layout == "linear"] and auto.layout == "auto"
+    assert max(one.low or 0 for one in fixed) - 0.01 < (auto.low or 0) < (best_auto.low or 0)
 
 
 def test_reports_say_whether_drafts_needed_slots(tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ def chain(*confidences: float) -> DraftTree:
     return DraftTree.chain(range(len(confidences)), confidences)
 
 
+def verified(estimate: AcceptanceEstimate, drafts: int, accepted: int, confidence: float = 0.5) -> None:
+    """Learns from a chain of `drafts` drafts of which the first `accepted` are right."""
+    for index in range(min(accepted + 1, drafts)):
+        estimate.learn(index + 1, index < accepted, confidence)
+
+
 def test_without_observations_the_prior_speaks() -> None:
     assert AcceptanceEstimate(3).summary() == pytest.approx([DEFAULT_PRIOR] * 3)
     assert AcceptanceEstimate(4, [0.7, 0.5]).summary() == pytest.approx([0.7, 0.5, 0.5, 0.5])
@@ -21,11 +27,11 @@ def test_without_observations_the_prior_speaks() -> None:
 
 def test_only_drafts_up_to_the_first_rejection_count() -> None:
     estimate = AcceptanceEstimate(4)
-    estimate.update(4, 1, [0.9, 0.9, 0.9, 0.9])
+    verified(estimate, 4, 1)
     assert estimate.observations() == [1, 1, 0, 0]
-    estimate.update(3, 3, [0.9, 0.9, 0.9])
+    verified(estimate, 3, 3)
     np.testing.assert_allclose(estimate.observations(), [2, 2, 1, 0], atol=0.02)
-    estimate.update(0, 0, [])
+    verified(estimate, 0, 0)
     np.testing.assert_allclose(estimate.observations(), [2, 2, 1, 0], atol=0.02)
 
 
@@ -37,7 +43,7 @@ def test_it_converges_to_conditional_acceptance_per_depth() -> None:
         n_accepted = 0
         while n_accepted < 3 and generator.random() < truth[n_accepted]:
             n_accepted += 1
-        estimate.update(3, n_accepted)
+        verified(estimate, 3, n_accepted)
     np.testing.assert_allclose(estimate.summary(), truth, atol=0.04)
 
 
@@ -46,7 +52,7 @@ def test_confidence_refines_a_depth() -> None:
     estimate = AcceptanceEstimate(1, memory=2000)
     for _ in range(4000):
         confidence = generator.random()
-        estimate.update(1, int(generator.random() < confidence), [confidence])
+        estimate.learn(1, generator.random() < confidence, confidence)
     for confidence, expected in [(0.15, 0.15), (0.45, 0.45), (0.99, 0.975)]:
         assert estimate.probability(1, confidence) == pytest.approx(expected, abs=0.05)
     assert estimate.probability(1) == pytest.approx(0.5, abs=0.04)
@@ -55,11 +61,11 @@ def test_confidence_refines_a_depth() -> None:
 def test_a_thin_bin_stays_near_its_depth_and_a_thin_depth_near_its_prior() -> None:
     estimate = AcceptanceEstimate(2, [0.5, 0.5])
     for _ in range(100):
-        estimate.update(1, 1, [0.9])
+        estimate.learn(1, True, 0.9)
     depth = estimate.probability(1)
     assert depth > 0.9
     assert estimate.probability(1, 0.1) == pytest.approx(depth)
-    estimate.update(1, 0, [0.1])
+    estimate.learn(1, False, 0.1)
     assert depth - 0.1 < estimate.probability(1, 0.1) < depth
     assert estimate.probability(2) == pytest.approx(0.5)
 
@@ -67,9 +73,9 @@ def test_a_thin_bin_stays_near_its_depth_and_a_thin_depth_near_its_prior() -> No
 def test_old_observations_are_forgotten() -> None:
     estimate = AcceptanceEstimate(1, memory=50)
     for _ in range(1000):
-        estimate.update(1, 1)
+        estimate.learn(1, True, 0.5)
     for _ in range(200):
-        estimate.update(1, 0)
+        estimate.learn(1, False, 0.5)
     assert estimate.probability(1) < 0.15
     estimate.fade(0.0)
     assert estimate.probability(1) == pytest.approx(DEFAULT_PRIOR)
@@ -85,11 +91,11 @@ def test_probabilities_stay_inside_and_one_more_acceptance_never_lowers_one(
 ) -> None:
     estimate = AcceptanceEstimate(4)
     for n_submitted, n_accepted, value in steps:
-        estimate.update(n_submitted, min(n_accepted, n_submitted), [value] * n_submitted)
+        verified(estimate, n_submitted, min(n_accepted, n_submitted), value)
     before = estimate.probability(depth, confidence)
     assert FLOOR <= before <= 1 - FLOOR
     n_drafts = min(depth, 4)
-    estimate.update(n_drafts, n_drafts, [0.5 if confidence is None else confidence] * n_drafts)
+    verified(estimate, n_drafts, n_drafts, 0.5 if confidence is None else confidence)
     assert estimate.probability(depth, confidence) >= before - 1e-12
 
 
@@ -98,10 +104,6 @@ def test_bad_arguments_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError, match=r"draft|acceptance"):
         AcceptanceEstimate(*arguments)
     estimate = AcceptanceEstimate(2)
-    with pytest.raises(ValueError, match="accepted"):
-        estimate.update(1, 2)
-    with pytest.raises(ValueError, match="confidences"):
-        estimate.update(2, 1, [0.5])
     with pytest.raises(ValueError, match="from 1"):
         estimate.probability(0)
 
@@ -115,7 +117,7 @@ def test_what_is_submitted_does_not_say_what_is_held(scale: float) -> None:
         confidence = generator.random()
         estimate.offer(chain(confidence))
         if confidence > 0.6:
-            estimate.update(1, int(generator.random() < scale * confidence), [confidence])
+            estimate.learn(1, generator.random() < scale * confidence, confidence)
     assert estimate.probability(1) == pytest.approx(0.5 * scale, abs=0.05)
     assert estimate.probability(1, 0.3) == pytest.approx(0.3 * scale, abs=0.06)
     assert estimate.probability(1, 0.9) == pytest.approx(0.875 * scale, abs=0.08)

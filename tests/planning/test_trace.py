@@ -1,5 +1,6 @@
 """The trace of a generation says what every step did, and its sums are those of the generation's own counts."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -54,9 +55,31 @@ def test_a_tree_and_its_accepted_path() -> None:
     assert (form.steps, form.tokens, form.seconds, form.plain_seconds, form.lost) == (2, 6, 6.0, 6.0, 0.0)
 
 
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_file_that_is_gone_is_begun_anew(tmp_path: Path, how: str) -> None:
+    """While the process runs, as in a server whose trace is cleared."""
+    path, other = tmp_path / "trace.jsonl", tmp_path / "before.jsonl"
+    trace, steps = Trace(str(path)), []
+    for context in range(4):
+        steps.append(traced(Proposal("slots"), Layout.plain(), [3], context, (1.0, 1.0, 1.0)))
+        trace.write(steps[-1])
+        if context == 1:
+            path.rename(other)
+            if how == "removed":
+                other.unlink()
+    assert list(read_trace(path)) == steps[2:]
+    assert how == "removed" or list(read_trace(other)) == steps[:2]
+
+
 def test_a_file_that_cannot_be_written_or_is_no_trace(tmp_path: Path) -> None:
     with pytest.raises(MTPError, match="MTP_MLX_TRACE: .* cannot be written"):
         Trace(str(tmp_path / "missing" / "trace.jsonl"))
+    step = traced(Proposal("slots"), Layout.plain(), [3], 5, (1.0, 1.0, 1.0))
+    (tmp_path / "folder").mkdir()
+    gone = Trace(str(tmp_path / "folder" / "trace.jsonl"))
+    shutil.rmtree(tmp_path / "folder")
+    with pytest.raises(MTPError, match="MTP_MLX_TRACE: .* cannot be written"):
+        gone.write(step)
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(MTPError, match="not a step of a trace"):
         list(read_trace(tmp_path / "other.jsonl"))

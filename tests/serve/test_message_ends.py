@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mtp_mlx.message_ends import message_ends
 from mtp_mlx.model.attach import AttachedModel
 from mtp_mlx.model.block import Block
 from mtp_mlx.serve.engine import EngineSettings
-from mtp_mlx.serve.message_ends import message_ends
 from mtp_mlx.serve.sequence import DecodeSettings
 from tests.serve.running import VOCABULARY, Server, serving
 from tests.tiny import CHAT_TEMPLATE, SPECIFIC, save_tiny, tiny_tokenizer

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from mtp_mlx.serve.prefix_cache import PrefixCache, needs_ends
+from mtp_mlx.decode.rollback import needs_copies
+from mtp_mlx.serve.prefix_cache import PrefixCache
 
 LAYER = 4 * 2 * 4 * 2  # bytes of a token: 2 heads of 4 float32, keys and values
 
@@ -134,5 +135,5 @@ def test_a_conversation_keeps_its_keys_once() -> None:
     [([KVCache()], False), ([ArraysCache(2)], True), ([RotatingKVCache(4), KVCache()], True)],
 )
 def test_which_caches_need_ends(layers: list[Any], wanted: bool) -> None:
-    assert needs_ends(layers) == wanted and needs_ends([CacheList(*layers)]) == wanted
+    assert needs_copies(layers) == wanted and needs_copies([CacheList(*layers)]) == wanted
     assert not PrefixCache(0).wants_ends(layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mtp_mlx.decode.draft_pick import pick_draft
+from mtp_mlx.decode.draft_pick import Beams, pick_draft
 from mtp_mlx.decode.drafter import LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
@@ -14,7 +14,10 @@ from mtp_mlx.model.attach import AttachedModel
 def pick_each(
     attached: AttachedModel, picker: Picker, heads: DraftHeads, refined: list[mx.array], verified: Verified
 ) -> LazyDrafts:
-    """Picks a draft for each depth, independently of each other.
+    """Picks a draft for each depth, or the candidates of a tree, independently of the drafts before.
+
+    In a tree a head's candidates are the same behind all drafts of the depth before, except for penalties; the
+    likeliest paths are kept (arXiv 2401.10774, section 2.1.2: products of the heads' top choices).
 
     Args:
         attached: the model to draft for.
@@ -23,6 +26,11 @@ def pick_each(
         refined: per depth, the input [1, D] of the LM head.
         verified: the outcome of the pass.
     """
+    if verified.layout.width > 1:
+        beams = Beams(verified)
+        for depth, row in enumerate(refined, start=1):
+            beams.grow(picker, heads.logits(attached, row, depth), attached.draft_ids)
+        return beams.drafts()
     ids, confidences = [], []
     token, history = verified.pick.reshape(1), verified.history
     for depth, row in enumerate(refined, start=1):
@@ -35,9 +43,7 @@ def pick_each(
             (verified.position + depth).reshape(1),
             history,
             heads.unembedding(depth),
-            width=verified.layout.width,
         )
         ids.append(token)
         confidences.append(confidence)
-        token = token[:1]
     return LazyDrafts.joined(ids, confidences)

@@ -4,7 +4,7 @@ Every slot is given the uniform of (seed, an absolute position), which does not 
 therefore what the target would pick with that uniform, as far as the student knows the target's distribution. Slots
 know of each other through attention, so one pass gives all drafts, without a head that runs sequentially (except with
 penalties, which depend on the history). At temperature 0 uniforms have no effect; slots are then given none and are
-mask tokens.
+mask tokens. In a tree a slot's candidates are the same behind all drafts before it, except for penalties.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 
+from mtp_mlx.decode.draft_pick import Beams
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
 from mtp_mlx.drafters.ptp.config import PTPConfig
@@ -65,7 +66,7 @@ class PTPSlotDrafter(Drafter):
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`."""
-        shape, history = verified.shape, verified.history
+        shape = verified.shape
         starts = np.array(shape.group_start)
         count = int(max(np.diff([*starts, shape.rows]))) - shape.lead
         if count <= 0:
@@ -73,27 +74,18 @@ class PTPSlotDrafter(Drafter):
         first = mx.array(starts.astype(np.int32))[verified.last] + shape.lead
         rows = mx.minimum(first + mx.arange(count), shape.rows - 1)
         logits = self._attached.draft_head(verified.hidden[rows])  # [k, C]
-        if self._config.variant == "o":
-            return self._likeliest(logits)
+        picker, history = self._picker, verified.history
+        if self._config.variant == "o":  # the uniform went into the slot: the likeliest token is the draft
+            picker, history = Picker(), None
+        if verified.layout.width > 1:
+            beams = Beams(verified)
+            for slot in range(count):
+                beams.grow(picker, logits[slot][None], self._attached.draft_ids)
+            return beams.drafts()
         positions = verified.position + 1 + mx.arange(count)
-        if history is None and verified.layout.width > 1:
-            found = self._picker.candidates(
-                logits, positions, None, self._attached.draft_ids, verified.layout.width
-            )
-            return LazyDrafts.joined(list(found[0]), list(found[1]))
-        if history is None:
-            return LazyDrafts(
-                *self._picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids)
-            )
-        return self._one_by_one(logits, positions, verified.pick.reshape(1), history)
-
-    def _likeliest(self, logits: mx.array) -> LazyDrafts:
-        """The likeliest id of each row [k] and its probability; the uniform has gone into the slot already."""
-        scores = logits.astype(mx.float32)
-        columns = mx.argmax(scores, axis=-1)
-        ids = self._attached.draft_ids
-        confidence = mx.exp(mx.max(scores, axis=-1) - mx.logsumexp(scores, axis=-1))
-        return LazyDrafts((columns if ids is None else ids[columns]).astype(mx.int32), confidence)
+        if history is not None:
+            return self._one_by_one(logits, positions, verified.pick.reshape(1), history)
+        return LazyDrafts(*picker.pick_with_confidence(logits, positions, None, self._attached.draft_ids))
 
     def _one_by_one(
         self, logits: mx.array, positions: mx.array, token: mx.array, history: mx.array

@@ -5,6 +5,7 @@ Any kind of step follows any other: prompts in chunks, plain passes, short and l
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.pick import Picker, SamplingConfig
 from mtp_mlx.decode.policy import ChainPolicy
 from mtp_mlx.decode.stats import DecodeStats
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
 from mtp_mlx.drafters.heads.medusa import MedusaDrafter, MedusaHead, MedusaHeads
@@ -174,6 +176,31 @@ def test_same_text() -> None:
     print(f"{examples} examples, {accepted} drafts of heads accepted, {certificates} near ties")
     assert accepted >= 20, "known drafts must be accepted, or nothing is tested"
     assert certificates <= examples // 30
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["medusa", "medusa, few ids"])
+def test_a_tree_holds_the_likeliest_products_of_candidates(kind: str, temperature: float) -> None:
+    """At a temperature, of the candidates that the noise of their position favours."""
+    model, width = model_with(kind), 3
+    heads: Any = model.speculator
+    picker = Picker(SamplingConfig(temperature=temperature, seed=4))
+    state = mx.array(np.random.default_rng(1).normal(size=(1, 1, 48)).astype(np.float32))
+    seen = verified_block(state, mx.array([7]), 0, 9, [3], HEADS)
+    fresh = heads.open(model, picker, HEADS, 0).propose(
+        replace(seen, layout=replace(seen.layout, width=width))
+    )
+    nodes: Any = zip(fresh.ids.tolist(), fresh.parents.tolist(), fresh.confidences.tolist(), strict=True)
+    tree = DraftTree(*zip(*nodes, strict=True))
+    expected, paths = list[tuple[int, ...]](), [((), 1.0)]
+    for depth, head in enumerate(heads.heads, start=1):
+        logits = heads.logits(model, head(state[0]), depth)
+        found: Any = picker.candidates(logits, mx.array([9 + depth]), None, model.draft_ids, width)
+        choices = list(zip(found[0][0].tolist(), found[1][0].tolist(), strict=True))
+        longer = [((*path, token), along * one) for path, along in paths for token, one in choices]
+        paths = sorted(longer, key=lambda one: -one[1])[:width]
+        expected += [path for path, _ in paths]
+    assert [tuple(tree.tokens[one] for one in tree.path(node)) for node in range(len(tree))] == expected
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -12,14 +12,13 @@ from typing import Any
 
 from mtp_mlx.chat_template import said_ids
 from mtp_mlx.errors import MTPError
-from mtp_mlx.serve.turns import Turn
 
-QUESTION: Turn = {"role": "user", "content": "?"}  # some templates reject conversations without one
+QUESTION: dict[str, Any] = {"role": "user", "content": "?"}  # some templates reject conversations without one
 
 
 def message_ends(
     tokenizer: Any,
-    turns: list[Turn],
+    turns: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     options: dict[str, Any],
     ids: list[int],
