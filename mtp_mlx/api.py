@@ -251,8 +251,7 @@ def stream_generate(
         lookup: also draft from the text itself; by default with the layouts "auto" and "tree" only.
         emission: verified by default. Unverified emission is faster but lossy, which every response says, and has its
             own layout; verified emission with a tau needs layout "quadratic" (which "auto" then means) or "linear".
-        drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "assistant", "draft-model",
-            "lookup".
+        drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "assistant", "lookup" and others.
         rows: rows of a pass of layout "tree", by default 16.
         stop: strings that end the text; they are not part of it.
         stats: updated while decoding, and part of every response.

@@ -118,7 +118,9 @@ def _type_fault(config: dict[str, Any]) -> str | None:
         kind = config["model_type"]
         if holds_heads_alone(kind):
             if kind.endswith("_assistant"):
-                return "it is the assistant of a model: name it with `heads`, and the model itself with `model`"
+                return (
+                    "it is the assistant of a model: name it with `heads`, and the model itself with `model`"
+                )
             return "it holds MTP heads alone: name them with `heads`, and the model that they are for with `model`"
         return f"{_mlx_lm()} has no model type {kind!r}: update mlx-lm, or choose another model"
     except SystemExit:  # olmo's module ends the program, after a line that names a package

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mtp_mlx.adapter_folder import WEIGHTS_NAME, model_card, put_texts, read_tensors, tensor_sizes
@@ -27,7 +28,7 @@ _MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 _SHOWN = 8  # problems listed before the rest is only counted
 
 
-def fill_assistant(folder: Path, checkpoint: Checkpoint, base: Base, model: object) -> None:
+def fill_assistant(folder: Path, checkpoint: Checkpoint, base: Base, model: nn.Module) -> None:
     """Writes the files of an adapter folder into the existing folder `folder`.
 
     Args:

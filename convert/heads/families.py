@@ -81,8 +81,8 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
         )
     if any(name in names for name in ASSISTANT):
         raise ConversionError(
-            "these are the tensors of a Gemma 4 assistant, which drafts as it is: name its folder, with its config.json, "
-            "with `heads`, and its model with `model`"
+            "these are the tensors of a Gemma 4 assistant, which drafts as it is: name its folder, with its "
+            "config.json, with `heads`, and its model with `model`"
         )
     for pattern, title in REFUSED.items():
         if any(re.match(_ROOT + pattern, name) for name in names):

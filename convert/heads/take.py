@@ -100,8 +100,8 @@ def _take_assistant(
     found = measure(target.model, source, target.prompts, target.tokenizer.eos_token_ids, TOKENS)
     if not found.drafts:
         raise ConversionError(
-            f"{checkpoint.path}: the model ends its answer to every prompt at once, so there is no text to measure the "
-            "assistant on"
+            f"{checkpoint.path}: the model ends its answer to every prompt at once, so there is no text to measure "
+            "the assistant on"
         )
     if found.acceptance[0] < LEAST:
         raise ConversionError(

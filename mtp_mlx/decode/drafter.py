@@ -50,8 +50,8 @@ class Verified:
         history: [C] int32 tokens before picks[a], or None without penalties.
         tokens: committed tokens of this generation including the prompt, the pending token last.
         path: [1 + d] int32 real rows of the accepted path, as `Walk.path`; None in a chain, where they are 0 to d.
-        caches: the model's, one a layer, whose newest R rows are the pass's own, rejected drafts included; for sources
-            that read them (`Speculator.reads_caches`), whose passes are never shared by several sequences.
+        caches: the model's, one a layer, whose newest R rows are the pass's own, rejected drafts included; for
+            sources that read them (`Speculator.reads_caches`), whose passes are never shared by several sequences.
     """
 
     layout: Layout

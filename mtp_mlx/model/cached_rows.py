@@ -46,8 +46,8 @@ def cached_rows(cache: Any, most: int | None = None) -> CachedRows:
 
     def rows(held: Any) -> mx.array:
         if type(cache) is QuantizedKVCache:
-            parts = [part[..., first:end, :] for part in held]
-            return mx.dequantize(*parts, group_size=cache.group_size, bits=cache.bits)
+            weight, scales, biases = (part[..., first:end, :] for part in held)
+            return mx.dequantize(weight, scales, biases, cache.group_size, cache.bits)
         return held[..., first:end, :]
 
     return CachedRows(rows(cache.keys), rows(cache.values), int(cache.offset) - (end - first))

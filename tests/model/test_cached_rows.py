@@ -1,4 +1,4 @@
-"""Proves that the rows of every readable cache come back in the order of the text, with the positions they stand at."""
+"""Proves that the rows of every readable cache come back in the order of the text, with their positions."""
 
 from __future__ import annotations
 

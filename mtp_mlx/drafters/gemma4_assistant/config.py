@@ -118,7 +118,9 @@ class AssistantConfig:
         return {name: value for name, value in section.items() if name != "quantization" or value}
 
 
-def assistant_header(config: AssistantConfig, base_name: str, fingerprint: str | None, **about: Any) -> Header:
+def assistant_header(
+    config: AssistantConfig, base_name: str, fingerprint: str | None, **about: Any
+) -> Header:
     """The header of an assistant's folder; `about`: what else `Header` holds."""
     return Header(METHOD, base_name, fingerprint, {"assistant": config.to_json()}, **about)
 
@@ -162,9 +164,9 @@ def card_lines(folder: Path, header: Header) -> CardLines:
     return CardLines(
         title=f"Gemma 4 assistant for {header.base_name}",
         about=(
-            f"{len(config.kinds)} layers that draft tokens from the keys and values of {header.base_name}, taken over "
-            f"by mtp-mlx from {files or 'its checkpoint'}.\nThe base model's own output is unchanged: drafts are "
-            "verified."
+            f"{len(config.kinds)} layers that draft tokens from the keys and values of {header.base_name}, taken "
+            f"over by mtp-mlx from {files or 'its checkpoint'}.\n"
+            "The base model's own output is unchanged: drafts are verified."
         ),
         method="Gemma 4 assistant (multi-token prediction by Google)",
         facts=tuple(f"{name}: {value}" for name, value in shown(config).items()),

@@ -72,7 +72,9 @@ class AssistantDrafter(Drafter):
         if verified.path is None:
             kept = rows <= verified.accepted
         else:
-            kept = mx.any(verified.path[:, None] == rows, axis=0)  # behind the last accepted row it is repeated
+            kept = mx.any(
+                verified.path[:, None] == rows, axis=0
+            )  # behind the last accepted row it is repeated
         mask = mx.concatenate([mx.ones((before,), dtype=mx.bool_), kept])
         if sliding:
             first = held.start + before  # position of the pending token

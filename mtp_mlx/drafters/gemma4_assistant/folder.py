@@ -41,7 +41,9 @@ def load(folder: Path, header: Header, model: nn.Module) -> tuple[Gemma4Assistan
     assistant.update(tree_unflatten(list(tensors.items())))
     assistant.eval()
     # Constants too, such as those of rotary embeddings: a lazy array belongs to the thread that made it.
-    mx.eval([value for module in assistant.modules() for value in module.values() if isinstance(value, mx.array)])
+    mx.eval(
+        [value for module in assistant.modules() for value in module.values() if isinstance(value, mx.array)]
+    )
     return Gemma4Assistant(assistant, config, target), header
 
 

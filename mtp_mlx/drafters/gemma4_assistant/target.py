@@ -56,7 +56,9 @@ def read_target(config: AssistantConfig, model: nn.Module) -> ReadTarget:
     for kind in sorted(set(config.kinds)):
         own = [i for i, of in enumerate(kinds) if of == kind and owners[i] == i]
         if not own:
-            raise MTPError(f"this assistant reads keys of {kind}, and no layer of this model has any: {other}")
+            raise MTPError(
+                f"this assistant reads keys of {kind}, and no layer of this model has any: {other}"
+            )
         layers[kind] = own[-1]
         _check_heads(config, kind, trunk.layers[own[-1]].self_attn, other)
     return ReadTarget(layers, float(trunk.embed_scale))

@@ -23,7 +23,7 @@ def rms(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, position: int, base: float, share: float) -> np.ndarray:
-    """Rotary embedding of x [..., width]; frequencies are those of the whole width, and the first `share` are used."""
+    """Rotary embedding of x [..., width]; frequencies are those of the whole width, the first `share` are used."""
     half = x.shape[-1] // 2
     angles = position / base ** (np.arange(half) / half)
     angles[int(x.shape[-1] * share) // 2 :] = 0
@@ -86,7 +86,9 @@ class Oracle:
             if key.startswith(f"{name}.")
         }
         sliding = kind == "sliding_attention"
-        queries = (weight["self_attn.q_proj.weight"] @ rms(x, weight["input_layernorm.weight"])).reshape(HEADS, -1)
+        queries = (weight["self_attn.q_proj.weight"] @ rms(x, weight["input_layernorm.weight"])).reshape(
+            HEADS, -1
+        )
         queries = rms(queries, weight["self_attn.q_norm.weight"])
         queries = rotated(queries, position, *((1e4, 1.0) if sliding else (1e6, 0.25)))
         first = max(0, position - WINDOW + 1) if sliding else 0

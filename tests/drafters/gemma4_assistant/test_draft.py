@@ -1,8 +1,9 @@
-"""Proves that an assistant drafts what an oracle over the whole text says, whatever was rejected, and no other text."""
+"""Proves that drafts of an assistant are those of an oracle over the whole text, and that the text is the same."""
 
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,11 @@ def layouts(right: list[int]) -> list[tuple[list[int], Layout]]:
     chains = [[], right[:3], [*right[:1], *wrong[1:3]], wrong[:2], right[:2]]
     tree, parents = [wrong[0], right[0], wrong[1], right[1], right[2]], (-1, -1, 1, 1, 3)
     wide = Layout(5, (0,) * 6, chain=2, parents=parents, width=3)
-    return [*((chain, Layout.chained(len(chain), 3)) for chain in chains), (tree, wide), (wrong[:1], Layout.chained(1, 3))]
+    return [
+        *((chain, Layout.chained(len(chain), 3)) for chain in chains),
+        (tree, wide),
+        (wrong[:1], Layout.chained(1, 3)),
+    ]
 
 
 @pytest.mark.parametrize("centroids", [False, True], ids=["dense", "centroids"])
@@ -88,7 +93,12 @@ def test_logits_are_the_oracles_at_every_depth(tmp_path: Path, centroids: bool) 
         picker = Listening()
         prompt = text if len(text) == len(PROMPT) else text[-1:]
         session = Session(
-            model, Picker(), prompt, cache, CacheSettings(), lambda start: model.speculator.open(model, picker, 3, start)
+            model,
+            Picker(),
+            prompt,
+            cache,
+            CacheSettings(),
+            partial(model.speculator.open, model, picker, 3),
         )
         session.prefill()
         for number in range(7):
@@ -160,8 +170,12 @@ def test_drafts_take_the_targets_noise(loaded: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_cache_that_cannot_be_read_is_refused_once(loaded: Any) -> None:
     model, _ = loaded
-    cache = [RotatingKVCache(max_size=8, keep=4) if i == 1 else layer for i, layer in enumerate(model.make_cache())]
-    with pytest.raises(MTPError, match="cannot read the RotatingKVCache of layer 1: leave the `prompt_cache`"):
+    cache = [
+        RotatingKVCache(max_size=8, keep=4) if i == 1 else layer for i, layer in enumerate(model.make_cache())
+    ]
+    with pytest.raises(
+        MTPError, match="cannot read the RotatingKVCache of layer 1: leave the `prompt_cache`"
+    ):
         next(mtp_generate_step(PROMPT, model, policy=ChainPolicy(3), prompt_cache=cache))
     assert next(mtp_generate_step(PROMPT, model, prompt_cache=cache)).drafter == ""  # plainly, it can be used
 

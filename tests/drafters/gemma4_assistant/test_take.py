@@ -84,7 +84,11 @@ def without(name: str) -> Arrays:
 TEXT: dict[str, Any] = CONFIG["text_config"]
 MISFITS: dict[str, tuple[dict[str, Any], Arrays, str]] = {
     "width": ({"backbone_hidden_size": 64}, tensors(), "is for a model of width 64, and this model's is 48"),
-    "vocabulary": ({"text_config": {**TEXT, "vocab_size": 320}}, tensors(), "knows 320 tokens, and this model 160"),
+    "vocabulary": (
+        {"text_config": {**TEXT, "vocab_size": 320}},
+        tensors(),
+        "knows 320 tokens, and this model 160",
+    ),
     "heads": (
         {"text_config": {**TEXT, "global_head_dim": 32}},
         tensors(),
@@ -92,9 +96,17 @@ MISFITS: dict[str, tuple[dict[str, Any], Arrays, str]] = {
     ),
     "tensors": ({}, without("post_projection.weight"), r"missing post_projection.weight \[48, 32\]"),
     "more tensors": ({}, {**tensors(), "x": np.zeros(3)}, r"unexpected x \[3\]"),
-    "no assistant": ({"text_config": {**TEXT, "hidden_size_per_layer_input": 8}}, tensors(), "which assistants do not"),
+    "no assistant": (
+        {"text_config": {**TEXT, "hidden_size_per_layer_input": 8}},
+        tensors(),
+        "which assistants do not",
+    ),
     "no layers": ({"text_config": {**TEXT, "layer_types": None}}, tensors(), "its layer_types are None"),
-    "clusters": ({"num_centroids": 7, "use_ordered_embeddings": True}, tensors(), "160 cannot be divided among 7"),
+    "clusters": (
+        {"num_centroids": 7, "use_ordered_embeddings": True},
+        tensors(),
+        "160 cannot be divided among 7",
+    ),
 }
 
 
@@ -116,7 +128,9 @@ def test_an_order_that_is_damaged_is_refused(model: Path, tmp_path: Path) -> Non
 
 def test_a_useless_one_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(take, "LEAST", 0.2)
-    with pytest.raises(MTPError, match=r"not for this model, or damaged: the first draft is right in \d+% of \d+ cases"):
+    with pytest.raises(
+        MTPError, match=r"not for this model, or damaged: the first draft is right in \d+% of \d+ cases"
+    ):
         load(str(model), heads=assistant_folder(tmp_path / "assistant", tensors()))
 
 
@@ -133,4 +147,6 @@ def test_where_it_does_not_belong(model: Path, tmp_path: Path) -> None:
         result = run(*words)
         assert result.exit_code == 2 and said in result.stderr, result.stderr
     shown = json.loads(run("info", source, "--json").stdout)
-    assert shown["mtp heads"]["family"] == "Gemma 4 assistant" and shown["mtp heads"]["width of its model"] == 48
+    assert (
+        shown["mtp heads"]["family"] == "Gemma 4 assistant" and shown["mtp heads"]["width of its model"] == 48
+    )
