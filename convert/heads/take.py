@@ -23,9 +23,9 @@ from mtp_mlx.convert.heads.variant import Variant
 from mtp_mlx.convert.heads.verify import Verification, measure_folder, own_texts
 from mtp_mlx.convert.heads.write import Base, fill_folder
 from mtp_mlx.convert.read.checkpoint import Checkpoint
-from mtp_mlx.drafters.gemma4_assistant.config import is_assistant
+from mtp_mlx.drafters.gemma4_assistant.config import POSITIONS, is_assistant
 from mtp_mlx.drafters.gemma4_assistant.folder import load as load_assistant
-from mtp_mlx.drafters.gemma4_assistant.measure import measure
+from mtp_mlx.drafters.gemma4_assistant.measure import settle_position
 from mtp_mlx.errors import ConversionError
 
 ALWAYS = 2.0  # the other conventions are tried whatever the acceptance, which may be good under a wrong one
@@ -93,11 +93,16 @@ def take_heads(checkpoint: Checkpoint, folder: Path, target: Target, tell: Calla
 def _take_assistant(
     checkpoint: Checkpoint, folder: Path, target: Target, tell: Callable[[str], None]
 ) -> None:
-    """As `take_heads`, for a Gemma 4 assistant, which is run in one way: measuring it shows whether it fits."""
+    """As `take_heads`, for a Gemma 4 assistant: what its form leaves open is the position that it looks back from."""
     fill_assistant(folder, checkpoint, Base.of(target.name, target.model), target.model)
     tell(f"measuring the assistant {checkpoint.path.name}, once")
     source, header = load_assistant(folder, read_header(folder), target.model)
-    found = measure(target.model, source, target.prompts, target.tokenizer.eos_token_ids, TOKENS)
+    tried = settle_position(target.model, source, target.prompts, target.tokenizer.eos_token_ids, TOKENS)
+    found = tried[source.config.position]
+    shown = "; ".join(
+        f"{' / '.join(f'{value:.2f}' for value in one.acceptance)} from {POSITIONS[position]}"
+        for position, one in tried.items()
+    )
     if not found.drafts:
         raise ConversionError(
             f"{checkpoint.path}: the model ends its answer to every prompt at once, so there is no text to measure "
@@ -106,12 +111,20 @@ def _take_assistant(
     if found.acceptance[0] < LEAST:
         raise ConversionError(
             f"{checkpoint.path}: this assistant is not for this model, or damaged: the first draft is right in "
-            f"{found.acceptance[0]:.0%} of {found.drafts} cases, at least {LEAST:.0%} are wanted"
+            f"{found.acceptance[0]:.0%} of {found.drafts} cases, at least {LEAST:.0%} are wanted. Tried, by depth: "
+            f"{shown}"
         )
-    depths = " / ".join(f"{value:.2f}" for value in found.acceptance)
-    tell(f"drafts of this assistant are right in {depths} of {found.drafts} cases, by depth")
-    by_precision = {found.precision: found.acceptance}
-    write_header(folder, replace(header, acceptance=found.acceptance, acceptance_by_precision=by_precision))
+    tell(f"drafts of this assistant are right in so many cases, by depth: {shown}")
+    write_header(
+        folder,
+        replace(
+            header,
+            own={"assistant": source.config.to_json()},
+            acceptance=found.acceptance,
+            acceptance_by_precision={found.precision: found.acceptance},
+            measurements={"positions": {position: one.acceptance for position, one in tried.items()}},
+        ),
+    )
 
 
 def _settled(

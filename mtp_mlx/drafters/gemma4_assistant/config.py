@@ -5,6 +5,7 @@
     assistant.tie_word_embeddings             whether its LM head is its own embedding
     assistant.use_ordered_embeddings          whether it has centroids (E2B and E4B)
     assistant.num_centroids, assistant.centroid_intermediate_top_k    clusters of tokens, and how many are scored
+    assistant.position                        where it looks back from: a key of `POSITIONS`
     assistant.quantization                    of layers that are stored quantised, as in folders of MTP heads
 
 The form is that of transformers' `gemma4_assistant` and `gemma4_unified_assistant`, which differ in defaults alone.
@@ -23,6 +24,9 @@ from mtp_mlx.adapter_folder import CardLines, Header, check_method, damage
 METHOD = "gemma4-assistant"
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SLIDING, FULL = "sliding_attention", "full_attention"
+# All drafts of a step have one position: that of the row whose state the first of them takes (mlx-vlm, vLLM), or that
+# of the token behind it, the target's own pick (transformers' code). No checkpoint says which.
+POSITIONS = {"state": "the row whose state it takes", "token": "the token that it takes"}
 DEFAULT_DRAFTS = 3  # a step, if they are not planned; as mlx-vlm's blocks of 4 tokens
 MOST_DRAFTS = 16
 
@@ -56,6 +60,7 @@ class AssistantConfig:
     use_ordered_embeddings: bool = False
     num_centroids: int = 2048
     centroid_intermediate_top_k: int = 32
+    position: str = "state"
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +80,8 @@ class AssistantConfig:
             raise ValueError(f"its sliding_window is {text.get('sliding_window')!r}")
         if odd := next((name for name in _ABSENT if text.get(name)), None):
             raise ValueError(f"it has {odd} {text[odd]!r}, which assistants do not have")
+        if self.position not in POSITIONS:
+            raise ValueError(f"its position is {self.position!r}, not one of {', '.join(POSITIONS)}")
         if self.use_ordered_embeddings:
             self._check_centroids(text["vocab_size"])
 
@@ -103,6 +110,11 @@ class AssistantConfig:
     def kinds(self) -> tuple[str, ...]:
         """The kind of attention of each layer."""
         return tuple(self.text_config["layer_types"])
+
+    @property
+    def window(self) -> int:
+        """Rows that a sliding layer sees, that of its own position included; 0 if there is none."""
+        return int(self.text_config.get("sliding_window") or 0)
 
     def head_dim(self, kind: str) -> int:
         """Numbers of a head in layers of a kind."""
@@ -151,6 +163,7 @@ def shown(config: AssistantConfig) -> dict[str, Any]:
         "width": text["hidden_size"],
         "width of its model": config.backbone_hidden_size,
         "reads": "keys and values of its model's last layers with " + " and ".join(sorted(set(config.kinds))),
+        "looks back from": POSITIONS[config.position],
         "scores": scored if config.use_ordered_embeddings else "the whole vocabulary",
         "stored": f"{bits}-bit" if bits else "not quantised",
     }

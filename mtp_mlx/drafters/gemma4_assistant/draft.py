@@ -6,7 +6,8 @@ of them are committed is known to the graph, though not to the host yet, and hid
 a prompt cache is read as any other.
 
 The target's own token has no row in the caches yet. The assistant gets it as an embedding, beside the target's state
-of the row before, and looks back from its position, also for the drafts that follow.
+of the row before. It looks back from the position of that row, or of the token (`AssistantConfig.position`), also for
+the drafts that follow. transformers also shows it the row behind, where a rejected draft left one; mlx-vlm does not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mlx.core as mx
 
 from mtp_mlx.decode.drafter import Drafter, LazyDrafts, Verified
 from mtp_mlx.decode.pick import Picker
-from mtp_mlx.drafters.gemma4_assistant.config import SLIDING
+from mtp_mlx.drafters.gemma4_assistant.config import SLIDING, AssistantConfig
 from mtp_mlx.drafters.gemma4_assistant.target import ReadTarget
 from mtp_mlx.drafters.gemma4_assistant.weights import Assistant, SeenRows
 from mtp_mlx.model.attach import AttachedModel
@@ -30,24 +31,32 @@ class AssistantDrafter(Drafter):
         picker: the target's picker; drafts use the same noise, which couples them to the target.
         assistant: the weights.
         target: what they read of the model.
-        window: rows that a sliding layer sees, its own included.
+        config: how they are built and run.
     """
 
     def __init__(
-        self, attached: AttachedModel, picker: Picker, assistant: Assistant, target: ReadTarget, window: int
+        self,
+        attached: AttachedModel,
+        picker: Picker,
+        assistant: Assistant,
+        target: ReadTarget,
+        config: AssistantConfig,
     ) -> None:
         self._attached, self._picker = attached, picker
-        self._assistant, self._target, self._window = assistant, target, window
+        self._assistant, self._target = assistant, target
+        self._window = config.window
+        self._back = 1 if config.position == "state" else 0
 
     def propose(self, verified: Verified) -> LazyDrafts:
         """See `Drafter`: at each position the first candidate is followed, the others stand beside it."""
         layout, history = verified.layout, verified.history
-        seen = {kind: self._seen(kind, verified) for kind in self._target.layers}
+        position = verified.position - self._back
+        seen = {kind: self._seen(kind, verified, position) for kind in self._target.layers}
         state = verified.head_input[:, verified.accepted].reshape(1, 1, -1)
         token, ids, confidences = verified.pick.reshape(1), [], []
         for depth in range(1, layout.chain + 1):
             embedding = self._attached.embed(token[None]) * self._target.scale
-            refined, state = self._assistant(embedding, state, seen, verified.position)
+            refined, state = self._assistant(embedding, state, seen, position)
             logits, columns = self._assistant.logits(refined)
             if history is not None:
                 history = mx.concatenate([history[1:], token])
@@ -62,8 +71,8 @@ class AssistantDrafter(Drafter):
             token = found[:1]
         return LazyDrafts.joined(ids, confidences)
 
-    def _seen(self, kind: str, verified: Verified) -> SeenRows:
-        """The rows of the target's cache that layers of this kind see."""
+    def _seen(self, kind: str, verified: Verified, position: mx.array) -> SeenRows:
+        """The rows of the target's cache that layers of this kind see from a position."""
         newest, sliding = verified.hidden.shape[0], kind == SLIDING
         most = self._window + newest if sliding else None
         held = cached_rows(verified.caches[self._target.layers[kind]], most)
@@ -80,5 +89,5 @@ class AssistantDrafter(Drafter):
             first = held.start + before  # position of the pending token
             own = mx.array(verified.shape.offsets) + first
             places = mx.concatenate([mx.arange(held.start, first, dtype=own.dtype), own])
-            mask = mask & (places > verified.position - self._window)
+            mask = mask & (places > position - self._window)
         return SeenRows(held.keys, held.values, mask)

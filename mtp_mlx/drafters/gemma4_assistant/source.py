@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ class Gemma4Assistant(DraftSource):
 
     Args:
         assistant: the weights.
-        config: how they are built.
+        config: how they are built and run.
         target: what they read of the model that they draft for.
     """
 
@@ -36,6 +37,15 @@ class Gemma4Assistant(DraftSource):
         super().__init__()
         self.assistant = assistant
         self._config, self._target = config, target
+
+    @property
+    def config(self) -> AssistantConfig:
+        """How the weights are built and run."""
+        return self._config
+
+    def look_from(self, position: str) -> None:
+        """Makes drafts look back from another of `POSITIONS`."""
+        self._config = replace(self._config, position=position)
 
     @property
     def drafts(self) -> int:
@@ -66,5 +76,4 @@ class Gemma4Assistant(DraftSource):
         self, attached: AttachedModel, picker: Picker, drafts: int, start: int, *, verified: bool = True
     ) -> AssistantDrafter:
         """See `DraftSource`."""
-        window = int(self._config.text_config.get("sliding_window") or 0)
-        return AssistantDrafter(attached, picker, self.assistant, self._target, window)
+        return AssistantDrafter(attached, picker, self.assistant, self._target, self._config)

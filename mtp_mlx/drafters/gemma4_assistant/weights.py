@@ -4,7 +4,7 @@ Facts from transformers' `modeling_gemma4_assistant.py` and `candidate_generator
 (`SinglePositionMultiTokenCandidateGenerator`): a draft takes the target's embedding of the token before it, scaled as
 the target scales it, and a state of the target's width, in this order; no norm comes before `pre_projection`. Every
 layer attends to the keys and values of the target's last layer of the same kind that has some of its own. All drafts
-of a step have one position, that of the target's own token. The LM head is the assistant's embedding, without a soft
+of a step have one position. The LM head is the assistant's embedding, without a soft
 cap; E2B and E4B score the tokens of the best clusters only.
 
 Legend: D width of the target, A width of the assistant, V vocabulary, C centroids, n of them scored.
@@ -90,7 +90,7 @@ class Assistant(nn.Module):
             embedding: [1, 1, D] of the newest token, scaled.
             state: [1, 1, D] of the target after its last norm, or as returned for the draft before.
             seen: by kind of layer.
-            position: int32 scalar, of the target's own token.
+            position: int32 scalar, the same for all drafts of a step.
         """
         hidden = self.pre_projection(mx.concatenate([embedding, state], axis=-1))
         for layer in self.model.layers:

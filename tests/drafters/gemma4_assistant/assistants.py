@@ -69,7 +69,7 @@ def tensors(centroids: bool = False, seed: int = 0) -> Arrays:
     made = {
         "pre_projection.weight": matrix(A, 2 * D, 3.0),
         "post_projection.weight": matrix(D, A, 3.0),
-        "model.embed_tokens.weight": matrix(V, A, 3.0),
+        "model.embed_tokens.weight": matrix(V, A),
         "model.norm.weight": norm(A),
     }
     for index, kind in enumerate(KINDS):

@@ -43,9 +43,11 @@ class Oracle:
     Args:
         made: tensors of the checkpoint.
         model: a bare Gemma 4 of mlx-lm.
+        back: how many places before the model's newest token the drafts look back from.
     """
 
-    def __init__(self, made: Arrays, model: Any) -> None:
+    def __init__(self, made: Arrays, model: Any, back: int) -> None:
+        self._back = back
         self._made = {name: value.astype(np.float64) for name, value in made.items()}
         self._model = model
 
@@ -58,11 +60,15 @@ class Oracle:
         trunk = self._model.model
         caches = [KVCache() for _ in self._model.make_cache()]
         state = np.array(trunk(mx.array([text[:-1]]), cache=caches)[0, -1]).astype(np.float64)
-        rows = {kind: tuple(np.array(part[0]) for part in caches[READS[kind]].state[:2]) for kind in READS}
+        known = len(text) - 1
+        read = {kind: caches[READS[kind]].state[:2] for kind in READS}
+        rows = {kind: tuple(np.array(part[0, :, :known]) for part in parts) for kind, parts in read.items()}
         embedding = np.array(trunk.embed_tokens.weight).astype(np.float64) * trunk.embed_scale
         found = []
         for token in (text[-1], *drafts):
-            logits, state = self._step(np.concatenate([embedding[token], state]), rows, len(text) - 1)
+            logits, state = self._step(
+                np.concatenate([embedding[token], state]), rows, len(text) - 1 - self._back
+            )
             found.append(logits)
         return found
 
@@ -92,7 +98,7 @@ class Oracle:
         queries = rms(queries, weight["self_attn.q_norm.weight"])
         queries = rotated(queries, position, *((1e4, 1.0) if sliding else (1e6, 0.25)))
         first = max(0, position - WINDOW + 1) if sliding else 0
-        keys, values = (part[:, first:position] for part in rows)
+        keys, values = (part[:, first:] for part in rows)
         out = []
         for head, query in enumerate(queries):
             group = head // (HEADS // len(keys))

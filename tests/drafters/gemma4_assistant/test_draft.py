@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Listening(Picker):
         return super().candidates(*at)
 
 
-def drafting(folder: Path, centroids: bool) -> tuple[AttachedModel, Oracle]:
+def drafting(folder: Path, centroids: bool, position: str) -> tuple[AttachedModel, Oracle]:
     """The tiny model with a random assistant, and the oracle of both."""
     made = tensors(centroids)
     bare = tiny_model("gemma4_text", seed=3, **TARGET)
@@ -67,7 +68,9 @@ def drafting(folder: Path, centroids: bool) -> tuple[AttachedModel, Oracle]:
     (folder / "adapter").mkdir()
     fill_assistant(folder / "adapter", checkpoint, Base.of("tiny", bare), bare)
     source, _ = load_folder(folder / "adapter", bare)
-    return attach(bare, source), Oracle(made, tiny_model("gemma4_text", seed=3, **TARGET))
+    source.look_from(position)
+    back = {"state": 1, "token": 0}[position]
+    return attach(bare, source), Oracle(made, tiny_model("gemma4_text", seed=3, **TARGET), back)
 
 
 def layouts(right: list[int]) -> list[tuple[list[int], Layout]]:
@@ -83,10 +86,10 @@ def layouts(right: list[int]) -> list[tuple[list[int], Layout]]:
     ]
 
 
-@pytest.mark.parametrize("centroids", [False, True], ids=["dense", "centroids"])
-def test_logits_are_the_oracles_at_every_depth(tmp_path: Path, centroids: bool) -> None:
+@pytest.mark.parametrize(("position", "centroids"), [("state", False), ("state", True), ("token", False)])
+def test_logits_are_the_oracles_at_every_depth(tmp_path: Path, position: str, centroids: bool) -> None:
     """Beyond the window, after rejected drafts, behind a tree, and behind a prefix that came in a prompt cache."""
-    model, oracle = drafting(tmp_path, centroids)
+    model, oracle = drafting(tmp_path, centroids, position)
     plain = [one.token for one in mtp_generate_step(PROMPT, model, max_tokens=50)]
     cache, text = model.make_cache(), list(PROMPT)
     for _ in range(2):
@@ -125,13 +128,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, assistant_folder(folder / "assistant", tensors(centroids=True))
 
 
-@pytest.fixture
-def loaded(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(scope="module")
+def loaded(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The model with its assistant, as a user loads both; a random assistant is hardly ever right."""
-    monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path))
-    monkeypatch.setattr(take, "LEAST", 0.0)
-    monkeypatch.setattr(take, "TOKENS", 6)
-    return load(str(folders[0]), heads=folders[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTP_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(take, "LEAST", 0.0)
+        patch.setattr(take, "TOKENS", 6)
+        yield load(str(folders[0]), heads=folders[1])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -157,7 +161,7 @@ def test_drafts_take_the_targets_noise(loaded: Any, monkeypatch: pytest.MonkeyPa
     depths = itertools.cycle([1, 2, 3])
 
     def knows(_: Any, embedding: mx.array, state: mx.array, seen: Any, position: mx.array) -> Any:
-        return known[position + next(depths)][None], state
+        return known[position + 1 + next(depths)][None], state  # looked at from the row before
 
     monkeypatch.setattr(Assistant, "__call__", knows)
     monkeypatch.setattr(Assistant, "logits", lambda _, state: (state, None))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from mtp_mlx import hub, load
+from mtp_mlx import adapter_sources, hub, load
 from mtp_mlx.cli import main
 from mtp_mlx.convert.heads import take
+from mtp_mlx.drafters.gemma4_assistant import measure
+from mtp_mlx.drafters.gemma4_assistant.measure import Measured
 from mtp_mlx.drafters.gemma4_assistant.source import Gemma4Assistant
 from mtp_mlx.errors import MTPError
 from tests.drafters.gemma4_assistant.assistants import CONFIG, TARGET, A, Arrays, assistant_folder, tensors
@@ -32,6 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MTP_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(take, "LEAST", 0.0)
     monkeypatch.setattr(take, "TOKENS", 6)
+    monkeypatch.setattr(adapter_sources, "_PROMPTS", 1)
     return tmp_path / "cache" / "heads"
 
 
@@ -54,6 +57,24 @@ def test_it_is_kept_as_an_adapter_of_the_model(model: Path, cache: Path, tmp_pat
     shown = json.loads(run("info", kept, "--json").stdout)
     assert (shown["method"], shown["layers"], shown["width"]) == ("gemma4-assistant", 4, A)
     assert "5 of 16 clusters" in (kept / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("from_token", "kept"), [([0.8, 0.5], "token"), ([0.55, 0.5], "state")])
+def test_the_position_is_found_and_kept(
+    model: Path, tmp_path: Path, from_token: list[float], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one from which clearly more drafts are right; else that of most runtimes."""
+    found = {"state": [0.5, 0.5], "token": from_token}
+
+    def measured(_: Any, source: Gemma4Assistant, *rest: Any) -> Measured:
+        return Measured(found[source.config.position], 40, "float32")
+
+    monkeypatch.setattr(measure, "_measure", measured)
+    source = assistant_folder(tmp_path / "assistant", tensors())
+    for _ in range(2):  # measured, and as kept
+        attached, _ = load(str(model), heads=source)
+        assert attached.speculator.config.position == kept == attached.info.own["assistant"]["position"]
+    assert attached.info.acceptance == found[kept] and attached.info.measurements["positions"] == found
 
 
 def test_a_quantised_one_runs_quantised(model: Path, tmp_path: Path) -> None:
@@ -129,7 +150,7 @@ def test_an_order_that_is_damaged_is_refused(model: Path, tmp_path: Path) -> Non
 def test_a_useless_one_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(take, "LEAST", 0.2)
     with pytest.raises(
-        MTPError, match=r"not for this model, or damaged: the first draft is right in \d+% of \d+ cases"
+        MTPError, match=r"or damaged: the first draft is right in \d+% of \d+ cases.*Tried, by depth: "
     ):
         load(str(model), heads=assistant_folder(tmp_path / "assistant", tensors()))
 
