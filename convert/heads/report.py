@@ -14,7 +14,7 @@ from mtp_mlx.errors import ConversionError
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint for `mtp-mlx info`: container, size, model type, heads. Reads no weights."""
-    config = checkpoint.text_config
+    config = checkpoint.config if is_assistant(checkpoint.config) else checkpoint.text_config
     facts: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),

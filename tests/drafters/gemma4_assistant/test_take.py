@@ -168,6 +168,6 @@ def test_where_it_does_not_belong(model: Path, tmp_path: Path) -> None:
         result = run(*words)
         assert result.exit_code == 2 and said in result.stderr, result.stderr
     shown = json.loads(run("info", source, "--json").stdout)
-    assert (
-        shown["mtp heads"]["family"] == "Gemma 4 assistant" and shown["mtp heads"]["width of its model"] == 48
-    )
+    heads = shown["mtp heads"]
+    assert shown["type"] == "gemma4_assistant" and heads["family"] == "Gemma 4 assistant"
+    assert heads["width of its model"] == 48
