@@ -141,7 +141,7 @@ def load(
         adapter: an adapter folder or its hub id; "demo-heads" for the bundled MTP heads of the embedded model; "auto"
             for the bundled adapter of this model or the folder `mtp` in the model's own, if any; None for no adapter.
         heads: MTP heads that others made, instead of an adapter: hub id, folder or file of a checkpoint with heads,
-            which are converted and measured once and kept in the cache.
+            which are converted and measured once and kept in the cache; or the assistant of a Gemma 4 model.
         quantize: 4 or 8 bits, embedded model only.
         exact: compute the real rows of every step as in plain decoding, bit for bit. The text then equals that of
             plain decoding even if two tokens nearly tie. Slower, unless a kernel makes up for it.
@@ -253,7 +253,7 @@ def stream_generate(
         lookup: also draft from the text itself; by default with the layouts "auto" and "tree" only.
         emission: verified by default. Unverified emission is faster but lossy, which every response says, and has its
             own layout; verified emission with a tau needs layout "quadratic" (which "auto" then means) or "linear".
-        drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "draft-model", "lookup".
+        drafter: comma-separated drafters, instead of `lookup`: "slots", "heads", "assistant", "lookup" and others.
         rows: rows of a pass of layout "tree", by default 16.
         stop: strings that end the text; they are not part of it.
         stats: updated while decoding, and part of every response.

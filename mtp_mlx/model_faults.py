@@ -114,8 +114,8 @@ def _mlx_lm() -> str:
 
 
 def holds_heads_alone(model_type: object) -> bool:
-    """Whether a folder of this model type has heads that were split from their model, as mlx-vlm does it."""
-    return isinstance(model_type, str) and model_type.endswith("_mtp")
+    """Whether a folder of this model type has heads split from their model, as by mlx-vlm, or an assistant of one."""
+    return isinstance(model_type, str) and model_type.endswith(("_mtp", "_assistant"))
 
 
 def _type_fault(config: dict[str, Any]) -> str | None:
@@ -127,6 +127,10 @@ def _type_fault(config: dict[str, Any]) -> str | None:
     except (ValueError, AttributeError):  # no such module, or one that is not a model's
         kind = config["model_type"]
         if holds_heads_alone(kind):
+            if kind.endswith("_assistant"):
+                return (
+                    "it is the assistant of a model: name it with `heads`, and the model itself with `model`"
+                )
             return "it holds MTP heads alone: name them with `heads`, and the model that they are for with `model`"
         return f"{_mlx_lm()} has no model type {kind!r}: update mlx-lm, or choose another model"
     except SystemExit:  # olmo's module ends the program, after a line that names a package

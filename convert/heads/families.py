@@ -21,6 +21,8 @@ CONVENTION_FIELDS = {
     "recycled_hidden": ("normed", "raw", "trunk"),
     "mask_first_position": (False, True),
 }
+# One of these is in every Gemma 4 assistant, which `mtp_mlx.convert.adapters.gemma4_assistant` reads.
+ASSISTANT = ("pre_projection.weight", "post_projection.weight")
 # Multi-modal checkpoints put this before the language model's names.
 _ROOT = r"(?:(?:model\.)?language_model\.)?"
 
@@ -76,6 +78,11 @@ def find_cascade(names: Collection[str], config: dict[str, Any]) -> Found | None
         raise ConversionError(
             f"the heads' tensors have names like {layouts[0].names.fuse}, but model_type in config.json is {kind!r}; "
             f"with these names it must be one of {', '.join(known)}"
+        )
+    if any(name in names for name in ASSISTANT):
+        raise ConversionError(
+            "these are the tensors of a Gemma 4 assistant, which drafts as it is: name its folder, with its "
+            "config.json, with `heads`, and its model with `model`"
         )
     for pattern, title in REFUSED.items():
         if any(re.match(_ROOT + pattern, name) for name in names):

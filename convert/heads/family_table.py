@@ -324,7 +324,6 @@ FAMILIES: tuple[Family, ...] = (
 # Layouts that are recognised only to be refused by name.
 REFUSED = {
     r"mtp\.0\.(e_proj|h_proj)\.": "DeepSeek-V4 (two fuse weights over hyper-connections)",
-    r"pre_projection\.weight": "a Gemma-4 assistant",
     r"midlayer\.": "EAGLE-3",
     r"hydra_mlp\.": "Hydra",
     r"prefix_embeding_layer\.": "Hydra++",

@@ -17,6 +17,7 @@ from mtp_mlx.adapter_folder import CONFIG_NAME
 from mtp_mlx.convert.heads.families import find_cascade
 from mtp_mlx.convert.read.checkpoint import TORCH_SUFFIXES, Checkpoint, open_checkpoint, sidecar_names
 from mtp_mlx.convert.read.safetensors import SUFFIX
+from mtp_mlx.drafters.gemma4_assistant.config import is_assistant
 from mtp_mlx.errors import ConversionError
 from mtp_mlx.hub_errors import hub_errors
 
@@ -116,6 +117,8 @@ def head_files(listing: Listing) -> list[str]:
     Raises ConversionError: none does.
     """
     config = listing.object(_CONFIG)
+    if is_assistant(config):  # all of it
+        return _all_weights(listing)
     beside = next((name for name in sidecar_names(config) if name in listing.sizes), None)
     if beside is not None:
         return [beside]
@@ -135,6 +138,17 @@ def head_files(listing: Listing) -> list[str]:
     files = files or sorted(file for file in listing.sizes if file.endswith(TORCH_SUFFIXES))
     if not files:
         raise ConversionError(f"{listing.name}: the repository holds no weights")
+    return files
+
+
+def _all_weights(listing: Listing) -> list[str]:
+    """Every safetensors file at the top of a repository.
+
+    Raises ConversionError: there is none.
+    """
+    files = sorted(file for file in listing.sizes if file.endswith(SUFFIX) and "/" not in file)
+    if not files:
+        raise ConversionError(f"{listing.name}: the repository holds no {SUFFIX} files")
     return files
 
 

@@ -7,13 +7,14 @@ from typing import Any
 from mtp_mlx.convert.heads.plan import find_heads
 from mtp_mlx.convert.heads.targets import HeadPlan, Target
 from mtp_mlx.convert.read.checkpoint import Checkpoint
+from mtp_mlx.drafters.gemma4_assistant.config import AssistantConfig, is_assistant, shown
 from mtp_mlx.drafters.heads.convention import HeadConvention
 from mtp_mlx.errors import ConversionError
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint for `mtp-mlx info`: container, size, model type, heads. Reads no weights."""
-    config = checkpoint.text_config
+    config = checkpoint.config if is_assistant(checkpoint.config) else checkpoint.text_config
     facts: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -29,6 +30,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
     """Family, number and convention of the heads; or "none", or why they cannot be used."""
+    if is_assistant(checkpoint.config):
+        return _assistant(checkpoint)
     try:
         found = find_heads(checkpoint)
     except ConversionError as error:
@@ -39,6 +42,14 @@ def describe_heads(checkpoint: Checkpoint) -> dict[str, Any] | str:
         return {"family": found.title}
     facts: dict[str, Any] = {"family": found.title, "count": found.count}
     return facts | {"convention": convention_facts(found.convention)}
+
+
+def _assistant(checkpoint: Checkpoint) -> dict[str, Any] | str:
+    """An assistant's shape, or why it cannot be used."""
+    try:
+        return shown(AssistantConfig.of(checkpoint.config))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return f"not usable: {checkpoint.config_name} does not describe a Gemma 4 assistant ({error})"
 
 
 def types(checkpoint: Checkpoint) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mtp_mlx.adapter_folder import read_header, write_header
+from mtp_mlx.convert.adapters.gemma4_assistant import fill_assistant
 from mtp_mlx.convert.heads.copies import without_copies
 from mtp_mlx.convert.heads.families import Found
 from mtp_mlx.convert.heads.plan import Overrides, find_heads, plan_heads
@@ -21,6 +23,9 @@ from mtp_mlx.convert.heads.variant import Variant
 from mtp_mlx.convert.heads.verify import Verification, measure_folder, own_texts
 from mtp_mlx.convert.heads.write import Base, fill_folder
 from mtp_mlx.convert.read.checkpoint import Checkpoint
+from mtp_mlx.drafters.gemma4_assistant.config import POSITIONS, is_assistant
+from mtp_mlx.drafters.gemma4_assistant.folder import load as load_assistant
+from mtp_mlx.drafters.gemma4_assistant.measure import settle_position
 from mtp_mlx.errors import ConversionError
 
 ALWAYS = 2.0  # the other conventions are tried whatever the acceptance, which may be good under a wrong one
@@ -50,12 +55,17 @@ class Target:
 def take_heads(checkpoint: Checkpoint, folder: Path, target: Target, tell: Callable[[str], None]) -> None:
     """Fills the existing empty folder `folder` with the heads of `checkpoint`, as an adapter of `target`.
 
+    The checkpoint may be a Gemma 4 assistant instead.
+
     Args:
         tell: told what was measured and decided.
 
     Raises MTPError: no heads of a known kind, heads of another model, or heads that draft right in fewer than a fifth
         of cases under every convention.
     """
+    if is_assistant(checkpoint.config):
+        _take_assistant(checkpoint, folder, target, tell)
+        return
     if not checkpoint.config:  # a file alone: its model says what it is
         checkpoint = replace(checkpoint, config=target.config, config_name="config.json")
     found = find_heads(checkpoint)
@@ -78,6 +88,43 @@ def take_heads(checkpoint: Checkpoint, folder: Path, target: Target, tell: Calla
             f"{checkpoint.path}: these heads are not for this model, or damaged: the first draft is right in "
             f"{result.acceptance[0]:.0%} of {result.tokens} cases, at least {LEAST:.0%} are wanted. Tried: {shown}"
         )
+
+
+def _take_assistant(
+    checkpoint: Checkpoint, folder: Path, target: Target, tell: Callable[[str], None]
+) -> None:
+    """As `take_heads`, for a Gemma 4 assistant: what its form leaves open is the position that it looks back from."""
+    fill_assistant(folder, checkpoint, Base.of(target.name, target.model), target.model)
+    tell(f"measuring the assistant {checkpoint.path.name}, once")
+    source, header = load_assistant(folder, read_header(folder), target.model)
+    tried = settle_position(target.model, source, target.prompts, target.tokenizer.eos_token_ids, TOKENS)
+    found = tried[source.config.position]
+    shown = "; ".join(
+        f"{' / '.join(f'{value:.2f}' for value in one.acceptance)} from {POSITIONS[position]}"
+        for position, one in tried.items()
+    )
+    if not found.drafts:
+        raise ConversionError(
+            f"{checkpoint.path}: the model ends its answer to every prompt at once, so there is no text to measure "
+            "the assistant on"
+        )
+    if found.acceptance[0] < LEAST:
+        raise ConversionError(
+            f"{checkpoint.path}: this assistant is not for this model, or damaged: the first draft is right in "
+            f"{found.acceptance[0]:.0%} of {found.drafts} cases, at least {LEAST:.0%} are wanted. Tried, by depth: "
+            f"{shown}"
+        )
+    tell(f"drafts of this assistant are right in so many cases, by depth: {shown}")
+    write_header(
+        folder,
+        replace(
+            header,
+            own={"assistant": source.config.to_json()},
+            acceptance=found.acceptance,
+            acceptance_by_precision={found.precision: found.acceptance},
+            measurements={"positions": {position: one.acceptance for position, one in tried.items()}},
+        ),
+    )
 
 
 def _settled(

@@ -38,7 +38,7 @@ class BenchSettings(LoadingOptions):
 
     model: str = setting("smollm2-135m", help="Embedded model, mlx-lm folder or hub id", flag="-m")
     adapter: str = setting("auto", help="Adapter folder or hub id, 'auto' or 'none'", flag="-a")
-    heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
+    heads: str | None = setting(None, help="MTP heads, or a Gemma 4 assistant: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     trust_remote_code: bool = trust_setting()
     prompts: Path | None = setting(None, help="JSONL file of prompts (default: built-in)", flag="-p")

@@ -22,7 +22,7 @@ class ModelOptions:
     adapter: str = setting(
         "auto", help="Adapter folder or hub id, 'auto' for the bundled one, or 'none'", flag="-a"
     )
-    heads: str | None = setting(None, help="MTP heads of others: hub id, folder or file")
+    heads: str | None = setting(None, help="MTP heads, or a Gemma 4 assistant: hub id, folder or file")
     adapter_path: str | None = setting(None, help="Fine-tune of mlx_lm.lora to put on the model")
     trust_remote_code: bool = trust_setting()
     extra_eos_token: tuple[str, ...] = setting((), help="Also stop at this token; may be repeated")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 
@@ -50,6 +50,8 @@ class Verified:
         history: [C] int32 tokens before picks[a], or None without penalties.
         tokens: committed tokens of this generation including the prompt, the pending token last.
         path: [1 + d] int32 real rows of the accepted path, as `Walk.path`; None in a chain, where they are 0 to d.
+        caches: the model's, one a layer, whose newest R rows are the pass's own, rejected drafts included; for
+            sources that read them (`Speculator.reads_caches`), whose passes are never shared by several sequences.
     """
 
     layout: Layout
@@ -64,6 +66,7 @@ class Verified:
     history: mx.array | None
     tokens: list[int]
     path: mx.array | None = None
+    caches: Sequence[Any] = ()
 
     @property
     def pick(self) -> mx.array:
@@ -205,6 +208,9 @@ class DraftSource(Speculator):
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Raises MTPError if it cannot draft for this sampling."""
+
+    def check_caches(self, caches: Sequence[Any]) -> None:
+        """Raises MTPError if it reads the model's caches, one a layer, and cannot read one of these."""
 
     def why_not_unverified(self) -> str:
         """The reason why its drafts cannot be emitted unverified; "" if they can."""

@@ -181,6 +181,8 @@ def open_loop(
     wanted = source is not None and own_drafts > 0
     opened = open_drafter if wanted else None
     session = Session(model, picker, ids, cache, settings, opened, constraint, processors, len(prefix))
+    if source is not None and wanted:
+        source.check_caches(cache)
     if emission.lossless:
         return session, DecodeLoop(session, policy, lookup, stats, max_tokens)
     sampler = Picker(sampling) if emission.first_token_sampling else None

@@ -174,6 +174,7 @@ def verify(
         history=None if history is None else history[last],
         tokens=session.tokens,
         path=path,
+        caches=session.cache,
     )
 
 

@@ -83,12 +83,14 @@ class LoadContext:
 _SLOTS = "an adapter with slots: name one with `adapter`"
 _HEADS = "MTP heads: name them with `heads`, or their folder with `adapter`"
 _MODEL = "a draft model: name it with `draft_model`"
+_ASSISTANT = "the assistant of a Gemma 4 model: name it with `heads`"
 
 ROOMS = (
     Room("masks", "slots", _SLOTS, adapters=("mask-tokens",), trains=("mask-tokens", "conf-adapt")),
     Room("heads", "heads", _HEADS, ("mtp-heads",), ("mtp-heads",), loads=True, chained=True),
     Room("ptp", "slots", _SLOTS, adapters=("ptp",), trains=("ptp",)),
     Room("draft_model", "draft-model", _MODEL, loads=True, instead=True, chained=True),
+    Room("gemma4_assistant", "assistant", _ASSISTANT, adapters=("gemma4-assistant",), chained=True),
     Room("memory", "memory", "a file of `mtp-mlx remember`: name it with `memory`", loads=True, beside=True),
 )
 

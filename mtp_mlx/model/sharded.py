@@ -38,14 +38,19 @@ def shard(model: nn.Module, speculator: Speculator | None, peers: Peers) -> None
         peers: the processes that share the model.
 
     Raises:
-        MTPError: if the model has no `shard`, has recurrent state or cannot be divided among that many processes, or
-            if its layers are divided in a way that the adapter's LoRA cannot follow.
+        MTPError: if the model has no `shard`, has recurrent state or cannot be divided among that many processes, if
+            its drafter reads its caches, or if its layers are divided in a way that the adapter's LoRA cannot follow.
     """
     name = str(getattr(model, "model_type", type(model).__name__))
     if not hasattr(model, "shard"):
         raise MTPError(
             f"model type '{name}' has no `shard` in mlx-lm, so several processes cannot share it: run it without "
             "mlx.launch"
+        )
+    if speculator is not None and speculator.reads_caches:
+        raise MTPError(
+            "this model's drafter reads the keys and values of all heads, which several processes divide: run it "
+            "without mlx.launch, or leave `heads` out"
         )
     if is_recurrent(make_prompt_cache(model)):
         raise MTPError(

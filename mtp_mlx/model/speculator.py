@@ -20,9 +20,11 @@ class Speculator(nn.Module):
 
     Attributes:
         places_slots: whether drafts come from slot rows of the block; otherwise they are made after the pass.
+        reads_caches: whether it reads the model's own keys and values, of one text in one process.
     """
 
     places_slots: ClassVar[bool] = False
+    reads_caches: ClassVar[bool] = False
 
     @property
     def drafts(self) -> int:

@@ -186,6 +186,8 @@ def why_not_batch(attached: AttachedModel) -> str:
     """Why sequences of this model cannot share passes, or "" if they can. Runs a few rows to find out."""
     if attached.exact:
         return "exact decoding computes every row as if it were alone"
+    if attached.speculator is not None and attached.speculator.reads_caches:
+        return "its drafter reads the keys and values of one sequence"
     other = next(
         (type(layer).__name__ for layer in attached.make_cache() if type(layer) is not KVCache), None
     )

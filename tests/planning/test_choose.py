@@ -56,7 +56,11 @@ def test_names() -> None:
     [
         ("heads", None, "drafter 'heads' needs MTP heads"),
         ("lookup,slots", None, "drafter 'slots' needs an adapter with slots"),
-        ("medusa", None, "unknown drafter 'medusa': choose from slots, heads, draft-model, memory, lookup"),
+        (
+            "medusa",
+            None,
+            "unknown drafter 'medusa': choose from slots, heads, draft-model, assistant, memory, lookup",
+        ),
         ("", None, "unknown drafter ''"),
         ("lookup", True, "leave `lookup` out"),
     ],

@@ -15,8 +15,7 @@ from mtp_mlx.base_check import check_base
 from mtp_mlx.drafters.heads.build import LAST_LAYER, build_heads, check_runnable
 from mtp_mlx.drafters.heads.config import HeadsConfig, card_lines, config_of, facts, heads_header
 from mtp_mlx.drafters.heads.draft_heads import DraftHeads
-from mtp_mlx.drafters.heads.stored import quantise_like
-from mtp_mlx.model.tensor_fit import check_fit
+from mtp_mlx.model.tensor_fit import check_fit, quantise_like
 
 __all__ = ["LAST_LAYER", "HeadsConfig", "card_lines", "config_of", "facts", "heads_header", "load", "save"]
 

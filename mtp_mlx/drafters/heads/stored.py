@@ -7,7 +7,7 @@ text before they are stored so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -57,22 +57,6 @@ def is_quantised(heads: nn.Module) -> bool:
 def quantisation_of(heads: nn.Module) -> dict[str, Any]:
     """What the folder of these heads says of their quantisation; empty if they are not quantised."""
     return {"group_size": GROUP_SIZE, "bits": BITS} if is_quantised(heads) else {}
-
-
-def quantise_like(heads: nn.Module, names: Collection[str], quantisation: dict[str, Any]) -> None:
-    """Makes the layers quantised whose scales are among the tensors `names`; their weights are loaded later.
-
-    Raises:
-        KeyError, ValueError: the quantisation is damaged, or of a kind that mlx does not know.
-    """
-    usual = {key: value for key, value in quantisation.items() if key != "layers"}
-    layers = quantisation.get("layers", {})
-
-    def how(path: str, layer: nn.Module) -> bool | dict[str, Any]:
-        stored = f"{path}.scales" in names and hasattr(layer, "to_quantized")
-        return dict(layers.get(path, usual)) if stored else False
-
-    nn.quantize(heads, class_predicate=how)
 
 
 def as_stored(

@@ -1,0 +1,1 @@
+"""Tests of the drafter that reads its model's keys and values."""
