@@ -17,7 +17,7 @@ from text_search.case import SLOT_DRAFTERS, Case, Text, choices
 
 LENGTHS = (12, 12, 12, 1, 2, 5, 18, 24)  # tokens to write
 STOPS = ("e", "th", " the", "a", "(", "\n", "<", "ox")
-HOT = (0.0, 0.0, 0.0, 0.5, 0.8, 1.2)
+HOT = (0.0, 0.0, 0.0, 0.5, 0.8, 1.3)
 LAYOUTS_OF_STATES = (
     "plain",
     "linear",

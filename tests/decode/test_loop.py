@@ -71,7 +71,7 @@ def samplings(draw: Any) -> SamplingConfig:
     """Greedy or sampled, with and without warps and penalties."""
     penalty = draw(st.sampled_from([1.0, 1.0, 1.3]))
     config = SamplingConfig(
-        temperature=draw(st.sampled_from([0.0, 0.0, 0.5, 0.8, 1.2])),
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.5, 0.8, 1.3])),
         seed=draw(st.integers(0, 2**40)),
         repetition_penalty=penalty,
         repetition_context_size=draw(st.sampled_from([1, 5, 20])),
