@@ -42,9 +42,7 @@ LEAST_PATH = 0.02  # chance of a draft's path below which it is never verified
 WIDTH = 4  # candidates per position that the model's own drafter drafts where drafts may have branches
 RECENT_STEPS = 48.0  # half-life of a step's weight in the pace of this text, in steps
 PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
-PLAIN_EVERY = (
-    64  # steps without a plain one after which one is made, to see what the others are compared with
-)
+PLAIN_EVERY = 64  # steps without a plain one after which one is made, because all else is compared with it
 MARGIN = 1.02  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
 
 
