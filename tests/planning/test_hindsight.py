@@ -79,3 +79,17 @@ def test_proposals_come_back_with_the_chances_of_experience() -> None:
         hindsight.read([2])
     assert own.tree == DraftTree() and found.tree.tokens == TREE.tokens
     assert found.tree.chances[0] < 0.1 and found.tree.chances[1] > 0.8
+
+
+def test_the_spread_of_drafts_is_that_of_this_text() -> None:
+    """What drafting is worth depends on it: a drafter that is never right here is given up here, not elsewhere."""
+    experience, hindsight = offered()
+    for _ in range(60):
+        hindsight.calibrated([Proposal("text", TREE)])
+        hindsight.read([1])
+    here = Hindsight(experience)
+    for _ in range(12):
+        here.calibrated([Proposal("text", TREE)])
+        here.read([9])
+    (_, chance), (_, usual) = here.spread("text", 1)[0], Hindsight(experience).spread("text", 1)[0]
+    assert chance < usual - 0.2
