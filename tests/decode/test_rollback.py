@@ -28,7 +28,7 @@ from mtp_mlx.decode.cache_check import check_quantisation
 from mtp_mlx.decode.emission import Emission
 from mtp_mlx.decode.loop import mtp_generate_step
 from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy
-from mtp_mlx.decode.rollback import LayerCaches
+from mtp_mlx.decode.rollback import LayerCaches, take_back
 from mtp_mlx.decode.session import Session
 from mtp_mlx.errors import MTPError
 from mtp_mlx.model.attach import attach
@@ -220,3 +220,18 @@ def test_a_fault_at_the_end_shows(method: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(owner, method, lambda self: None)
     with pytest.raises(AssertionError):
         test_ctrl_c_at_any_moment("gemma3_text", "closed")
+
+
+def test_copied_states_can_be_used_again() -> None:
+    """What runs on a prompt cache after it was taken back does not change the copies."""
+    keys, recurrent, copied = KVCache(), ArraysCache(1), ArraysCache(1)
+    keys.update_and_fetch(mx.zeros((1, 1, 4, 2)), mx.zeros((1, 1, 4, 2)))
+    recurrent[0], copied[0] = mx.full((1, 3), 4.0), mx.full((1, 3), 4.0)
+    layers = [CacheList(keys, recurrent)]
+    for _ in range(2):
+        rows, state = layers[0].caches
+        rows.update_and_fetch(mx.ones((1, 1, 3, 2)), mx.ones((1, 1, 3, 2)))
+        state[0] = mx.full((1, 3), 7.0)
+        take_back(layers, 3, [None, copied])
+        rows, state = layers[0].caches
+        assert rows.offset == 4 and state[0].tolist() == [[4.0] * 3]
