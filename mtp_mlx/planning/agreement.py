@@ -2,40 +2,109 @@
 
 A token that two of them draft at a place is right more often than either says, and one that another drafter speaks
 against is right less often. What each says is a number in log-odds, and drafts that several make have the mean of
-theirs. How far that is from what comes to be is learnt by logistic regression, for every drafter and answer of the
-others, by gradient steps over all texts.
+theirs. How far that is from what comes to be is learnt by logistic regression over all texts, apart for every drafter
+and answer of the others, and for first choices and their siblings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.planning.acceptance import FLOOR
 
 ALONE, AGREED, DISPUTED = range(3)
-RATE, SLOPE_RATE = 0.03, 0.01  # of a gradient step
+OFFSETS = (0.0, 0.6, -0.5)  # of the three, in log-odds, before anything is learnt
+VARIANCES = (0.5, 0.1)  # of an offset and of a slope, before anything is learnt
+LEARNT_CASES = 2000.0  # half-life of what is learnt, in drafts
+LARGEST_ODDS = 20.0
 
 Path = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Drafts whose chances are learnt together.
+
+    Attributes:
+        source: their drafter.
+        state: what the others say of them: ALONE, AGREED or DISPUTED.
+        first: whether they are their drafter's first choice at their place.
+    """
+
+    source: str
+    state: int
+    first: bool
+
+
+class Regression:
+    """log-odds -> offset + slope * log-odds, learnt from one draft after another.
+
+    A Kalman filter of the logistic model: the first drafts move it most, and it never forgets so much that it knows
+    less than at first.
+
+    Args:
+        offset: before anything is learnt; the slope is 1.
+    """
+
+    def __init__(self, offset: float) -> None:
+        self._offset, self._slope = offset, 1.0
+        self._variance = (VARIANCES[0], 0.0, VARIANCES[1])  # of the offset, of both together, of the slope
+        self._kept = 0.5 ** (1.0 / LEARNT_CASES)
+
+    def __call__(self, odds: float) -> float:
+        """The log-odds by experience of a draft that has these so far."""
+        return min(max(self._offset + self._slope * odds, -LARGEST_ODDS), LARGEST_ODDS)
+
+    def learn(self, odds: float, right: bool) -> None:
+        """Learns whether a draft was right."""
+        said = chance_of(self(odds))
+        weight = said * (1.0 - said)
+        own, both, slope = self._variance
+        gain = (own + both * odds, both + slope * odds)
+        divisor = 1.0 + weight * (gain[0] + gain[1] * odds)
+        shrink = weight / divisor
+        own, both = own - shrink * gain[0] * gain[0], both - shrink * gain[0] * gain[1]
+        slope -= shrink * gain[1] * gain[1]
+        grown = min(1.0 / self._kept, VARIANCES[0] / own, VARIANCES[1] / slope)
+        self._variance = (grown * own, grown * both, grown * slope)
+        surprise = (right - said) / divisor
+        self._offset += gain[0] * surprise
+        self._slope += gain[1] * surprise
+
+
 class Agreement:
-    """The chances of drafts by their log-odds, their drafter, and what the other drafters say; unchanged at first."""
+    """What has been learnt of every kind of drafts."""
 
     def __init__(self) -> None:
-        self._learnt: dict[tuple[str, int], tuple[float, float]] = {}  # (offset, slope beyond 1)
+        self._learnt: dict[Kind, Regression] = {}
 
-    def chance(self, source: str, state: int, odds: float) -> float:
-        """Of a draft of `source` in `state` (ALONE, AGREED or DISPUTED) that has these log-odds so far."""
-        offset, slope = self._learnt.get((source, state), (0.0, 0.0))
-        return chance_of(offset + (1.0 + slope) * odds)
+    def odds(self, kind: Kind, odds: float) -> float:
+        """The log-odds of a draft that has these by its drafters' own experience."""
+        return self._of(kind)(odds)
 
-    def learn(self, source: str, state: int, odds: float, surprise: float) -> None:
-        """One gradient step; `surprise` is whether the draft was right, less the chance that it was given."""
-        offset, slope = self._learnt.get((source, state), (0.0, 0.0))
-        self._learnt[source, state] = offset + RATE * surprise, slope + SLOPE_RATE * surprise * odds
+    def learn(self, kind: Kind, odds: float, right: bool) -> None:
+        """Learns whether a draft with these log-odds was right."""
+        self._of(kind).learn(odds, right)
+
+    def _of(self, kind: Kind) -> Regression:
+        if kind not in self._learnt:
+            self._learnt[kind] = Regression(OFFSETS[kind.state])
+        return self._learnt[kind]
+
+
+def kinds(proposals: Sequence[Proposal]) -> list[list[Kind]]:
+    """The kind of each draft of each proposal."""
+    return [
+        [
+            Kind(proposal.source, state, first)
+            for state, first in zip(said, proposal.tree.first_choices, strict=True)
+        ]
+        for proposal, said in zip(proposals, states(proposals), strict=True)
+    ]
 
 
 def states(proposals: Sequence[Proposal]) -> list[list[int]]:

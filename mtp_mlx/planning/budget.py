@@ -138,6 +138,7 @@ class BudgetPolicy:
             known = (self._seconds(layout), seconds, self._seconds(Layout.plain()))
             self._trace.write(traced(proposal, layout, tokens, self._context, known))
         self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
+        self._hindsight.verified(proposal.cut(layout.drafts), tokens)
         self._hindsight.read(tokens)
         self._context += len(tokens)
         self._priced.clear()

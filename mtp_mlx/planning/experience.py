@@ -9,6 +9,7 @@ from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.planning.acceptance import AcceptanceEstimate
 from mtp_mlx.planning.agreement import Agreement
 from mtp_mlx.planning.cost import CostCorrection
+from mtp_mlx.planning.recalibration import Recalibration
 
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
@@ -24,11 +25,13 @@ class Experience:
         acceptance: estimates by drafter name.
         cost: correction of the measured cost curve.
         agreement: what it says of a draft that other drafters agree, or speak against it.
+        recalibration: how often submitted drafts were right, compared with what was said of them.
     """
 
     acceptance: dict[str, AcceptanceEstimate]
     cost: CostCorrection
     agreement: Agreement = field(default_factory=Agreement)
+    recalibration: Recalibration = field(default_factory=Recalibration)
 
     @classmethod
     def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.planning.acceptance import together
-from mtp_mlx.planning.agreement import chance_of, log_odds, pooled, states
+from mtp_mlx.planning.agreement import Kind, chance_of, kinds, log_odds, pooled
 from mtp_mlx.planning.experience import Experience
 
 LONGEST_WAIT = 32  # proposals that wait for text at most
 DRIFT_RATE, DRIFT_DECAY = (
-    0.2,
+    0.1,
     0.02,
-)  # of all texts written so far, these gave the best rate and the truest chances
+)  # a replay of 240 texts: higher rates blur the chances, lower ones come late
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Waiting:
         source: its drafter.
         tree: its drafts, with the drafter's own confidences.
         odds: [n] log-odds of the drafts before agreement counts.
-        states: [n] what other drafters say of them (`agreement.states`).
+        kinds: [n] of the drafts.
         end: last node of the path, `ROOT` at first.
         depth: nodes of the path.
     """
@@ -42,7 +42,7 @@ class _Waiting:
     source: str
     tree: DraftTree
     odds: list[float]
-    states: list[int]
+    kinds: list[Kind]
     end: int = ROOT
     depth: int = 0
 
@@ -68,7 +68,7 @@ class Hindsight:
         trees = [proposal.tree for proposal in proposals]
         usual = [self._usual(proposal) for proposal in proposals]
         self._offered, found = [], []
-        for proposal, odds, said in zip(proposals, pooled(trees, usual), states(proposals), strict=True):
+        for proposal, odds, said in zip(proposals, pooled(trees, usual), kinds(proposals), strict=True):
             waiting = _Waiting(proposal.source, proposal.tree, odds, said)
             if proposal.tree.tokens:
                 self._offered.append(waiting)
@@ -95,6 +95,24 @@ class Hindsight:
         self._offered = []
         self._waiting = [one for one in waiting if self._goes_on(one, tokens)]
 
+    def verified(self, proposal: Proposal, tokens: Sequence[int]) -> None:
+        """Learns from the drafts that a step submitted, with the chances that `calibrated` gave them.
+
+        Args:
+            proposal: those drafts.
+            tokens: that the step committed.
+        """
+        tree, end = proposal.tree, ROOT
+        for token in tokens:
+            following = [node for node, parent in enumerate(tree.parents) if parent == end]
+            for node in following:
+                right = tree.tokens[node] == token
+                self._experience.recalibration.learn(proposal.source_of(node), tree.chances[node], right)
+                if right:
+                    end = node
+            if end not in following:
+                return
+
     def forget(self) -> None:
         """Drops all proposals, because other text comes next."""
         self._waiting, self._offered = [], []
@@ -109,10 +127,9 @@ class Hindsight:
             for node in following:
                 accepted = tree.tokens[node] == token
                 known.learn(one.depth + 1, accepted, tree.chances[node], sibling=not first[node])
-                surprise = accepted - self._chance(one, node)
-                self._experience.agreement.learn(one.source, one.states[node], one.odds[node], surprise)
                 if first[node]:
-                    self._drifts(one.source, surprise)
+                    self._drifts(one.source, accepted - self._chance(one, node))
+                self._experience.agreement.learn(one.kinds[node], one.odds[node], accepted)
                 if accepted:
                     right = node
             if right is None:
@@ -122,7 +139,8 @@ class Hindsight:
 
     def _chance(self, one: _Waiting, node: int) -> float:
         """The chance of a draft in this text, by what the other drafters say of it."""
-        return self._experience.agreement.chance(one.source, one.states[node], one.odds[node])
+        odds = self._experience.agreement.odds(one.kinds[node], one.odds[node])
+        return self._experience.recalibration.chance(one.source, odds)
 
     def _drifts(self, source: str, surprise: float) -> None:
         """One gradient step of a drafter's drift in this text."""

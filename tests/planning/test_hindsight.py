@@ -1,5 +1,7 @@
 """Drafts are compared with the text that came to be, verified or not, also when it comes in several steps."""
 
+import random
+
 import pytest
 
 from mtp_mlx.decode.policy import Proposal
@@ -63,7 +65,7 @@ def test_a_text_that_goes_another_way_moves_the_chances_at_once() -> None:
         hindsight.read([1 if step % 10 < 6 else 9])
     here = Hindsight(experience)
     before = here.calibrated([Proposal("text", TREE)])[0].tree.chances[0]
-    for _ in range(12):
+    for _ in range(16):
         here.calibrated([Proposal("text", TREE)])
         here.read([9])
     after = here.calibrated([Proposal("text", TREE)])[0].tree.chances[0]
@@ -81,6 +83,34 @@ def test_proposals_come_back_with_the_chances_of_experience() -> None:
     assert found.tree.chances[0] < 0.1 and found.tree.chances[1] > 0.8
 
 
+def test_submitted_drafts_teach_what_is_said_of_their_chances() -> None:
+    """A path is followed as far as it is right; drafts behind a wrong one were never reached."""
+    experience, hindsight = offered()
+    learnt: list[tuple[str, float, bool]] = []
+    experience.recalibration.learn = lambda *case: learnt.append(case)  # type: ignore[method-assign]
+    merged = Proposal("text", TREE, ("text", "heads", "text", "heads"))
+    hindsight.verified(merged, [1, 3, 9])
+    assert learnt == [("text", 0.6, True), ("heads", 0.3, False), ("text", 0.5, True), ("heads", 0.5, False)]
+    learnt.clear()
+    hindsight.verified(merged, [7])
+    assert learnt == [("text", 0.6, False), ("heads", 0.3, False)]
+
+
+def test_said_chances_are_those_of_the_submitted_drafts() -> None:
+    """All drafts are right in 6 of 10 cases, but the submitted ones, which the test picks, are right in 3 of 10."""
+    experience, hindsight = offered()
+    generator = random.Random(3)
+    for step in range(1500):
+        (known,) = hindsight.calibrated([Proposal("text", TREE.cut(1))])
+        submitted = step % 2 == 0
+        token = 1 if generator.random() < (0.3 if submitted else 0.9) else 9
+        if submitted:
+            hindsight.verified(known, [token])
+        hindsight.read([token])
+        hindsight.forget()
+    assert Hindsight(experience).calibrated([Proposal("text", TREE.cut(1))])[0].tree.chances[0] < 0.4
+
+
 def test_the_spread_of_drafts_is_that_of_this_text() -> None:
     """What drafting is worth depends on it: a drafter that is never right here is given up here, not elsewhere."""
     experience, hindsight = offered()
@@ -88,8 +118,8 @@ def test_the_spread_of_drafts_is_that_of_this_text() -> None:
         hindsight.calibrated([Proposal("text", TREE)])
         hindsight.read([1])
     here = Hindsight(experience)
-    for _ in range(12):
+    for _ in range(16):
         here.calibrated([Proposal("text", TREE)])
         here.read([9])
     (_, chance), (_, usual) = here.spread("text", 1)[0], Hindsight(experience).spread("text", 1)[0]
-    assert chance < usual - 0.2
+    assert chance < usual - 0.15
