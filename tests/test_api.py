@@ -22,7 +22,7 @@ from mtp_mlx.model.fingerprint import base_fingerprint
 from tests.decode.fakes import KnowingDrafter, drafting, random_adapter
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
-LAYOUTS = ["plain", "linear", "quadratic", "auto"]
+LAYOUTS = ["plain", "linear", "quadratic", "tree", "auto"]
 PROMPTS = ["The sky", "the dog and the fox", "def add(", "In the beginning", "a", "word word word word"]
 EOS_CANDIDATES = 6
 

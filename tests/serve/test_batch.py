@@ -3,6 +3,7 @@ leaving at any time; and models that cannot share passes are told apart."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.lookup import LookupDrafter
 from mtp_mlx.decode.loop import DecodeLoop, mtp_generate_step, open_loop
 from mtp_mlx.decode.pick import Picker, SamplingConfig
-from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy
+from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
@@ -30,6 +32,7 @@ from mtp_mlx.serve.batch import Batch, Member, why_not_batch
 from mtp_mlx.serve.batch_plan import BatchDrafting, BatchPlan
 from tests.decode.fakes import MOST_SLOTS, KnowingDrafter, attached, drafting, untouched
 from tests.decode.test_loop import samplings
+from tests.decode.trees import AnyTree, KnowingTrees
 from tests.drafters.heads.test_chain import model_with_heads
 from tests.drafters.heads.test_loop import Knowing
 from tests.drafters.ptp.ptp_fakes import ptp_attached, ptp_drafting
@@ -201,6 +204,35 @@ def test_mask_slots(architecture: str, cases: list[Text], layout: str, slots: in
     policies: list[Policy] = [FixedPolicy(name, slots) for _ in cases]
     plan = plan_for(layout, slots, lookup and layout != "plain")
     check(model, together(model, cases, plan, policies, known, lookup), truths)
+
+
+def test_drafters_of_trees() -> None:
+    """Shared passes verify the likeliest path of each tree; a text that goes on alone verifies its branches too."""
+    accepted, branched = [], []
+
+    class Counting(AnyTree):
+        def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
+            branched.append(not proposal.tree.is_chain)
+
+    @settings(RELAXED, max_examples=40, derandomize=True, database=None)
+    @given(
+        st.sampled_from(ARCHITECTURES),
+        st.lists(texts(), min_size=2, max_size=4),
+        st.sampled_from(["linear", "quadratic"]),
+        st.integers(1, MOST_SLOTS),
+    )
+    def law(architecture: str, cases: list[Text], layout: str, slots: int) -> None:
+        model = attached(architecture)
+        truths = [expected(model, text, untouched(architecture)) for text in cases]
+        known = [[token.token for token in truth] for truth in truths]
+        policies: list[Policy] = [Counting(slots, number) for number in range(len(cases))]
+        with mock.patch(f"{__name__}.KnowingDrafter", KnowingTrees):
+            running = together(model, cases, plan_for(layout, slots, False), policies, known, False)
+        check(model, running, truths)
+        accepted.append(sum(token.from_draft for one in running for token in one.tokens))
+
+    law()
+    assert sum(accepted) > 2 * len(accepted) and sum(branched) > len(accepted) // 2
 
 
 @settings(RELAXED, max_examples=8)
