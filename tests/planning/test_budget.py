@@ -14,6 +14,7 @@ from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, WIDTH, BudgetPolicy
 from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.experience import Experience
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 OTHER = 9  # a token that nobody drafts
@@ -240,3 +241,17 @@ def test_time_is_worth_what_it_brings_in_this_text() -> None:
             planner.observe(slot_proposal(0), Layout.plain(), tokens, 1.0)
     counts = [planner.choose([slot_proposal(0), doubtful])[1].drafts for planner in (quick, slow)]
     assert counts[0] < counts[1]
+
+
+def test_submitted_drafts_alone_teach_what_is_said_of_chances() -> None:
+    """The drafts that a step verified, and none that were only at hand."""
+    experience = Experience.fresh("slots", 3, [0.5])
+    planner = BudgetPolicy(cost_of(0.1), 3, [0.5], "slots", experience)
+    learnt: list[tuple[str, float, bool]] = []
+    experience.recalibration.learn = lambda *case: learnt.append(case)  # type: ignore[method-assign]
+    planner.choose([slot_proposal(3)])
+    planner.observe(slot_proposal(3), Layout(2, (0, 0, 0)), [7, 7, OTHER], seconds=1.0)
+    assert learnt == [("slots", 0.5, True), ("slots", 0.5, True)]
+    planner.choose([slot_proposal(3)])
+    planner.observe(slot_proposal(0), Layout.plain(), [OTHER], seconds=1.0)
+    assert len(learnt) == 2
