@@ -25,6 +25,7 @@ from mtp_mlx.decode.policy import ChainPolicy, FixedPolicy, Policy, Proposal
 from mtp_mlx.decode.session import CacheSettings, Session
 from mtp_mlx.decode.stats import DecodeStats
 from mtp_mlx.decode.step import Token
+from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.drafters.ptp.weights import PTPAdapter
 from mtp_mlx.model.attach import AttachedModel, attach
 from mtp_mlx.serve import batch as batch_module
@@ -206,8 +207,15 @@ def test_mask_slots(architecture: str, cases: list[Text], layout: str, slots: in
     check(model, together(model, cases, plan, policies, known, lookup), truths)
 
 
+def test_shared_passes_take_the_likeliest_path_of_a_tree() -> None:
+    tree = DraftTree((1, 2, 3), (-1, -1, 1), (0.2, 0.7, 0.5))
+    loop = mock.Mock(proposals=lambda most: [Proposal("slots", tree)])
+    (found,) = Member(mock.Mock(), loop).proposals(4)
+    assert list(found.drafts) == [2, 3] and found.tree.is_chain
+
+
 def test_drafters_of_trees() -> None:
-    """Shared passes verify the likeliest path of each tree; a text that goes on alone verifies its branches too."""
+    """The text stays the same where trees become chains in shared passes, and have branches again alone."""
     accepted, branched = [], []
 
     class Counting(AnyTree):
