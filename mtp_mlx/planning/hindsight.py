@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import ROOT, DraftTree
 from mtp_mlx.planning.acceptance import together
-from mtp_mlx.planning.agreement import Kind, chance_of, kinds, log_odds, pooled
+from mtp_mlx.planning.agreement import Kind, Path, chance_of, kinds, log_odds, paths_of, pooled
 from mtp_mlx.planning.experience import Experience
 
 LONGEST_WAIT = 32  # proposals that wait for text at most
@@ -61,16 +61,22 @@ class Hindsight:
     def calibrated(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals for the next positions with the chances that their drafts have by experience.
 
-        They are the ones that `read` compares with the text, unless it is called again before that.
+        They are the ones that `read` compares with the text, unless it is called again before that. A draft that
+        several proposals make has one chance: that of the first of them, whose draft it is if it is submitted.
         """
         trees = [proposal.tree for proposal in proposals]
         usual = [self._usual(proposal) for proposal in proposals]
         self._offered, found = [], []
+        chances: dict[Path, float] = {}
         for proposal, odds, said in zip(proposals, pooled(trees, usual), kinds(proposals), strict=True):
             waiting = _Waiting(proposal.source, proposal.tree, odds, said)
             if proposal.tree.tokens:
                 self._offered.append(waiting)
-            here = together(proposal.tree, [self._chance(waiting, node) for node in range(len(odds))])
+            paths = paths_of(proposal.tree)
+            for node, path in enumerate(paths):
+                if path not in chances:
+                    chances[path] = self._chance(waiting, node)
+            here = together(proposal.tree, [chances[path] for path in paths])
             found.append(replace(proposal, tree=replace(proposal.tree, chances=tuple(here))))
         return found
 

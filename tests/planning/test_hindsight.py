@@ -7,6 +7,7 @@ import pytest
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import DraftTree
 from mtp_mlx.planning.experience import Experience
+from mtp_mlx.planning.grow import merged
 from mtp_mlx.planning.hindsight import Hindsight
 
 TREE = DraftTree((1, 2, 3, 4), (-1, -1, 0, 2), (0.6, 0.3, 0.5, 0.5))
@@ -109,6 +110,19 @@ def test_said_chances_are_those_of_the_submitted_drafts() -> None:
         hindsight.read([token])
         hindsight.forget()
     assert Hindsight(experience).calibrated([Proposal("text", TREE.cut(1))])[0].tree.chances[0] < 0.4
+
+
+def test_a_draft_of_two_drafters_has_the_chance_of_the_first_one() -> None:
+    """It is submitted as the first one's, whose chances learn from it: so its chance must not be the other one's."""
+    experience, hindsight = offered()
+    for _ in range(60):
+        experience.recalibration.learn("heads", 0.5, False)  # so heads are said to be worse
+    heads, text = DraftTree((1, 5), (-1, -1), (0.5, 0.3)), DraftTree((1, 6), (-1, -1), (0.5, 0.3))
+    alone = hindsight.calibrated([Proposal("heads", DraftTree()), Proposal("text", text)])[1]
+    first, second = hindsight.calibrated([Proposal("heads", heads), Proposal("text", text)])
+    assert first.tree.chances[0] == second.tree.chances[0] < alone.tree.chances[0] - 0.05
+    both = merged([first, second])
+    assert both.source_of(0) == "heads" and both.tree.chances[0] == first.tree.chances[0]
 
 
 def test_the_spread_of_drafts_is_that_of_this_text() -> None:
