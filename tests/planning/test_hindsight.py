@@ -118,9 +118,8 @@ def test_a_draft_of_two_drafters_has_the_chance_of_the_first_one() -> None:
     for _ in range(60):
         experience.recalibration.learn("heads", 0.5, False)  # so heads are said to be worse
     heads, text = DraftTree((1, 5), (-1, -1), (0.5, 0.3)), DraftTree((1, 6), (-1, -1), (0.5, 0.3))
-    alone = hindsight.calibrated([Proposal("heads", DraftTree()), Proposal("text", text)])[1]
     first, second = hindsight.calibrated([Proposal("heads", heads), Proposal("text", text)])
-    assert first.tree.chances[0] == second.tree.chances[0] < alone.tree.chances[0] - 0.05
+    assert first.tree.chances[0] == second.tree.chances[0] < 0.45  # .55 without that
     both = merged([first, second])
     assert both.source_of(0) == "heads" and both.tree.chances[0] == first.tree.chances[0]
 
