@@ -121,11 +121,10 @@ def main(model: str, data: Path, adapter: str, memory: str | None, limit: int | 
         click.echo(json.dumps(_as_object(total, found)))
     else:
         Console(width=120).print(*tables(found))
-        taken, expected = (
-            sum(seconds) for seconds in zip(*[(form.seconds, form.expected_seconds) for form in found.forms])
-        )
+        taken = sum(form.seconds for form in found.forms)
+        expected = sum(form.expected_seconds for form in found.forms)
         click.echo(
-            f"{total.equal} of {total.answers} texts equal, {total.tokens / total.steps:.2f} tokens per step"
+            f"{total.equal} of {total.answers} texts equal, {total.tokens / max(total.steps, 1):.2f} tokens per step"
         )
         click.echo(f"planned steps took {taken:.1f} s, expected {expected:.1f} s")
     raise SystemExit(total.equal < total.answers)

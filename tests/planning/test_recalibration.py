@@ -31,9 +31,12 @@ def test_sure_chances_are_said_to_be_less_sure_until_something_is_learnt(odds: f
     assert chance_of(odds - 0.3) < Recalibration().chance("heads", odds) < chance_of(odds)
 
 
-@given(CASES, st.lists(st.floats(-15, 15), min_size=2, max_size=8))
-def test_likelier_drafts_stay_likelier(cases: list[tuple[float, bool]], odds: list[float]) -> None:
-    recalibration = learnt_from(cases)
+@given(CASES, st.integers(0, 40), st.lists(st.floats(-3, 3), min_size=2, max_size=40))
+def test_likelier_drafts_stay_likelier(
+    cases: list[tuple[float, bool]], crossing: int, odds: list[float]
+) -> None:
+    """Also where neighbours need their log-odds in the other order."""
+    recalibration = learnt_from([*cases, *[(0.45, False), (0.55, True)] * crossing])
     said = [recalibration.chance("heads", value) for value in sorted(odds)]
     assert said == sorted(said) and all(0.0 < chance < 1.0 for chance in said)
 
