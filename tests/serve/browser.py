@@ -58,20 +58,29 @@ class Page:
 
     def js(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self._evaluated(expression)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
+    def _evaluated(self, expression: str) -> Any:
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+
     def wait(self, expression: str, seconds: float = 30.0) -> Any:
-        """The value of an expression as soon as it is true."""
+        """The value of an expression as soon as it is true; one that cannot be evaluated yet is not true yet."""
         end = time.monotonic() + seconds
-        while not (value := self.js(expression)):
-            assert time.monotonic() < end, f"{expression} stayed false; {self.js('document.body.innerText')}"
+        while True:
+            result = self._evaluated(expression)
+            value = result["result"].get("value")
+            if value and "exceptionDetails" not in result:
+                return value
+            assert time.monotonic() < end, (
+                f"{expression} stayed {result}; {self.js('document.body.innerText')}"
+            )
             time.sleep(0.05)
-        return value
 
     def type(self, text: str) -> None:
-        """Types text where the focus is."""
+        """Types text where the focus is, as soon as that is a field."""
+        self.wait("['TEXTAREA', 'INPUT'].includes(document.activeElement.tagName)")
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, code: int) -> None:

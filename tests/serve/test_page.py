@@ -107,6 +107,14 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(page: Page, root: Pat
         assert len(page.js(TEXTS)[0]) > 5
 
 
+def test_waiting_outlasts_what_is_not_there_yet(page: Page) -> None:
+    page.open("about:blank")
+    page.js("setTimeout(() => document.body.innerHTML = '<p id=late>here</p>', 300)")
+    assert page.wait("document.getElementById('late').textContent") == "here"
+    with pytest.raises(AssertionError, match="TypeError"):
+        page.wait("document.getElementById('never').textContent", seconds=0.2)
+
+
 def test_it_survives_a_restart_of_the_server(page: Page, root: Path) -> None:
     with serving(root, engine=DRAFTED) as server:
         page.open(server.url + "/")
