@@ -43,6 +43,7 @@ WIDTH = 4  # candidates per position that the model's own drafter drafts where d
 RECENT_STEPS = 48.0  # half-life of a step's weight in the pace of this text, in steps
 PATIENCE = 8  # slots added without gain before giving up: the cost curve is a staircase
 PLAIN_EVERY = 64  # steps without a plain one after which one is made, because all else is compared with it
+CATCHING_UP = 16  # tokens without a chain after which its first step is dearer: its drafter reads them first
 MARGIN = 1.02  # expected speed-up needed over plain decoding, since costs and acceptance are estimates
 
 
@@ -65,13 +66,15 @@ class BudgetPolicy:
         own: str,
         experience: Experience | None = None,
     ) -> None:
-        self._cost, self._drafts, self._context = cost, drafts, 0
+        self._drafts, self._context = drafts, 0
         self.own = own
         self.max_drafts, self.own_drafts = max(LOOKUP_DRAFTS, drafts), drafts
-        self._experience = experience or Experience.fresh(own, drafts, prior, cost.lead)
+        self._experience = experience or Experience.fresh(own, drafts, prior)
         self._hindsight = Hindsight(self._experience)
         self._correction, self._trace = self._experience.cost, open_trace()
+        self._correction.follow(cost)
         self._branches = True
+        self._drafted = 0  # tokens in the cache when a chain was last drafted
         self._steps = 0
         self._plain_steps = 0
         self._probe_after = FIRST_PROBE
@@ -137,7 +140,10 @@ class BudgetPolicy:
         if self._trace is not None:
             known = (self._seconds(layout), seconds, self._seconds(Layout.plain()))
             self._trace.write(traced(proposal, layout, tokens, self._context, known))
-        self._correction.observe(layout, self._cost.seconds(layout, self._context), seconds)
+        if not layout.chain or self._context - self._drafted <= CATCHING_UP:
+            self._correction.observe(layout, self._context, seconds)
+        if layout.chain:
+            self._drafted = self._context
         self._hindsight.verified(proposal.cut(layout.drafts), tokens)
         self._hindsight.read(tokens)
         self._context += len(tokens)
@@ -162,7 +168,7 @@ class BudgetPolicy:
     def _seconds(self, layout: Layout) -> float:
         found = self._priced.get(layout)
         if found is None:
-            found = self._cost.seconds(layout, self._context) * self._correction.factor(layout)
+            found = self._correction.seconds(layout, self._context)
             self._priced[layout] = found
         return found
 

@@ -386,5 +386,5 @@ def recorded_acceptance(model: AttachedModel) -> list[float]:
     if model.experience is None:
         source = source_of(model)
         most = 0 if source is None else max(source.most_drafts, source.drafts)
-        model.experience = Experience.fresh(own_name(model), most, prior, model.lead)
+        model.experience = Experience.fresh(own_name(model), most, prior)
     return prior

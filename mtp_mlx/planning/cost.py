@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +18,7 @@ from typing import Any
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.files import warn_once, write_text
 
-ROW_EDGES = (2, 4, 6, 9, 13, 19)  # bins of rows: 1, 2-3, 4-5, ...
-PRIOR_STRENGTH = 3.0  # weight of a cell's parent, in observations
-MEMORY_OBSERVATIONS = 40.0  # half-life of an observation's weight, in observations
 UNMEASURED_DRAFT = 0.25  # of a plain step: seconds to draft a token if there was no time to measure it
-LARGEST_SURPRISE = (
-    2.0  # times what was expected: steps during which something else used the machine count no more
-)
-
-Cell = tuple[str | int, ...]
 
 log = logging.getLogger("mtp_mlx")
 
@@ -148,56 +139,3 @@ def read_cost(path: Path, key: dict[str, str]) -> StepCost | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s is damaged: step costs are measured again", path)
         return None
-
-
-class CostCorrection:
-    """Learns the ratio of actual to predicted seconds of a step, starting at 1 for every layout.
-
-    Ratios are averaged as they are, not their logarithms: what counts is the time of all steps together, and plain
-    steps that overlap take turns at waiting for two passes and for none.
-
-    Args:
-        lead: rows at the start of every slot group that draft nothing.
-
-    Attributes:
-        since_plain: steps since a plain one was observed.
-    """
-
-    def __init__(self, lead: int = 0) -> None:
-        self.since_plain = 0
-        self._lead = lead
-        self._cells: dict[Cell, tuple[float, float]] = {}  # (weight, weighted sum of ratios)
-        self._kept = 0.5 ** (1.0 / MEMORY_OBSERVATIONS)
-
-    def observe(self, layout: Layout, predicted: float, seconds: float) -> None:
-        """Learns that a step in `layout` took `seconds` where the cost curve predicts `predicted`.
-
-        Raises:
-            ValueError: if a time is not positive.
-        """
-        if not (predicted > 0 and seconds > 0):
-            raise ValueError(f"step times must be positive: {seconds} s, predicted {predicted} s")
-        path = self._path(layout)
-        self.since_plain = 0 if layout == Layout.plain() else self.since_plain + 1
-        ratio = min(seconds / predicted, LARGEST_SURPRISE * self._factor(path))
-        for depth in range(len(path) + 1):
-            weight, total = self._cells.get(path[:depth], (0.0, 0.0))
-            self._cells[path[:depth]] = (weight * self._kept + 1.0, total * self._kept + ratio)
-
-    def factor(self, layout: Layout) -> float:
-        """The factor by which to multiply the seconds that the curve gives for `layout`."""
-        return self._factor(self._path(layout))
-
-    def _factor(self, path: Cell) -> float:
-        estimate = 1.0
-        for depth in range(len(path) + 1):
-            weight, total = self._cells.get(path[:depth], (0.0, 0.0))
-            estimate = (total + PRIOR_STRENGTH * estimate) / (weight + PRIOR_STRENGTH)
-        return estimate
-
-    def _path(self, layout: Layout) -> Cell:
-        """The cell of a layout: its kind of step, then its bin of rows."""
-        if layout == Layout.plain():
-            return ("plain",)
-        kind = "chain" if layout.chain else "slots" if layout.slot_rows else "drafts"
-        return (kind, bisect_right(ROW_EDGES, layout.rows + layout.lead_rows(self._lead)))

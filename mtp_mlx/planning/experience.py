@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mtp_mlx.decode.lookup import LOOKUP
 from mtp_mlx.planning.acceptance import AcceptanceEstimate
 from mtp_mlx.planning.agreement import Agreement
-from mtp_mlx.planning.cost import CostCorrection
+from mtp_mlx.planning.correction import CostCorrection
 from mtp_mlx.planning.recalibration import Recalibration
 
 LOOKUP_DRAFTS = 23
@@ -34,20 +34,19 @@ class Experience:
     recalibration: Recalibration = field(default_factory=Recalibration)
 
     @classmethod
-    def fresh(cls, own: str, drafts: int, prior: Sequence[float], lead: int = 0) -> Experience:
+    def fresh(cls, own: str, drafts: int, prior: Sequence[float]) -> Experience:
         """An experience without observations.
 
         Args:
             own: name of the model's own drafter; "" if it has none.
             drafts: most drafts that it makes per step.
             prior: its recorded acceptance per depth.
-            lead: rows at the start of every slot group that draft nothing.
         """
         acceptance = {
             own: AcceptanceEstimate(max(drafts, 1), list(prior) or None),
             LOOKUP: AcceptanceEstimate(LOOKUP_DRAFTS, LOOKUP_PRIOR, memory=TEXT_MEMORY),
         }
-        return cls(acceptance, CostCorrection(lead))
+        return cls(acceptance, CostCorrection())
 
     def of(self, source: str) -> AcceptanceEstimate:
         """The estimate of a drafter; one that drafts from text alone gets it with its first drafts."""

@@ -135,3 +135,15 @@ def test_a_plain_step_is_seen_now_and_then() -> None:
     assert planner.choose([heads_proposal(1)])[1] == Layout.plain()
     observe(planner, heads_proposal(0), Layout.plain(), 0)
     assert planner.choose([heads_proposal(1)])[1].chain
+
+
+def test_a_drafter_that_first_reads_the_text_teaches_nothing_of_a_chain() -> None:
+    """The heads run over 500 tokens before their first draft, and over few afterwards."""
+    planner = ChainBudgetPolicy(cost_of(0.1, draft=0.05), 2, [0.5] * 2, "heads")
+    planner.begin(500)
+    layout = Layout.chained(0, 2)
+    usual = planner._correction.seconds(layout, 500)
+    observe(planner, heads_proposal(0), layout, 0, slower=1.9)
+    assert planner._correction.seconds(layout, 501) == pytest.approx(usual)
+    observe(planner, heads_proposal(0), layout, 0, slower=1.9)
+    assert planner._correction.seconds(layout, 502) > 1.2 * usual

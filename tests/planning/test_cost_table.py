@@ -8,7 +8,6 @@ import pytest
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.model.block import block_shape
 from mtp_mlx.planning import calibrate, timing
-from mtp_mlx.planning.choose import recorded_acceptance
 from mtp_mlx.planning.cost import StepCost, interpolate, read_cost, save_cost
 from tests.drafters.ptp.ptp_fakes import ptp_attached
 
@@ -71,16 +70,6 @@ def test_a_measurement_knows_the_rows_that_draft_nothing() -> None:
     cost = calibrate.measure(first, 60.0)  # most of 4 slots behind a position, so 20 of them are 5 groups
     assert cost.lead == 1 and cost.slot_rows == (2, 3, 5, 10, 15, 25)
     assert calibrate.measure(second, 60.0).slot_rows == tuple(sorted(timing.SLOT_ROWS))
-
-
-def test_the_experience_of_a_model_knows_the_rows_that_draft_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five groups of one and one group of nine make 15 rows alike, so what one takes is learnt for the other."""
-    model = ptp_attached("llama", "o", "bits")
-    monkeypatch.setattr(model, "experience", None)
-    recorded_acceptance(model)
-    correction, five, one = model.experience.cost, Layout(4, (1,) * 5), Layout(4, (9, 0, 0, 0, 0))
-    correction.observe(five, 1.0, 1.5)
-    assert correction.factor(one) == correction.factor(five)
 
 
 def test_a_file_is_read_back_for_its_own_key_only(tmp_path: Path) -> None:

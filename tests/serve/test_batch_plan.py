@@ -105,7 +105,7 @@ def test_planned_rates_count_rows_that_draft_nothing() -> None:
     found = BatchPlan(
         BatchDrafting("auto", slots=2, own="slots"),
         replace(cost(0.1), lead=1),
-        Experience.fresh("slots", 2, [0.5] * 2, 1),
+        Experience.fresh("slots", 2, [0.5] * 2),
     )
     rows = 3 * block_shape(2, (2, 2, 2), lead=1).rows
     expected = (1 + 0.5 + 0.25) / (1 + 0.1 * (rows - 1))
