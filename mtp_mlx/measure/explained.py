@@ -82,12 +82,11 @@ def tables(found: Explanation) -> list[Table]:
     chances = lane_table(
         f"drafts by chance, where there are {FEWEST} or more",
         ("drafter",),
-        ("drafts", "chance", "right", "off by"),
+        ("drafts", "chance", "right", "off by", "± by luck"),
     )
     for one in found.chances:
         if one.drafts >= FEWEST:
             off = one.observed - one.predicted
-            chances.add_row(
-                one.drafter, str(one.drafts), f"{one.predicted:.3f}", f"{one.observed:.3f}", f"{off:+.3f}"
-            )
+            shares = (f"{one.predicted:.3f}", f"{one.observed:.3f}", f"{off:+.3f}", f"{one.deviation:.3f}")
+            chances.add_row(one.drafter, str(one.drafts), *shares)
     return [forms, chances]

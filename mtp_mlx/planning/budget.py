@@ -12,8 +12,8 @@ where slots are added greedily to the group in which the next ones are worth mos
 in one tree, of which the likeliest paths are verified, as many as give the largest value; a then stands for the row
 at which the accepted path ends. In place of lambda stands the pace of this text, if that is higher: drafts from text,
 which the process knows nothing of, can bring more than the model's own drafter does. Plain decoding is one of
-the layouts: if no slots pay off, "auto" decodes plainly and tries the drafter again only now and then, at growing
-intervals, because acceptance changes with the text.
+the layouts: if no slots pay off, "auto" decodes plainly and tries the drafter again only now and then (`trials`),
+because acceptance changes with the text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ SOLVE_EVERY = 24  # steps between policy iterations
 SOLVE_EARLY = (4, 8, 16)  # and at these first steps, while the estimates change most
 MOST_ITERATIONS = 20
 RESTART = 1e-6  # probability of losing the drafts at hand; gives every policy one recurrent class
-FIRST_PROBE, LAST_PROBE = 48, 768  # plain steps before drafting is tried again: at first, and at most
 LEAST_PATH = 0.02  # chance of a draft's path below which it is never verified
 WIDTH = 4  # candidates per position that the model's own drafter drafts where drafts may have branches
 RECENT_STEPS = 48.0  # half-life of a step's weight in the pace of this text, in steps
@@ -76,9 +75,7 @@ class BudgetPolicy:
         self._branches = True
         self._drafted = 0  # tokens in the cache when a chain was last drafted
         self._steps = 0
-        self._plain_steps = 0
-        self._probe_after = FIRST_PROBE
-        self._probing = False
+        self._trials = self._experience.trials
         self._worth = [0.0] * (drafts + 1)
         self._rate = 0.0
         self._recent = (0.0, 0.0)  # decayed tokens and seconds of the steps so far
@@ -124,15 +121,15 @@ class BudgetPolicy:
         known = self._hindsight.calibrated(proposals)
         if self._correction.since_plain >= PLAIN_EVERY:
             return proposals[0].cut(0), Layout.plain()
-        if self._probing and self._drafts:
-            self._probing = False
-            return proposals[0].cut(0), self._with_width(self._fullest(0))
         candidates = [merged(known)] if self._branches else [one.chained() for one in known]
         best = (1.0 - self._pace * self._seconds(Layout.plain()), proposals[0].cut(0), Layout.plain())
         for proposal in candidates:
             value, nodes, layout = self._best_layout(proposal.tree, self._pace)
             if value > best[0]:
                 best = (value, proposal.keep(nodes), self._with_width(layout))
+        if self.interrupts_plain() and not best[2].asks_for_drafts:
+            full = replace(self._fullest(best[2].drafts), parents=best[2].parents)
+            return best[1], self._with_width(full)
         return best[1], best[2]
 
     def observe(self, proposal: Proposal, layout: Layout, tokens: Sequence[int], seconds: float) -> None:
@@ -150,20 +147,14 @@ class BudgetPolicy:
         self._priced.clear()
         self._steps += 1
         self._recent = _decayed(self._recent, len(tokens), seconds)
-        if layout == Layout.plain():
-            self._plain_steps += 1
-        elif self.own in [proposal.source_of(node) for node in range(layout.drafts)]:
-            paid = len(tokens) > self.rate * self._seconds(layout)
-            self._probe_after = FIRST_PROBE if paid else min(2 * self._probe_after, LAST_PROBE)
-        if self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
+        gained = len(tokens) - self._pace * self._seconds(layout)
+        tried = bool(self._drafts) and self._trials.count(layout.asks_for_drafts, gained)
+        if tried or self._steps % SOLVE_EVERY == 0 or self._steps in SOLVE_EARLY:
             self._solve()
 
     def interrupts_plain(self) -> bool:
-        """True if drafting has not been tried for a while; see `Policy`."""
-        if self._drafts and self._plain_steps >= self._probe_after:
-            self._plain_steps = 0
-            self._probing = True
-        return self._probing
+        """True while the model's own drafter is tried again; see `Policy`."""
+        return self._drafts > 0 and self._trials.running
 
     def _seconds(self, layout: Layout) -> float:
         found = self._priced.get(layout)

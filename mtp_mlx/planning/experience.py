@@ -10,6 +10,7 @@ from mtp_mlx.planning.acceptance import AcceptanceEstimate
 from mtp_mlx.planning.agreement import Agreement
 from mtp_mlx.planning.correction import CostCorrection
 from mtp_mlx.planning.recalibration import Recalibration
+from mtp_mlx.planning.trials import Trials
 
 LOOKUP_DRAFTS = 23
 LOOKUP_PRIOR = (0.45, 0.75, 0.85, 0.9)
@@ -26,12 +27,14 @@ class Experience:
         cost: correction of the measured cost curve.
         agreement: what it says of a draft that other drafters agree, or speak against it.
         recalibration: how often submitted drafts were right, compared with what was said of them.
+        trials: when the model's own drafter is tried again, if it is not in use.
     """
 
     acceptance: dict[str, AcceptanceEstimate]
     cost: CostCorrection
     agreement: Agreement = field(default_factory=Agreement)
     recalibration: Recalibration = field(default_factory=Recalibration)
+    trials: Trials = field(default_factory=Trials)
 
     @classmethod
     def fresh(cls, own: str, drafts: int, prior: Sequence[float]) -> Experience:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Any
 
 from mtp_mlx.planning.trace import TracedStep
@@ -48,12 +49,14 @@ class ChanceBin:
         drafts: how many.
         predicted: their mean chance.
         observed: the share that was right.
+        deviation: standard deviation of that share if every draft's chance was true.
     """
 
     drafter: str
     drafts: int
     predicted: float
     observed: float
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -102,4 +105,5 @@ def _form(name: str, steps: list[TracedStep]) -> Form:
 
 def _bin(drafter: str, drafts: list[tuple[float, bool]]) -> ChanceBin:
     chances, right = zip(*drafts, strict=True)
-    return ChanceBin(drafter, len(drafts), sum(chances) / len(drafts), sum(right) / len(drafts))
+    count, scatter = len(drafts), sum(chance * (1.0 - chance) for chance in chances)
+    return ChanceBin(drafter, count, sum(chances) / count, sum(right) / count, sqrt(scatter) / count)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.decode.tree import DraftTree
-from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, WIDTH, BudgetPolicy
+from mtp_mlx.planning.budget import MARGIN, WIDTH, BudgetPolicy
 from mtp_mlx.planning.cost import StepCost
 from mtp_mlx.planning.experience import Experience
+from mtp_mlx.planning.trials import LAST_TRIAL
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 OTHER = 9  # a token that nobody drafts
@@ -141,19 +142,20 @@ def test_lookup_that_keeps_failing_is_no_longer_submitted() -> None:
     assert planner.choose([slot_proposal(0), lookup])[1] == Layout.plain()
 
 
-def test_it_learns_that_slots_pay_and_probes_when_they_do_not() -> None:
+def test_it_learns_that_slots_pay_and_tries_them_when_they_do_not() -> None:
     planner = BudgetPolicy(cost_of(0.05), 2, [0.01, 0.01], "slots")
-    probes = []
-    for step in range(40 * FIRST_PROBE):
+    trials = []
+    for step in range(20 * LAST_TRIAL):
         if planner.interrupts_plain():
             layout = planner.choose([slot_proposal(0)])[1]
             assert layout == Layout(0, (2,), width=WIDTH)
-            probes.append(step)
-            observe(planner, slot_proposal(2), Layout(2, (0, 0, 0)), 0)
+            trials.append(step)
+            observe(planner, slot_proposal(2), Layout(2, (2, 0, 0)), 0)
         else:
             observe(planner, slot_proposal(0), Layout.plain(), 0)
-    gaps = np.diff(probes)
-    assert len(probes) >= 3 and gaps[-1] >= 4 * gaps[0]  # asks ever more rarely
+    gaps = np.diff(trials)
+    waits = gaps[gaps > 1]
+    assert len(waits) >= 3 and waits[-1] > 3 * waits[0]  # asks ever more rarely
     for _ in range(60):
         observe(planner, slot_proposal(2), Layout(2, (2, 2, 2)), 2)
     assert planner.choose([slot_proposal(0)])[1] == Layout(0, (2,), width=WIDTH)

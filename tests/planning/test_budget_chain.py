@@ -12,8 +12,10 @@ import pytest
 from mtp_mlx.decode.layout import Layout
 from mtp_mlx.decode.policy import Proposal
 from mtp_mlx.planning import calibrate
-from mtp_mlx.planning.budget import FIRST_PROBE, MARGIN, PLAIN_EVERY, WIDTH, ChainBudgetPolicy
+from mtp_mlx.planning.budget import MARGIN, PLAIN_EVERY, WIDTH, ChainBudgetPolicy
 from mtp_mlx.planning.cost import StepCost
+from mtp_mlx.planning.experience import Experience
+from mtp_mlx.planning.trials import FIRST_TRIAL
 from tests.drafters.heads.test_chain import model_with_heads
 from tests.planning.test_budget import cost_of, observe
 
@@ -74,11 +76,11 @@ def test_a_chain_is_no_longer_than_pays() -> None:
     assert planner.choose([heads_proposal(2)])[1] == wide(2, 2)
 
 
-def test_worthless_heads_mean_plain_decoding_with_a_probe_now_and_then() -> None:
+def test_worthless_heads_mean_plain_decoding_and_are_tried_now_and_then() -> None:
     planner = ChainBudgetPolicy(cost_of(0.1, draft=0.1), 2, [0.01] * 2, "heads")
     assert planner.choose([heads_proposal(2)])[1] == Layout.plain()
     assert planner.verdict == "drafting by heads does not pay off here; plain unless drafts are near certain"
-    for _ in range(FIRST_PROBE):
+    for _ in range(FIRST_TRIAL):
         assert not planner.interrupts_plain()
         observe(planner, heads_proposal(0), Layout.plain(), 0)
     assert planner.interrupts_plain()
@@ -147,3 +149,21 @@ def test_a_drafter_that_first_reads_the_text_teaches_nothing_of_a_chain() -> Non
     assert planner._correction.seconds(layout, 501) == pytest.approx(usual)
     observe(planner, heads_proposal(0), layout, 0, slower=1.9)
     assert planner._correction.seconds(layout, 502) > 1.2 * usual
+
+
+def test_heads_that_did_not_pay_are_tried_again_in_texts_shorter_than_the_wait() -> None:
+    """And found to pay by now: every token is the one that they draft."""
+    experience = Experience.fresh("heads", 1, [0.01])
+    drafted = []
+    for _ in range(40):
+        planner = ChainBudgetPolicy(cost_of(0.1, draft=0.05), 1, [0.01], "heads", experience)
+        planner.begin(10)
+        held, chains = 0, 0
+        for _ in range(FIRST_TRIAL // 3):
+            proposal, layout = planner.choose([heads_proposal(held)])
+            seconds = planner._correction.seconds(layout, planner._context)
+            planner.observe(proposal, layout, [7] * (layout.drafts + 1), seconds)
+            held, chains = layout.chain, chains + layout.chain
+        drafted.append(chains)
+    assert drafted[0] == drafted[1] == 0 < max(drafted[2:6]), "not in the first texts, but soon"
+    assert min(drafted[-5:]) > FIRST_TRIAL // 3 - 3, "and then all the time"
